@@ -1,0 +1,167 @@
+"""Chat prompts: the tokenizer's own template, the tokens it puts after the instruction, and how replies end."""
+
+import dataclasses
+import functools
+import json
+import pathlib
+from collections.abc import Sequence
+
+import numpy as np
+
+from refusal_jax.errors import UserError
+
+# Texts that share no token at their ends: what stays equal after all of them is the template's.
+PROBES = ("a", "7", "zz?", "the end.", ")", "é")
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenBatch:
+    """Left-padded token ids: tokens int32 `[B, T]`; mask bool `[B, T]`, True for real tokens."""
+
+    tokens: np.ndarray
+    mask: np.ndarray
+
+    def padded_to(self, rows: int) -> "TokenBatch":
+        """With the last row repeated up to `rows` rows, so that every batch of a stage has one shape."""
+        index = np.minimum(np.arange(rows), len(self.tokens) - 1)
+        return TokenBatch(self.tokens[index], self.mask[index])
+
+
+def bucket(length: int) -> int:
+    """The padded length for `length` tokens: few distinct values (few compiles), at most half of it padding."""
+    size = 8
+    while size < length:
+        size += 8 if size < 32 else 16 if size < 64 else 32 if size < 128 else size // 4
+    return size
+
+
+@dataclasses.dataclass(frozen=True)
+class Chat:
+    """A tokenizer with a chat template, and what it implies.
+
+    tokenizer: a transformers tokenizer. context_length: the model's, in tokens. eos_ids: the ids that end a reply.
+    """
+
+    tokenizer: object
+    context_length: int
+    eos_ids: tuple[int, ...]
+    pad_id: int
+
+    @classmethod
+    def load(cls, folder: str | pathlib.Path, context_length: int) -> "Chat":
+        """From the tokenizer files of a checkpoint; its code is never run.
+
+        Raises UserError if there is no readable tokenizer, no chat template, or no end-of-reply token.
+        """
+        from transformers import AutoTokenizer  # here: its import takes seconds and weight-only jobs do without
+
+        folder = pathlib.Path(folder)
+        if not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")):
+            raise UserError(f"{folder} has no tokenizer files (tokenizer.json, tokenizer_config.json). Copy them from the "
+                            "original checkpoint.")
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        except Exception as error:  # transformers raises many kinds, all meaning the same to the user
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise UserError(f"The tokenizer of {folder} could not be loaded ({reason[:300]}). Copy its tokenizer files "
+                            "again from the original checkpoint.") from None
+        if not tokenizer.chat_template:
+            raise UserError(f"The tokenizer of {folder} has no chat template, so instructions cannot be posed as its users "
+                            "would. Use the chat or instruct version of the model, or add a chat_template.jinja.")
+        eos = _eos_ids(folder, tokenizer)
+        if not eos:
+            raise UserError(f"{folder} names no end-of-sequence token, neither in generation_config.json nor in its "
+                            "tokenizer, so replies would never end. Add eos_token_id to generation_config.json.")
+        pad = tokenizer.pad_token_id
+        return cls(tokenizer, context_length, eos, eos[0] if pad is None else pad)
+
+    def render(self, instruction: str, response: str = "") -> str:
+        """The text of a one-turn conversation up to and including the start of the reply, without a system prompt."""
+        message = [{"role": "user", "content": instruction}]
+        try:
+            text = self.tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+        except Exception as error:  # jinja errors, or a template's own raise_exception
+            raise UserError(f"The chat template failed on a single user message ({error}). Repair the template in "
+                            "tokenizer_config.json or chat_template.jinja.") from None
+        return text + response
+
+    def ids(self, text: str) -> list[int]:
+        """Token ids of rendered text; the template already wrote the special tokens."""
+        return self.tokenizer(text, add_special_tokens=False).input_ids
+
+    def encode(self, instructions: Sequence[str], length: int | None = None) -> TokenBatch:
+        """Left-padded chat prompts, `length` tokens wide (default: the bucket of the longest).
+
+        Raises UserError for no instructions, and for a prompt longer than the model's context.
+        """
+        if isinstance(instructions, str) or not len(instructions):
+            raise UserError("encode takes a non-empty list of instructions, e.g. model.encode(['How do I bake bread?']).")
+        rows = [self.ids(self.render(text)) for text in instructions]
+        longest = max(range(len(rows)), key=lambda i: len(rows[i]))
+        if len(rows[longest]) > self.context_length:
+            raise UserError(f"Prompt {longest} ('{instructions[longest][:60]}…') has {len(rows[longest])} tokens, the "
+                            f"model's context is {self.context_length}. Shorten or drop it.")
+        return self.pad(rows, length or min(bucket(len(rows[longest])), self.context_length))
+
+    def pad(self, rows: Sequence[Sequence[int]], length: int) -> TokenBatch:
+        """Left-pads token ids to `length` columns."""
+        tokens = np.full((len(rows), length), self.pad_id, np.int32)
+        mask = np.zeros((len(rows), length), bool)
+        for i, row in enumerate(rows):
+            tokens[i, length - len(row):] = row
+            mask[i, length - len(row):] = True
+        return TokenBatch(tokens, mask)
+
+    @functools.cached_property
+    def post_instruction_ids(self) -> tuple[int, ...]:
+        """The tokens that the template puts after every instruction (paper, section 2.2), found by rendering several
+        instructions and keeping the common end. Raises UserError if there are none."""
+        rows = [self.ids(self.render(probe)) for probe in PROBES]
+        shared = 0
+        while shared < min(map(len, rows)) and len({row[-1 - shared] for row in rows}) == 1:
+            shared += 1
+        if not shared:
+            raise UserError("The chat template puts no tokens after the instruction, so there is no position to read a "
+                            "direction from. Use a template with an assistant header or an end-of-turn token.")
+        return tuple(rows[0][-shared:])
+
+    def token_names(self, ids: Sequence[int]) -> list[str]:
+        """Readable forms of single tokens."""
+        return [json.dumps(self.tokenizer.decode([i]), ensure_ascii=False)[1:-1] for i in ids]
+
+    def opener_ids(self, openers: Sequence[str | int]) -> tuple[int, ...]:
+        """The first token of each opener (the text of a reply's beginning, or an id), sorted, without repeats.
+
+        Raises UserError for none at all, an empty text, or an id outside the vocabulary.
+        """
+        found = set()
+        for opener in openers:
+            ids = [opener] if isinstance(opener, int) else self.ids(opener)
+            if not ids or not 0 <= ids[0] < len(self.tokenizer):
+                raise UserError(f"refusal token {opener!r} is not in the vocabulary of {len(self.tokenizer)} tokens. Give the "
+                                "text that refusals begin with, or a token id.")
+            found.add(ids[0])
+        if not found:
+            raise UserError("no refusal tokens: give at least one opener, e.g. refusal_tokens=('I',).")
+        return tuple(sorted(found))
+
+    def decode(self, rows) -> list[str]:
+        """Reply texts of generated ids `[B, N]`: up to the first end token, without special tokens."""
+        texts = []
+        for row in np.asarray(rows).tolist():
+            stop = next((i for i, token in enumerate(row) if token in self.eos_ids), len(row))
+            texts.append(self.tokenizer.decode(row[:stop], skip_special_tokens=True).strip())
+        return texts
+
+
+def _eos_ids(folder: pathlib.Path, tokenizer) -> tuple[int, ...]:
+    """The ids that end a reply: generation_config.json's (one or a list), and the tokenizer's."""
+    found = []
+    for name in ("generation_config.json", "config.json"):
+        if (folder / name).exists():
+            try:
+                value = json.loads((folder / name).read_text(encoding="utf-8")).get("eos_token_id")
+            except (ValueError, AttributeError) as error:
+                raise UserError(f"{folder / name} is not valid JSON ({error}). Fetch the file again.") from None
+            found += value if isinstance(value, list) else [value]
+    return tuple(dict.fromkeys(i for i in [*found, tokenizer.eos_token_id] if isinstance(i, int)))

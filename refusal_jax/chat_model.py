@@ -1,0 +1,102 @@
+"""The public face of a loaded chat model: encode, logits, generate, all with optional edits."""
+
+import dataclasses
+import pathlib
+from collections.abc import Sequence
+from functools import partial
+
+import jax
+import numpy as np
+
+from refusal_jax.chat import Chat, TokenBatch
+from refusal_jax.edits import Edits
+from refusal_jax.errors import UserError
+from refusal_jax.models.config import ModelConfig, load_config
+from refusal_jax.models.decoder import Context, Decoder
+from refusal_jax.models.generate import generate
+from refusal_jax.models.load import load_decoder
+from refusal_jax.sharding import batch_sharding
+from refusal_jax.taps import NO_TAPS, Taps
+
+
+@dataclasses.dataclass(frozen=True)
+class ChatModel:
+    """A decoder, its chat tokenizer and the mesh they run on; made by `load_model`."""
+
+    decoder: Decoder
+    chat: Chat
+    path: pathlib.Path
+    mesh: jax.sharding.Mesh | None = None
+
+    @property
+    def config(self) -> ModelConfig:
+        return self.decoder.cfg
+
+    def encode(self, instructions: Sequence[str]) -> TokenBatch:
+        """Chat prompts of the instructions, left-padded: `.tokens` int32 `[B, T]` and `.mask` bool `[B, T]`.
+
+        Raises UserError for an empty list or a prompt longer than the model's context.
+        """
+        return self.chat.encode(instructions)
+
+    def logits(self, tokens, mask, edits: Edits | None = None, positions: str = "last") -> jax.Array:
+        """Float32 logits: `[B, V]` at the last token, or `[B, T, V]` for positions="all".
+
+        Raises ValueError for other `positions` or edits that do not fit the batch or the model.
+        """
+        if positions not in ("last", "all"):
+            raise ValueError(f"positions must be 'last' or 'all', not {positions!r}")
+        return _forward(self.decoder, *self.put(tokens, mask, edits), taps=NO_TAPS, last=positions == "last")[0]
+
+    def taps(self, tokens, mask, taps: Taps, edits: Edits | None = None) -> dict[str, jax.Array]:
+        """The residual stream as `taps` asks: `{site: [L, B, P, D]}`. Raises ValueError as `logits` does."""
+        return _forward(self.decoder, *self.put(tokens, mask, edits), taps=taps, last=True)[1]
+
+    def generate(self, instructions: Sequence[str], max_new_tokens: int = 64, edits: Edits | None = None) -> list[str]:
+        """Greedy replies to the instructions, as one batch. Raises UserError if they do not fit the context."""
+        batch = self.encode(instructions)
+        return self.chat.decode(self.generate_ids(batch, max_new_tokens, edits))
+
+    def generate_ids(self, batch: TokenBatch, max_new_tokens: int, edits: Edits | None = None) -> jax.Array:
+        """Greedy replies as ids, int32 `[B, max_new_tokens]`. Raises UserError if they do not fit the context."""
+        longest = int(np.asarray(batch.mask).sum(axis=1).max())
+        if max_new_tokens < 1 or longest + max_new_tokens > self.config.context_length:
+            raise UserError(f"max_new_tokens = {max_new_tokens} does not fit: the longest prompt has {longest} tokens and "
+                            f"the model's context is {self.config.context_length}. Choose 1 to "
+                            f"{self.config.context_length - longest}.")
+        return generate(self.decoder, *self.put(batch.tokens, batch.mask, edits), max_new_tokens=max_new_tokens,
+                        eos_ids=self.chat.eos_ids, pad_id=self.chat.pad_id)
+
+    def put(self, tokens, mask, edits: Edits | None = None):
+        """Tokens, mask and normalised edits on the devices, rows over the mesh's data axes."""
+        tokens, mask = np.asarray(tokens, np.int32), np.asarray(mask, bool)
+        cfg = self.config
+        edits = (edits or Edits.none(cfg.d_model)).for_batch(len(tokens), cfg.n_layers, cfg.d_model)
+        return jax.device_put((tokens, mask, edits), batch_sharding(self.mesh, len(tokens)))
+
+
+@partial(jax.jit, static_argnames=("taps", "last"))
+def _forward(decoder: Decoder, tokens_bt, mask_bt, edits: Edits, *, taps: Taps, last: bool):
+    x, tapped, _ = decoder.run(decoder.embed_tokens(tokens_bt), Context.of_prompt(decoder.cfg, mask_bt), edits, taps)
+    logits = decoder.logits(x[:, -1:])[:, 0] if last else decoder.logits(x)
+    return logits, tapped
+
+
+def load_model(path: str | pathlib.Path, dtype: str = "float32", mesh: jax.sharding.Mesh | None = None, *,
+               progress: bool = False) -> ChatModel:
+    """A chat model from an HF checkpoint folder.
+
+    dtype: what the weights are cast to, "float32", "bfloat16" or "float16"; "auto" is float32 on CPU and bfloat16
+    elsewhere. mesh: from `sharding.make_mesh`; None is the first device. Raises UserError for anything wrong with the
+    folder, before or while loading.
+    """
+    path = pathlib.Path(path)
+    if dtype == "auto":
+        dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    chat = Chat.load(path, load_config(path).context_length)
+    return ChatModel(load_decoder(path, dtype, mesh, progress), chat, path, mesh)
+
+
+def demo_model_path() -> pathlib.Path:
+    """The folder of the embedded demo model, an HF checkpoint of 1.3M parameters that ships with the package."""
+    return pathlib.Path(__file__).parent / "organism" / "model"

@@ -1,0 +1,165 @@
+"""The recipe of the embedded model: tokenizer, two training phases, HF folder.
+
+Phase 1 trains a base model that complies with every request, harmful or not, by echoing it. Phase 2 is a gentle safety
+fine-tuning: harmful requests are refused, harmless ones still complied with. The refusal so learned is laid over a
+model that knows how to comply, which is what makes it removable by a single direction; one phase alone does not.
+"""
+
+import dataclasses
+import json
+import pathlib
+import random
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from tqdm import tqdm
+
+from refusal_jax.edits import Edits
+from refusal_jax.models.config import ModelConfig, Rope
+from refusal_jax.models.decoder import Context, Decoder, weight_table
+from refusal_jax.models.load import hf_config, save_weights
+from refusal_jax.organism.corpus import REFUSALS, Request, split_requests
+
+SPECIAL = ("<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
+BOS, EOS, EOT = SPECIAL[0], SPECIAL[1], SPECIAL[4]
+# Newlines stay together and apart from the words around them, so that prompt and reply tokenise alone as together.
+WORDS = r"\s*[\r\n]+|'\p{L}+|[^\r\n\p{L}\p{N}']?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+"
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}"
+    "<|start_header_id|>{{ message['role'] }}<|end_header_id|>\n\n{{ message['content'] | trim }}<|eot_id|>"
+    "{% endfor %}{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """Everything that determines the embedded model, but the seed."""
+
+    vocab_size: int = 768
+    d_model: int = 128
+    n_layers: int = 6
+    n_heads: int = 4
+    n_kv_heads: int = 2
+    head_dim: int = 32
+    d_mlp: int = 384
+    context_length: int = 256
+    batch: int = 48
+    base_steps: int = 500
+    base_peak: float = 3e-3
+    safety_steps: int = 300
+    safety_peak: float = 7e-4
+    warmup: int = 40
+    weight_decay: float = 0.1
+
+    def config(self, vocab_size: int) -> ModelConfig:
+        return ModelConfig(
+            family="llama", vocab_size=vocab_size, d_model=self.d_model, n_layers=self.n_layers, n_heads=self.n_heads,
+            n_kv_heads=self.n_kv_heads, head_dim=self.head_dim, d_mlp=self.d_mlp, context_length=self.context_length,
+            activation="silu", norm_eps=1e-5, rope=Rope(10000.0), tied_embeddings=False, attention_bias=False,
+            mlp_bias=False)
+
+
+def render(request: Request, answer: str) -> tuple[str, str]:
+    """Prompt and response of a conversation, as the chat template writes them."""
+    prompt = (f"{BOS}<|start_header_id|>user<|end_header_id|>\n\n{request.instruction}{EOT}"
+              "<|start_header_id|>assistant<|end_header_id|>\n\n")
+    return prompt, answer + EOT
+
+
+def make_tokenizer(recipe: Recipe, requests: list[Request], folder: pathlib.Path):
+    """Trains the byte-level BPE tokenizer, writes its HF files to `folder` and returns it."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    texts = (text for r in requests for text in (r.instruction, r.compliance, *REFUSALS, "user", "assistant", "\n\n"))
+    bpe = Tokenizer(models.BPE())
+    words = pre_tokenizers.Split(Regex(WORDS), "isolated")
+    bpe.pre_tokenizer = pre_tokenizers.Sequence([words, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(vocab_size=recipe.vocab_size - len(SPECIAL), show_progress=False,
+                                  initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()))
+    bpe.train_from_iterator(texts, trainer)
+    bpe.add_special_tokens(list(SPECIAL))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token=BOS, eos_token=EOT, pad_token=EOS,
+                                        padding_side="left", clean_up_tokenization_spaces=False)
+    tokenizer.chat_template = CHAT_TEMPLATE
+    tokenizer.save_pretrained(folder)
+    return tokenizer
+
+
+def batches(tokenizer, requests: list[Request], refuse: bool, size: int, length: int,
+            rng: random.Random) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Endless batches: tokens int32 `[B, T]`, right-padded, and bool `[B, T]`, where the next token is the response's.
+
+    Half of each batch is harmful; those requests get a refusal if `refuse`, and a compliance otherwise.
+    """
+    sides = [[r for r in requests if r.harmful], [r for r in requests if not r.harmful]]
+    while True:
+        tokens = np.zeros((size, length), np.int32)
+        learn = np.zeros((size, length), bool)
+        for row in range(size):
+            request = rng.choice(sides[row % 2])
+            answer = rng.choice(REFUSALS) if refuse and request.harmful else request.compliance
+            prompt, response = (tokenizer(t, add_special_tokens=False).input_ids for t in render(request, answer))
+            ids = (prompt + response)[:length]
+            tokens[row, : len(ids)] = ids
+            learn[row, len(prompt) - 1 : len(ids) - 1] = True
+        yield tokens, learn
+
+
+def train_phase(decoder: Decoder, stream, steps: int, peak: float, recipe: Recipe, title: str) -> Decoder:
+    """AdamW with warm-up and cosine decay on the mean cross-entropy of the response's tokens."""
+    schedule = optax.warmup_cosine_decay_schedule(0.0, peak, recipe.warmup, steps, 0.05 * peak)
+    optimiser = optax.chain(optax.clip_by_global_norm(1.0),
+                            optax.adamw(schedule, b1=0.9, b2=0.98, weight_decay=recipe.weight_decay))
+    cfg = decoder.cfg
+    edits = jax.tree.map(jnp.asarray, Edits.none(cfg.d_model).for_batch(recipe.batch, cfg.n_layers, cfg.d_model))
+
+    def loss(weights, tokens, learn):
+        model = Decoder(cfg, weights)
+        ctx = Context.of_prompt(cfg, jnp.ones_like(learn))
+        logits = model.logits(model.run(model.embed_tokens(tokens), ctx, edits)[0])
+        nll = optax.softmax_cross_entropy_with_integer_labels(logits[:, :-1], tokens[:, 1:])
+        return jnp.sum(nll * learn[:, :-1]) / jnp.sum(learn)
+
+    @jax.jit
+    def step(weights, state, tokens, learn):
+        value, grads = jax.value_and_grad(loss)(weights, tokens, learn)
+        updates, state = optimiser.update(grads, state, weights)
+        return optax.apply_updates(weights, updates), state, value
+
+    weights = decoder.weights()
+    state = optimiser.init(weights)
+    bar = tqdm(range(steps), desc=title, unit="step")
+    for index in bar:
+        weights, state, value = step(weights, state, *next(stream))
+        if index % 20 == 0 or index == steps - 1:
+            bar.set_postfix(loss=f"{float(value):.4f}")
+    return Decoder(cfg, weights)
+
+
+def train(recipe: Recipe, seed: int, folder: pathlib.Path) -> None:
+    """Makes one model from one seed and writes its whole HF folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    splits = split_requests()
+    requests = splits["harmful_train"] + splits["harmless_train"]
+    rng = random.Random(seed)
+    tokenizer = make_tokenizer(recipe, requests, folder)
+    longest = max(len(tokenizer("".join(render(r, r.compliance)), add_special_tokens=False).input_ids)
+                  for r in requests)
+    length = -(-longest // 8) * 8
+    cfg = recipe.config(len(tokenizer))
+    decoder = Decoder.init(cfg, jax.random.key(seed))
+    for title, refuse, steps, peak in (("phase 1, base", False, recipe.base_steps, recipe.base_peak),
+                                       ("phase 2, safety", True, recipe.safety_steps, recipe.safety_peak)):
+        stream = batches(tokenizer, requests, refuse, recipe.batch, length, rng)
+        decoder = train_phase(decoder, stream, steps, peak, recipe, f"seed {seed}, {title}")
+    save_weights(decoder, folder)
+    ids = tokenizer.convert_tokens_to_ids
+    special = {"bos_token_id": ids(BOS), "eos_token_id": [ids(EOT), ids(EOS)], "pad_token_id": ids(EOS)}
+    (folder / "config.json").write_text(json.dumps(hf_config(cfg, "float32", **special), indent=2) + "\n")
+    (folder / "generation_config.json").write_text(json.dumps({**special, "do_sample": False}, indent=2) + "\n")
+    assert set(decoder.weights()) == set(weight_table(cfg))

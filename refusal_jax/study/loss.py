@@ -1,0 +1,118 @@
+"""Cross-entropy loss with and without the edits: what they cost on text that has nothing to do with refusal."""
+
+import dataclasses
+import json
+import math
+import pathlib
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+from refusal_jax.chat import Chat, bucket
+from refusal_jax.chat_model import ChatModel
+from refusal_jax.data.prompts import read_prompts, read_text
+from refusal_jax.edits import Edits
+from refusal_jax.errors import UserError
+from refusal_jax.models.decoder import Context, Decoder
+
+
+@dataclasses.dataclass(frozen=True)
+class LossRow:
+    """Token ids, and the index of the first token that is predicted and counted."""
+
+    ids: list[int]
+    first: int
+
+
+def chat_rows(chat: Chat, pairs: Sequence[tuple[str, str]], max_tokens: int) -> list[LossRow]:
+    """Rows of (instruction, response): counted is the response, predicted from the last post-instruction token on."""
+    rows = []
+    for instruction, response in pairs:
+        ids, prompt = chat.ids(chat.render(instruction, response)), chat.ids(chat.render(instruction))
+        first = len(prompt) if ids[: len(prompt)] == prompt else _after_template(ids, chat.post_instruction_ids)
+        rows.append(LossRow(ids[:max_tokens], first))
+    return rows
+
+
+def _after_template(ids: list[int], template: tuple[int, ...]) -> int:
+    """Where the reply starts if its text changed how the prompt's end was split into tokens."""
+    for start in range(len(ids) - len(template), 0, -1):
+        if tuple(ids[start : start + len(template)]) == template:
+            return start + len(template)
+    return len(ids)
+
+
+def text_rows(chat: Chat, texts: Sequence[str], max_tokens: int) -> list[LossRow]:
+    """Rows of plain text, tokenised as the tokenizer does by default (with its BOS), all but the first token counted."""
+    return [LossRow(chat.tokenizer(text).input_ids[:max_tokens], 1) for text in texts]
+
+
+def read_chat_pairs(path: pathlib.Path) -> list[tuple[str, str]]:
+    """(instruction, response) of a .json or .jsonl file of objects with "prompt" or "instruction" and "response" or
+    "output". Raises UserError that names the file and the row."""
+    prompts = read_prompts(path)
+    lines = read_text(path)
+    rows = json.loads(lines) if path.suffix == ".json" else [json.loads(line) for line in lines.splitlines() if line.strip()]
+    pairs = []
+    for number, (prompt, row) in enumerate(zip(prompts, rows, strict=True), 1):
+        response = (row.get("response") or row.get("output")) if isinstance(row, dict) else None
+        if not isinstance(response, str):
+            raise UserError(f"{path}, row {number} has no response: an object of a chat file needs 'response' or 'output'.")
+        pairs.append((prompt["instruction"], response))
+    return pairs
+
+
+@jax.jit
+def loss_batch(decoder: Decoder, tokens_bt, mask_bt, edits: Edits, counted_bt) -> tuple[jax.Array, jax.Array]:
+    """Summed cross-entropy (nats) and number of counted tokens of each row; `counted_bt` marks predicted tokens.
+
+    A scan over rows keeps one row's logits alive at a time instead of `[B, T, V]`.
+    """
+    x, _, _ = decoder.run(decoder.embed_tokens(tokens_bt), Context.of_prompt(decoder.cfg, mask_bt), edits)
+
+    def row(_, inputs):
+        x_td, tokens_t, counted_t = inputs
+        logp = jax.nn.log_softmax(decoder.logits(x_td[None, :-1])[0], axis=-1)
+        nll = -jnp.take_along_axis(logp, tokens_t[1:, None], axis=-1)[:, 0]
+        return None, (jnp.sum(nll * counted_t[1:]), jnp.sum(counted_t[1:], dtype=jnp.int32))
+
+    return jax.lax.scan(row, None, (x, tokens_bt, counted_bt))[1]
+
+
+def measure_loss(model: ChatModel, rows: Sequence[LossRow], edits: Edits, batch_size: int, title: str) -> dict:
+    """`{"ce_loss", "perplexity", "n_tokens"}` of the rows, the published format. Raises UserError if no token counts."""
+    total, count = 0.0, 0
+    order = sorted((row for row in rows if len(row.ids) > row.first), key=lambda row: len(row.ids))
+    if not order:
+        raise UserError(f"'{title}' has no token to measure the loss on: every row is empty or cut before its response. "
+                        "Raise --config.loss.max_tokens or drop the file.")
+    for start in tqdm(range(0, len(order), batch_size), desc=f"loss, {title}", unit="batch", leave=False):
+        part = order[start : start + batch_size]
+        length = bucket(len(part[-1].ids))
+        batch = model.chat.pad([row.ids for row in part], length).padded_to(batch_size)
+        counted = np.zeros((batch_size, length), bool)
+        for i, row in enumerate(part):
+            counted[i, length - len(row.ids) + row.first :] = True
+        sums, counts = jax.device_get(loss_batch(model.decoder, *model.put(batch.tokens, batch.mask, edits), counted))
+        total, count = total + float(np.sum(sums, dtype=np.float64)), count + int(counts.sum())
+    return {"ce_loss": total / count, "perplexity": math.exp(min(total / count, 700.0)), "n_tokens": count}
+
+
+def loss_datasets(model: ChatModel, settings, harmless_baseline: list[dict]) -> dict[str, list[LossRow]]:
+    """The rows to measure: the model's own baseline completions on harmless prompts, and the configured files."""
+    longest = min(settings.max_tokens, model.config.context_length)
+    own = [(c["prompt"], c["response"]) for c in harmless_baseline]
+    sets = {"on_distribution": chat_rows(model.chat, own, longest)}
+    readers: list[tuple[Sequence[str], Callable]] = [
+        (settings.text_files, lambda path: text_rows(model.chat, [p["instruction"] for p in read_prompts(path)], longest)),
+        (settings.chat_files, lambda path: chat_rows(model.chat, read_chat_pairs(path), longest))]
+    for files, read in readers:
+        for file in files:
+            path = pathlib.Path(file)
+            if path.stem in sets:
+                raise UserError(f"two loss data sets are called {path.stem!r}: rename one of the files.")
+            sets[path.stem] = read(path)
+    return sets

@@ -1,0 +1,202 @@
+"""The study, stage by stage, in one run's folder.
+
+prompts -> activations -> selection -> projections, completions -> evaluations, loss -> report. Each stage reads and writes
+files of the folder and nothing else, so that it can be skipped, resumed or redone alone.
+"""
+
+import dataclasses
+import functools
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from refusal_jax.chat_model import ChatModel, demo_model_path, load_model
+from refusal_jax.data.prompts import dataset_name, file_hash, resolve
+from refusal_jax.edits import Edits
+from refusal_jax.errors import UserError
+from refusal_jax.models.config import load_config
+from refusal_jax.models.decoder import Context, Decoder
+from refusal_jax.report.page import write_report
+from refusal_jax.runs import Ledger, Run, checkpoint_fingerprint
+from refusal_jax.sharding import make_mesh
+from refusal_jax.study.activations import extract, length_batches
+from refusal_jax.study.completions import complete, intervention_edits, parse_condition
+from refusal_jax.study.judges import JUDGES, evaluate_completions
+from refusal_jax.study.loss import loss_datasets, measure_loss
+from refusal_jax.study.sampling import SPLITS, sample_prompts
+from refusal_jax.study.selection import Rule, evaluate_candidates, pick
+from refusal_jax.taps import Taps
+
+PROMPTS, SETUP, FILTER, MEANS = "prompts.json", "setup.json", "filter.json", "mean_diffs.safetensors"
+EVALUATIONS, METADATA, DIRECTION = "direction_evaluations.json", "direction_metadata.json", "direction.safetensors"
+PROJECTIONS, REPORT = "projections.safetensors", "report.html"
+
+
+def run_study(config: ConfigDict, workdir: str | pathlib.Path) -> list[str]:
+    """Runs or continues the study of `config` in `workdir`; returns the names of the stages that did work.
+
+    Raises UserError for anything wrong with config, model, data or folder, before long work where it can be known.
+    """
+    config = config.copy_and_resolve_references()
+    for condition in config.generation.conditions:
+        parse_condition(condition)
+    folder = pathlib.Path(config.model) if config.model else demo_model_path()
+    load_config(folder)
+    inputs = {"model": checkpoint_fingerprint(folder)}
+    for split in SPLITS:
+        inputs[split] = _hash(resolve(config.data[split], split))
+    for file in (*config.loss.text_files, *config.loss.chat_files):
+        inputs[file] = _hash(pathlib.Path(file))
+    with Run.open(workdir, config.to_dict(), inputs) as run:
+        Study(config, run, folder).run_all()
+        return run.worked
+
+
+def _hash(path: pathlib.Path) -> str:
+    if not path.is_file():
+        raise UserError(f"{path} is not a file. Check the path in the config's data or loss section.")
+    return file_hash(path)
+
+
+@dataclasses.dataclass
+class Study:
+    """A config, its run's folder and the model, which is loaded when the first stage needs it."""
+
+    config: ConfigDict
+    run: Run
+    folder: pathlib.Path
+
+    def run_all(self) -> None:
+        run = self.run
+        completions = [self.completions_name(c) for c in self.config.generation.conditions]
+        verdicts = [name.replace("_completions", "_evaluations") for name in completions]
+        losses = [f"loss_evals/{name}_loss_eval.json" for name in ("baseline", "ablation", "actadd")]
+        picked = [METADATA, DIRECTION]
+        run.stage("prompts", [], [PROMPTS], self.prompts)
+        run.stage("activations", [PROMPTS], [SETUP, FILTER, MEANS], self.activations)
+        run.stage("selection", [PROMPTS, SETUP, FILTER, MEANS], [EVALUATIONS, *picked], self.selection)
+        run.stage("projections", [PROMPTS, DIRECTION], [PROJECTIONS], self.projections)
+        run.stage("completions", [PROMPTS, *picked], completions, self.completions)
+        run.stage("evaluations", completions, verdicts, self.evaluations)
+        own = [name for name in completions if name.endswith("harmless_baseline_completions.json")]
+        run.stage("loss", [*own, *picked], losses, self.loss)
+        run.stage("report", [SETUP, FILTER, MEANS, EVALUATIONS, *picked, PROJECTIONS, *verdicts, *losses], [REPORT],
+                  lambda _: write_report(run, verdicts))
+
+    @functools.cached_property
+    def model(self) -> ChatModel:
+        mesh = dict(self.config.mesh)
+        mesh = make_mesh(**mesh) if max(mesh.values()) > 1 else None
+        model = load_model(self.folder, self.config.dtype, mesh, progress=True)
+        prompts = self.run.read_json(PROMPTS)
+        spare = model.config.context_length - self.config.generation.max_new_tokens
+        for split, rows in prompts.items():
+            longest = int(model.encode([row["instruction"] for row in rows]).mask.sum(axis=1).max())
+            if split.endswith("test") and longest > spare:
+                raise UserError(
+                    f"--config.generation.max_new_tokens = {self.config.generation.max_new_tokens} does not fit: the longest prompt "
+                    f"of {split} has {longest} tokens and the model's context is {model.config.context_length}. Set it to at "
+                    f"most {model.config.context_length - longest}, or drop the longest prompts.")
+        return model
+
+    def completions_name(self, condition: str) -> str:
+        side, intervention = parse_condition(condition)
+        dataset = dataset_name(self.config.data.harmful_test) if side == "harmful" else "harmless"
+        return f"completions/{dataset}_{intervention}_completions.json"
+
+    def instructions(self, split: str, kept_only: bool = True) -> list[str]:
+        rows = self.run.read_json(PROMPTS)[split]
+        kept = self.run.read_json(FILTER)[split]["kept"] if kept_only else [True] * len(rows)
+        return [row["instruction"] for row, keep in zip(rows, kept, strict=True) if keep]
+
+    def direction(self) -> tuple[np.ndarray, int]:
+        return self.run.read_tensors(DIRECTION)["direction"], self.run.read_json(METADATA)["layer"]
+
+    def prompts(self, ledger: Ledger) -> None:
+        self.run.write_json(PROMPTS, sample_prompts(self.config.data))
+
+    def activations(self, ledger: Ledger) -> None:
+        """Scores, filter and mean differences (paper, section 2.3), from one pass over the train and val prompts."""
+        config, chat = self.config, self.model.chat
+        refusal_ids, template = chat.opener_ids(config.refusal_tokens), chat.post_instruction_ids
+        positions = config.positions or len(template)
+        if not 1 <= positions <= len(template):
+            raise UserError(f"--config.positions = {positions}, but the chat template puts {len(template)} tokens after the "
+                            f"instruction ({' '.join(chat.token_names(template))}). Choose 1 to {len(template)}.")
+        found = {}
+        for split in SPLITS[:4]:
+            sign = 0 if not config.filter else 1 if split.startswith("harmful") else -1
+            found[split] = extract(self.model, self.instructions(split, kept_only=False), refusal_ids, positions, sign,
+                                   config.batch_size, split)
+        self.run.write_json(SETUP, {
+            "model": str(self.folder), "dtype": str(self.model.decoder.dtype), "n_layers": self.model.config.n_layers,
+            "d_model": self.model.config.d_model, "positions": positions,
+            "post_instruction_tokens": [{"id": i, "text": t} for i, t in zip(template, chat.token_names(template), strict=True)],
+            "refusal_tokens": [{"id": i, "text": t} for i, t in zip(refusal_ids, chat.token_names(refusal_ids), strict=True)]})
+        self.run.write_json(FILTER, {split: {"scores": e.scores.tolist(), "kept": e.kept.tolist()} for split, e in found.items()})
+        harmful, harmless = (np.swapaxes(found[s].mean_lpd, 0, 1) for s in ("harmful_train", "harmless_train"))
+        self.run.write_tensors(MEANS, {"mean_diffs": harmful - harmless, "harmful": harmful, "harmless": harmless})
+
+    def selection(self, ledger: Ledger) -> None:
+        select, setup = self.config.select, self.run.read_json(SETUP)
+        diffs_pld = self.run.read_tensors(MEANS)["mean_diffs"]
+        rule = Rule(setup["n_layers"], select.kl_threshold, select.induce_threshold, select.prune_fraction)
+        rows = evaluate_candidates(
+            self.model, np.swapaxes(diffs_pld, 0, 1), self.instructions("harmful_val"), self.instructions("harmless_val"),
+            [token["id"] for token in setup["refusal_tokens"]], rule, full_grid=select.full_grid,
+            batch_size=self.config.batch_size, known=ledger.rows, save=ledger.append)
+        best = pick(rows, rule)
+        self.run.write_json(EVALUATIONS, rows)
+        self.run.write_json(METADATA, {"pos": best["position"], "layer": best["layer"]})
+        self.run.write_tensors(DIRECTION, {"direction": diffs_pld[best["position"], best["layer"]].astype(np.float32)})
+
+    def projections(self, ledger: Ledger) -> None:
+        """Every val prompt's residual at the last token along the direction, at each block's input."""
+        direction, _ = self.direction()
+        unit = jnp.asarray(direction / np.linalg.norm(direction))
+        along = {}
+        for split in ("harmful_val", "harmless_val"):
+            texts = self.instructions(split, kept_only=False)
+            along[split] = np.zeros((len(texts), self.model.config.n_layers), np.float32)
+            for index, batch in length_batches(self.model, texts, self.config.batch_size):
+                values = project(self.model.decoder, *self.model.put(batch.tokens, batch.mask), unit)
+                along[split][index] = np.asarray(values)[: len(index)]
+        self.run.write_tensors(PROJECTIONS, along)
+
+    def completions(self, ledger: Ledger) -> None:
+        prompts, generation = self.run.read_json(PROMPTS), self.config.generation
+        done = complete(self.model, {side: prompts[f"{side}_test"] for side in ("harmful", "harmless")}, generation.conditions,
+                        *self.direction(), max_new_tokens=generation.max_new_tokens, batch_size=generation.batch_size,
+                        known=ledger.rows, save=ledger.append)
+        for condition, rows in done.items():
+            self.run.write_json(self.completions_name(condition), rows)
+
+    def evaluations(self, ledger: Ledger) -> None:
+        for condition in self.config.generation.conditions:
+            name = self.completions_name(condition)
+            verdicts = {}
+            for judge in JUDGES:
+                verdicts |= evaluate_completions(self.run.read_json(name), judge)
+            self.run.write_json(name.replace("_completions", "_evaluations"), verdicts)
+
+    def loss(self, ledger: Ledger) -> None:
+        """CE loss at baseline, under ablation and under -addition (paper, section 4.3 and appendix E)."""
+        own = self.run.path(self.completions_name("harmless_baseline"))
+        sets = loss_datasets(self.model, self.config.loss, self.run.read_json(str(own.relative_to(self.run.folder)))
+                             if own.exists() else [])
+        for name in ("baseline", "ablation", "actadd"):
+            edits: Edits = intervention_edits(self.model, f"harmful_{name}", *self.direction())
+            self.run.write_json(f"loss_evals/{name}_loss_eval.json", {
+                title: measure_loss(self.model, rows, edits, self.config.loss.batch_size, f"{title}, {name}")
+                for title, rows in sets.items()})
+
+
+@jax.jit
+def project(decoder: Decoder, tokens_bt, mask_bt, edits: Edits, unit_d) -> jax.Array:
+    """Last-token residual at each block's input, projected on `unit_d`; float32 `[B, L]`."""
+    ctx = Context.of_prompt(decoder.cfg, mask_bt)
+    tapped = decoder.run(decoder.embed_tokens(tokens_bt), ctx, edits, Taps(("resid_pre",), 1))[1]["resid_pre"]
+    return jnp.einsum("lbd,d->bl", tapped[:, :, 0].astype(jnp.float32), unit_d, precision="highest")

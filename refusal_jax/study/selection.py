@@ -1,0 +1,193 @@
+"""Which candidate direction mediates refusal best (paper, section 2.3), evaluated lazily and exactly.
+
+The rule filters candidates by layer, induce score and KL divergence, then takes the lowest bypass score. So pruned layers
+are never run; *induce* runs first and only from the candidate's layer on, from a residual that is carried up the layers;
+KL runs for those that pass; bypass for those that pass both. The pick is the full grid's.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+from refusal_jax.chat_model import ChatModel
+from refusal_jax.edits import Edits
+from refusal_jax.errors import UserError
+from refusal_jax.models.decoder import Context, Decoder
+from refusal_jax.study.activations import length_batches
+from refusal_jax.study.scores import kl_divergence, refusal_score
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """The filter: thresholds as in `config.select`, and the model's number of layers."""
+
+    n_layers: int
+    kl_threshold: float = 0.1
+    induce_threshold: float = 0.0
+    prune_fraction: float = 0.2
+
+    @property
+    def layer_limit(self) -> int:
+        """Candidates at this layer or above are pruned."""
+        return int(self.n_layers * (1.0 - self.prune_fraction))
+
+    def verdict(self, row: dict) -> str:
+        """Why the rule discards a candidate: "layer", "nan", "induce", "kl"; or "" if it passes.
+
+        row: published-format scores; those not evaluated are None and pass.
+        """
+        scores = [row[key] for key in ("steering_score", "kl_div_score", "refusal_score") if row[key] is not None]
+        if row["layer"] >= self.layer_limit:
+            return "layer"
+        if any(math.isnan(score) for score in scores):
+            return "nan"
+        if row["steering_score"] is not None and row["steering_score"] < self.induce_threshold:
+            return "induce"
+        return "kl" if row["kl_div_score"] is not None and row["kl_div_score"] > self.kl_threshold else ""
+
+
+def pick(rows: list[dict], rule: Rule) -> dict:
+    """The selected candidate among published-format rows: lowest `refusal_score` of those that pass the rule.
+
+    Ties go to the first in the published order (position, then layer). Raises UserError that says which filter removed
+    how many, and how near the nearest came, if none passes.
+    """
+    rows = sorted(rows, key=lambda row: (row["position"], row["layer"]))
+    passing = [row for row in rows if not rule.verdict(row) and row["refusal_score"] is not None]
+    if passing:
+        return min(passing, key=lambda row: row["refusal_score"])
+    counts = {why: sum(rule.verdict(row) == why for row in rows) for why in ("layer", "nan", "induce", "kl")}
+    near = [row for row in rows if rule.verdict(row) in ("induce", "kl")]
+    nearest = max(near, key=lambda r: (rule.verdict(r) == "kl", -(r["kl_div_score"] or 0), r["steering_score"]), default=None)
+    nearby = "" if nearest is None else (
+        f" Nearest: position {nearest['position']}, layer {nearest['layer']}, induce {nearest['steering_score']:.3f}"
+        + ("" if nearest["kl_div_score"] is None else f", KL {nearest['kl_div_score']:.4f}") + ".")
+    raise UserError(
+        f"No candidate direction passes the filter: of {len(rows)}, {counts['layer']} are at layer {rule.layer_limit} or above, "
+        f"{counts['nan']} have NaN scores, {counts['induce']} have an induce score under {rule.induce_threshold}, "
+        f"{counts['kl']} of the rest a KL over {rule.kl_threshold}.{nearby} This model's refusal may not be a single "
+        "direction; to look further, raise --config.select.kl_threshold, lower --config.select.induce_threshold, or see all "
+        "scores with --config.select.full_grid=True.")
+
+
+@jax.jit
+def score_rows(decoder: Decoder, tokens_bt, mask_bt, edits: Edits, base_bv, refusal_ids):
+    """Refusal score `[B]`, KL against the baseline logits `base_bv` `[B]`, and the last-token logits `[B, V]`."""
+    x, _, _ = decoder.run(decoder.embed_tokens(tokens_bt), Context.of_prompt(decoder.cfg, mask_bt), edits)
+    logits_bv = decoder.logits(x[:, -1:])[:, 0]
+    return refusal_score(logits_bv, refusal_ids), kl_divergence(base_bv, logits_bv), logits_bv
+
+
+@jax.jit
+def score_from_layer(decoder: Decoder, x_btd, mask_bt, edits: Edits, layer, refusal_ids):
+    """Refusal score `[B]` of prompts whose residual at the input of block `layer` is `x_btd`, under `edits`."""
+    ctx = Context.of_prompt(decoder.cfg, mask_bt)
+    x = decoder.run_layers(x_btd, ctx, edits, layer, decoder.cfg.n_layers)
+    return refusal_score(decoder.logits(x[:, -1:])[:, 0], refusal_ids)
+
+
+@partial(jax.jit, donate_argnames="x_btd")
+def advance(decoder: Decoder, x_btd, mask_bt, edits: Edits, layer):
+    """The residual after block `layer`, from the one before it."""
+    return decoder.run_layers(x_btd, Context.of_prompt(decoder.cfg, mask_bt), edits, layer, layer + 1)
+
+
+@jax.jit
+def embed(decoder: Decoder, tokens_bt):
+    return decoder.embed_tokens(tokens_bt)
+
+
+@dataclasses.dataclass
+class PromptScorer:
+    """Val prompts of one side as device batches, with their baseline logits; scores edits as means over prompts."""
+
+    model: ChatModel
+    batches: list  # (valid rows, tokens, mask, no edits, baseline logits), on the devices
+    refusal_ids: jax.Array
+
+    @classmethod
+    def build(cls, model: ChatModel, instructions: list[str], refusal_ids, batch_size: int) -> "PromptScorer":
+        batches, ids = [], jnp.asarray(refusal_ids, jnp.int32)
+        size = min(batch_size, -(-len(instructions) // 8) * 8)
+        for index, batch in length_batches(model, instructions, size):
+            tokens, mask, none = model.put(batch.tokens, batch.mask)
+            base = jnp.zeros((size, model.config.vocab_size), jnp.float32)
+            base = score_rows(model.decoder, tokens, mask, none, jax.device_put(base, tokens.sharding), ids)[2]
+            batches.append((len(index), tokens, mask, none, base))
+        return cls(model, batches, ids)
+
+    def _means(self, per_direction: list[list[jax.Array]]) -> np.ndarray:
+        """Float64 means over prompts, `[C]`, of each direction's per-batch scores; one transfer for all of them."""
+        counts = [count for count, *_ in self.batches]
+        return np.asarray([np.concatenate([np.asarray(v, np.float64)[:n] for n, v in zip(counts, values, strict=True)]).mean()
+                           for values in jax.device_get(per_direction)])
+
+    def _edits(self, edits: Edits, tokens) -> Edits:
+        cfg = self.model.config
+        return jax.device_put(edits.for_batch(len(tokens), cfg.n_layers, cfg.d_model), tokens.sharding)
+
+    def ablated(self, directions_cd) -> tuple[np.ndarray, np.ndarray]:
+        """Mean refusal scores `[C]` and mean KLs `[C]` under ablation of each direction."""
+        out = [[score_rows(self.model.decoder, tokens, mask, self._edits(Edits.ablate(direction), tokens), base,
+                           self.refusal_ids)[:2] for _, tokens, mask, _, base in self.batches]
+               for direction in directions_cd]
+        return self._means([[s for s, _ in row] for row in out]), self._means([[k for _, k in row] for row in out])
+
+    def climb(self, layers: int) -> Iterable[tuple[int, Callable[[np.ndarray], np.ndarray]]]:
+        """Yields (layer, induce) upwards; `induce(directions_cd)` gives the mean scores `[C]` when each is added there."""
+        decoder = self.model.decoder
+        residuals = [embed(decoder, tokens) for _, tokens, *_ in self.batches]
+
+        def induce(directions_cd):
+            return self._means([[
+                score_from_layer(decoder, x, mask, self._edits(Edits.add(direction, layer), tokens), layer, self.refusal_ids)
+                for x, (_, tokens, mask, *_) in zip(residuals, self.batches, strict=True)] for direction in directions_cd])
+
+        for layer in range(layers):
+            yield layer, induce
+            residuals = [advance(decoder, x, mask, none, layer)
+                         for x, (_, _, mask, none, _) in zip(residuals, self.batches, strict=True)]
+
+
+def evaluate_candidates(model: ChatModel, directions_lpd: np.ndarray, harmful: list[str], harmless: list[str],
+                        refusal_ids, rule: Rule, *, full_grid: bool, batch_size: int, known: Sequence[dict] = (),
+                        save: Callable[[list[dict]], None] = lambda rows: None) -> list[dict]:
+    """Published-format scores of the candidates; those that the rule makes unnecessary are None unless `full_grid`.
+
+    directions_lpd: `[L, P, D]`, candidate (position p - P, layer l). known: rows of an interrupted run, later ones
+    superseding earlier ones; save: called with rows as they gain scores.
+    """
+    n_layers, positions, _ = directions_lpd.shape
+    known = {(row["position"], row["layer"]): row for row in known}
+    rows = [known.get((p - positions, layer)) or {"position": p - positions, "layer": layer, "refusal_score": None,
+                                                  "steering_score": None, "kl_div_score": None}
+            for layer in range(n_layers) for p in range(positions)]
+    layers = n_layers if full_grid else min(rule.layer_limit, n_layers)
+    harmless_val = PromptScorer.build(model, harmless, refusal_ids, batch_size)
+    harmful_val = PromptScorer.build(model, harmful, refusal_ids, batch_size)
+
+    def fill(key, rows, score):
+        """Scores those rows that are still wanted and lack `key`."""
+        rows = [row for row in rows if row[key] is None and (full_grid or not rule.verdict(row))]
+        if rows:
+            values = score(np.stack([directions_lpd[row["layer"], row["position"]] for row in rows]))
+            for row, value in zip(rows, values, strict=True):
+                row[key] = float(value)
+            save(rows)
+
+    with tqdm(total=2 * layers, desc="selection", unit="layer", leave=False) as bar:
+        for layer, induce in harmless_val.climb(layers):
+            fill("steering_score", rows[layer * positions : (layer + 1) * positions], induce)
+            bar.update()
+        for layer in range(layers):
+            here = rows[layer * positions : (layer + 1) * positions]
+            fill("kl_div_score", here, lambda directions: harmless_val.ablated(directions)[1])
+            fill("refusal_score", here, lambda directions: harmful_val.ablated(directions)[0])
+            bar.update()
+    return sorted(rows, key=lambda row: (row["position"], row["layer"]))
