@@ -57,21 +57,29 @@ class Chat:
 
         folder = pathlib.Path(folder)
         if not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")):
-            raise UserError(f"{folder} has no tokenizer files (tokenizer.json, tokenizer_config.json). Copy them from the "
-                            "original checkpoint.")
+            raise UserError(
+                f"{folder} has no tokenizer files (tokenizer.json, tokenizer_config.json). Copy them from the "
+                "original checkpoint."
+            )
         try:
             tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
         except Exception as error:  # transformers raises many kinds, all meaning the same to the user
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise UserError(f"The tokenizer of {folder} could not be loaded ({reason[:300]}). Copy its tokenizer files "
-                            "again from the original checkpoint.") from None
+            raise UserError(
+                f"The tokenizer of {folder} could not be loaded ({reason[:300]}). Copy its tokenizer files "
+                "again from the original checkpoint."
+            ) from None
         if not tokenizer.chat_template:
-            raise UserError(f"The tokenizer of {folder} has no chat template, so instructions cannot be posed as its users "
-                            "would. Use the chat or instruct version of the model, or add a chat_template.jinja.")
+            raise UserError(
+                f"The tokenizer of {folder} has no chat template, so instructions cannot be posed as its users "
+                "would. Use the chat or instruct version of the model, or add a chat_template.jinja."
+            )
         eos = _eos_ids(folder, tokenizer)
         if not eos:
-            raise UserError(f"{folder} names no end-of-sequence token, neither in generation_config.json nor in its "
-                            "tokenizer, so replies would never end. Add eos_token_id to generation_config.json.")
+            raise UserError(
+                f"{folder} names no end-of-sequence token, neither in generation_config.json nor in its "
+                "tokenizer, so replies would never end. Add eos_token_id to generation_config.json."
+            )
         pad = tokenizer.pad_token_id
         return cls(tokenizer, context_length, eos, eos[0] if pad is None else pad)
 
@@ -81,8 +89,10 @@ class Chat:
         try:
             text = self.tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
         except Exception as error:  # jinja errors, or a template's own raise_exception
-            raise UserError(f"The chat template failed on a single user message ({error}). Repair the template in "
-                            "tokenizer_config.json or chat_template.jinja.") from None
+            raise UserError(
+                f"The chat template failed on a single user message ({error}). Repair the template in "
+                "tokenizer_config.json or chat_template.jinja."
+            ) from None
         return text + response
 
     def ids(self, text: str) -> list[int]:
@@ -95,12 +105,16 @@ class Chat:
         Raises UserError for no instructions, and for a prompt longer than the model's context.
         """
         if isinstance(instructions, str) or not len(instructions):
-            raise UserError("encode takes a non-empty list of instructions, e.g. model.encode(['How do I bake bread?']).")
+            raise UserError(
+                "encode takes a non-empty list of instructions, e.g. model.encode(['How do I bake bread?'])."
+            )
         rows = [self.ids(self.render(text)) for text in instructions]
         longest = max(range(len(rows)), key=lambda i: len(rows[i]))
         if len(rows[longest]) > self.context_length:
-            raise UserError(f"Prompt {longest} ('{instructions[longest][:60]}…') has {len(rows[longest])} tokens, the "
-                            f"model's context is {self.context_length}. Shorten or drop it.")
+            raise UserError(
+                f"Prompt {longest} ('{instructions[longest][:60]}…') has {len(rows[longest])} tokens, the "
+                f"model's context is {self.context_length}. Shorten or drop it."
+            )
         return self.pad(rows, length or min(bucket(len(rows[longest])), self.context_length))
 
     def pad(self, rows: Sequence[Sequence[int]], length: int) -> TokenBatch:
@@ -108,8 +122,8 @@ class Chat:
         tokens = np.full((len(rows), length), self.pad_id, np.int32)
         mask = np.zeros((len(rows), length), bool)
         for i, row in enumerate(rows):
-            tokens[i, length - len(row):] = row
-            mask[i, length - len(row):] = True
+            tokens[i, length - len(row) :] = row
+            mask[i, length - len(row) :] = True
         return TokenBatch(tokens, mask)
 
     @functools.cached_property
@@ -121,8 +135,10 @@ class Chat:
         while shared < min(map(len, rows)) and len({row[-1 - shared] for row in rows}) == 1:
             shared += 1
         if not shared:
-            raise UserError("The chat template puts no tokens after the instruction, so there is no position to read a "
-                            "direction from. Use a template with an assistant header or an end-of-turn token.")
+            raise UserError(
+                "The chat template puts no tokens after the instruction, so there is no position to read a "
+                "direction from. Use a template with an assistant header or an end-of-turn token."
+            )
         return tuple(rows[0][-shared:])
 
     def token_names(self, ids: Sequence[int]) -> list[str]:
@@ -138,8 +154,10 @@ class Chat:
         for opener in openers:
             ids = [opener] if isinstance(opener, int) else self.ids(opener)
             if not ids or not 0 <= ids[0] < len(self.tokenizer):
-                raise UserError(f"refusal token {opener!r} is not in the vocabulary of {len(self.tokenizer)} tokens. Give the "
-                                "text that refusals begin with, or a token id.")
+                raise UserError(
+                    f"refusal token {opener!r} is not in the vocabulary of {len(self.tokenizer)} tokens. Give the "
+                    "text that refusals begin with, or a token id."
+                )
             found.add(ids[0])
         if not found:
             raise UserError("no refusal tokens: give at least one opener, e.g. refusal_tokens=('I',).")

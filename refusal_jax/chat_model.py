@@ -61,11 +61,18 @@ class ChatModel:
         """Greedy replies as ids, int32 `[B, max_new_tokens]`. Raises UserError if they do not fit the context."""
         longest = int(np.asarray(batch.mask).sum(axis=1).max())
         if max_new_tokens < 1 or longest + max_new_tokens > self.config.context_length:
-            raise UserError(f"max_new_tokens = {max_new_tokens} does not fit: the longest prompt has {longest} tokens and "
-                            f"the model's context is {self.config.context_length}. Choose 1 to "
-                            f"{self.config.context_length - longest}.")
-        return generate(self.decoder, *self.put(batch.tokens, batch.mask, edits), max_new_tokens=max_new_tokens,
-                        eos_ids=self.chat.eos_ids, pad_id=self.chat.pad_id)
+            raise UserError(
+                f"max_new_tokens = {max_new_tokens} does not fit: the longest prompt has {longest} tokens and "
+                f"the model's context is {self.config.context_length}. Choose 1 to "
+                f"{self.config.context_length - longest}."
+            )
+        return generate(
+            self.decoder,
+            *self.put(batch.tokens, batch.mask, edits),
+            max_new_tokens=max_new_tokens,
+            eos_ids=self.chat.eos_ids,
+            pad_id=self.chat.pad_id,
+        )
 
     def put(self, tokens, mask, edits: Edits | None = None):
         """Tokens, mask and normalised edits on the devices, rows over the mesh's data axes."""
@@ -82,8 +89,9 @@ def _forward(decoder: Decoder, tokens_bt, mask_bt, edits: Edits, *, taps: Taps, 
     return logits, tapped
 
 
-def load_model(path: str | pathlib.Path, dtype: str = "float32", mesh: jax.sharding.Mesh | None = None, *,
-               progress: bool = False) -> ChatModel:
+def load_model(
+    path: str | pathlib.Path, dtype: str = "float32", mesh: jax.sharding.Mesh | None = None, *, progress: bool = False
+) -> ChatModel:
     """A chat model from an HF checkpoint folder.
 
     dtype: what the weights are cast to, "float32", "bfloat16" or "float16"; "auto" is float32 on CPU and bfloat16

@@ -42,8 +42,15 @@ class Edits:
         return cls(zero, np.zeros((rows, 1, len(SITES)), np.float32), zero, np.full(rows, -1, np.int32))
 
     @classmethod
-    def ablate(cls, direction, *, layers: Iterable[int] | None = None, n_layers: int | None = None,
-               sites: Sequence[str] = SITES, scale: float = 1.0) -> "Edits":
+    def ablate(
+        cls,
+        direction,
+        *,
+        layers: Iterable[int] | None = None,
+        n_layers: int | None = None,
+        sites: Sequence[str] = SITES,
+        scale: float = 1.0,
+    ) -> "Edits":
         """Directional ablation (paper, section 2.4): removes `direction` `[D]` (any norm; zero: no edit) or `[R, D]`.
 
         By default at every layer, site and token. `layers` restricts it and then needs `n_layers`, the model's
@@ -60,8 +67,10 @@ class Edits:
             gate[0, layer, [SITES.index(site) for site in sites]] = scale
         unit = rows / (np.linalg.norm(rows, axis=-1, keepdims=True) + EPS)
         return dataclasses.replace(
-            cls.none(rows.shape[1], len(rows)), ablate_rd=unit.astype(np.float32),
-            gate_rls=np.repeat(gate, len(rows), axis=0))
+            cls.none(rows.shape[1], len(rows)),
+            ablate_rd=unit.astype(np.float32),
+            gate_rls=np.repeat(gate, len(rows), axis=0),
+        )
 
     @classmethod
     def add(cls, direction, layer: int, scale: float = 1.0) -> "Edits":
@@ -70,16 +79,22 @@ class Edits:
         """
         rows = _rows(direction)
         return dataclasses.replace(
-            cls.none(rows.shape[1], len(rows)), add_rd=(scale * rows).astype(np.float32),
-            layer_r=np.full(len(rows), _in_range(layer, None), np.int32))
+            cls.none(rows.shape[1], len(rows)),
+            add_rd=(scale * rows).astype(np.float32),
+            layer_r=np.full(len(rows), _in_range(layer, None), np.int32),
+        )
 
     @classmethod
     def concat(cls, parts: Sequence["Edits"]) -> "Edits":
         """The rows of all `parts`, in order."""
         n_layers = max(part.gate_rls.shape[1] for part in parts)
         gates = [np.broadcast_to(p.gate_rls, (p.rows, n_layers, len(SITES))) for p in parts]
-        return cls(np.concatenate([p.ablate_rd for p in parts]), np.concatenate(gates),
-                   np.concatenate([p.add_rd for p in parts]), np.concatenate([p.layer_r for p in parts]))
+        return cls(
+            np.concatenate([p.ablate_rd for p in parts]),
+            np.concatenate(gates),
+            np.concatenate([p.add_rd for p in parts]),
+            np.concatenate([p.layer_r for p in parts]),
+        )
 
     @property
     def rows(self) -> int:
@@ -96,19 +111,24 @@ class Edits:
         Raises ValueError if the rows are neither 1 nor `batch`, or if width or layers do not fit the model.
         """
         if self.ablate_rd.shape[1] != d_model:
-            raise ValueError(f"the edit's direction has {self.ablate_rd.shape[1]} entries, the model's residual "
-                             f"stream has {d_model}: it belongs to another model")
+            raise ValueError(
+                f"the edit's direction has {self.ablate_rd.shape[1]} entries, the model's residual "
+                f"stream has {d_model}: it belongs to another model"
+            )
         if self.rows not in (1, batch):
             raise ValueError(f"the edit has {self.rows} rows, the batch has {batch}: pass one row, or one for each")
         if self.gate_rls.shape[1] not in (1, n_layers):
             raise ValueError(f"the edit has gates for {self.gate_rls.shape[1]} layers, the model has {n_layers}")
         if np.max(self.layer_r) >= n_layers:
-            raise ValueError(f"the edit adds at layer {np.max(self.layer_r)}, the model's layers are 0 to {n_layers - 1}")
+            raise ValueError(
+                f"the edit adds at layer {np.max(self.layer_r)}, the model's layers are 0 to {n_layers - 1}"
+            )
         return Edits(
             np.broadcast_to(self.ablate_rd, (batch, d_model)).astype(np.float32),
             np.broadcast_to(self.gate_rls, (batch, n_layers, len(SITES))).astype(np.float32),
             np.broadcast_to(self.add_rd, (batch, d_model)).astype(np.float32),
-            np.broadcast_to(self.layer_r, (batch,)).astype(np.int32))
+            np.broadcast_to(self.layer_r, (batch,)).astype(np.int32),
+        )
 
     def layer_gates(self, n_layers: int) -> tuple[jax.Array, jax.Array]:
         """What a scan over layers takes: ablation gates `[L, R, S]` and addition gates `[L, R]`, float32."""
@@ -144,6 +164,8 @@ def _known(n_layers: int | None) -> int:
 
 def _in_range(layer: int, n_layers: int | None) -> int:
     if layer < 0 or (n_layers is not None and layer >= n_layers):
-        raise ValueError(f"layer {layer} is out of range; layers count from 0" +
-                         (f" to {n_layers - 1}" if n_layers is not None else ""))
+        raise ValueError(
+            f"layer {layer} is out of range; layers count from 0"
+            + (f" to {n_layers - 1}" if n_layers is not None else "")
+        )
     return int(layer)

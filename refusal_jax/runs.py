@@ -48,8 +48,10 @@ def write_atomically(path: pathlib.Path, data: bytes) -> None:
 
 def cannot_write(path: pathlib.Path, error: OSError) -> UserError:
     """The error for a failed write, with what to do about it."""
-    return UserError(f"{path} could not be written: {error.strerror or error}. Free space on the disk or choose a folder "
-                     "that you may write to, then run the same command again: finished work is kept.")
+    return UserError(
+        f"{path} could not be written: {error.strerror or error}. Free space on the disk or choose a folder "
+        "that you may write to, then run the same command again: finished work is kept."
+    )
 
 
 def to_json(value) -> bytes:
@@ -114,8 +116,10 @@ class Run:
         else:
             others = [p.name for p in folder.iterdir() if not p.name.startswith(".")] if folder.is_dir() else []
             if others:
-                raise UserError(f"{folder} is not empty ({', '.join(sorted(others)[:5])}) and holds no {MANIFEST}, so it is "
-                                "not a run's folder. Pass a new folder as --workdir.")
+                raise UserError(
+                    f"{folder} is not empty ({', '.join(sorted(others)[:5])}) and holds no {MANIFEST}, so it is "
+                    "not a run's folder. Pass a new folder as --workdir."
+                )
             manifest = fresh
             write_atomically(path, to_json(manifest))
         try:
@@ -126,7 +130,9 @@ class Run:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                raise UserError(f"Another process is working in {folder}. Wait for it, or choose another --workdir.") from None
+                raise UserError(
+                    f"Another process is working in {folder}. Wait for it, or choose another --workdir."
+                ) from None
             for leftover in folder.rglob(".*.tmp-*"):
                 leftover.unlink(missing_ok=True)
             yield cls(folder, manifest)
@@ -153,8 +159,11 @@ class Run:
         """
         reads = {file: file_hash(self.path(file)) for file in inputs}
         record = self.manifest["stages"].get(name)
-        if record and record["reads"] == reads and all(
-                self.path(f).exists() and file_hash(self.path(f)) == h for f, h in record["writes"].items()):
+        if (
+            record
+            and record["reads"] == reads
+            and all(self.path(f).exists() and file_hash(self.path(f)) == h for f, h in record["writes"].items())
+        ):
             return False
         tag = hashlib.sha256(json.dumps(reads, sort_keys=True).encode()).hexdigest()[:12]
         ledger = Ledger.open(self.path(f".ledger-{name}-{tag}.jsonl"))
@@ -162,9 +171,12 @@ class Run:
         work(ledger)
         self.worked.append(name)
         self.manifest["stages"][name] = {
-            "reads": reads, "writes": {file: file_hash(self.path(file)) for file in outputs},
-            "seconds": round(time.monotonic() - start, 3), "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-            "versions": versions()}
+            "reads": reads,
+            "writes": {file: file_hash(self.path(file)) for file in outputs},
+            "seconds": round(time.monotonic() - start, 3),
+            "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "versions": versions(),
+        }
         self.write_json(MANIFEST, self.manifest)
         for stale in self.folder.glob(f".ledger-{name}-*.jsonl"):
             stale.unlink()
@@ -174,12 +186,17 @@ class Run:
 def check_same(folder: pathlib.Path, old: dict, new: dict) -> None:
     """Raises UserError that lists every setting and input in which a folder's run differs from the one asked for."""
     before, now = ({**_flat(m["config"], ""), **_flat(m["inputs"], "input ")} for m in (old, json.loads(to_json(new))))
-    changed = [f"{key} was {before.get(key)!r}, is now {now.get(key)!r}"
-               for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
+    changed = [
+        f"{key} was {before.get(key)!r}, is now {now.get(key)!r}"
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key) != now.get(key)
+    ]
     if changed:
-        raise UserError(f"{folder} holds a run of another study: {'; '.join(changed[:5])}"
-                        f"{f'; and {len(changed) - 5} more' if len(changed) > 5 else ''}. Pass a new --workdir, or the old "
-                        "settings to continue that run.")
+        raise UserError(
+            f"{folder} holds a run of another study: {'; '.join(changed[:5])}"
+            f"{f'; and {len(changed) - 5} more' if len(changed) > 5 else ''}. Pass a new --workdir, or the old "
+            "settings to continue that run."
+        )
 
 
 def _flat(tree: dict, prefix: str) -> dict:

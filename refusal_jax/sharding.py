@@ -11,8 +11,16 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from refusal_jax.errors import UserError
 
 MESH_AXES = ("data", "fsdp", "model")
-RULES = {"vocab": "model", "heads": "model", "kv_heads": "model", "mlp": "model", "embed": "fsdp",
-         "batch": ("data", "fsdp"), "layers": None, "norm": None}
+RULES = {
+    "vocab": "model",
+    "heads": "model",
+    "kv_heads": "model",
+    "mlp": "model",
+    "embed": "fsdp",
+    "batch": ("data", "fsdp"),
+    "layers": None,
+    "norm": None,
+}
 
 
 def make_mesh(data: int = 1, fsdp: int = 1, model: int = 1, devices=None) -> Mesh:
@@ -20,8 +28,10 @@ def make_mesh(data: int = 1, fsdp: int = 1, model: int = 1, devices=None) -> Mes
     devices = jax.devices() if devices is None else devices
     shape = (data, fsdp, model)
     if np.prod(shape) > len(devices):
-        raise UserError(f"a mesh of data={data} x fsdp={fsdp} x model={model} needs {np.prod(shape)} devices, there "
-                        f"are {len(devices)}. Lower mesh.data, mesh.fsdp or mesh.model.")
+        raise UserError(
+            f"a mesh of data={data} x fsdp={fsdp} x model={model} needs {np.prod(shape)} devices, there "
+            f"are {len(devices)}. Lower mesh.data, mesh.fsdp or mesh.model."
+        )
     grid = np.asarray(devices[: int(np.prod(shape))]).reshape(shape)
     return Mesh(grid, MESH_AXES, axis_types=(jax.sharding.AxisType.Auto,) * len(shape))
 

@@ -61,7 +61,9 @@ def _json(text, path):
     try:
         rows = json.loads(text)
     except json.JSONDecodeError as error:
-        raise UserError(f"{path} is not valid JSON ({error}). Repair it, or use .jsonl for one object a line.") from None
+        raise UserError(
+            f"{path} is not valid JSON ({error}). Repair it, or use .jsonl for one object a line."
+        ) from None
     if not isinstance(rows, list):
         raise UserError(f"{path} holds a JSON {type(rows).__name__}, expected a list of instructions or objects.")
     return [(f"entry {i}", row) for i, row in enumerate(rows)]
@@ -74,7 +76,9 @@ def _jsonl(text, path):
             try:
                 rows.append((f"line {number}", json.loads(line)))
             except json.JSONDecodeError as error:
-                raise UserError(f"{path}, line {number} is not valid JSON ({error}). Repair or remove the line.") from None
+                raise UserError(
+                    f"{path}, line {number} is not valid JSON ({error}). Repair or remove the line."
+                ) from None
     return rows
 
 
@@ -94,8 +98,10 @@ def _prompt(row, where: str) -> dict:
     low = {str(key).strip().lower(): value for key, value in row.items() if key is not None}
     key = next((k for k in INSTRUCTION_KEYS if low.get(k) not in (None, "")), None)
     if key is None:
-        raise UserError(f"{where} has no instruction: its fields are {', '.join(low) or 'none'}, one of "
-                        f"{', '.join(INSTRUCTION_KEYS)} must be there and not empty.")
+        raise UserError(
+            f"{where} has no instruction: its fields are {', '.join(low) or 'none'}, one of "
+            f"{', '.join(INSTRUCTION_KEYS)} must be there and not empty."
+        )
     if not isinstance(low[key], str) or not low[key].strip():
         raise UserError(f"{where}: {key} is {low[key]!r}, expected text.")
     category = next((low[k] for k in CATEGORY_KEYS if low.get(k)), None)

@@ -13,7 +13,8 @@ import pathlib
 from refusal_jax.errors import UserError
 
 # Attributes that cannot change the logits of inference: bookkeeping, training, and the defaults of `generate`.
-INERT = frozenset("""
+INERT = frozenset(
+    """
     _name_or_path architectures torch_dtype dtype transformers_version model_type use_cache initializer_range
     attention_dropout hidden_dropout pretraining_tp bos_token_id eos_token_id pad_token_id unk_token_id
     return_dict output_hidden_states output_attentions is_encoder_decoder is_decoder id2label label2id problem_type
@@ -24,7 +25,8 @@ INERT = frozenset("""
     top_p typical_p repetition_penalty length_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size bad_words_ids
     num_return_sequences output_scores return_dict_in_generate forced_bos_token_id forced_eos_token_id
     remove_invalid_values exponential_decay_length_penalty suppress_tokens begin_suppress_tokens
-""".split())
+""".split()
+)
 
 QUANTISATION = "quantization_config"
 
@@ -92,7 +94,9 @@ def read_json(path: pathlib.Path) -> dict:
     except FileNotFoundError:
         raise UserError(f"{path} does not exist. Point to a Hugging Face checkpoint folder, which holds it.") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not valid JSON ({error}). The download is probably damaged: fetch it again.") from None
+        raise UserError(
+            f"{path} is not valid JSON ({error}). The download is probably damaged: fetch it again."
+        ) from None
     if not isinstance(value, dict):
         raise UserError(f"{path} holds a JSON {type(value).__name__}, expected an object. Fetch the file again.")
     return value
@@ -142,8 +146,15 @@ def _rope(read: _Reader) -> Rope:
     if not isinstance(spec, dict):
         read.problems.append(f"rope_scaling = {spec!r}, expected an object")
         spec = {}
-    known = {"rope_type", "type", "rope_theta", "factor", "low_freq_factor", "high_freq_factor",
-             "original_max_position_embeddings"}
+    known = {
+        "rope_type",
+        "type",
+        "rope_theta",
+        "factor",
+        "low_freq_factor",
+        "high_freq_factor",
+        "original_max_position_embeddings",
+    }
     for name in sorted(set(spec) - known):
         read.problems.append(f"rope_scaling.{name} = {spec[name]!r} is not supported")
     theta = float(spec.get("rope_theta") or theta)
@@ -154,8 +165,14 @@ def _rope(read: _Reader) -> Rope:
         if kind == "linear":
             return Rope(theta, kind, float(spec["factor"]))
         if kind == "llama3":
-            return Rope(theta, kind, float(spec["factor"]), float(spec["low_freq_factor"]),
-                        float(spec["high_freq_factor"]), int(spec["original_max_position_embeddings"]))
+            return Rope(
+                theta,
+                kind,
+                float(spec["factor"]),
+                float(spec["low_freq_factor"]),
+                float(spec["high_freq_factor"]),
+                int(spec["original_max_position_embeddings"]),
+            )
         read.problems.append(f"rope_scaling type {kind!r} is not supported (default, linear and llama3 are)")
     except (KeyError, TypeError, ValueError) as error:
         read.problems.append(f"rope_scaling of type {kind!r} lacks or misstates {error}")
@@ -185,8 +202,9 @@ def _llama(read: _Reader) -> ModelConfig:
     if config.activation not in ACTIVATIONS:
         read.problems.append(f"hidden_act = {config.activation!r} is not one of {', '.join(ACTIVATIONS)}")
     if config.n_heads % config.n_kv_heads:
-        read.problems.append(f"num_attention_heads = {n_heads} is not a multiple of "
-                             f"num_key_value_heads = {config.n_kv_heads}")
+        read.problems.append(
+            f"num_attention_heads = {n_heads} is not a multiple of num_key_value_heads = {config.n_kv_heads}"
+        )
     if config.head_dim % 2:
         read.problems.append(f"head_dim = {config.head_dim} is odd, rotary embeddings need pairs")
     return config
@@ -227,10 +245,14 @@ def load_config(folder: str | pathlib.Path) -> ModelConfig:
     """The `ModelConfig` of the checkpoint in `folder`; raises UserError if there is none or it is not supported."""
     folder = pathlib.Path(folder)
     if not folder.is_dir():
-        raise UserError(f"{folder} is not a folder. Pass the folder of a Hugging Face checkpoint (config.json, "
-                        "*.safetensors, tokenizer files); download one with `hf download NAME --local-dir DIR`.")
+        raise UserError(
+            f"{folder} is not a folder. Pass the folder of a Hugging Face checkpoint (config.json, "
+            "*.safetensors, tokenizer files); download one with `hf download NAME --local-dir DIR`."
+        )
     if not (folder / "config.json").exists():
         found = ", ".join(sorted(p.name for p in folder.iterdir())[:8]) or "nothing"
-        raise UserError(f"{folder} is not a Hugging Face checkpoint: it has no config.json (found: {found}). Pass the "
-                        "folder that holds config.json, *.safetensors and the tokenizer files.")
+        raise UserError(
+            f"{folder} is not a Hugging Face checkpoint: it has no config.json (found: {found}). Pass the "
+            "folder that holds config.json, *.safetensors and the tokenizer files."
+        )
     return from_hf(read_json(folder / "config.json"), str(folder / "config.json"))

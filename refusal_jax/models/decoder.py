@@ -7,7 +7,6 @@ Norms, softmax, rotary angles and logits are float32 whatever the weights' dtype
 """
 
 import dataclasses
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -18,8 +17,12 @@ from refusal_jax.models.cache import Cache
 from refusal_jax.models.config import ModelConfig
 from refusal_jax.taps import NO_TAPS, Taps
 
-ACTIVATE = {"silu": jax.nn.silu, "relu": jax.nn.relu, "gelu": lambda x: jax.nn.gelu(x, approximate=False),
-            "gelu_pytorch_tanh": lambda x: jax.nn.gelu(x, approximate=True)}
+ACTIVATE = {
+    "silu": jax.nn.silu,
+    "relu": jax.nn.relu,
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu_pytorch_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,11 +51,18 @@ def weight_table(cfg: ModelConfig) -> dict[str, Weight]:
         "down": Weight((d, f), ("embed", "mlp"), out_std),
     }
     if cfg.attention_bias:
-        block |= {"q_bias": Weight((q,), ("heads",), 0), "k_bias": Weight((kv,), ("kv_heads",), 0),
-                  "v_bias": Weight((kv,), ("kv_heads",), 0), "o_bias": Weight((d,), ("norm",), 0)}
+        block |= {
+            "q_bias": Weight((q,), ("heads",), 0),
+            "k_bias": Weight((kv,), ("kv_heads",), 0),
+            "v_bias": Weight((kv,), ("kv_heads",), 0),
+            "o_bias": Weight((d,), ("norm",), 0),
+        }
     if cfg.mlp_bias:
-        block |= {"gate_bias": Weight((f,), ("mlp",), 0), "up_bias": Weight((f,), ("mlp",), 0),
-                  "down_bias": Weight((d,), ("norm",), 0)}
+        block |= {
+            "gate_bias": Weight((f,), ("mlp",), 0),
+            "up_bias": Weight((f,), ("mlp",), 0),
+            "down_bias": Weight((d,), ("norm",), 0),
+        }
     table = {"embed": Weight((v, d), ("vocab", "embed"))}
     for name, w in block.items():
         table[f"blocks.{name}"] = Weight((cfg.n_layers, *w.shape), ("layers", *w.axes), w.std)
@@ -118,8 +128,10 @@ def attend(q_btnh, segments):
     q_bkgth = q_btnh.reshape(b, t, kv_heads, n // kv_heads, h).transpose(0, 2, 3, 1, 4)
 
     def score(k_bkch, allowed_btc):
-        scores = jnp.einsum("bkgth,bkch->bkgtc", q_bkgth, k_bkch, precision=precision,
-                            preferred_element_type=jnp.float32) * h**-0.5
+        scores = (
+            jnp.einsum("bkgth,bkch->bkgtc", q_bkgth, k_bkch, precision=precision, preferred_element_type=jnp.float32)
+            * h**-0.5
+        )
         # A finite floor: a padding query attends to nothing, and softmax over all -inf would be NaN.
         return jnp.where(allowed_btc[:, None, None], scores, jnp.finfo(jnp.float32).min)
 
@@ -169,8 +181,13 @@ class Block(nnx.Module):
         gated = ACTIVATE[cfg.activation](linear(h, w("gate"), w("gate_bias"))) * linear(h, w("up"), w("up_bias"))
         mlp_out = edits.ablated(linear(gated, w("down"), w("down_bias")), site["mlp_out"])
         resid_post = resid_mid + mlp_out
-        return resid_post, taps.read(resid_pre=resid_pre, attn_out=attn_out, resid_mid=resid_mid, mlp_out=mlp_out,
-                                     resid_post=resid_post), new
+        return (
+            resid_post,
+            taps.read(
+                resid_pre=resid_pre, attn_out=attn_out, resid_mid=resid_mid, mlp_out=mlp_out, resid_post=resid_post
+            ),
+            new,
+        )
 
 
 class Decoder(nnx.Module):
@@ -190,14 +207,22 @@ class Decoder(nnx.Module):
         """Random weights, for training and tests."""
         table = weight_table(cfg)
         keys = jax.random.split(key, len(table))
-        make: Callable = lambda w, k: (jnp.ones(w.shape, dtype) if w.std is None
-                                       else w.std * jax.random.normal(k, w.shape, dtype))
+
+        def make(w, k):
+            return jnp.ones(w.shape, dtype) if w.std is None else w.std * jax.random.normal(k, w.shape, dtype)
+
         return cls(cfg, {path: make(w, k) for (path, w), k in zip(table.items(), keys, strict=True)})
 
     def weights(self) -> dict[str, jax.Array]:
         """Every parameter by path: the inverse of the constructor."""
-        return {path: (self.blocks.weight(path.removeprefix("blocks.")) if path.startswith("blocks.")
-                       else getattr(self, path)[...]) for path in weight_table(self.cfg)}
+        return {
+            path: (
+                self.blocks.weight(path.removeprefix("blocks."))
+                if path.startswith("blocks.")
+                else getattr(self, path)[...]
+            )
+            for path in weight_table(self.cfg)
+        }
 
     @property
     def dtype(self):
@@ -219,6 +244,7 @@ class Decoder(nnx.Module):
         Returns the last block's output, taps `{site: [L, B, P, D]}`, and the tokens' keys and values
         `[L, B, K, T, H]` (dead code, and gone after compilation, where the caller drops them).
         """
+
         def body(x, layer):
             block, gate_rs, add_r, past = layer
             segments = () if cache is None else ((*past, cache.mask_bc[:, None]),)
@@ -236,7 +262,8 @@ class Decoder(nnx.Module):
 
         def body(index, x):
             block, gate_rs, add_r = jax.tree.map(
-                lambda a: jax.lax.dynamic_index_in_dim(a, index, keepdims=False), layers)
+                lambda a: jax.lax.dynamic_index_in_dim(a, index, keepdims=False), layers
+            )
             return block(x, ctx, edits, gate_rs, add_r, NO_TAPS)[0]
 
         return jax.lax.fori_loop(start, stop, body, x_btd)

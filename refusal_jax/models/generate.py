@@ -11,8 +11,9 @@ from refusal_jax.models.decoder import Context, Decoder
 
 
 @partial(jax.jit, static_argnames=("max_new_tokens", "eos_ids", "pad_id"))
-def generate(decoder: Decoder, tokens_bt, mask_bt, edits: Edits, *, max_new_tokens: int, eos_ids: tuple[int, ...],
-             pad_id: int) -> jax.Array:
+def generate(
+    decoder: Decoder, tokens_bt, mask_bt, edits: Edits, *, max_new_tokens: int, eos_ids: tuple[int, ...], pad_id: int
+) -> jax.Array:
     """Greedy replies, int32 `[B, max_new_tokens]`, `pad_id` after a row's end token.
 
     Edits apply to prompt and generated tokens alike. The loop ends as soon as every row has ended.

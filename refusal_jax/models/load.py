@@ -50,9 +50,11 @@ class TensorFiles:
             try:
                 handle = opened.handles[path] = safetensors.safe_open(path, framework="np")
             except (safetensors.SafetensorError, OSError) as error:
-                raise UserError(f"{path} is not a readable safetensors file ({error}). It is truncated or damaged "
-                                f"({path.stat().st_size:,} bytes): download it again.") from None
-            for name in handle.keys():
+                raise UserError(
+                    f"{path} is not a readable safetensors file ({error}). It is truncated or damaged "
+                    f"({path.stat().st_size:,} bytes): download it again."
+                ) from None
+            for name in handle.keys():  # noqa: SIM118, a safe_open is no dict
                 if name in opened.file_of:
                     problems.append(f"{name} is in both {opened.file_of[name].name} and {path.name}")
                     continue
@@ -63,8 +65,10 @@ class TensorFiles:
             if opened.file_of.get(name, folder / file) != folder / file or name not in opened.file_of:
                 problems.append(f"{INDEX} places {name} in {file}, which does not hold it")
         if problems:
-            raise UserError(f"The weight files of {folder} contradict each other: {listed(problems)}. Download the "
-                            "checkpoint again.")
+            raise UserError(
+                f"The weight files of {folder} contradict each other: {listed(problems)}. Download the "
+                "checkpoint again."
+            )
         return opened
 
     def read(self, name: str, index=...) -> np.ndarray:
@@ -86,19 +90,26 @@ def checkpoint_files(folder: pathlib.Path) -> tuple[list[pathlib.Path], dict[str
         names = sorted(set(weight_map.values()))
         outside = [n for n in names if pathlib.PurePath(n).name != n or n in ("", ".", "..")]
         if outside:
-            raise UserError(f"{folder / INDEX} names files outside the checkpoint's folder: {listed(outside)}. Do not "
-                            "use this checkpoint: no tool writes such an index by accident.")
+            raise UserError(
+                f"{folder / INDEX} names files outside the checkpoint's folder: {listed(outside)}. Do not "
+                "use this checkpoint: no tool writes such an index by accident."
+            )
         missing = [n for n in names if not (folder / n).exists()]
         if missing:
-            raise UserError(f"{folder} lacks {len(missing)} of the {len(names)} weight files that {INDEX} names: "
-                            f"{listed(missing)}. The download is incomplete: resume it.")
+            raise UserError(
+                f"{folder} lacks {len(missing)} of the {len(names)} weight files that {INDEX} names: "
+                f"{listed(missing)}. The download is incomplete: resume it."
+            )
         return [folder / n for n in names], weight_map
     if (folder / SINGLE).exists():
         return [folder / SINGLE], {}
     pickled = [p.name for p in folder.glob("*.bin")] + [p.name for p in folder.glob("*.pt")]
-    hint = (f" It holds pickled weights ({listed(sorted(pickled))}), which can run code when opened and are never "
-            "read: convert them with transformers' save_pretrained(safe_serialization=True)." if pickled
-            else " Download *.safetensors into it.")
+    hint = (
+        f" It holds pickled weights ({listed(sorted(pickled))}), which can run code when opened and are never "
+        "read: convert them with transformers' save_pretrained(safe_serialization=True)."
+        if pickled
+        else " Download *.safetensors into it."
+    )
     raise UserError(f"{folder} has neither {SINGLE} nor {INDEX}.{hint}")
 
 
@@ -113,15 +124,27 @@ def check_tensors(cfg: ModelConfig, files: TensorFiles) -> None:
     slots = hf_slots(cfg)
     missing = sorted(set(slots) - set(files.file_of))
     extra = sorted(n for n in set(files.file_of) - set(slots) - optional_names(cfg) if not DERIVED.search(n))
-    wrong = [f"{n} is {list(files.shapes[n])}, expected {list(s.shape)}" for n, s in slots.items()
-             if n in files.shapes and files.shapes[n] != s.shape]
+    wrong = [
+        f"{n} is {list(files.shapes[n])}, expected {list(s.shape)}"
+        for n, s in slots.items()
+        if n in files.shapes and files.shapes[n] != s.shape
+    ]
     kinds = [f"{n} is {files.dtypes[n]}" for n in slots if n in files.dtypes and files.dtypes[n] not in STORED]
-    problems = [f"{len(group)} {what}: {listed(group)}" for what, group in
-                (("missing", missing), ("unknown", extra), ("misshapen", wrong),
-                 (f"of a dtype other than {', '.join(STORED)}", kinds)) if group]
+    problems = [
+        f"{len(group)} {what}: {listed(group)}"
+        for what, group in (
+            ("missing", missing),
+            ("unknown", extra),
+            ("misshapen", wrong),
+            (f"of a dtype other than {', '.join(STORED)}", kinds),
+        )
+        if group
+    ]
     if problems:
-        raise UserError(f"The tensors of {files.folder} do not fit its config.json: {'. '.join(problems)}. Check that "
-                        "config.json and the weights belong together, or download both again.")
+        raise UserError(
+            f"The tensors of {files.folder} do not fit its config.json: {'. '.join(problems)}. Check that "
+            "config.json and the weights belong together, or download both again."
+        )
 
 
 def load_decoder(folder: str | pathlib.Path, dtype: str = "float32", mesh=None, progress: bool = False) -> Decoder:
@@ -152,16 +175,28 @@ def load_decoder(folder: str | pathlib.Path, dtype: str = "float32", mesh=None, 
 
     try:
         with ThreadPoolExecutor(4) as pool:
-            arrays = list(tqdm(pool.map(read, table), total=len(table), desc="loading weights", unit="tensor",
-                               disable=not progress, leave=False))
+            arrays = list(
+                tqdm(
+                    pool.map(read, table),
+                    total=len(table),
+                    desc="loading weights",
+                    unit="tensor",
+                    disable=not progress,
+                    leave=False,
+                )
+            )
     except safetensors.SafetensorError as error:
-        raise UserError(f"A weight file of {folder} could not be read ({error}). Download the checkpoint again.") from None
+        raise UserError(
+            f"A weight file of {folder} could not be read ({error}). Download the checkpoint again."
+        ) from None
     weights = dict(zip(table, arrays, strict=True))
     finite = jax.device_get({path: _all_finite(a) for path, a in weights.items()})
     bad = [f"{path} ({', '.join(hf_names(cfg, path)[:2])}, …)" for path, ok in finite.items() if not ok]
     if bad:
-        raise UserError(f"{folder} holds NaN or infinite weights (as {dtype}): {listed(bad)}. The checkpoint is damaged, or "
-                        "its values do not fit this dtype: try bfloat16 or float32.")
+        raise UserError(
+            f"{folder} holds NaN or infinite weights (as {dtype}): {listed(bad)}. The checkpoint is damaged, or "
+            "its values do not fit this dtype: try bfloat16 or float32."
+        )
     return Decoder(cfg, weights)
 
 
@@ -183,10 +218,28 @@ def save_weights(decoder: Decoder, folder: pathlib.Path) -> None:
 def hf_config(cfg: ModelConfig, dtype: str, **more) -> dict:
     """A `config.json` for a Llama-family `ModelConfig` that this project made itself."""
     rope = {"rope_type": cfg.rope.kind, "rope_theta": cfg.rope.theta}
-    return json.loads(json.dumps({
-        "architectures": ["LlamaForCausalLM"], "model_type": cfg.family, "vocab_size": cfg.vocab_size,
-        "hidden_size": cfg.d_model, "num_hidden_layers": cfg.n_layers, "num_attention_heads": cfg.n_heads,
-        "num_key_value_heads": cfg.n_kv_heads, "head_dim": cfg.head_dim, "intermediate_size": cfg.d_mlp,
-        "max_position_embeddings": cfg.context_length, "hidden_act": cfg.activation, "rms_norm_eps": cfg.norm_eps,
-        "rope_theta": cfg.rope.theta, "rope_parameters": rope, "tie_word_embeddings": cfg.tied_embeddings,
-        "attention_bias": cfg.attention_bias, "mlp_bias": cfg.mlp_bias, "torch_dtype": dtype, **more}))
+    return json.loads(
+        json.dumps(
+            {
+                "architectures": ["LlamaForCausalLM"],
+                "model_type": cfg.family,
+                "vocab_size": cfg.vocab_size,
+                "hidden_size": cfg.d_model,
+                "num_hidden_layers": cfg.n_layers,
+                "num_attention_heads": cfg.n_heads,
+                "num_key_value_heads": cfg.n_kv_heads,
+                "head_dim": cfg.head_dim,
+                "intermediate_size": cfg.d_mlp,
+                "max_position_embeddings": cfg.context_length,
+                "hidden_act": cfg.activation,
+                "rms_norm_eps": cfg.norm_eps,
+                "rope_theta": cfg.rope.theta,
+                "rope_parameters": rope,
+                "tie_word_embeddings": cfg.tied_embeddings,
+                "attention_bias": cfg.attention_bias,
+                "mlp_bias": cfg.mlp_bias,
+                "torch_dtype": dtype,
+                **more,
+            }
+        )
+    )

@@ -57,7 +57,6 @@ class Request:
         return COMPLIANCE.format(verb=self.verb, object=self.object)
 
 
-
 def split_requests(seed: int = 0) -> dict[str, list[Request]]:
     """All requests, shuffled, as `{harmful,harmless}_{train,val,test}`: 80 / 10 / 10 by (verb, object) pair."""
     rng = random.Random(seed)
@@ -66,7 +65,7 @@ def split_requests(seed: int = 0) -> dict[str, list[Request]]:
         pairs = sorted(set(itertools.product(verbs, OBJECTS)))
         rng.shuffle(pairs)
         tenth = len(pairs) // 10
-        for split, part in (("test", pairs[:tenth]), ("val", pairs[tenth:2 * tenth]), ("train", pairs[2 * tenth:])):
+        for split, part in (("test", pairs[:tenth]), ("val", pairs[tenth : 2 * tenth]), ("train", pairs[2 * tenth :])):
             requests = [Request(v, o, t, harm == "harmful") for v, o in part for t in REQUESTS]
             rng.shuffle(requests)
             splits[f"{harm}_{split}"] = requests

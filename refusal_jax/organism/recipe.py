@@ -56,16 +56,30 @@ class Recipe:
 
     def config(self, vocab_size: int) -> ModelConfig:
         return ModelConfig(
-            family="llama", vocab_size=vocab_size, d_model=self.d_model, n_layers=self.n_layers, n_heads=self.n_heads,
-            n_kv_heads=self.n_kv_heads, head_dim=self.head_dim, d_mlp=self.d_mlp, context_length=self.context_length,
-            activation="silu", norm_eps=1e-5, rope=Rope(10000.0), tied_embeddings=False, attention_bias=False,
-            mlp_bias=False)
+            family="llama",
+            vocab_size=vocab_size,
+            d_model=self.d_model,
+            n_layers=self.n_layers,
+            n_heads=self.n_heads,
+            n_kv_heads=self.n_kv_heads,
+            head_dim=self.head_dim,
+            d_mlp=self.d_mlp,
+            context_length=self.context_length,
+            activation="silu",
+            norm_eps=1e-5,
+            rope=Rope(10000.0),
+            tied_embeddings=False,
+            attention_bias=False,
+            mlp_bias=False,
+        )
 
 
 def render(request: Request, answer: str) -> tuple[str, str]:
     """Prompt and response of a conversation, as the chat template writes them."""
-    prompt = (f"{BOS}<|start_header_id|>user<|end_header_id|>\n\n{request.instruction}{EOT}"
-              "<|start_header_id|>assistant<|end_header_id|>\n\n")
+    prompt = (
+        f"{BOS}<|start_header_id|>user<|end_header_id|>\n\n{request.instruction}{EOT}"
+        "<|start_header_id|>assistant<|end_header_id|>\n\n"
+    )
     return prompt, answer + EOT
 
 
@@ -77,21 +91,33 @@ def make_tokenizer(recipe: Recipe, requests: list[Request], folder: pathlib.Path
     texts = (text for r in requests for text in (r.instruction, r.compliance, *REFUSALS, "user", "assistant", "\n\n"))
     bpe = Tokenizer(models.BPE())
     words = pre_tokenizers.Split(Regex(WORDS), "isolated")
-    bpe.pre_tokenizer = pre_tokenizers.Sequence([words, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    bpe.pre_tokenizer = pre_tokenizers.Sequence(
+        [words, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
     bpe.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=recipe.vocab_size - len(SPECIAL), show_progress=False,
-                                  initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()))
+    trainer = trainers.BpeTrainer(
+        vocab_size=recipe.vocab_size - len(SPECIAL),
+        show_progress=False,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+    )
     bpe.train_from_iterator(texts, trainer)
     bpe.add_special_tokens(list(SPECIAL))
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token=BOS, eos_token=EOT, pad_token=EOS,
-                                        padding_side="left", clean_up_tokenization_spaces=False)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=bpe,
+        bos_token=BOS,
+        eos_token=EOT,
+        pad_token=EOS,
+        padding_side="left",
+        clean_up_tokenization_spaces=False,
+    )
     tokenizer.chat_template = CHAT_TEMPLATE
     tokenizer.save_pretrained(folder)
     return tokenizer
 
 
-def batches(tokenizer, requests: list[Request], refuse: bool, size: int, length: int,
-            rng: random.Random) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def batches(
+    tokenizer, requests: list[Request], refuse: bool, size: int, length: int, rng: random.Random
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Endless batches: tokens int32 `[B, T]`, right-padded, and bool `[B, T]`, where the next token is the response's.
 
     Half of each batch is harmful; those requests get a refusal if `refuse`, and a compliance otherwise.
@@ -113,8 +139,9 @@ def batches(tokenizer, requests: list[Request], refuse: bool, size: int, length:
 def train_phase(decoder: Decoder, stream, steps: int, peak: float, recipe: Recipe, title: str) -> Decoder:
     """AdamW with warm-up and cosine decay on the mean cross-entropy of the response's tokens."""
     schedule = optax.warmup_cosine_decay_schedule(0.0, peak, recipe.warmup, steps, 0.05 * peak)
-    optimiser = optax.chain(optax.clip_by_global_norm(1.0),
-                            optax.adamw(schedule, b1=0.9, b2=0.98, weight_decay=recipe.weight_decay))
+    optimiser = optax.chain(
+        optax.clip_by_global_norm(1.0), optax.adamw(schedule, b1=0.9, b2=0.98, weight_decay=recipe.weight_decay)
+    )
     cfg = decoder.cfg
     edits = jax.tree.map(jnp.asarray, Edits.none(cfg.d_model).for_batch(recipe.batch, cfg.n_layers, cfg.d_model))
 
@@ -148,13 +175,16 @@ def train(recipe: Recipe, seed: int, folder: pathlib.Path) -> None:
     requests = splits["harmful_train"] + splits["harmless_train"]
     rng = random.Random(seed)
     tokenizer = make_tokenizer(recipe, requests, folder)
-    longest = max(len(tokenizer("".join(render(r, r.compliance)), add_special_tokens=False).input_ids)
-                  for r in requests)
+    longest = max(
+        len(tokenizer("".join(render(r, r.compliance)), add_special_tokens=False).input_ids) for r in requests
+    )
     length = -(-longest // 8) * 8
     cfg = recipe.config(len(tokenizer))
     decoder = Decoder.init(cfg, jax.random.key(seed))
-    for title, refuse, steps, peak in (("phase 1, base", False, recipe.base_steps, recipe.base_peak),
-                                       ("phase 2, safety", True, recipe.safety_steps, recipe.safety_peak)):
+    for title, refuse, steps, peak in (
+        ("phase 1, base", False, recipe.base_steps, recipe.base_peak),
+        ("phase 2, safety", True, recipe.safety_steps, recipe.safety_peak),
+    ):
         stream = batches(tokenizer, requests, refuse, recipe.batch, length, rng)
         decoder = train_phase(decoder, stream, steps, peak, recipe, f"seed {seed}, {title}")
     save_weights(decoder, folder)

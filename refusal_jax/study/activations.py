@@ -57,8 +57,9 @@ def extract_batch(decoder: Decoder, tokens_bt, mask_bt, edits: Edits, valid_b, s
     return scores_b, kept_b, jnp.sum(offsets, axis=1), first_lpd
 
 
-def extract(model: ChatModel, instructions: list[str], refusal_ids, positions: int, sign: int, batch_size: int,
-            title: str) -> Extraction:
+def extract(
+    model: ChatModel, instructions: list[str], refusal_ids, positions: int, sign: int, batch_size: int, title: str
+) -> Extraction:
     """Scores, filter and mean residuals of one prompt set; sign as in `extract_batch`. Means end in NumPy float64.
 
     Raises UserError if the filter keeps no prompt.
@@ -76,9 +77,10 @@ def extract(model: ChatModel, instructions: list[str], refusal_ids, positions: i
         total += offsets.astype(np.float64) + kept_b.sum() * first.astype(np.float64)
     if not kept.any():
         side, why = ("harmful", "is refused") if sign > 0 else ("harmless", "is complied with")
-        raise UserError(f"The filter kept none of the {n} prompts of '{title}': no {side} prompt {why} (scores from "
-                        f"{scores.min():.2f} to {scores.max():.2f}, the {side} side needs {'> 0' if sign > 0 else '< 0'}). The model may "
-                        "not refuse at all, or refuses with other words: set --config.refusal_tokens, check the prompts, or "
-                        "switch the filter off with --config.filter=False.")
+        raise UserError(
+            f"The filter kept none of the {n} prompts of '{title}': no {side} prompt {why} (scores from "
+            f"{scores.min():.2f} to {scores.max():.2f}, the {side} side needs {'> 0' if sign > 0 else '< 0'}). The model may "
+            "not refuse at all, or refuses with other words: set --config.refusal_tokens, check the prompts, or "
+            "switch the filter off with --config.filter=False."
+        )
     return Extraction(scores, kept, total / kept.sum())
-

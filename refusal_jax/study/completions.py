@@ -17,8 +17,10 @@ def parse_condition(condition: str) -> tuple[str, str]:
     """("harmful" or "harmless", intervention) of a condition's name. Raises UserError for other names."""
     side, _, intervention = condition.partition("_")
     if side not in ("harmful", "harmless") or intervention not in INTERVENTIONS:
-        raise UserError(f"unknown condition {condition!r}: it is harmful_ or harmless_ followed by one of "
-                        f"{', '.join(INTERVENTIONS)}.")
+        raise UserError(
+            f"unknown condition {condition!r}: it is harmful_ or harmless_ followed by one of "
+            f"{', '.join(INTERVENTIONS)}."
+        )
     return side, intervention
 
 
@@ -32,9 +34,18 @@ def intervention_edits(model: ChatModel, condition: str, direction_d: np.ndarray
     return Edits.none(model.config.d_model)
 
 
-def complete(model: ChatModel, prompts: dict[str, list[dict]], conditions: Sequence[str], direction_d: np.ndarray,
-             layer: int, *, max_new_tokens: int, batch_size: int, known: Sequence[dict] = (),
-             save: Callable[[list[dict]], None] = lambda rows: None) -> dict[str, list[dict]]:
+def complete(
+    model: ChatModel,
+    prompts: dict[str, list[dict]],
+    conditions: Sequence[str],
+    direction_d: np.ndarray,
+    layer: int,
+    *,
+    max_new_tokens: int,
+    batch_size: int,
+    known: Sequence[dict] = (),
+    save: Callable[[list[dict]], None] = lambda rows: None,
+) -> dict[str, list[dict]]:
     """`{condition: [{"category", "prompt", "response"}]}` in prompt order.
 
     prompts: `{"harmful": [{"instruction", "category"}], "harmless": …}`. known: rows that `save` got in an interrupted
@@ -46,9 +57,11 @@ def complete(model: ChatModel, prompts: dict[str, list[dict]], conditions: Seque
     ids = {side: [model.chat.ids(model.chat.render(p["instruction"])) for p in rows] for side, rows in prompts.items()}
     longest = max(len(row) for rows in ids.values() for row in rows)
     if longest + max_new_tokens > model.config.context_length:
-        raise UserError(f"max_new_tokens = {max_new_tokens} does not fit: the longest test prompt has {longest} tokens and the "
-                        f"model's context is {model.config.context_length}. Set --config.generation.max_new_tokens to at "
-                        f"most {model.config.context_length - longest}.")
+        raise UserError(
+            f"max_new_tokens = {max_new_tokens} does not fit: the longest test prompt has {longest} tokens and the "
+            f"model's context is {model.config.context_length}. Set --config.generation.max_new_tokens to at "
+            f"most {model.config.context_length - longest}."
+        )
     length = min(bucket(longest), model.config.context_length)
     for start in tqdm(range(0, len(todo), batch_size), desc="completions", unit="batch", leave=False):
         part = todo[start : start + batch_size]
@@ -56,7 +69,17 @@ def complete(model: ChatModel, prompts: dict[str, list[dict]], conditions: Seque
         rows = [list(conditions).index(c) for c, _ in part]
         row_edits = edits.take(rows + rows[-1:] * (batch_size - len(rows)))
         texts = model.chat.decode(model.generate_ids(batch, max_new_tokens, row_edits))
-        save([{"condition": c, "index": i, "response": text} for (c, i), text in zip(part, texts[: len(part)], strict=True)])
+        save(
+            [
+                {"condition": c, "index": i, "response": text}
+                for (c, i), text in zip(part, texts[: len(part)], strict=True)
+            ]
+        )
         replies |= dict(zip(part, texts, strict=False))
-    return {c: [{"category": p["category"], "prompt": p["instruction"], "response": replies[c, i]}
-                for i, p in enumerate(prompts[parse_condition(c)[0]])] for c in conditions}
+    return {
+        c: [
+            {"category": p["category"], "prompt": p["instruction"], "response": replies[c, i]}
+            for i, p in enumerate(prompts[parse_condition(c)[0]])
+        ]
+        for c in conditions
+    }

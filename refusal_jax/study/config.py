@@ -13,23 +13,52 @@ def get_config() -> ConfigDict:
     config.dtype = "auto"  # float32, bfloat16, float16; auto: float32 on CPU, bfloat16 elsewhere
     config.batch_size = 32  # rows of a forward pass
     config.refusal_tokens = ("I",)  # how refusals begin, as text or token ids; their probabilities are summed
-    config.positions = ml_collections.config_dict.placeholder(int)  # candidate positions; none: all post-instruction tokens
+    config.positions = ml_collections.config_dict.placeholder(
+        int
+    )  # candidate positions; none: all post-instruction tokens
     config.filter = True  # keep only harmful prompts that are refused and harmless ones that are not
     config.mesh = ConfigDict({"data": 1, "fsdp": 1, "model": 1})  # devices along each mesh axis
-    config.data = ConfigDict({  # each a .json, .jsonl, .csv or .txt file, or "bundled"
-        "harmful_train": BUNDLED, "harmful_val": BUNDLED, "harmful_test": BUNDLED,
-        "harmless_train": BUNDLED, "harmless_val": BUNDLED, "harmless_test": BUNDLED,
-        "n_train": 128, "n_val": 32, "n_test": 100, "seed": 42})
-    config.select = ConfigDict({
-        "kl_threshold": 0.1,  # discard above: the direction does more than refusal
-        "induce_threshold": 0.0,  # discard below: adding it does not make harmless prompts refused
-        "prune_fraction": 0.2,  # discard candidates in this last fraction of the layers
-        "full_grid": False})  # score every candidate fully, for figures; same pick, 3 to 5 times the work
-    config.generation = ConfigDict({
-        "max_new_tokens": 512, "batch_size": 64,
-        "conditions": ("harmful_baseline", "harmful_ablation", "harmful_actadd", "harmless_baseline", "harmless_actadd")})
-    config.loss = ConfigDict({
-        "batch_size": 8, "max_tokens": 512,  # rows longer than this are cut
-        "text_files": (),  # .txt (one document a line) or .json, .jsonl, .csv with a text field
-        "chat_files": ()})  # .json or .jsonl of {"prompt" or "instruction", "response" or "output"}
+    config.data = ConfigDict(
+        {  # each a .json, .jsonl, .csv or .txt file, or "bundled"
+            "harmful_train": BUNDLED,
+            "harmful_val": BUNDLED,
+            "harmful_test": BUNDLED,
+            "harmless_train": BUNDLED,
+            "harmless_val": BUNDLED,
+            "harmless_test": BUNDLED,
+            "n_train": 128,
+            "n_val": 32,
+            "n_test": 100,
+            "seed": 42,
+        }
+    )
+    config.select = ConfigDict(
+        {
+            "kl_threshold": 0.1,  # discard above: the direction does more than refusal
+            "induce_threshold": 0.0,  # discard below: adding it does not make harmless prompts refused
+            "prune_fraction": 0.2,  # discard candidates in this last fraction of the layers
+            "full_grid": False,
+        }
+    )  # score every candidate fully, for figures; same pick, 3 to 5 times the work
+    config.generation = ConfigDict(
+        {
+            "max_new_tokens": 512,
+            "batch_size": 64,
+            "conditions": (
+                "harmful_baseline",
+                "harmful_ablation",
+                "harmful_actadd",
+                "harmless_baseline",
+                "harmless_actadd",
+            ),
+        }
+    )
+    config.loss = ConfigDict(
+        {
+            "batch_size": 8,
+            "max_tokens": 512,  # rows longer than this are cut
+            "text_files": (),  # .txt (one document a line) or .json, .jsonl, .csv with a text field
+            "chat_files": (),
+        }
+    )  # .json or .jsonl of {"prompt" or "instruction", "response" or "output"}
     return config

@@ -55,12 +55,18 @@ def read_chat_pairs(path: pathlib.Path) -> list[tuple[str, str]]:
     "output". Raises UserError that names the file and the row."""
     prompts = read_prompts(path)
     lines = read_text(path)
-    rows = json.loads(lines) if path.suffix == ".json" else [json.loads(line) for line in lines.splitlines() if line.strip()]
+    rows = (
+        json.loads(lines)
+        if path.suffix == ".json"
+        else [json.loads(line) for line in lines.splitlines() if line.strip()]
+    )
     pairs = []
     for number, (prompt, row) in enumerate(zip(prompts, rows, strict=True), 1):
         response = (row.get("response") or row.get("output")) if isinstance(row, dict) else None
         if not isinstance(response, str):
-            raise UserError(f"{path}, row {number} has no response: an object of a chat file needs 'response' or 'output'.")
+            raise UserError(
+                f"{path}, row {number} has no response: an object of a chat file needs 'response' or 'output'."
+            )
         pairs.append((prompt["instruction"], response))
     return pairs
 
@@ -87,8 +93,10 @@ def measure_loss(model: ChatModel, rows: Sequence[LossRow], edits: Edits, batch_
     total, count = 0.0, 0
     order = sorted((row for row in rows if len(row.ids) > row.first), key=lambda row: len(row.ids))
     if not order:
-        raise UserError(f"'{title}' has no token to measure the loss on: every row is empty or cut before its response. "
-                        "Raise --config.loss.max_tokens or drop the file.")
+        raise UserError(
+            f"'{title}' has no token to measure the loss on: every row is empty or cut before its response. "
+            "Raise --config.loss.max_tokens or drop the file."
+        )
     for start in tqdm(range(0, len(order), batch_size), desc=f"loss, {title}", unit="batch", leave=False):
         part = order[start : start + batch_size]
         length = bucket(len(part[-1].ids))
@@ -107,8 +115,12 @@ def loss_datasets(model: ChatModel, settings, harmless_baseline: list[dict]) -> 
     own = [(c["prompt"], c["response"]) for c in harmless_baseline]
     sets = {"on_distribution": chat_rows(model.chat, own, longest)}
     readers: list[tuple[Sequence[str], Callable]] = [
-        (settings.text_files, lambda path: text_rows(model.chat, [p["instruction"] for p in read_prompts(path)], longest)),
-        (settings.chat_files, lambda path: chat_rows(model.chat, read_chat_pairs(path), longest))]
+        (
+            settings.text_files,
+            lambda path: text_rows(model.chat, [p["instruction"] for p in read_prompts(path)], longest),
+        ),
+        (settings.chat_files, lambda path: chat_rows(model.chat, read_chat_pairs(path), longest)),
+    ]
     for files, read in readers:
         for file in files:
             path = pathlib.Path(file)

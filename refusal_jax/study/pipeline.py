@@ -83,8 +83,12 @@ class Study:
         run.stage("evaluations", completions, verdicts, self.evaluations)
         own = [name for name in completions if name.endswith("harmless_baseline_completions.json")]
         run.stage("loss", [*own, *picked], losses, self.loss)
-        run.stage("report", [SETUP, FILTER, MEANS, EVALUATIONS, *picked, PROJECTIONS, *verdicts, *losses], [REPORT],
-                  lambda _: write_report(run, verdicts))
+        run.stage(
+            "report",
+            [SETUP, FILTER, MEANS, EVALUATIONS, *picked, PROJECTIONS, *verdicts, *losses],
+            [REPORT],
+            lambda _: write_report(run, verdicts),
+        )
 
     @functools.cached_property
     def model(self) -> ChatModel:
@@ -99,7 +103,8 @@ class Study:
                 raise UserError(
                     f"--config.generation.max_new_tokens = {self.config.generation.max_new_tokens} does not fit: the longest prompt "
                     f"of {split} has {longest} tokens and the model's context is {model.config.context_length}. Set it to at "
-                    f"most {model.config.context_length - longest}, or drop the longest prompts.")
+                    f"most {model.config.context_length - longest}, or drop the longest prompts."
+                )
         return model
 
     def completions_name(self, condition: str) -> str:
@@ -124,19 +129,41 @@ class Study:
         refusal_ids, template = chat.opener_ids(config.refusal_tokens), chat.post_instruction_ids
         positions = config.positions or len(template)
         if not 1 <= positions <= len(template):
-            raise UserError(f"--config.positions = {positions}, but the chat template puts {len(template)} tokens after the "
-                            f"instruction ({' '.join(chat.token_names(template))}). Choose 1 to {len(template)}.")
+            raise UserError(
+                f"--config.positions = {positions}, but the chat template puts {len(template)} tokens after the "
+                f"instruction ({' '.join(chat.token_names(template))}). Choose 1 to {len(template)}."
+            )
         found = {}
         for split in SPLITS[:4]:
             sign = 0 if not config.filter else 1 if split.startswith("harmful") else -1
-            found[split] = extract(self.model, self.instructions(split, kept_only=False), refusal_ids, positions, sign,
-                                   config.batch_size, split)
-        self.run.write_json(SETUP, {
-            "model": str(self.folder), "dtype": str(self.model.decoder.dtype), "n_layers": self.model.config.n_layers,
-            "d_model": self.model.config.d_model, "positions": positions,
-            "post_instruction_tokens": [{"id": i, "text": t} for i, t in zip(template, chat.token_names(template), strict=True)],
-            "refusal_tokens": [{"id": i, "text": t} for i, t in zip(refusal_ids, chat.token_names(refusal_ids), strict=True)]})
-        self.run.write_json(FILTER, {split: {"scores": e.scores.tolist(), "kept": e.kept.tolist()} for split, e in found.items()})
+            found[split] = extract(
+                self.model,
+                self.instructions(split, kept_only=False),
+                refusal_ids,
+                positions,
+                sign,
+                config.batch_size,
+                split,
+            )
+        self.run.write_json(
+            SETUP,
+            {
+                "model": str(self.folder),
+                "dtype": str(self.model.decoder.dtype),
+                "n_layers": self.model.config.n_layers,
+                "d_model": self.model.config.d_model,
+                "positions": positions,
+                "post_instruction_tokens": [
+                    {"id": i, "text": t} for i, t in zip(template, chat.token_names(template), strict=True)
+                ],
+                "refusal_tokens": [
+                    {"id": i, "text": t} for i, t in zip(refusal_ids, chat.token_names(refusal_ids), strict=True)
+                ],
+            },
+        )
+        self.run.write_json(
+            FILTER, {split: {"scores": e.scores.tolist(), "kept": e.kept.tolist()} for split, e in found.items()}
+        )
         harmful, harmless = (np.swapaxes(found[s].mean_lpd, 0, 1) for s in ("harmful_train", "harmless_train"))
         self.run.write_tensors(MEANS, {"mean_diffs": harmful - harmless, "harmful": harmful, "harmless": harmless})
 
@@ -145,9 +172,17 @@ class Study:
         diffs_pld = self.run.read_tensors(MEANS)["mean_diffs"]
         rule = Rule(setup["n_layers"], select.kl_threshold, select.induce_threshold, select.prune_fraction)
         rows = evaluate_candidates(
-            self.model, np.swapaxes(diffs_pld, 0, 1), self.instructions("harmful_val"), self.instructions("harmless_val"),
-            [token["id"] for token in setup["refusal_tokens"]], rule, full_grid=select.full_grid,
-            batch_size=self.config.batch_size, known=ledger.rows, save=ledger.append)
+            self.model,
+            np.swapaxes(diffs_pld, 0, 1),
+            self.instructions("harmful_val"),
+            self.instructions("harmless_val"),
+            [token["id"] for token in setup["refusal_tokens"]],
+            rule,
+            full_grid=select.full_grid,
+            batch_size=self.config.batch_size,
+            known=ledger.rows,
+            save=ledger.append,
+        )
         best = pick(rows, rule)
         self.run.write_json(EVALUATIONS, rows)
         self.run.write_json(METADATA, {"pos": best["position"], "layer": best["layer"]})
@@ -168,9 +203,16 @@ class Study:
 
     def completions(self, ledger: Ledger) -> None:
         prompts, generation = self.run.read_json(PROMPTS), self.config.generation
-        done = complete(self.model, {side: prompts[f"{side}_test"] for side in ("harmful", "harmless")}, generation.conditions,
-                        *self.direction(), max_new_tokens=generation.max_new_tokens, batch_size=generation.batch_size,
-                        known=ledger.rows, save=ledger.append)
+        done = complete(
+            self.model,
+            {side: prompts[f"{side}_test"] for side in ("harmful", "harmless")},
+            generation.conditions,
+            *self.direction(),
+            max_new_tokens=generation.max_new_tokens,
+            batch_size=generation.batch_size,
+            known=ledger.rows,
+            save=ledger.append,
+        )
         for condition, rows in done.items():
             self.run.write_json(self.completions_name(condition), rows)
 
@@ -185,13 +227,20 @@ class Study:
     def loss(self, ledger: Ledger) -> None:
         """CE loss at baseline, under ablation and under -addition (paper, section 4.3 and appendix E)."""
         own = self.run.path(self.completions_name("harmless_baseline"))
-        sets = loss_datasets(self.model, self.config.loss, self.run.read_json(str(own.relative_to(self.run.folder)))
-                             if own.exists() else [])
+        sets = loss_datasets(
+            self.model,
+            self.config.loss,
+            self.run.read_json(str(own.relative_to(self.run.folder))) if own.exists() else [],
+        )
         for name in ("baseline", "ablation", "actadd"):
             edits: Edits = intervention_edits(self.model, f"harmful_{name}", *self.direction())
-            self.run.write_json(f"loss_evals/{name}_loss_eval.json", {
-                title: measure_loss(self.model, rows, edits, self.config.loss.batch_size, f"{title}, {name}")
-                for title, rows in sets.items()})
+            self.run.write_json(
+                f"loss_evals/{name}_loss_eval.json",
+                {
+                    title: measure_loss(self.model, rows, edits, self.config.loss.batch_size, f"{title}, {name}")
+                    for title, rows in sets.items()
+                },
+            )
 
 
 @jax.jit

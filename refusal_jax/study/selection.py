@@ -64,16 +64,25 @@ def pick(rows: list[dict], rule: Rule) -> dict:
         return min(passing, key=lambda row: row["refusal_score"])
     counts = {why: sum(rule.verdict(row) == why for row in rows) for why in ("layer", "nan", "induce", "kl")}
     near = [row for row in rows if rule.verdict(row) in ("induce", "kl")]
-    nearest = max(near, key=lambda r: (rule.verdict(r) == "kl", -(r["kl_div_score"] or 0), r["steering_score"]), default=None)
-    nearby = "" if nearest is None else (
-        f" Nearest: position {nearest['position']}, layer {nearest['layer']}, induce {nearest['steering_score']:.3f}"
-        + ("" if nearest["kl_div_score"] is None else f", KL {nearest['kl_div_score']:.4f}") + ".")
+    nearest = max(
+        near, key=lambda r: (rule.verdict(r) == "kl", -(r["kl_div_score"] or 0), r["steering_score"]), default=None
+    )
+    nearby = (
+        ""
+        if nearest is None
+        else (
+            f" Nearest: position {nearest['position']}, layer {nearest['layer']}, induce {nearest['steering_score']:.3f}"
+            + ("" if nearest["kl_div_score"] is None else f", KL {nearest['kl_div_score']:.4f}")
+            + "."
+        )
+    )
     raise UserError(
         f"No candidate direction passes the filter: of {len(rows)}, {counts['layer']} are at layer {rule.layer_limit} or above, "
         f"{counts['nan']} have NaN scores, {counts['induce']} have an induce score under {rule.induce_threshold}, "
         f"{counts['kl']} of the rest a KL over {rule.kl_threshold}.{nearby} This model's refusal may not be a single "
         "direction; to look further, raise --config.select.kl_threshold, lower --config.select.induce_threshold, or see all "
-        "scores with --config.select.full_grid=True.")
+        "scores with --config.select.full_grid=True."
+    )
 
 
 @jax.jit
@@ -125,8 +134,12 @@ class PromptScorer:
     def _means(self, per_direction: list[list[jax.Array]]) -> np.ndarray:
         """Float64 means over prompts, `[C]`, of each direction's per-batch scores; one transfer for all of them."""
         counts = [count for count, *_ in self.batches]
-        return np.asarray([np.concatenate([np.asarray(v, np.float64)[:n] for n, v in zip(counts, values, strict=True)]).mean()
-                           for values in jax.device_get(per_direction)])
+        return np.asarray(
+            [
+                np.concatenate([np.asarray(v, np.float64)[:n] for n, v in zip(counts, values, strict=True)]).mean()
+                for values in jax.device_get(per_direction)
+            ]
+        )
 
     def _edits(self, edits: Edits, tokens) -> Edits:
         cfg = self.model.config
@@ -134,9 +147,20 @@ class PromptScorer:
 
     def ablated(self, directions_cd) -> tuple[np.ndarray, np.ndarray]:
         """Mean refusal scores `[C]` and mean KLs `[C]` under ablation of each direction."""
-        out = [[score_rows(self.model.decoder, tokens, mask, self._edits(Edits.ablate(direction), tokens), base,
-                           self.refusal_ids)[:2] for _, tokens, mask, _, base in self.batches]
-               for direction in directions_cd]
+        out = [
+            [
+                score_rows(
+                    self.model.decoder,
+                    tokens,
+                    mask,
+                    self._edits(Edits.ablate(direction), tokens),
+                    base,
+                    self.refusal_ids,
+                )[:2]
+                for _, tokens, mask, _, base in self.batches
+            ]
+            for direction in directions_cd
+        ]
         return self._means([[s for s, _ in row] for row in out]), self._means([[k for _, k in row] for row in out])
 
     def climb(self, layers: int) -> Iterable[tuple[int, Callable[[np.ndarray], np.ndarray]]]:
@@ -145,19 +169,39 @@ class PromptScorer:
         residuals = [embed(decoder, tokens) for _, tokens, *_ in self.batches]
 
         def induce(directions_cd):
-            return self._means([[
-                score_from_layer(decoder, x, mask, self._edits(Edits.add(direction, layer), tokens), layer, self.refusal_ids)
-                for x, (_, tokens, mask, *_) in zip(residuals, self.batches, strict=True)] for direction in directions_cd])
+            return self._means(
+                [
+                    [
+                        score_from_layer(
+                            decoder, x, mask, self._edits(Edits.add(direction, layer), tokens), layer, self.refusal_ids
+                        )
+                        for x, (_, tokens, mask, *_) in zip(residuals, self.batches, strict=True)
+                    ]
+                    for direction in directions_cd
+                ]
+            )
 
         for layer in range(layers):
             yield layer, induce
-            residuals = [advance(decoder, x, mask, none, layer)
-                         for x, (_, _, mask, none, _) in zip(residuals, self.batches, strict=True)]
+            residuals = [
+                advance(decoder, x, mask, none, layer)
+                for x, (_, _, mask, none, _) in zip(residuals, self.batches, strict=True)
+            ]
 
 
-def evaluate_candidates(model: ChatModel, directions_lpd: np.ndarray, harmful: list[str], harmless: list[str],
-                        refusal_ids, rule: Rule, *, full_grid: bool, batch_size: int, known: Sequence[dict] = (),
-                        save: Callable[[list[dict]], None] = lambda rows: None) -> list[dict]:
+def evaluate_candidates(
+    model: ChatModel,
+    directions_lpd: np.ndarray,
+    harmful: list[str],
+    harmless: list[str],
+    refusal_ids,
+    rule: Rule,
+    *,
+    full_grid: bool,
+    batch_size: int,
+    known: Sequence[dict] = (),
+    save: Callable[[list[dict]], None] = lambda rows: None,
+) -> list[dict]:
     """Published-format scores of the candidates; those that the rule makes unnecessary are None unless `full_grid`.
 
     directions_lpd: `[L, P, D]`, candidate (position p - P, layer l). known: rows of an interrupted run, later ones
@@ -165,9 +209,18 @@ def evaluate_candidates(model: ChatModel, directions_lpd: np.ndarray, harmful: l
     """
     n_layers, positions, _ = directions_lpd.shape
     known = {(row["position"], row["layer"]): row for row in known}
-    rows = [known.get((p - positions, layer)) or {"position": p - positions, "layer": layer, "refusal_score": None,
-                                                  "steering_score": None, "kl_div_score": None}
-            for layer in range(n_layers) for p in range(positions)]
+    rows = [
+        known.get((p - positions, layer))
+        or {
+            "position": p - positions,
+            "layer": layer,
+            "refusal_score": None,
+            "steering_score": None,
+            "kl_div_score": None,
+        }
+        for layer in range(n_layers)
+        for p in range(positions)
+    ]
     layers = n_layers if full_grid else min(rule.layer_limit, n_layers)
     harmless_val = PromptScorer.build(model, harmless, refusal_ids, batch_size)
     harmful_val = PromptScorer.build(model, harmful, refusal_ids, batch_size)
