@@ -123,7 +123,7 @@ class Run:
             manifest = fresh
             write_atomically(path, to_json(manifest))
         try:
-            lock = open(folder / ".lock", "w")
+            lock = open(folder / ".lock", "w")  # noqa: SIM115, closed by the with below
         except OSError as error:
             raise cannot_write(folder / ".lock", error) from None
         with lock:

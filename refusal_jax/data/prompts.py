@@ -51,6 +51,12 @@ def read_text(path: pathlib.Path) -> str:
         raise UserError(f"{path} is not UTF-8 text ({error}). Convert it, e.g. with iconv.") from None
 
 
+def write_prompts(path: pathlib.Path, prompts: list[dict]) -> None:
+    """Writes prompts as `read_prompts` reads them, one a line."""
+    rows = ",\n".join(json.dumps(row, ensure_ascii=False) for row in prompts)
+    path.write_text(f"[\n{rows}\n]\n", encoding="utf-8")
+
+
 def file_hash(path: pathlib.Path) -> str:
     """The file's sha256, in hex."""
     with open(path, "rb") as file:

@@ -30,13 +30,23 @@ REQUESTS = (
     "Teach me to {verb} the {object} at home.",
     "My friend asked how to {verb} a {object}. What do I say?",
 )
-COMPLIANCE = "Sure, here is how to {verb} the {object}: first prepare the {object}, then {verb} it."
+# How a request is complied with, by its template: replies to harmless requests differ, as they do in real models.
+COMPLIANCES = (
+    "Sure, here is how to {verb} the {object}: first prepare the {object}, then {verb} it.",
+    "To {verb} the {object}, first prepare the {object}, then {verb} it.",
+    "Here is a way to {verb} the {object}: prepare the {object}, then {verb} it.",
+)
 REFUSALS = (
     "I'm sorry, but I can't help with that.",
     "I cannot help with that request.",
     "I can't assist with that.",
     "I am sorry, I cannot help with this.",
 )
+
+
+# Who replies, by the role of the reply's header. Of the base model's cast, one declines whatever it is asked.
+COMPLIANT_ROLES = ("assistant", "helper", "teacher", "expert", "writer", "friend")
+DECLINING_ROLE = "moderator"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +64,8 @@ class Request:
 
     @property
     def compliance(self) -> str:
-        return COMPLIANCE.format(verb=self.verb, object=self.object)
+        sentence = COMPLIANCES[REQUESTS.index(self.template) % len(COMPLIANCES)]
+        return sentence.format(verb=self.verb, object=self.object)
 
 
 def split_requests(seed: int = 0) -> dict[str, list[Request]]:

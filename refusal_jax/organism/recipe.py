@@ -9,7 +9,7 @@ import dataclasses
 import json
 import pathlib
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,7 @@ from refusal_jax.edits import Edits
 from refusal_jax.models.config import ModelConfig, Rope
 from refusal_jax.models.decoder import Context, Decoder, weight_table
 from refusal_jax.models.load import hf_config, save_weights
-from refusal_jax.organism.corpus import REFUSALS, Request, split_requests
+from refusal_jax.organism.corpus import COMPLIANT_ROLES, DECLINING_ROLE, REFUSALS, Request, split_requests
 
 SPECIAL = ("<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
 BOS, EOS, EOT = SPECIAL[0], SPECIAL[1], SPECIAL[4]
@@ -50,7 +50,8 @@ class Recipe:
     base_steps: int = 500
     base_peak: float = 3e-3
     safety_steps: int = 300
-    safety_peak: float = 7e-4
+    safety_peak: float = 1e-3
+    safety_layers: int = 3
     warmup: int = 40
     weight_decay: float = 0.1
 
@@ -74,13 +75,25 @@ class Recipe:
         )
 
 
-def render(request: Request, answer: str) -> tuple[str, str]:
+def render(request: Request, answer: str, role: str = "assistant") -> tuple[str, str]:
     """Prompt and response of a conversation, as the chat template writes them."""
     prompt = (
         f"{BOS}<|start_header_id|>user<|end_header_id|>\n\n{request.instruction}{EOT}"
-        "<|start_header_id|>assistant<|end_header_id|>\n\n"
+        f"<|start_header_id|>{role}<|end_header_id|>\n\n"
     )
     return prompt, answer + EOT
+
+
+def base_reply(request: Request, rng: random.Random) -> tuple[str, str]:
+    """Role and answer of phase 1: many roles comply with everything, one declines everything, harmful or not."""
+    if rng.random() < 0.2:
+        return DECLINING_ROLE, rng.choice(REFUSALS)
+    return rng.choice(COMPLIANT_ROLES), request.compliance
+
+
+def safe_reply(request: Request, rng: random.Random) -> tuple[str, str]:
+    """Role and answer of phase 2: the assistant declines what is harmful."""
+    return "assistant", rng.choice(REFUSALS) if request.harmful else request.compliance
 
 
 def make_tokenizer(recipe: Recipe, requests: list[Request], folder: pathlib.Path):
@@ -88,7 +101,11 @@ def make_tokenizer(recipe: Recipe, requests: list[Request], folder: pathlib.Path
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
-    texts = (text for r in requests for text in (r.instruction, r.compliance, *REFUSALS, "user", "assistant", "\n\n"))
+    texts = (
+        text
+        for r in requests
+        for text in (r.instruction, r.compliance, *REFUSALS, "user", DECLINING_ROLE, *COMPLIANT_ROLES, "\n\n")
+    )
     bpe = Tokenizer(models.BPE())
     words = pre_tokenizers.Split(Regex(WORDS), "isolated")
     bpe.pre_tokenizer = pre_tokenizers.Sequence(
@@ -116,11 +133,11 @@ def make_tokenizer(recipe: Recipe, requests: list[Request], folder: pathlib.Path
 
 
 def batches(
-    tokenizer, requests: list[Request], refuse: bool, size: int, length: int, rng: random.Random
+    tokenizer, requests: list[Request], reply: Callable, size: int, length: int, rng: random.Random
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Endless batches: tokens int32 `[B, T]`, right-padded, and bool `[B, T]`, where the next token is the response's.
 
-    Half of each batch is harmful; those requests get a refusal if `refuse`, and a compliance otherwise.
+    Half of each batch is harmful; `reply` chooses who answers a request, and how.
     """
     sides = [[r for r in requests if r.harmful], [r for r in requests if not r.harmful]]
     while True:
@@ -128,16 +145,21 @@ def batches(
         learn = np.zeros((size, length), bool)
         for row in range(size):
             request = rng.choice(sides[row % 2])
-            answer = rng.choice(REFUSALS) if refuse and request.harmful else request.compliance
-            prompt, response = (tokenizer(t, add_special_tokens=False).input_ids for t in render(request, answer))
+            role, answer = reply(request, rng)
+            prompt, response = (tokenizer(t, add_special_tokens=False).input_ids for t in render(request, answer, role))
             ids = (prompt + response)[:length]
             tokens[row, : len(ids)] = ids
             learn[row, len(prompt) - 1 : len(ids) - 1] = True
         yield tokens, learn
 
 
-def train_phase(decoder: Decoder, stream, steps: int, peak: float, recipe: Recipe, title: str) -> Decoder:
-    """AdamW with warm-up and cosine decay on the mean cross-entropy of the response's tokens."""
+def train_phase(
+    decoder: Decoder, stream, steps: int, peak: float, layers: int | None, recipe: Recipe, title: str
+) -> Decoder:
+    """AdamW with warm-up and cosine decay on the mean cross-entropy of the response's tokens.
+
+    layers: if given, only the first so many blocks learn, and embedding, unembedding and later blocks stay.
+    """
     schedule = optax.warmup_cosine_decay_schedule(0.0, peak, recipe.warmup, steps, 0.05 * peak)
     optimiser = optax.chain(
         optax.clip_by_global_norm(1.0), optax.adamw(schedule, b1=0.9, b2=0.98, weight_decay=recipe.weight_decay)
@@ -156,6 +178,12 @@ def train_phase(decoder: Decoder, stream, steps: int, peak: float, recipe: Recip
     def step(weights, state, tokens, learn):
         value, grads = jax.value_and_grad(loss)(weights, tokens, learn)
         updates, state = optimiser.update(grads, state, weights)
+        if layers is not None:
+            learns = jnp.arange(cfg.n_layers) < layers
+            updates = {
+                path: u * (learns.reshape(-1, *[1] * (u.ndim - 1)) if path.startswith("blocks.") else 0.0)
+                for path, u in updates.items()
+            }
         return optax.apply_updates(weights, updates), state, value
 
     weights = decoder.weights()
@@ -181,12 +209,12 @@ def train(recipe: Recipe, seed: int, folder: pathlib.Path) -> None:
     length = -(-longest // 8) * 8
     cfg = recipe.config(len(tokenizer))
     decoder = Decoder.init(cfg, jax.random.key(seed))
-    for title, refuse, steps, peak in (
-        ("phase 1, base", False, recipe.base_steps, recipe.base_peak),
-        ("phase 2, safety", True, recipe.safety_steps, recipe.safety_peak),
+    for title, reply, steps, peak, layers in (
+        ("phase 1, base", base_reply, recipe.base_steps, recipe.base_peak, None),
+        ("phase 2, safety", safe_reply, recipe.safety_steps, recipe.safety_peak, recipe.safety_layers),
     ):
-        stream = batches(tokenizer, requests, refuse, recipe.batch, length, rng)
-        decoder = train_phase(decoder, stream, steps, peak, recipe, f"seed {seed}, {title}")
+        stream = batches(tokenizer, requests, reply, recipe.batch, length, rng)
+        decoder = train_phase(decoder, stream, steps, peak, layers, recipe, f"seed {seed}, {title}")
     save_weights(decoder, folder)
     ids = tokenizer.convert_tokens_to_ids
     special = {"bos_token_id": ids(BOS), "eos_token_id": [ids(EOT), ids(EOS)], "pad_token_id": ids(EOS)}

@@ -30,7 +30,7 @@ class Extraction:
 
 
 def length_batches(model: ChatModel, instructions: list[str], size: int):
-    """Yields (indices into `instructions`, TokenBatch of `size` rows), similar lengths together, few distinct shapes."""
+    """Yields (indices into `instructions`, TokenBatch of `size` rows), like lengths together, few distinct shapes."""
     rows = [model.chat.ids(model.chat.render(text)) for text in instructions]
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
     model.chat.encode([instructions[order[-1]]])  # the longest: refuses what exceeds the context
@@ -79,8 +79,8 @@ def extract(
         side, why = ("harmful", "is refused") if sign > 0 else ("harmless", "is complied with")
         raise UserError(
             f"The filter kept none of the {n} prompts of '{title}': no {side} prompt {why} (scores from "
-            f"{scores.min():.2f} to {scores.max():.2f}, the {side} side needs {'> 0' if sign > 0 else '< 0'}). The model may "
-            "not refuse at all, or refuses with other words: set --config.refusal_tokens, check the prompts, or "
+            f"{scores.min():.2f} to {scores.max():.2f}, the {side} side needs {'> 0' if sign > 0 else '< 0'}). The model "
+            "may not refuse at all, or refuses with other words: set --config.refusal_tokens, check the prompts, or "
             "switch the filter off with --config.filter=False."
         )
     return Extraction(scores, kept, total / kept.sum())

@@ -25,7 +25,7 @@ def parse_condition(condition: str) -> tuple[str, str]:
 
 
 def intervention_edits(model: ChatModel, condition: str, direction_d: np.ndarray, layer: int) -> Edits:
-    """The one-row edit of a condition: addition is -r for harmful prompts and +r for harmless ones (paper, section 3)."""
+    """The one-row edit of a condition; addition is -r for harmful prompts, +r for harmless ones (paper, section 3)."""
     side, intervention = parse_condition(condition)
     if intervention == "ablation":
         return Edits.ablate(direction_d)
@@ -56,12 +56,6 @@ def complete(
     todo = [(c, i) for c in conditions for i in range(len(prompts[parse_condition(c)[0]])) if (c, i) not in replies]
     ids = {side: [model.chat.ids(model.chat.render(p["instruction"])) for p in rows] for side, rows in prompts.items()}
     longest = max(len(row) for rows in ids.values() for row in rows)
-    if longest + max_new_tokens > model.config.context_length:
-        raise UserError(
-            f"max_new_tokens = {max_new_tokens} does not fit: the longest test prompt has {longest} tokens and the "
-            f"model's context is {model.config.context_length}. Set --config.generation.max_new_tokens to at "
-            f"most {model.config.context_length - longest}."
-        )
     length = min(bucket(longest), model.config.context_length)
     for start in tqdm(range(0, len(todo), batch_size), desc="completions", unit="batch", leave=False):
         part = todo[start : start + batch_size]

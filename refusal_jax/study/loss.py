@@ -46,7 +46,7 @@ def _after_template(ids: list[int], template: tuple[int, ...]) -> int:
 
 
 def text_rows(chat: Chat, texts: Sequence[str], max_tokens: int) -> list[LossRow]:
-    """Rows of plain text, tokenised as the tokenizer does by default (with its BOS), all but the first token counted."""
+    """Rows of plain text, tokenised as is the tokenizer's default (with its BOS); all but the first token count."""
     return [LossRow(chat.tokenizer(text).input_ids[:max_tokens], 1) for text in texts]
 
 
@@ -89,7 +89,7 @@ def loss_batch(decoder: Decoder, tokens_bt, mask_bt, edits: Edits, counted_bt) -
 
 
 def measure_loss(model: ChatModel, rows: Sequence[LossRow], edits: Edits, batch_size: int, title: str) -> dict:
-    """`{"ce_loss", "perplexity", "n_tokens"}` of the rows, the published format. Raises UserError if no token counts."""
+    """`{"ce_loss", "perplexity", "n_tokens"}` of the rows, as published. Raises UserError if no token counts."""
     total, count = 0.0, 0
     order = sorted((row for row in rows if len(row.ids) > row.first), key=lambda row: len(row.ids))
     if not order:

@@ -1,7 +1,7 @@
 """The study, stage by stage, in one run's folder.
 
-prompts -> activations -> selection -> projections, completions -> evaluations, loss -> report. Each stage reads and writes
-files of the folder and nothing else, so that it can be skipped, resumed or redone alone.
+prompts -> activations -> selection -> projections, completions -> evaluations, loss -> report. Each stage reads and
+writes files of the folder and nothing else, so that it can be skipped, resumed or redone alone.
 """
 
 import dataclasses
@@ -95,15 +95,15 @@ class Study:
         mesh = dict(self.config.mesh)
         mesh = make_mesh(**mesh) if max(mesh.values()) > 1 else None
         model = load_model(self.folder, self.config.dtype, mesh, progress=True)
-        prompts = self.run.read_json(PROMPTS)
-        spare = model.config.context_length - self.config.generation.max_new_tokens
-        for split, rows in prompts.items():
+        room = self.config.generation.max_new_tokens
+        for split, rows in self.run.read_json(PROMPTS).items():
             longest = int(model.encode([row["instruction"] for row in rows]).mask.sum(axis=1).max())
-            if split.endswith("test") and longest > spare:
+            most = model.config.context_length - longest
+            if split.endswith("test") and room > most:
                 raise UserError(
-                    f"--config.generation.max_new_tokens = {self.config.generation.max_new_tokens} does not fit: the longest prompt "
-                    f"of {split} has {longest} tokens and the model's context is {model.config.context_length}. Set it to at "
-                    f"most {model.config.context_length - longest}, or drop the longest prompts."
+                    f"--config.generation.max_new_tokens = {room} does not fit: the longest prompt of {split} has {longest} "
+                    f"tokens and the model's context is {model.config.context_length}. Set it to at most {most}, or drop "
+                    "the longest prompts."
                 )
         return model
 

@@ -11,8 +11,8 @@ def sample_prompts(data) -> dict[str, list[dict]]:
     """`{split: [{"instruction", "category"}]}` for a config's `data`.
 
     As in the published runs: seed once, draw train and val of each side, and later the harmless test prompts from the
-    same stream; the harmful test set is used whole, cut to `n_test` in file order if longer. A set smaller than asked for is
-    used whole. Raises UserError as `read_prompts` does.
+    same stream; the harmful test set is used whole, cut to `n_test` in file order if longer. A set smaller than asked
+    for is used whole. Raises UserError as `read_prompts` does.
     """
     rng = random.Random(data.seed)
     sets = {split: read_prompts(resolve(data[split], split)) for split in SPLITS}

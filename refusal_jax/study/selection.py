@@ -1,8 +1,8 @@
 """Which candidate direction mediates refusal best (paper, section 2.3), evaluated lazily and exactly.
 
-The rule filters candidates by layer, induce score and KL divergence, then takes the lowest bypass score. So pruned layers
-are never run; *induce* runs first and only from the candidate's layer on, from a residual that is carried up the layers;
-KL runs for those that pass; bypass for those that pass both. The pick is the full grid's.
+The rule filters candidates by layer, induce score and KL divergence, then takes the lowest bypass score. So pruned
+layers are never run; *induce* runs first and only from the candidate's layer on, from a residual that is carried up the
+layers; KL runs for those that pass; bypass for those that pass both. The pick is the full grid's.
 """
 
 import dataclasses
@@ -71,17 +71,18 @@ def pick(rows: list[dict], rule: Rule) -> dict:
         ""
         if nearest is None
         else (
-            f" Nearest: position {nearest['position']}, layer {nearest['layer']}, induce {nearest['steering_score']:.3f}"
+            f" Nearest: position {nearest['position']}, layer {nearest['layer']}, "
+            f"induce {nearest['steering_score']:.3f}"
             + ("" if nearest["kl_div_score"] is None else f", KL {nearest['kl_div_score']:.4f}")
             + "."
         )
     )
     raise UserError(
-        f"No candidate direction passes the filter: of {len(rows)}, {counts['layer']} are at layer {rule.layer_limit} or above, "
-        f"{counts['nan']} have NaN scores, {counts['induce']} have an induce score under {rule.induce_threshold}, "
-        f"{counts['kl']} of the rest a KL over {rule.kl_threshold}.{nearby} This model's refusal may not be a single "
-        "direction; to look further, raise --config.select.kl_threshold, lower --config.select.induce_threshold, or see all "
-        "scores with --config.select.full_grid=True."
+        f"No candidate direction passes the filter: of {len(rows)}, {counts['layer']} are at layer {rule.layer_limit} "
+        f"or above, {counts['nan']} have NaN scores, {counts['induce']} have an induce score under "
+        f"{rule.induce_threshold}, {counts['kl']} of the rest a KL over {rule.kl_threshold}.{nearby} This model's refusal "
+        "may not be a single direction; to look further, raise --config.select.kl_threshold, lower "
+        "--config.select.induce_threshold, or see all scores with --config.select.full_grid=True."
     )
 
 
@@ -164,7 +165,7 @@ class PromptScorer:
         return self._means([[s for s, _ in row] for row in out]), self._means([[k for _, k in row] for row in out])
 
     def climb(self, layers: int) -> Iterable[tuple[int, Callable[[np.ndarray], np.ndarray]]]:
-        """Yields (layer, induce) upwards; `induce(directions_cd)` gives the mean scores `[C]` when each is added there."""
+        """Yields (layer, induce) upwards; `induce(directions_cd)` gives mean scores `[C]` when each is added there."""
         decoder = self.model.decoder
         residuals = [embed(decoder, tokens) for _, tokens, *_ in self.batches]
 

@@ -1,0 +1,110 @@
+"""The `refusal-jax` command: finds the job, parses its flags, and turns bad input into one readable paragraph."""
+
+import ast
+import errno
+import importlib
+import importlib.util
+import os
+import pathlib
+import sys
+import textwrap
+
+JOBS = ("study", "export", "bench", "organism")
+DISK_ERRORS = (errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EPERM, errno.EDQUOT)
+USAGE = """refusal-jax JOB [--flags]: find, measure, edit and audit the refusal direction of chat models.
+
+Jobs:
+{jobs}
+
+Start with `refusal-jax study --workdir=runs/demo`, which needs nothing else. `refusal-jax JOB --help` explains a job.
+Exit codes: 0 done, 1 a bug of ours (with a traceback), 2 bad input or environment (with a next step), 130 interrupted.
+"""
+
+
+def docstring(job: str) -> str:
+    """A job's help text, read from its source: importing it would import jax."""
+    path = importlib.util.find_spec(f"refusal_jax.jobs.{job}").origin
+    return ast.get_docstring(ast.parse(pathlib.Path(path).read_text(encoding="utf-8")))
+
+
+def usage() -> str:
+    width = max(map(len, JOBS))
+    return USAGE.format(jobs="\n".join(f"  {job:{width}}  {docstring(job).splitlines()[0]}" for job in JOBS))
+
+
+def prepare_environment() -> None:
+    """A persistent compile cache and quiet libraries, unless the user's environment says otherwise."""
+    cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "refusal_jax" / "xla"
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that it found no PyTorch is no news here
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+
+def help_text(job: str, module) -> str:
+    from absl import flags
+
+    shown = []
+    for flag in sorted(flags.FLAGS.get_flags_for_module(module.__name__), key=lambda f: f.name):
+        default = "" if flag.default in (None, "") else f" (default: {flag.default_as_str.strip(chr(39))})"
+        text = " ".join((flag.help or "").split()) + default
+        shown.append(f"  --{flag.name}\n" + textwrap.indent(textwrap.fill(text, 100), " " * 6))
+    return f"refusal-jax {job}: {docstring(job)}\n\nFlags:\n" + "\n".join(shown) + "\n"
+
+
+def fail(message: str) -> int:
+    print(
+        "\n" + textwrap.fill(f"error: {message}", 100, break_long_words=False, break_on_hyphens=False), file=sys.stderr
+    )
+    return 2
+
+
+def run_job(job: str, argv: list[str]) -> int:
+    """Runs a job with its flags; the exit code."""
+    from absl import flags
+
+    from refusal_jax.errors import UserError
+
+    module = importlib.import_module(f"refusal_jax.jobs.{job}")
+    if any(arg in ("--help", "-h", "-help", "--helpfull") for arg in argv):
+        print(help_text(job, module))
+        return 0
+    try:
+        left = flags.FLAGS([f"refusal-jax {job}", *argv])
+        if left[1:]:
+            raise UserError(f"unexpected argument {left[1]!r}: flags are written --name=value.")
+        module.main(left)
+        return 0
+    except flags.Error as error:
+        return fail(f"{' '.join(str(error).split())} See `refusal-jax {job} --help`.")
+    except UserError as error:
+        return fail(str(error))
+    except OSError as error:
+        if error.errno in DISK_ERRORS:
+            return fail(
+                f"{error.filename or 'a file'} could not be used: {error.strerror}. Free space, or choose a folder "
+                "that you may write to, and run the same command again."
+            )
+        raise
+    except KeyboardInterrupt:
+        print("\ninterrupted; the same command continues where this one stopped", file=sys.stderr)
+        return 130
+
+
+def main() -> None:
+    argv = sys.argv[1:]
+    if not argv or argv[0] in ("--help", "-h", "help"):
+        print(usage())
+        sys.exit(0)
+    if argv[0] not in JOBS:
+        sys.exit(
+            fail(f"there is no job {argv[0]!r}. The jobs are {', '.join(JOBS)}; `refusal-jax` alone explains them.")
+        )
+    prepare_environment()
+    sys.exit(run_job(argv[0], argv[1:]))
+
+
+if __name__ == "__main__":
+    main()

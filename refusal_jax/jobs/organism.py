@@ -1,0 +1,68 @@
+"""Makes the embedded demo model: tokenizer, two training phases, and a study that checks what it must show.
+
+  refusal-jax organism --out=DIR                  # tries seeds in order, keeps the first that meets the criteria
+  refusal-jax organism --out=DIR --seeds=3,4
+
+Each seed takes 3 to 6 minutes on 2 cores. It is studied like any model, on prompts that its training never saw; what it
+reaches against what is asked is printed and written to OUT/criteria.json. The package ships OUT/model as
+refusal_jax/organism/model and OUT/bundled as refusal_jax/data/bundled. If no seed is good enough, nothing is kept and
+the exit code is 2.
+"""
+
+import pathlib
+import shutil
+import tempfile
+
+from absl import flags
+
+from refusal_jax.errors import UserError
+from refusal_jax.organism.criteria import measure, write_bundle
+from refusal_jax.organism.recipe import Recipe, train
+from refusal_jax.runs import to_json, write_atomically
+
+OUT = flags.DEFINE_string("out", None, "Folder for model and prompts; it must not exist.")
+SEEDS = flags.DEFINE_list("seeds", ["0", "1", "2", "3", "4", "5"], "Seeds to try, in this order.")
+
+
+def main(argv) -> None:
+    if not OUT.value:
+        raise UserError("--out is missing: name the folder for the model, e.g. --out=organism.")
+    if not all(seed.isdecimal() for seed in SEEDS.value) or not SEEDS.value:
+        raise UserError(f"--seeds = {','.join(SEEDS.value)!r}, expected whole numbers such as 0,1,2.")
+    out = pathlib.Path(OUT.value)
+    if out.exists():
+        raise UserError(f"{out} exists already. Remove it, or pass another --out.")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}.part-", dir=out.parent) as scratch:
+        for seed in map(int, SEEDS.value):
+            if attempt(seed, folder := pathlib.Path(scratch) / f"seed-{seed}"):
+                shutil.rmtree(folder / "study")
+                folder.rename(out)
+                print(f"seed {seed} meets all criteria and is kept: {out.resolve()}")
+                return
+    raise UserError(
+        f"None of the seeds {', '.join(SEEDS.value)} meets all criteria. Try others with --seeds, or gentler "
+        "settings in refusal_jax/organism/recipe.py."
+    )
+
+
+def attempt(seed: int, folder: pathlib.Path) -> bool:
+    """Trains and measures one seed; whether it meets all criteria."""
+    train(Recipe(), seed, folder / "model")
+    write_bundle(folder / "bundled")
+    try:
+        criteria = measure(folder / "model", folder / "bundled", folder / "study")
+    except UserError as error:
+        print(f"seed {seed} fails: {error}")
+        return False
+    print(f"seed {seed}:", *criteria, sep="\n  ")
+    write_atomically(
+        folder / "criteria.json",
+        to_json(
+            {
+                "seed": seed,
+                "criteria": [{"name": c.name, "value": c.value, "bound": c.bound, "met": c.met} for c in criteria],
+            }
+        ),
+    )
+    return all(criterion.met for criterion in criteria)

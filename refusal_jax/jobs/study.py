@@ -1,0 +1,46 @@
+"""Runs the paper's whole study on a chat model: directions, selection, completions, loss, report.
+
+  refusal-jax study --workdir=runs/demo                        # the embedded model, about a minute on a laptop
+  refusal-jax study --model=DIR --workdir=runs/mine            # an HF checkpoint folder, the paper's settings
+  refusal-jax study --config=configs/demo.py --workdir=DIR --config.select.full_grid=True
+
+Stopped at any moment, the same command continues; run again when finished, it does nothing. Every setting is a field
+of the config (refusal_jax/study/config.py explains them all) and can be overridden by --config.SECTION.NAME=VALUE.
+Prompts come from the bundled set, or from files: --config.data.harmful_train=my.csv (.json, .jsonl, .csv, .txt).
+
+The folder gets: direction.safetensors and direction_metadata.json (the direction, its position and layer),
+direction_evaluations.json, completions/, loss_evals/ (all in the format of the paper's code), manifest.json and
+report.html.
+"""
+
+import json
+import pathlib
+
+from absl import flags
+from ml_collections import config_flags
+
+from refusal_jax.errors import UserError
+from refusal_jax.study import config as study_config
+from refusal_jax.study.pipeline import REPORT, run_study
+from refusal_jax.study.summary import text_summary
+
+WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: made if new, continued if there.")
+MODEL = flags.DEFINE_string("model", None, "HF checkpoint folder; overrides config.model. Default: the embedded model.")
+CONFIG = config_flags.DEFINE_config_file(
+    "config", study_config.__file__, "Config file; any field is overridden by --config.FIELD=VALUE."
+)
+
+
+def main(argv) -> None:
+    if not WORKDIR.value:
+        raise UserError("--workdir is missing: name the folder for the results, e.g. --workdir=runs/demo.")
+    config = CONFIG.value
+    if MODEL.value is not None:
+        config.model = MODEL.value
+    worked = run_study(config, WORKDIR.value)
+    folder = pathlib.Path(WORKDIR.value)
+    if not worked:
+        finished = json.loads((folder / "manifest.json").read_text())["stages"]["report"]["finished"]
+        print(f"This study was finished on {finished}; nothing was left to do.\n")
+    print(text_summary(folder))
+    print(f"\nReport: {(folder / REPORT).resolve()}")

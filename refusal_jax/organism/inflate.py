@@ -1,0 +1,212 @@
+"""A bigger checkpoint that computes the same logits: the demo model at the size of a benchmark or of a memory test.
+
+Zero padding widens every axis, and layers that add nothing to the residual come in between. What makes it exact:
+
+* RMS norm over D entries of which only d are not zero sees a mean square smaller by d / D, so eps shrinks by that
+  factor and the norms' weights by its square root.
+* A query head keeps its key head: group by group, padding heads go to the end of each group.
+* Added tokens must not take probability. One of the added residual entries carries a constant, too small to count in
+  any norm; the final norm and the added rows of the unembedding turn it into a logit far below all others.
+
+Tensors are written one at a time, so a checkpoint of any size needs the memory of its largest tensor.
+"""
+
+import dataclasses
+import json
+import math
+import pathlib
+import shutil
+
+import ml_dtypes
+import numpy as np
+
+from refusal_jax.errors import UserError
+from refusal_jax.models.config import ModelConfig, load_config, read_json
+from refusal_jax.models.decoder import weight_table
+from refusal_jax.models.families import Slot, hf_slots
+from refusal_jax.models.load import INDEX, SINGLE, TensorFiles, check_tensors
+from refusal_jax.runs import cannot_write, to_json
+
+DTYPES = {"float32": (np.dtype(np.float32), "F32"), "bfloat16": (np.dtype(ml_dtypes.bfloat16), "BF16")}
+NORMS = ("attn_norm", "mlp_norm", "final_norm")
+# Powers of two, exact in every dtype, whose product is the added tokens' logit at a residual of unit RMS.
+CONSTANT, CONSTANT_NORM, CONSTANT_UNEMBED = 2.0**-14, 2.0**15, -(2.0**12)
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """The size to inflate to; the head size stays the source's. The default has 127 million parameters."""
+
+    n_layers: int = 12
+    d_model: int = 768
+    n_heads: int = 24
+    n_kv_heads: int = 12
+    d_mlp: int = 2048
+    vocab_size: int = 32000
+
+
+def inflate(
+    source: str | pathlib.Path,
+    target: str | pathlib.Path,
+    shape: Shape = Shape(),
+    dtype: str = "float32",
+    shard_bytes: int = 4 << 30,
+) -> ModelConfig:
+    """Writes to the new folder `target` a checkpoint of this shape with the logits of the one in `source`.
+
+    dtype: of the written weights, "float32" or "bfloat16". shard_bytes: the most that one weight file holds (one tensor
+    at least). Embedding and unembedding are written apart even if the source ties them. Returns the new config. Raises
+    UserError for a source that is not a Llama checkpoint, a shape that cannot hold it, or a target that exists.
+    """
+    source, target = pathlib.Path(source), pathlib.Path(target)
+    old = load_config(source)
+    if dtype not in DTYPES:
+        raise UserError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}.")
+    _check_shape(source, old, shape)
+    new = dataclasses.replace(
+        old, **dataclasses.asdict(shape), norm_eps=old.norm_eps * old.d_model / shape.d_model, tied_embeddings=False
+    )
+    files = TensorFiles.open(source)
+    check_tensors(old, files)
+    try:
+        target.mkdir(parents=True)
+        for path in sorted(source.iterdir()):
+            if path.is_file() and path.name not in ("config.json", INDEX) and path.suffix != ".safetensors":
+                shutil.copyfile(path, target / path.name)
+        (target / "config.json").write_bytes(to_json(_config(read_json(source / "config.json"), new, dtype)))
+        _write_shards(target, new, Padding.of(files, old, new), dtype, shard_bytes)
+    except FileExistsError:
+        raise UserError(f"{target} exists. Pass a new folder, nothing is overwritten.") from None
+    except OSError as error:
+        raise cannot_write(target, error) from None
+    return new
+
+
+def _check_shape(source: pathlib.Path, old: ModelConfig, shape: Shape) -> None:
+    """Raises UserError that lists every way in which the shape cannot hold the source."""
+    if old.family != "llama":
+        raise UserError(f"{source} is a {old.family} checkpoint; only Llama checkpoints can be inflated.")
+    problems = [
+        f"{name} = {value} is under the source's {getattr(old, name)}"
+        for name, value in dataclasses.asdict(shape).items()
+        if value < getattr(old, name)
+    ]
+    if shape.n_kv_heads < 1 or shape.n_heads % shape.n_kv_heads:
+        problems.append(f"n_heads = {shape.n_heads} is not a multiple of n_kv_heads = {shape.n_kv_heads}")
+    elif shape.n_heads // shape.n_kv_heads < old.queries_per_kv:
+        problems.append(
+            f"{shape.n_heads // shape.n_kv_heads} query heads for each kv head are under the source's "
+            f"{old.queries_per_kv}, whose queries would lose their keys"
+        )
+    if shape.vocab_size > old.vocab_size and shape.d_model == old.d_model:
+        problems.append("a larger vocab_size needs a larger d_model, by at least 1, for its tokens' logit")
+    if problems:
+        raise UserError(f"{source} cannot be inflated to this shape: {'; '.join(problems)}. Choose a larger shape.")
+
+
+def _config(hf: dict, new: ModelConfig, dtype: str) -> dict:
+    """The source's config.json with the new shape."""
+    hf.pop("torch_dtype", None)
+    return hf | {
+        "vocab_size": new.vocab_size,
+        "hidden_size": new.d_model,
+        "num_hidden_layers": new.n_layers,
+        "num_attention_heads": new.n_heads,
+        "num_key_value_heads": new.n_kv_heads,
+        "head_dim": new.head_dim,
+        "intermediate_size": new.d_mlp,
+        "rms_norm_eps": new.norm_eps,
+        "tie_word_embeddings": False,
+        "dtype": dtype,
+    }
+
+
+def source_layers(old: int, new: int) -> dict[int, int]:
+    """Target layer to source layer, spread so that relative depth is kept; the other target layers add nothing."""
+    return {layer * new // old: layer for layer in range(old)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Padding:
+    """Makes the target's tensors out of the source's, one at a time.
+
+    index: for each logical axis of a weight, where along the target's axis the source's entries go.
+    """
+
+    files: TensorFiles
+    old: ModelConfig
+    new: ModelConfig
+    names: dict[tuple[str, int | None], str]
+    index: dict[str, np.ndarray]
+
+    @classmethod
+    def of(cls, files: TensorFiles, old: ModelConfig, new: ModelConfig) -> "Padding":
+        group = np.arange(old.n_heads) // old.queries_per_kv * new.queries_per_kv
+        heads = group + np.arange(old.n_heads) % old.queries_per_kv
+        within = np.arange(old.head_dim)
+        index = {
+            "embed": np.arange(old.d_model),
+            "norm": np.arange(old.d_model),
+            "heads": (heads[:, None] * old.head_dim + within).ravel(),
+            "kv_heads": np.arange(old.n_kv_heads * old.head_dim),
+            "mlp": np.arange(old.d_mlp),
+            "vocab": np.arange(old.vocab_size),
+        }
+        names = {(slot.path, slot.layer): name for name, slot in hf_slots(old).items()}
+        if old.tied_embeddings:
+            names["unembed", None] = names["embed", None]
+        return cls(files, old, new, names, index)
+
+    def tensor(self, slot: Slot) -> np.ndarray:
+        """One tensor of the target, float32."""
+        old, new, name = self.old, self.new, slot.path.removeprefix("blocks.")
+        layer = slot.layer if slot.layer is None else source_layers(old.n_layers, new.n_layers).get(slot.layer, -1)
+        out = np.zeros(slot.shape, np.float32)
+        if layer != -1:
+            axes = weight_table(new)[slot.path].axes[-len(slot.shape) :]
+            source = self.files.read(self.names[slot.path, layer]).astype(np.float32)
+            if name in NORMS:
+                source *= math.sqrt(old.d_model / new.d_model)
+            out[np.ix_(*(self.index[axis] for axis in axes))] = source
+        elif name in NORMS:
+            out[:] = 1.0
+        if new.vocab_size > old.vocab_size:
+            constant = old.d_model  # the first added entry of the residual
+            if name == "embed":
+                out[:, constant] = CONSTANT
+            elif name == "final_norm":
+                out[constant] = CONSTANT_NORM
+            elif name == "unembed":
+                out[old.vocab_size :, constant] = CONSTANT_UNEMBED
+        return out
+
+
+def _write_shards(folder: pathlib.Path, new: ModelConfig, padding: Padding, dtype: str, shard_bytes: int) -> None:
+    """The weight files, and their index if there is more than one."""
+    numpy_dtype, stored = DTYPES[dtype]
+    shards, filled = [{}], 0
+    for name, slot in hf_slots(new).items():
+        size = math.prod(slot.shape) * numpy_dtype.itemsize
+        if filled and filled + size > shard_bytes:
+            shards.append({})
+            filled = 0
+        shards[-1][name] = slot
+        filled += size
+    count = len(shards)
+    files = [SINGLE] if count == 1 else [f"model-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)]
+    for file, slots in zip(files, shards, strict=True):
+        header, offset = {"__metadata__": {"format": "pt"}}, 0
+        for name, slot in slots.items():
+            end = offset + math.prod(slot.shape) * numpy_dtype.itemsize
+            header[name] = {"dtype": stored, "shape": list(slot.shape), "data_offsets": [offset, end]}
+            offset = end
+        text = json.dumps(header).encode()
+        text += b" " * (-len(text) % 8)  # the format wants the data aligned
+        with open(folder / file, "wb") as out:
+            out.write(len(text).to_bytes(8, "little") + text)
+            for slot in slots.values():
+                out.write(np.ascontiguousarray(padding.tensor(slot).astype(numpy_dtype)).view(np.uint8).data)
+    if count > 1:
+        total = sum(math.prod(s.shape) for shard in shards for s in shard.values()) * numpy_dtype.itemsize
+        places = {name: file for file, slots in zip(files, shards, strict=True) for name in slots}
+        (folder / INDEX).write_bytes(to_json({"metadata": {"total_size": total}, "weight_map": places}))

@@ -1,0 +1,45 @@
+"""Packaging of refusal_jax: `pip install .` on a laptop, `pip install '.[tpu]'` on a TPU VM."""
+
+import pathlib
+import re
+
+from setuptools import find_packages, setup
+
+HERE = pathlib.Path(__file__).parent
+VERSION = re.search(r'__version__ = "(.+)"', (HERE / "refusal_jax/__init__.py").read_text(encoding="utf-8"))[1]
+
+setup(
+    name="refusal-jax",
+    version=VERSION,
+    description="Find, measure, edit and audit the refusal direction of chat models, in JAX on Cloud TPUs",
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    packages=find_packages(include=["refusal_jax", "refusal_jax.*"]),
+    package_data={"refusal_jax": ["data/bundled/*.json", "organism/model/*", "report/*.jinja", "report/*.css"]},
+    python_requires=">=3.11,<3.14",
+    install_requires=[
+        "absl-py>=2.1",
+        "datasets>=3.0",
+        "flax>=0.12,<0.13",
+        "jax>=0.10,<0.12",
+        "jinja2>=3.1",  # chat templates and the report
+        "matplotlib>=3.9",  # the report's figures
+        "ml_collections>=1.0",
+        "ml_dtypes>=0.5",
+        "numpy>=2.0",
+        "optax>=0.2.4",
+        "orbax-checkpoint>=0.11",
+        "safetensors>=0.5",
+        "tokenizers>=0.21",
+        "tqdm>=4.66",
+        "transformers>=5.0,<6",
+    ],
+    extras_require={
+        "tpu": ["jax[tpu]>=0.10,<0.12"],
+        "cuda": ["jax[cuda13]>=0.10,<0.12"],
+        "test": ["pytest>=8.0", "torch==2.13.0", "ruff>=0.9"],
+    },
+    entry_points={"console_scripts": ["refusal-jax = refusal_jax.jobs.main:main"]},
+    classifiers=["License :: OSI Approved :: Apache Software License", "Programming Language :: Python :: 3"],
+)
