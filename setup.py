@@ -16,7 +16,15 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=find_packages(include=["refusal_jax", "refusal_jax.*"]),
-    package_data={"refusal_jax": ["data/bundled/*.json", "organism/model/*", "report/*.jinja", "report/*.css"]},
+    package_data={
+        "refusal_jax": [
+            "data/bundled/*.json",
+            "organism/model/*",
+            "organism/criteria.json",
+            "report/*.jinja",
+            "report/*.css",
+        ]
+    },
     python_requires=">=3.11,<3.14",
     install_requires=[
         "absl-py>=2.1",

@@ -28,7 +28,7 @@ class TokenBatch:
 
 
 def bucket(length: int) -> int:
-    """The padded length for `length` tokens: few distinct values (few compiles), at most half of it padding."""
+    """The padded length for `length` tokens: few distinct values (few compiles), at most half padding from 5 up."""
     size = 8
     while size < length:
         size += 8 if size < 32 else 16 if size < 64 else 32 if size < 128 else size // 4
@@ -39,17 +39,19 @@ def bucket(length: int) -> int:
 class Chat:
     """A tokenizer with a chat template, and what it implies.
 
-    tokenizer: a transformers tokenizer. context_length: the model's, in tokens. eos_ids: the ids that end a reply.
+    tokenizer: a transformers tokenizer. context_length: the model's, in tokens. vocab_size: rows of its embedding,
+    which may be fewer than the tokenizer's tokens. eos_ids: the ids that end a reply.
     """
 
     tokenizer: object
     context_length: int
+    vocab_size: int
     eos_ids: tuple[int, ...]
     pad_id: int
 
     @classmethod
-    def load(cls, folder: str | pathlib.Path, context_length: int) -> "Chat":
-        """From the tokenizer files of a checkpoint; its code is never run.
+    def load(cls, folder: str | pathlib.Path, context_length: int, vocab_size: int | None = None) -> "Chat":
+        """From the tokenizer files of a checkpoint; its code is never run. vocab_size: default, the tokenizer's.
 
         Raises UserError if there is no readable tokenizer, no chat template, or no end-of-reply token.
         """
@@ -80,8 +82,9 @@ class Chat:
                 f"{folder} names no end-of-sequence token, neither in generation_config.json nor in its "
                 "tokenizer, so replies would never end. Add eos_token_id to generation_config.json."
             )
-        pad = tokenizer.pad_token_id
-        return cls(tokenizer, context_length, eos, eos[0] if pad is None else pad)
+        vocab_size = vocab_size or len(tokenizer)
+        pad = tokenizer.pad_token_id  # some checkpoints add one to the tokenizer and not to the embedding
+        return cls(tokenizer, context_length, vocab_size, eos, eos[0] if pad is None or pad >= vocab_size else pad)
 
     def render(self, instruction: str, response: str = "") -> str:
         """The text of a one-turn conversation up to and including the start of the reply, without a system prompt."""
@@ -95,9 +98,18 @@ class Chat:
             ) from None
         return text + response
 
-    def ids(self, text: str) -> list[int]:
-        """Token ids of rendered text; the template already wrote the special tokens."""
-        return self.tokenizer(text, add_special_tokens=False).input_ids
+    def ids(self, text: str, special: bool = False) -> list[int]:
+        """Token ids of rendered text, whose special tokens the template wrote; `special` adds the tokenizer's own.
+
+        Raises UserError for a token that the model has no embedding for.
+        """
+        ids = self.tokenizer(text, add_special_tokens=special).input_ids
+        if ids and max(ids) >= self.vocab_size:
+            raise UserError(
+                f"'{text[:60]}…' contains {self.tokenizer.decode([max(ids)])!r}, token {max(ids)} of the tokenizer, but the "
+                f"model's vocabulary has {self.vocab_size} tokens. Remove it, or use the tokenizer that belongs to the model."
+            )
+        return ids
 
     def encode(self, instructions: Sequence[str], length: int | None = None) -> TokenBatch:
         """Left-padded chat prompts, `length` tokens wide (default: the bucket of the longest).
@@ -153,9 +165,9 @@ class Chat:
         found = set()
         for opener in openers:
             ids = [opener] if isinstance(opener, int) else self.ids(opener)
-            if not ids or not 0 <= ids[0] < len(self.tokenizer):
+            if not ids or not 0 <= ids[0] < self.vocab_size:
                 raise UserError(
-                    f"refusal token {opener!r} is not in the vocabulary of {len(self.tokenizer)} tokens. Give the "
+                    f"refusal token {opener!r} is not in the vocabulary of {self.vocab_size} tokens. Give the "
                     "text that refusals begin with, or a token id."
                 )
             found.add(ids[0])

@@ -101,7 +101,8 @@ def load_model(
     path = pathlib.Path(path)
     if dtype == "auto":
         dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-    chat = Chat.load(path, load_config(path).context_length)
+    config = load_config(path)
+    chat = Chat.load(path, config.context_length, config.vocab_size)
     return ChatModel(load_decoder(path, dtype, mesh, progress), chat, path, mesh)
 
 

@@ -55,7 +55,8 @@ def cannot_write(path: pathlib.Path, error: OSError) -> UserError:
 
 
 def to_json(value) -> bytes:
-    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
+    # A lone surrogate, which JSON can carry but UTF-8 cannot, must not cost the run.
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode("utf-8", "replace")
 
 
 @dataclasses.dataclass
@@ -106,33 +107,23 @@ class Run:
         a run of other settings or inputs, holds something else, is in use, or cannot be written.
         """
         folder = pathlib.Path(folder)
-        fresh = {"config": config, "inputs": inputs, "stages": {}}
+        fresh = json.loads(to_json({"config": config, "inputs": inputs, "stages": {}}))
         path = folder / MANIFEST
         if folder.exists() and not folder.is_dir():
             raise UserError(f"{folder} is a file. Pass a folder as --workdir.")
-        if path.exists():
-            manifest = json.loads(path.read_text(encoding="utf-8"))
-            check_same(folder, manifest, fresh)
-        else:
-            others = [p.name for p in folder.iterdir() if not p.name.startswith(".")] if folder.is_dir() else []
-            if others:
-                raise UserError(
-                    f"{folder} is not empty ({', '.join(sorted(others)[:5])}) and holds no {MANIFEST}, so it is "
-                    "not a run's folder. Pass a new folder as --workdir."
-                )
-            manifest = fresh
-            write_atomically(path, to_json(manifest))
-        try:
-            lock = open(folder / ".lock", "w")  # noqa: SIM115, closed by the with below
-        except OSError as error:
-            raise cannot_write(folder / ".lock", error) from None
-        with lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise UserError(
-                    f"Another process is working in {folder}. Wait for it, or choose another --workdir."
-                ) from None
+        others = [p.name for p in folder.iterdir() if not p.name.startswith(".")] if folder.is_dir() else []
+        if others and not path.exists():
+            raise UserError(
+                f"{folder} is not empty ({', '.join(sorted(others)[:5])}) and holds no {MANIFEST}, so it is not a run's "
+                "folder. Pass a new folder as --workdir."
+            )
+        with lock_folder(folder):
+            if path.exists():
+                manifest = read_manifest(path)
+                check_same(folder, manifest, fresh)
+            else:
+                manifest = fresh
+                write_atomically(path, to_json(manifest))
             for leftover in folder.rglob(".*.tmp-*"):
                 leftover.unlink(missing_ok=True)
             yield cls(folder, manifest)
@@ -183,9 +174,39 @@ class Run:
         return True
 
 
+@contextlib.contextmanager
+def lock_folder(folder: pathlib.Path):
+    """Keeps other processes out of a run's folder, which it creates. Raises UserError if one is in it."""
+    path = folder / ".lock"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = open(path, "w")  # noqa: SIM115, closed by the with below
+    except OSError as error:
+        raise cannot_write(path, error) from None
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"Another process is working in {folder}. Wait for it, or choose another --workdir."
+            ) from None
+        yield
+
+
+def read_manifest(path: pathlib.Path) -> dict:
+    """A run's manifest; raises UserError if the file is damaged."""
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        if all(isinstance(manifest[key], dict) for key in ("config", "inputs", "stages")):
+            return manifest
+    except (ValueError, KeyError, TypeError):
+        pass
+    raise UserError(f"{path} is damaged, so the run in its folder cannot be continued. Pass a new folder as --workdir.")
+
+
 def check_same(folder: pathlib.Path, old: dict, new: dict) -> None:
     """Raises UserError that lists every setting and input in which a folder's run differs from the one asked for."""
-    before, now = ({**_flat(m["config"], ""), **_flat(m["inputs"], "input ")} for m in (old, json.loads(to_json(new))))
+    before, now = ({**_flat(m["config"], ""), **_flat(m["inputs"], "input ")} for m in (old, new))
     changed = [
         f"{key} was {before.get(key)!r}, is now {now.get(key)!r}"
         for key in sorted(before.keys() | now.keys())

@@ -24,9 +24,11 @@ RULES = {
 
 
 def make_mesh(data: int = 1, fsdp: int = 1, model: int = 1, devices=None) -> Mesh:
-    """A mesh of `data` x `fsdp` x `model` devices. Raises UserError if there are not that many."""
+    """A mesh of `data` x `fsdp` x `model` devices. Raises UserError if there are not that many, or for sizes under 1."""
     devices = jax.devices() if devices is None else devices
     shape = (data, fsdp, model)
+    if min(shape) < 1:
+        raise UserError(f"a mesh of data={data} x fsdp={fsdp} x model={model} has no devices: each must be at least 1.")
     if np.prod(shape) > len(devices):
         raise UserError(
             f"a mesh of data={data} x fsdp={fsdp} x model={model} needs {np.prod(shape)} devices, there "

@@ -16,7 +16,7 @@ TAP_SITES = ("resid_pre", "attn_out", "resid_mid", "mlp_out", "resid_post")
 class Taps:
     """Which sites to read, at which tokens: the last `last` of each row (they are aligned, by left padding), or all.
 
-    The forward returns `{site: [L, B, P, D]}` in the model's dtype. Raises UserError for an unknown site.
+    The forward returns `{site: [L, B, P, D]}` in the model's dtype. Raises UserError for an unknown site or `last` under 1.
     """
 
     sites: tuple[str, ...] = ()
@@ -26,6 +26,8 @@ class Taps:
         unknown = [site for site in self.sites if site not in TAP_SITES]
         if unknown:
             raise UserError(f"unknown tap sites {unknown}; the sites are {', '.join(TAP_SITES)}.")
+        if self.last is not None and self.last < 1:
+            raise UserError(f"last = {self.last}: tap at least the last token, or all tokens with last=None.")
 
     def read(self, **values_btd):
         """The requested ones of a block's named values, cut to the tapped positions."""

@@ -31,14 +31,22 @@ def read_prompts(path: pathlib.Path) -> list[dict]:
     JSON: a list of strings or objects; JSONL: one of these a line; CSV: a header row; TXT: one prompt a line. Raises
     UserError that names file and row for a missing, empty or malformed file.
     """
-    text = read_text(path)
-    parse = {".json": _json, ".jsonl": _jsonl, ".csv": _csv, ".txt": _txt}.get(path.suffix.lower())
-    if parse is None:
-        raise UserError(f"{path} is not a prompt file: its name must end in .json, .jsonl, .csv or .txt.")
-    prompts = [_prompt(row, f"{path}, {where}") for where, row in parse(text, path)]
+    prompts = [_prompt(row, f"{path}, {where}") for where, row in _located_rows(path)]
     if not prompts:
         raise UserError(f"{path} holds no prompts. Put one instruction a row into it, or pass another file.")
     return prompts
+
+
+def read_rows(path: pathlib.Path) -> list:
+    """The raw rows behind `read_prompts`, for files that hold more than prompts. Raises the same errors of format."""
+    return [row for _, row in _located_rows(path)]
+
+
+def _located_rows(path: pathlib.Path) -> list[tuple[str, object]]:
+    parse = {".json": _json, ".jsonl": _jsonl, ".csv": _csv, ".txt": _txt}.get(path.suffix.lower())
+    if parse is None:
+        raise UserError(f"{path} is not a prompt file: its name must end in .json, .jsonl, .csv or .txt.")
+    return parse(read_text(path), path)
 
 
 def read_text(path: pathlib.Path) -> str:
@@ -77,7 +85,7 @@ def _json(text, path):
 
 def _jsonl(text, path):
     rows = []
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):  # not splitlines: JSON strings may hold other line ends
         if line.strip():
             try:
                 rows.append((f"line {number}", json.loads(line)))
@@ -89,11 +97,14 @@ def _jsonl(text, path):
 
 
 def _csv(text, path):
-    return [(f"row {number}", row) for number, row in enumerate(csv.DictReader(io.StringIO(text)), 1)]
+    try:
+        return [(f"row {number}", row) for number, row in enumerate(csv.DictReader(io.StringIO(text)), 1)]
+    except csv.Error as error:
+        raise UserError(f"{path} is not readable CSV ({error}). Repair its quotes, or use .jsonl.") from None
 
 
 def _txt(text, path):
-    return [(f"line {number}", line.strip()) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
+    return [(f"line {number}", line.strip()) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
 
 
 def _prompt(row, where: str) -> dict:

@@ -18,6 +18,7 @@ Run time there: about 5 minutes. Exits with 1 if the results disagree.
 import contextlib
 import dataclasses
 import json
+import os
 import pathlib
 import subprocess
 import sys
@@ -95,9 +96,11 @@ def _oracle_path() -> pathlib.Path:
 def _model(folder: pathlib.Path) -> pathlib.Path:
     """The folder of the model to time, inflated into `folder` if asked for."""
     from refusal_jax.chat_model import demo_model_path
+    from refusal_jax.models.config import load_config
     from refusal_jax.organism.inflate import inflate
 
     source = pathlib.Path(MODEL.value) if MODEL.value else demo_model_path()
+    load_config(source)
     if INFLATE.value is False or (INFLATE.value is None and MODEL.value):
         return source
     inflate(source, folder / "inflated")
@@ -118,7 +121,9 @@ def _prompts() -> dict[str, list[str]]:
 
 
 def _run(command: list[str], what: str) -> None:
-    done = subprocess.run(command, capture_output=True, text=True)
+    # Without the compile cache of earlier commands, or the first run would not be one.
+    env = os.environ | {"JAX_ENABLE_COMPILATION_CACHE": "false", "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(command, capture_output=True, text=True, env=env)
     if done.returncode:
         tail = "\n".join(done.stderr.strip().splitlines()[-15:])
         raise UserError(f"{what} failed with exit code {done.returncode}; the end of its output:\n{tail}")

@@ -13,16 +13,13 @@ direction_evaluations.json, completions/, loss_evals/ (all in the format of the 
 report.html.
 """
 
-import json
-import pathlib
-
 from absl import flags
 from ml_collections import config_flags
 
 from refusal_jax.errors import UserError
+from refusal_jax.report.text import text_summary
 from refusal_jax.study import config as study_config
 from refusal_jax.study.pipeline import REPORT, run_study
-from refusal_jax.study.summary import text_summary
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: made if new, continued if there.")
 MODEL = flags.DEFINE_string("model", None, "HF checkpoint folder; overrides config.model. Default: the embedded model.")
@@ -37,10 +34,9 @@ def main(argv) -> None:
     config = CONFIG.value
     if MODEL.value is not None:
         config.model = MODEL.value
-    worked = run_study(config, WORKDIR.value)
-    folder = pathlib.Path(WORKDIR.value)
-    if not worked:
-        finished = json.loads((folder / "manifest.json").read_text())["stages"]["report"]["finished"]
-        print(f"This study was finished on {finished}; nothing was left to do.\n")
-    print(text_summary(folder))
-    print(f"\nReport: {(folder / REPORT).resolve()}")
+    run = run_study(config, WORKDIR.value)
+    if not run.worked:
+        finished = run.manifest["stages"]["report"]["finished"]
+        print(f"This study was finished at {finished}; nothing was left to do.\n")
+    print(text_summary(run))
+    print(f"\nReport: {run.path(REPORT).resolve()}")

@@ -157,26 +157,31 @@ def _rope(read: _Reader) -> Rope:
     }
     for name in sorted(set(spec) - known):
         read.problems.append(f"rope_scaling.{name} = {spec[name]!r} is not supported")
-    theta = float(spec.get("rope_theta") or theta)
     kind = spec.get("rope_type") or spec.get("type") or "default"
     try:
+        theta = _positive(spec, "rope_theta") if spec.get("rope_theta") is not None else theta
         if kind == "default":
             return Rope(theta)
         if kind == "linear":
-            return Rope(theta, kind, float(spec["factor"]))
+            return Rope(theta, kind, _positive(spec, "factor"))
         if kind == "llama3":
-            return Rope(
-                theta,
-                kind,
-                float(spec["factor"]),
-                float(spec["low_freq_factor"]),
-                float(spec["high_freq_factor"]),
-                int(spec["original_max_position_embeddings"]),
-            )
+            low, high = _positive(spec, "low_freq_factor"), _positive(spec, "high_freq_factor")
+            if low >= high:
+                raise ValueError(f"low_freq_factor = {low} (must be under high_freq_factor = {high})")
+            context = int(_positive(spec, "original_max_position_embeddings"))
+            return Rope(theta, kind, _positive(spec, "factor"), low, high, context)
         read.problems.append(f"rope_scaling type {kind!r} is not supported (default, linear and llama3 are)")
     except (KeyError, TypeError, ValueError) as error:
         read.problems.append(f"rope_scaling of type {kind!r} lacks or misstates {error}")
     return Rope(theta)
+
+
+def _positive(spec: dict, name: str) -> float:
+    """A positive number of a rope's settings; KeyError or ValueError, which name it, if it is none."""
+    value = float(spec[name])
+    if not 0 < value < math.inf:
+        raise ValueError(f"{name} = {spec[name]!r} (must be a positive number)")
+    return value
 
 
 def _llama(read: _Reader) -> ModelConfig:

@@ -5,7 +5,7 @@ import dataclasses
 import re
 
 from refusal_jax.models.config import ModelConfig
-from refusal_jax.models.decoder import Weight, weight_table
+from refusal_jax.models.decoder import weight_table
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,6 +70,3 @@ def hf_names(cfg: ModelConfig, path: str) -> list[str]:
 def optional_names(cfg: ModelConfig) -> set[str]:
     """Tensors that a checkpoint may hold although the config makes them copies of others (a tied `lm_head`)."""
     return {TABLES[cfg.family]["unembed"]} if cfg.tied_embeddings else set()
-
-
-__all__ = ["DERIVED", "WRITERS", "WRITER_BIASES", "Slot", "Weight", "hf_names", "hf_slots", "optional_names"]

@@ -218,6 +218,14 @@ def save_weights(decoder: Decoder, folder: pathlib.Path) -> None:
 def hf_config(cfg: ModelConfig, dtype: str, **more) -> dict:
     """A `config.json` for a Llama-family `ModelConfig` that this project made itself."""
     rope = {"rope_type": cfg.rope.kind, "rope_theta": cfg.rope.theta}
+    if cfg.rope.kind != "default":
+        rope["factor"] = cfg.rope.factor
+    if cfg.rope.kind == "llama3":
+        rope |= {
+            "low_freq_factor": cfg.rope.low_freq_factor,
+            "high_freq_factor": cfg.rope.high_freq_factor,
+            "original_max_position_embeddings": cfg.rope.original_context,
+        }
     return json.loads(
         json.dumps(
             {

@@ -98,6 +98,8 @@ def _check_shape(source: pathlib.Path, old: ModelConfig, shape: Shape) -> None:
             f"{shape.n_heads // shape.n_kv_heads} query heads for each kv head are under the source's "
             f"{old.queries_per_kv}, whose queries would lose their keys"
         )
+    if shape.n_heads >= 1 and shape.d_model % shape.n_heads:
+        problems.append(f"d_model = {shape.d_model} is not a multiple of n_heads = {shape.n_heads}, as HF demands")
     if shape.vocab_size > old.vocab_size and shape.d_model == old.d_model:
         problems.append("a larger vocab_size needs a larger d_model, by at least 1, for its tokens' logit")
     if problems:

@@ -40,14 +40,14 @@ class Recipe:
 
     vocab_size: int = 768
     d_model: int = 128
-    n_layers: int = 6
+    n_layers: int = 8
     n_heads: int = 4
     n_kv_heads: int = 2
     head_dim: int = 32
     d_mlp: int = 384
-    context_length: int = 256
+    context_length: int = 1024
     batch: int = 48
-    base_steps: int = 500
+    base_steps: int = 750
     base_peak: float = 3e-3
     safety_steps: int = 300
     safety_peak: float = 1e-3

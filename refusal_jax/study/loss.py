@@ -1,7 +1,6 @@
 """Cross-entropy loss with and without the edits: what they cost on text that has nothing to do with refusal."""
 
 import dataclasses
-import json
 import math
 import pathlib
 from collections.abc import Callable, Sequence
@@ -13,7 +12,7 @@ from tqdm import tqdm
 
 from refusal_jax.chat import Chat, bucket
 from refusal_jax.chat_model import ChatModel
-from refusal_jax.data.prompts import read_prompts, read_text
+from refusal_jax.data.prompts import read_prompts, read_rows
 from refusal_jax.edits import Edits
 from refusal_jax.errors import UserError
 from refusal_jax.models.decoder import Context, Decoder
@@ -32,36 +31,24 @@ def chat_rows(chat: Chat, pairs: Sequence[tuple[str, str]], max_tokens: int) -> 
     rows = []
     for instruction, response in pairs:
         ids, prompt = chat.ids(chat.render(instruction, response)), chat.ids(chat.render(instruction))
-        first = len(prompt) if ids[: len(prompt)] == prompt else _after_template(ids, chat.post_instruction_ids)
+        # A reply may change how the prompt's end is split into tokens; it begins where the two first differ.
+        first = next((i for i, (one, other) in enumerate(zip(ids, prompt, strict=False)) if one != other), len(prompt))
         rows.append(LossRow(ids[:max_tokens], first))
     return rows
 
 
-def _after_template(ids: list[int], template: tuple[int, ...]) -> int:
-    """Where the reply starts if its text changed how the prompt's end was split into tokens."""
-    for start in range(len(ids) - len(template), 0, -1):
-        if tuple(ids[start : start + len(template)]) == template:
-            return start + len(template)
-    return len(ids)
-
-
 def text_rows(chat: Chat, texts: Sequence[str], max_tokens: int) -> list[LossRow]:
     """Rows of plain text, tokenised as is the tokenizer's default (with its BOS); all but the first token count."""
-    return [LossRow(chat.tokenizer(text).input_ids[:max_tokens], 1) for text in texts]
+    return [LossRow(chat.ids(text, special=True)[:max_tokens], 1) for text in texts]
 
 
 def read_chat_pairs(path: pathlib.Path) -> list[tuple[str, str]]:
     """(instruction, response) of a .json or .jsonl file of objects with "prompt" or "instruction" and "response" or
     "output". Raises UserError that names the file and the row."""
-    prompts = read_prompts(path)
-    lines = read_text(path)
-    rows = (
-        json.loads(lines)
-        if path.suffix == ".json"
-        else [json.loads(line) for line in lines.splitlines() if line.strip()]
-    )
+    if path.suffix.lower() not in (".json", ".jsonl"):
+        raise UserError(f"{path} is not a chat file: its name must end in .json or .jsonl.")
     pairs = []
-    for number, (prompt, row) in enumerate(zip(prompts, rows, strict=True), 1):
+    for number, (prompt, row) in enumerate(zip(read_prompts(path), read_rows(path), strict=True), 1):
         response = (row.get("response") or row.get("output")) if isinstance(row, dict) else None
         if not isinstance(response, str):
             raise UserError(
@@ -110,10 +97,14 @@ def measure_loss(model: ChatModel, rows: Sequence[LossRow], edits: Edits, batch_
 
 
 def loss_datasets(model: ChatModel, settings, harmless_baseline: list[dict]) -> dict[str, list[LossRow]]:
-    """The rows to measure: the model's own baseline completions on harmless prompts, and the configured files."""
+    """The rows to measure: the model's own baseline completions on harmless prompts, and the configured files.
+
+    harmless_baseline: those completions; empty ones are left out, and the set with them if none is left. Raises
+    UserError for files of the same name.
+    """
     longest = min(settings.max_tokens, model.config.context_length)
-    own = [(c["prompt"], c["response"]) for c in harmless_baseline]
-    sets = {"on_distribution": chat_rows(model.chat, own, longest)}
+    own = [(c["prompt"], c["response"]) for c in harmless_baseline if c["response"]]
+    sets = {"on_distribution": chat_rows(model.chat, own, longest)} if own else {}
     readers: list[tuple[Sequence[str], Callable]] = [
         (
             settings.text_files,

@@ -35,14 +35,13 @@ EVALUATIONS, METADATA, DIRECTION = "direction_evaluations.json", "direction_meta
 PROJECTIONS, REPORT = "projections.safetensors", "report.html"
 
 
-def run_study(config: ConfigDict, workdir: str | pathlib.Path) -> list[str]:
-    """Runs or continues the study of `config` in `workdir`; returns the names of the stages that did work.
+def run_study(config: ConfigDict, workdir: str | pathlib.Path) -> Run:
+    """Runs or continues the study of `config` in `workdir`; `worked` of the run names the stages that did work.
 
     Raises UserError for anything wrong with config, model, data or folder, before long work where it can be known.
     """
     config = config.copy_and_resolve_references()
-    for condition in config.generation.conditions:
-        parse_condition(condition)
+    check_settings(config)
     folder = pathlib.Path(config.model) if config.model else demo_model_path()
     load_config(folder)
     inputs = {"model": checkpoint_fingerprint(folder)}
@@ -52,13 +51,38 @@ def run_study(config: ConfigDict, workdir: str | pathlib.Path) -> list[str]:
         inputs[file] = _hash(pathlib.Path(file))
     with Run.open(workdir, config.to_dict(), inputs) as run:
         Study(config, run, folder).run_all()
-        return run.worked
+        return run
+
+
+def check_settings(config: ConfigDict) -> None:
+    """Raises UserError for settings that cannot work with any model."""
+    for condition in config.generation.conditions:
+        parse_condition(condition)
+    numbers = {
+        "batch_size": config.batch_size,
+        **{f"data.{name}": config.data[name] for name in ("n_train", "n_val", "n_test")},
+        **{f"generation.{name}": config.generation[name] for name in ("max_new_tokens", "batch_size")},
+        **{f"loss.{name}": config.loss[name] for name in ("max_tokens", "batch_size")},
+    }
+    for name, value in numbers.items():
+        if value < 1:
+            raise UserError(f"--config.{name} = {value}, expected at least 1.")
+    if dataset_name(config.data.harmful_test) == "harmless":
+        raise UserError(
+            f"The harmful test prompts are in {config.data.harmful_test}, and results carry the file's name: they would be "
+            "mixed up with those of the harmless prompts. Rename the file."
+        )
 
 
 def _hash(path: pathlib.Path) -> str:
     if not path.is_file():
         raise UserError(f"{path} is not a file. Check the path in the config's data or loss section.")
     return file_hash(path)
+
+
+def evaluations_name(completions: str) -> str:
+    """The evaluations file that belongs to a completions file."""
+    return completions.removesuffix("_completions.json") + "_evaluations.json"
 
 
 @dataclasses.dataclass
@@ -72,7 +96,7 @@ class Study:
     def run_all(self) -> None:
         run = self.run
         completions = [self.completions_name(c) for c in self.config.generation.conditions]
-        verdicts = [name.replace("_completions", "_evaluations") for name in completions]
+        verdicts = [evaluations_name(name) for name in completions]
         losses = [f"loss_evals/{name}_loss_eval.json" for name in ("baseline", "ablation", "actadd")]
         picked = [METADATA, DIRECTION]
         run.stage("prompts", [], [PROMPTS], self.prompts)
@@ -127,7 +151,7 @@ class Study:
         """Scores, filter and mean differences (paper, section 2.3), from one pass over the train and val prompts."""
         config, chat = self.config, self.model.chat
         refusal_ids, template = chat.opener_ids(config.refusal_tokens), chat.post_instruction_ids
-        positions = config.positions or len(template)
+        positions = len(template) if config.positions is None else config.positions
         if not 1 <= positions <= len(template):
             raise UserError(
                 f"--config.positions = {positions}, but the chat template puts {len(template)} tokens after the "
@@ -222,7 +246,7 @@ class Study:
             verdicts = {}
             for judge in JUDGES:
                 verdicts |= evaluate_completions(self.run.read_json(name), judge)
-            self.run.write_json(name.replace("_completions", "_evaluations"), verdicts)
+            self.run.write_json(evaluations_name(name), verdicts)
 
     def loss(self, ledger: Ledger) -> None:
         """CE loss at baseline, under ablation and under -addition (paper, section 4.3 and appendix E)."""

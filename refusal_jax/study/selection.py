@@ -63,9 +63,10 @@ def pick(rows: list[dict], rule: Rule) -> dict:
     if passing:
         return min(passing, key=lambda row: row["refusal_score"])
     counts = {why: sum(rule.verdict(row) == why for row in rows) for why in ("layer", "nan", "induce", "kl")}
-    near = [row for row in rows if rule.verdict(row) in ("induce", "kl")]
-    nearest = max(
-        near, key=lambda r: (rule.verdict(r) == "kl", -(r["kl_div_score"] or 0), r["steering_score"]), default=None
+    by_kl = [row for row in rows if rule.verdict(row) == "kl"]
+    by_induce = [row for row in rows if rule.verdict(row) == "induce"]
+    nearest = min(by_kl, key=lambda r: r["kl_div_score"], default=None) or max(
+        by_induce, key=lambda r: r["steering_score"], default=None
     )
     nearby = (
         ""

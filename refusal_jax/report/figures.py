@@ -1,0 +1,374 @@
+"""The report's figures, as SVG to be placed inside the page.
+
+Inline rather than as image files, so that the page is one file, its text can be searched and its colours follow the
+page's theme: lines and labels are `currentColor`. Grids are small images (one pixel a candidate) scaled by the viewer,
+so an 80-layer model costs no more than a 6-layer one. No pyplot: its global figure list outlives a long job.
+"""
+
+import dataclasses
+import html
+import io
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize, TwoSlopeNorm
+from matplotlib.figure import Figure
+from matplotlib.patches import PathPatch, Rectangle
+from matplotlib.path import Path
+from matplotlib.ticker import MaxNLocator
+
+from refusal_jax.study.selection import Rule
+
+WIDTH = 360.0  # user units (points); the page shows figures at about this many CSS pixels, so font sizes hold
+THEME_COLOUR = "#010203"  # stands for the page's text colour, see `_inline`
+HARMFUL_COLOUR, HARMLESS_COLOUR = "#d9534f", "#2f8fb8"
+FADED = 0.3  # opacity of candidates that the rule discards
+MAX_POINTS = 6000  # of the strip plot
+STYLE = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "refusal_jax",
+    "font.size": 10.0,
+    "axes.linewidth": 0.7,
+    "hatch.linewidth": 0.6,
+    "path.simplify": False,  # it would drop the zero-length strokes of `_dots`
+    **dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), THEME_COLOUR),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Pick:
+    """The selected candidate: position (negative, from the prompt's end) and layer."""
+
+    position: int
+    layer: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Scale:
+    """How a map's values become colours, the value in the middle of the colours, and decimals of printed values."""
+
+    cmap: str
+    norm: Normalize
+    middle: float
+    digits: int
+
+    def colours(self, values: np.ndarray) -> np.ndarray:
+        return matplotlib.colormaps[self.cmap](self.norm(values))
+
+
+COSINE = Scale("PiYG", Normalize(-1, 1), 0.0, 2)
+
+
+@contextmanager
+def _drawing(height: float) -> Iterator[Figure]:
+    """A figure of `WIDTH` x `height` points, drawn and saved under this module's settings only."""
+    defaults = {key: value for key, value in matplotlib.rcParamsDefault.items() if not key.startswith("backend")}
+    with matplotlib.rc_context({**defaults, **STYLE}):
+        figure = Figure((WIDTH / 72, height / 72), facecolor="none")
+        FigureCanvasSVG(figure)
+        yield figure
+
+
+def _axes(figure: Figure, left: float, top: float, right: float, bottom: float) -> Axes:
+    """Axes with margins in points: exact, and faster than a layout engine."""
+    width, height = figure.get_size_inches() * 72
+    return figure.add_axes(
+        (left / width, bottom / height, (width - left - right) / width, (height - top - bottom) / height),
+        facecolor="none",
+    )
+
+
+def _inline(figure: Figure, name: str, label: str) -> str:
+    """The figure as an `<svg>` element for a page: no ids that collide, no links, no metadata, no fixed size.
+
+    name: prefix of the ids that the figure refers to; all others go. label: what a screen reader says.
+    """
+    buffer = io.StringIO()
+    figure.savefig(
+        buffer, format="svg", transparent=True, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type"))
+    )
+    svg = buffer.getvalue()
+    # Comments may quote labels, and matplotlib's style sheet would apply to the whole page.
+    svg = re.sub(r"<!--.*?-->|<style.*?</style>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
+    used = set(re.findall(r'(?:url\(#|href="#)([^)"]+)', svg))
+    svg = re.sub(r'\sid="([^"]*)"', lambda m: f' id="{name}-{m[1]}"' if m[1] in used else "", svg)
+    svg = re.sub(r'(url\(#|href="#)', rf"\g<1>{name}-", svg)
+    svg = re.sub(r'\sd="[^"]*"', lambda m: re.sub(r"(\.\d\d)\d+", r"\1", m[0]), svg)
+    attributes = f'<svg role="img" aria-label="{html.escape(label)}" viewBox="0 0 {WIDTH:g} '
+    svg = re.sub(r'<svg[^>]*viewBox="0 0 [\d.]+ ', attributes, svg, count=1)
+    return svg.replace(THEME_COLOUR, "currentColor").strip()
+
+
+def position_labels(positions: int, tokens: Sequence[str]) -> list[str]:
+    """Labels of positions -P … -1 with their template tokens, in ASCII, as the fonts do not know every script."""
+    labels = []
+    for position in range(-positions, 0):
+        text = tokens[position] if -position <= len(tokens) else ""
+        text = text.encode("ascii", "backslashreplace").decode()
+        labels.append(f"−{-position}  {text if len(text) <= 11 else text[:10] + '…'}".rstrip())
+    return labels
+
+
+def grids(rows: Sequence[dict], key: str, positions: int, layers: int) -> tuple[np.ndarray, np.ndarray]:
+    """Scores `[P, L]`, NaN where there is none, and which were evaluated at all `[P, L]`."""
+    values_pl, evaluated_pl = np.full((positions, layers), np.nan), np.zeros((positions, layers), bool)
+    for row in rows:
+        if row[key] is not None:
+            values_pl[row["position"], row["layer"]] = row[key]
+            evaluated_pl[row["position"], row["layer"]] = True
+    return values_pl, evaluated_pl
+
+
+def split_norm(values: np.ndarray, centre: float, limits: tuple[float, float] = (-np.inf, np.inf)) -> TwoSlopeNorm:
+    """Colours that change at `centre`; a side without data is as wide as the other.
+
+    limits: the scale reaches no further even if the data does, so that a few huge values do not flatten all others.
+    """
+    finite = values[np.isfinite(values)]
+    below = centre - max(finite.min(initial=centre), limits[0])
+    above = min(finite.max(initial=centre), limits[1]) - centre
+    below, above = below if below > 0 else above, above if above > 0 else below
+    low, high = max(centre - (below if below > 0 else 1.0), limits[0]), centre + (above if above > 0 else 1.0)
+    return TwoSlopeNorm(centre, low if low < centre else centre - (high - centre), high)
+
+
+def _colour_bar(figure: Figure, axes: Axes, scale: Scale, most: float) -> None:
+    """A bar with ticks at both ends and in the middle; most: the largest value, which the scale may stop short of."""
+    norm = scale.norm
+    width, height = figure.get_size_inches() * 72
+    box = axes.get_position()
+    cax = figure.add_axes((1 - 44 / width, box.y0 + 4 / height, 7 / width, box.height - 8 / height))
+    bar = figure.colorbar(ScalarMappable(norm, scale.cmap), cax=cax, ticks=[norm.vmin, scale.middle, norm.vmax])
+    names = [f"{tick:.2g}".replace("-", "−") for tick in (norm.vmin, scale.middle, norm.vmax)]
+    bar.ax.set_yticklabels([*names[:2], ("≥ " if most > norm.vmax else "") + names[2]])
+    bar.ax.tick_params(labelsize=8.5, length=2, pad=2)
+    bar.ax.minorticks_off()
+    bar.outline.set_visible(False)
+
+
+def _layer_axis(axes: Axes, layers: int, label: str = "layer") -> None:
+    axes.xaxis.set_major_locator(MaxNLocator(min(10, layers), integer=True, min_n_ticks=1))
+    axes.set_xlim(-0.5, layers - 0.5)
+    axes.set_xlabel(label, labelpad=2)
+    axes.tick_params(length=2.5, pad=2, labelsize=9)
+
+
+def _hatch(axes: Axes, cells: np.ndarray) -> None:
+    """Hatches the true cells of a boolean grid, as one path with a rectangle for each run in a row."""
+    corners = []
+    for y, row in enumerate(cells):
+        edges = np.flatnonzero(np.diff(np.concatenate([[0], row.astype(int), [0]]))) - 0.5
+        for x0, x1 in edges.reshape(-1, 2):
+            corners += [(x0, y - 0.5), (x1, y - 0.5), (x1, y + 0.5), (x0, y + 0.5), (x0, y - 0.5)]
+    if corners:
+        codes = np.tile((Path.MOVETO, Path.LINETO, Path.LINETO, Path.LINETO, Path.CLOSEPOLY), len(corners) // 5)
+        axes.add_patch(PathPatch(Path(corners, codes), fill=False, hatch="/////", edgecolor="#8d949c", linewidth=0))
+
+
+def _mark_pick(axes: Axes, x: int, y: int, cell: tuple[float, float]) -> None:
+    """A black outline with a white halo: readable on every colour of the map and on both themes."""
+    for colour, width in (("#ffffff", 3.4), ("#000000", 1.6)):
+        if min(cell) >= 13:
+            axes.add_patch(
+                Rectangle(
+                    (x - 0.5, y - 0.5), 1, 1, fill=False, edgecolor=colour, linewidth=width, clip_on=False, zorder=5
+                )
+            )
+        else:
+            axes.plot(
+                x, y, "o", markersize=8, fillstyle="none", color=colour, markeredgewidth=width, clip_on=False, zorder=5
+            )
+
+
+def _mark_pruned(axes: Axes, limit: int, layers: int) -> None:
+    if limit < layers:
+        axes.axvline(limit - 0.5, color=THEME_COLOUR, linewidth=1.0, linestyle=(0, (3, 2)))
+        axes.text(layers - 0.5, -0.62, "pruned", fontsize=8.5, ha="right", va="bottom")
+
+
+def _write_values(axes: Axes, values: np.ndarray, shade: np.ndarray, digits: int) -> None:
+    for (y, x), value in np.ndenumerate(values):
+        if np.isfinite(value):
+            dark = shade[y, x, :3] @ (0.299, 0.587, 0.114) < 0.55
+            solid = "#ffffff" if dark else "#000000"
+            axes.text(
+                x,
+                y,
+                f"{value:.{digits}f}".replace("-", "−"),
+                fontsize=8,
+                ha="center",
+                va="center",
+                color=solid if shade[y, x, 3] == 1 else THEME_COLOUR,
+            )
+
+
+def heatmap(
+    name: str,
+    label: str,
+    values_pl: np.ndarray,
+    y_labels: Sequence[str],
+    scale: Scale,
+    pick: Pick,
+    *,
+    shown_pl: np.ndarray | None = None,
+    passing_pl: np.ndarray | None = None,
+    limit: int | None = None,
+    height: float | None = None,
+) -> str:
+    """Values over layer (x) and position (y), the pick outlined.
+
+    Hatched where not `shown_pl` (not evaluated, or not defined), crossed where NaN, faded where not `passing_pl`;
+    limit: first pruned layer.
+    """
+    positions, layers = values_pl.shape
+    finite_pl = np.isfinite(values_pl)
+    shown_pl = finite_pl if shown_pl is None else shown_pl
+    with _drawing(height or 64 + min(max(positions * 24, 110), 190)) as figure:
+        left = 24 + 5.6 * max(len(text) for text in y_labels)
+        axes = _axes(figure, left, 20, 56, 34)
+        _hatch(axes, ~shown_pl)
+        shade = scale.colours(np.where(finite_pl, values_pl, scale.middle))
+        shade[..., 3] = finite_pl if passing_pl is None else finite_pl * np.where(passing_pl, 1.0, FADED)
+        axes.imshow(shade, interpolation="none", aspect="auto", zorder=2)
+        for y, x in np.argwhere(shown_pl & ~finite_pl):
+            axes.plot(x, y, "x", color=HARMFUL_COLOUR, markersize=5, markeredgewidth=1.2, zorder=3)
+        cell = ((WIDTH - left - 56) / layers, (figure.get_figheight() * 72 - 54) / positions)
+        if cell[0] >= 24 and cell[1] >= 12:
+            _write_values(axes, values_pl, shade, scale.digits)
+        if limit is not None:
+            _mark_pruned(axes, limit, layers)
+        _mark_pick(axes, pick.layer, pick.position + positions, cell)
+        axes.set_yticks(range(positions), y_labels, parse_math=False)
+        _layer_axis(axes, layers)
+        axes.set_ylim(positions - 0.5, -0.5)
+        _colour_bar(figure, axes, scale, values_pl[finite_pl].max(initial=scale.middle))
+        return _inline(figure, name, label)
+
+
+def selection_figures(rows: Sequence[dict], rule: Rule, tokens: Sequence[str], pick: Pick) -> dict[str, str]:
+    """Bypass, induce and KL of every candidate: `{score key: svg}`. tokens: the post-instruction tokens' texts."""
+    positions = max(-row["position"] for row in rows)
+    layers = max(rule.n_layers, 1 + max(row["layer"] for row in rows))
+    passing_pl = np.zeros((positions, layers), bool)
+    for row in rows:
+        passing_pl[row["position"], row["layer"]] = not rule.verdict(row)
+    kl_limits = (0.0, 10 * rule.kl_threshold)
+    figures = {}
+    for key, title, cmap, middle, limits, digits in (
+        ("refusal_score", "Bypass score", "RdBu_r", 0.0, (-np.inf, np.inf), 1),
+        ("steering_score", "Induce score", "RdBu_r", rule.induce_threshold, (-np.inf, np.inf), 1),
+        ("kl_div_score", "KL divergence", "PRGn_r", rule.kl_threshold, kl_limits, 2),
+    ):
+        values_pl, evaluated_pl = grids(rows, key, positions, layers)
+        spread = np.append(values_pl, 0.0) if key == "kl_div_score" else values_pl  # its scale starts at 0
+        figures[key] = heatmap(
+            f"fig-{key}",
+            f"{title} of each candidate direction over layer and position",
+            values_pl,
+            position_labels(positions, tokens),
+            Scale(cmap, split_norm(spread, middle, limits), middle, digits),
+            pick,
+            shown_pl=evaluated_pl,
+            passing_pl=passing_pl if key == "refusal_score" else None,
+            limit=rule.layer_limit,
+        )
+    return figures
+
+
+def cosines(vectors: np.ndarray, others: np.ndarray, tiny: float) -> np.ndarray:
+    """Cosines `[..., M]` of `vectors` `[..., D]` with `others` `[M, D]`; NaN where a norm is at most `tiny`.
+
+    Layer-0 differences at template positions are zero vectors: their cosine is not defined, rather than 0/0.
+    """
+    norms, other_norms = np.linalg.norm(vectors, axis=-1), np.linalg.norm(others, axis=-1)
+    products = norms[..., None] * other_norms
+    defined = (norms > tiny)[..., None] & (other_norms > tiny)
+    return np.where(defined, vectors @ others.T / np.where(defined, products, 1.0), np.nan)
+
+
+def cosine_figures(diffs_pld: np.ndarray, tokens: Sequence[str], pick: Pick) -> dict[str, str]:
+    """Similarity of the candidates: each with the pick, and between layers at the picked position."""
+    tiny = 1e-9 * np.linalg.norm(diffs_pld, axis=-1).max(initial=0.0)
+    here_ld = diffs_pld[pick.position]
+    return {
+        "with_pick": heatmap(
+            "fig-with-pick",
+            "Cosine similarity of each candidate direction with the selected one",
+            cosines(diffs_pld, here_ld[[pick.layer]], tiny)[..., 0],
+            position_labels(len(diffs_pld), tokens),
+            COSINE,
+            pick,
+            height=294,
+        ),
+        "layers": layer_similarity(cosines(here_ld, here_ld, tiny), pick),
+    }
+
+
+def layer_similarity(values_ll: np.ndarray, pick: Pick) -> str:
+    """A square map over pairs of layers; hatched where not defined."""
+    layers, finite_ll = len(values_ll), np.isfinite(values_ll)
+    with _drawing(294) as figure:
+        axes = _axes(figure, 40, 20, 80, 34)
+        _hatch(axes, ~finite_ll)
+        shade = COSINE.colours(np.where(finite_ll, values_ll, 0.0))
+        shade[..., 3] = finite_ll
+        axes.imshow(shade, interpolation="none", aspect="auto", zorder=2)
+        _mark_pick(axes, pick.layer, pick.layer, (240 / layers, 240 / layers))
+        if layers <= 8:
+            _write_values(axes, values_ll, shade, COSINE.digits)
+        _layer_axis(axes, layers)
+        axes.yaxis.set_major_locator(MaxNLocator(min(10, layers), integer=True, min_n_ticks=1))
+        axes.set_ylim(-0.5, layers - 0.5)
+        axes.set_ylabel("layer", labelpad=2)
+        _colour_bar(figure, axes, COSINE, 1.0)
+        return _inline(figure, "fig-layers", "Cosine similarity of the directions of each pair of layers")
+
+
+def _dots(axes: Axes, x: np.ndarray, y: np.ndarray, colour: str, size: float) -> None:
+    """Dots as zero-length strokes of one path, a fifth of the size of as many markers."""
+    points = np.column_stack([x.ravel(), y.ravel()])
+    points = points[np.isfinite(points).all(axis=1)]
+    if len(points):
+        path = Path(np.repeat(points, 2, axis=0), np.tile((Path.MOVETO, Path.LINETO), len(points)))
+        axes.add_patch(
+            PathPatch(path, fill=False, edgecolor=colour, linewidth=size, capstyle="round", alpha=0.75, clip_on=False)
+        )
+
+
+def projection_figure(harmful_nl: np.ndarray, harmless_nl: np.ndarray, pick: Pick) -> str:
+    """Strip plot of both sides' activations along the direction, per layer, with the means as lines."""
+    layers = harmful_nl.shape[1]
+    most = max(8, MAX_POINTS // (2 * layers))
+    size = float(np.clip(110 / layers, 1.8, 4.0))
+    with _drawing(294) as figure:
+        axes = _axes(figure, 52, 28, 10, 46)
+        axes.axhline(0, color="#8d949c", linewidth=0.7)
+        axes.axvline(pick.layer, color="#8d949c", linewidth=1.0, linestyle=(0, (3, 2)))
+        for values_nl, colour, side in ((harmful_nl, HARMFUL_COLOUR, -1), (harmless_nl, HARMLESS_COLOUR, 1)):
+            n = len(values_nl)
+            if not n:
+                continue
+            few = values_nl[np.unique(np.linspace(0, n - 1, min(n, most)).round().astype(int))]
+            spread = (np.arange(len(few)) * 0.618034) % 1 - 0.5  # even and without chance
+            x = np.arange(layers) + 0.2 * side + 0.24 * spread[:, None]
+            _dots(axes, x, few, colour, size)
+            axes.plot(np.arange(layers), values_nl.mean(axis=0), color=colour, linewidth=1.2, zorder=4)
+        finite = np.concatenate([harmful_nl.ravel(), harmless_nl.ravel()])
+        finite = finite[np.isfinite(finite)]
+        if finite.size:
+            margin = 0.05 * (np.ptp(finite) or 1.0)
+            axes.set_ylim(finite.min() - margin, finite.max() + margin)
+        _layer_axis(axes, layers)
+        axes.yaxis.set_major_locator(MaxNLocator(6))
+        axes.set_ylabel("projection on the direction", labelpad=2)
+        for x, colour, text in ((0.0, HARMFUL_COLOUR, "harmful"), (0.24, HARMLESS_COLOUR, "harmless")):
+            axes.plot(x + 0.01, 1.06, "o", color=colour, markersize=5, transform=axes.transAxes, clip_on=False)
+            axes.text(x + 0.04, 1.06, text, transform=axes.transAxes, fontsize=9, va="center")
+        axes.spines[["top", "right"]].set_visible(False)
+        return _inline(figure, "fig-projections", "Projections of validation activations on the direction, per layer")

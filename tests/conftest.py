@@ -1,0 +1,40 @@
+"""Eight CPU devices, no network, few threads: set before anything imports jax or transformers."""
+
+import os
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
+os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pathlib
+import sys
+
+import pytest
+import torch
+
+sys.path.insert(0, str(pathlib.Path(__file__).parent))  # for `tiny`, whatever the import mode
+
+import tiny
+
+from refusal_jax import load_model
+
+torch.set_num_threads(min(2, os.cpu_count() or 1))
+
+
+@pytest.fixture(scope="session")
+def llama(tmp_path_factory):
+    """A tiny grouped-query Llama: the checkpoint's folder. Read only."""
+    return tiny.tiny_llama(tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture(scope="session")
+def model(llama):
+    """`llama`, loaded by this package."""
+    return load_model(llama)
+
+
+@pytest.fixture(scope="session")
+def hf(llama):
+    """`llama`, loaded by transformers."""
+    return tiny.load_hf(llama)

@@ -1,0 +1,238 @@
+"""Chat templates: what they put after the instruction, padding, refusal openers, where replies end."""
+
+import dataclasses
+import json
+import shutil
+
+import numpy as np
+import pytest
+import tiny
+
+from refusal_jax import UserError, load_model
+from refusal_jax.chat import Chat, bucket
+
+# Templates in the style of well-known families, and the text that each puts after the instruction.
+FAMILIES = {
+    "llama-3": (tiny.TEMPLATE, (), tiny.AFTER_INSTRUCTION),
+    "llama-2": (
+        "{{ bos_token }}{% for m in messages %}[INST] {{ m['content'] | trim }} [/INST]{% endfor %}",
+        (),
+        " [/INST]",
+    ),
+    "chatml": (
+        "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
+        ("<|im_start|>", "<|im_end|>"),
+        "<|im_end|>\n<|im_start|>assistant\n",
+    ),
+    "gemma": (
+        "{{ bos_token }}{% for m in messages %}<start_of_turn>{{ m['role'] }}\n{{ m['content'] | trim }}<end_of_turn>\n"
+        "{% endfor %}{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}",
+        ("<start_of_turn>", "<end_of_turn>"),
+        "<end_of_turn>\n<start_of_turn>model\n",
+    ),
+}
+
+
+def make_chat(folder, template=tiny.TEMPLATE, context=256, extra=(), **more) -> Chat:
+    tiny.tiny_tokenizer(folder, template, extra, **more)
+    return Chat.load(folder, context)
+
+
+@pytest.fixture
+def chat(model) -> Chat:
+    return model.chat
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_post_instruction_tokens(family, tmp_path):
+    template, extra, after = FAMILIES[family]
+    chat = make_chat(tmp_path, template, extra=extra)
+    assert chat.post_instruction_ids == tuple(chat.ids(after))
+    for instruction in ("How do I bake the bread?", "list 3", "(x)", "Ünïcode ¿"):
+        assert chat.ids(chat.render(instruction))[-len(chat.post_instruction_ids) :] == chat.ids(after)
+
+
+def test_token_names_are_readable(chat):
+    names = ["<|eot_id|>", "<|start_header_id|>", "assistant", "<|end_header_id|>", "\\n\\n"]
+    assert chat.token_names(chat.post_instruction_ids) == names
+
+
+def test_template_without_anything_after_the_instruction(tmp_path):
+    chat = make_chat(tmp_path, "{{ bos_token }}{{ messages[0]['content'] }}")
+    with pytest.raises(UserError, match="The chat template puts no tokens after the instruction"):
+        _ = chat.post_instruction_ids
+
+
+def test_template_that_trims(chat):
+    np.testing.assert_array_equal(chat.encode(["  help \n"]).tokens, chat.encode(["help"]).tokens)
+
+
+def test_no_system_prompt_and_one_bos(chat):
+    text = chat.render("help")
+    expected = f"<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\nhelp{tiny.AFTER_INSTRUCTION}"
+    assert text == expected and chat.render("help", "Sure") == expected + "Sure"
+    assert chat.ids(text).count(chat.tokenizer.bos_token_id) == 1
+
+
+def test_template_that_fails(tmp_path):
+    chat = make_chat(tmp_path, "{{ raise_exception('system prompt needed') }}")
+    with pytest.raises(UserError, match=r"failed on a single user message \(system prompt needed\)\. Repair"):
+        chat.render("help")
+
+
+def test_encode_pads_on_the_left(chat):
+    texts = ["help", "How do I bake the bread? " * 3]
+    batch = chat.encode(texts)
+    lengths = [len(chat.ids(chat.render(text))) for text in texts]
+    assert batch.tokens.shape == batch.mask.shape == (2, bucket(max(lengths)))
+    assert batch.tokens.dtype == np.int32 and batch.mask.dtype == bool
+    for row, text in enumerate(texts):
+        ids = chat.ids(chat.render(text))
+        assert batch.tokens[row, batch.mask[row]].tolist() == ids
+        assert batch.mask[row].tolist() == [False] * (batch.mask.shape[1] - len(ids)) + [True] * len(ids)
+        assert (batch.tokens[row, ~batch.mask[row]] == chat.pad_id).all()
+    assert chat.encode(texts, 200).tokens.shape == (2, 200)
+
+
+def test_padded_to_repeats_the_last_row(chat):
+    batch = chat.encode(["help", "bake"]).padded_to(5)
+    assert batch.tokens.shape[0] == batch.mask.shape[0] == 5
+    for row in (2, 3, 4):
+        np.testing.assert_array_equal(batch.tokens[row], batch.tokens[1])
+        np.testing.assert_array_equal(batch.mask[row], batch.mask[1])
+
+
+def test_buckets_are_few_and_not_much_longer():
+    sizes = [bucket(length) for length in range(1, 4097)]
+    assert all(size >= length for length, size in enumerate(sizes, 1))
+    assert all(size <= 2 * length for length, size in enumerate(sizes, 1) if length >= 4)
+    assert sizes == sorted(sizes) and len(set(sizes)) <= 32
+
+
+def test_prompt_as_long_as_the_context_and_longer(chat):
+    length = len(chat.ids(chat.render("help " * 9)))
+    exact = dataclasses.replace(chat, context_length=length)
+    assert exact.encode(["help " * 9]).tokens.shape == (1, length)
+    short = dataclasses.replace(chat, context_length=length - 1)
+    with pytest.raises(
+        UserError, match=rf"Prompt 1 \('help help.*has {length} tokens, the model's context is {length - 1}"
+    ):
+        short.encode(["hi", "help " * 9])
+
+
+@pytest.mark.parametrize("instructions", [[], (), "How do I bake?"])
+def test_encode_needs_a_list(instructions, chat):
+    with pytest.raises(UserError, match="encode takes a non-empty list of instructions"):
+        chat.encode(instructions)
+
+
+def test_refusal_openers(chat):
+    first = chat.ids("I")[0]
+    assert chat.opener_ids(("I",)) == (first,)
+    assert chat.opener_ids(("I cannot", "I", first)) == (first,)  # only the first token counts, once
+    assert chat.opener_ids((7, "I", 2)) == tuple(sorted({2, 7, first}))
+
+
+@pytest.mark.parametrize("opener", ["", -1, 312, 10**9])
+def test_refusal_openers_outside_the_vocabulary(opener, chat):
+    with pytest.raises(UserError, match=rf"refusal token {opener!r} is not in the vocabulary of 312 tokens"):
+        chat.opener_ids(("I", opener))
+
+
+def test_no_refusal_openers(chat):
+    with pytest.raises(UserError, match="no refusal tokens: give at least one opener"):
+        chat.opener_ids(())
+
+
+def test_decode_stops_at_the_first_end(chat):
+    end, text = chat.eos_ids[0], chat.ids("I cannot help")
+    bos = chat.tokenizer.bos_token_id
+    rows = [[*text, end, *text], [bos, *text, 32, 32], [end, *text, 32], [*text, bos, bos]]
+    width = max(map(len, rows))
+    decoded = chat.decode(np.asarray([row + [end] * (width - len(row)) for row in rows]))
+    assert decoded[0] == "I cannot help" and decoded[2] == "" and decoded[3] == "I cannot help"
+    assert decoded[1] == "I cannot help" + chat.tokenizer.decode([32, 32])
+
+
+def test_every_end_token_ends(chat):
+    both = dataclasses.replace(chat, eos_ids=(40, 41))
+    assert both.decode([[50, 41, 60], [50, 60, 40]]) == [chat.tokenizer.decode([50]), chat.tokenizer.decode([50, 60])]
+
+
+def test_end_tokens_of_all_files(tmp_path):
+    tokenizer = tiny.tiny_tokenizer(tmp_path)
+    assert Chat.load(tmp_path, 64).eos_ids == (tokenizer.eos_token_id,)
+    (tmp_path / "config.json").write_text('{"eos_token_id": 5}')
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [9, 5]}')
+    assert Chat.load(tmp_path, 64).eos_ids == (9, 5, tokenizer.eos_token_id)
+
+
+def test_no_end_token(tmp_path):
+    with pytest.raises(UserError, match="names no end-of-sequence token, neither in generation_config.json nor"):
+        make_chat(tmp_path, eos_token=None)
+
+
+@pytest.mark.parametrize("content", ["{", "[]"])
+def test_damaged_generation_config(content, tmp_path):
+    (tmp_path / "generation_config.json").write_text(content)
+    with pytest.raises(UserError, match=r"generation_config\.json is not valid JSON .*Fetch the file again"):
+        make_chat(tmp_path)
+
+
+def test_padding_without_a_pad_token(tmp_path):
+    chat = make_chat(tmp_path, pad_token=None)
+    assert chat.pad_id == chat.eos_ids[0]
+
+
+def test_folder_without_a_tokenizer(llama, tmp_path):
+    with pytest.raises(UserError, match="has no tokenizer files"):
+        Chat.load(tmp_path, 64)
+    folder = shutil.copytree(llama, tmp_path / "model", ignore=shutil.ignore_patterns("tokenizer*"))
+    with pytest.raises(UserError, match="has no tokenizer files"):
+        load_model(folder)
+
+
+def test_damaged_tokenizer(tmp_path):
+    tiny.tiny_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.json").write_text((tmp_path / "tokenizer.json").read_text()[:500])
+    with pytest.raises(UserError, match=r"The tokenizer of .* could not be loaded \(.+\)\. Copy its tokenizer files"):
+        Chat.load(tmp_path, 64)
+
+
+def test_tokenizer_without_a_chat_template(tmp_path):
+    with pytest.raises(UserError, match="has no chat template, so instructions cannot be posed"):
+        make_chat(tmp_path, template=None)
+
+
+def test_code_in_a_checkpoint_is_never_run(tmp_path):
+    folder = tmp_path / "model"
+    tiny.tiny_tokenizer(folder)
+    trace = tmp_path / "was-run"
+    (folder / "evil.py").write_text(f"open({str(trace)!r}, 'w').close()\nclass EvilTokenizer: pass\n")
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    auto_map = {"AutoTokenizer": ["evil.EvilTokenizer", "evil.EvilTokenizer"]}
+    for name in (settings["tokenizer_class"], "EvilTokenizer"):
+        tiny.edit_json(folder / "tokenizer_config.json", auto_map=auto_map, tokenizer_class=name)
+        try:
+            Chat.load(folder, 64)
+        except UserError as error:
+            assert "could not be loaded" in str(error)
+    assert not trace.exists()
+
+
+def test_pad_token_without_an_embedding(llama, tmp_path):
+    """Some checkpoints add a pad token to the tokenizer alone; its embedding row does not exist, so use another."""
+    folder = shutil.copytree(llama, tmp_path / "model")
+    tiny.tiny_tokenizer(folder, extra=("<pad>",), pad_token="<pad>")
+    model = load_model(folder)
+    batch = model.encode(["help", "How do I bake the bread?"])
+    assert np.isfinite(np.asarray(model.logits(batch.tokens, batch.mask))).all()
+
+
+def test_prompt_token_without_an_embedding(llama, tmp_path):
+    folder = shutil.copytree(llama, tmp_path / "model")
+    tiny.tiny_tokenizer(folder, extra=("<tool>",))
+    model = load_model(folder)
+    with pytest.raises(UserError, match="vocabulary"):
+        model.encode(["use the <tool> please"])

@@ -1,0 +1,258 @@
+"""The decoder against transformers, on tiny random Llamas of every variant: logits, taps, decoding."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+import tiny
+import torch
+
+from refusal_jax import ChatModel, Edits, Taps, UserError, load_model
+from refusal_jax.chat import TokenBatch
+from refusal_jax.models.config import Rope
+from refusal_jax.models.decoder import Context, Decoder
+from refusal_jax.taps import TAP_SITES
+
+LENGTHS = (3, 40, 17, 1)  # of the rows of a batch: the shortest is all padding but its last token
+VARIANTS = {
+    "gqa": {},
+    "mha": {"kv_heads": 4},
+    "mqa": {"kv_heads": 1},
+    "rope-linear": {"rope": "linear"},
+    "rope-llama3": {"rope": "llama3"},
+    "tied-relu": {"tied": True, "hidden_act": "relu"},
+    "attention-bias-gelu": {"attention_bias": True, "hidden_act": "gelu"},
+    "mlp-bias-gelu-tanh": {"mlp_bias": True, "hidden_act": "gelu_pytorch_tanh"},
+    "narrow-heads": {"head_dim": 4, "attention_bias": True, "mlp_bias": True},
+    "wide-heads": {"head_dim": 16, "kv_heads": 1, "tied": True},
+}
+
+
+@dataclasses.dataclass
+class Case:
+    """One checkpoint in both implementations, and a batch to run."""
+
+    ours: ChatModel
+    theirs: object
+    tokens: np.ndarray
+    mask: np.ndarray
+
+
+@pytest.fixture(scope="module", params=VARIANTS)
+def case(request, tmp_path_factory):
+    folder = tiny.tiny_llama(tmp_path_factory.mktemp(request.param), **VARIANTS[request.param])
+    ours = load_model(folder)
+    return Case(ours, tiny.load_hf(folder), *tiny.left_padded(LENGTHS, ours.config.vocab_size))
+
+
+def close(ours, theirs, tolerance=1e-4):
+    np.testing.assert_allclose(np.asarray(ours), theirs, rtol=tolerance, atol=tolerance)
+
+
+def hf_taps(model, tokens, mask) -> dict[str, np.ndarray]:
+    """Every tap site of every layer, `{site: [L, B, T, D]}`, caught by forward hooks."""
+    caught = {site: [] for site in TAP_SITES}
+
+    def first(value):
+        return value[0] if isinstance(value, tuple) else value
+
+    def before(site):
+        return lambda module, args, kwargs: caught[site].append(first(args) if args else kwargs["hidden_states"])
+
+    def after(site):
+        return lambda module, args, out: caught[site].append(first(out))
+
+    hooks = []
+    for layer in model.model.layers:
+        hooks += [
+            layer.register_forward_pre_hook(before("resid_pre"), with_kwargs=True),
+            layer.self_attn.register_forward_hook(after("attn_out")),
+            layer.post_attention_layernorm.register_forward_pre_hook(before("resid_mid"), with_kwargs=True),
+            layer.mlp.register_forward_hook(after("mlp_out")),
+            layer.register_forward_hook(after("resid_post")),
+        ]
+    try:
+        tiny.hf_forward(model, tokens, mask)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return {site: torch.stack(values).numpy() for site, values in caught.items()}
+
+
+def test_logits_equal_transformers(case):
+    theirs = tiny.hf_forward(case.theirs, case.tokens, case.mask).logits.numpy()
+    assert theirs[case.mask].std() > 0.3  # else the tolerance would say nothing
+    everywhere = np.asarray(case.ours.logits(case.tokens, case.mask, positions="all"))
+    close(everywhere[case.mask], theirs[case.mask])
+    last = case.ours.logits(case.tokens, case.mask)
+    assert last.shape == (len(LENGTHS), case.ours.config.vocab_size) and last.dtype == np.float32
+    close(last, theirs[:, -1])
+
+
+def test_every_tap_of_every_layer_equals_transformers(case):
+    theirs = hf_taps(case.theirs, case.tokens, case.mask)
+    ours = case.ours.taps(case.tokens, case.mask, Taps(TAP_SITES))
+    assert set(ours) == set(TAP_SITES)
+    for site in TAP_SITES:
+        assert ours[site].shape == theirs[site].shape
+        close(np.asarray(ours[site])[:, case.mask], theirs[site][:, case.mask])
+
+
+def test_hidden_states_are_the_residual_stream(model, hf):
+    tokens, mask = tiny.left_padded(LENGTHS, model.config.vocab_size, seed=1)
+    attended = torch.tensor(mask, dtype=torch.long)
+    positions = (attended.cumsum(-1) - 1).clamp(min=0)
+    with torch.no_grad():
+        states = hf(
+            torch.tensor(tokens, dtype=torch.long),
+            attention_mask=attended,
+            position_ids=positions,
+            output_hidden_states=True,
+        ).hidden_states
+    ours = np.asarray(model.taps(tokens, mask, Taps(("resid_pre",)))["resid_pre"])
+    for layer in range(model.config.n_layers):
+        close(ours[layer][mask], states[layer].numpy()[mask])
+
+
+def test_taps_of_the_last_positions(model):
+    tokens, mask = tiny.left_padded((6, 9), model.config.vocab_size)
+    whole = model.taps(tokens, mask, Taps(("resid_mid", "mlp_out")))
+    cut = model.taps(tokens, mask, Taps(("resid_mid", "mlp_out"), last=3))
+    for site, values in cut.items():
+        assert values.shape == (model.config.n_layers, 2, 3, model.config.d_model)
+        np.testing.assert_array_equal(np.asarray(values), np.asarray(whole[site])[:, :, -3:])
+
+
+def test_unknown_tap_site():
+    with pytest.raises(UserError, match=r"unknown tap sites \['resid'\]; the sites are resid_pre, attn_out"):
+        Taps(("resid_pre", "resid"))
+
+
+def test_padding_changes_nothing(model):
+    tokens, mask = tiny.left_padded(LENGTHS, model.config.vocab_size, seed=2)
+    together = np.asarray(model.logits(tokens, mask))
+    for row, length in enumerate(LENGTHS[:3]):
+        alone = model.logits(tokens[row : row + 1, -length:], mask[row : row + 1, -length:])
+        close(together[row], alone[0], 1e-5)
+
+
+def test_positions_other_than_last_or_all(model):
+    with pytest.raises(ValueError, match="positions must be 'last' or 'all', not 'first'"):
+        model.logits(*tiny.left_padded((4,), 9), positions="first")
+
+
+def test_llama3_rope_blends_between_its_two_wavelengths():
+    rope = Rope(1000.0, "llama3", 8.0, 1.0, 4.0, 16)
+    plain, scaled = Rope(1000.0).inverse_frequencies(32), rope.inverse_frequencies(32)
+    ratios = np.asarray(scaled) / np.asarray(plain)
+    turns = 16 * np.asarray(plain) / (2 * np.pi)
+    np.testing.assert_allclose(ratios[turns < 1], 1 / 8)
+    assert not (turns > 4).any() and ((ratios > 1 / 8) & (ratios < 1)).any()
+    long = Rope(1000.0, "llama3", 8.0, 1.0, 4.0, 10**6).inverse_frequencies(32)
+    np.testing.assert_allclose(long, plain)
+
+
+def uncached_greedy(model: ChatModel, tokens, mask, steps: int, edits=None) -> np.ndarray:
+    """Greedy tokens `[B, steps]` by running the whole prompt again for every token, in one fixed shape."""
+    rows, width = tokens.shape
+    grown, real = np.zeros((rows, width + steps), np.int32), np.zeros((rows, width + steps), bool)
+    grown[:, -width:], real[:, -width:] = tokens, mask
+    for _ in range(steps):
+        token = np.asarray(model.logits(grown, real, edits)).argmax(-1)
+        grown = np.concatenate([grown[:, 1:], token[:, None].astype(np.int32)], axis=1)
+        real = np.concatenate([real[:, 1:], np.ones((rows, 1), bool)], axis=1)
+    return grown[:, -steps:]
+
+
+def with_eos(model: ChatModel, *eos_ids: int) -> ChatModel:
+    return dataclasses.replace(model, chat=dataclasses.replace(model.chat, eos_ids=eos_ids))
+
+
+def hf_greedy(hf, tokens, mask, steps: int, eos_ids, pad_id: int) -> np.ndarray:
+    out = hf.generate(
+        torch.tensor(tokens, dtype=torch.long),
+        attention_mask=torch.tensor(mask, dtype=torch.long),
+        max_new_tokens=steps,
+        do_sample=False,
+        eos_token_id=list(eos_ids),
+        pad_token_id=pad_id,
+    ).numpy()[:, tokens.shape[1] :]
+    return np.pad(out, ((0, 0), (0, steps - out.shape[1])), constant_values=pad_id)
+
+
+@pytest.mark.parametrize("variant", ["gqa", "rope-llama3"])
+def test_cached_decoding_equals_uncached_and_transformers(variant, tmp_path):
+    folder = tiny.tiny_llama(tmp_path, **VARIANTS[variant])
+    model, hf, steps = load_model(folder), tiny.load_hf(folder), 12
+    tokens, mask = tiny.left_padded(LENGTHS, model.config.vocab_size, seed=3)
+    never, pad = 10**6, model.chat.pad_id
+    free = np.asarray(with_eos(model, never).generate_ids(TokenBatch(tokens, mask), steps))
+    assert free.shape == (len(LENGTHS), steps) and free.dtype == np.int32
+    np.testing.assert_array_equal(free, uncached_greedy(model, tokens, mask, steps))
+    np.testing.assert_array_equal(free, hf_greedy(hf, tokens, mask, steps, (never,), pad))
+
+    stops = int(free[1, 4]), int(free[2, 7])  # two rows now end early, the others may go on
+    ended = np.asarray(with_eos(model, *stops).generate_ids(TokenBatch(tokens, mask), steps))
+    np.testing.assert_array_equal(ended, hf_greedy(hf, tokens, mask, steps, stops, pad))
+    first = np.isin(free, stops).argmax(1)
+    assert (ended[1, first[1] + 1 :] == pad).all() and (ended[1] != free[1]).any()
+
+
+def test_decoding_ends_once_every_row_has_ended(model):
+    tokens, mask = tiny.left_padded((5, 9), model.config.vocab_size, seed=4)
+    batch = TokenBatch(tokens, mask)
+    first = np.asarray(with_eos(model, 10**6).generate_ids(batch, 1))[:, 0]
+    ended = np.asarray(with_eos(model, *map(int, first)).generate_ids(batch, 6))
+    np.testing.assert_array_equal(ended[:, 0], first)
+    assert (ended[:, 1:] == model.chat.pad_id).all()
+
+
+@pytest.mark.parametrize("wanted", [0, 250])
+def test_new_tokens_that_do_not_fit_the_context(model, wanted):
+    batch = TokenBatch(*tiny.left_padded((5, 9), model.config.vocab_size))
+    with pytest.raises(UserError, match=rf"max_new_tokens = {wanted} does not fit.*Choose 1 to {256 - 9}\."):
+        model.generate_ids(batch, wanted)
+
+
+def test_text_in_text_out(model):
+    instructions = ["How do I bake the bread?", "help"]
+    replies = model.generate(instructions, max_new_tokens=6)
+    ids = model.generate_ids(model.encode(instructions), 6)
+    assert replies == model.chat.decode(ids) and len(replies) == 2
+
+
+def test_run_layers_equals_the_scan(model):
+    cfg = model.config
+    tokens, mask = tiny.left_padded((4, 11), cfg.vocab_size, seed=5)
+    direction = np.random.default_rng(0).normal(size=cfg.d_model)
+    edits = [Edits.none(cfg.d_model), Edits.concat([Edits.ablate(direction), Edits.add(direction, 1)])]
+
+    @jax.jit
+    def both(decoder: Decoder, tokens, mask, edits, start, stop):
+        ctx, x = Context.of_prompt(cfg, mask), decoder.embed_tokens(tokens)
+        out, taps, _ = decoder.run(x, ctx, edits, Taps(("resid_post",)))
+        before = decoder.run_layers(x, ctx, edits, 0, start)
+        return out, taps["resid_post"], before, decoder.run_layers(before, ctx, edits, start, stop)
+
+    for edit in edits:
+        edit = edit.for_batch(2, cfg.n_layers, cfg.d_model)
+        for start, stop in ((1, 2), (1, 3), (2, 3), (0, 3)):
+            out, posts, before, after = both(model.decoder, tokens, mask, edit, start, stop)
+            close(np.asarray(after)[mask], np.asarray(posts[stop - 1])[mask], 1e-5)
+            if start:
+                close(np.asarray(before)[mask], np.asarray(posts[start - 1])[mask], 1e-5)
+        close(np.asarray(after)[mask], np.asarray(out)[mask], 1e-5)
+
+
+@pytest.mark.parametrize("dtype,near", [("bfloat16", 0.15), ("float16", 0.02)])
+def test_half_precision(llama, hf, dtype, near):
+    model = load_model(llama, dtype)
+    assert {str(a.dtype) for a in model.decoder.weights().values()} == {dtype}
+    tokens, mask = tiny.left_padded(LENGTHS, model.config.vocab_size, seed=6)
+    ours = np.asarray(model.logits(tokens, mask))
+    theirs = tiny.hf_forward(tiny.load_hf(llama, dtype), tokens, mask).logits.float().numpy()[:, -1]
+    exact = tiny.hf_forward(hf, tokens, mask).logits.numpy()[:, -1]
+    assert np.isfinite(ours).all() and ours.dtype == np.float32
+    assert np.abs(ours - theirs).max() < near
+    assert np.abs(ours - exact).max() < 2 * np.abs(theirs - exact).max()  # no worse than transformers at this dtype

@@ -1,0 +1,264 @@
+"""Interventions: against forward hooks in torch, as rows of one batch, through one compiled program."""
+
+import contextlib
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+import tiny
+import torch
+
+from refusal_jax import Edits, Taps
+from refusal_jax.chat import TokenBatch
+from refusal_jax.chat_model import _forward
+from refusal_jax.edits import SITES
+
+LENGTHS = (4, 15, 9)
+
+
+@pytest.fixture(scope="module")
+def batch(model):
+    return tiny.left_padded(LENGTHS, model.config.vocab_size, seed=7)
+
+
+@pytest.fixture(scope="module")
+def direction(model):
+    return 3.0 * np.random.default_rng(1).normal(size=model.config.d_model)
+
+
+@contextlib.contextmanager
+def hooked(model, direction, *, ablate=(), add_at=None, scale=1.0):
+    """torch forward hooks that ablate `direction` at the (layer, site) pairs of `ablate`, and add it before a block."""
+    raw = torch.tensor(direction, dtype=torch.float32)
+    unit = raw / raw.norm()
+
+    def without(x):
+        return x - scale * (x @ unit)[..., None] * unit
+
+    def before(layer):
+        def hook(module, args):
+            x = without(args[0]) if (layer, "resid_pre") in ablate else args[0]
+            return (x + scale * raw if layer == add_at else x, *args[1:])
+
+        return hook
+
+    def after(layer, site):
+        def hook(module, args, out):
+            if (layer, site) not in ablate:
+                return out
+            return (without(out[0]), *out[1:]) if isinstance(out, tuple) else without(out)
+
+        return hook
+
+    hooks = []
+    for index, layer in enumerate(model.model.layers):
+        hooks.append(layer.register_forward_pre_hook(before(index)))
+        hooks.append(layer.self_attn.register_forward_hook(after(index, "attn_out")))
+        hooks.append(layer.mlp.register_forward_hook(after(index, "mlp_out")))
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def every(layers, sites=SITES):
+    return {(layer, site) for layer in layers for site in sites}
+
+
+ABLATIONS = {
+    "everywhere": ({}, every(range(3)), 1.0),
+    "one-layer": ({"layers": [1], "n_layers": 3}, every([1]), 1.0),
+    "input-only": ({"sites": ["resid_pre"]}, every(range(3), ["resid_pre"]), 1.0),
+    "attention-only": ({"sites": ["attn_out"]}, every(range(3), ["attn_out"]), 1.0),
+    "mlp-of-two": ({"layers": (0, 2), "n_layers": 3, "sites": ("mlp_out",)}, every([0, 2], ["mlp_out"]), 1.0),
+    "half": ({"scale": 0.5}, every(range(3)), 0.5),
+}
+
+
+@pytest.mark.parametrize("name", ABLATIONS)
+def test_ablation_equals_torch_hooks(name, model, hf, batch, direction):
+    options, where, scale = ABLATIONS[name]
+    tokens, mask = batch
+    plain = tiny.hf_forward(hf, tokens, mask).logits.numpy()[mask]
+    with hooked(hf, direction, ablate=where, scale=scale):
+        theirs = tiny.hf_forward(hf, tokens, mask).logits.numpy()[mask]
+    assert np.abs(theirs - plain).max() > 1e-2  # the edit does something
+    ours = np.asarray(model.logits(tokens, mask, Edits.ablate(direction, **options), positions="all"))[mask]
+    np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("layer,scale", [(0, 1.0), (1, -1.0), (2, 0.25)])
+def test_addition_equals_torch_hooks(layer, scale, model, hf, batch, direction):
+    tokens, mask = batch
+    plain = tiny.hf_forward(hf, tokens, mask).logits.numpy()[mask]
+    with hooked(hf, direction, add_at=layer, scale=scale):
+        theirs = tiny.hf_forward(hf, tokens, mask).logits.numpy()[mask]
+    assert np.abs(theirs - plain).max() > 1e-2
+    ours = np.asarray(model.logits(tokens, mask, Edits.add(direction, layer, scale), positions="all"))[mask]
+    np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_a_row_may_ablate_and_add(model, hf, batch, direction):
+    tokens, mask = batch
+    ablate, add = Edits.ablate(direction), Edits.add(direction, 1)
+    both = dataclasses.replace(ablate, add_rd=add.add_rd, layer_r=add.layer_r)
+    with hooked(hf, direction, ablate=every(range(3)), add_at=1):
+        theirs = tiny.hf_forward(hf, tokens, mask).logits.numpy()[:, -1]
+    np.testing.assert_allclose(np.asarray(model.logits(tokens, mask, both)), theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_taps_see_the_edited_residual(model, batch, direction):
+    tokens, mask = batch
+    unit = direction / np.linalg.norm(direction)
+    ablated = model.taps(tokens, mask, Taps(SITES), Edits.ablate(direction))
+    plain = model.taps(tokens, mask, Taps(SITES))
+    for site in SITES:
+        along = np.abs(np.asarray(ablated[site])[:, mask] @ unit)
+        assert along.max() < 1e-4 < 1e-1 < np.abs(np.asarray(plain[site])[:, mask] @ unit).max()
+    added = np.asarray(model.taps(tokens, mask, Taps(SITES), Edits.add(direction, 1))["resid_pre"])
+    np.testing.assert_array_equal(added[0], np.asarray(plain["resid_pre"])[0])
+    rows = np.asarray(plain["resid_pre"])[1] + direction.astype(np.float32)
+    np.testing.assert_allclose(added[1][mask], rows[mask], rtol=1e-5, atol=1e-5)
+
+
+def test_rows_of_one_batch_equal_each_row_alone(model, direction):
+    tokens, mask = tiny.left_padded((12,) * 5, model.config.vocab_size, seed=8)
+    other = np.random.default_rng(2).normal(size=len(direction))
+    parts = [
+        Edits.none(len(direction)),
+        Edits.ablate(direction),
+        Edits.ablate(other, layers=[1], n_layers=3, sites=["attn_out"]),
+        Edits.add(direction, 2),
+        Edits.add(other, 0, -2.0),
+    ]
+    together = np.asarray(model.logits(tokens, mask, Edits.concat(parts)))
+    for row, edits in enumerate(parts):
+        alone = np.asarray(model.logits(tokens[row : row + 1], mask[row : row + 1], edits))
+        np.testing.assert_allclose(together[row], alone[0], rtol=1e-4, atol=2e-5)
+    shuffled = np.asarray(model.logits(tokens, mask, Edits.concat(parts).take([4, 3, 2, 1, 0])))
+    assert np.abs(shuffled - together)[[0, 1, 3, 4]].max(axis=1).min() > 1e-2  # each row follows its own edit
+
+
+def test_directions_of_several_rows_are_normalised_one_by_one():
+    rows = np.array([[3.0, 4.0], [0.0, -0.1], [0.0, 0.0]])
+    np.testing.assert_allclose(Edits.ablate(rows).ablate_rd, [[0.6, 0.8], [0.0, -1.0], [0.0, 0.0]], atol=1e-6)
+    added = Edits.add(rows, 1, -2.0)
+    np.testing.assert_allclose(added.add_rd, -2 * rows, rtol=1e-6)
+    assert added.rows == 3 and added.layer_r.tolist() == [1, 1, 1] and not added.gate_rls.any()
+
+
+def test_zero_direction_changes_no_bit(model, batch):
+    tokens, mask = batch
+    zero = np.zeros(model.config.d_model)
+    plain = np.asarray(model.logits(tokens, mask))
+    for edits in (Edits.ablate(zero), Edits.add(zero, 1), Edits.none(len(zero), len(tokens))):
+        np.testing.assert_array_equal(np.asarray(model.logits(tokens, mask, edits)), plain)
+
+
+def test_no_layers_is_no_edit(model, batch, direction):
+    tokens, mask = batch
+    edits = Edits.ablate(direction, layers=[], n_layers=3)
+    np.testing.assert_array_equal(np.asarray(model.logits(tokens, mask, edits)), np.asarray(model.logits(tokens, mask)))
+
+
+def test_one_compile_serves_all_edits(model, direction):
+    tokens, mask = tiny.left_padded((6, 6), model.config.vocab_size)
+    compiles = []
+
+    def count(event, duration, **_):
+        if event == "/jax/core/compile/backend_compile_duration":
+            compiles.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(count)
+    try:
+        model.logits(tokens, mask)
+        assert compiles  # the listener works: a new shape compiles
+        before = _forward._cache_size()
+        compiles.clear()
+        for edits in (
+            Edits.ablate(direction),
+            Edits.ablate(direction, layers=[1], n_layers=3),
+            Edits.ablate(np.stack([direction, -direction]), sites=["mlp_out"]),
+            Edits.add(direction, 2),
+            Edits.concat([Edits.none(len(direction)), Edits.add(direction, 0)]),
+        ):
+            model.logits(tokens, mask, edits)
+        assert not compiles and _forward._cache_size() == before
+    finally:
+        jax.monitoring.unregister_event_duration_listener(count)
+
+
+def test_edits_hold_for_generated_tokens(model, hf, direction):
+    steps, never, pad = 6, 10**6, model.chat.pad_id
+    tokens, mask = tiny.left_padded((9, 5), model.config.vocab_size, seed=9)
+    free = dataclasses.replace(model, chat=dataclasses.replace(model.chat, eos_ids=(never,)))
+    plain = np.asarray(free.generate_ids(TokenBatch(tokens, mask), steps))
+    for edits, hooks in (
+        (Edits.ablate(direction), {"ablate": every(range(3))}),
+        (Edits.add(direction, 1), {"add_at": 1}),
+    ):
+        ours = np.asarray(free.generate_ids(TokenBatch(tokens, mask), steps, edits))
+        with hooked(hf, direction, **hooks):
+            theirs = hf.generate(
+                torch.tensor(tokens, dtype=torch.long),
+                attention_mask=torch.tensor(mask, dtype=torch.long),
+                max_new_tokens=steps,
+                do_sample=False,
+                eos_token_id=never,
+                pad_token_id=pad,
+            )
+        np.testing.assert_array_equal(ours, theirs.numpy()[:, tokens.shape[1] :])
+        assert (ours != plain).any()
+
+
+def test_ablation_in_bfloat16_projects_in_float32(direction):
+    x = np.random.default_rng(3).normal(size=(2, 5, len(direction))).astype(jax.numpy.bfloat16)
+    edits = jax.tree.map(jax.numpy.asarray, Edits.ablate(direction).for_batch(2, 1, len(direction)))
+    out = edits.ablated(jax.numpy.asarray(x), jax.numpy.ones(2))
+    unit = direction / np.linalg.norm(direction)
+    exact = x.astype(np.float64) - (x.astype(np.float64) @ unit)[..., None] * unit
+    assert out.dtype == jax.numpy.bfloat16
+    np.testing.assert_allclose(np.asarray(out, np.float64), exact, rtol=2**-8, atol=1e-6)  # one rounding, no more
+
+
+BAD_CALLS = {
+    "rank": (lambda: Edits.ablate(np.zeros((2, 3, 4))), r"must have shape .* this one has \(2, 3, 4\)"),
+    "empty": (lambda: Edits.add(np.zeros(0), 1), r"must have shape .* this one has \(0,\)"),
+    "nan": (lambda: Edits.ablate([1.0, np.nan, np.inf]), "holds 2 values that are NaN or infinite"),
+    "site": (
+        lambda: Edits.ablate(np.ones(4), sites=["resid_post", "attn_out"]),
+        r"unknown sites \['resid_post'\]; the sites are",
+    ),
+    "no-n-layers": (lambda: Edits.ablate(np.ones(4), layers=[1]), "layers= needs n_layers="),
+    "layer-too-high": (
+        lambda: Edits.ablate(np.ones(4), layers=[3], n_layers=3),
+        "layer 3 is out of range; layers count from 0 to 2",
+    ),
+    "layer-negative": (lambda: Edits.add(np.ones(4), -1), "layer -1 is out of range; layers count from 0$"),
+    "width": (lambda: Edits.none(4).for_batch(2, 3, 5), "has 4 entries, the model's residual stream has 5"),
+    "rows": (lambda: Edits.none(4, rows=3).for_batch(2, 3, 4), "the edit has 3 rows, the batch has 2"),
+    "gates": (
+        lambda: Edits.ablate(np.ones(4), layers=[1], n_layers=2).for_batch(1, 3, 4),
+        "has gates for 2 layers, the model has 3",
+    ),
+    "add-above": (
+        lambda: Edits.add(np.ones(4), 3).for_batch(1, 3, 4),
+        "adds at layer 3, the model's layers are 0 to 2",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD_CALLS)
+def test_bad_edits(name):
+    call, message = BAD_CALLS[name]
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_bad_edits_are_refused_by_the_model(model, batch):
+    with pytest.raises(ValueError, match="it belongs to another model"):
+        model.logits(*batch, Edits.ablate(np.ones(5)))
+    with pytest.raises(ValueError, match="pass one row, or one for each"):
+        model.taps(*batch, Taps(("resid_pre",)), Edits.none(model.config.d_model, rows=2))

@@ -1,0 +1,293 @@
+"""Checkpoints: what loads, on one device and on a mesh, and every way in which one can be broken."""
+
+import json
+import shutil
+
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+import safetensors
+import tiny
+from safetensors.numpy import load_file, save_file
+
+from refusal_jax import UserError, load_model, make_mesh
+from refusal_jax.models.load import INDEX, SINGLE, TensorFiles, hf_config, listed, load_decoder, save_weights
+
+Q0, NORM = "model.layers.0.self_attn.q_proj.weight", "model.norm.weight"
+
+
+@pytest.fixture
+def folder(llama, tmp_path):
+    """A copy of the tiny checkpoint, to be broken."""
+    return shutil.copytree(llama, tmp_path / "model")
+
+
+@pytest.fixture(scope="module")
+def sharded(tmp_path_factory):
+    """The checkpoint of `llama`, in several files with an index. Read only."""
+    return tiny.tiny_llama(tmp_path_factory.mktemp("sharded"), shards="40KB")
+
+
+@pytest.fixture
+def shards(sharded, tmp_path):
+    return shutil.copytree(sharded, tmp_path / "shards")
+
+
+def change(folder, **changes):
+    """Rewrites the single weight file, with tensors replaced, added or (None) removed."""
+    tensors = load_file(folder / SINGLE) | {name.replace("__", "."): value for name, value in changes.items()}
+    save_file({k: v for k, v in tensors.items() if v is not None}, folder / SINGLE, metadata={"format": "pt"})
+
+
+def change_index(folder, name, file):
+    index = json.loads((folder / INDEX).read_text())
+    index["weight_map"][name] = file
+    (folder / INDEX).write_text(json.dumps(index))
+
+
+def same_weights(a, b):
+    a, b = jax.device_get((a.weights(), b.weights()))
+    assert a.keys() == b.keys()
+    for path in a:
+        assert a[path].dtype == b[path].dtype
+        np.testing.assert_array_equal(a[path], b[path])
+
+
+def test_shards_equal_the_single_file(llama, sharded):
+    files = {path.name for path in sharded.glob("*.safetensors")}
+    assert len(files) > 2 and SINGLE not in files and (sharded / INDEX).exists()
+    same_weights(load_decoder(sharded), load_decoder(llama))
+
+
+def test_weights_are_those_of_transformers(llama, hf):
+    theirs = {name: value.numpy() for name, value in hf.state_dict().items()}
+    weights = jax.device_get(load_decoder(llama).weights())
+    np.testing.assert_array_equal(weights["blocks.down"][2], theirs["model.layers.2.mlp.down_proj.weight"])
+    np.testing.assert_array_equal(weights["blocks.q"][0], theirs[Q0])
+    np.testing.assert_array_equal(weights["unembed"], theirs["lm_head.weight"])
+
+
+@pytest.mark.parametrize("stored", ["bfloat16", "float16", "float32"])
+def test_stored_dtypes(stored, tmp_path):
+    folder = tiny.tiny_llama(tmp_path, layers=2, dtype=stored)
+    theirs = tiny.load_hf(folder).state_dict()
+    ours = jax.device_get(load_decoder(folder).weights())
+    assert ours["blocks.q"].dtype == np.float32
+    np.testing.assert_array_equal(ours["blocks.q"][0], theirs[Q0].numpy())
+    np.testing.assert_array_equal(ours["final_norm"], theirs[NORM].numpy())
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_save_is_load_backwards(dtype, tied, tmp_path):
+    folder = tiny.tiny_llama(tmp_path / "a", layers=2, dtype=dtype, tied=tied, attention_bias=True, mlp_bias=True)
+    again = shutil.copytree(folder, tmp_path / "b")
+    decoder = load_decoder(folder, dtype)
+    save_weights(decoder, again)
+    before, after = ({k: v.tobytes() for k, v in load_file(f / SINGLE).items()} for f in (folder, again))
+    assert before == after
+    same_weights(decoder, load_decoder(again, dtype))
+    written = (again / SINGLE).read_bytes()
+    save_weights(load_decoder(again, dtype), again)
+    assert (again / SINGLE).read_bytes() == written
+    assert safetensors.safe_open(again / SINGLE, "np").metadata() == {"format": "pt"}
+    assert tiny.load_hf(again, dtype).state_dict().keys() == tiny.load_hf(folder, dtype).state_dict().keys()
+
+
+@pytest.mark.parametrize("rope", ["default", "linear", "llama3"])
+def test_written_config_is_read_back(rope, tmp_path):
+    cfg = load_model(tiny.tiny_llama(tmp_path, layers=1, rope=rope, attention_bias=True)).config
+    (tmp_path / "config.json").write_text(json.dumps(hf_config(cfg, "float32", bos_token_id=1)))
+    assert load_model(tmp_path).config == cfg
+
+
+def test_missing_unknown_and_misshapen_tensors_come_in_one_error(folder):
+    change(
+        folder,
+        model__norm__weight=None,
+        model__layers__1__mlp__up_proj__weight=None,
+        model__layers__9__mlp__up_proj__weight=np.zeros((2, 2), np.float32),
+        lm_head__weight=np.zeros((3, 4), np.float32),
+    )
+    save_file(load_file(folder / SINGLE) | {Q0: np.zeros((32, 32), np.float64)}, folder / SINGLE)
+    with pytest.raises(UserError, match=r"The tensors of .* do not fit its config\.json") as error:
+        load_decoder(folder)
+    for part in (
+        "2 missing: model.layers.1.mlp.up_proj.weight; model.norm.weight",
+        "1 unknown: model.layers.9.mlp.up_proj.weight",
+        "1 misshapen: lm_head.weight is [3, 4], expected [312, 32]",
+        f"1 of a dtype other than F32, F16, BF16: {Q0} is F64",
+    ):
+        assert part in str(error.value)
+
+
+def test_many_problems_are_counted_not_listed():
+    assert listed(["a", "b"]) == "a; b"
+    assert listed(list("abcdefgh"), 3) == "a; b; c; and 5 more"
+
+
+def test_tensors_that_inference_recomputes_are_ignored(folder):
+    change(folder, model__layers__0__self_attn__rotary_emb__inv_freq=np.ones(4, np.float32))
+    assert load_decoder(folder).cfg.n_layers == 3
+
+
+def test_a_tied_checkpoint_may_hold_its_unembedding(tmp_path):
+    folder = tiny.tiny_llama(tmp_path, layers=1, tied=True)
+    tensors = load_file(folder / SINGLE)
+    assert "lm_head.weight" not in tensors
+    change(folder, lm_head__weight=tensors["model.embed_tokens.weight"])
+    assert "unembed" not in load_decoder(folder).weights()
+
+
+@pytest.mark.parametrize("keep", [0, 5, 100, -10])
+def test_truncated_file(keep, folder):
+    data = (folder / SINGLE).read_bytes()
+    (folder / SINGLE).write_bytes(data[:keep])
+    with pytest.raises(UserError, match=r"model\.safetensors is not a readable safetensors file .*download it again"):
+        load_decoder(folder)
+
+
+def test_file_that_is_something_else(shards):
+    one = sorted(shards.glob("*.safetensors"))[1]
+    one.write_bytes(b"<html>404 not found</html>" * 100)
+    with pytest.raises(UserError, match=f"{one.name} is not a readable safetensors file"):
+        load_decoder(shards)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_weights_that_are_not_finite(value, folder):
+    down = load_file(folder / SINGLE)["model.layers.2.mlp.down_proj.weight"]
+    down[3, 4] = value
+    change(folder, model__layers__2__mlp__down_proj__weight=down)
+    with pytest.raises(
+        UserError, match=r"holds NaN or infinite weights \(as float32\): blocks\.down \(model\.layers\.0"
+    ):
+        load_decoder(folder)
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered in cast")
+def test_weights_that_a_dtype_cannot_hold(folder):
+    change(folder, model__norm__weight=np.full(32, 1e6, np.float32))
+    assert load_decoder(folder, "bfloat16").dtype == ml_dtypes.bfloat16
+    with pytest.raises(UserError, match=r"\(as float16\): final_norm .*try bfloat16 or float32"):
+        load_decoder(folder, "float16")
+
+
+def test_unknown_dtype(llama):
+    with pytest.raises(UserError, match="dtype 'int8' is not one of float32, bfloat16, float16"):
+        load_model(llama, "int8")
+
+
+def test_auto_dtype_is_float32_on_cpu(llama):
+    assert load_model(llama, "auto").decoder.dtype == np.float32
+
+
+@pytest.mark.parametrize("name", ["../model.safetensors", "/tmp/x.safetensors", "sub/x.safetensors", "..", ""])
+def test_index_that_names_files_outside(name, shards):
+    change_index(shards, NORM, name)
+    with pytest.raises(UserError, match="names files outside the checkpoint's folder: .*Do not use this checkpoint"):
+        load_decoder(shards)
+
+
+def test_missing_shards(shards):
+    files = sorted(shards.glob("*.safetensors"))
+    files[0].unlink()
+    files[2].unlink()
+    message = rf"lacks 2 of the {len(files)} weight files .*{files[0].name}; {files[2].name}.*download is incomplete"
+    with pytest.raises(UserError, match=message):
+        load_decoder(shards)
+
+
+@pytest.mark.parametrize("index", ['{"metadata": {}}', '{"weight_map": ["a"]}', '{"weight_map": {"a": 3}}'])
+def test_index_without_weight_map(index, shards):
+    (shards / INDEX).write_text(index)
+    with pytest.raises(UserError, match=r"index\.json has no usable weight_map"):
+        load_decoder(shards)
+
+
+def test_duplicate_tensors(shards):
+    one, two = sorted(shards.glob("*.safetensors"))[:2]
+    name = next(iter(load_file(one)))
+    save_file(load_file(two) | {name: load_file(one)[name]}, two)
+    with pytest.raises(UserError, match=f"contradict each other: {name} is in both {one.name} and {two.name}"):
+        load_decoder(shards)
+
+
+def test_index_that_misplaces_a_tensor(shards):
+    files = sorted(path.name for path in shards.glob("*.safetensors"))
+    where = json.loads((shards / INDEX).read_text())["weight_map"][NORM]
+    wrong = next(name for name in files if name != where)
+    change_index(shards, NORM, wrong)
+    with pytest.raises(UserError, match=f"{INDEX} places {NORM} in {wrong}, which does not hold it"):
+        load_decoder(shards)
+
+
+def test_index_of_a_tensor_that_no_file_holds(shards):
+    first = sorted(path.name for path in shards.glob("*.safetensors"))[0]
+    change_index(shards, "model.ghost.weight", first)
+    with pytest.raises(UserError, match=rf"places model\.ghost\.weight in {first}, which does not hold it"):
+        load_decoder(shards)
+
+
+def test_pickled_weights_are_refused(folder):
+    (folder / SINGLE).unlink()
+    with pytest.raises(UserError, match=r"has neither model\.safetensors nor .* Download \*\.safetensors into it"):
+        load_decoder(folder)
+    (folder / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'false'\ntR.")
+    with pytest.raises(UserError, match=r"It holds pickled weights \(pytorch_model\.bin\), which can run code"):
+        load_decoder(folder)
+
+
+def test_file_that_breaks_while_being_read(llama, monkeypatch):
+    def fail(self, name, index=...):
+        raise safetensors.SafetensorError("gone")
+
+    monkeypatch.setattr(TensorFiles, "read", fail)
+    with pytest.raises(UserError, match=r"A weight file of .* could not be read \(gone\)"):
+        load_decoder(llama)
+
+
+@pytest.mark.parametrize("shape", [(2, 2, 2), (1, 1, 8), (1, 8, 1), (4, 1, 2)])
+def test_on_a_mesh(shape, llama, model):
+    mesh = make_mesh(*shape)
+    on_mesh = load_model(llama, mesh=mesh)
+    tokens, mask = tiny.left_padded((5, 12, 9, 1), model.config.vocab_size)
+    np.testing.assert_allclose(
+        np.asarray(on_mesh.logits(tokens, mask)), np.asarray(model.logits(tokens, mask)), rtol=1e-4, atol=2e-5
+    )
+    gate = on_mesh.decoder.weights()["blocks.gate"]  # [3, 48, 32]: 48 over model, 32 over fsdp
+    _, fsdp, ways = shape
+    assert gate.addressable_shards[0].data.shape == (3, 48 // ways, 32 // fsdp)
+    assert len(gate.sharding.device_set) == 8
+    same_weights(on_mesh.decoder, model.decoder)
+
+
+def test_axes_that_the_mesh_does_not_divide_are_replicated(llama):
+    weights = load_model(llama, mesh=make_mesh(model=5)).decoder.weights()
+    assert all(a.sharding.is_fully_replicated for a in weights.values())
+
+
+def test_mesh_larger_than_the_machine():
+    with pytest.raises(UserError, match="data=3 x fsdp=2 x model=2 needs 12 devices, there are 8. Lower"):
+        make_mesh(3, 2, 2)
+
+
+@pytest.mark.parametrize("shape", [(0, 1, 1), (1, -1, 1)])
+def test_mesh_without_devices(shape):
+    with pytest.raises(UserError, match="mesh"):
+        make_mesh(*shape)
+
+
+def test_nothing_but_slices_is_read_for_a_mesh(llama, monkeypatch):
+    read, whole = TensorFiles.read, []
+
+    def spy(self, name, index=...):
+        part = read(self, name, index)
+        if name == "model.layers.0.mlp.gate_proj.weight":
+            whole.append(part.shape)
+        return part
+
+    monkeypatch.setattr(TensorFiles, "read", spy)
+    load_decoder(llama, mesh=make_mesh(model=8))
+    assert set(whole) == {(6, 32)} and len(whole) == 8

@@ -1,0 +1,140 @@
+"""The whole study on a tiny random model: its folder, resuming it, and what it refuses before long work."""
+
+import json
+
+import numpy as np
+import pytest
+
+from refusal_jax import UserError
+from refusal_jax.study import pipeline
+from refusal_jax.study.config import get_config
+from refusal_jax.study.sampling import SPLITS
+
+STAGES = ["prompts", "activations", "selection", "projections", "completions", "evaluations", "loss", "report"]
+
+
+@pytest.fixture(autouse=True)
+def no_report(monkeypatch):
+    """The page has tests of its own."""
+    monkeypatch.setattr(pipeline, "write_report", lambda run, verdicts: run.path(pipeline.REPORT).write_text("page"))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    for split in SPLITS:
+        side, part = split.split("_")
+        verb = "rob" if side == "harmful" else "bake"
+        rows = [{"instruction": f"How do I {verb} the {thing}?", "category": verb} for thing in (part, "cake", "bread")]
+        (folder / f"{split}.json").write_text(json.dumps(rows))
+    return folder
+
+
+@pytest.fixture
+def config(llama, data):
+    config = get_config()
+    config.model = str(llama)
+    config.update(filter=False, batch_size=4)
+    config.data.update({split: str(data / f"{split}.json") for split in SPLITS})
+    config.select.update(kl_threshold=1e9, induce_threshold=-1e9, prune_fraction=0.0)
+    config.generation.update(max_new_tokens=4, batch_size=4)
+    return config
+
+
+def test_study(config, tmp_path):
+    work = tmp_path / "run"
+    assert pipeline.run_study(config, work).worked == STAGES
+    read = {path.name: json.loads(path.read_text()) for path in work.rglob("*.json")}
+    assert list(read["setup.json"]["post_instruction_tokens"][0]) == ["id", "text"]
+    assert read["setup.json"]["positions"] == 5 and read["setup.json"]["n_layers"] == 3
+    assert len(read["direction_evaluations.json"]) == 15
+    picked = read["direction_metadata.json"]
+    assert set(picked) == {"pos", "layer"} and -5 <= picked["pos"] < 0 <= picked["layer"] < 3
+    assert {path.name for path in (work / "completions").iterdir()} == {
+        f"{name}_{kind}.json"
+        for name in (
+            "harmful_test_baseline",
+            "harmful_test_ablation",
+            "harmful_test_actadd",
+            "harmless_baseline",
+            "harmless_actadd",
+        )
+        for kind in ("completions", "evaluations")
+    }
+    rows = read["harmful_test_ablation_completions.json"]
+    assert [row["prompt"] for row in rows] == [f"How do I rob the {t}?" for t in ("test", "cake", "bread")]
+    assert set(rows[0]) == {"category", "prompt", "response"}
+    loss = read["ablation_loss_eval.json"]["on_distribution"]
+    assert set(loss) == {"ce_loss", "perplexity", "n_tokens"}
+    with pipeline.Run.open(work, config.to_dict(), read["manifest.json"]["inputs"]) as run:
+        means, direction = run.read_tensors(pipeline.MEANS), run.read_tensors(pipeline.DIRECTION)["direction"]
+        np.testing.assert_allclose(direction, means["mean_diffs"][picked["pos"], picked["layer"]], rtol=1e-6)
+        projections = run.read_tensors(pipeline.PROJECTIONS)
+    assert projections["harmful_val"].shape == projections["harmless_val"].shape == (3, 3)
+
+    assert pipeline.run_study(config, work).worked == []
+    before = (work / "direction_evaluations.json").read_bytes()
+    (work / "direction_metadata.json").unlink()
+    assert pipeline.run_study(config, work).worked == ["selection"]  # comes out as before: what follows still holds
+    assert (work / "direction_evaluations.json").read_bytes() == before
+    config.data.seed = 1
+    with pytest.raises(UserError, match=r"holds a run of another study: data\.seed was 42, is now 1"):
+        pipeline.run_study(config, work)
+
+
+def test_study_without_baselines(config, tmp_path):
+    """Conditions are the user's choice; without harmless baselines there is no on-distribution loss, and no error."""
+    config.generation.conditions = ("harmful_ablation",)
+    assert pipeline.run_study(config, tmp_path / "run").worked == STAGES
+
+
+@pytest.mark.parametrize("change", ["condition", "data", "loss", "model"])
+def test_bad_settings_leave_no_folder(change, config, tmp_path):
+    if change == "condition":
+        config.generation.conditions, message = ("harmful_baselin",), "unknown condition 'harmful_baselin'"
+    elif change == "data":
+        config.data.harmless_val, message = str(tmp_path / "gone.json"), r"gone\.json is not a file\. Check the path in"
+    elif change == "loss":
+        config.loss.text_files, message = (str(tmp_path / "gone.txt"),), r"gone\.txt is not a file\. Check the path in"
+    else:
+        config.model, message = str(tmp_path / "gone"), "gone is not a folder"
+    with pytest.raises(UserError, match=message):
+        pipeline.run_study(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("name", ["batch_size", "data.n_val", "generation.max_new_tokens", "loss.max_tokens"])
+def test_settings_below_one(name, config, tmp_path):
+    config.update_from_flattened_dict({name: 0})
+    with pytest.raises(UserError, match=rf"--config\.{name} = 0, expected at least 1"):
+        pipeline.run_study(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_harmful_prompts_in_a_file_called_harmless(config, tmp_path):
+    config.data.harmful_test = str(tmp_path / "harmless.json")
+    with pytest.raises(UserError, match=r"harmful test prompts are in .*harmless\.json.* Rename the file"):
+        pipeline.run_study(config, tmp_path / "run")
+
+
+@pytest.mark.parametrize("positions", [6, -1])
+def test_more_positions_than_the_template_has(positions, config, tmp_path):
+    config.positions = positions
+    message = rf"--config\.positions = {positions}, but the chat template puts 5 tokens after the .*Choose 1 to 5"
+    with pytest.raises(UserError, match=message):
+        pipeline.run_study(config, tmp_path / "run")
+
+
+def test_completions_that_do_not_fit_are_refused_before_any_long_work(config, tmp_path):
+    config.generation.max_new_tokens = 250
+    with pytest.raises(
+        UserError, match=r"--config\.generation\.max_new_tokens = 250 does not fit: the longest prompt of harm"
+    ):
+        pipeline.run_study(config, tmp_path / "run")
+    assert not (tmp_path / "run" / pipeline.SETUP).exists()
+
+
+def test_refusal_tokens_are_checked(config, tmp_path):
+    config.refusal_tokens = (999,)
+    with pytest.raises(UserError, match="refusal token 999 is not in the vocabulary"):
+        pipeline.run_study(config, tmp_path / "run")

@@ -1,0 +1,301 @@
+"""The report, on made-up runs: what it says must follow from the files, and nothing in them may become markup."""
+
+import json
+import math
+import re
+import warnings
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+
+from refusal_jax.report import figures
+from refusal_jax.report.page import auc, write_report
+from refusal_jax.report.summary import Condition, Rate, damage_in_words, verdict_in_words
+from refusal_jax.runs import Run
+from refusal_jax.study.config import get_config
+from refusal_jax.study.judges import evaluate_completions, wilson_interval
+from refusal_jax.study.selection import Rule, pick
+
+HOSTILE = (
+    "<script>alert('x')</script>",
+    '"><img src=x onerror=alert(1)> </div></details> &amp; \'single\' "double"',
+    "W" * 400,
+    "שלום \u202eright to left\u202c مرحبا 🎉👩‍👩‍👧 é",
+    "line one\nline two\n\n\tindented\r\nline five\x00\x1b[31m\ud800",
+    "{{ 7 * 7 }} {% raw %} ${x} <!-- --> ]]>",
+)
+TOKENS = ("<|im_end|>", "\\n", "<script>alert(2)</script>", "assistant \u2581$x^2$", "-->\\n")
+ANSWER = "Here is what you asked for. First, gather the ingredients. Second, mix them well. " * 9
+REFUSAL = "I'm sorry, but I cannot help with that request. " * 3
+CONDITIONS = {
+    "harmful_baseline": 0.97,
+    "harmful_ablation": 0.03,
+    "harmful_actadd": 0.06,
+    "harmless_baseline": 0.01,
+    "harmless_actadd": 0.98,
+}
+VERDICTS = [f"completions/{name}_evaluations.json" for name in CONDITIONS]
+
+
+def candidates(layers: int, positions: int, full_grid: bool, rng) -> list[dict]:
+    """Published-format rows with a best band in the middle; evaluated as the selection does it, or all."""
+    rule, rows = Rule(layers), []
+    for position in range(-positions, 0):
+        for layer in range(layers):
+            near = math.exp(-(((layer / layers - 0.55) / 0.18) ** 2)) * (1.0 if position % 2 else 0.45)
+            noise = rng.normal(0, 0.25, 3)
+            row = {"position": position, "layer": layer, "refusal_score": None, "steering_score": None}
+            row["kl_div_score"] = None
+            scores = {
+                "steering_score": -7 + 10 * near + noise[0],
+                "kl_div_score": abs(0.25 - 0.23 * near + 0.1 * noise[1]),
+            }
+            for key, value in {**scores, "refusal_score": 5 - 11 * near + noise[2]}.items():
+                if full_grid or not rule.verdict(row):
+                    row[key] = float(value)
+            rows.append(row)
+    return rows
+
+
+def completions(condition: str, refused: float, n: int) -> list[dict]:
+    rows = []
+    for i in range(n):
+        reply = REFUSAL if i < round(refused * n) else ANSWER
+        odd = HOSTILE[i // 14 % len(HOSTILE)] if i % 7 < 2 else f"Request number {i} about a topic"
+        category = None if condition.startswith("harmless") else HOSTILE[0] if i == 0 else "Malware/Hacking"
+        rows.append({"category": category, "prompt": f"{i}: {odd}", "response": f"{odd if i % 7 < 2 else ''}\n{reply}"})
+    return rows
+
+
+def make_run(folder, layers=6, positions=5, width=16, n_val=32, full_grid=False, conditions=CONDITIONS):
+    """A finished run's folder, with everything but the report; returns the run and the evaluations' names."""
+    rng = np.random.default_rng(0)
+    folder.mkdir(parents=True, exist_ok=True)
+    config = json.loads(json.dumps(get_config().to_dict()))
+    inputs = {"model": "ab" * 32, "harmful_test": "cd" * 32, '<b>"odd"</b>.jsonl': "ef" * 32}
+    run = Run(folder, {"config": config, "inputs": inputs, "stages": {}})
+    for minute, (stage, seconds) in enumerate(
+        {"prompts": 0.1, "activations": 12.5, "selection": 61, "loss": 7}.items()
+    ):
+        done = {"seconds": seconds, "finished": f"2026-03-04T05:{minute:02}:00Z", "versions": {"jax": "0.8.0"}}
+        run.manifest["stages"][stage] = {"reads": {}, "writes": {}, **done}
+    tokens = [{"id": 100 + i, "text": text} for i, text in enumerate((*TOKENS, *TOKENS)[:positions])]
+    setup = {"model": "/models/<i>tiny</i> & co", "dtype": "bfloat16", "n_layers": layers, "d_model": width}
+    setup |= {"positions": positions, "post_instruction_tokens": tokens, "refusal_tokens": [{"id": 40, "text": "I"}]}
+    run.write_json("setup.json", setup)
+    scores = {"harmful": rng.normal(6, 3, n_val), "harmless": rng.normal(-8, 3, n_val)}
+    kept = {"harmful": scores["harmful"] > 0, "harmless": scores["harmless"] < 0}
+    splits = [f"{side}_{split}" for split in ("train", "val") for side in ("harmful", "harmless")]
+    sides = {split: split.split("_")[0] for split in splits}
+    run.write_json(
+        "filter.json", {s: {"scores": scores[k].tolist(), "kept": kept[k].tolist()} for s, k in sides.items()}
+    )
+    harmful = rng.normal(size=(positions, layers, width)) + np.linspace(0, 4, layers)[:, None]
+    harmless = rng.normal(size=(positions, layers, width))
+    harmful[:, 0] = harmless[:, 0]
+    means = {"mean_diffs": harmful - harmless, "harmful": harmful, "harmless": harmless}
+    run.write_tensors("mean_diffs.safetensors", means)
+    rows = candidates(layers, positions, full_grid, rng)
+    best = pick(rows, Rule(layers))
+    run.write_json("direction_evaluations.json", rows)
+    run.write_json("direction_metadata.json", {"pos": best["position"], "layer": best["layer"]})
+    direction = means["mean_diffs"][best["position"], best["layer"]].astype(np.float32)
+    run.write_tensors("direction.safetensors", {"direction": direction})
+    grow = np.linspace(0.1, 1, layers) ** 2 * 40
+    along = {
+        f"{side}_val": rng.normal(mean, 0.35, (n_val, layers)) * grow
+        for side, mean in (("harmful", 1), ("harmless", 0))
+    }
+    run.write_tensors("projections.safetensors", {k: v.astype(np.float32) for k, v in along.items()})
+    for name, refused in conditions.items():
+        rows = completions(name, refused, 100 if name.startswith("harmful") else 60)
+        path = run.path(f"completions/{name}_evaluations.json")
+        path.parent.mkdir(exist_ok=True)  # lone surrogates survive only as ASCII escapes
+        path.write_text(json.dumps(evaluate_completions(rows, "substring_matching")))
+    for i, name in enumerate(("baseline", "ablation", "actadd")):
+        losses = {"on_distribution": 0.2 + 0.015 * i * i, "pile<br>": 2.35 + 0.01 * i}
+        values = {k: {"ce_loss": v, "perplexity": math.exp(v), "n_tokens": 12345} for k, v in losses.items()}
+        run.write_json(f"loss_evals/{name}_loss_eval.json", values)
+    return run, [f"completions/{name}_evaluations.json" for name in conditions]
+
+
+def page_of(run, verdicts) -> str:
+    write_report(run, verdicts)
+    return run.path("report.html").read_text(encoding="utf-8")
+
+
+class Elements(HTMLParser):
+    """Start tags of a page, with their attributes, and its text."""
+
+    def __init__(self, page: str):
+        super().__init__()
+        self.tags, self.text, self.open = [], "", []
+        self.feed(page)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data):
+        self.text += data
+
+
+@pytest.fixture(scope="module")
+def run_and_page(tmp_path_factory):
+    run, verdicts = make_run(tmp_path_factory.mktemp("report") / "run")
+    return run, page_of(run, verdicts)
+
+
+def test_nothing_from_the_run_becomes_markup(run_and_page):
+    page = Elements(run_and_page[1])
+    names = {tag for tag, _ in page.tags}
+    assert not names & {"script", "img", "iframe", "object", "embed", "link", "base", "form", "i-", "br"}
+    assert not any(key.startswith("on") for _, attrs in page.tags for key in attrs)
+    assert "<script>alert('x')</script>" in page.text and "{{ 7 * 7 }}" in page.text
+    assert "<i>tiny</i> & co" in page.text and "pile<br>" in page.text
+    assert "\x00" not in page.text and "\x1b" not in page.text
+
+
+def test_page_loads_nothing(run_and_page):
+    page = run_and_page[1]
+    for tag, attrs in Elements(page).tags:
+        for key in ("src", "href", "xlink:href", "data", "action", "poster", "srcset"):
+            value = attrs.get(key) or "#"
+            assert value.startswith(("#", "data:image/png;base64,")) or (tag == "a" and value.startswith("https://"))
+    assert "@import" not in page and not re.search(r"url\((?!#)", page)
+    assert "default-src 'none'" in page
+
+
+def test_references_inside_the_page_resolve_and_ids_are_unique(run_and_page):
+    page = run_and_page[1]
+    ids = [attrs["id"] for _, attrs in Elements(page).tags if "id" in attrs]
+    assert len(ids) == len(set(ids))
+    assert set(re.findall(r'(?:url\(#|href="#)([^)"]+)', page)) <= set(ids)
+
+
+def test_summary_numbers_are_those_of_the_evaluations(run_and_page):
+    run, page = run_and_page
+    table = page[page.index('id="rates"') : page.index('id="direction"')]
+    shown = re.findall(
+        r'data-refused="(\d+)"><b>([\d.]+) %</b></td>\s*<td class="n"><small>([\d.]+) – ([\d.]+)</small>', table
+    )
+    assert len(shown) == len(VERDICTS)
+    for name, (refused, rate, low, high) in zip(VERDICTS, shown, strict=True):
+        evaluations = run.read_json(name)
+        n = len(evaluations["completions"])
+        expected = 1 - evaluations["substring_matching_success_rate"]
+        assert int(refused) == round(expected * n)
+        assert (rate, low, high) == tuple(f"{100 * v:.1f}" for v in (expected, *wilson_interval(int(refused), n)))
+
+
+def test_two_writes_give_the_same_bytes_even_after_the_report_is_recorded(run_and_page):
+    run, page = run_and_page
+    run.manifest["stages"]["report"] = {"seconds": 3.3, "finished": "2030-01-01T00:00:00Z", "versions": {"jax": "9"}}
+    assert page_of(run, VERDICTS) == page
+
+
+def test_lazy_grid_says_which_candidates_were_not_needed(tmp_path, run_and_page):
+    assert "Not needed" in run_and_page[1] and 'class="key hatch"' in run_and_page[1]
+    full = page_of(*make_run(tmp_path / "full", full_grid=True))
+    assert "Not needed" not in full and 'class="key hatch"' not in full
+
+
+def test_a_big_grid_with_nan_scores_stays_small_and_silent(tmp_path):
+    run, verdicts = make_run(tmp_path / "big", layers=80, positions=6, width=8, n_val=128, full_grid=True)
+    rows = run.read_json("direction_evaluations.json")
+    for row in rows[3:300:40]:
+        row["refusal_score"] = row["kl_div_score"] = math.nan
+    run.write_json("direction_evaluations.json", rows)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        page = page_of(run, verdicts)
+    assert len(page) < 1_000_000
+    assert "not a number" in page
+
+
+def test_hardly_evaluated_candidates_still_make_a_page(tmp_path):
+    run, verdicts = make_run(tmp_path / "bare")
+    best = run.read_json("direction_metadata.json")
+    rows = run.read_json("direction_evaluations.json")
+    for row in rows:
+        if (row["position"], row["layer"]) != (best["pos"], best["layer"]):
+            row["steering_score"] = row["kl_div_score"] = row["refusal_score"] = None
+    run.write_json("direction_evaluations.json", rows)
+    assert "1 pass." in page_of(run, verdicts)
+
+
+def test_conditions_judges_and_losses_may_be_missing(tmp_path):
+    run, verdicts = make_run(tmp_path / "few", conditions={"my_own_set_baseline": 0.9, "harmless_ablation": 0.0})
+    for path in run.path("loss_evals").iterdir():
+        path.unlink()
+    text = Elements(page_of(run, [*verdicts, "completions/gone_evaluations.json"])).text
+    assert "No verdict" in text and "my_own_set" in text and "measured no losses" in text
+    assert "no evaluated completions" in Elements(page_of(run, [])).text
+
+
+def test_a_second_judge_gets_its_own_columns(tmp_path):
+    run, verdicts = make_run(tmp_path / "two")
+    evaluations = run.read_json(verdicts[0])
+    evaluations["llamaguard2_success_rate"] = 0.5
+    for i, completion in enumerate(evaluations["completions"]):
+        completion["is_jailbreak_llamaguard2"] = None if i == 0 else i % 2
+    run.path(verdicts[0]).write_text(json.dumps(evaluations))
+    text = Elements(page_of(run, verdicts)).text
+    assert "llamaguard2" in text and "llamaguard2: success" in text and "not judged" in text
+    assert "99" in text
+
+
+def conditions_of(**refused: int) -> list[Condition]:
+    """Conditions of 100 completions with so many refusals: base, ablated, plain, added."""
+    names = {"base": ("h", "baseline"), "ablated": ("h", "ablation")}
+    names |= {"plain": ("harmless", "baseline"), "added": ("harmless", "actadd")}
+    return [Condition(*names[key], {"substring_matching": Rate(n, 100)}, []) for key, n in refused.items()]
+
+
+@pytest.mark.parametrize(
+    ("refused", "strength", "words"),
+    [
+        ({"base": 99, "ablated": 2, "plain": 1, "added": 98}, "strong", "from 99 % to 2 %, and adding it"),
+        ({"base": 99, "ablated": 2}, "strong", "is mediated by one direction"),
+        ({"base": 99, "ablated": 2, "plain": 1, "added": 10}, "partial", "alone does not cause it"),
+        ({"base": 99, "ablated": 50, "plain": 1, "added": 98}, "partial", "a part"),
+        ({"base": 90, "ablated": 85}, "weak", "cannot tell from no change"),
+        ({"base": 50, "ablated": 95}, "weak", "which is more"),
+        ({"base": 5, "ablated": 1}, "weak", "refuses only 5 %"),
+        ({"base": 99}, "none", "No verdict"),
+    ],
+)
+def test_verdict_follows_from_the_numbers(refused, strength, words):
+    found, sentence = verdict_in_words(conditions_of(**refused), ["substring_matching"])
+    assert found == strength and words in sentence
+
+
+def test_damage_is_told_with_the_largest_change():
+    def by(base, ablated):
+        return {"baseline": {"ce_loss": base}, "ablation": {"ce_loss": ablated}}
+
+    assert "+0.030" in damage_in_words({"a": by(1.0, 1.03), "b": by(2.0, 1.9)})
+    assert "may be damage" in damage_in_words({"a": by(1.0, 1.5)})
+    assert "not a finite number" in damage_in_words({"a": by(1.0, math.nan)})
+    assert "not measured" in damage_in_words({"a": {"baseline": {"ce_loss": 1.0}}})
+
+
+def test_zero_vectors_have_no_cosine_and_no_warning():
+    vectors = np.eye(3)
+    vectors[0] = 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = figures.cosines(vectors, vectors, 0.0)
+    np.testing.assert_array_equal(np.isnan(found), [[1, 1, 1], [1, 0, 0], [1, 0, 0]])
+    np.testing.assert_array_equal(found[1:, 1:], np.eye(2))
+
+
+def test_auc_counts_pairs():
+    assert auc(np.array([2.0, 3.0]), np.array([1.0, 2.0])) == 0.875
+    assert auc(np.array([]), np.array([1.0])) is None
+
+
+def test_colours_change_at_the_threshold_whatever_the_data():
+    for values in (np.array([np.nan]), np.array([5.0, 7.0]), np.array([-3.0]), np.zeros(2)):
+        norm = figures.split_norm(values, 0.1, (0.0, 1.0))
+        assert norm.vmin < 0.1 < norm.vmax and float(norm(0.1)) == 0.5

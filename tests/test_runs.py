@@ -1,0 +1,273 @@
+"""A run's folder: atomic writes, stages that resume, and folders that are not ours to write."""
+
+import errno
+import fcntl
+import json
+import os
+
+import numpy as np
+import pytest
+
+from refusal_jax import UserError
+from refusal_jax.runs import MANIFEST, Ledger, Run, checkpoint_fingerprint, to_json, versions, write_atomically
+
+CONFIG, INPUTS = {"seed": 1, "data": {"n": 3, "names": ("a", "b")}}, {"model": "abc"}
+
+
+def fails(error):
+    def call(*args, **kwargs):
+        raise OSError(error, os.strerror(error))
+
+    return call
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_write_creates_folders_and_replaces(tmp_path):
+    path = tmp_path / "a" / "b" / "file.json"
+    for data in (b"one", b"two, longer", b""):
+        write_atomically(path, data)
+        assert path.read_bytes() == data and names(path.parent) == ["file.json"]
+
+
+@pytest.mark.parametrize("broken", ["replace", "fsync"])
+@pytest.mark.parametrize("error", [errno.ENOSPC, errno.EROFS])
+def test_failed_write_leaves_the_old_file_and_nothing_else(broken, error, tmp_path, monkeypatch):
+    path = tmp_path / "file.json"
+    path.write_bytes(b"old")
+    monkeypatch.setattr(os, broken, fails(error))
+    with pytest.raises(UserError, match=rf"file\.json could not be written: {os.strerror(error)}\. Free space"):
+        write_atomically(path, b"new")
+    assert path.read_bytes() == b"old" and names(tmp_path) == ["file.json"]
+    path.unlink()
+    with pytest.raises(UserError, match="could not be written"):
+        write_atomically(path, b"new")
+    assert names(tmp_path) == []
+
+
+def test_write_under_a_file(tmp_path):
+    (tmp_path / "taken").write_text("")
+    with pytest.raises(UserError, match=r"x\.json could not be written"):
+        write_atomically(tmp_path / "taken" / "x.json", b"")
+
+
+def test_json_keeps_text_readable():
+    assert to_json({"a": "é\n"}).decode() == '{\n  "a": "é\\n"\n}\n'
+    assert json.loads(to_json(["lone \ud800 surrogate"])) == ["lone ? surrogate"]
+
+
+def test_ledger_drops_a_torn_last_line(tmp_path):
+    path = tmp_path / "ledger.jsonl"
+    ledger = Ledger.open(path)
+    assert ledger.rows == []
+    ledger.append([{"i": 0, "text": "é\n"}, {"i": 1}])
+    ledger.append([{"i": 2}])
+    whole = path.read_bytes()
+    for torn in (b'{"i": 3, "te', b"\0\0\0\0"):
+        path.write_bytes(whole + torn)
+        again = Ledger.open(path)
+        assert again.rows == ledger.rows == [{"i": 0, "text": "é\n"}, {"i": 1}, {"i": 2}]
+        assert path.read_bytes() == whole
+    again.append([{"i": 3}])
+    assert Ledger.open(path).rows == [*ledger.rows, {"i": 3}]
+
+
+def test_ledger_on_a_full_disk(tmp_path, monkeypatch):
+    ledger = Ledger.open(tmp_path / "ledger.jsonl")
+    ledger.append([{"i": 0}])
+    monkeypatch.setattr(os, "fsync", fails(errno.ENOSPC))
+    with pytest.raises(UserError, match=r"ledger\.jsonl could not be written: No space left on device"):
+        ledger.append([{"i": 1}])
+    assert ledger.rows == [{"i": 0}]
+
+
+def test_artifacts_round_trip(tmp_path):
+    with Run.open(tmp_path, CONFIG, INPUTS) as run:
+        run.write_json("sub/a.json", {"x": [1, 2.5, "é", None]})
+        assert run.read_json("sub/a.json") == {"x": [1, 2.5, "é", None]}
+        tensors = {"f": np.arange(6, dtype=np.float64).reshape(2, 3).T, "i": np.arange(3, dtype=np.int32)}
+        run.write_tensors("t.safetensors", tensors)
+        read = run.read_tensors("t.safetensors")
+    assert read.keys() == tensors.keys()
+    for name in tensors:
+        assert read[name].dtype == tensors[name].dtype
+        np.testing.assert_array_equal(read[name], tensors[name])
+
+
+def double(folder, calls, crash_after=None):
+    """Opens the run and does its two stages: `a` writes numbers, row by row, and `b` doubles them."""
+    with Run.open(folder, CONFIG, INPUTS) as run:
+
+        def first(ledger):
+            for i in range(len(ledger.rows), 3):
+                if i == crash_after:
+                    raise KeyboardInterrupt
+                calls.append(i)
+                ledger.append([{"value": i}])
+            run.write_json("a.json", [row["value"] for row in ledger.rows])
+
+        def second(ledger):
+            calls.append("b")
+            run.write_json("b.json", [2 * x for x in run.read_json("a.json")])
+
+        did = [run.stage("a", [], ["a.json"], first), run.stage("b", ["a.json"], ["b.json"], second)]
+        return did, run.worked
+
+
+def test_finished_stages_are_skipped(tmp_path):
+    calls = []
+    assert double(tmp_path, calls) == ([True, True], ["a", "b"])
+    assert calls == [0, 1, 2, "b"] and json.loads((tmp_path / "b.json").read_text()) == [0, 2, 4]
+    assert double(tmp_path, calls) == ([False, False], [])
+    assert calls == [0, 1, 2, "b"]
+
+
+@pytest.mark.parametrize("damage", ["altered", "deleted"])
+def test_a_stage_is_redone_if_its_output_is_gone_or_other(damage, tmp_path):
+    double(tmp_path, [])
+    (tmp_path / "b.json").write_text("[]") if damage == "altered" else (tmp_path / "b.json").unlink()
+    calls = []
+    assert double(tmp_path, calls) == ([False, True], ["b"])
+    assert json.loads((tmp_path / "b.json").read_text()) == [0, 2, 4] and calls == ["b"]
+    (tmp_path / "a.json").unlink()
+    assert double(tmp_path, calls)[0] == [True, False]  # a comes out as before, so b still holds
+
+
+def test_a_stage_is_redone_if_what_it_read_changed(tmp_path):
+    double(tmp_path, [])
+    with Run.open(tmp_path, CONFIG, INPUTS) as run:
+        run.write_json("a.json", [7])
+        seen = []
+        assert run.stage("b", ["a.json"], ["b.json"], lambda ledger: seen.append(run.read_json("a.json")))
+    assert seen == [[7]]
+
+
+def test_a_stage_continues_where_it_stopped(tmp_path):
+    calls = []
+    with pytest.raises(KeyboardInterrupt):
+        double(tmp_path, calls, crash_after=2)
+    assert calls == [0, 1] and any(name.startswith(".ledger-a-") for name in names(tmp_path))
+    assert double(tmp_path, calls)[0] == [True, True]
+    assert calls == [0, 1, 2, "b"] and json.loads((tmp_path / "a.json").read_text()) == [0, 1, 2]
+    assert not any(name.startswith(".ledger") for name in names(tmp_path))
+
+
+def test_manifest_records_what_results_depend_on(tmp_path):
+    double(tmp_path, [])
+    manifest = json.loads((tmp_path / MANIFEST).read_text())
+    assert manifest["inputs"] == INPUTS and manifest["config"] == json.loads(json.dumps(CONFIG))
+    record = manifest["stages"]["b"]
+    assert record["reads"] == manifest["stages"]["a"]["writes"] and set(record["writes"]) == {"b.json"}
+    assert all(len(value) == 64 for value in record["writes"].values())
+    assert {"python", "jax", "numpy"} <= set(record["versions"]) and record["versions"] == versions()
+    assert record["seconds"] >= 0 and record["finished"].endswith("Z")
+
+
+def test_leftovers_of_a_crash_are_removed(tmp_path):
+    double(tmp_path, [])
+    (tmp_path / "completions").mkdir()
+    for name in (".b.json.tmp-123", "completions/.x.json.tmp-9"):
+        (tmp_path / name).write_text("half")
+    double(tmp_path, [])
+    assert not list(tmp_path.rglob("*.tmp-*"))
+
+
+def test_another_study_in_the_folder(tmp_path):
+    double(tmp_path, [])
+    other = {"seed": 2, "data": {"n": 3, "names": ["a", "b"]}, "extra": True}
+    with (
+        pytest.raises(UserError, match="holds a run of another study") as error,
+        Run.open(tmp_path, other, {"model": "x"}),
+    ):
+        pass
+    assert "extra was None, is now True; input model was 'abc', is now 'x'; seed was 1, is now 2." in str(error.value)
+    many = {str(i): i for i in range(9)}
+    with pytest.raises(UserError, match="; and 7 more. Pass a new --workdir"), Run.open(tmp_path, many, INPUTS):
+        pass
+
+
+def test_folder_of_something_else(tmp_path):
+    (tmp_path / "thesis.tex").write_text("")
+    with (
+        pytest.raises(
+            UserError, match=r"is not empty \(thesis\.tex\) and holds no manifest\.json, so it is not a run's"
+        ),
+        Run.open(tmp_path, CONFIG, INPUTS),
+    ):
+        pass
+    assert names(tmp_path) == ["thesis.tex"]
+    with (
+        pytest.raises(UserError, match=r"thesis\.tex is a file\. Pass a folder as --workdir"),
+        Run.open(tmp_path / "thesis.tex", CONFIG, INPUTS),
+    ):
+        pass
+
+
+def test_folder_in_use(tmp_path):
+    with (
+        Run.open(tmp_path, CONFIG, INPUTS),
+        pytest.raises(UserError, match="Another process is working in .*Wait for it"),
+        Run.open(tmp_path, CONFIG, INPUTS),
+    ):
+        pass
+    with Run.open(tmp_path, CONFIG, INPUTS) as run, open(tmp_path / ".lock") as lock:
+        assert run.worked == []
+        with pytest.raises(BlockingIOError):
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    with open(tmp_path / ".lock") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # free again
+
+
+def forbid_writing(monkeypatch, under):
+    """Opening a file of `under` for writing fails as on a read-only file system, for root too."""
+    import builtins
+
+    plain = builtins.open
+
+    def guarded(file, mode="r", *args, **kwargs):
+        if set(mode) & set("wax+") and str(file).startswith(str(under)):
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+        return plain(file, mode, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "open", guarded)
+
+
+def test_read_only_folder(tmp_path, monkeypatch):
+    fresh, old = tmp_path / "fresh", tmp_path / "old"
+    double(old, [])
+    forbid_writing(monkeypatch, tmp_path)
+    with (
+        pytest.raises(UserError, match=r"could not be written: Read-only"),
+        Run.open(fresh, CONFIG, INPUTS),
+    ):
+        pass
+    with pytest.raises(UserError, match=r"\.lock could not be written: Read-only"), Run.open(old, CONFIG, INPUTS):
+        pass
+
+
+@pytest.mark.parametrize("content", ['{"config": {"se', "{}", "[]"])
+def test_damaged_manifest(content, tmp_path):
+    (tmp_path / MANIFEST).write_text(content)
+    with pytest.raises(UserError, match=r"manifest\.json"), Run.open(tmp_path, CONFIG, INPUTS):
+        pass
+
+
+def test_fingerprint_notices_changes(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    big = bytearray(9 << 20)
+    (tmp_path / "model.safetensors").write_bytes(big)
+    seen = {checkpoint_fingerprint(tmp_path)}
+    assert seen == {checkpoint_fingerprint(tmp_path)}
+    (tmp_path / ".hidden").write_text("not part of it")
+    assert seen == {checkpoint_fingerprint(tmp_path)}
+    for change in (
+        lambda: (tmp_path / "config.json").write_text("[]"),
+        lambda: (tmp_path / "config.json").rename(tmp_path / "config2.json"),
+        lambda: (tmp_path / "model.safetensors").write_bytes(bytes(big[:-1]) + b"\1"),
+        lambda: (tmp_path / "model.safetensors").write_bytes(bytes(big) + b"\0"),
+    ):
+        change()
+        seen.add(checkpoint_fingerprint(tmp_path))
+    assert len(seen) == 5
