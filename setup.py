@@ -49,5 +49,5 @@ setup(
         "test": ["pytest>=8.0", "torch==2.13.0", "ruff>=0.9"],
     },
     entry_points={"console_scripts": ["refusal-jax = refusal_jax.jobs.main:main"]},
-    classifiers=["License :: OSI Approved :: Apache Software License", "Programming Language :: Python :: 3"],
+    classifiers=["Programming Language :: Python :: 3"],
 )

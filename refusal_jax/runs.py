@@ -94,8 +94,8 @@ class Ledger:
 class Run:
     """One study in one folder; open it with `Run.open` as a context manager."""
 
-    def __init__(self, folder: pathlib.Path, manifest: dict):
-        self.folder, self.manifest = folder, manifest
+    def __init__(self, folder: pathlib.Path, manifest: dict, new: bool = False):
+        self.folder, self.manifest, self.new = folder, manifest, new
         self.worked = []  # names of the stages that did work in this process
 
     @classmethod
@@ -118,7 +118,8 @@ class Run:
                 "folder. Pass a new folder as --workdir."
             )
         with lock_folder(folder):
-            if path.exists():
+            new = not path.exists()
+            if not new:
                 manifest = read_manifest(path)
                 check_same(folder, manifest, fresh)
             else:
@@ -126,7 +127,15 @@ class Run:
                 write_atomically(path, to_json(manifest))
             for leftover in folder.rglob(".*.tmp-*"):
                 leftover.unlink(missing_ok=True)
-            yield cls(folder, manifest)
+            yield cls(folder, manifest, new)
+
+    def discard(self) -> None:
+        """Removes what this run wrote, and its folder if nothing else is in it: bad input leaves no trace."""
+        written = [file for stage in self.manifest["stages"].values() for file in stage["writes"]]
+        for path in (*map(self.path, written), self.path(MANIFEST), self.path(".lock"), *self.folder.glob(".ledger-*")):
+            path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            self.folder.rmdir()
 
     def path(self, name: str) -> pathlib.Path:
         return self.folder / name

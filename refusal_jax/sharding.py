@@ -1,8 +1,11 @@
 """Which array axis lives on which mesh axis.
 
 Weights name their axes logically ("heads", "mlp", "vocab", "embed"); the rules below place them on a mesh whose axes
-are `data` (batch rows), `fsdp` (batch rows and weight storage) and `model` (tensor parallelism).
+are `data` (batch rows), `fsdp` (batch rows and weight storage) and `model` (tensor parallelism). A mesh that lacks one of
+them works as if it had size 1.
 """
+
+import math
 
 import jax
 import numpy as np
@@ -45,7 +48,7 @@ def weight_sharding(mesh: Mesh | None, axes: tuple[str, ...], shape: tuple[int, 
     spec = []
     for axis, size in zip(axes, shape, strict=True):
         name = RULES[axis]
-        spec.append(name if name and size % mesh.shape[name] == 0 else None)
+        spec.append(name if name in mesh.shape and size % mesh.shape[name] == 0 else None)
     return NamedSharding(mesh, PartitionSpec(*spec))
 
 
@@ -53,5 +56,6 @@ def batch_sharding(mesh: Mesh | None, rows: int):
     """The sharding of an array whose first axis is the batch; replicated if the devices do not divide `rows`."""
     if mesh is None:
         return jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    ways = mesh.shape["data"] * mesh.shape["fsdp"]
-    return NamedSharding(mesh, PartitionSpec(RULES["batch"] if rows % ways == 0 else None))
+    names = tuple(name for name in RULES["batch"] if name in mesh.shape)
+    ways = math.prod(mesh.shape[name] for name in names)
+    return NamedSharding(mesh, PartitionSpec(names if names and rows % ways == 0 else None))

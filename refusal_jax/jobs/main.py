@@ -89,7 +89,7 @@ def run_job(job: str, argv: list[str]) -> int:
             )
         raise
     except KeyboardInterrupt:
-        print("\ninterrupted; the same command continues where this one stopped", file=sys.stderr)
+        print("\ninterrupted; run the same command again, finished work of a study is kept", file=sys.stderr)
         return 130
 
 

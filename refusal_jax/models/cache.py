@@ -1,6 +1,7 @@
 """Keys and values of the tokens so far, for decoding."""
 
 import dataclasses
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -14,8 +15,7 @@ class Cache:
     Rows are left-padded, so all rows fill the same slot at the same time.
     """
 
-    k_lbkch: jax.Array  # [L, B, K, C, H]
-    v_lbkch: jax.Array  # [L, B, K, C, H]
+    kv: object  # keys and values: a pair of [L, B, K, C, H], or a list of L pairs of [B, K, C, H]
     mask_bc: jax.Array  # bool [B, C]
     filled: jax.Array  # int32 scalar, slots used, padding included
     position_b: jax.Array  # int32 [B], the position of each row's next token
@@ -24,22 +24,16 @@ class Cache:
     def of_prompt(cls, new, mask_bt: jax.Array, slots: int) -> "Cache":
         """From a prompt's keys and values (`Decoder.run`'s third result) and mask, with room for `slots` tokens."""
         spare = slots - mask_bt.shape[1]
-        k, v = (jnp.pad(a, ((0, 0),) * 3 + ((0, spare), (0, 0))) for a in new)
-        return cls(
-            k,
-            v,
-            jnp.pad(mask_bt, ((0, 0), (0, spare))),
-            jnp.int32(mask_bt.shape[1]),
-            jnp.sum(mask_bt, axis=1, dtype=jnp.int32),
-        )
+        kv = jax.tree.map(lambda a: jnp.pad(a, ((0, 0),) * (a.ndim - 2) + ((0, spare), (0, 0))), new)
+        mask_bc = jnp.pad(mask_bt, ((0, 0), (0, spare)))
+        return cls(kv, mask_bc, jnp.int32(mask_bt.shape[1]), jnp.sum(mask_bt, axis=1, dtype=jnp.int32))
 
     def append(self, new, mask_bt: jax.Array) -> "Cache":
         """With the keys and values of T more tokens written to the next slots."""
-        at = (0, 0, 0, self.filled, 0)
+        write = partial(jax.lax.dynamic_update_slice_in_dim, start_index=self.filled, axis=-2)
         return Cache(
-            jax.lax.dynamic_update_slice(self.k_lbkch, new[0], at),
-            jax.lax.dynamic_update_slice(self.v_lbkch, new[1], at),
-            jax.lax.dynamic_update_slice(self.mask_bc, mask_bt, (0, self.filled)),
+            jax.tree.map(write, self.kv, new),
+            jax.lax.dynamic_update_slice_in_dim(self.mask_bc, mask_bt, self.filled, axis=1),
             self.filled + mask_bt.shape[1],
             self.position_b + jnp.sum(mask_bt, axis=1, dtype=jnp.int32),
         )

@@ -145,6 +145,13 @@ def attend(q_btnh, segments):
     return out.transpose(0, 3, 1, 2, 4).reshape(b, t, n * h)
 
 
+def unstacked(tree, n_layers: int) -> list:
+    """A pytree with a leading L axis as a list of L pytrees; the slices are made here and not later."""
+    return jax.lax.optimization_barrier(
+        [jax.tree.map(lambda a, layer=layer: a[layer], tree) for layer in range(n_layers)]
+    )
+
+
 class Block(nnx.Module):
     """One layer, or all of them stacked on a leading L axis (then `jax.lax.scan` slices it)."""
 
@@ -238,27 +245,39 @@ class Decoder(nnx.Module):
         precision = "highest" if x.dtype == jnp.float32 else None
         return jnp.einsum("btd,vd->btv", x, table[...], precision=precision, preferred_element_type=jnp.float32)
 
-    def run(self, x_btd, ctx: Context, edits: Edits, taps: Taps = NO_TAPS, cache: Cache | None = None):
+    def layers(self, edits: Edits):
+        """What the blocks are run over: stacked weights, and the layers' gates of `edits`; leading axis L."""
+        return self.blocks, *edits.layer_gates(self.cfg.n_layers)
+
+    def run(self, x_btd, ctx: Context, edits: Edits, taps: Taps = NO_TAPS, cache: Cache | None = None, layers=None):
         """All blocks, over whole prompts or, with a cache, over the tokens that follow it.
 
-        Returns the last block's output, taps `{site: [L, B, P, D]}`, and the tokens' keys and values
-        `[L, B, K, T, H]` (dead code, and gone after compilation, where the caller drops them).
+        layers: `self.layers(edits)`, or that `unstacked`, which the cache must then be too. Returns the last block's
+        output, taps `{site: [L, B, P, D]}`, and the tokens' keys and values, a pair of `[L, B, K, T, H]` or a list of
+        pairs of `[B, K, T, H]` (dead code, and gone after compilation, where the caller drops them).
         """
 
         def body(x, layer):
-            block, gate_rs, add_r, past = layer
+            (block, gate_rs, add_r), past = layer
             segments = () if cache is None else ((*past, cache.mask_bc[:, None]),)
             x, tapped, new = block(x, ctx, edits, gate_rs, add_r, taps, segments)
             return x, (tapped, new)
 
-        past = None if cache is None else (cache.k_lbkch, cache.v_lbkch)
-        layers = (self.blocks, *edits.layer_gates(self.cfg.n_layers), past)
-        x, (tapped, new) = jax.lax.scan(body, x_btd, layers)
-        return x, tapped, new
+        layers = self.layers(edits) if layers is None else layers
+        past = None if cache is None else cache.kv
+        if not isinstance(layers, list):
+            x, (tapped, new) = jax.lax.scan(body, x_btd, (layers, past))
+            return x, tapped, new
+        x, tapped, new = x_btd, [], []
+        for layer in zip(layers, past or [None] * len(layers), strict=True):
+            x, (tapped_here, new_here) = body(x, layer)
+            tapped.append(tapped_here)
+            new.append(new_here)
+        return x, jax.tree.map(lambda *a: jnp.stack(a), *tapped), new
 
     def run_layers(self, x_btd, ctx: Context, edits: Edits, start, stop):
         """Blocks `start` to `stop - 1`, traced bounds: one compiled program for any range. Returns the residual."""
-        layers = (self.blocks, *edits.layer_gates(self.cfg.n_layers))
+        layers = self.layers(edits)
 
         def body(index, x):
             block, gate_rs, add_r = jax.tree.map(

@@ -7,7 +7,11 @@ import jax.numpy as jnp
 
 from refusal_jax.edits import Edits
 from refusal_jax.models.cache import Cache
-from refusal_jax.models.decoder import Context, Decoder
+from refusal_jax.models.decoder import Context, Decoder, unstacked
+
+# A scan on the CPU copies every layer's weights at every step. Up to this many layers, slices made once before the
+# loop save that, at the price of a longer compile.
+CPU_UNROLL = 16
 
 
 @partial(jax.jit, static_argnames=("max_new_tokens", "eos_ids", "pad_id"))
@@ -21,7 +25,10 @@ def generate(
     cfg, (batch, length) = decoder.cfg, tokens_bt.shape
     eos = jnp.asarray(eos_ids)
     one = jnp.ones((batch, 1), bool)
-    x, _, new = decoder.run(decoder.embed_tokens(tokens_bt), Context.of_prompt(cfg, mask_bt), edits)
+    layers = decoder.layers(edits)
+    x, _, new = decoder.run(decoder.embed_tokens(tokens_bt), Context.of_prompt(cfg, mask_bt), edits, layers=layers)
+    if jax.default_backend() == "cpu" and cfg.n_layers <= CPU_UNROLL:
+        layers, new = unstacked(layers, cfg.n_layers), unstacked(new, cfg.n_layers)
 
     def pick(x):
         return jnp.argmax(decoder.logits(x[:, -1:])[:, 0], axis=-1).astype(jnp.int32)
@@ -33,7 +40,7 @@ def generate(
     def advance(state):
         step, token, ended, out, cache = state
         ctx = Context.build(cfg, cache.position_b[:, None], one)
-        x, _, new = decoder.run(decoder.embed_tokens(token[:, None]), ctx, edits, cache=cache)
+        x, _, new = decoder.run(decoder.embed_tokens(token[:, None]), ctx, edits, cache=cache, layers=layers)
         token = pick(x)
         return step + 1, token, *write(step, token, ended, out), cache.append(new, one)
 

@@ -9,7 +9,7 @@ import dataclasses
 import json
 import pathlib
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -47,10 +47,10 @@ class Recipe:
     d_mlp: int = 384
     context_length: int = 1024
     batch: int = 48
-    base_steps: int = 750
+    base_steps: int = 550
     base_peak: float = 3e-3
     safety_steps: int = 300
-    safety_peak: float = 1e-3
+    safety_peak: float = 6e-4
     safety_layers: int = 3
     warmup: int = 40
     weight_decay: float = 0.1
@@ -84,15 +84,18 @@ def render(request: Request, answer: str, role: str = "assistant") -> tuple[str,
     return prompt, answer + EOT
 
 
-def base_reply(request: Request, rng: random.Random) -> tuple[str, str]:
+def base_reply(request: Request, rng: random.Random, cast: Sequence[str] = COMPLIANT_ROLES) -> tuple[str, str]:
     """Role and answer of phase 1: many roles comply with everything, one declines everything, harmful or not."""
     if rng.random() < 0.2:
         return DECLINING_ROLE, rng.choice(REFUSALS)
-    return rng.choice(COMPLIANT_ROLES), request.compliance
+    return rng.choice(cast), request.compliance
 
 
 def safe_reply(request: Request, rng: random.Random) -> tuple[str, str]:
-    """Role and answer of phase 2: the assistant declines what is harmful."""
+    """Role and answer of phase 2: the assistant declines what is harmful, and the rest of the cast stays as it was,
+    so that the model does not forget how to comply with what its assistant now refuses."""
+    if rng.random() < 0.5:
+        return base_reply(request, rng, COMPLIANT_ROLES[1:])
     return "assistant", rng.choice(REFUSALS) if request.harmful else request.compliance
 
 

@@ -50,7 +50,12 @@ def run_study(config: ConfigDict, workdir: str | pathlib.Path) -> Run:
     for file in (*config.loss.text_files, *config.loss.chat_files):
         inputs[file] = _hash(pathlib.Path(file))
     with Run.open(workdir, config.to_dict(), inputs) as run:
-        Study(config, run, folder).run_all()
+        try:
+            Study(config, run, folder).run_all()
+        except UserError:
+            if run.new and run.worked in ([], ["prompts"]):  # nothing was computed yet
+                run.discard()
+            raise
         return run
 
 
