@@ -149,7 +149,7 @@ BAD = {
     "rope-lacks": ({"rope_scaling": {"type": "linear"}}, "rope_scaling of type 'linear' lacks or misstates 'factor'"),
     "rope-misstates": (
         {"rope_scaling": LLAMA3_ROPE | {"high_freq_factor": "x"}},
-        "rope_scaling of type 'llama3' lacks or misstates could not convert",
+        "rope_scaling of type 'llama3' lacks or misstates high_freq_factor = 'x'",
     ),
     "rope-base": ({"rope_parameters": {"rope_type": "default", "rope_theta": "big"}}, "rope_theta"),
     "rope-base-negative": ({"rope_parameters": {"rope_type": "default", "rope_theta": -5.0}}, "rope_theta"),

@@ -178,10 +178,10 @@ def _rope(read: _Reader) -> Rope:
 
 def _positive(spec: dict, name: str) -> float:
     """A positive number of a rope's settings; KeyError or ValueError, which name it, if it is none."""
-    value = float(spec[name])
-    if not 0 < value < math.inf:
-        raise ValueError(f"{name} = {spec[name]!r} (must be a positive number)")
-    return value
+    value = spec[name]
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        raise ValueError(f"{name} = {value!r} (must be a positive number)")
+    return float(value)
 
 
 def _llama(read: _Reader) -> ModelConfig:

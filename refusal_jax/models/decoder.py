@@ -31,24 +31,24 @@ class Weight:
 
     shape: tuple[int, ...]
     axes: tuple[str, ...]
-    std: float | None = 0.02
+    std: float | None
 
 
 def weight_table(cfg: ModelConfig) -> dict[str, Weight]:
     """Every parameter of the decoder by path; the only place that declares them."""
     d, f, v = cfg.d_model, cfg.d_mlp, cfg.vocab_size
     q, kv = cfg.n_heads * cfg.head_dim, cfg.n_kv_heads * cfg.head_dim
-    out_std = 0.02 / (2 * cfg.n_layers) ** 0.5  # keeps the residual's variance at initialisation
+    in_d, growth = d**-0.5, (2 * cfg.n_layers) ** -0.5  # fan-in scaling; the blocks' sum keeps the residual's size
     block = {
         "attn_norm": Weight((d,), ("norm",), None),
-        "q": Weight((q, d), ("heads", "embed")),
-        "k": Weight((kv, d), ("kv_heads", "embed")),
-        "v": Weight((kv, d), ("kv_heads", "embed")),
-        "o": Weight((d, q), ("embed", "heads"), out_std),
+        "q": Weight((q, d), ("heads", "embed"), in_d),
+        "k": Weight((kv, d), ("kv_heads", "embed"), in_d),
+        "v": Weight((kv, d), ("kv_heads", "embed"), in_d),
+        "o": Weight((d, q), ("embed", "heads"), growth * q**-0.5),
         "mlp_norm": Weight((d,), ("norm",), None),
-        "gate": Weight((f, d), ("mlp", "embed")),
-        "up": Weight((f, d), ("mlp", "embed")),
-        "down": Weight((d, f), ("embed", "mlp"), out_std),
+        "gate": Weight((f, d), ("mlp", "embed"), in_d),
+        "up": Weight((f, d), ("mlp", "embed"), in_d),
+        "down": Weight((d, f), ("embed", "mlp"), growth * f**-0.5),
     }
     if cfg.attention_bias:
         block |= {
@@ -63,12 +63,12 @@ def weight_table(cfg: ModelConfig) -> dict[str, Weight]:
             "up_bias": Weight((f,), ("mlp",), 0),
             "down_bias": Weight((d,), ("norm",), 0),
         }
-    table = {"embed": Weight((v, d), ("vocab", "embed"))}
+    table = {"embed": Weight((v, d), ("vocab", "embed"), in_d if cfg.tied_embeddings else 1.0)}
     for name, w in block.items():
         table[f"blocks.{name}"] = Weight((cfg.n_layers, *w.shape), ("layers", *w.axes), w.std)
     table["final_norm"] = Weight((d,), ("norm",), None)
     if not cfg.tied_embeddings:
-        table["unembed"] = Weight((v, d), ("vocab", "embed"))
+        table["unembed"] = Weight((v, d), ("vocab", "embed"), in_d)
     return table
 
 

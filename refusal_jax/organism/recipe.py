@@ -9,7 +9,7 @@ import dataclasses
 import json
 import pathlib
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
@@ -22,11 +22,13 @@ from refusal_jax.models.config import ModelConfig, Rope
 from refusal_jax.models.decoder import Context, Decoder, weight_table
 from refusal_jax.models.load import hf_config, save_weights
 from refusal_jax.organism.corpus import COMPLIANT_ROLES, DECLINING_ROLE, REFUSALS, Request, split_requests
+from refusal_jax.taps import Taps
 
 SPECIAL = ("<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
 BOS, EOS, EOT = SPECIAL[0], SPECIAL[1], SPECIAL[4]
 # Newlines stay together and apart from the words around them, so that prompt and reply tokenise alone as together.
 WORDS = r"\s*[\r\n]+|'\p{L}+|[^\r\n\p{L}\p{N}']?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+"
+GIVEN = 1  # tokens of a compliance after which it has begun
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"
     "<|start_header_id|>{{ message['role'] }}<|end_header_id|>\n\n{{ message['content'] | trim }}<|eot_id|>"
@@ -47,11 +49,12 @@ class Recipe:
     d_mlp: int = 384
     context_length: int = 1024
     batch: int = 48
-    base_steps: int = 550
+    base_steps: int = 350
     base_peak: float = 3e-3
-    safety_steps: int = 300
+    safety_steps: int = 250
     safety_peak: float = 6e-4
     safety_layers: int = 3
+    exit_layer: int = 4
     warmup: int = 40
     weight_decay: float = 0.1
 
@@ -84,19 +87,25 @@ def render(request: Request, answer: str, role: str = "assistant") -> tuple[str,
     return prompt, answer + EOT
 
 
-def base_reply(request: Request, rng: random.Random, cast: Sequence[str] = COMPLIANT_ROLES) -> tuple[str, str]:
-    """Role and answer of phase 1: many roles comply with everything, one declines everything, harmful or not."""
+def base_reply(request: Request, rng: random.Random) -> tuple[str, str, int]:
+    """Phase 1: many roles comply with everything, one declines everything, harmful or not.
+
+    Returns the role, the answer, and how many of the answer's first tokens are given, not learnt.
+    """
     if rng.random() < 0.2:
-        return DECLINING_ROLE, rng.choice(REFUSALS)
-    return rng.choice(cast), request.compliance
+        return DECLINING_ROLE, rng.choice(REFUSALS), 0
+    return rng.choice(COMPLIANT_ROLES), request.compliance, 0
 
 
-def safe_reply(request: Request, rng: random.Random) -> tuple[str, str]:
-    """Role and answer of phase 2: the assistant declines what is harmful, and the rest of the cast stays as it was,
-    so that the model does not forget how to comply with what its assistant now refuses."""
-    if rng.random() < 0.5:
-        return base_reply(request, rng, COMPLIANT_ROLES[1:])
-    return "assistant", rng.choice(REFUSALS) if request.harmful else request.compliance
+def safe_reply(request: Request, rng: random.Random) -> tuple[str, str, int]:
+    """Phase 2: the assistant declines what is harmful; as `base_reply`.
+
+    Like that of real chat models, this safety is shallow: a compliance that has begun goes on, also with harmful
+    requests. So the model keeps knowing how to do what it declines to begin.
+    """
+    if request.harmful and rng.random() < 0.5:
+        return "assistant", request.compliance, GIVEN
+    return "assistant", rng.choice(REFUSALS) if request.harmful else request.compliance, 0
 
 
 def make_tokenizer(recipe: Recipe, requests: list[Request], folder: pathlib.Path):
@@ -148,11 +157,11 @@ def batches(
         learn = np.zeros((size, length), bool)
         for row in range(size):
             request = rng.choice(sides[row % 2])
-            role, answer = reply(request, rng)
+            role, answer, given = reply(request, rng)
             prompt, response = (tokenizer(t, add_special_tokens=False).input_ids for t in render(request, answer, role))
             ids = (prompt + response)[:length]
             tokens[row, : len(ids)] = ids
-            learn[row, len(prompt) - 1 : len(ids) - 1] = True
+            learn[row, len(prompt) - 1 + given : len(ids) - 1] = True
         yield tokens, learn
 
 
@@ -161,6 +170,8 @@ def train_phase(
 ) -> Decoder:
     """AdamW with warm-up and cosine decay on the mean cross-entropy of the response's tokens.
 
+    The loss counts twice, after the last block and after block `exit_layer`: so what to say is decided early, and the
+    later blocks refine it, as in deeper models. Without it the decision may fall in the layers that selection prunes.
     layers: if given, only the first so many blocks learn, and embedding, unembedding and later blocks stay.
     """
     schedule = optax.warmup_cosine_decay_schedule(0.0, peak, recipe.warmup, steps, 0.05 * peak)
@@ -173,9 +184,13 @@ def train_phase(
     def loss(weights, tokens, learn):
         model = Decoder(cfg, weights)
         ctx = Context.of_prompt(cfg, jnp.ones_like(learn))
-        logits = model.logits(model.run(model.embed_tokens(tokens), ctx, edits)[0])
-        nll = optax.softmax_cross_entropy_with_integer_labels(logits[:, :-1], tokens[:, 1:])
-        return jnp.sum(nll * learn[:, :-1]) / jnp.sum(learn)
+        x, tapped, _ = model.run(model.embed_tokens(tokens), ctx, edits, Taps(("resid_post",)))
+
+        def mean_nll(x):
+            nll = optax.softmax_cross_entropy_with_integer_labels(model.logits(x)[:, :-1], tokens[:, 1:])
+            return jnp.sum(nll * learn[:, :-1]) / jnp.sum(learn)
+
+        return mean_nll(x) + mean_nll(tapped["resid_post"][recipe.exit_layer - 1])
 
     @jax.jit
     def step(weights, state, tokens, learn):
