@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from refusal_jax.edits import Edits
 from refusal_jax.models.config import ModelConfig, Rope
-from refusal_jax.models.decoder import Context, Decoder, weight_table
+from refusal_jax.models.decoder import Context, Decoder
 from refusal_jax.models.load import hf_config, save_weights
 from refusal_jax.organism.corpus import COMPLIANT_ROLES, DECLINING_ROLE, REFUSALS, Request, split_requests
 from refusal_jax.taps import Taps
@@ -219,7 +219,6 @@ def train(recipe: Recipe, seed: int, folder: pathlib.Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     splits = split_requests()
     requests = splits["harmful_train"] + splits["harmless_train"]
-    rng = random.Random(seed)
     tokenizer = make_tokenizer(recipe, requests, folder)
     longest = max(
         len(tokenizer("".join(render(r, r.compliance)), add_special_tokens=False).input_ids) for r in requests
@@ -227,10 +226,12 @@ def train(recipe: Recipe, seed: int, folder: pathlib.Path) -> None:
     length = -(-longest // 8) * 8
     cfg = recipe.config(len(tokenizer))
     decoder = Decoder.init(cfg, jax.random.key(seed))
-    for title, reply, steps, peak, layers in (
+    phases = (
         ("phase 1, base", base_reply, recipe.base_steps, recipe.base_peak, None),
         ("phase 2, safety", safe_reply, recipe.safety_steps, recipe.safety_peak, recipe.safety_layers),
-    ):
+    )
+    for phase, (title, reply, steps, peak, layers) in enumerate(phases):
+        rng = random.Random(seed + 100 * phase)  # its own stream, so that a phase can be changed and tried alone
         stream = batches(tokenizer, requests, reply, recipe.batch, length, rng)
         decoder = train_phase(decoder, stream, steps, peak, layers, recipe, f"seed {seed}, {title}")
     save_weights(decoder, folder)
@@ -238,4 +239,3 @@ def train(recipe: Recipe, seed: int, folder: pathlib.Path) -> None:
     special = {"bos_token_id": ids(BOS), "eos_token_id": [ids(EOT), ids(EOS)], "pad_token_id": ids(EOS)}
     (folder / "config.json").write_text(json.dumps(hf_config(cfg, "float32", **special), indent=2) + "\n")
     (folder / "generation_config.json").write_text(json.dumps({**special, "do_sample": False}, indent=2) + "\n")
-    assert set(decoder.weights()) == set(weight_table(cfg))
