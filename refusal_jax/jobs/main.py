@@ -61,10 +61,33 @@ def fail(message: str) -> int:
     return 2
 
 
-def run_job(job: str, argv: list[str]) -> int:
-    """Runs a job with its flags; the exit code."""
+def parse_flags(job: str, argv: list[str]) -> list[str]:
+    """Parses a job's flags; raises UserError for anything wrong with them, or with the config file that they name."""
     from absl import flags
 
+    from refusal_jax.errors import UserError
+
+    try:
+        left = flags.FLAGS([f"refusal-jax {job}", *argv])
+        if "config" in flags.FLAGS:
+            flags.FLAGS["config"].value.to_dict()  # a file that cannot be loaded only fails when its config is used
+    except flags.Error as error:
+        raise UserError(f"{' '.join(str(error).split())} See `refusal-jax {job} --help`.") from None
+    except (
+        Exception
+    ) as error:  # a config file is Python that may raise anything; an unknown field raises AttributeError
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"--config cannot be used ({type(error).__name__}: {reason}). Name a config file that exists and runs, such as "
+            "configs/demo.py, and fields that refusal_jax/study/config.py has."
+        ) from None
+    if left[1:]:
+        raise UserError(f"unexpected argument {left[1]!r}: flags are written --name=value.")
+    return left
+
+
+def run_job(job: str, argv: list[str]) -> int:
+    """Runs a job with its flags; the exit code."""
     from refusal_jax.errors import UserError
 
     module = importlib.import_module(f"refusal_jax.jobs.{job}")
@@ -72,13 +95,8 @@ def run_job(job: str, argv: list[str]) -> int:
         print(help_text(job, module))
         return 0
     try:
-        left = flags.FLAGS([f"refusal-jax {job}", *argv])
-        if left[1:]:
-            raise UserError(f"unexpected argument {left[1]!r}: flags are written --name=value.")
-        module.main(left)
+        module.main(parse_flags(job, argv))
         return 0
-    except flags.Error as error:
-        return fail(f"{' '.join(str(error).split())} See `refusal-jax {job} --help`.")
     except UserError as error:
         return fail(str(error))
     except OSError as error:
