@@ -43,9 +43,10 @@ def prepare_environment() -> None:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 
-def help_text(job: str, module) -> str:
+def help_text(job: str) -> str:
     from absl import flags
 
+    module = importlib.import_module(f"refusal_jax.jobs.{job}")
     shown = []
     for flag in sorted(flags.FLAGS.get_flags_for_module(module.__name__), key=lambda f: f.name):
         default = "" if flag.default in (None, "") else f" (default: {flag.default_as_str.strip(chr(39))})"
@@ -61,13 +62,15 @@ def fail(message: str) -> int:
     return 2
 
 
-def parse_flags(job: str, argv: list[str]) -> list[str]:
-    """Parses a job's flags; raises UserError for anything wrong with them, or with the config file that they name."""
+def prepare_job(job: str, argv: list[str]):
+    """A job's module, with its flags parsed. Raises UserError for anything wrong with them, or with the config file that
+    they name."""
     from absl import flags
 
     from refusal_jax.errors import UserError
 
     try:
+        module = importlib.import_module(f"refusal_jax.jobs.{job}")  # reads the config of --config at once
         left = flags.FLAGS([f"refusal-jax {job}", *argv])
         if "config" in flags.FLAGS:
             flags.FLAGS["config"].value.to_dict()  # a file that cannot be loaded only fails when its config is used
@@ -83,19 +86,18 @@ def parse_flags(job: str, argv: list[str]) -> list[str]:
         ) from None
     if left[1:]:
         raise UserError(f"unexpected argument {left[1]!r}: flags are written --name=value.")
-    return left
+    return module
 
 
 def run_job(job: str, argv: list[str]) -> int:
     """Runs a job with its flags; the exit code."""
     from refusal_jax.errors import UserError
 
-    module = importlib.import_module(f"refusal_jax.jobs.{job}")
     if any(arg in ("--help", "-h", "-help", "--helpfull") for arg in argv):
-        print(help_text(job, module))
+        print(help_text(job))
         return 0
     try:
-        module.main(parse_flags(job, argv))
+        prepare_job(job, argv).main(argv)
         return 0
     except UserError as error:
         return fail(str(error))
