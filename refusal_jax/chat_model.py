@@ -107,5 +107,5 @@ def load_model(
 
 
 def demo_model_path() -> pathlib.Path:
-    """The folder of the embedded demo model, an HF checkpoint of 1.3M parameters that ships with the package."""
+    """The folder of the embedded demo model, an HF checkpoint of 1.8M parameters that ships with the package."""
     return pathlib.Path(__file__).parent / "organism" / "model"
