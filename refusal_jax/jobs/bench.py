@@ -11,8 +11,8 @@ compilation, the second is the work alone, and the ratio is taken from it.
 
 The PyTorch version is tests/oracle.py of a checkout and needs torch, which the package itself does not.
 
-Expected on 2 idle cores, inflated demo model: extraction and selection at least 5 times faster, generation about as
-fast. On a busy machine the ratios flatter refusal_jax, because PyTorch's threads wait for each other. Run time: about 7
+Expected on 2 idle cores, inflated demo model: extraction and selection at least 5 times faster, generation at least as
+fast. On a busy machine the ratios flatter refusal_jax, because PyTorch's threads wait for each other. Run time: about 6
 minutes. Exits with 1 if the results disagree.
 """
 
