@@ -83,8 +83,9 @@ class Chat:
                 "tokenizer, so replies would never end. Add eos_token_id to generation_config.json."
             )
         vocab_size = vocab_size or len(tokenizer)
-        pad = tokenizer.pad_token_id  # some checkpoints add one to the tokenizer and not to the embedding
-        return cls(tokenizer, context_length, vocab_size, eos, eos[0] if pad is None or pad >= vocab_size else pad)
+        # Some checkpoints add these tokens to the tokenizer and not to the embedding; any id does, as pads are masked.
+        usable = (i for i in (tokenizer.pad_token_id, *eos) if i is not None and 0 <= i < vocab_size)
+        return cls(tokenizer, context_length, vocab_size, eos, next(usable, 0))
 
     def render(self, instruction: str, response: str = "") -> str:
         """The text of a one-turn conversation up to and including the start of the reply, without a system prompt."""

@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -125,3 +126,16 @@ def test_the_export_of_a_study_is_verified(finished, tmp_path):
         == 1 + 2 * json.loads((demo_model_path() / "config.json").read_text())["num_hidden_layers"]
     )
     refused(command("export", f"--direction={finished[0]}", f"--out={tmp_path / 'edited'}"), "exists already")
+
+
+def test_the_export_of_a_study_whose_checkpoint_changed_is_refused(finished, tmp_path):
+    study = shutil.copytree(finished[0], tmp_path / "study")
+    setup = json.loads((study / "setup.json").read_text())
+    (study / "setup.json").write_text(json.dumps(setup | {"model": str(tiny.tiny_llama(tmp_path / "other"))}))
+    refused(
+        command("export", f"--direction={study}", f"--out={tmp_path / 'out'}"),
+        "is not the checkpoint that .* made from",
+    )
+    (study / "prompts.json").write_text("[")
+    refused(command("export", f"--direction={study}", f"--out={tmp_path / 'out'}"), "The study in .* is damaged")
+    assert not (tmp_path / "out").exists()

@@ -291,3 +291,9 @@ def test_nothing_but_slices_is_read_for_a_mesh(llama, monkeypatch):
     monkeypatch.setattr(TensorFiles, "read", spy)
     load_decoder(llama, mesh=make_mesh(model=8))
     assert set(whole) == {(6, 32)} and len(whole) == 8
+
+
+def test_an_index_beside_a_single_file_that_it_does_not_name(folder):
+    (folder / INDEX).write_text(json.dumps({"weight_map": {Q0: "other.safetensors"}}))
+    with pytest.raises(UserError, match="holds both model.safetensors and .*not clear which weights count"):
+        load_model(folder)

@@ -95,7 +95,7 @@ def test_bad_settings_leave_no_folder(change, config, tmp_path):
     elif change == "data":
         config.data.harmless_val, message = str(tmp_path / "gone.json"), r"gone\.json is not a file\. Check the path in"
     elif change == "loss":
-        config.loss.text_files, message = (str(tmp_path / "gone.txt"),), r"gone\.txt is not a file\. Check the path in"
+        config.loss.text_files, message = (str(tmp_path / "gone.txt"),), r"gone\.txt is not a file\. Check the path"
     else:
         config.model, message = str(tmp_path / "gone"), "gone is not a folder"
     with pytest.raises(UserError, match=message):
@@ -103,7 +103,7 @@ def test_bad_settings_leave_no_folder(change, config, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("name", ["batch_size", "data.n_val", "generation.max_new_tokens", "loss.max_tokens"])
+@pytest.mark.parametrize("name", ["batch_size", "data.n_val", "generation.max_new_tokens", "loss.text_tokens"])
 def test_settings_below_one(name, config, tmp_path):
     config.update_from_flattened_dict({name: 0})
     with pytest.raises(UserError, match=rf"--config\.{name} = 0, expected at least 1"):
@@ -138,3 +138,15 @@ def test_refusal_tokens_are_checked(config, tmp_path):
     config.refusal_tokens = (999,)
     with pytest.raises(UserError, match="refusal token 999 is not in the vocabulary"):
         pipeline.run_study(config, tmp_path / "run")
+
+
+def test_loss_files_and_conditions_are_checked_before_any_work(config, tmp_path):
+    (tmp_path / "pile.txt").write_text("a text\n")
+    (tmp_path / "pile.jsonl").write_text('{"prompt": "p", "response": "r"}\n')
+    config.loss.text_files, config.loss.chat_files = (str(tmp_path / "pile.txt"),), (str(tmp_path / "pile.jsonl"),)
+    with pytest.raises(UserError, match="two loss data sets are called 'pile': rename .*pile.jsonl"):
+        pipeline.run_study(config, tmp_path / "run")
+    config.loss.chat_files, config.generation.conditions = (), ()
+    with pytest.raises(UserError, match="conditions is empty: name at least one"):
+        pipeline.run_study(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()

@@ -253,13 +253,10 @@ def test_loss_datasets(model, tmp_path):
     (tmp_path / "pile.txt").write_text("first text\nsecond text\n")
     (tmp_path / "alpaca.jsonl").write_text('{"prompt": "p", "response": "r"}')
     settings = types.SimpleNamespace(
-        max_tokens=64, text_files=[str(tmp_path / "pile.txt")], chat_files=[str(tmp_path / "alpaca.jsonl")]
+        text_tokens=64, text_files=[str(tmp_path / "pile.txt")], chat_files=[str(tmp_path / "alpaca.jsonl")]
     )
     sets = loss_datasets(model, settings, [{"prompt": "bake", "response": "Sure."}])
     assert {name: len(rows) for name, rows in sets.items()} == {"on_distribution": 1, "pile": 2, "alpaca": 1}
-    settings.text_files = settings.text_files * 2
-    with pytest.raises(UserError, match="two loss data sets are called 'pile': rename one of the files"):
-        loss_datasets(model, settings, [])
 
 
 def test_measurements_on_a_mesh_equal_those_on_one_device(llama, model, directions, grid):
@@ -270,3 +267,23 @@ def test_measurements_on_a_mesh_equal_those_on_one_device(llama, model, directio
     np.testing.assert_allclose(bypass, expected, rtol=1e-4, atol=1e-4)
     out, plain = (extract(m, HARMFUL, REFUSAL_IDS, 3, 0, 4, "set") for m in (on_mesh, model))
     np.testing.assert_allclose(out.mean_lpd, plain.mean_lpd, rtol=1e-4, atol=1e-5)
+
+
+def test_directions_that_overflowed_are_discarded(model, directions):
+    """float16 activations may be infinite; such a candidate has NaN scores and is never run."""
+    broken = directions.copy()
+    broken[0] = np.inf
+    rule = Rule(broken.shape[0], kl_threshold=1e9, induce_threshold=-1e9, prune_fraction=0.0)
+    ids = model.chat.opener_ids(("I",))
+    rows = evaluate_candidates(model, broken, HARMFUL, HARMLESS, ids, rule, full_grid=True, batch_size=8)
+    assert all(np.isnan(row["steering_score"]) == (row["layer"] == 0) for row in rows)
+    assert pick(rows, rule)["layer"] > 0
+
+
+def test_rows_with_an_input_are_left_out(tmp_path):
+    (tmp_path / "alpaca.json").write_text(
+        json.dumps(
+            [{"instruction": "i", "input": "", "output": "o"}, {"instruction": "j", "input": "x", "output": "p"}]
+        )
+    )
+    assert read_chat_pairs(tmp_path / "alpaca.json") == [("i", "o")]

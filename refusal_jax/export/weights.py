@@ -25,6 +25,8 @@ from refusal_jax.models.load import STORED, TensorFiles, check_tensors
 from refusal_jax.runs import cannot_write
 
 COPY_BYTES = 16 << 20
+# Weights in other files than those edited would be the unedited ones.
+WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,12 +111,7 @@ def copy_other_files(source: pathlib.Path, staging: pathlib.Path, skip: set[path
     for path in sorted(source.rglob("*")):
         relative = path.relative_to(source)
         hidden = any(part.startswith(".") for part in relative.parts)
-        if (
-            path.is_dir()
-            or path in skip
-            or hidden
-            or path.suffix in (".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf")
-        ):
+        if path.is_dir() or path in skip or hidden or path.suffix in WEIGHTS:
             continue
         (staging / relative).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, staging / relative)

@@ -62,6 +62,17 @@ def fail(message: str) -> int:
     return 2
 
 
+def config_error(error: Exception):
+    """What a config file that may raise anything, or an override of a field that is not there, did wrong."""
+    from refusal_jax.errors import UserError
+
+    reason = " ".join(str(error).split())
+    return UserError(
+        f"--config cannot be used ({type(error).__name__}: {reason}). Name a config file that exists and runs, such as "
+        "configs/demo.py, and fields that refusal_jax/study/config.py has."
+    )
+
+
 def prepare_job(job: str, argv: list[str]):
     """A job's module, with its flags parsed. Raises UserError for anything wrong with them, or with the config file that
     they name."""
@@ -71,19 +82,18 @@ def prepare_job(job: str, argv: list[str]):
 
     try:
         module = importlib.import_module(f"refusal_jax.jobs.{job}")  # reads the config of --config at once
+    except ModuleNotFoundError:
+        raise  # a broken installation
+    except Exception as error:
+        raise config_error(error) from None
+    try:
         left = flags.FLAGS([f"refusal-jax {job}", *argv])
         if "config" in flags.FLAGS:
             flags.FLAGS["config"].value.to_dict()  # a file that cannot be loaded only fails when its config is used
     except flags.Error as error:
         raise UserError(f"{' '.join(str(error).split())} See `refusal-jax {job} --help`.") from None
-    except (
-        Exception
-    ) as error:  # a config file is Python that may raise anything; an unknown field raises AttributeError
-        reason = " ".join(str(error).split())
-        raise UserError(
-            f"--config cannot be used ({type(error).__name__}: {reason}). Name a config file that exists and runs, such as "
-            "configs/demo.py, and fields that refusal_jax/study/config.py has."
-        ) from None
+    except Exception as error:
+        raise config_error(error) from None
     if left[1:]:
         raise UserError(f"unexpected argument {left[1]!r}: flags are written --name=value.")
     return module

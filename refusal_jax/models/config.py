@@ -229,7 +229,7 @@ def from_hf(hf: dict, where: str = "config.json") -> ModelConfig:
     malformed attributes, and non-default attributes that this code does not handle.
     """
     model_type = hf.get("model_type")
-    if model_type not in READERS:
+    if not isinstance(model_type, str) or model_type not in READERS:
         raise UserError(
             f"{where} says model_type = {model_type!r}, which is not supported. Supported: "
             f"{', '.join(sorted(READERS))}. Use a checkpoint of one of these architectures."

@@ -88,6 +88,11 @@ def checkpoint_files(folder: pathlib.Path) -> tuple[list[pathlib.Path], dict[str
         if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
             raise UserError(f"{folder / INDEX} has no usable weight_map. Download the file again.")
         names = sorted(set(weight_map.values()))
+        if (folder / SINGLE).exists() and SINGLE not in names:
+            raise UserError(
+                f"{folder} holds both {SINGLE} and {INDEX}, which names other files: it is not clear which weights count. "
+                "Remove one of the two."
+            )
         outside = [n for n in names if pathlib.PurePath(n).name != n or n in ("", ".", "..")]
         if outside:
             raise UserError(

@@ -52,7 +52,7 @@ def extract_batch(decoder: Decoder, tokens_bt, mask_bt, edits: Edits, valid_b, s
     scores_b = refusal_score(decoder.logits(x[:, -1:])[:, 0], refusal_ids)
     kept_b = valid_b & jnp.where(sign == 0, True, sign * scores_b > 0)
     resid_lbpd = tapped["resid_pre"].astype(jnp.float32)
-    first_lpd = resid_lbpd[:, 0]
+    first_lpd = jnp.where(jnp.isfinite(resid_lbpd[:, 0]), resid_lbpd[:, 0], 0.0)  # of a row that may not be kept
     offsets = jnp.where(kept_b[None, :, None, None], resid_lbpd - first_lpd[:, None], 0.0)
     return scores_b, kept_b, jnp.sum(offsets, axis=1), first_lpd
 

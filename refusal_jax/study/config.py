@@ -56,7 +56,7 @@ def get_config() -> ConfigDict:
     config.loss = ConfigDict(
         {
             "batch_size": 8,
-            "max_tokens": 512,  # rows longer than this are cut
+            "text_tokens": 256,  # plain text is cut to this, as in the paper; chat rows only to the model's context
             "text_files": (),  # .txt (one document a line) or .json, .jsonl, .csv with a text field
             "chat_files": (),
         }

@@ -44,17 +44,20 @@ def text_rows(chat: Chat, texts: Sequence[str], max_tokens: int) -> list[LossRow
 
 def read_chat_pairs(path: pathlib.Path) -> list[tuple[str, str]]:
     """(instruction, response) of a .json or .jsonl file of objects with "prompt" or "instruction" and "response" or
-    "output". Raises UserError that names the file and the row."""
+    "output"; rows with an "input" are left out. Raises UserError that names the file and the row."""
     if path.suffix.lower() not in (".json", ".jsonl"):
         raise UserError(f"{path} is not a chat file: its name must end in .json or .jsonl.")
     pairs = []
     for number, (prompt, row) in enumerate(zip(read_prompts(path), read_rows(path), strict=True), 1):
-        response = (row.get("response") or row.get("output")) if isinstance(row, dict) else None
-        if not isinstance(response, str):
+        found = (
+            [row[key] for key in ("response", "output") if row.get(key) is not None] if isinstance(row, dict) else []
+        )
+        if not found or not isinstance(found[0], str):
             raise UserError(
                 f"{path}, row {number} has no response: an object of a chat file needs 'response' or 'output'."
             )
-        pairs.append((prompt["instruction"], response))
+        if not row.get("input"):  # Alpaca's rows with an input are no single instruction; the paper leaves them out
+            pairs.append((prompt["instruction"], found[0]))
     return pairs
 
 
@@ -82,7 +85,7 @@ def measure_loss(model: ChatModel, rows: Sequence[LossRow], edits: Edits, batch_
     if not order:
         raise UserError(
             f"'{title}' has no token to measure the loss on: every row is empty or cut before its response. "
-            "Raise --config.loss.max_tokens or drop the file."
+            "Raise --config.loss.text_tokens or drop the file."
         )
     for start in tqdm(range(0, len(order), batch_size), desc=f"loss, {title}", unit="batch", leave=False):
         part = order[start : start + batch_size]
@@ -99,23 +102,19 @@ def measure_loss(model: ChatModel, rows: Sequence[LossRow], edits: Edits, batch_
 def loss_datasets(model: ChatModel, settings, harmless_baseline: list[dict]) -> dict[str, list[LossRow]]:
     """The rows to measure: the model's own baseline completions on harmless prompts, and the configured files.
 
-    harmless_baseline: those completions; empty ones are left out, and the set with them if none is left. Raises
-    UserError for files of the same name.
+    harmless_baseline: those completions; empty ones are left out, and the set with them if none is left. The
+    files' names differ (`check_settings` sees to it).
     """
-    longest = min(settings.max_tokens, model.config.context_length)
+    longest = model.config.context_length
     own = [(c["prompt"], c["response"]) for c in harmless_baseline if c["response"]]
     sets = {"on_distribution": chat_rows(model.chat, own, longest)} if own else {}
+    cut = min(settings.text_tokens, longest)
     readers: list[tuple[Sequence[str], Callable]] = [
-        (
-            settings.text_files,
-            lambda path: text_rows(model.chat, [p["instruction"] for p in read_prompts(path)], longest),
-        ),
+        (settings.text_files, lambda path: text_rows(model.chat, [p["instruction"] for p in read_prompts(path)], cut)),
         (settings.chat_files, lambda path: chat_rows(model.chat, read_chat_pairs(path), longest)),
     ]
     for files, read in readers:
         for file in files:
             path = pathlib.Path(file)
-            if path.stem in sets:
-                raise UserError(f"two loss data sets are called {path.stem!r}: rename one of the files.")
             sets[path.stem] = read(path)
     return sets

@@ -14,8 +14,8 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from refusal_jax.chat_model import ChatModel, demo_model_path, load_model
-from refusal_jax.data.prompts import dataset_name, file_hash, resolve
-from refusal_jax.edits import Edits
+from refusal_jax.data.prompts import dataset_name, file_hash, read_prompts, resolve
+from refusal_jax.edits import EPS, Edits
 from refusal_jax.errors import UserError
 from refusal_jax.models.config import load_config
 from refusal_jax.models.decoder import Context, Decoder
@@ -25,7 +25,7 @@ from refusal_jax.sharding import make_mesh
 from refusal_jax.study.activations import extract, length_batches
 from refusal_jax.study.completions import complete, intervention_edits, parse_condition
 from refusal_jax.study.judges import JUDGES, evaluate_completions
-from refusal_jax.study.loss import loss_datasets, measure_loss
+from refusal_jax.study.loss import loss_datasets, measure_loss, read_chat_pairs
 from refusal_jax.study.sampling import SPLITS, sample_prompts
 from refusal_jax.study.selection import Rule, evaluate_candidates, pick
 from refusal_jax.taps import Taps
@@ -60,14 +60,23 @@ def run_study(config: ConfigDict, workdir: str | pathlib.Path) -> Run:
 
 
 def check_settings(config: ConfigDict) -> None:
-    """Raises UserError for settings that cannot work with any model."""
+    """Raises UserError for settings and loss files that cannot work with any model."""
+    if not config.generation.conditions:
+        raise UserError("--config.generation.conditions is empty: name at least one, such as harmful_baseline.")
+    stems = ["on_distribution"]
+    for read, files in ((read_prompts, config.loss.text_files), (read_chat_pairs, config.loss.chat_files)):
+        for file in map(pathlib.Path, files):
+            read(file)
+            if file.stem in stems:
+                raise UserError(f"two loss data sets are called {file.stem!r}: rename {file}.")
+            stems.append(file.stem)
     for condition in config.generation.conditions:
         parse_condition(condition)
     numbers = {
         "batch_size": config.batch_size,
         **{f"data.{name}": config.data[name] for name in ("n_train", "n_val", "n_test")},
         **{f"generation.{name}": config.generation[name] for name in ("max_new_tokens", "batch_size")},
-        **{f"loss.{name}": config.loss[name] for name in ("max_tokens", "batch_size")},
+        **{f"loss.{name}": config.loss[name] for name in ("text_tokens", "batch_size")},
     }
     for name, value in numbers.items():
         if value < 1:
@@ -122,7 +131,7 @@ class Study:
     @functools.cached_property
     def model(self) -> ChatModel:
         mesh = dict(self.config.mesh)
-        mesh = make_mesh(**mesh) if max(mesh.values()) > 1 else None
+        mesh = make_mesh(**mesh) if any(size != 1 for size in mesh.values()) else None
         model = load_model(self.folder, self.config.dtype, mesh, progress=True)
         room = self.config.generation.max_new_tokens
         for split, rows in self.run.read_json(PROMPTS).items():
@@ -177,7 +186,7 @@ class Study:
         self.run.write_json(
             SETUP,
             {
-                "model": str(self.folder),
+                "model": str(self.folder.resolve()),
                 "dtype": str(self.model.decoder.dtype),
                 "n_layers": self.model.config.n_layers,
                 "d_model": self.model.config.d_model,
@@ -220,7 +229,7 @@ class Study:
     def projections(self, ledger: Ledger) -> None:
         """Every val prompt's residual at the last token along the direction, at each block's input."""
         direction, _ = self.direction()
-        unit = jnp.asarray(direction / np.linalg.norm(direction))
+        unit = jnp.asarray(direction / (np.linalg.norm(direction) + EPS))
         along = {}
         for split in ("harmful_val", "harmless_val"):
             texts = self.instructions(split, kept_only=False)

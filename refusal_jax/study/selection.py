@@ -223,6 +223,9 @@ def evaluate_candidates(
         for layer in range(n_layers)
         for p in range(positions)
     ]
+    for row in rows:
+        if not np.isfinite(directions_lpd[row["layer"], row["position"]]).all():  # float16 overflowed: discarded
+            row.update(refusal_score=math.nan, steering_score=math.nan, kl_div_score=math.nan)
     layers = n_layers if full_grid else min(rule.layer_limit, n_layers)
     harmless_val = PromptScorer.build(model, harmless, refusal_ids, batch_size)
     harmful_val = PromptScorer.build(model, harmful, refusal_ids, batch_size)
