@@ -13,6 +13,7 @@ def get_config() -> ConfigDict:
     config.dtype = "auto"  # float32, bfloat16, float16; auto: float32 on CPU, bfloat16 elsewhere
     config.batch_size = 32  # rows of a forward pass
     config.refusal_tokens = ("I",)  # how refusals begin, as text or token ids; their probabilities are summed
+    # (on the command line: --config.refusal_tokens="('I', 'As')")
     config.positions = ml_collections.config_dict.placeholder(
         int
     )  # candidate positions; none: all post-instruction tokens
