@@ -14,9 +14,8 @@ def get_config() -> ConfigDict:
     config.batch_size = 32  # rows of a forward pass
     config.refusal_tokens = ("I",)  # how refusals begin, as text or token ids; their probabilities are summed
     # (on the command line: --config.refusal_tokens="('I', 'As')")
-    config.positions = ml_collections.config_dict.placeholder(
-        int
-    )  # candidate positions; none: all post-instruction tokens
+    # candidate positions; none: all post-instruction tokens
+    config.positions = ml_collections.config_dict.placeholder(int)
     config.filter = True  # keep only harmful prompts that are refused and harmless ones that are not
     config.mesh = ConfigDict({"data": 1, "fsdp": 1, "model": 1})  # devices along each mesh axis
     config.data = ConfigDict(
