@@ -119,7 +119,7 @@ def attend(q_btnh, segments):
     """Grouped-query attention over one or more segments of keys and values, softmax in float32.
 
     segments: tuples (k `[B, K, C, H]`, v `[B, K, C, H]`, allowed bool `[B, T, C]`); scores of all segments share one
-    softmax. Cached and new keys stay separate arrays, so a decode step reads the cache and never copies it.
+    softmax. Cached and new keys stay separate arrays: to attend, a decode step need not copy the cache.
     Returns `[B, T, N * H]`.
     """
     b, t, n, h = q_btnh.shape
