@@ -19,6 +19,7 @@ RULES = {
     "heads": "model",
     "kv_heads": "model",
     "mlp": "model",
+    "experts": None,
     "embed": "fsdp",
     "batch": ("data", "fsdp"),
     "layers": None,

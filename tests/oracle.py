@@ -52,6 +52,34 @@ def _edit_output(edit, module, args, output):
     return (edit(output[0]), *output[1:]) if isinstance(output, tuple) else edit(output)
 
 
+def writers(layer) -> tuple[torch.nn.Module, torch.nn.Module]:
+    """The modules of a block whose outputs are added to the residual: norms, where they follow attention and MLP."""
+    for names in (
+        ("post_self_attn_layernorm", "post_mlp_layernorm"),
+        ("post_attention_layernorm", "post_feedforward_layernorm"),
+    ):
+        if all(hasattr(layer, name) for name in names):
+            return tuple(getattr(layer, name) for name in names)
+    return layer.self_attn, layer.mlp
+
+
+def ablation(layers, direction) -> list[Hook]:
+    """x - (x . r) r at every block input, and at what attention and MLP add to the residual."""
+    direction = torch.as_tensor(direction, dtype=torch.float64)
+    unit = (direction / (direction.norm() + 1e-8)).float()
+
+    def edit(x):
+        return x - (x @ unit).unsqueeze(-1) * unit
+
+    return [(m, "input", edit) for m in layers] + [(m, "output", edit) for layer in layers for m in writers(layer)]
+
+
+def addition(layers, direction, layer: int, scale: float = 1.0) -> list[Hook]:
+    """x + scale * r at the input of block `layer`."""
+    vector = (scale * torch.as_tensor(direction, dtype=torch.float64)).float()
+    return [(layers[layer], "input", lambda x: x + vector)]
+
+
 @dataclasses.dataclass(frozen=True)
 class Extraction:
     """Scores of all prompts and which the filter keeps, by split; mean differences `[P, L, D]`, float64."""
@@ -84,20 +112,10 @@ class Oracle:
         return self.tokenizer(self.prompt(marker).split(marker)[1], add_special_tokens=False).input_ids
 
     def ablation(self, direction) -> list[Hook]:
-        """x - (x . r) r at every block input, attention output and MLP output."""
-        direction = torch.as_tensor(direction, dtype=torch.float64)
-        unit = (direction / (direction.norm() + 1e-8)).float()
-
-        def edit(x):
-            return x - (x @ unit).unsqueeze(-1) * unit
-
-        places = [(layer, "input", edit) for layer in self.layers]
-        return places + [(part, "output", edit) for layer in self.layers for part in (layer.self_attn, layer.mlp)]
+        return ablation(self.layers, direction)
 
     def addition(self, direction, layer: int, scale: float = 1.0) -> list[Hook]:
-        """x + scale * r at the input of block `layer`."""
-        vector = (scale * torch.as_tensor(direction, dtype=torch.float64)).float()
-        return [(self.layers[layer], "input", lambda x: x + vector)]
+        return addition(self.layers, direction, layer, scale)
 
     def batches(self, texts: list[str], size: int | None = None, special: bool = False):
         """Left-padded (input_ids, attention_mask, position_ids) of rendered texts, in order."""

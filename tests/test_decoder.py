@@ -1,7 +1,8 @@
-"""The decoder against transformers, on tiny random Llamas of every variant: logits, taps, decoding."""
+"""The decoder beyond one forward pass (test_families.py has that, for every family): decoding, padding, dtypes, ranges."""
 
 import dataclasses
 
+import families
 import jax
 import numpy as np
 import pytest
@@ -10,93 +11,15 @@ import torch
 
 from refusal_jax import ChatModel, Edits, Taps, UserError, load_model
 from refusal_jax.chat import TokenBatch
-from refusal_jax.models.config import Rope
-from refusal_jax.models.decoder import Context, Decoder
-from refusal_jax.taps import TAP_SITES
+from refusal_jax.models.attention import Context
+from refusal_jax.models.decoder import Decoder
+from refusal_jax.models.rope import Rope
 
 LENGTHS = (3, 40, 17, 1)  # of the rows of a batch: the shortest is all padding but its last token
-VARIANTS = {
-    "gqa": {},
-    "mha": {"kv_heads": 4},
-    "mqa": {"kv_heads": 1},
-    "rope-linear": {"rope": "linear"},
-    "rope-llama3": {"rope": "llama3"},
-    "tied-relu": {"tied": True, "hidden_act": "relu"},
-    "attention-bias-gelu": {"attention_bias": True, "hidden_act": "gelu"},
-    "mlp-bias-gelu-tanh": {"mlp_bias": True, "hidden_act": "gelu_pytorch_tanh"},
-    "narrow-heads": {"head_dim": 4, "attention_bias": True, "mlp_bias": True},
-    "wide-heads": {"head_dim": 16, "kv_heads": 1, "tied": True},
-}
-
-
-@dataclasses.dataclass
-class Case:
-    """One checkpoint in both implementations, and a batch to run."""
-
-    ours: ChatModel
-    theirs: object
-    tokens: np.ndarray
-    mask: np.ndarray
-
-
-@pytest.fixture(scope="module", params=VARIANTS)
-def case(request, tmp_path_factory):
-    folder = tiny.tiny_llama(tmp_path_factory.mktemp(request.param), **VARIANTS[request.param])
-    ours = load_model(folder)
-    return Case(ours, tiny.load_hf(folder), *tiny.left_padded(LENGTHS, ours.config.vocab_size))
 
 
 def close(ours, theirs, tolerance=1e-4):
     np.testing.assert_allclose(np.asarray(ours), theirs, rtol=tolerance, atol=tolerance)
-
-
-def hf_taps(model, tokens, mask) -> dict[str, np.ndarray]:
-    """Every tap site of every layer, `{site: [L, B, T, D]}`, caught by forward hooks."""
-    caught = {site: [] for site in TAP_SITES}
-
-    def first(value):
-        return value[0] if isinstance(value, tuple) else value
-
-    def before(site):
-        return lambda module, args, kwargs: caught[site].append(first(args) if args else kwargs["hidden_states"])
-
-    def after(site):
-        return lambda module, args, out: caught[site].append(first(out))
-
-    hooks = []
-    for layer in model.model.layers:
-        hooks += [
-            layer.register_forward_pre_hook(before("resid_pre"), with_kwargs=True),
-            layer.self_attn.register_forward_hook(after("attn_out")),
-            layer.post_attention_layernorm.register_forward_pre_hook(before("resid_mid"), with_kwargs=True),
-            layer.mlp.register_forward_hook(after("mlp_out")),
-            layer.register_forward_hook(after("resid_post")),
-        ]
-    try:
-        tiny.hf_forward(model, tokens, mask)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return {site: torch.stack(values).numpy() for site, values in caught.items()}
-
-
-def test_logits_equal_transformers(case):
-    theirs = tiny.hf_forward(case.theirs, case.tokens, case.mask).logits.numpy()
-    assert theirs[case.mask].std() > 0.3  # else the tolerance would say nothing
-    everywhere = np.asarray(case.ours.logits(case.tokens, case.mask, positions="all"))
-    close(everywhere[case.mask], theirs[case.mask])
-    last = case.ours.logits(case.tokens, case.mask)
-    assert last.shape == (len(LENGTHS), case.ours.config.vocab_size) and last.dtype == np.float32
-    close(last, theirs[:, -1])
-
-
-def test_every_tap_of_every_layer_equals_transformers(case):
-    theirs = hf_taps(case.theirs, case.tokens, case.mask)
-    ours = case.ours.taps(case.tokens, case.mask, Taps(TAP_SITES))
-    assert set(ours) == set(TAP_SITES)
-    for site in TAP_SITES:
-        assert ours[site].shape == theirs[site].shape
-        close(np.asarray(ours[site])[:, case.mask], theirs[site][:, case.mask])
 
 
 def test_hidden_states_are_the_residual_stream(model, hf):
@@ -143,14 +66,13 @@ def test_positions_other_than_last_or_all(model):
 
 
 def test_llama3_rope_blends_between_its_two_wavelengths():
-    rope = Rope(1000.0, "llama3", 8.0, 1.0, 4.0, 16)
-    plain, scaled = Rope(1000.0).inverse_frequencies(32), rope.inverse_frequencies(32)
-    ratios = np.asarray(scaled) / np.asarray(plain)
-    turns = 16 * np.asarray(plain) / (2 * np.pi)
-    np.testing.assert_allclose(ratios[turns < 1], 1 / 8)
+    rope = Rope(1000.0, 32, "llama3", 8.0, 16, low_freq_factor=1.0, high_freq_factor=4.0)
+    plain, scaled = (np.asarray(r.inverse_frequencies(1), np.float64) for r in (Rope(1000.0, 32), rope))
+    ratios, turns = scaled / plain, 16 * plain / (2 * np.pi)
+    np.testing.assert_allclose(ratios[turns < 1], 1 / 8, rtol=1e-6)
     assert not (turns > 4).any() and ((ratios > 1 / 8) & (ratios < 1)).any()
-    long = Rope(1000.0, "llama3", 8.0, 1.0, 4.0, 10**6).inverse_frequencies(32)
-    np.testing.assert_allclose(long, plain)
+    long = dataclasses.replace(rope, original_context=10**6).inverse_frequencies(1)
+    np.testing.assert_allclose(np.asarray(long), plain, rtol=1e-6)
 
 
 def uncached_greedy(model: ChatModel, tokens, mask, steps: int, edits=None) -> np.ndarray:
@@ -181,11 +103,22 @@ def hf_greedy(hf, tokens, mask, steps: int, eos_ids, pad_id: int) -> np.ndarray:
     return np.pad(out, ((0, 0), (0, steps - out.shape[1])), constant_values=pad_id)
 
 
-@pytest.mark.parametrize("variant", ["gqa", "rope-llama3"])
-def test_cached_decoding_equals_uncached_and_transformers(variant, tmp_path):
-    folder = tiny.tiny_llama(tmp_path, **VARIANTS[variant])
-    model, hf, steps = load_model(folder), tiny.load_hf(folder), 12
-    tokens, mask = tiny.left_padded(LENGTHS, model.config.vocab_size, seed=3)
+GREEDY = [
+    ("llama", "gqa"),
+    ("llama", "rope-llama3"),
+    ("qwen", "mha"),
+    ("gemma3_text", "gqa"),
+    ("phi3", "longrope"),  # whose angles change when the longest row has 20 tokens
+    ("mixtral", "gqa"),
+]
+
+
+@pytest.mark.parametrize("family,variant", GREEDY)
+def test_cached_decoding_equals_uncached_and_transformers(family, variant, tmp_path):
+    folder = families.tiny_model(tmp_path, family, variant)
+    model, hf, steps = load_model(folder), families.reference(folder), 12
+    lengths = (3, 15, 9, 1) if variant == "longrope" else LENGTHS
+    tokens, mask = tiny.left_padded(lengths, model.config.vocab_size, seed=3)
     never, pad = 10**6, model.chat.pad_id
     free = np.asarray(with_eos(model, never).generate_ids(TokenBatch(tokens, mask), steps))
     assert free.shape == (len(LENGTHS), steps) and free.dtype == np.int32

@@ -12,7 +12,7 @@ import tiny
 from safetensors.numpy import load_file, save_file
 
 from refusal_jax import UserError, load_model, make_mesh
-from refusal_jax.models.load import INDEX, SINGLE, TensorFiles, hf_config, listed, load_decoder, save_weights
+from refusal_jax.models.load import INDEX, SINGLE, TensorFiles, listed, load_decoder, save_weights
 
 Q0, NORM = "model.layers.0.self_attn.q_proj.weight", "model.norm.weight"
 
@@ -93,13 +93,6 @@ def test_save_is_load_backwards(dtype, tied, tmp_path):
     assert (again / SINGLE).read_bytes() == written
     assert safetensors.safe_open(again / SINGLE, "np").metadata() == {"format": "pt"}
     assert tiny.load_hf(again, dtype).state_dict().keys() == tiny.load_hf(folder, dtype).state_dict().keys()
-
-
-@pytest.mark.parametrize("rope", ["default", "linear", "llama3"])
-def test_written_config_is_read_back(rope, tmp_path):
-    cfg = load_model(tiny.tiny_llama(tmp_path, layers=1, rope=rope, attention_bias=True)).config
-    (tmp_path / "config.json").write_text(json.dumps(hf_config(cfg, "float32", bos_token_id=1)))
-    assert load_model(tmp_path).config == cfg
 
 
 def test_missing_unknown_and_misshapen_tensors_come_in_one_error(folder):
@@ -297,3 +290,47 @@ def test_an_index_beside_a_single_file_that_it_does_not_name(folder):
     (folder / INDEX).write_text(json.dumps({"weight_map": {Q0: "other.safetensors"}}))
     with pytest.raises(UserError, match="holds both model.safetensors and .*not clear which weights count"):
         load_model(folder)
+
+
+def test_a_mixture_of_dtypes_loads_exactly(folder):
+    tensors = load_file(folder / SINGLE)
+    kinds = (np.float16, ml_dtypes.bfloat16, np.float32)
+    mixed = {name: tensor.astype(kinds[i % 3]) for i, (name, tensor) in enumerate(sorted(tensors.items()))}
+    save_file(mixed, folder / SINGLE, metadata={"format": "pt"})
+    again = folder / "again"
+    again.mkdir()
+    shutil.copy(folder / "config.json", again)
+    save_weights(load_decoder(folder), again)
+    for name, tensor in load_file(again / SINGLE).items():
+        np.testing.assert_array_equal(tensor, mixed[name].astype(np.float32))
+
+
+def test_a_tied_checkpoint_with_another_unembedding(folder):
+    tiny.edit_json(folder / "config.json", tie_word_embeddings=True)
+    with pytest.raises(
+        UserError, match=r"ties its embeddings .* holds an lm_head\.weight that differs from model\.embed"
+    ):
+        load_decoder(folder)
+
+
+@pytest.mark.parametrize(
+    "ending,form",
+    [("qweight", "AWQ or GPTQ"), ("g_idx", "GPTQ"), ("weight.absmax", "bitsandbytes"), ("weight_scale_inv", "fp8")],
+)
+def test_quantised_tensors_are_recognised(ending, form, folder):
+    name = f"model.layers.0.mlp.up_proj.{ending}"
+    save_file(load_file(folder / SINGLE) | {name: np.zeros(3, np.int32)}, folder / SINGLE, metadata={"format": "pt"})
+    with pytest.raises(
+        UserError, match=rf"are quantised \({form}: it holds {name}, I32\), which cannot be edited exactly"
+    ):
+        load_decoder(folder)
+
+
+def test_fp8_weights_without_scales(folder):
+    tensors = load_file(folder / SINGLE)
+    name = "model.layers.0.mlp.up_proj.weight"
+    save_file(
+        tensors | {name: tensors[name].astype(ml_dtypes.float8_e4m3fn)}, folder / SINGLE, metadata={"format": "pt"}
+    )
+    with pytest.raises(UserError, match=r"are quantised \(fp8: it holds model.*F8_E4M3\)"):
+        load_decoder(folder)

@@ -124,15 +124,15 @@ def randomise(model, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, weight in model.named_parameters():
-            noise = torch.randn(weight.shape, generator=generator)
+            noise, gemma = torch.randn(weight.shape, generator=generator), "gemma" in model.config.model_type
             if name.endswith("norm.weight"):
-                weight.copy_(1 + 0.3 * noise)
+                weight.copy_(0.3 * noise + (not gemma))  # Gemma adds the 1 itself
             elif weight.ndim == 1:
                 weight.copy_(0.3 * noise)
             elif "embed_tokens" in name:
-                weight.copy_(noise)
+                weight.copy_(noise * (weight.shape[1] ** -0.5 if gemma else 1))  # and scales its embedding up
             else:
-                weight.copy_(1.2 * noise * weight.shape[1] ** -0.5)
+                weight.copy_(1.2 * noise * weight.shape[-1] ** -0.5)
 
 
 def load_hf(folder, dtype: str = "float32") -> LlamaForCausalLM:

@@ -20,6 +20,11 @@ class Cache:
     filled: jax.Array  # int32 scalar, slots used, padding included
     position_b: jax.Array  # int32 [B], the position of each row's next token
 
+    @property
+    def positions_bc(self) -> jax.Array:
+        """The position of the token in each slot, int32 `[B, C]`; negative for padding."""
+        return jnp.arange(self.mask_bc.shape[1]) - (self.filled - self.position_b)[:, None]
+
     @classmethod
     def of_prompt(cls, new, mask_bt: jax.Array, slots: int) -> "Cache":
         """From a prompt's keys and values (`Decoder.run`'s third result) and mask, with room for `slots` tokens."""

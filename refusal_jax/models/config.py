@@ -1,70 +1,32 @@
-"""HF `config.json` to `ModelConfig`, by allow-list.
-
-Every attribute of an HF config is either handled (it changes `ModelConfig`), inert (it cannot change what inference
-computes), or unsupported: then any value but the one that means "off" is an error that names the attribute. A config
-that loads is a config that we compute correctly.
-"""
+"""HF `config.json` to `ModelConfig`: one reader a family, by allow-list (see hf_attributes.py). A config that loads is a
+config that we compute correctly."""
 
 import dataclasses
-import json
-import math
 import pathlib
+from functools import partial
 
 from refusal_jax.errors import UserError
-
-# Attributes that cannot change the logits of inference: bookkeeping, training, and the defaults of `generate`.
-INERT = frozenset(
-    """
-    _name_or_path architectures torch_dtype dtype transformers_version model_type use_cache initializer_range
-    attention_dropout hidden_dropout pretraining_tp bos_token_id eos_token_id pad_token_id unk_token_id
-    return_dict output_hidden_states output_attentions is_encoder_decoder is_decoder id2label label2id problem_type
-    finetuning_task task_specific_params tokenizer_class prefix chunk_size_feed_forward _attn_implementation
-    _attn_implementation_autoset add_cross_attention tie_encoder_decoder use_return_dict torchscript
-    cross_attention_hidden_size decoder_start_token_id sep_token_id
-    max_length min_length do_sample early_stopping num_beams num_beam_groups diversity_penalty temperature top_k
-    top_p typical_p repetition_penalty length_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size bad_words_ids
-    num_return_sequences output_scores return_dict_in_generate forced_bos_token_id forced_eos_token_id
-    remove_invalid_values exponential_decay_length_penalty suppress_tokens begin_suppress_tokens
-""".split()
-)
+from refusal_jax.models.hf_attributes import Reader, read_json
+from refusal_jax.models.rope import SPAN, Rope
 
 QUANTISATION = "quantization_config"
 
+# The activations that the decoder computes, by HF name ("gelu_pytorch_tanh" is the tanh approximation).
+ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh", "relu")
+
 
 @dataclasses.dataclass(frozen=True)
-class Rope:
-    """Rotary embedding: base `theta` and its rescaling. `kind`: default, linear or llama3."""
+class AttentionKind:
+    """How the layers of one kind look back: their rotary embedding, and over how many tokens (None: all)."""
 
-    theta: float
-    kind: str = "default"
-    factor: float = 1.0
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 1.0
-    original_context: int = 0
-
-    def inverse_frequencies(self, head_dim: int) -> list[float]:
-        """Radians per token of each rotated pair, `[head_dim / 2]`, in float64.
-
-        "llama3" slows the pairs whose wavelength exceeds `original_context / low_freq_factor` by `factor`, leaves
-        those shorter than `original_context / high_freq_factor`, and blends in between (Llama 3.1, section 3.3.2).
-        """
-        plain = [self.theta ** (-2 * i / head_dim) for i in range(head_dim // 2)]
-        if self.kind == "default":
-            return plain
-        if self.kind == "linear":
-            return [f / self.factor for f in plain]
-        scaled = []
-        for f in plain:
-            turns = self.original_context * f / (2 * math.pi)  # full turns inside the original context
-            keep = (turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)
-            keep = min(max(keep, 0.0), 1.0)
-            scaled.append(keep * f + (1 - keep) * f / self.factor)
-        return scaled
+    rope: Rope
+    window: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """What the decoder needs to know; field names are this project's, see `from_hf` for their HF origin."""
+    """What the decoder needs to know: sizes, then switches. Field names are this project's; the readers below say
+    which HF attribute each comes from."""
 
     family: str
     vocab_size: int
@@ -73,160 +35,313 @@ class ModelConfig:
     n_heads: int
     n_kv_heads: int
     head_dim: int
-    d_mlp: int
+    d_mlp: int  # of each expert, if there are experts
     context_length: int
+    kinds: tuple[AttentionKind, ...]
+    layer_kinds: tuple[int, ...]  # of each layer, an index into `kinds`
     activation: str
     norm_eps: float
-    rope: Rope
     tied_embeddings: bool
-    attention_bias: bool
-    mlp_bias: bool
+    norm_offset: float = 0.0  # norms multiply by offset + weight
+    pre_norm: bool = True  # norms before attention and MLP
+    post_norm: bool = False  # norms after them, before their output is added to the residual
+    qk_norm: str = ""  # "head": each head's queries and keys are normed; "all": all heads together
+    qkv_bias: bool = False
+    o_bias: bool = False
+    mlp_bias: bool = False
+    qkv_clip: float | None = None  # queries, keys and values are clipped to +- this
+    query_scale: float = 1.0  # multiplies q . k
+    attention_softcap: float | None = None  # scores become cap * tanh(score / cap)
+    logit_softcap: float | None = None
+    embed_scale: float = 1.0
+    residual_scale: float = 1.0  # multiplies what attention and MLP add to the residual
+    logit_divisor: float = 1.0
+    n_experts: int = 0  # 0: one dense MLP
+    experts_per_token: int = 0
+    renormalise_experts: bool = False  # the chosen experts' router weights are made to sum to 1
 
     @property
     def queries_per_kv(self) -> int:
         return self.n_heads // self.n_kv_heads
 
 
-def read_json(path: pathlib.Path) -> dict:
-    """A JSON object from `path`; raises UserError that names the file if it is missing or is not one."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist. Point to a Hugging Face checkpoint folder, which holds it.") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(
-            f"{path} is not valid JSON ({error}). The download is probably damaged: fetch it again."
-        ) from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path} holds a JSON {type(value).__name__}, expected an object. Fetch the file again.")
-    return value
+# Field of `ModelConfig` -> HF attribute and its type, where a family does not say otherwise.
+SIZES = {
+    "vocab_size": ("vocab_size", int),
+    "d_model": ("hidden_size", int),
+    "n_layers": ("num_hidden_layers", int),
+    "n_heads": ("num_attention_heads", int),
+    "n_kv_heads": ("num_key_value_heads", int),
+    "head_dim": ("head_dim", int),
+    "d_mlp": ("intermediate_size", int),
+    "context_length": ("max_position_embeddings", int),
+    "activation": ("hidden_act", None),
+    "norm_eps": ("rms_norm_eps", float),
+    "tied_embeddings": ("tie_word_embeddings", bool),
+}
+# Attributes that may be missing, and what they then are. A family adds the defaults of its HF config class.
+DEFAULTS = {
+    "context_length": 2048,
+    "activation": "silu",
+    "norm_eps": 1e-6,
+    "tied_embeddings": False,
+    "n_kv_heads": None,  # n_heads
+    "head_dim": None,  # d_model / n_heads
+}
 
 
-class _Reader:
-    """Takes attributes out of an HF config and remembers which, so that the rest can be judged."""
-
-    def __init__(self, hf: dict, where: str):
-        self.hf, self.where, self.seen, self.problems = hf, where, set(), []
-
-    def take(self, name, default=None, kind=None, required=False):
-        self.seen.add(name)
-        value = self.hf.get(name)
-        if value is None:
-            if required:
-                self.problems.append(f"{name} is missing")
-            return default
-        if kind is int and (not isinstance(value, int) or isinstance(value, bool) or value <= 0):
-            self.problems.append(f"{name} = {value!r}, expected a positive integer")
-            return default
-        if kind is float and (isinstance(value, bool) or not isinstance(value, int | float) or not value > 0):
-            self.problems.append(f"{name} = {value!r}, expected a positive number")
-            return default
-        if kind is bool and not isinstance(value, bool):
-            self.problems.append(f"{name} = {value!r}, expected true or false")
-            return default
-        return value
-
-    def finish(self):
-        for name, value in sorted(self.hf.items()):
-            if name not in self.seen and name not in INERT and value not in (None, False, {}, []):
-                self.problems.append(f"{name} = {value!r} is not supported")
-        if self.problems:
-            raise UserError(
-                f"{self.where} cannot be run faithfully: {'; '.join(self.problems)}. Nothing was loaded, because "
-                "ignoring an attribute would give wrong activations. Use a checkpoint of a supported architecture, or "
-                "teach refusal_jax/models/config.py the attribute."
-            )
-
-
-def _rope(read: _Reader) -> Rope:
-    """Both spellings: `rope_theta` + `rope_scaling` (transformers 4) and `rope_parameters` (transformers 5)."""
-    theta = read.take("rope_theta", 10000.0, float)
-    old, new = read.take("rope_scaling"), read.take("rope_parameters")
-    spec = new or old or {}
-    if not isinstance(spec, dict):
-        read.problems.append(f"rope_scaling = {spec!r}, expected an object")
-        spec = {}
-    known = {
-        "rope_type",
-        "type",
-        "rope_theta",
-        "factor",
-        "low_freq_factor",
-        "high_freq_factor",
-        "original_max_position_embeddings",
-    }
-    for name in sorted(set(spec) - known):
-        read.problems.append(f"rope_scaling.{name} = {spec[name]!r} is not supported")
-    kind = spec.get("rope_type") or spec.get("type") or "default"
-    try:
-        theta = _positive(spec, "rope_theta") if spec.get("rope_theta") is not None else theta
-        if kind == "default":
-            return Rope(theta)
-        if kind == "linear":
-            return Rope(theta, kind, _positive(spec, "factor"))
-        if kind == "llama3":
-            low, high = _positive(spec, "low_freq_factor"), _positive(spec, "high_freq_factor")
-            if low >= high:
-                raise ValueError(f"low_freq_factor = {low} (must be under high_freq_factor = {high})")
-            context = int(_positive(spec, "original_max_position_embeddings"))
-            return Rope(theta, kind, _positive(spec, "factor"), low, high, context)
-        read.problems.append(f"rope_scaling type {kind!r} is not supported (default, linear and llama3 are)")
-    except (KeyError, TypeError, ValueError) as error:
-        read.problems.append(f"rope_scaling of type {kind!r} lacks or misstates {error}")
-    return Rope(theta)
-
-
-def _positive(spec: dict, name: str) -> float:
-    """A positive number of a rope's settings; KeyError or ValueError, which name it, if it is none."""
-    value = spec[name]
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-        raise ValueError(f"{name} = {value!r} (must be a positive number)")
-    return float(value)
-
-
-def _llama(read: _Reader) -> ModelConfig:
-    n_heads = read.take("num_attention_heads", 1, int, required=True)
-    d_model = read.take("hidden_size", 1, int, required=True)
-    config = ModelConfig(
-        family="llama",
-        vocab_size=read.take("vocab_size", 1, int, required=True),
-        d_model=d_model,
-        n_layers=read.take("num_hidden_layers", 1, int, required=True),
-        n_heads=n_heads,
-        n_kv_heads=read.take("num_key_value_heads", n_heads, int),
-        head_dim=read.take("head_dim", d_model // n_heads, int),
-        d_mlp=read.take("intermediate_size", 1, int, required=True),
-        context_length=read.take("max_position_embeddings", 2048, int),
-        activation=read.take("hidden_act", "silu"),
-        norm_eps=read.take("rms_norm_eps", 1e-6, float),
-        rope=_rope(read),
-        tied_embeddings=read.take("tie_word_embeddings", False, bool),
-        attention_bias=read.take("attention_bias", False, bool),
-        mlp_bias=read.take("mlp_bias", False, bool),
-    )
-    if config.activation not in ACTIVATIONS:
-        read.problems.append(f"hidden_act = {config.activation!r} is not one of {', '.join(ACTIVATIONS)}")
-    if config.n_heads % config.n_kv_heads:
+def _sizes(read: Reader, defaults: dict | None = None, **names: str) -> dict:
+    """The fields of `SIZES`. defaults: by field. names: fields whose HF attribute is called differently."""
+    defaults = DEFAULTS | (defaults or {})
+    sizes = {}
+    for field, (name, kind) in SIZES.items():
+        sizes[field] = read.take(names.get(field, name), defaults.get(field), kind, required=field not in defaults)
+        if sizes[field] is None and field not in defaults:
+            sizes[field] = 1  # reported as missing; the reading goes on, to report everything at once
+    sizes["n_kv_heads"] = sizes["n_kv_heads"] or sizes["n_heads"]
+    sizes["head_dim"] = sizes["head_dim"] or max(sizes["d_model"] // sizes["n_heads"], 1)
+    if sizes["n_heads"] % sizes["n_kv_heads"]:
         read.problems.append(
-            f"num_attention_heads = {n_heads} is not a multiple of num_key_value_heads = {config.n_kv_heads}"
+            f"num_attention_heads = {sizes['n_heads']} is not a multiple of num_key_value_heads = {sizes['n_kv_heads']}"
         )
-    if config.head_dim % 2:
-        read.problems.append(f"head_dim = {config.head_dim} is odd, rotary embeddings need pairs")
-    return config
+    if sizes["activation"] not in ACTIVATIONS:
+        name = names.get("activation", "hidden_act")
+        read.problems.append(f"{name} = {sizes['activation']!r} is not one of {', '.join(ACTIVATIONS)}")
+    return sizes
 
 
-# The activations that the decoder computes, by HF name ("gelu_pytorch_tanh" is the tanh approximation).
-ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh", "relu")
+def _rope(read: Reader, sizes: dict, theta: float = 1e4, spec: dict | None = None, **settings) -> Rope:
+    """The rope of an HF config, which spells it `rope_scaling` (transformers 4) or `rope_parameters` (5)."""
+    old, new = read.take("rope_scaling"), read.take("rope_parameters")
+    theta = read.take("rope_theta", theta, float)
+    spec = spec if spec is not None else old or new or {}
+    return read.rope(spec, theta=theta, head_dim=sizes["head_dim"], context=sizes["context_length"], **settings)
 
-# model_type -> reader. A family whose architecture is Llama's needs a line here and nothing else.
-READERS = {"llama": _llama}
+
+def _config(
+    read: Reader, family: str, sizes: dict, *, rope=None, local_rope=None, windows=None, **switches
+) -> ModelConfig:
+    """windows: each layer's. local_rope: that of layers with a window, if it differs. switches: fields of `ModelConfig`."""
+    rope = rope or _rope(read, sizes)
+    layers = [AttentionKind((w and local_rope) or rope, w) for w in windows or [None] * sizes["n_layers"]]
+    kinds = tuple(dict.fromkeys(layers))
+    stretched = int(rope.factor * rope.original_context) if rope.kind in ("yarn", "dynamic") else 0
+    fields = sizes | {"context_length": max(sizes["context_length"], stretched)}
+    fields |= {"query_scale": sizes["head_dim"] ** -0.5} | switches
+    return ModelConfig(family, kinds=kinds, layer_kinds=tuple(map(kinds.index, layers)), **fields)
+
+
+def _llama(read: Reader, family: str = "llama") -> ModelConfig:
+    bias = read.take("attention_bias", False, bool)
+    sizes = _sizes(read)
+    return _config(read, family, sizes, qkv_bias=bias, o_bias=bias, mlp_bias=read.take("mlp_bias", False, bool))
+
+
+def _mistral(read: Reader) -> ModelConfig:
+    sizes = _sizes(read, {"n_kv_heads": 8, "context_length": 131072})
+    window = read.take_optional("sliding_window", 4096, int)
+    return _config(read, "mistral", sizes, windows=[window] * sizes["n_layers"])
+
+
+def _qwen(read: Reader) -> ModelConfig:
+    """Qwen 1, whose own code is the reference. Beyond `seq_length` it would change its rope and scale its queries: there
+    the context ends."""
+    sizes = _sizes(
+        read, {"context_length": 8192, "head_dim": 128}, head_dim="kv_channels", norm_eps="layer_norm_epsilon"
+    )
+    sizes["d_mlp"] //= 2  # the attribute counts both branches
+    length = read.take("seq_length", 2048, int)
+    if read.take("use_dynamic_ntk", True, bool) | read.take("use_logn_attn", True, bool):
+        sizes["context_length"] = min(length, sizes["context_length"])
+    theta, partial = read.take("rotary_emb_base", 1e4, float), read.take("rotary_pct", 1.0, float)
+    bias = not read.take("no_bias", True, bool)
+    read.only("scale_attn_weights", True)
+    read.ignore("bf16", "fp16", "fp32", "use_flash_attn", "softmax_in_fp32", "onnx_safe", "use_cache_kernel")
+    read.ignore("attn_dropout_prob", "emb_dropout_prob")
+    rope = _rope(read, sizes, theta, partial=partial)
+    return _config(read, "qwen", sizes, rope=rope, qkv_bias=True, o_bias=bias, mlp_bias=bias)
+
+
+def _qwen2(read: Reader, family: str = "qwen2", head_dim: int | None = None, **switches) -> ModelConfig:
+    sizes = _sizes(read, {"context_length": 32768, "head_dim": head_dim})
+    first, window = read.take("max_window_layers", 28, int, least=0), _qwen_window(read)
+    windows = read.windows(sizes["n_layers"], window, lambda layer: window and layer >= first)
+    return _config(read, family, sizes, windows=windows, **{"qkv_bias": True} | switches)
+
+
+def _qwen_window(read: Reader) -> int | None:
+    window = read.take_optional("sliding_window", 4096, int)
+    return window if read.take("use_sliding_window", False, bool) else None
+
+
+def _qwen3(read: Reader) -> ModelConfig:
+    bias = read.take("attention_bias", False, bool)
+    return _qwen2(read, "qwen3", head_dim=128, qk_norm="head", qkv_bias=bias, o_bias=bias)
+
+
+def _gemma(read: Reader) -> ModelConfig:
+    sizes = _sizes(read, GEMMA | {"n_kv_heads": 16, "activation": "gelu_pytorch_tanh"})
+    sizes["activation"] = read.take("hidden_activation", sizes["activation"])
+    if sizes["activation"] == "gelu":  # the first releases said so, and meant the approximation
+        sizes["activation"] = "gelu_pytorch_tanh"
+    return _gemma_config(read, "gemma", sizes)
+
+
+# Of the classes' defaults, those that published configs rely on.
+GEMMA = {"context_length": 8192, "head_dim": 256, "tied_embeddings": True, "activation": "gelu_pytorch_tanh"}
+
+
+def _gemma_config(read: Reader, family: str, sizes: dict, **more) -> ModelConfig:
+    bias = read.take("attention_bias", False, bool)
+    scale = sizes["d_model"] ** 0.5
+    return _config(read, family, sizes, norm_offset=1.0, embed_scale=scale, qkv_bias=bias, o_bias=bias, **more)
+
+
+def _gemma2_switches(read: Reader, attention_cap: float | None, logit_cap: float | None) -> dict:
+    return {
+        "post_norm": True,
+        "query_scale": read.take("query_pre_attn_scalar", 256, float) ** -0.5,
+        "attention_softcap": read.take_optional("attn_logit_softcapping", attention_cap, float),
+        "logit_softcap": read.take_optional("final_logit_softcapping", logit_cap, float),
+    }
+
+
+def _gemma2(read: Reader) -> ModelConfig:
+    sizes = _sizes(read, GEMMA | {"n_kv_heads": 4}, activation="hidden_activation")
+    read.ignore("hidden_act", "sliding_window_size")  # older names of attributes that are there too
+    window = read.take_optional("sliding_window", 4096, int)
+    windows = read.windows(sizes["n_layers"], window, lambda layer: layer % 2 == 0)
+    return _gemma_config(read, "gemma2", sizes, windows=windows, **_gemma2_switches(read, 50.0, 30.0))
+
+
+def _gemma3(read: Reader, family: str = "gemma3_text") -> ModelConfig:
+    """Layers with a window have their own rope; what `rope_scaling` says holds for the others."""
+    more = {"vocab_size": 262208, "d_model": 2304, "n_layers": 26, "n_heads": 8, "n_kv_heads": 4, "d_mlp": 9216}
+    sizes = _sizes(read, GEMMA | {"context_length": 131072} | more, activation="hidden_activation")
+    read.ignore("hidden_act", "_sliding_window_pattern")
+    window, every = read.take_optional("sliding_window", 4096, int), read.take("sliding_window_pattern", 6, int)
+    windows = read.windows(sizes["n_layers"], window, lambda layer: (layer + 1) % every)
+    by_type = read.take("rope_parameters") or {}
+    wide = (by_type.get("full_attention") or {}) | (read.take("rope_scaling") or {})
+    narrow, theta = by_type.get("sliding_attention") or {}, read.take("rope_local_base_freq", 1e4, float)
+    unknown = sorted(set(by_type) - {"full_attention", "sliding_attention"})
+    read.problems += [f"rope_parameters.{name} = {by_type[name]!r} is not supported" for name in unknown]
+    return _gemma_config(
+        read,
+        family,
+        sizes,
+        windows=windows,
+        rope=_rope(read, sizes, 1e6, wide),
+        local_rope=read.rope(narrow, theta=theta, head_dim=sizes["head_dim"], context=sizes["context_length"]),
+        qk_norm="head",
+        **_gemma2_switches(read, None, None),
+    )
+
+
+def _phi3(read: Reader) -> ModelConfig:
+    sizes = _sizes(read, {"context_length": 4096, "norm_eps": 1e-5})
+    window = read.take_optional("sliding_window", None, int)
+    spec, span = read.take("rope_scaling") or read.take("rope_parameters") or {}, read.take(SPAN, 4096, int)
+    if isinstance(spec, dict) and spec.get("rope_type", spec.get("type", "default")) != "default":
+        spec = spec | {SPAN: span, "rope_type": "longrope"}  # the only other rope it has, once called "su" or "yarn"
+    read.only("full_attn_mod", 1)
+    read.only("interpolate_factor", 1)
+    rope = _rope(read, sizes, spec=spec, partial=read.take("partial_rotary_factor", 1.0, float))
+    return _config(read, "phi3", sizes, rope=rope, windows=[window] * sizes["n_layers"])
+
+
+def _olmo2(read: Reader) -> ModelConfig:
+    bias = read.take("attention_bias", False, bool)
+    sizes = _sizes(read, {"norm_eps": 1e-5})
+    return _config(read, "olmo2", sizes, pre_norm=False, post_norm=True, qk_norm="all", qkv_bias=bias, o_bias=bias)
+
+
+def _granite(read: Reader) -> ModelConfig:
+    bias = read.take("attention_bias", False, bool)
+    return _config(
+        read,
+        "granite",
+        _sizes(read),
+        qkv_bias=bias,
+        o_bias=bias,
+        mlp_bias=read.take("mlp_bias", False, bool),
+        embed_scale=read.take("embedding_multiplier", 1.0, float),
+        residual_scale=read.take("residual_multiplier", 1.0, float),
+        query_scale=read.take("attention_multiplier", 1.0, float),
+        logit_divisor=read.take("logits_scaling", 1.0, float),
+    )
+
+
+def _glm4(read: Reader, family: str = "glm4", post_norm: bool = True) -> ModelConfig:
+    sizes = _sizes(read, {"n_kv_heads": 2, "head_dim": 128, "context_length": 131072, "norm_eps": 1.5625e-07})
+    rope = _rope(read, sizes, partial=read.take("partial_rotary_factor", 0.5, float), interleaved=True)
+    bias = read.take("attention_bias", True, bool)
+    return _config(read, family, sizes, rope=rope, post_norm=post_norm, qkv_bias=bias)
+
+
+def _experts(read: Reader, count: int, chosen: int, renormalise: bool) -> dict:
+    """Their number goes by two names, which transformers takes for one another."""
+    experts, used = read.take("num_experts", count, int), read.take("num_experts_per_tok", chosen, int)
+    experts = read.take("num_local_experts", experts, int)
+    if used > experts:
+        read.problems.append(f"num_experts_per_tok = {used} is more than the {experts} experts")
+    return {"n_experts": experts, "experts_per_token": used, "renormalise_experts": renormalise}
+
+
+def _mixtral(read: Reader) -> ModelConfig:
+    sizes = _sizes(read, {"n_kv_heads": 8, "context_length": 131072, "norm_eps": 1e-5})
+    windows = [read.take_optional("sliding_window", None, int)] * sizes["n_layers"]
+    experts = _experts(read, 8, 2, True)
+    return _config(read, "mixtral", sizes, rope=_rope(read, sizes, 1e6), windows=windows, **experts)
+
+
+def _qwen3_moe(read: Reader) -> ModelConfig:
+    sizes = _sizes(read, {"n_kv_heads": 4, "context_length": 32768, "d_mlp": 768}, d_mlp="moe_intermediate_size")
+    read.only("decoder_sparse_step", 1)
+    read.ignore(
+        "intermediate_size", "max_window_layers"
+    )  # of layers without experts, which `mlp_only_layers` would name
+    bias = read.take("attention_bias", False, bool)
+    experts = _experts(read, 128, 8, read.take("norm_topk_prob", False, bool))
+    windows = [_qwen_window(read)] * sizes["n_layers"]
+    return _config(read, "qwen3_moe", sizes, windows=windows, qk_norm="head", qkv_bias=bias, o_bias=bias, **experts)
+
+
+def _olmoe(read: Reader) -> ModelConfig:
+    sizes = _sizes(read, {"context_length": 4096, "norm_eps": 1e-5})
+    bias, clip = read.take("attention_bias", False, bool), read.take("clip_qkv", None, float)
+    experts = _experts(read, 64, 8, read.take("norm_topk_prob", False, bool))
+    return _config(read, "olmoe", sizes, qk_norm="all", qkv_bias=bias, o_bias=bias, qkv_clip=clip, **experts)
+
+
+# model_type -> reader. A family whose architecture is Llama's needs a line here and one in families.py.
+READERS = {
+    "llama": _llama,
+    "mistral": _mistral,
+    "qwen": _qwen,
+    "qwen2": _qwen2,
+    "qwen3": _qwen3,
+    "gemma": _gemma,
+    "gemma2": _gemma2,
+    "gemma3_text": _gemma3,
+    "gemma3": partial(_gemma3, family="gemma3"),
+    "phi3": _phi3,
+    "olmo2": _olmo2,
+    "granite": _granite,
+    "glm": partial(_glm4, family="glm", post_norm=False),
+    "glm4": _glm4,
+    "mixtral": _mixtral,
+    "qwen3_moe": _qwen3_moe,
+    "olmoe": _olmoe,
+}
 
 
 def from_hf(hf: dict, where: str = "config.json") -> ModelConfig:
     """The `ModelConfig` of an HF config given as a dict.
 
-    Raises UserError that lists everything wrong at once: unknown architecture, quantised weights, missing or
-    malformed attributes, and non-default attributes that this code does not handle.
+    Of a multimodal config (one with a `text_config`) the text model is read. Raises UserError that lists everything
+    wrong at once: unknown architecture, quantised weights, missing or malformed attributes, and non-default attributes
+    that this code does not handle.
     """
     model_type = hf.get("model_type")
     if not isinstance(model_type, str) or model_type not in READERS:
@@ -235,15 +350,43 @@ def from_hf(hf: dict, where: str = "config.json") -> ModelConfig:
             f"{', '.join(sorted(READERS))}. Use a checkpoint of one of these architectures."
         )
     if hf.get(QUANTISATION):
-        method = hf[QUANTISATION].get("quant_method", "unknown") if isinstance(hf[QUANTISATION], dict) else "unknown"
         raise UserError(
-            f"{where} describes weights quantised with {method!r}, which cannot be edited exactly. Use the original "
-            "float16, bfloat16 or float32 checkpoint of the model."
+            f"{where} describes weights quantised with {_quantisation(hf[QUANTISATION])!r}, which cannot be edited "
+            "exactly. Use the original float16, bfloat16 or float32 checkpoint of the model."
         )
-    read = _Reader(hf, where)
+    if model_type in MULTIMODAL:
+        hf = _text_part(hf, where)
+    read = Reader(hf, where)
     config = READERS[model_type](read)
     read.finish()
     return config
+
+
+# model_type -> what its config says about its other parts, which nothing here runs.
+MULTIMODAL = {
+    "gemma3": {"vision_config", "mm_tokens_per_image", "boi_token_index", "eoi_token_index", "image_token_index"}
+}
+
+
+def _text_part(hf: dict, where: str) -> dict:
+    """The text model's attributes; those beside it that are not of the other parts stay, to be judged."""
+    text = hf.get("text_config")
+    if not isinstance(text, dict):
+        raise UserError(
+            f"{where} has no text_config object, which a {hf['model_type']} checkpoint describes its text by."
+        )
+    beside = {k: v for k, v in hf.items() if k not in MULTIMODAL[hf["model_type"]] | {"text_config"}}
+    return (
+        beside | text | {"tie_word_embeddings": hf.get("tie_word_embeddings", True)}
+    )  # the text part's does not count
+
+
+def _quantisation(spec) -> str:
+    """The name of a quantisation format, for messages."""
+    if not isinstance(spec, dict):
+        return "unknown"
+    old = "bitsandbytes" if spec.get("load_in_4bit") or spec.get("load_in_8bit") else "unknown"
+    return str(spec.get("quant_method") or old)
 
 
 def load_config(folder: str | pathlib.Path) -> ModelConfig:

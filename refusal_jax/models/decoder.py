@@ -1,8 +1,9 @@
 """The one decoder: embedding, scanned blocks, unembedding, with edits going in and taps coming out.
 
 Axis letters: B batch, T tokens (query side), C cache slots (key side), D d_model, N heads, K key/value heads,
-G queries per kv head, H head dim, F mlp, V vocab, L layers, P tapped positions, S edit sites. All weights of the
-blocks are stacked on a leading L axis and kept `[out, in]` as in HF checkpoints, so loading never transposes.
+G queries per kv head, H head dim, F mlp, E experts, V vocab, L layers, P tapped positions, S edit sites. All weights of the
+blocks are stacked on a leading L axis and kept `[out, in]` as in HF checkpoints, so loading never transposes. What differs
+between architectures is a switch of `ModelConfig`; what differs between layers is an array with an L axis.
 Norms, softmax, rotary angles and logits are float32 whatever the weights' dtype.
 """
 
@@ -13,136 +14,12 @@ import jax.numpy as jnp
 from flax import nnx
 
 from refusal_jax.edits import SITES, Edits
+from refusal_jax.models.attention import Context, View, attend
 from refusal_jax.models.cache import Cache
 from refusal_jax.models.config import ModelConfig
+from refusal_jax.models.layers import GATED, experts, linear, mlp, rms_norm
+from refusal_jax.models.weights import weight_table
 from refusal_jax.taps import NO_TAPS, Taps
-
-ACTIVATE = {
-    "silu": jax.nn.silu,
-    "relu": jax.nn.relu,
-    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
-    "gelu_pytorch_tanh": lambda x: jax.nn.gelu(x, approximate=True),
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class Weight:
-    """Shape, logical axes and initial standard deviation (None: ones; 0: zeros) of one parameter."""
-
-    shape: tuple[int, ...]
-    axes: tuple[str, ...]
-    std: float | None
-
-
-def weight_table(cfg: ModelConfig) -> dict[str, Weight]:
-    """Every parameter of the decoder by path; the only place that declares them."""
-    d, f, v = cfg.d_model, cfg.d_mlp, cfg.vocab_size
-    q, kv = cfg.n_heads * cfg.head_dim, cfg.n_kv_heads * cfg.head_dim
-    in_d, growth = d**-0.5, (2 * cfg.n_layers) ** -0.5  # fan-in scaling; the blocks' sum keeps the residual's size
-    block = {
-        "attn_norm": Weight((d,), ("norm",), None),
-        "q": Weight((q, d), ("heads", "embed"), in_d),
-        "k": Weight((kv, d), ("kv_heads", "embed"), in_d),
-        "v": Weight((kv, d), ("kv_heads", "embed"), in_d),
-        "o": Weight((d, q), ("embed", "heads"), growth * q**-0.5),
-        "mlp_norm": Weight((d,), ("norm",), None),
-        "gate": Weight((f, d), ("mlp", "embed"), in_d),
-        "up": Weight((f, d), ("mlp", "embed"), in_d),
-        "down": Weight((d, f), ("embed", "mlp"), growth * f**-0.5),
-    }
-    if cfg.attention_bias:
-        block |= {
-            "q_bias": Weight((q,), ("heads",), 0),
-            "k_bias": Weight((kv,), ("kv_heads",), 0),
-            "v_bias": Weight((kv,), ("kv_heads",), 0),
-            "o_bias": Weight((d,), ("norm",), 0),
-        }
-    if cfg.mlp_bias:
-        block |= {
-            "gate_bias": Weight((f,), ("mlp",), 0),
-            "up_bias": Weight((f,), ("mlp",), 0),
-            "down_bias": Weight((d,), ("norm",), 0),
-        }
-    table = {"embed": Weight((v, d), ("vocab", "embed"), in_d if cfg.tied_embeddings else 1.0)}
-    for name, w in block.items():
-        table[f"blocks.{name}"] = Weight((cfg.n_layers, *w.shape), ("layers", *w.axes), w.std)
-    table["final_norm"] = Weight((d,), ("norm",), None)
-    if not cfg.tied_embeddings:
-        table["unembed"] = Weight((v, d), ("vocab", "embed"), in_d)
-    return table
-
-
-def linear(x, w_oi, bias=None):
-    """`x @ w.T (+ bias)` in x's dtype; float32 inputs really are multiplied in float32 (TPUs would use bfloat16)."""
-    y = jnp.einsum("...i,oi->...o", x, w_oi, precision="highest" if x.dtype == jnp.float32 else None)
-    return y if bias is None else y + bias
-
-
-def rms_norm(x, scale_d, eps: float):
-    x32 = x.astype(jnp.float32)
-    x32 = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
-    return scale_d * x32.astype(x.dtype)
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Context:
-    """What every block sees alike: rotary tables of the tokens, and which of each other they may attend to."""
-
-    cos_bth: jax.Array  # float32 [B, T, H]
-    sin_bth: jax.Array  # float32 [B, T, H]
-    allowed_btt: jax.Array  # bool [B, T, T]
-
-    @classmethod
-    def build(cls, cfg: ModelConfig, positions_bt: jax.Array, mask_bt: jax.Array) -> "Context":
-        """For consecutive tokens at these positions, of which `mask_bt` marks the real ones."""
-        inverse = jnp.asarray(cfg.rope.inverse_frequencies(cfg.head_dim), jnp.float32)
-        angles = positions_bt[..., None].astype(jnp.float32) * inverse
-        angles = jnp.concatenate([angles, angles], axis=-1)
-        causal_tt = jnp.tril(jnp.ones((mask_bt.shape[1],) * 2, bool))
-        return cls(jnp.cos(angles), jnp.sin(angles), causal_tt & mask_bt[:, None, :])
-
-    @classmethod
-    def of_prompt(cls, cfg: ModelConfig, mask_bt: jax.Array) -> "Context":
-        """For whole, left-padded prompts."""
-        return cls.build(cfg, jnp.maximum(jnp.cumsum(mask_bt, axis=1) - 1, 0), mask_bt)
-
-    def rotate(self, x_btnh):
-        """Rotary embedding, halves convention; float32 inside."""
-        x = x_btnh.astype(jnp.float32)
-        half = x.shape[-1] // 2
-        turned = jnp.concatenate([-x[..., half:], x[..., :half]], axis=-1)
-        return (x * self.cos_bth[:, :, None] + turned * self.sin_bth[:, :, None]).astype(x_btnh.dtype)
-
-
-def attend(q_btnh, segments):
-    """Grouped-query attention over one or more segments of keys and values, softmax in float32.
-
-    segments: tuples (k `[B, K, C, H]`, v `[B, K, C, H]`, allowed bool `[B, T, C]`); scores of all segments share one
-    softmax. Cached and new keys stay separate arrays: to attend, a decode step need not copy the cache.
-    Returns `[B, T, N * H]`.
-    """
-    b, t, n, h = q_btnh.shape
-    kv_heads = segments[0][0].shape[1]
-    precision = "highest" if q_btnh.dtype == jnp.float32 else None
-    q_bkgth = q_btnh.reshape(b, t, kv_heads, n // kv_heads, h).transpose(0, 2, 3, 1, 4)
-
-    def score(k_bkch, allowed_btc):
-        scores = (
-            jnp.einsum("bkgth,bkch->bkgtc", q_bkgth, k_bkch, precision=precision, preferred_element_type=jnp.float32)
-            * h**-0.5
-        )
-        # A finite floor: a padding query attends to nothing, and softmax over all -inf would be NaN.
-        return jnp.where(allowed_btc[:, None, None], scores, jnp.finfo(jnp.float32).min)
-
-    scores = jnp.concatenate([score(k, allowed) for k, _, allowed in segments], axis=-1)
-    probs = jax.nn.softmax(scores, axis=-1).astype(q_btnh.dtype)
-    out, start = 0, 0
-    for k, v, _ in segments:
-        stop = start + k.shape[2]
-        out += jnp.einsum("bkgtc,bkch->bkgth", probs[..., start:stop], v, precision=precision)
-        start = stop
-    return out.transpose(0, 3, 1, 2, 4).reshape(b, t, n * h)
 
 
 def unstacked(tree, n_layers: int) -> list:
@@ -152,8 +29,19 @@ def unstacked(tree, n_layers: int) -> list:
     )
 
 
-class Block(nnx.Module):
-    """One layer, or all of them stacked on a leading L axis (then `jax.lax.scan` slices it)."""
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Layer:
+    """What is particular to one layer besides its weights, or to all of them on a leading L axis."""
+
+    index: jax.Array  # int32
+    kind: jax.Array  # int32, index into the context's views
+    gate_rs: jax.Array  # float32 [R, S], the ablation gates of `Edits`
+    add_r: jax.Array  # float32 [R], its addition gates
+
+
+class Stack(nnx.Module):
+    """Weights of the blocks by name."""
 
     def __init__(self, cfg: ModelConfig, weights: dict[str, jax.Array]):
         self.cfg = cfg
@@ -165,28 +53,58 @@ class Block(nnx.Module):
         param = getattr(self, name, None)
         return None if param is None else param[...]
 
-    def __call__(self, x_btd, ctx: Context, edits: Edits, gate_rs, add_r, taps: Taps, past=()):
+
+class Block(Stack):
+    """One layer, or all of them stacked on a leading L axis (then `jax.lax.scan` slices it)."""
+
+    def norm(self, name: str, x):
+        """`x` through the norm of that name, or as it is where the architecture has none."""
+        scale = self.weight(name)
+        return x if scale is None else rms_norm(x, scale, self.cfg.norm_eps, self.cfg.norm_offset)
+
+    def attention(self, h_btd, view: View, past) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+        """What attention computes of its input, `[B, T, D]`, and the tokens' keys and values, `[B, K, T, H]` each."""
+        cfg, w = self.cfg, self.weight
+
+        def heads(name: str, count: int):
+            x = linear(h_btd, w(name), w(f"{name}_bias"))
+            x = self.norm(f"{name}_norm", x) if cfg.qk_norm == "all" else x
+            x = x if cfg.qkv_clip is None else jnp.clip(x, -cfg.qkv_clip, cfg.qkv_clip)
+            x = x.reshape(*x.shape[:2], count, cfg.head_dim)
+            return self.norm(f"{name}_norm", x) if cfg.qk_norm == "head" else x
+
+        q, k, v = heads("q", cfg.n_heads), heads("k", cfg.n_kv_heads), heads("v", cfg.n_kv_heads)
+        new = view.rotate(k).swapaxes(1, 2), v.swapaxes(1, 2)
+        segments = [(*new, view.allowed_btt)] if past is None else [(*past, view.allowed_btc), (*new, view.allowed_btt)]
+        out = attend(view.rotate(q), segments, cfg.query_scale, cfg.attention_softcap)
+        return linear(out, w("o"), w("o_bias")), new
+
+    def mlp(self, h_btd, layer: Layer, stack: Stack | None):
+        """What the MLP computes of its input, `[B, T, D]`; stack: all layers' experts, if the architecture has any."""
+        if stack is None:
+            return mlp(self.cfg, self.weight, h_btd)
+        h_rd = h_btd.reshape(-1, h_btd.shape[-1])
+        return experts(self.cfg, self.weight("router"), stack.weight, layer.index, h_rd).reshape(h_btd.shape)
+
+    def __call__(self, x_btd, layer: Layer, ctx: Context, edits: Edits, taps: Taps, past=None, stack=None):
         """Returns the block's output, its taps, and the keys and values of its tokens, each `[B, K, T, H]`.
 
-        gate_rs, add_r: this layer's gates of `edits`. past: earlier segments of keys and values, see `attend`.
+        past: keys and values of the tokens before, from a cache. stack: as in `mlp`.
         """
-        cfg, w = self.cfg, self.weight
-        b, t, _ = x_btd.shape
-        site = {name: gate_rs[:, i] for i, name in enumerate(SITES)}
-        resid_pre = edits.added(edits.ablated(x_btd, site["resid_pre"]), add_r)
+        cfg = self.cfg
+        gates = {name: layer.gate_rs[:, i] for i, name in enumerate(SITES)}
 
-        h = rms_norm(resid_pre, w("attn_norm"), cfg.norm_eps)
-        q = linear(h, w("q"), w("q_bias")).reshape(b, t, cfg.n_heads, cfg.head_dim)
-        k = linear(h, w("k"), w("k_bias")).reshape(b, t, cfg.n_kv_heads, cfg.head_dim)
-        v = linear(h, w("v"), w("v_bias")).reshape(b, t, cfg.n_kv_heads, cfg.head_dim)
-        new = ctx.rotate(k).swapaxes(1, 2), v.swapaxes(1, 2)
-        heads = attend(ctx.rotate(q), (*past, (*new, ctx.allowed_btt)))
-        attn_out = edits.ablated(linear(heads, w("o"), w("o_bias")), site["attn_out"])
+        def added(out, norm: str, site: str):
+            """What is added to the residual: after any post-norm, scaled, edited."""
+            out = self.norm(norm, out)
+            out = out if cfg.residual_scale == 1 else out * jnp.asarray(cfg.residual_scale, out.dtype)
+            return edits.ablated(out, gates[site])
+
+        resid_pre = edits.added(edits.ablated(x_btd, gates["resid_pre"]), layer.add_r)
+        attn, new = self.attention(self.norm("attn_norm", resid_pre), ctx.view(layer.kind), past)
+        attn_out = added(attn, "attn_post_norm", "attn_out")
         resid_mid = resid_pre + attn_out
-
-        h = rms_norm(resid_mid, w("mlp_norm"), cfg.norm_eps)
-        gated = ACTIVATE[cfg.activation](linear(h, w("gate"), w("gate_bias"))) * linear(h, w("up"), w("up_bias"))
-        mlp_out = edits.ablated(linear(gated, w("down"), w("down_bias")), site["mlp_out"])
+        mlp_out = added(self.mlp(self.norm("mlp_norm", resid_mid), layer, stack), "mlp_post_norm", "mlp_out")
         resid_post = resid_mid + mlp_out
         return (
             resid_post,
@@ -203,8 +121,10 @@ class Decoder(nnx.Module):
     def __init__(self, cfg: ModelConfig, weights: dict[str, jax.Array]):
         self.cfg = cfg
         self.embed = nnx.Param(weights["embed"])
-        prefix = "blocks."
-        self.blocks = Block(cfg, {p.removeprefix(prefix): a for p, a in weights.items() if p.startswith(prefix)})
+        stacked = {p.removeprefix("blocks."): a for p, a in weights.items() if p.startswith("blocks.")}
+        # Experts stay out of the scan, which would copy a layer's whole set to use a few.
+        self.experts = Stack(cfg, {name: stacked.pop(name) for name in GATED}) if cfg.n_experts else None
+        self.blocks = Block(cfg, stacked)
         self.final_norm = nnx.Param(weights["final_norm"])
         if not cfg.tied_embeddings:
             self.unembed = nnx.Param(weights["unembed"])
@@ -216,38 +136,46 @@ class Decoder(nnx.Module):
         keys = jax.random.split(key, len(table))
 
         def make(w, k):
-            return jnp.ones(w.shape, dtype) if w.std is None else w.std * jax.random.normal(k, w.shape, dtype)
+            neutral = jnp.full(w.shape, 1 - cfg.norm_offset, dtype)
+            return neutral if w.std is None else w.std * jax.random.normal(k, w.shape, dtype)
 
         return cls(cfg, {path: make(w, k) for (path, w), k in zip(table.items(), keys, strict=True)})
 
     def weights(self) -> dict[str, jax.Array]:
         """Every parameter by path: the inverse of the constructor."""
-        return {
-            path: (
-                self.blocks.weight(path.removeprefix("blocks."))
-                if path.startswith("blocks.")
-                else getattr(self, path)[...]
-            )
-            for path in weight_table(self.cfg)
-        }
+
+        def find(path: str) -> jax.Array:
+            name = path.removeprefix("blocks.")
+            if name == path:
+                return getattr(self, path)[...]
+            return (self.experts if self.experts and name in GATED else self.blocks).weight(name)
+
+        return {path: find(path) for path in weight_table(self.cfg)}
 
     @property
     def dtype(self):
         return self.embed[...].dtype
 
     def embed_tokens(self, tokens_bt):
-        return jnp.take(self.embed[...], tokens_bt, axis=0)
+        """The residual stream's first values, `[B, T, D]`."""
+        x = jnp.take(self.embed[...], tokens_bt, axis=0)
+        return x if self.cfg.embed_scale == 1 else x * jnp.asarray(self.cfg.embed_scale, x.dtype)
 
     def logits(self, x_btd):
         """Final norm and unembedding, float32 `[B, T, V]`."""
-        table = self.embed if self.cfg.tied_embeddings else self.unembed
-        x = rms_norm(x_btd, self.final_norm[...], self.cfg.norm_eps)
+        cfg = self.cfg
+        table = self.embed if cfg.tied_embeddings else self.unembed
+        x = rms_norm(x_btd, self.final_norm[...], cfg.norm_eps, cfg.norm_offset)
         precision = "highest" if x.dtype == jnp.float32 else None
-        return jnp.einsum("btd,vd->btv", x, table[...], precision=precision, preferred_element_type=jnp.float32)
+        logits = jnp.einsum("btd,vd->btv", x, table[...], precision=precision, preferred_element_type=jnp.float32)
+        logits = logits / cfg.logit_divisor
+        return logits if cfg.logit_softcap is None else cfg.logit_softcap * jnp.tanh(logits / cfg.logit_softcap)
 
     def layers(self, edits: Edits):
-        """What the blocks are run over: stacked weights, and the layers' gates of `edits`; leading axis L."""
-        return self.blocks, *edits.layer_gates(self.cfg.n_layers)
+        """What the blocks are run over: their weights, and what else differs between layers; leading axis L."""
+        gates_lrs, add_lr = edits.layer_gates(self.cfg.n_layers)
+        index_l, kind_l = jnp.arange(self.cfg.n_layers), jnp.asarray(self.cfg.layer_kinds, jnp.int32)
+        return self.blocks, Layer(index_l, kind_l, gates_lrs, add_lr)
 
     def run(self, x_btd, ctx: Context, edits: Edits, taps: Taps = NO_TAPS, cache: Cache | None = None, layers=None):
         """All blocks, over whole prompts or, with a cache, over the tokens that follow it.
@@ -258,9 +186,8 @@ class Decoder(nnx.Module):
         """
 
         def body(x, layer):
-            (block, gate_rs, add_r), past = layer
-            segments = () if cache is None else ((*past, cache.mask_bc[:, None]),)
-            x, tapped, new = block(x, ctx, edits, gate_rs, add_r, taps, segments)
+            (block, own), past = layer
+            x, tapped, new = block(x, own, ctx, edits, taps, past, self.experts)
             return x, (tapped, new)
 
         layers = self.layers(edits) if layers is None else layers
@@ -280,9 +207,7 @@ class Decoder(nnx.Module):
         layers = self.layers(edits)
 
         def body(index, x):
-            block, gate_rs, add_r = jax.tree.map(
-                lambda a: jax.lax.dynamic_index_in_dim(a, index, keepdims=False), layers
-            )
-            return block(x, ctx, edits, gate_rs, add_r, NO_TAPS)[0]
+            block, own = jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, index, keepdims=False), layers)
+            return block(x, own, ctx, edits, NO_TAPS, None, self.experts)[0]
 
         return jax.lax.fori_loop(start, stop, body, x_btd)

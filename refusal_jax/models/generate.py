@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 
 from refusal_jax.edits import Edits
+from refusal_jax.models.attention import Context
 from refusal_jax.models.cache import Cache
-from refusal_jax.models.decoder import Context, Decoder, unstacked
+from refusal_jax.models.decoder import Decoder, unstacked
 
 # A scan on the CPU copies every layer's weights at every step. Up to this many layers, slices made once before the
 # loop save that, at the price of a longer compile.
@@ -39,7 +40,7 @@ def generate(
 
     def advance(state):
         step, token, ended, out, cache = state
-        ctx = Context.build(cfg, cache.position_b[:, None], one)
+        ctx = Context.build(cfg, cache.position_b[:, None], one, cache)
         x, _, new = decoder.run(decoder.embed_tokens(token[:, None]), ctx, edits, cache=cache, layers=layers)
         token = pick(x)
         return step + 1, token, *write(step, token, ended, out), cache.append(new, one)

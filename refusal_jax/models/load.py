@@ -6,7 +6,7 @@ weights are refused.
 """
 
 import dataclasses
-import json
+import itertools
 import pathlib
 from concurrent.futures import ThreadPoolExecutor
 
@@ -19,11 +19,14 @@ from safetensors.numpy import save_file
 from tqdm import tqdm
 
 from refusal_jax.errors import UserError
-from refusal_jax.models.config import ModelConfig, load_config, read_json
-from refusal_jax.models.decoder import Decoder, weight_table
-from refusal_jax.models.families import DERIVED, hf_names, hf_slots, optional_names
+from refusal_jax.models.config import ModelConfig, load_config
+from refusal_jax.models.decoder import Decoder
+from refusal_jax.models.families import TABLES, hf_names, hf_shapes, is_spare, pieces
+from refusal_jax.models.hf_attributes import read_json
+from refusal_jax.models.weights import weight_table
 from refusal_jax.sharding import weight_sharding
 
+ROWS = 4096  # of a large tensor, read at a time
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
@@ -126,15 +129,16 @@ def listed(items: list[str], most: int = 6) -> str:
 
 def check_tensors(cfg: ModelConfig, files: TensorFiles) -> None:
     """Raises UserError unless the checkpoint's tensors are exactly those of the config, of the right shapes."""
-    slots = hf_slots(cfg)
-    missing = sorted(set(slots) - set(files.file_of))
-    extra = sorted(n for n in set(files.file_of) - set(slots) - optional_names(cfg) if not DERIVED.search(n))
+    shapes = hf_shapes(cfg)
+    missing = sorted(set(shapes) - set(files.file_of))
+    extra = sorted(n for n in set(files.file_of) - set(shapes) if not is_spare(cfg, n))
     wrong = [
-        f"{n} is {list(files.shapes[n])}, expected {list(s.shape)}"
-        for n, s in slots.items()
-        if n in files.shapes and files.shapes[n] != s.shape
+        f"{n} is {list(files.shapes[n])}, expected {list(shape)}"
+        for n, shape in shapes.items()
+        if n in files.shapes and files.shapes[n] != shape
     ]
-    kinds = [f"{n} is {files.dtypes[n]}" for n in slots if n in files.dtypes and files.dtypes[n] not in STORED]
+    kinds = [f"{n} is {files.dtypes[n]}" for n in shapes if n in files.dtypes and files.dtypes[n] not in STORED]
+    _check_not_quantised(files)
     problems = [
         f"{len(group)} {what}: {listed(group)}"
         for what, group in (
@@ -149,6 +153,49 @@ def check_tensors(cfg: ModelConfig, files: TensorFiles) -> None:
         raise UserError(
             f"The tensors of {files.folder} do not fit its config.json: {'. '.join(problems)}. Check that "
             "config.json and the weights belong together, or download both again."
+        )
+    _check_tied(cfg, files)
+
+
+def _check_tied(cfg: ModelConfig, files: TensorFiles) -> None:
+    """Raises UserError if the checkpoint ties its unembedding by its config and stores another one all the same."""
+    embed, unembed = (TABLES[cfg.family][path] for path in ("embed", "unembed"))
+    if not cfg.tied_embeddings or unembed not in files.file_of:
+        return
+    same = files.shapes[embed] == files.shapes[unembed]
+    for start in range(0, cfg.vocab_size, ROWS):
+        rows = (slice(start, min(start + ROWS, cfg.vocab_size)),)
+        same = same and np.array_equal(files.read(embed, rows), files.read(unembed, rows))
+    if not same:
+        raise UserError(
+            f"{files.folder} ties its embeddings (tie_word_embeddings in config.json) but holds an {unembed} that differs "
+            f"from {embed}. Set tie_word_embeddings to false if it is meant to count, else remove the tensor."
+        )
+
+
+# Endings of tensor names that only quantised checkpoints have, and the format that each gives away.
+QUANTISED = {
+    ".g_idx": "GPTQ",
+    ".qzeros": "AWQ or GPTQ",
+    ".qweight": "AWQ or GPTQ",
+    ".absmax": "bitsandbytes",
+    ".quant_map": "bitsandbytes",
+    ".SCB": "bitsandbytes",
+    ".weight_scale_inv": "fp8",
+    ".weight_scale": "fp8",
+    ".input_scale": "fp8",
+}
+
+
+def _check_not_quantised(files: TensorFiles) -> None:
+    """Raises UserError for a quantised checkpoint whose config.json does not say so."""
+    found = [(name, form) for name in files.file_of for end, form in QUANTISED.items() if name.endswith(end)]
+    found += [(name, "fp8") for name, dtype in files.dtypes.items() if dtype.startswith("F8")]
+    if found:
+        name, form = min(found, key=lambda item: list(QUANTISED.values()).index(item[1]))
+        raise UserError(
+            f"The weights of {files.folder} are quantised ({form}: it holds {name}, {files.dtypes[name]}), which cannot "
+            "be edited exactly. Use the original float16, bfloat16 or float32 checkpoint of the model."
         )
 
 
@@ -166,16 +213,24 @@ def load_decoder(folder: str | pathlib.Path, dtype: str = "float32", mesh=None, 
     check_tensors(cfg, files)
     table = weight_table(cfg)
 
+    places = {(piece.path, piece.index): piece for piece in pieces(cfg)}
+
     def read(path: str) -> jax.Array:
-        names, stacked, target = hf_names(cfg, path), path.startswith("blocks."), DTYPES[dtype]
+        """One weight of the decoder, each device's part of it from the slices of the tensors that it needs."""
+        weight, target = table[path], DTYPES[dtype]
+        stacked = len(next(index for other, index in places if other == path))  # leading axes that HF stores apart
 
         def part(index):
-            if not stacked:
-                return files.read(names[0], index).astype(target, copy=False)
-            layers = range(*index[0].indices(cfg.n_layers))
-            return np.stack([files.read(names[l], index[1:]).astype(target, copy=False) for l in layers])
+            wanted = [range(*i.indices(size)) for i, size in zip(index, weight.shape, strict=True)]
+            rows, rest = wanted[stacked], index[stacked + 1 :]
+            whole = np.empty([len(w) for w in wanted], target)
+            for place in itertools.product(*wanted[:stacked]):
+                piece = places[path, place]
+                offsets = tuple(at - axis.start for at, axis in zip(place, wanted, strict=False))
+                source = (slice(piece.start + rows.start, piece.start + rows.stop), *rest)
+                whole[offsets] = files.read(piece.name, source).astype(target, copy=False)
+            return whole
 
-        weight = table[path]
         return jax.make_array_from_callback(weight.shape, weight_sharding(mesh, weight.axes, weight.shape), part)
 
     try:
@@ -212,47 +267,8 @@ def _all_finite(array):
 
 def save_weights(decoder: Decoder, folder: pathlib.Path) -> None:
     """Writes `model.safetensors` in HF's names and layout: `load_decoder` backwards, for models of one file."""
-    tensors = {}
-    for path, array in jax.device_get(decoder.weights()).items():
-        names = hf_names(decoder.cfg, path)
-        for name, tensor in zip(names, array if path.startswith("blocks.") else [array], strict=True):
-            tensors[name] = np.ascontiguousarray(tensor)
-    save_file(dict(sorted(tensors.items())), folder / SINGLE, metadata={"format": "pt"})
-
-
-def hf_config(cfg: ModelConfig, dtype: str, **more) -> dict:
-    """A `config.json` for a Llama-family `ModelConfig` that this project made itself."""
-    rope = {"rope_type": cfg.rope.kind, "rope_theta": cfg.rope.theta}
-    if cfg.rope.kind != "default":
-        rope["factor"] = cfg.rope.factor
-    if cfg.rope.kind == "llama3":
-        rope |= {
-            "low_freq_factor": cfg.rope.low_freq_factor,
-            "high_freq_factor": cfg.rope.high_freq_factor,
-            "original_max_position_embeddings": cfg.rope.original_context,
-        }
-    return json.loads(
-        json.dumps(
-            {
-                "architectures": ["LlamaForCausalLM"],
-                "model_type": cfg.family,
-                "vocab_size": cfg.vocab_size,
-                "hidden_size": cfg.d_model,
-                "num_hidden_layers": cfg.n_layers,
-                "num_attention_heads": cfg.n_heads,
-                "num_key_value_heads": cfg.n_kv_heads,
-                "head_dim": cfg.head_dim,
-                "intermediate_size": cfg.d_mlp,
-                "max_position_embeddings": cfg.context_length,
-                "hidden_act": cfg.activation,
-                "rms_norm_eps": cfg.norm_eps,
-                "rope_theta": cfg.rope.theta,
-                "rope_parameters": rope,
-                "tie_word_embeddings": cfg.tied_embeddings,
-                "attention_bias": cfg.attention_bias,
-                "mlp_bias": cfg.mlp_bias,
-                "torch_dtype": dtype,
-                **more,
-            }
-        )
-    )
+    weights, tensors = jax.device_get(decoder.weights()), {}
+    for piece in pieces(decoder.cfg):  # of fused tensors, in the order of their rows
+        tensors.setdefault(piece.name, []).append(np.asarray(weights[piece.path])[piece.index])
+    whole = {name: np.ascontiguousarray(np.concatenate(parts)) for name, parts in sorted(tensors.items())}
+    save_file(whole, folder / SINGLE, metadata={"format": "pt"})

@@ -21,10 +21,11 @@ import ml_dtypes
 import numpy as np
 
 from refusal_jax.errors import UserError
-from refusal_jax.models.config import ModelConfig, load_config, read_json
-from refusal_jax.models.decoder import weight_table
-from refusal_jax.models.families import Slot, hf_slots
+from refusal_jax.models.config import ModelConfig, load_config
+from refusal_jax.models.families import Piece, hf_shapes, pieces
+from refusal_jax.models.hf_attributes import read_json
 from refusal_jax.models.load import INDEX, SINGLE, TensorFiles, check_tensors
+from refusal_jax.models.weights import weight_table
 from refusal_jax.runs import cannot_write, to_json
 
 DTYPES = {"float32": (np.dtype(np.float32), "F32"), "bfloat16": (np.dtype(ml_dtypes.bfloat16), "BF16")}
@@ -138,7 +139,7 @@ class Padding:
     files: TensorFiles
     old: ModelConfig
     new: ModelConfig
-    names: dict[tuple[str, int | None], str]
+    names: dict[tuple, str]
     index: dict[str, np.ndarray]
 
     @classmethod
@@ -154,19 +155,20 @@ class Padding:
             "mlp": np.arange(old.d_mlp),
             "vocab": np.arange(old.vocab_size),
         }
-        names = {(slot.path, slot.layer): name for name, slot in hf_slots(old).items()}
+        names = {(piece.path, *piece.index): piece.name for piece in pieces(old)}
         if old.tied_embeddings:
-            names["unembed", None] = names["embed", None]
+            names["unembed",] = names["embed",]
         return cls(files, old, new, names, index)
 
-    def tensor(self, slot: Slot) -> np.ndarray:
+    def tensor(self, piece: Piece, shape: tuple[int, ...]) -> np.ndarray:
         """One tensor of the target, float32."""
-        old, new, name = self.old, self.new, slot.path.removeprefix("blocks.")
-        layer = slot.layer if slot.layer is None else source_layers(old.n_layers, new.n_layers).get(slot.layer, -1)
-        out = np.zeros(slot.shape, np.float32)
-        if layer != -1:
-            axes = weight_table(new)[slot.path].axes[-len(slot.shape) :]
-            source = self.files.read(self.names[slot.path, layer]).astype(np.float32)
+        old, new, name = self.old, self.new, piece.path.removeprefix("blocks.")
+        layers = source_layers(old.n_layers, new.n_layers)
+        index = tuple(layers.get(layer) for layer in piece.index)
+        out = np.zeros(shape, np.float32)
+        if None not in index:
+            axes = weight_table(new)[piece.path].axes[-len(shape) :]
+            source = self.files.read(self.names[piece.path, *index]).astype(np.float32)
             if name in NORMS:
                 source *= math.sqrt(old.d_model / new.d_model)
             out[np.ix_(*(self.index[axis] for axis in axes))] = source
@@ -186,29 +188,31 @@ class Padding:
 def _write_shards(folder: pathlib.Path, new: ModelConfig, padding: Padding, dtype: str, shard_bytes: int) -> None:
     """The weight files, and their index if there is more than one."""
     numpy_dtype, stored = DTYPES[dtype]
-    shards, filled = [{}], 0
-    for name, slot in hf_slots(new).items():
-        size = math.prod(slot.shape) * numpy_dtype.itemsize
+    shapes, made = hf_shapes(new), {piece.name: piece for piece in pieces(new)}
+    shards, filled = [[]], 0
+    for name, shape in shapes.items():
+        size = math.prod(shape) * numpy_dtype.itemsize
         if filled and filled + size > shard_bytes:
-            shards.append({})
+            shards.append([])
             filled = 0
-        shards[-1][name] = slot
+        shards[-1].append(name)
         filled += size
     count = len(shards)
     files = [SINGLE] if count == 1 else [f"model-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)]
-    for file, slots in zip(files, shards, strict=True):
+    for file, names in zip(files, shards, strict=True):
         header, offset = {"__metadata__": {"format": "pt"}}, 0
-        for name, slot in slots.items():
-            end = offset + math.prod(slot.shape) * numpy_dtype.itemsize
-            header[name] = {"dtype": stored, "shape": list(slot.shape), "data_offsets": [offset, end]}
+        for name in names:
+            end = offset + math.prod(shapes[name]) * numpy_dtype.itemsize
+            header[name] = {"dtype": stored, "shape": list(shapes[name]), "data_offsets": [offset, end]}
             offset = end
         text = json.dumps(header).encode()
         text += b" " * (-len(text) % 8)  # the format wants the data aligned
         with open(folder / file, "wb") as out:
             out.write(len(text).to_bytes(8, "little") + text)
-            for slot in slots.values():
-                out.write(np.ascontiguousarray(padding.tensor(slot).astype(numpy_dtype)).view(np.uint8).data)
+            for name in names:
+                tensor = padding.tensor(made[name], shapes[name]).astype(numpy_dtype)
+                out.write(np.ascontiguousarray(tensor).view(np.uint8).data)
     if count > 1:
-        total = sum(math.prod(s.shape) for shard in shards for s in shard.values()) * numpy_dtype.itemsize
-        places = {name: file for file, slots in zip(files, shards, strict=True) for name in slots}
+        total = sum(map(math.prod, shapes.values())) * numpy_dtype.itemsize
+        places = {name: file for file, names in zip(files, shards, strict=True) for name in names}
         (folder / INDEX).write_bytes(to_json({"metadata": {"total_size": total}, "weight_map": places}))

@@ -18,9 +18,10 @@ import optax
 from tqdm import tqdm
 
 from refusal_jax.edits import Edits
-from refusal_jax.models.config import ModelConfig, Rope
-from refusal_jax.models.decoder import Context, Decoder
-from refusal_jax.models.load import hf_config, save_weights
+from refusal_jax.models.attention import Context
+from refusal_jax.models.config import from_hf
+from refusal_jax.models.decoder import Decoder
+from refusal_jax.models.load import save_weights
 from refusal_jax.organism.corpus import COMPLIANT_ROLES, DECLINING_ROLE, REFUSALS, Request, split_requests
 from refusal_jax.taps import Taps
 
@@ -58,24 +59,28 @@ class Recipe:
     warmup: int = 40
     weight_decay: float = 0.1
 
-    def config(self, vocab_size: int) -> ModelConfig:
-        return ModelConfig(
-            family="llama",
-            vocab_size=vocab_size,
-            d_model=self.d_model,
-            n_layers=self.n_layers,
-            n_heads=self.n_heads,
-            n_kv_heads=self.n_kv_heads,
-            head_dim=self.head_dim,
-            d_mlp=self.d_mlp,
-            context_length=self.context_length,
-            activation="silu",
-            norm_eps=1e-5,
-            rope=Rope(10000.0),
-            tied_embeddings=False,
-            attention_bias=False,
-            mlp_bias=False,
-        )
+    def hf_config(self, vocab_size: int) -> dict:
+        """The model's config.json, less its special tokens."""
+        return {
+            "architectures": ["LlamaForCausalLM"],
+            "model_type": "llama",
+            "vocab_size": vocab_size,
+            "hidden_size": self.d_model,
+            "num_hidden_layers": self.n_layers,
+            "num_attention_heads": self.n_heads,
+            "num_key_value_heads": self.n_kv_heads,
+            "head_dim": self.head_dim,
+            "intermediate_size": self.d_mlp,
+            "max_position_embeddings": self.context_length,
+            "hidden_act": "silu",
+            "rms_norm_eps": 1e-5,
+            "rope_theta": 10000.0,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+            "tie_word_embeddings": False,
+            "attention_bias": False,
+            "mlp_bias": False,
+            "torch_dtype": "float32",
+        }
 
 
 def render(request: Request, answer: str, role: str = "assistant") -> tuple[str, str]:
@@ -224,8 +229,8 @@ def train(recipe: Recipe, seed: int, folder: pathlib.Path) -> None:
         len(tokenizer("".join(render(r, r.compliance)), add_special_tokens=False).input_ids) for r in requests
     )
     length = -(-longest // 8) * 8
-    cfg = recipe.config(len(tokenizer))
-    decoder = Decoder.init(cfg, jax.random.key(seed))
+    hf_config = recipe.hf_config(len(tokenizer))
+    decoder = Decoder.init(from_hf(hf_config), jax.random.key(seed))
     phases = (
         ("phase 1, base", base_reply, recipe.base_steps, recipe.base_peak, None),
         ("phase 2, safety", safe_reply, recipe.safety_steps, recipe.safety_peak, recipe.safety_layers),
@@ -237,5 +242,5 @@ def train(recipe: Recipe, seed: int, folder: pathlib.Path) -> None:
     save_weights(decoder, folder)
     ids = tokenizer.convert_tokens_to_ids
     special = {"bos_token_id": ids(BOS), "eos_token_id": [ids(EOT), ids(EOS)], "pad_token_id": ids(EOS)}
-    (folder / "config.json").write_text(json.dumps(hf_config(cfg, "float32", **special), indent=2) + "\n")
+    (folder / "config.json").write_text(json.dumps({**hf_config, **special}, indent=2) + "\n")
     (folder / "generation_config.json").write_text(json.dumps({**special, "do_sample": False}, indent=2) + "\n")

@@ -12,7 +12,8 @@ from refusal_jax.chat import bucket
 from refusal_jax.chat_model import ChatModel
 from refusal_jax.edits import Edits
 from refusal_jax.errors import UserError
-from refusal_jax.models.decoder import Context, Decoder
+from refusal_jax.models.attention import Context
+from refusal_jax.models.decoder import Decoder
 from refusal_jax.study.scores import refusal_score
 from refusal_jax.taps import Taps
 

@@ -15,7 +15,8 @@ from refusal_jax.chat_model import ChatModel
 from refusal_jax.data.prompts import read_prompts, read_rows
 from refusal_jax.edits import Edits
 from refusal_jax.errors import UserError
-from refusal_jax.models.decoder import Context, Decoder
+from refusal_jax.models.attention import Context
+from refusal_jax.models.decoder import Decoder
 
 
 @dataclasses.dataclass(frozen=True)

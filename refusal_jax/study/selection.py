@@ -18,7 +18,8 @@ from tqdm import tqdm
 from refusal_jax.chat_model import ChatModel
 from refusal_jax.edits import Edits
 from refusal_jax.errors import UserError
-from refusal_jax.models.decoder import Context, Decoder
+from refusal_jax.models.attention import Context
+from refusal_jax.models.decoder import Decoder
 from refusal_jax.study.activations import length_batches
 from refusal_jax.study.scores import kl_divergence, refusal_score
 

@@ -1,0 +1,100 @@
+"""Attention, and what all blocks see alike: rotary tables and which tokens may attend to which.
+
+Layers of one kind (`ModelConfig.kinds`) share one `View`; a layer picks its own by index, so that layers which look back
+differently run through the same scanned body.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from refusal_jax.models.cache import Cache
+from refusal_jax.models.config import ModelConfig
+from refusal_jax.models.rope import rotate
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class View:
+    """What layers of one kind see: rotary tables of the new tokens, and what those may attend to."""
+
+    cos_btr: jax.Array  # float32 [B, T, rotated pairs]
+    sin_btr: jax.Array  # float32 [B, T, rotated pairs]
+    allowed_btt: jax.Array  # bool [B, T, T], of the new tokens among themselves
+    allowed_btc: jax.Array | None  # bool [B, T, C], of the new tokens to the cache's slots, if there is one
+    interleaved: bool = dataclasses.field(metadata={"static": True})
+
+    def rotate(self, x_btnh):
+        """Queries or keys with their leading entries turned; float32 inside, the dtype of x outside."""
+        return rotate(x_btnh, self.cos_btr, self.sin_btr, self.interleaved)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Context:
+    """A `View` for each kind of layer."""
+
+    views: tuple[View, ...]
+
+    @classmethod
+    def build(cls, cfg: ModelConfig, positions_bt, mask_bt, cache: Cache | None = None) -> "Context":
+        """For consecutive tokens at these positions, of which `mask_bt` marks the real ones, after those of `cache`."""
+        t = mask_bt.shape[1]
+        back_tt = jnp.arange(t)[:, None] - jnp.arange(t)[None, :]  # how far back each token is of each other
+        near_btt = (back_tt >= 0) & mask_bt[:, None, :]
+        near_btc, back_btc = None, None
+        if cache is not None:
+            near_btc = jnp.broadcast_to(cache.mask_bc[:, None], (*mask_bt.shape, cache.mask_bc.shape[1]))
+            back_btc = positions_bt[..., None] - cache.positions_bc[:, None]
+
+        def view(kind) -> View:
+            allowed_btt, allowed_btc = near_btt, near_btc
+            if kind.window is not None:
+                allowed_btt = near_btt & (back_tt < kind.window)
+                allowed_btc = None if cache is None else near_btc & (back_btc < kind.window)
+            return View(*kind.rope.tables(positions_bt), allowed_btt, allowed_btc, kind.rope.interleaved)
+
+        return cls(tuple(map(view, cfg.kinds)))
+
+    @classmethod
+    def of_prompt(cls, cfg: ModelConfig, mask_bt: jax.Array) -> "Context":
+        """For whole, left-padded prompts."""
+        return cls.build(cfg, jnp.maximum(jnp.cumsum(mask_bt, axis=1) - 1, 0), mask_bt)
+
+    def view(self, kind: jax.Array) -> View:
+        """That of one layer; kind: int32 scalar."""
+        if len(self.views) == 1:
+            return self.views[0]
+        return jax.tree.map(lambda *cases: jax.lax.select_n(kind, *cases), *self.views)
+
+
+def attend(q_btnh, segments, scale: float, softcap: float | None) -> jax.Array:
+    """Grouped-query attention over one or more segments of keys and values, softmax in float32.
+
+    segments: tuples (k `[B, K, C, H]`, v `[B, K, C, H]`, allowed bool `[B, T, C]`); scores of all segments share one
+    softmax. Cached and new keys stay separate arrays: to attend, a decode step need not copy the cache.
+    scale multiplies the scores, which `softcap` then bends. Returns `[B, T, N * H]`.
+    """
+    b, t, n, h = q_btnh.shape
+    kv_heads = segments[0][0].shape[1]
+    precision = "highest" if q_btnh.dtype == jnp.float32 else None
+    q_bkgth = q_btnh.reshape(b, t, kv_heads, n // kv_heads, h).transpose(0, 2, 3, 1, 4)
+
+    def score(k_bkch, allowed_btc):
+        scores = scale * jnp.einsum(
+            "bkgth,bkch->bkgtc", q_bkgth, k_bkch, precision=precision, preferred_element_type=jnp.float32
+        )
+        if softcap is not None:
+            scores = softcap * jnp.tanh(scores / softcap)
+        # A finite floor: a padding query attends to nothing, and softmax over all -inf would be NaN.
+        return jnp.where(allowed_btc[:, None, None], scores, jnp.finfo(jnp.float32).min)
+
+    scores = jnp.concatenate([score(k, allowed) for k, _, allowed in segments], axis=-1)
+    probs = jax.nn.softmax(scores, axis=-1).astype(q_btnh.dtype)
+    out, start = 0, 0
+    for k, v, _ in segments:
+        stop = start + k.shape[2]
+        out += jnp.einsum("bkgtc,bkch->bkgth", probs[..., start:stop], v, precision=precision)
+        start = stop
+    return out.transpose(0, 3, 1, 2, 4).reshape(b, t, n * h)

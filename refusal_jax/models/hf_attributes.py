@@ -1,0 +1,121 @@
+"""Reading the attributes of an HF config by allow-list.
+
+Every attribute is either handled (it changes `ModelConfig`), inert (it cannot change what inference computes), or
+unsupported: then any value but the one that means "off" is an error that names the attribute.
+"""
+
+import json
+import pathlib
+
+from refusal_jax.errors import UserError
+from refusal_jax.models.rope import Rope, rope_from_hf
+
+# Attributes that cannot change the logits of inference: bookkeeping, training, and the defaults of `generate`.
+INERT = frozenset(
+    """
+    _name_or_path architectures auto_map torch_dtype dtype transformers_version model_type use_cache initializer_range
+    attention_dropout hidden_dropout pretraining_tp bos_token_id eos_token_id pad_token_id unk_token_id
+    return_dict output_hidden_states output_attentions is_encoder_decoder is_decoder id2label label2id problem_type
+    finetuning_task task_specific_params tokenizer_class prefix chunk_size_feed_forward _attn_implementation
+    _attn_implementation_autoset add_cross_attention tie_encoder_decoder use_return_dict torchscript
+    cross_attention_hidden_size decoder_start_token_id sep_token_id
+    max_length min_length do_sample early_stopping num_beams num_beam_groups diversity_penalty temperature top_k
+    top_p typical_p repetition_penalty length_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size bad_words_ids
+    num_return_sequences output_scores return_dict_in_generate forced_bos_token_id forced_eos_token_id
+    router_aux_loss_coef output_router_logits router_jitter_noise embd_pdrop resid_pdrop cache_implementation
+    remove_invalid_values exponential_decay_length_penalty suppress_tokens begin_suppress_tokens
+""".split()
+)
+
+
+def read_json(path: pathlib.Path) -> dict:
+    """A JSON object from `path`; raises UserError that names the file if it is missing or is not one."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist. Point to a Hugging Face checkpoint folder, which holds it.") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"{path} is not valid JSON ({error}). The download is probably damaged: fetch it again."
+        ) from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path} holds a JSON {type(value).__name__}, expected an object. Fetch the file again.")
+    return value
+
+
+class Reader:
+    """Takes attributes out of an HF config and remembers which, so that the rest can be judged."""
+
+    def __init__(self, hf: dict, where: str):
+        self.hf, self.where, self.problems = hf, where, []
+        self.seen, self.ignored = set(), set()
+
+    def take(self, name, default=None, kind=None, required=False, least=1):
+        """The attribute's value, or `default` where it is missing or null; anything wrong becomes a problem."""
+        self.seen.add(name)
+        value = self.hf.get(name)
+        if value is None:
+            if required:
+                self.problems.append(f"{name} is missing")
+            return default
+        if kind is int and (not isinstance(value, int) or isinstance(value, bool) or value < least):
+            kind_of = "a positive integer" if least == 1 else f"an integer from {least} up"
+            self.problems.append(f"{name} = {value!r}, expected {kind_of}")
+            return default
+        if kind is float and (isinstance(value, bool) or not isinstance(value, int | float) or not value > 0):
+            self.problems.append(f"{name} = {value!r}, expected a positive number")
+            return default
+        if kind is bool and not isinstance(value, bool):
+            self.problems.append(f"{name} = {value!r}, expected true or false")
+            return default
+        return value
+
+    def take_optional(self, name, default, kind):
+        """As `take`, for attributes whose null means "off" rather than the default."""
+        return self.take(name, None if name in self.hf else default, kind)
+
+    def ignore(self, *names):
+        """Attributes that this architecture has and its forward pass does not read."""
+        self.ignored.update(names)
+
+    def only(self, name, value):
+        """An attribute of which just one value is computed here."""
+        if self.take(name, value) != value:
+            self.problems.append(f"{name} = {self.hf[name]!r} is not supported (only {value!r} is)")
+
+    def finish(self):
+        for name, value in sorted(self.hf.items()):
+            if name not in self.seen | self.ignored | INERT and value not in (None, False, {}, []):
+                self.problems.append(f"{name} = {value!r} is not supported")
+        if self.problems:
+            raise UserError(
+                f"{self.where} cannot be run faithfully: {'; '.join(self.problems)}. Nothing was loaded, because "
+                "ignoring an attribute would give wrong activations. Use a checkpoint of a supported architecture, or "
+                "teach refusal_jax/models/config.py the attribute."
+            )
+
+    def rope(self, spec, context: int, **settings) -> Rope:
+        """`rope_from_hf`, whose error becomes one of the problems."""
+        try:
+            if not isinstance(spec, dict):
+                raise ValueError(f" = {spec!r}, expected an object")
+            return rope_from_hf(spec, context=context, **settings)
+        except ValueError as error:
+            self.problems.append(f"rope_scaling{error}")
+            return Rope(1e4, 2)
+
+    def windows(self, n_layers: int, window: int | None, is_windowed) -> list[int | None]:
+        """Each layer's window: by `layer_types`, or where that is missing by a function of the layer's index."""
+        types = self.take("layer_types")
+        if types is None:
+            types = ["sliding_attention" if is_windowed(layer) else "full_attention" for layer in range(n_layers)]
+        known = isinstance(types, list) and set(types) <= {"full_attention", "sliding_attention"}
+        if not known or len(types) != n_layers:
+            self.problems.append(
+                f"layer_types = {types!r}, expected 'full_attention' or 'sliding_attention' for each of {n_layers} layers"
+            )
+        elif window is None and "sliding_attention" in types:
+            self.problems.append("sliding_window is null, but there are layers of type 'sliding_attention'")
+        else:
+            return [window if kind == "sliding_attention" else None for kind in types]
+        return [None] * n_layers

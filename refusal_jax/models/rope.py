@@ -1,0 +1,185 @@
+"""Rotary position embeddings: their bases, their rescalings for long contexts, and how HF configs spell them.
+
+Each rescaling changes the angle per token of every rotated pair, and some also lengthen the rotated vectors. Two of
+them, "dynamic" and "longrope", depend on how long the text is: as in transformers, on the longest row of the batch.
+"""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+# Keys of an HF rope specification by kind, beyond those that every kind may have.
+COMMON_KEYS = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
+SPAN = "original_max_position_embeddings"
+KEYS = {
+    "default": set(),
+    "linear": {"factor"},
+    "dynamic": {"factor"},
+    "llama3": {"factor", "low_freq_factor", "high_freq_factor", SPAN},
+    "yarn": {"factor", "attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate", SPAN},
+    "longrope": {"factor", "attention_factor", "short_factor", "long_factor", SPAN},
+}
+RENAMED = {"su": "longrope"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Rope:
+    """One rotary embedding.
+
+    theta: the base. dims: how many leading entries of a head are rotated, in pairs. kind: a key of `KEYS`.
+    original_context: tokens of the context before rescaling. attention_factor: scales cosines and sines.
+    interleaved: pairs are neighbours (2i, 2i + 1) instead of (i, i + dims / 2). The rest belongs to single kinds.
+    """
+
+    theta: float
+    dims: int
+    kind: str = "default"
+    factor: float = 1.0
+    original_context: int = 0
+    attention_factor: float = 1.0
+    interleaved: bool = False
+    low_freq_factor: float = 1.0  # llama3
+    high_freq_factor: float = 1.0
+    beta_fast: float = 32.0  # yarn
+    beta_slow: float = 1.0
+    truncate: bool = True
+    short_factors: tuple[float, ...] = ()  # longrope
+    long_factors: tuple[float, ...] = ()
+
+    def inverse_frequencies(self, length) -> jax.Array:
+        """Radians per token of each rotated pair, float32 `[dims / 2]`; length: tokens of the longest row (traced)."""
+        powers = np.arange(0, self.dims, 2) / self.dims
+        plain = self.theta**-powers
+        if self.kind == "dynamic":
+            grown = self.factor * jnp.maximum(length, self.original_context) / self.original_context - self.factor + 1
+            theta = self.theta * grown ** (self.dims / (self.dims - 2))
+            return theta ** jnp.asarray(-powers, jnp.float32)
+        if self.kind == "longrope":
+            short, long = (
+                jnp.asarray(plain / np.asarray(f), jnp.float32) for f in (self.short_factors, self.long_factors)
+            )
+            return jnp.where(length > self.original_context, long, short)
+        scaled = {"default": plain, "linear": plain / self.factor}
+        if self.kind in ("llama3", "yarn"):
+            keep = self._kept_by_wavelength(plain) if self.kind == "llama3" else self._kept_by_pair()
+            scaled[self.kind] = keep * plain + (1 - keep) * plain / self.factor
+        return jnp.asarray(scaled[self.kind], jnp.float32)
+
+    def _kept_by_wavelength(self, plain: np.ndarray) -> np.ndarray:
+        """Llama 3.1 (section 3.3.2): 0 slows a pair by `factor`, 1 keeps it, by its full turns in the old context."""
+        turns = self.original_context * plain / (2 * math.pi)
+        return np.clip((turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor), 0, 1)
+
+    def _kept_by_pair(self) -> np.ndarray:
+        """YaRN (arXiv:2309.00071, section 3.2): the same choice, linear in the pair's index between two numbers of turns."""
+
+        def pair(turns):
+            return self.dims * math.log(self.original_context / (turns * 2 * math.pi)) / (2 * math.log(self.theta))
+
+        low, high = pair(self.beta_fast), pair(self.beta_slow)
+        if self.truncate:
+            low, high = math.floor(low), math.ceil(high)
+        low, high = max(low, 0), min(high, self.dims - 1)
+        return 1 - np.clip((np.arange(self.dims // 2) - low) / (high - low or 0.001), 0, 1)
+
+    def tables(self, positions_bt: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Cosines and sines of the tokens' angles, float32 `[B, T, dims / 2]` each."""
+        inverse = self.inverse_frequencies(jnp.max(positions_bt) + 1)
+        angles = positions_bt[..., None].astype(jnp.float32) * inverse
+        return jnp.cos(angles) * self.attention_factor, jnp.sin(angles) * self.attention_factor
+
+
+def rotate(x_btnh: jax.Array, cos_btr: jax.Array, sin_btr: jax.Array, interleaved: bool) -> jax.Array:
+    """`x` with as many leading entries rotated as the tables have pairs; float32 inside, the dtype of x outside."""
+    dims = 2 * cos_btr.shape[-1]
+    x, rest = x_btnh[..., :dims].astype(jnp.float32), x_btnh[..., dims:]
+    a, b = (x[..., 0::2], x[..., 1::2]) if interleaved else (x[..., : dims // 2], x[..., dims // 2 :])
+    cos, sin = cos_btr[:, :, None], sin_btr[:, :, None]
+    pair = a * cos - b * sin, b * cos + a * sin
+    turned = jnp.stack(pair, -1).reshape(x.shape) if interleaved else jnp.concatenate(pair, -1)
+    return jnp.concatenate([turned.astype(x_btnh.dtype), rest], -1)
+
+
+def rope_from_hf(
+    spec: dict, *, theta: float, head_dim: int, context: int, partial: float | None = None, **settings
+) -> Rope:
+    """The `Rope` of an HF rope specification (a `rope_scaling` or `rope_parameters` object, possibly empty).
+
+    theta, partial: what holds where the specification does not say; partial None: the architecture rotates whole heads.
+    context: max_position_embeddings. settings: further fields of `Rope`. Raises ValueError with what is wrong, to follow
+    "rope_scaling" in a message.
+    """
+    kind = spec.get("rope_type") or spec.get("type") or "default"
+    kind = RENAMED.get(kind, kind)
+    if kind not in KEYS:
+        raise ValueError(f" type {kind!r} is not supported ({', '.join(KEYS)} are)")
+    unknown = sorted(k for k in set(spec) - COMMON_KEYS - KEYS[kind] if spec[k] is not None)
+    if unknown:
+        raise ValueError(
+            "; rope_scaling".join(f".{k} = {spec[k]!r} is not supported with type {kind!r}" for k in unknown)
+        )
+
+    def number(name, default=None):
+        value = spec.get(name)
+        value = default if value is None else value
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+            raise ValueError(f" of type {kind!r} lacks or misstates {name} = {value!r} (must be a positive number)")
+        return float(value)
+
+    share = number("partial_rotary_factor", partial or 1.0)
+    if partial is None and share != 1:
+        raise ValueError(f".partial_rotary_factor = {share} is not supported by this architecture")
+    dims = int(head_dim * share)
+    if dims % 2 or not 0 < dims <= head_dim or (kind == "dynamic" and dims == 2):
+        raise ValueError(f" rotates {dims} of head_dim = {head_dim} entries, rotary embeddings need pairs")
+    rope = Rope(number("rope_theta", theta), dims, kind, original_context=context, **settings)
+    if kind == "default":
+        return dataclasses.replace(rope, original_context=0)
+    span = number(SPAN, context) if SPAN in KEYS[kind] else context
+    stretch = number("factor", context / span if kind in ("yarn", "longrope") else None)
+    rope = dataclasses.replace(rope, factor=stretch, original_context=int(span))
+    return _FINISH.get(kind, lambda rope, *_: rope)(rope, spec, number)
+
+
+def _llama3(rope: Rope, spec: dict, number) -> Rope:
+    low, high = number("low_freq_factor"), number("high_freq_factor")
+    if low >= high:
+        raise ValueError(f" of type 'llama3' has low_freq_factor = {low} (must be under high_freq_factor = {high})")
+    return dataclasses.replace(rope, low_freq_factor=low, high_freq_factor=high)
+
+
+def _yarn(rope: Rope, spec: dict, number) -> Rope:
+    def mscale(weight: float) -> float:
+        return 0.1 * weight * math.log(rope.factor) + 1 if rope.factor > 1 else 1.0
+
+    attention = mscale(1.0)
+    if spec.get("mscale") and spec.get("mscale_all_dim"):
+        attention = mscale(number("mscale")) / mscale(number("mscale_all_dim"))
+    return dataclasses.replace(
+        rope,
+        attention_factor=number("attention_factor", attention),
+        beta_fast=number("beta_fast", 32.0),
+        beta_slow=number("beta_slow", 1.0),
+        truncate=spec.get("truncate") is not False,
+    )
+
+
+def _longrope(rope: Rope, spec: dict, number) -> Rope:
+    factors = []
+    for name in ("short_factor", "long_factor"):
+        values = spec.get(name)
+        right = isinstance(values, list) and len(values) == rope.dims // 2
+        if not right or not all(isinstance(v, int | float) and v > 0 for v in values):
+            raise ValueError(
+                f" of type 'longrope' lacks or misstates {name} (must be {rope.dims // 2} positive numbers)"
+            )
+        factors.append(tuple(map(float, values)))
+    grown = 1 + math.log(rope.factor) / math.log(rope.original_context) if rope.factor > 1 else 1.0
+    attention = number("attention_factor", math.sqrt(grown))
+    return dataclasses.replace(rope, attention_factor=attention, short_factors=factors[0], long_factors=factors[1])
+
+
+_FINISH = {"llama3": _llama3, "yarn": _yarn, "longrope": _longrope}

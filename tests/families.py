@@ -1,0 +1,285 @@
+"""Tiny random checkpoints of every supported family, made by transformers, in each of the variants that matter.
+
+The first Qwen, which transformers does not know, computes what a Llama with biases does: its checkpoint is written here
+under Qwen's own names, attributes and fused tensors, and such a Llama of the same weights is its reference.
+"""
+
+import json
+import pathlib
+
+import numpy as np
+import oracle
+import torch
+from safetensors.torch import load_file, save_file
+from tiny import DTYPES, ROPES, hf_forward, randomise, tiny_tokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+
+from refusal_jax.taps import TAP_SITES
+
+BASE = {
+    "vocab_size": 256,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+}
+HEADS = {"mha": {"num_key_value_heads": 4}, "mqa": {"num_key_value_heads": 1}, "gqa": {}}
+YARN = {"rope_type": "yarn", "rope_theta": 1000.0, "factor": 4.0, "original_max_position_embeddings": 16}
+LONG = {
+    "rope_type": "longrope",
+    "rope_theta": 1000.0,
+    "short_factor": [1.0, 1.5, 2.0],
+    "long_factor": [2.0, 5.0, 9.0],
+    "original_max_position_embeddings": 20,
+}
+GEMMA3_ROPES = {
+    "full_attention": {"rope_type": "linear", "rope_theta": 5000.0, "factor": 4.0},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+}
+VISION = {
+    "model_type": "siglip_vision_model",
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 28,
+    "patch_size": 14,
+}
+# Narrow caps, windows of a few tokens, small thetas: every switch has to change the outputs of a tiny model.
+GEMMA2 = {"head_dim": 8, "sliding_window": 6, "query_pre_attn_scalar": 10, "num_hidden_layers": 4}
+EXPERTS = {"num_experts": 6, "num_experts_per_tok": 2}
+FAMILIES = {
+    "llama": HEADS
+    | {
+        "biased": {"attention_bias": True, "mlp_bias": True, "head_dim": 16, "hidden_act": "gelu"},
+        "tied": {"tie_word_embeddings": True, "hidden_act": "relu", "head_dim": 4},
+        "gelu-tanh": {"hidden_act": "gelu_pytorch_tanh", "mlp_bias": True},
+    },
+    "mistral": HEADS | {"window": {"sliding_window": 7, "head_dim": 16}, "no-window": {"sliding_window": None}},
+    "qwen": {"mha": {}, "biased": {"no_bias": False, "head_dim": 8}},
+    "qwen2": HEADS | {"windows": {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}},
+    "qwen3": {k: {"head_dim": 16} | v for k, v in HEADS.items()} | {"biased": {"head_dim": 8, "attention_bias": True}},
+    "gemma": {k: {"head_dim": 16} | v for k, v in HEADS.items()},
+    "gemma2": {k: GEMMA2 | v for k, v in HEADS.items()}
+    | {"capped": GEMMA2 | {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 1.5}},
+    "gemma3_text": {
+        k: GEMMA2 | {"layer_types": ["sliding_attention", "full_attention"] * 2, "rope_parameters": GEMMA3_ROPES} | v
+        for k, v in HEADS.items()
+    },
+    "gemma3": {"gqa": {}},
+    "phi3": HEADS
+    | {
+        "partial": {"partial_rotary_factor": 0.75, "sliding_window": 9},
+        "longrope": {
+            "partial_rotary_factor": 0.75,
+            "rope_parameters": LONG,
+            "original_max_position_embeddings": 20,
+            "tie_word_embeddings": True,
+        },
+    },
+    "olmo2": HEADS | {"biased": {"attention_bias": True}},
+    "granite": HEADS
+    | {
+        "scaled": {
+            "embedding_multiplier": 2.5,
+            "logits_scaling": 3.0,
+            "residual_multiplier": 0.6,
+            "attention_multiplier": 0.3,
+            "tie_word_embeddings": True,
+            "attention_bias": True,
+            "mlp_bias": True,
+        }
+    },
+    "glm": {k: {"head_dim": 8} | v for k, v in HEADS.items()},
+    "glm4": {k: {"head_dim": 16} | v for k, v in HEADS.items()}
+    | {"unbiased": {"attention_bias": False, "head_dim": 8}},
+    "mixtral": {k: {"num_local_experts": 5, "num_experts_per_tok": 2} | v for k, v in HEADS.items()}
+    | {"window": {"sliding_window": 8, "num_local_experts": 3, "num_experts_per_tok": 1}},
+    "qwen3_moe": {k: {"head_dim": 16, "moe_intermediate_size": 24} | EXPERTS | v for k, v in HEADS.items()}
+    | {
+        "renormalised": {
+            "norm_topk_prob": True,
+            "num_experts": 40,
+            "num_experts_per_tok": 3,
+            "moe_intermediate_size": 8,
+        }
+    },
+    "olmoe": {k: EXPERTS | v for k, v in HEADS.items()}
+    | {"clipped": EXPERTS | {"clip_qkv": 0.7, "norm_topk_prob": True}},
+}
+ROPE_VARIANTS = {
+    "linear": ROPES["linear"],
+    "llama3": ROPES["llama3"],
+    "dynamic": {"rope_type": "dynamic", "rope_theta": 1000.0, "factor": 3.0},
+    "yarn": YARN,
+    "yarn-tuned": YARN | {"beta_fast": 4.0, "beta_slow": 0.5, "attention_factor": 1.3, "truncate": False},
+    "yarn-mscale": YARN | {"mscale": 0.7, "mscale_all_dim": 0.4},
+}
+FAMILIES["llama"] |= {f"rope-{name}": {"head_dim": 16, "rope_parameters": rope} for name, rope in ROPE_VARIANTS.items()}
+FAMILIES["llama"]["rope-dynamic"]["max_position_embeddings"] = 25
+CASES = [(family, variant) for family, variants in FAMILIES.items() for variant in variants]
+
+
+def hf_config(family: str, variant: str = "gqa", **config) -> dict:
+    """The config.json of a tiny model of this family. config: further attributes."""
+    settings = BASE | FAMILIES[family].get(variant, {}) | config
+    if family == "qwen":
+        return _first_qwen_config(settings)
+    if family == "gemma3":
+        text = BASE | FAMILIES["gemma3_text"][variant] | config | {"model_type": "gemma3_text"}
+        settings = {"text_config": text, "vision_config": VISION, "image_token_index": 3}
+    return AutoConfig.for_model(family, **settings).to_dict()
+
+
+def tiny_model(
+    folder, family: str, variant: str = "gqa", dtype: str = "float32", seed: int = 0, **config
+) -> pathlib.Path:
+    """Writes a whole HF folder of a random model of this family to `folder` and returns it. config: further attributes."""
+    folder = pathlib.Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer = tiny_tokenizer(folder)
+    special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    hf = hf_config(family, variant, vocab_size=len(tokenizer), **special, **config)
+    if family == "qwen":
+        return _first_qwen(folder, hf, dtype, seed)
+    auto = AutoModelForImageTextToText if family == "gemma3" else AutoModelForCausalLM
+    model = auto.from_config(AutoConfig.for_model(**hf))
+    randomise(model, seed)
+    model.to(DTYPES[dtype]).save_pretrained(folder)
+    return folder
+
+
+def reference(folder):
+    """The checkpoint in transformers, float32, ready for inference."""
+    folder = pathlib.Path(folder)
+    family = json.loads((folder / "config.json").read_text())["model_type"]
+    auto = AutoModelForImageTextToText if family == "gemma3" else AutoModelForCausalLM
+    where = folder / "reference" if family == "qwen" else folder
+    if family == "qwen":
+        _as_llama(folder, where)
+    return auto.from_pretrained(where, dtype=torch.float32, attn_implementation="eager").eval()
+
+
+def hf_taps(model, tokens, mask) -> dict[str, np.ndarray]:
+    """Every tap site of every layer, `{site: [L, B, T, D]}`, caught by forward hooks."""
+    caught = {site: [] for site in TAP_SITES}
+    layers, scale = text_model(model).layers, getattr(model.config, "residual_multiplier", 1.0)
+
+    def first(value):
+        return value[0] if isinstance(value, tuple) else value
+
+    def before(site):
+        return lambda module, args, kwargs: caught[site].append(first(args) if args else kwargs["hidden_states"])
+
+    def after(site, factor=1.0):
+        return lambda module, args, out: caught[site].append(factor * first(out))
+
+    hooks = []
+    for layer in layers:
+        attention, mlp = oracle.writers(layer)
+        reads_mid = getattr(layer, "pre_feedforward_layernorm", None)  # the module that gets the residual in the middle
+        if reads_mid is None:
+            reads_mid = layer.mlp if attention is layer.post_attention_layernorm else layer.post_attention_layernorm
+        hooks += [
+            layer.register_forward_pre_hook(before("resid_pre"), with_kwargs=True),
+            attention.register_forward_hook(after("attn_out", scale)),
+            reads_mid.register_forward_pre_hook(before("resid_mid"), with_kwargs=True),
+            mlp.register_forward_hook(after("mlp_out", scale)),
+            layer.register_forward_hook(after("resid_post")),
+        ]
+    try:
+        hf_forward(model, tokens, mask)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return {site: torch.stack(values).numpy() for site, values in caught.items()}
+
+
+def text_model(model):
+    """The part of a transformers model that has the embedding and the layers."""
+    return model.model.language_model if hasattr(model.model, "language_model") else model.model
+
+
+def _first_qwen_config(settings: dict) -> dict:
+    """`settings` are a Llama's."""
+    same = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings")
+    head_dim = settings.get("head_dim", settings["hidden_size"] // settings["num_attention_heads"])
+    return {name: settings[name] for name in same} | {
+        "model_type": "qwen",
+        "architectures": ["QWenLMHeadModel"],
+        "auto_map": {"AutoModelForCausalLM": "modeling_qwen.QWenLMHeadModel"},
+        "kv_channels": head_dim,
+        "intermediate_size": 2 * settings["intermediate_size"],
+        "seq_length": 128,
+        "layer_norm_epsilon": 1e-6,
+        "rotary_emb_base": 1000.0,
+        "no_bias": settings.get("no_bias", True),
+        "use_dynamic_ntk": True,
+        "use_logn_attn": True,
+        "tie_word_embeddings": False,
+        "eos_token_id": settings.get("eos_token_id"),
+    }
+
+
+def _first_qwen(folder, hf: dict, dtype: str, seed: int) -> pathlib.Path:
+    """A checkpoint of the first Qwen with random weights."""
+    (folder / "config.json").write_text(json.dumps(hf))
+    bias, q = not hf["no_bias"], hf["kv_channels"] * hf["num_attention_heads"]
+    d, f, v = hf["hidden_size"], hf["intermediate_size"] // 2, hf["vocab_size"]
+    shapes = {"transformer.wte.weight": (v, d), "transformer.ln_f.weight": (d,), "lm_head.weight": (v, d)}
+    for layer in range(hf["num_hidden_layers"]):
+        at = f"transformer.h.{layer}"
+        shapes |= {f"{at}.ln_{i}.weight": (d,) for i in (1, 2)}
+        shapes |= {f"{at}.attn.c_attn.weight": (3 * q, d), f"{at}.attn.c_attn.bias": (3 * q,)}
+        shapes |= {f"{at}.attn.c_proj.weight": (d, q), f"{at}.mlp.c_proj.weight": (d, f)}
+        shapes |= {f"{at}.mlp.w{i}.weight": (f, d) for i in (1, 2)}
+        if bias:
+            shapes |= {f"{at}.mlp.w{i}.bias": (f,) for i in (1, 2)}
+            shapes |= {f"{at}.attn.c_proj.bias": (d,), f"{at}.mlp.c_proj.bias": (d,)}
+    generator, tensors = torch.Generator().manual_seed(seed), {}
+    for name, shape in shapes.items():
+        noise = torch.randn(shape, generator=generator)
+        if len(shape) == 1:
+            noise = 0.3 * noise + (".ln_" in name)
+        elif "wte" not in name:
+            noise *= 1.2 * shape[-1] ** -0.5
+        tensors[name] = noise.to(DTYPES[dtype])
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+def _as_llama(folder, target) -> None:
+    """The same model as a Llama checkpoint with biases."""
+    hf, old = json.loads((folder / "config.json").read_text()), load_file(folder / "model.safetensors")
+    target.mkdir(exist_ok=True)
+    bias = not hf["no_bias"]
+    settings = {
+        "model_type": "llama",
+        "architectures": ["LlamaForCausalLM"],
+        "intermediate_size": hf["intermediate_size"] // 2,
+        "head_dim": hf["kv_channels"],
+        "rms_norm_eps": hf["layer_norm_epsilon"],
+        "rope_parameters": {"rope_type": "default", "rope_theta": hf["rotary_emb_base"]},
+        "attention_bias": True,
+        "mlp_bias": bias,
+        "tie_word_embeddings": False,
+    }
+    same = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings")
+    (target / "config.json").write_text(json.dumps(settings | {name: hf[name] for name in same}))
+    new = {
+        "model.embed_tokens.weight": old["transformer.wte.weight"],
+        "model.norm.weight": old["transformer.ln_f.weight"],
+        "lm_head.weight": old["lm_head.weight"],
+    }
+    renamed = {"attn.c_proj": "self_attn.o_proj", "mlp.w1": "mlp.up_proj", "mlp.w2": "mlp.gate_proj"}
+    renamed |= {"mlp.c_proj": "mlp.down_proj", "ln_1": "input_layernorm", "ln_2": "post_attention_layernorm"}
+    for layer in range(hf["num_hidden_layers"]):
+        a, b = f"transformer.h.{layer}", f"model.layers.{layer}"
+        new[f"{b}.self_attn.o_proj.bias"] = torch.zeros(hf["hidden_size"])
+        for kind in ("weight", "bias"):
+            fused = old[f"{a}.attn.c_attn.{kind}"].chunk(3)
+            new |= {f"{b}.self_attn.{p}_proj.{kind}": t.clone() for p, t in zip("qkv", fused, strict=True)}
+            new |= {f"{b}.{n}.{kind}": old[f"{a}.{o}.{kind}"] for o, n in renamed.items() if f"{a}.{o}.{kind}" in old}
+    save_file(new, target / "model.safetensors", {"format": "pt"})

@@ -1,0 +1,147 @@
+"""Every family and variant against transformers: logits, taps, edits and cached decoding, on tiny random models."""
+
+import dataclasses
+import pathlib
+from functools import partial
+
+import families
+import jax
+import numpy as np
+import oracle
+import pytest
+import tiny
+import torch
+from compile_times import lowered
+from safetensors.torch import load_file
+
+from refusal_jax import Edits, Taps
+from refusal_jax.chat_model import _forward
+from refusal_jax.models.attention import Context
+from refusal_jax.models.cache import Cache
+from refusal_jax.models.decoder import Decoder
+from refusal_jax.models.load import SINGLE, load_decoder, save_weights
+from refusal_jax.taps import NO_TAPS, TAP_SITES
+
+LENGTHS = (3, 40, 17, 1)  # of the rows of a batch: the shortest is all padding but its last token
+ADDED_AT = 1
+
+
+@dataclasses.dataclass
+class Case:
+    """One checkpoint in both implementations, a batch, a direction, and our outputs: rows unedited, ablated, added to."""
+
+    folder: pathlib.Path
+    ours: Decoder
+    theirs: object
+    tokens: np.ndarray
+    mask: np.ndarray
+    direction: np.ndarray
+    logits: np.ndarray
+    taps: dict[str, np.ndarray]
+
+    def rows(self, of: int) -> slice:
+        return slice(of * len(LENGTHS), (of + 1) * len(LENGTHS))
+
+
+@pytest.fixture(scope="module", params=families.CASES, ids="-".join)
+def case(request, tmp_path_factory):
+    folder = families.tiny_model(tmp_path_factory.mktemp("-".join(request.param)), *request.param)
+    ours = load_decoder(folder)
+    tokens, mask = tiny.left_padded(LENGTHS, ours.cfg.vocab_size)
+    direction = np.random.default_rng(0).normal(size=ours.cfg.d_model)
+    kinds = Edits.concat([Edits.none(ours.cfg.d_model), Edits.ablate(direction), Edits.add(direction, ADDED_AT)])
+    edits = kinds.take(np.repeat(range(3), len(LENGTHS))).for_batch(12, ours.cfg.n_layers, ours.cfg.d_model)
+    out = _forward(ours, np.tile(tokens, (3, 1)), np.tile(mask, (3, 1)), edits, taps=Taps(TAP_SITES), last=False)
+    logits, taps = jax.tree.map(np.asarray, out)
+    return Case(folder, ours, families.reference(folder), tokens, mask, direction, logits, taps)
+
+
+def close(ours, theirs, tolerance=1e-4):
+    np.testing.assert_allclose(np.asarray(ours), theirs, rtol=tolerance, atol=tolerance)
+
+
+def test_logits(case):
+    theirs = tiny.hf_forward(case.theirs, case.tokens, case.mask).logits.numpy()
+    assert theirs[case.mask].std() > 0.3  # else the tolerance would say nothing
+    close(case.logits[case.rows(0)][case.mask], theirs[case.mask])
+    edits = Edits.none(case.ours.cfg.d_model).for_batch(4, case.ours.cfg.n_layers, case.ours.cfg.d_model)
+    last = _forward(case.ours, case.tokens, case.mask, edits, taps=NO_TAPS, last=True)[0]
+    assert last.shape == (len(LENGTHS), case.ours.cfg.vocab_size) and last.dtype == np.float32
+    close(last, theirs[:, -1])
+
+
+def test_taps(case):
+    theirs = families.hf_taps(case.theirs, case.tokens, case.mask)
+    for site in TAP_SITES:
+        ours = case.taps[site][:, case.rows(0)]
+        assert ours.shape == theirs[site].shape
+        close(ours[:, case.mask], theirs[site][:, case.mask])
+        assert theirs[site][:, case.mask].std() > 0.1
+
+
+def test_edits(case):
+    layers = families.text_model(case.theirs).layers
+    both = oracle.ablation(layers, case.direction), oracle.addition(layers, case.direction, ADDED_AT)
+    for row, hooks in enumerate(both, 1):
+        with oracle.hooked(hooks):
+            theirs = tiny.hf_forward(case.theirs, case.tokens, case.mask).logits.numpy()
+        close(case.logits[case.rows(row)][case.mask], theirs[case.mask])
+        assert np.abs(theirs - case.logits[case.rows(0)])[case.mask].max() > 0.1
+    unit = case.direction / np.linalg.norm(case.direction)
+    for site in TAP_SITES:
+        along = case.taps[site][:, case.rows(1)][:, case.mask] @ unit
+        assert np.abs(along).max() < 1e-4
+
+
+@partial(jax.jit, static_argnames="prefix")
+def decoded(decoder: Decoder, tokens_bt, mask_bt, edits, prefix: int):
+    """Logits of the tokens after `prefix`, one decode step each with a cache, `[B, T - prefix, V]`."""
+    cfg = decoder.cfg
+    ctx = Context.of_prompt(cfg, mask_bt[:, :prefix])
+    _, _, new = decoder.run(decoder.embed_tokens(tokens_bt[:, :prefix]), ctx, edits)
+    cache = Cache.of_prompt(new, mask_bt[:, :prefix], tokens_bt.shape[1])
+
+    def step(cache, column):
+        token_b, mask_b = column
+        ctx = Context.build(cfg, cache.position_b[:, None], mask_b[:, None], cache)
+        x, _, new = decoder.run(decoder.embed_tokens(token_b[:, None]), ctx, edits, cache=cache)
+        return cache.append(new, mask_b[:, None]), decoder.logits(x)[:, 0]
+
+    return jax.lax.scan(step, cache, (tokens_bt[:, prefix:].T, mask_bt[:, prefix:].T))[1].swapaxes(0, 1)
+
+
+def test_cached_decode_equals_uncached(case):
+    cfg, prefix = case.ours.cfg, 24
+    edits = Edits.concat([Edits.none(cfg.d_model)] * 3 + [Edits.ablate(case.direction)])
+    edits = edits.for_batch(4, cfg.n_layers, cfg.d_model)
+    tokens, mask = case.tokens, case.mask
+    whole = np.stack([*case.logits[:3], case.logits[case.rows(1)][3]])
+    if any(kind.rope.kind in ("dynamic", "longrope") for kind in cfg.kinds):
+        # The angles of these change with the length: those of cached tokens hold as long as it is within the first context.
+        prefix, width = 9, min(kind.rope.original_context for kind in cfg.kinds)
+        tokens, mask = tokens[:, -width:], mask[:, -width:]
+        whole = np.asarray(_forward(case.ours, tokens, mask, edits, taps=NO_TAPS, last=False)[0])
+    real = mask[:, prefix:]
+    assert real[1].sum() > 10
+    close(np.asarray(decoded(case.ours, tokens, mask, edits, prefix))[real], whole[:, prefix:][real])
+
+
+def test_saving_is_loading_backwards(case, tmp_path):
+    """What transformers wrote, byte for byte; and what we wrote, again."""
+    first, second = tmp_path / "first", tmp_path / "second"
+    for folder in (first, second):
+        folder.mkdir()
+        (folder / "config.json").write_bytes((case.folder / "config.json").read_bytes())
+    save_weights(case.ours, first)
+    save_weights(load_decoder(first), second)
+    assert (first / SINGLE).read_bytes() == (second / SINGLE).read_bytes()
+    theirs, ours = load_file(case.folder / SINGLE), load_file(first / SINGLE)
+    assert set(ours) <= set(theirs) and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert all("vision" in name or "multi_modal" in name for name in set(theirs) - set(ours))
+
+
+@pytest.mark.parametrize("family", families.FAMILIES)
+def test_programs_do_not_grow_with_layers(family):
+    """As they would if layers were unrolled; `python tests/compile_times.py` has the seconds."""
+    few, many = (len(lowered(family, layers).as_text().splitlines()) for layers in (12, 80))
+    assert many == few
