@@ -39,6 +39,7 @@ setup(
         "optax>=0.2.4",
         "orbax-checkpoint>=0.11",
         "safetensors>=0.5",
+        "tiktoken>=0.9",  # Qwen 1's tokenizer
         "tokenizers>=0.21",
         "tqdm>=4.66",
         "transformers>=5.0,<6",

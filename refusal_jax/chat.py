@@ -1,4 +1,4 @@
-"""Chat prompts: the tokenizer's own template, the tokens it puts after the instruction, and how replies end."""
+"""Chat prompts: the template, the tokens it puts after the instruction, and how replies end."""
 
 import dataclasses
 import functools
@@ -9,6 +9,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from refusal_jax.errors import UserError
+from refusal_jax.qwen_tokenizer import RANKS, QwenTokenizer
+from refusal_jax.templates import BUILT_IN, MARKS, named_template, recognised_template
 
 # Texts that share no token at their ends: what stays equal after all of them is the template's.
 PROBES = ("a", "7", "zz?", "the end.", ")", "é")
@@ -39,8 +41,9 @@ def bucket(length: int) -> int:
 class Chat:
     """A tokenizer with a chat template, and what it implies.
 
-    tokenizer: a transformers tokenizer. context_length: the model's, in tokens. vocab_size: rows of its embedding,
-    which may be fewer than the tokenizer's tokens. eos_ids: the ids that end a reply.
+    tokenizer: a transformers tokenizer or a QwenTokenizer. context_length: the model's, in tokens. vocab_size: rows of
+    its embedding, which may be fewer than the tokenizer's tokens. eos_ids: the ids that end a reply. template_origin:
+    where the chat template came from, in words. thinking: whether templates that can ask for thoughts do so.
     """
 
     tokenizer: object
@@ -48,34 +51,27 @@ class Chat:
     vocab_size: int
     eos_ids: tuple[int, ...]
     pad_id: int
+    template_origin: str
+    thinking: bool = False
 
     @classmethod
-    def load(cls, folder: str | pathlib.Path, context_length: int, vocab_size: int | None = None) -> "Chat":
-        """From the tokenizer files of a checkpoint; its code is never run. vocab_size: default, the tokenizer's.
+    def load(
+        cls,
+        folder: str | pathlib.Path,
+        context_length: int,
+        vocab_size: int | None = None,
+        chat_template: str = "",
+        thinking: bool = False,
+    ) -> "Chat":
+        """From the tokenizer files of a checkpoint; its code is never run.
 
-        Raises UserError if there is no readable tokenizer, no chat template, or no end-of-reply token.
+        vocab_size: default, the tokenizer's. chat_template: a name of `templates.BUILT_IN` or a .jinja file; "" is the
+        tokenizer's own template, or if it has none, the one that its special tokens tell. Raises UserError if there is
+        no readable tokenizer, no chat template, one that leaves the instruction out, or no end-of-reply token.
         """
-        from transformers import AutoTokenizer  # here: its import takes seconds and weight-only jobs do without
-
         folder = pathlib.Path(folder)
-        if not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")):
-            raise UserError(
-                f"{folder} has no tokenizer files (tokenizer.json, tokenizer_config.json). Copy them from the "
-                "original checkpoint."
-            )
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-        except Exception as error:  # transformers raises many kinds, all meaning the same to the user
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise UserError(
-                f"The tokenizer of {folder} could not be loaded ({reason[:300]}). Copy its tokenizer files "
-                "again from the original checkpoint."
-            ) from None
-        if not tokenizer.chat_template:
-            raise UserError(
-                f"The tokenizer of {folder} has no chat template, so instructions cannot be posed as its users "
-                "would. Use the chat or instruct version of the model, or add a chat_template.jinja."
-            )
+        tokenizer = _load_tokenizer(folder)
+        origin = _set_template(tokenizer, chat_template, folder)
         eos = _eos_ids(folder, tokenizer)
         if not eos:
             raise UserError(
@@ -85,17 +81,25 @@ class Chat:
         vocab_size = vocab_size or len(tokenizer)
         # Some checkpoints add these tokens to the tokenizer and not to the embedding; any id does, as pads are masked.
         usable = (i for i in (tokenizer.pad_token_id, *eos) if i is not None and 0 <= i < vocab_size)
-        return cls(tokenizer, context_length, vocab_size, eos, next(usable, 0))
+        chat = cls(tokenizer, context_length, vocab_size, eos, next(usable, 0), origin, thinking)
+        if not all(probe in chat.render(probe) for probe in PROBES):
+            raise UserError(
+                f"The chat template ({origin}) leaves the instruction out. It may accept messages as lists of parts "
+                "only, or only with a system prompt. Set --config.chat_template to another: a name or a .jinja file."
+            )
+        return chat
 
     def render(self, instruction: str, response: str = "") -> str:
         """The text of a one-turn conversation up to and including the start of the reply, without a system prompt."""
-        message = [{"role": "user", "content": instruction}]
-        try:
-            text = self.tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+        message, thinking = [{"role": "user", "content": instruction}], self.thinking
+        try:  # families call the switch by either name, and templates without it ignore both
+            text = self.tokenizer.apply_chat_template(
+                message, tokenize=False, add_generation_prompt=True, enable_thinking=thinking, thinking=thinking
+            )
         except Exception as error:  # jinja errors, or a template's own raise_exception
             raise UserError(
-                f"The chat template failed on a single user message ({error}). Repair the template in "
-                "tokenizer_config.json or chat_template.jinja."
+                f"The chat template ({self.template_origin}) failed on a single user message ({error}). Repair it, or "
+                "set --config.chat_template to another: a name or a .jinja file."
             ) from None
         return text + response
 
@@ -185,8 +189,46 @@ class Chat:
         return texts
 
 
+def _load_tokenizer(folder: pathlib.Path):
+    """The tokenizer of a checkpoint. Raises UserError if its files are missing or damaged."""
+    names = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
+    if (folder / RANKS).exists() and not (folder / names[0]).exists():
+        return QwenTokenizer.load(folder)
+    if not any((folder / name).exists() for name in names):
+        raise UserError(
+            f"{folder} has no tokenizer files (tokenizer.json, tokenizer_config.json). Copy them from the "
+            "original checkpoint."
+        )
+    from transformers import AutoTokenizer  # here: its import takes seconds and weight-only jobs do without
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    except Exception as error:  # transformers raises many kinds, all meaning the same to the user
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(
+            f"The tokenizer of {folder} could not be loaded ({reason[:300]}). Copy its tokenizer files "
+            "again from the original checkpoint."
+        ) from None
+
+
+def _set_template(tokenizer, setting: str, folder: pathlib.Path) -> str:
+    """Gives the tokenizer the template that the setting `chat_template` asks for; where that came from, in words."""
+    if not setting and tokenizer.chat_template:
+        return "tokenizer"
+    found = named_template(setting) if setting else recognised_template(tokenizer.get_added_vocab())
+    if found is None:
+        raise UserError(
+            f"The tokenizer of {folder} has no chat template, and its special tokens do not tell which it was made "
+            f"for. Set --config.chat_template=NAME, one of {', '.join(BUILT_IN)}, or to the path of a .jinja file. A base "
+            "model has none: use its chat or instruct version."
+        )
+    tokenizer.chat_template, origin = found
+    return origin
+
+
 def _eos_ids(folder: pathlib.Path, tokenizer) -> tuple[int, ...]:
-    """The ids that end a reply: generation_config.json's (one or a list), and the tokenizer's."""
+    """The ids that end a reply: generation_config.json's (one or a list), the tokenizer's, and ends of turns that some
+    checkpoints do not name."""
     found = []
     for name in ("generation_config.json", "config.json"):
         if (folder / name).exists():
@@ -195,4 +237,6 @@ def _eos_ids(folder: pathlib.Path, tokenizer) -> tuple[int, ...]:
             except (ValueError, AttributeError) as error:
                 raise UserError(f"{folder / name} is not valid JSON ({error}). Fetch the file again.") from None
             found += value if isinstance(value, list) else [value]
-    return tuple(dict.fromkeys(i for i in [*found, tokenizer.eos_token_id] if isinstance(i, int)))
+    added = tokenizer.get_added_vocab()
+    turns = [added.get(end_of_turn) for _, end_of_turn in MARKS.values()]
+    return tuple(dict.fromkeys(i for i in [*found, tokenizer.eos_token_id, *turns] if isinstance(i, int)))

@@ -1,6 +1,7 @@
 """The public face of a loaded chat model: encode, logits, generate, all with optional edits."""
 
 import dataclasses
+import math
 import pathlib
 from collections.abc import Sequence
 from functools import partial
@@ -11,8 +12,9 @@ import numpy as np
 from refusal_jax.chat import Chat, TokenBatch
 from refusal_jax.edits import Edits
 from refusal_jax.errors import UserError
+from refusal_jax.models.attention import Context
 from refusal_jax.models.config import ModelConfig, load_config
-from refusal_jax.models.decoder import Context, Decoder
+from refusal_jax.models.decoder import Decoder
 from refusal_jax.models.generate import generate
 from refusal_jax.models.load import load_decoder
 from refusal_jax.sharding import batch_sharding
@@ -58,7 +60,10 @@ class ChatModel:
         return self.chat.decode(self.generate_ids(batch, max_new_tokens, edits))
 
     def generate_ids(self, batch: TokenBatch, max_new_tokens: int, edits: Edits | None = None) -> jax.Array:
-        """Greedy replies as ids, int32 `[B, max_new_tokens]`. Raises UserError if they do not fit the context."""
+        """Greedy replies as ids, int32 `[B, max_new_tokens]`. Raises UserError if they do not fit the context.
+
+        Where a "longrope" changes its angles on the way, the text so far is read again, as transformers does.
+        """
         longest = int(np.asarray(batch.mask).sum(axis=1).max())
         if max_new_tokens < 1 or longest + max_new_tokens > self.config.context_length:
             raise UserError(
@@ -66,6 +71,22 @@ class ChatModel:
                 f"the model's context is {self.config.context_length}. Choose 1 to "
                 f"{self.config.context_length - longest}."
             )
+        kept = self._kept_angles(longest)
+        if max_new_tokens <= kept:
+            return self._greedy(batch, max_new_tokens, edits)
+        first = np.asarray(self._greedy(batch, kept, edits))
+        ended = np.cumsum(np.isin(first, self.chat.eos_ids), axis=1) > 0
+        written = np.pad(~ended[:, :-1], ((0, 0), (1, 0)), constant_values=True)  # the end token, and what is before it
+        tokens, mask = (np.concatenate(pair, axis=1) for pair in ((batch.tokens, first), (batch.mask, written)))
+        rest = np.asarray(self._greedy(TokenBatch(tokens, mask), max_new_tokens - kept, edits))
+        return np.concatenate([first, np.where(ended[:, -1:], self.chat.pad_id, rest)], axis=1)
+
+    def _kept_angles(self, longest: int) -> float:
+        """How many tokens can be generated after `longest` before "longrope" changes the angles of all tokens."""
+        spans = (kind.rope.original_context for kind in self.config.kinds if kind.rope.kind == "longrope")
+        return min((span - longest + 1 for span in spans if span >= longest), default=math.inf)
+
+    def _greedy(self, batch: TokenBatch, max_new_tokens: int, edits: Edits | None) -> jax.Array:
         return generate(
             self.decoder,
             *self.put(batch.tokens, batch.mask, edits),
@@ -90,19 +111,27 @@ def _forward(decoder: Decoder, tokens_bt, mask_bt, edits: Edits, *, taps: Taps, 
 
 
 def load_model(
-    path: str | pathlib.Path, dtype: str = "float32", mesh: jax.sharding.Mesh | None = None, *, progress: bool = False
+    path: str | pathlib.Path,
+    dtype: str = "float32",
+    mesh: jax.sharding.Mesh | None = None,
+    *,
+    progress: bool = False,
+    chat_template: str = "",
+    thinking: bool = False,
 ) -> ChatModel:
     """A chat model from an HF checkpoint folder.
 
     dtype: what the weights are cast to, "float32", "bfloat16" or "float16"; "auto" is float32 on CPU and bfloat16
-    elsewhere. mesh: from `sharding.make_mesh`; None is the first device. Raises UserError for anything wrong with the
-    folder, before or while loading.
+    elsewhere. mesh: from `sharding.make_mesh`; None is the first device. chat_template: a name of
+    `templates.BUILT_IN` or a .jinja file; "" is the tokenizer's own or, if it has none, the one that its special tokens
+    tell. thinking: whether models that can think before the reply are asked to. Raises UserError for anything wrong
+    with the folder or the template, before or while loading.
     """
     path = pathlib.Path(path)
     if dtype == "auto":
         dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     config = load_config(path)
-    chat = Chat.load(path, config.context_length, config.vocab_size)
+    chat = Chat.load(path, config.context_length, config.vocab_size, chat_template, thinking)
     return ChatModel(load_decoder(path, dtype, mesh, progress), chat, path, mesh)
 
 

@@ -152,10 +152,13 @@ class Run:
     def read_tensors(self, name: str) -> dict[str, np.ndarray]:
         return load_file(self.path(name))
 
-    def stage(self, name: str, inputs: Sequence[str], outputs: Sequence[str], work: Callable[[Ledger], None]) -> bool:
+    def stage(
+        self, name: str, inputs: Sequence[str], outputs: Sequence[str], work: Callable[[Ledger], dict | None]
+    ) -> bool:
         """Runs `work(ledger)` unless the stage is done and what it read and wrote is unchanged; True if it ran.
 
-        inputs and outputs are file names in the folder; `work` must write every output.
+        inputs and outputs are file names in the folder; `work` must write every output. What it returns, if anything,
+        is recorded as `found`: what the stage settled that the config left open.
         """
         reads = {file: file_hash(self.path(file)) for file in inputs}
         record = self.manifest["stages"].get(name)
@@ -168,7 +171,7 @@ class Run:
         tag = hashlib.sha256(json.dumps(reads, sort_keys=True).encode()).hexdigest()[:12]
         ledger = Ledger.open(self.path(f".ledger-{name}-{tag}.jsonl"))
         start = time.monotonic()
-        work(ledger)
+        found = work(ledger)
         self.worked.append(name)
         self.manifest["stages"][name] = {
             "reads": reads,
@@ -176,6 +179,7 @@ class Run:
             "seconds": round(time.monotonic() - start, 3),
             "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "versions": versions(),
+            **({"found": found} if found else {}),
         }
         self.write_json(MANIFEST, self.manifest)
         for stale in self.folder.glob(f".ledger-{name}-*.jsonl"):

@@ -1,4 +1,4 @@
-"""Chat templates: what they put after the instruction, padding, refusal openers, where replies end."""
+"""Chat prompts: rendering, padding, refusal openers, where replies end. Templates by family: test_templates.py."""
 
 import dataclasses
 import json
@@ -11,28 +11,6 @@ import tiny
 from refusal_jax import UserError, load_model
 from refusal_jax.chat import Chat, bucket
 
-# Templates in the style of well-known families, and the text that each puts after the instruction.
-FAMILIES = {
-    "llama-3": (tiny.TEMPLATE, (), tiny.AFTER_INSTRUCTION),
-    "llama-2": (
-        "{{ bos_token }}{% for m in messages %}[INST] {{ m['content'] | trim }} [/INST]{% endfor %}",
-        (),
-        " [/INST]",
-    ),
-    "chatml": (
-        "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
-        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
-        ("<|im_start|>", "<|im_end|>"),
-        "<|im_end|>\n<|im_start|>assistant\n",
-    ),
-    "gemma": (
-        "{{ bos_token }}{% for m in messages %}<start_of_turn>{{ m['role'] }}\n{{ m['content'] | trim }}<end_of_turn>\n"
-        "{% endfor %}{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}",
-        ("<start_of_turn>", "<end_of_turn>"),
-        "<end_of_turn>\n<start_of_turn>model\n",
-    ),
-}
-
 
 def make_chat(folder, template=tiny.TEMPLATE, context=256, extra=(), **more) -> Chat:
     tiny.tiny_tokenizer(folder, template, extra, **more)
@@ -42,15 +20,6 @@ def make_chat(folder, template=tiny.TEMPLATE, context=256, extra=(), **more) -> 
 @pytest.fixture
 def chat(model) -> Chat:
     return model.chat
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_post_instruction_tokens(family, tmp_path):
-    template, extra, after = FAMILIES[family]
-    chat = make_chat(tmp_path, template, extra=extra)
-    assert chat.post_instruction_ids == tuple(chat.ids(after))
-    for instruction in ("How do I bake the bread?", "list 3", "(x)", "Ünïcode ¿"):
-        assert chat.ids(chat.render(instruction))[-len(chat.post_instruction_ids) :] == chat.ids(after)
 
 
 def test_token_names_are_readable(chat):
@@ -76,9 +45,9 @@ def test_no_system_prompt_and_one_bos(chat):
 
 
 def test_template_that_fails(tmp_path):
-    chat = make_chat(tmp_path, "{{ raise_exception('system prompt needed') }}")
-    with pytest.raises(UserError, match=r"failed on a single user message \(system prompt needed\)\. Repair"):
-        chat.render("help")
+    message = r"template \(tokenizer\) failed on a single user message \(system prompt needed\)\. Repair it, or"
+    with pytest.raises(UserError, match=message):
+        make_chat(tmp_path, "{{ raise_exception('system prompt needed') }}")
 
 
 def test_encode_pads_on_the_left(chat):
@@ -168,7 +137,16 @@ def test_end_tokens_of_all_files(tmp_path):
     assert Chat.load(tmp_path, 64).eos_ids == (9, 5, tokenizer.eos_token_id)
 
 
-def test_no_end_token(tmp_path):
+def test_ends_of_turns_end_replies_even_if_no_file_says_so(tmp_path):
+    """First releases of Gemma and Llama 3 name only the end of the text, and would go on to talk to themselves."""
+    extra = ("<end_of_turn>", "<eos>")
+    chat = make_chat(tmp_path, extra=extra, eos_token="<eos>")
+    turn, end = chat.tokenizer.convert_tokens_to_ids(list(extra))
+    assert chat.eos_ids == (end, chat.tokenizer.convert_tokens_to_ids("<|eot_id|>"), turn)
+
+
+def test_no_end_token(tmp_path, monkeypatch):
+    monkeypatch.setattr(tiny, "SPECIAL", ("<a>", "<b>", "<c>", "<d>", "<e>"))
     with pytest.raises(UserError, match="names no end-of-sequence token, neither in generation_config.json nor"):
         make_chat(tmp_path, eos_token=None)
 
@@ -198,11 +176,6 @@ def test_damaged_tokenizer(tmp_path):
     (tmp_path / "tokenizer.json").write_text((tmp_path / "tokenizer.json").read_text()[:500])
     with pytest.raises(UserError, match=r"The tokenizer of .* could not be loaded \(.+\)\. Copy its tokenizer files"):
         Chat.load(tmp_path, 64)
-
-
-def test_tokenizer_without_a_chat_template(tmp_path):
-    with pytest.raises(UserError, match="has no chat template, so instructions cannot be posed"):
-        make_chat(tmp_path, template=None)
 
 
 def test_code_in_a_checkpoint_is_never_run(tmp_path):

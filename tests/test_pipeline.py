@@ -8,6 +8,7 @@ import pytest
 from refusal_jax import UserError
 from refusal_jax.study import pipeline
 from refusal_jax.study.config import get_config
+from refusal_jax.study.refusal_tokens import Opening
 from refusal_jax.study.sampling import SPLITS
 
 STAGES = ["prompts", "activations", "selection", "projections", "completions", "evaluations", "loss", "report"]
@@ -34,7 +35,7 @@ def data(tmp_path_factory):
 def config(llama, data):
     config = get_config()
     config.model = str(llama)
-    config.update(filter=False, batch_size=4)
+    config.update(filter=False, batch_size=4, refusal_tokens=("I",))
     config.data.update({split: str(data / f"{split}.json") for split in SPLITS})
     config.select.update(kl_threshold=1e9, induce_threshold=-1e9, prune_fraction=0.0)
     config.generation.update(max_new_tokens=4, batch_size=4)
@@ -47,6 +48,10 @@ def test_study(config, tmp_path):
     read = {path.name: json.loads(path.read_text()) for path in work.rglob("*.json")}
     assert list(read["setup.json"]["post_instruction_tokens"][0]) == ["id", "text"]
     assert read["setup.json"]["positions"] == 5 and read["setup.json"]["n_layers"] == 3
+    assert [token["text"] for token in read["setup.json"]["refusal_tokens"]] == ["I"]
+    assert read["setup.json"]["refusal_tokens_from"] == "config" and read["setup.json"]["openings"] == []
+    assert read["setup.json"]["chat_template"] == "tokenizer" and read["setup.json"]["thinking"] is False
+    assert read["manifest.json"]["stages"]["activations"]["found"] == read["setup.json"]
     assert len(read["direction_evaluations.json"]) == 15
     picked = read["direction_metadata.json"]
     assert set(picked) == {"pos", "layer"} and -5 <= picked["pos"] < 0 <= picked["layer"] < 3
@@ -88,7 +93,43 @@ def test_study_without_baselines(config, tmp_path):
     assert pipeline.run_study(config, tmp_path / "run").worked == STAGES
 
 
-@pytest.mark.parametrize("change", ["condition", "data", "loss", "model"])
+def test_refusal_tokens_from_data(config, tmp_path, monkeypatch):
+    config.update(refusal_tokens=())
+    seen, openings = [], [Opening(50, "S", 0.7, 0.1), Opening(40, "I", 0.2, 0.0), Opening(41, "J", 0.1, 0.9)]
+    monkeypatch.setattr(pipeline, "measure_openings", lambda *args: seen.append(args) or openings)
+    run = pipeline.run_study(config, tmp_path / "run")
+    assert run.worked == STAGES and run.read_json(pipeline.SETUP)["refusal_tokens_from"] == "data"
+    ((_, harmful, harmless, batch_size),) = seen
+    assert all("rob" in text for text in harmful) and all("bake" in text for text in harmless) and batch_size == 4
+    setup = run.read_json(pipeline.SETUP)
+    assert [token["id"] for token in setup["refusal_tokens"]] == [40, 50]
+    assert setup["openings"][0] == {"id": 50, "text": "S", "harmful": 0.7, "harmless": 0.1, "chosen": True}
+    assert run.manifest["stages"]["activations"]["found"]["openings"] == setup["openings"]
+    assert pipeline.run_study(config, tmp_path / "run").worked == []
+
+
+def test_no_refusal_tokens_in_the_data(config, tmp_path, monkeypatch):
+    config.update(refusal_tokens=())
+    monkeypatch.setattr(pipeline, "measure_openings", lambda *args: [Opening(40, "I", 0.2, 0.2)])
+    with pytest.raises(UserError, match=r"No usual beginning of a reply tells .*'I' 0\.200 and 0\.200"):
+        pipeline.run_study(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_chat_template_and_thinking(config, tmp_path):
+    file = tmp_path / "mine.jinja"
+    file.write_text("Q: {{ messages[0]['content'] }} A:{% if thinking and enable_thinking %} Hm.{% endif %}")
+    config.update(chat_template=str(file), thinking=True)
+    run = pipeline.run_study(config, tmp_path / "run")
+    setup = run.read_json(pipeline.SETUP)
+    assert setup["chat_template"] == str(file) and setup["thinking"] is True
+    assert "".join(token["text"] for token in setup["post_instruction_tokens"]) == " A: Hm."
+    file.write_text("Q: {{ messages[0]['content'] }} A:")
+    with pytest.raises(UserError, match=r"holds a run of another study: input .*mine\.jinja was"):
+        pipeline.run_study(config, tmp_path / "run")
+
+
+@pytest.mark.parametrize("change", ["condition", "data", "loss", "model", "template", "template file"])
 def test_bad_settings_leave_no_folder(change, config, tmp_path):
     if change == "condition":
         config.generation.conditions, message = ("harmful_baselin",), "unknown condition 'harmful_baselin'"
@@ -96,6 +137,10 @@ def test_bad_settings_leave_no_folder(change, config, tmp_path):
         config.data.harmless_val, message = str(tmp_path / "gone.json"), r"gone\.json is not a file\. Check the path in"
     elif change == "loss":
         config.loss.text_files, message = (str(tmp_path / "gone.txt"),), r"gone\.txt is not a file\. Check the path"
+    elif change == "template":
+        config.chat_template, message = "vicuna", "there is no chat template 'vicuna'"
+    elif change == "template file":
+        config.chat_template, message = str(tmp_path / "gone.jinja"), r"gone\.jinja is not a file"
     else:
         config.model, message = str(tmp_path / "gone"), "gone is not a folder"
     with pytest.raises(UserError, match=message):

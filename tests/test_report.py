@@ -12,6 +12,7 @@ import pytest
 from refusal_jax.report import figures
 from refusal_jax.report.page import auc, write_report
 from refusal_jax.report.summary import Condition, Rate, damage_in_words, verdict_in_words
+from refusal_jax.report.text import setup_lines
 from refusal_jax.runs import Run
 from refusal_jax.study.config import get_config
 from refusal_jax.study.judges import evaluate_completions, wilson_interval
@@ -83,6 +84,13 @@ def make_run(folder, layers=6, positions=5, width=16, n_val=32, full_grid=False,
     tokens = [{"id": 100 + i, "text": text} for i, text in enumerate((*TOKENS, *TOKENS)[:positions])]
     setup = {"model": "/models/<i>tiny</i> & co", "dtype": "bfloat16", "n_layers": layers, "d_model": width}
     setup |= {"positions": positions, "post_instruction_tokens": tokens, "refusal_tokens": [{"id": 40, "text": "I"}]}
+    openings = [
+        {"id": 41 + i, "text": f"T{i}", "harmful": 0.02 * i, "harmless": 0.3, "chosen": False} for i in range(14)
+    ]
+    openings.insert(0, {"id": 40, "text": "I", "harmful": 0.75, "harmless": 0.001, "chosen": True})
+    openings.append({"id": 7, "text": HOSTILE[0], "harmful": 0.0, "harmless": 0.6, "chosen": False})
+    setup |= {"chat_template": "/home/<b>me</b>.jinja", "thinking": False}
+    setup |= {"refusal_tokens_from": "data", "openings": openings}
     run.write_json("setup.json", setup)
     scores = {"harmful": rng.normal(6, 3, n_val), "harmless": rng.normal(-8, 3, n_val)}
     kept = {"harmful": scores["harmful"] > 0, "harmless": scores["harmless"] < 0}
@@ -186,6 +194,27 @@ def test_summary_numbers_are_those_of_the_evaluations(run_and_page):
         expected = 1 - evaluations["substring_matching_success_rate"]
         assert int(refused) == round(expected * n)
         assert (rate, low, high) == tuple(f"{100 * v:.1f}" for v in (expected, *wilson_interval(int(refused), n)))
+
+
+def test_template_and_refusal_tokens_are_told(run_and_page, tmp_path):
+    run, page = run_and_page
+    text = " ".join(Elements(page).text.split())
+    assert "Chat template: /home/<b>me</b>.jinja, thinking off" in text and "Refusal tokens, from data I" in text
+    table = page[
+        page.index("How the refusal tokens were found") : page.index("</details>", page.index("How the refusal"))
+    ]
+    rows = re.findall(r'title="id (\d+)">.*?>([\d.]+)</td><td class="n">([\d.]+)</td><td>(yes|no)', table, re.DOTALL)
+    assert rows[0] == ("40", "0.750", "0.001", "yes") and rows[1] == ("7", "0.000", "0.600", "no") and len(rows) == 10
+    assert setup_lines(run.read_json("setup.json")) == [
+        f"Chat template: /home/<b>me</b>.jinja, thinking off. Post-instruction tokens: {' '.join(TOKENS)}",
+        "Refusal tokens, from data (mean probability after harmful and harmless prompts): I (0.750, 0.001)",
+    ]
+    run, verdicts = make_run(tmp_path / "given")
+    setup = run.read_json("setup.json") | {"refusal_tokens_from": "config", "openings": [], "thinking": True}
+    run.write_json("setup.json", setup)
+    assert "How the refusal tokens were found" not in page_of(run, verdicts)
+    assert setup_lines(setup)[0].startswith("Chat template: /home/<b>me</b>.jinja, thinking on. ")
+    assert setup_lines(setup)[1] == "Refusal tokens, from config: I"
 
 
 def test_two_writes_give_the_same_bytes_even_after_the_report_is_recorded(run_and_page):

@@ -144,6 +144,14 @@ def test_a_stage_is_redone_if_what_it_read_changed(tmp_path):
     assert seen == [[7]]
 
 
+def test_what_a_stage_returns_is_in_the_manifest(tmp_path):
+    double(tmp_path, [])
+    with Run.open(tmp_path, CONFIG, INPUTS) as run:
+        run.stage("c", [], [], lambda ledger: {"template": "chatml"})
+    stages = json.loads((tmp_path / "manifest.json").read_text())["stages"]
+    assert stages["c"]["found"] == {"template": "chatml"} and "found" not in stages["a"]
+
+
 def test_a_stage_continues_where_it_stopped(tmp_path):
     calls = []
     with pytest.raises(KeyboardInterrupt):

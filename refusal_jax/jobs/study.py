@@ -7,6 +7,8 @@
 Stopped at any moment, the same command continues; run again when finished, it does nothing. Every setting is a field
 of the config (refusal_jax/study/config.py explains them all) and can be overridden by --config.SECTION.NAME=VALUE.
 Prompts come from the bundled set, or from files: --config.data.harmful_train=my.csv (.json, .jsonl, .csv, .txt).
+Chat template and refusal tokens are the model's own, found and printed; --config.chat_template=NAME (chatml, gemma,
+llama-2, llama-3, llama-3-published, or a .jinja file) and --config.refusal_tokens="('I', 'As')" set them.
 
 The folder gets: direction.safetensors and direction_metadata.json (the direction, its position and layer),
 direction_evaluations.json, completions/, loss_evals/ (all in the format of the paper's code), manifest.json and

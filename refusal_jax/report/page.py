@@ -25,10 +25,12 @@ from refusal_jax.report.summary import (
     verdict_in_words,
 )
 from refusal_jax.runs import write_atomically
+from refusal_jax.study.refusal_tokens import LEAST_DIFFERENCE, LEAST_RATIO
 from refusal_jax.study.selection import Rule
 
 REPORT = "report.html"
 SAMPLES = {"harmful": 8, "harmless": 5}
+OPENINGS, RARE = 10, 0.001  # how many beginnings of replies are shown, and the mean probability that makes one rare
 LONG_TEXT, LONG_LINES = 340, 8  # completions over either are clipped until opened
 CONTROLS = {code: "\N{REPLACEMENT CHARACTER}" for code in (*range(9), 11, 12, *range(14, 32), 127)}
 SCORES = (
@@ -97,6 +99,9 @@ def page_context(run, verdicts: Sequence[str]) -> dict:
         "conditions": conditions,
         "judges": judges,
         "refusal_judge": REFUSAL_JUDGE,
+        "openings": telling_openings(setup["openings"]),
+        "least_difference": LEAST_DIFFERENCE,
+        "least_ratio": LEAST_RATIO,
         "filter": filter_rows(run),
         "losses": loss_rows(losses),
         "samples": [sample_rows(dataset) for dataset in by_dataset(conditions)],
@@ -148,6 +153,13 @@ def auc(above: np.ndarray, below: np.ndarray) -> float | None:
         return None
     difference = above[:, None].astype(np.float64) - below[None, :]
     return float(((difference > 0) + 0.5 * (difference == 0)).mean())
+
+
+def telling_openings(openings: list[dict]) -> list[dict]:
+    """The chosen openings, and of the others those that replies of either kind most often begin with."""
+    seen = [row for row in openings if row["chosen"] or max(row["harmful"], row["harmless"]) >= RARE]
+    seen.sort(key=lambda row: (not row["chosen"], -max(row["harmful"], row["harmless"])))
+    return seen[: max(OPENINGS, sum(row["chosen"] for row in openings))]
 
 
 def filter_rows(run) -> list[dict]:

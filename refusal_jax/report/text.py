@@ -6,8 +6,24 @@ from refusal_jax.runs import Run
 COLUMNS = ("baseline", "ablation", "actadd")
 
 
+def setup_lines(setup: dict) -> list[str]:
+    """The chat template, what it puts after the instruction, and the refusal tokens with where they came from."""
+    openings = {row["id"]: row for row in setup["openings"]}
+    tokens = []
+    for token in setup["refusal_tokens"]:
+        row = openings.get(token["id"])
+        tokens.append(f"{token['text']} ({row['harmful']:.3f}, {row['harmless']:.3f})" if row else token["text"])
+    return [
+        f"Chat template: {setup['chat_template']}, thinking {'on' if setup['thinking'] else 'off'}. Post-instruction "
+        f"tokens: {' '.join(token['text'] for token in setup['post_instruction_tokens'])}",
+        f"Refusal tokens, from {setup['refusal_tokens_from']}"
+        f"{' (mean probability after harmful and harmless prompts)' if openings else ''}: {', '.join(tokens)}",
+    ]
+
+
 def text_summary(run: Run) -> str:
-    """The selected direction, refusal rates with 95 % intervals, losses, and the verdict in words."""
+    """Template and refusal tokens, the selected direction, refusal rates with 95 % intervals, losses, and the verdict in
+    words."""
     picked = run.read_json("direction_metadata.json")
     row = next(
         r
@@ -15,6 +31,7 @@ def text_summary(run: Run) -> str:
         if (r["position"], r["layer"]) == (picked["pos"], picked["layer"])
     )
     lines = [
+        *setup_lines(run.read_json("setup.json")),
         f"Direction: position {row['position']}, layer {row['layer']}. Bypass {row['refusal_score']:.3f}, induce "
         f"{row['steering_score']:.3f}, KL {row['kl_div_score']:.4f}.",
         "",

@@ -12,8 +12,10 @@ def get_config() -> ConfigDict:
     config.model = ""  # folder of an HF checkpoint; "" is the embedded demo model
     config.dtype = "auto"  # float32, bfloat16, float16; auto: float32 on CPU, bfloat16 elsewhere
     config.batch_size = 32  # rows of a forward pass
-    config.refusal_tokens = ("I",)  # how refusals begin, as text or token ids; their probabilities are summed
-    # (on the command line: --config.refusal_tokens="('I', 'As')")
+    config.chat_template = ""  # a name of templates.BUILT_IN or a .jinja file; "": the tokenizer's, or recognised
+    config.thinking = False  # ask models that can think to do so; refusal is read at the reply's first token, so don't
+    # how refusals begin, as text or token ids, whose probabilities are summed; (): measured on training prompts
+    config.refusal_tokens = ()  # (on the command line: --config.refusal_tokens="('I', 'As')")
     # candidate positions; none: all post-instruction tokens
     config.positions = ml_collections.config_dict.placeholder(int)
     config.filter = True  # keep only harmful prompts that are refused and harmless ones that are not

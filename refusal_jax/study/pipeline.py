@@ -17,8 +17,9 @@ from refusal_jax.chat_model import ChatModel, demo_model_path, load_model
 from refusal_jax.data.prompts import dataset_name, file_hash, read_prompts, resolve
 from refusal_jax.edits import EPS, Edits
 from refusal_jax.errors import UserError
+from refusal_jax.models.attention import Context
 from refusal_jax.models.config import load_config
-from refusal_jax.models.decoder import Context, Decoder
+from refusal_jax.models.decoder import Decoder
 from refusal_jax.report.page import write_report
 from refusal_jax.runs import Ledger, Run, checkpoint_fingerprint
 from refusal_jax.sharding import make_mesh
@@ -26,9 +27,11 @@ from refusal_jax.study.activations import extract, length_batches
 from refusal_jax.study.completions import complete, intervention_edits, parse_condition
 from refusal_jax.study.judges import JUDGES, evaluate_completions
 from refusal_jax.study.loss import loss_datasets, measure_loss, read_chat_pairs
+from refusal_jax.study.refusal_tokens import Opening, measure_openings, refusal_openings
 from refusal_jax.study.sampling import SPLITS, sample_prompts
 from refusal_jax.study.selection import Rule, evaluate_candidates, pick
 from refusal_jax.taps import Taps
+from refusal_jax.templates import named_template
 
 PROMPTS, SETUP, FILTER, MEANS = "prompts.json", "setup.json", "filter.json", "mean_diffs.safetensors"
 EVALUATIONS, METADATA, DIRECTION = "direction_evaluations.json", "direction_metadata.json", "direction.safetensors"
@@ -47,7 +50,8 @@ def run_study(config: ConfigDict, workdir: str | pathlib.Path) -> Run:
     inputs = {"model": checkpoint_fingerprint(folder)}
     for split in SPLITS:
         inputs[split] = _hash(resolve(config.data[split], split))
-    for file in (*config.loss.text_files, *config.loss.chat_files):
+    template = [config.chat_template] if config.chat_template.endswith(".jinja") else []
+    for file in (*config.loss.text_files, *config.loss.chat_files, *template):
         inputs[file] = _hash(pathlib.Path(file))
     with Run.open(workdir, config.to_dict(), inputs) as run:
         try:
@@ -60,7 +64,9 @@ def run_study(config: ConfigDict, workdir: str | pathlib.Path) -> Run:
 
 
 def check_settings(config: ConfigDict) -> None:
-    """Raises UserError for settings and loss files that cannot work with any model."""
+    """Raises UserError for settings and files that cannot work with any model."""
+    if config.chat_template:
+        named_template(config.chat_template)
     if not config.generation.conditions:
         raise UserError("--config.generation.conditions is empty: name at least one, such as harmful_baseline.")
     stems = ["on_distribution"]
@@ -90,7 +96,7 @@ def check_settings(config: ConfigDict) -> None:
 
 def _hash(path: pathlib.Path) -> str:
     if not path.is_file():
-        raise UserError(f"{path} is not a file. Check the path in the config's data or loss section.")
+        raise UserError(f"{path} is not a file. Check the path in the config (data, loss or chat_template).")
     return file_hash(path)
 
 
@@ -132,7 +138,14 @@ class Study:
     def model(self) -> ChatModel:
         mesh = dict(self.config.mesh)
         mesh = make_mesh(**mesh) if any(size != 1 for size in mesh.values()) else None
-        model = load_model(self.folder, self.config.dtype, mesh, progress=True)
+        model = load_model(
+            self.folder,
+            self.config.dtype,
+            mesh,
+            progress=True,
+            chat_template=self.config.chat_template,
+            thinking=self.config.thinking,
+        )
         room = self.config.generation.max_new_tokens
         for split, rows in self.run.read_json(PROMPTS).items():
             longest = int(model.encode([row["instruction"] for row in rows]).mask.sum(axis=1).max())
@@ -161,17 +174,28 @@ class Study:
     def prompts(self, ledger: Ledger) -> None:
         self.run.write_json(PROMPTS, sample_prompts(self.config.data))
 
-    def activations(self, ledger: Ledger) -> None:
-        """Scores, filter and mean differences (paper, section 2.3), from one pass over the train and val prompts."""
+    def refusal_tokens(self) -> tuple[tuple[int, ...], list[Opening]]:
+        """The ids of the refusal tokens and, where the config leaves them open, the openings they were chosen from."""
+        if self.config.refusal_tokens:
+            return self.model.chat.opener_ids(self.config.refusal_tokens), []
+        harmful, harmless = (self.instructions(f"{side}_train", kept_only=False) for side in ("harmful", "harmless"))
+        openings = measure_openings(self.model, harmful, harmless, self.config.batch_size)
+        return refusal_openings(openings), openings
+
+    def activations(self, ledger: Ledger) -> dict:
+        """Scores, filter and mean differences (paper, section 2.3), from one pass over the train and val prompts.
+
+        Returns the setup: what of model, template and refusal tokens the results rest on.
+        """
         config, chat = self.config, self.model.chat
-        refusal_ids, template = chat.opener_ids(config.refusal_tokens), chat.post_instruction_ids
+        template = chat.post_instruction_ids
         positions = len(template) if config.positions is None else config.positions
         if not 1 <= positions <= len(template):
             raise UserError(
                 f"--config.positions = {positions}, but the chat template puts {len(template)} tokens after the "
                 f"instruction ({' '.join(chat.token_names(template))}). Choose 1 to {len(template)}."
             )
-        found = {}
+        (refusal_ids, openings), found = self.refusal_tokens(), {}
         for split in SPLITS[:4]:
             sign = 0 if not config.filter else 1 if split.startswith("harmful") else -1
             found[split] = extract(
@@ -183,27 +207,30 @@ class Study:
                 config.batch_size,
                 split,
             )
-        self.run.write_json(
-            SETUP,
-            {
-                "model": str(self.folder.resolve()),
-                "dtype": str(self.model.decoder.dtype),
-                "n_layers": self.model.config.n_layers,
-                "d_model": self.model.config.d_model,
-                "positions": positions,
-                "post_instruction_tokens": [
-                    {"id": i, "text": t} for i, t in zip(template, chat.token_names(template), strict=True)
-                ],
-                "refusal_tokens": [
-                    {"id": i, "text": t} for i, t in zip(refusal_ids, chat.token_names(refusal_ids), strict=True)
-                ],
-            },
-        )
+        setup = {
+            "model": str(self.folder.resolve()),
+            "dtype": str(self.model.decoder.dtype),
+            "n_layers": self.model.config.n_layers,
+            "d_model": self.model.config.d_model,
+            "chat_template": chat.template_origin,
+            "thinking": chat.thinking,
+            "positions": positions,
+            "post_instruction_tokens": [
+                {"id": i, "text": t} for i, t in zip(template, chat.token_names(template), strict=True)
+            ],
+            "refusal_tokens": [
+                {"id": i, "text": t} for i, t in zip(refusal_ids, chat.token_names(refusal_ids), strict=True)
+            ],
+            "refusal_tokens_from": "data" if openings else "config",
+            "openings": [{**dataclasses.asdict(o), "chosen": o.chosen} for o in openings],
+        }
+        self.run.write_json(SETUP, setup)
         self.run.write_json(
             FILTER, {split: {"scores": e.scores.tolist(), "kept": e.kept.tolist()} for split, e in found.items()}
         )
         harmful, harmless = (np.swapaxes(found[s].mean_lpd, 0, 1) for s in ("harmful_train", "harmless_train"))
         self.run.write_tensors(MEANS, {"mean_diffs": harmful - harmless, "harmful": harmful, "harmless": harmless})
+        return setup
 
     def selection(self, ledger: Ledger) -> None:
         select, setup = self.config.select, self.run.read_json(SETUP)

@@ -1,0 +1,104 @@
+"""Which tokens refusals of a model begin with, found in its own probabilities.
+
+The paper names refusal tokens by hand, from replies that were read (section 2.3). Here usual beginnings of replies are
+measured instead: a refusal token is one that the model puts first after harmful prompts, and not after harmless ones.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from refusal_jax.chat import PROBES, Chat
+from refusal_jax.chat_model import ChatModel
+from refusal_jax.errors import UserError
+from refusal_jax.study.activations import length_batches
+
+OPENERS = (
+    "I I'm I’m I'll As Sorry Unfortunately Apologies No Not Cannot Can My We You Your It It's This That There The If "
+    "While Although Please Thank Thanks Sure Certainly Absolutely Of Okay OK Yes Here Here's To In For First What How "
+    "Let A An"
+).split()
+SAMPLE = 32  # prompts of each side
+LEAST_DIFFERENCE, LEAST_RATIO = 0.05, 3.0
+SHOWN = 5
+
+
+@dataclasses.dataclass(frozen=True)
+class Opening:
+    """A first token of replies: its id, its text, and its mean probability after harmful and after harmless prompts."""
+
+    id: int
+    text: str
+    harmful: float
+    harmless: float
+
+    @property
+    def chosen(self) -> bool:
+        """Whether it is a refusal token: at least LEAST_DIFFERENCE more probable after harmful prompts, and at least
+        LEAST_RATIO times as probable.
+
+        The first bound leaves out what is too rare to move the refusal score: it decides at a total of one half, so a
+        token of less than a twentieth seldom tips it. The second leaves out what begins replies of both kinds: of as
+        many prompts of each, at least three in four that are answered with a chosen token are harmful.
+        """
+        return self.harmful - self.harmless >= LEAST_DIFFERENCE and self.harmful >= LEAST_RATIO * self.harmless
+
+
+def candidate_ids(chat: Chat, openers: Sequence[str] = tuple(OPENERS)) -> tuple[int, ...]:
+    """The tokens that replies beginning with the openers may begin with, sorted.
+
+    Of each opener that is the first token of the text alone, and the one that really follows a prompt, both without and
+    with a leading space. They differ: SentencePiece puts a space before text that stands alone, and merges a space that
+    ends the template with the word. A token that is no beginning of the opener's text is left out.
+    """
+    prompt, found = chat.ids(chat.render(PROBES[0])), set()
+    for opener in openers:
+        for text in (opener, f" {opener}"):
+            after = chat.ids(chat.render(PROBES[0], text))
+            shared = next((i for i, (a, b) in enumerate(zip(prompt, after, strict=False)) if a != b), len(prompt))
+            for ids in (chat.ids(text), after[shared:]):
+                start = chat.tokenizer.decode(ids[:1]).strip()
+                if start and opener.startswith(start):
+                    found.add(ids[0])
+    return tuple(sorted(found))
+
+
+def measure_openings(model: ChatModel, harmful: list[str], harmless: list[str], batch_size: int) -> list[Opening]:
+    """The usual openings, by how much more probable they are after the harmful instructions than after the harmless;
+    at most SAMPLE of each are used. Probabilities are of the unedited model's next token, float32, means float64."""
+    ids = candidate_ids(model.chat)
+    means = [_mean_probabilities(model, side[:SAMPLE], ids, batch_size) for side in (harmful, harmless)]
+    rows = zip(ids, model.chat.token_names(ids), *(mean.round(6).tolist() for mean in means), strict=True)
+    return sorted((Opening(*row) for row in rows), key=lambda o: (o.harmless - o.harmful, o.id))
+
+
+def refusal_openings(openings: Sequence[Opening]) -> tuple[int, ...]:
+    """The ids of the chosen openings, sorted. Raises UserError, with the best candidates, if there are none."""
+    chosen = tuple(sorted(o.id for o in openings if o.chosen))
+    if not chosen:
+        best = ", ".join(f"{o.text!r} {o.harmful:.3f} and {o.harmless:.3f}" for o in openings[:SHOWN])
+        raise UserError(
+            "No usual beginning of a reply tells harmful prompts from harmless ones. The best, with mean probability "
+            f"after harmful and after harmless prompts: {best}. The model may not refuse, or refuses with other words: "
+            "look at its replies and set --config.refusal_tokens=\"('I',)\" to how refusals begin. Otherwise check "
+            "--config.chat_template, and that --config.thinking is off if replies begin with thoughts."
+        )
+    return chosen
+
+
+def _mean_probabilities(model: ChatModel, instructions: list[str], ids: Sequence[int], batch_size: int) -> np.ndarray:
+    """Mean probability of each id as the first token of the reply, float64 `[len(ids)]`."""
+    total = np.zeros(len(ids))
+    for index, batch in length_batches(model, instructions, batch_size):
+        p_bc = opening_probabilities(model.logits(batch.tokens, batch.mask), jnp.asarray(ids, jnp.int32))
+        total += np.asarray(p_bc, np.float64)[: len(index)].sum(axis=0)
+    return total / len(instructions)
+
+
+@jax.jit
+def opening_probabilities(logits_bv: jax.Array, ids_c: jax.Array) -> jax.Array:
+    """Probabilities of the ids, float32 `[B, C]`."""
+    return jax.nn.softmax(logits_bv.astype(jnp.float32), axis=-1)[:, ids_c]
