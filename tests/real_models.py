@@ -1,0 +1,548 @@
+"""The `config.json` of real checkpoints, as the hub has them, and how many parameters each has.
+
+Attributes are given in the hub's spelling, quirks included, because readers must cope with them: Gemma 3's multimodal
+configs leave most of their text part to the defaults of its config class, Qwen 1 counts both MLP branches in
+`intermediate_size`, Phi-3 has a sliding window of 2047. Left out are token ids, versions and the like, which nothing
+computes with. Counts include embeddings, and a tied matrix once.
+"""
+
+from typing import NamedTuple
+
+
+class Real(NamedTuple):
+    """A checkpoint: hub repository, config and the number of parameters that we load.
+
+    The published count, except where a multimodal checkpoint is read for its language model only: then that part's.
+    """
+
+    repo: str
+    parameters: int
+    config: dict
+
+
+def shape(hidden, layers, heads, kv_heads, mlp, vocab, context, **more) -> dict:
+    """The attributes that nearly every config names alike, and `more`."""
+    return {
+        "hidden_size": hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "intermediate_size": mlp,
+        "vocab_size": vocab,
+        "max_position_embeddings": context,
+        **more,
+    }
+
+
+def family(model_type: str, architecture: str, **more) -> dict:
+    """What the configs of a family share: its names, attributes that all of them carry, and `more`."""
+    return {
+        "model_type": model_type,
+        "architectures": [architecture],
+        "initializer_range": 0.02,
+        "use_cache": True,
+        "torch_dtype": "bfloat16",
+        **more,
+    }
+
+
+# --- Qwen 1: its own names, its own code; no kv heads, biases on q, k and v only -------------------------------------
+
+
+def qwen_1(hidden, layers, mlp_of_both_branches, vocab, context, trained_on, rope_base=10000, stretch=True) -> dict:
+    shared = family("qwen", "QWenLMHeadModel", tokenizer_class="QWenTokenizer")
+    del shared["torch_dtype"]  # given by the three switches below
+    return shared | {
+        "auto_map": {
+            "AutoConfig": "configuration_qwen.QWenConfig",
+            "AutoModelForCausalLM": "modeling_qwen.QWenLMHeadModel",
+        },
+        "attn_dropout_prob": 0.0,
+        "bf16": False,
+        "emb_dropout_prob": 0.0,
+        "fp16": False,
+        "fp32": False,
+        "hidden_size": hidden,
+        "intermediate_size": mlp_of_both_branches,
+        "kv_channels": 128,
+        "layer_norm_epsilon": 1e-6,
+        "max_position_embeddings": context,
+        "no_bias": True,
+        "num_attention_heads": hidden // 128,
+        "num_hidden_layers": layers,
+        "onnx_safe": None,
+        "rotary_emb_base": rope_base,
+        "rotary_pct": 1.0,
+        "scale_attn_weights": True,
+        "seq_length": trained_on,
+        "softmax_in_fp32": False,
+        "tie_word_embeddings": False,
+        "use_cache_kernel": False,
+        "use_cache_quantization": False,
+        "use_dynamic_ntk": stretch,
+        "use_flash_attn": "auto",
+        "use_logn_attn": stretch,
+        "vocab_size": vocab,
+    }
+
+
+QWEN_1 = {
+    "Qwen-1_8B-Chat": Real("Qwen/Qwen-1_8B-Chat", 1_836_828_672, qwen_1(2048, 24, 11008, 151936, 8192, 8192)),
+    "Qwen-7B-Chat": Real("Qwen/Qwen-7B-Chat", 7_721_324_544, qwen_1(4096, 32, 22016, 151936, 32768, 8192)),
+    "Qwen-14B-Chat": Real("Qwen/Qwen-14B-Chat", 14_167_290_880, qwen_1(5120, 40, 27392, 152064, 8192, 2048)),
+    "Qwen-72B-Chat": Real(
+        "Qwen/Qwen-72B-Chat",
+        72_287_920_128,
+        qwen_1(8192, 80, 49152, 152064, 32768, 32768, rope_base=1000000, stretch=False),
+    ),
+}
+
+# --- Llama and those that use its architecture -----------------------------------------------------------------------
+
+LLAMA = family("llama", "LlamaForCausalLM", hidden_act="silu", rms_norm_eps=1e-5, pretraining_tp=1)
+LLAMA |= {"rope_scaling": None, "tie_word_embeddings": False}
+LLAMA_2 = LLAMA | {"torch_dtype": "float16"}
+LLAMA_3 = LLAMA | {"attention_bias": False, "attention_dropout": 0.0, "rope_theta": 500000.0}
+LLAMA_3_1_ROPE = {
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+    "rope_type": "llama3",
+}
+LLAMA_3_1 = LLAMA_3 | {"mlp_bias": False, "rope_scaling": LLAMA_3_1_ROPE}
+LLAMA_3_2 = LLAMA_3_1 | {"rope_scaling": LLAMA_3_1_ROPE | {"factor": 32.0}, "tie_word_embeddings": True}
+YI = LLAMA | {"rope_theta": 5000000.0, "attention_bias": False, "pad_token_id": 0}
+
+LLAMAS = {
+    "Yi-6B-Chat": Real("01-ai/Yi-6B-Chat", 6_061_035_520, YI | shape(4096, 32, 32, 4, 11008, 64000, 4096)),
+    "Yi-34B-Chat": Real("01-ai/Yi-34B-Chat", 34_388_917_248, YI | shape(7168, 60, 56, 8, 20480, 64000, 4096)),
+    "Llama-2-7b-chat": Real(
+        "meta-llama/Llama-2-7b-chat-hf", 6_738_415_616, LLAMA_2 | shape(4096, 32, 32, 32, 11008, 32000, 4096)
+    ),
+    "Llama-2-13b-chat": Real(
+        "meta-llama/Llama-2-13b-chat-hf", 13_015_864_320, LLAMA_2 | shape(5120, 40, 40, 40, 13824, 32000, 4096)
+    ),
+    "Llama-2-70b-chat": Real(
+        "meta-llama/Llama-2-70b-chat-hf", 68_976_648_192, LLAMA_2 | shape(8192, 80, 64, 8, 28672, 32000, 4096)
+    ),
+    "Meta-Llama-3-8B-Instruct": Real(
+        "meta-llama/Meta-Llama-3-8B-Instruct", 8_030_261_248, LLAMA_3 | shape(4096, 32, 32, 8, 14336, 128256, 8192)
+    ),
+    "Meta-Llama-3-70B-Instruct": Real(
+        "meta-llama/Meta-Llama-3-70B-Instruct", 70_553_706_496, LLAMA_3 | shape(8192, 80, 64, 8, 28672, 128256, 8192)
+    ),
+    "Llama-3.1-8B-Instruct": Real(
+        "meta-llama/Llama-3.1-8B-Instruct", 8_030_261_248, LLAMA_3_1 | shape(4096, 32, 32, 8, 14336, 128256, 131072)
+    ),
+    "Llama-3.1-70B-Instruct": Real(
+        "meta-llama/Llama-3.1-70B-Instruct", 70_553_706_496, LLAMA_3_1 | shape(8192, 80, 64, 8, 28672, 128256, 131072)
+    ),
+    "Llama-3.2-1B-Instruct": Real(
+        "meta-llama/Llama-3.2-1B-Instruct",
+        1_235_814_400,
+        LLAMA_3_2 | shape(2048, 16, 32, 8, 8192, 128256, 131072, head_dim=64),
+    ),
+    "Llama-3.2-3B-Instruct": Real(
+        "meta-llama/Llama-3.2-3B-Instruct",
+        3_212_749_824,
+        LLAMA_3_2 | shape(3072, 28, 24, 8, 8192, 128256, 131072, head_dim=128),
+    ),
+    "Llama-3.3-70B-Instruct": Real(
+        "meta-llama/Llama-3.3-70B-Instruct", 70_553_706_496, LLAMA_3_1 | shape(8192, 80, 64, 8, 28672, 128256, 131072)
+    ),
+}
+
+# --- Gemma -----------------------------------------------------------------------------------------------------------
+
+# The 2B says "gelu" and means the tanh approximation, as every Gemma does.
+GEMMA = family("gemma", "GemmaForCausalLM", rms_norm_eps=1e-6, rope_theta=10000.0, rope_scaling=None, pad_token_id=0)
+GEMMA |= {"attention_bias": False, "attention_dropout": 0.0, "head_dim": 256}
+GEMMA_2 = family("gemma2", "Gemma2ForCausalLM", rms_norm_eps=1e-6, rope_theta=10000.0, pad_token_id=0)
+GEMMA_2 |= {
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "attn_logit_softcapping": 50.0,
+    "final_logit_softcapping": 30.0,
+    "cache_implementation": "hybrid",
+    "hidden_act": "gelu_pytorch_tanh",
+    "hidden_activation": "gelu_pytorch_tanh",
+    "sliding_window": 4096,
+}
+
+
+def gemma_3(**text) -> dict:
+    """A multimodal Gemma 3: what its text part leaves out, its config class supplies."""
+    return family("gemma3", "Gemma3ForConditionalGeneration") | {
+        "boi_token_index": 255999,
+        "eoi_token_index": 256000,
+        "eos_token_id": [1, 106],
+        "image_token_index": 262144,
+        "mm_tokens_per_image": 256,
+        "text_config": {
+            "model_type": "gemma3_text",
+            "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
+            "sliding_window": 1024,
+            **text,
+        },
+        "vision_config": {
+            "hidden_size": 1152,
+            "image_size": 896,
+            "intermediate_size": 4304,
+            "model_type": "siglip_vision_model",
+            "num_attention_heads": 16,
+            "num_hidden_layers": 27,
+            "patch_size": 14,
+            "vision_use_head": False,
+        },
+    }
+
+
+GEMMAS = {
+    "gemma-2b-it": Real(
+        "google/gemma-2b-it", 2_506_172_416, GEMMA | shape(2048, 18, 8, 1, 16384, 256000, 8192, hidden_act="gelu")
+    ),
+    "gemma-7b-it": Real(
+        "google/gemma-7b-it",
+        8_537_680_896,
+        GEMMA
+        | shape(3072, 28, 16, 16, 24576, 256000, 8192)
+        | {"hidden_act": "gelu_pytorch_tanh", "hidden_activation": "gelu_pytorch_tanh"},
+    ),
+    "gemma-2-2b-it": Real(
+        "google/gemma-2-2b-it",
+        2_614_341_888,
+        GEMMA_2 | shape(2304, 26, 8, 4, 9216, 256000, 8192, head_dim=256, query_pre_attn_scalar=256),
+    ),
+    "gemma-2-9b-it": Real(
+        "google/gemma-2-9b-it",
+        9_241_705_984,
+        GEMMA_2
+        | shape(3584, 42, 16, 8, 14336, 256000, 8192, head_dim=256, query_pre_attn_scalar=256)
+        | {"sliding_window_size": 4096},  # the same again
+    ),
+    "gemma-2-27b-it": Real(
+        "google/gemma-2-27b-it",
+        27_227_128_320,
+        GEMMA_2
+        | shape(4608, 46, 32, 16, 36864, 256000, 8192, head_dim=128, query_pre_attn_scalar=144)
+        | {"sliding_window_size": 4096, "_attn_implementation": "eager"},
+    ),
+    "gemma-3-1b-it": Real(
+        "google/gemma-3-1b-it",
+        999_885_952,
+        family("gemma3_text", "Gemma3ForCausalLM")
+        | shape(1152, 26, 4, 1, 6912, 262144, 32768, head_dim=256, query_pre_attn_scalar=256)
+        | {
+            "attention_bias": False,
+            "attention_dropout": 0.0,
+            "attn_logit_softcapping": None,
+            "bos_token_id": 2,
+            "cache_implementation": "hybrid",
+            "eos_token_id": [1, 106],
+            "final_logit_softcapping": None,
+            "hidden_activation": "gelu_pytorch_tanh",
+            "pad_token_id": 0,
+            "rms_norm_eps": 1e-6,
+            "rope_local_base_freq": 10000,
+            "rope_scaling": None,
+            "rope_theta": 1000000,
+            "sliding_window": 512,
+            "sliding_window_pattern": 6,
+        },
+    ),
+    # With the vision tower and its projector: 4,300,079,472, 12,187,325,040 and 27,432,406,640.
+    "gemma-3-4b-it": Real(
+        "google/gemma-3-4b-it",
+        3_880_263_168,
+        gemma_3(hidden_size=2560, intermediate_size=10240, num_hidden_layers=34),
+    ),
+    "gemma-3-12b-it": Real(
+        "google/gemma-3-12b-it",
+        11_766_034_176,
+        gemma_3(
+            hidden_size=3840,
+            intermediate_size=15360,
+            num_hidden_layers=48,
+            num_attention_heads=16,
+            num_key_value_heads=8,
+        ),
+    ),
+    "gemma-3-27b-it": Real(
+        "google/gemma-3-27b-it",
+        27_009_346_304,
+        gemma_3(
+            hidden_size=5376,
+            intermediate_size=21504,
+            num_hidden_layers=62,
+            num_attention_heads=32,
+            num_key_value_heads=16,
+            head_dim=128,
+            query_pre_attn_scalar=168,
+        ),
+    ),
+}
+
+# --- Qwen 2, 2.5 and 3 -----------------------------------------------------------------------------------------------
+
+# A window is given and switched off; the layers from max_window_layers on would have it.
+QWEN_2 = family("qwen2", "Qwen2ForCausalLM", hidden_act="silu", attention_dropout=0.0, rms_norm_eps=1e-6)
+QWEN_2 |= {"rope_theta": 1000000.0, "use_sliding_window": False, "tie_word_embeddings": False}
+QWEN_3 = family("qwen3", "Qwen3ForCausalLM", hidden_act="silu", attention_bias=False, attention_dropout=0.0)
+QWEN_3 |= {
+    "head_dim": 128,
+    "rms_norm_eps": 1e-6,
+    "rope_scaling": None,
+    "rope_theta": 1000000,
+    "sliding_window": None,
+    "use_sliding_window": False,
+    "tie_word_embeddings": False,
+}
+
+QWENS = {
+    "Qwen2-7B-Instruct": Real(
+        "Qwen/Qwen2-7B-Instruct",
+        7_615_616_512,
+        QWEN_2 | shape(3584, 28, 28, 4, 18944, 152064, 32768, sliding_window=131072, max_window_layers=28),
+    ),
+    "Qwen2.5-0.5B-Instruct": Real(
+        "Qwen/Qwen2.5-0.5B-Instruct",
+        494_032_768,
+        QWEN_2
+        | shape(896, 24, 14, 2, 4864, 151936, 32768, sliding_window=32768, max_window_layers=21)
+        | {"tie_word_embeddings": True},
+    ),
+    "Qwen2.5-7B-Instruct": Real(
+        "Qwen/Qwen2.5-7B-Instruct",
+        7_615_616_512,
+        QWEN_2 | shape(3584, 28, 28, 4, 18944, 152064, 32768, sliding_window=131072, max_window_layers=28),
+    ),
+    "Qwen2.5-72B-Instruct": Real(
+        "Qwen/Qwen2.5-72B-Instruct",
+        72_706_203_648,
+        QWEN_2 | shape(8192, 80, 64, 8, 29568, 152064, 32768, sliding_window=131072, max_window_layers=70),
+    ),
+    "Qwen3-0.6B": Real(
+        "Qwen/Qwen3-0.6B",
+        596_049_920,
+        QWEN_3 | shape(1024, 28, 16, 8, 3072, 151936, 40960, max_window_layers=28, tie_word_embeddings=True),
+    ),
+    "Qwen3-8B": Real(
+        "Qwen/Qwen3-8B", 8_190_735_360, QWEN_3 | shape(4096, 36, 32, 8, 12288, 151936, 40960, max_window_layers=36)
+    ),
+    "Qwen3-32B": Real(
+        "Qwen/Qwen3-32B", 32_762_123_264, QWEN_3 | shape(5120, 64, 64, 8, 25600, 151936, 40960, max_window_layers=64)
+    ),
+}
+
+# --- Mistral ---------------------------------------------------------------------------------------------------------
+
+MISTRAL = family("mistral", "MistralForCausalLM", hidden_act="silu", attention_dropout=0.0, rms_norm_eps=1e-5)
+MISTRAL |= {"tie_word_embeddings": False}
+
+MISTRALS = {
+    "Mistral-7B-Instruct-v0.1": Real(
+        "mistralai/Mistral-7B-Instruct-v0.1",
+        7_241_732_096,
+        MISTRAL | shape(4096, 32, 32, 8, 14336, 32000, 32768, sliding_window=4096, rope_theta=10000.0),
+    ),
+    "Mistral-7B-Instruct-v0.3": Real(
+        "mistralai/Mistral-7B-Instruct-v0.3",
+        7_248_023_552,
+        MISTRAL | shape(4096, 32, 32, 8, 14336, 32768, 32768, sliding_window=None, rope_theta=1000000.0),
+    ),
+    # 32 heads of 128 are less than its width of 5120.
+    "Mistral-Nemo-Instruct-2407": Real(
+        "mistralai/Mistral-Nemo-Instruct-2407",
+        12_247_782_400,
+        MISTRAL
+        | shape(5120, 40, 32, 8, 14336, 131072, 131072, head_dim=128, sliding_window=None, rope_theta=1000000.0),
+    ),
+}
+
+# --- Phi: fused projections, a window that is longer than the context or ends just short of it, longrope -------------
+
+PHI_3 = family("phi3", "Phi3ForCausalLM", hidden_act="silu", attention_bias=False, attention_dropout=0.0)
+PHI_3 |= {"embd_pdrop": 0.0, "resid_pdrop": 0.0, "rms_norm_eps": 1e-5, "rope_theta": 10000.0}
+PHI_3 |= {
+    "auto_map": {
+        "AutoConfig": "configuration_phi3.Phi3Config",
+        "AutoModelForCausalLM": "modeling_phi3.Phi3ForCausalLM",
+    },
+    "original_max_position_embeddings": 4096,
+    "tie_word_embeddings": False,
+}
+# fmt: off
+PHI_3_LONG = [
+    1.0700000524520874, 1.1200000047683716, 1.149999976158142, 1.4199999570846558, 1.5699999332427979,
+    1.7999999523162842, 2.129999876022339, 2.129999876022339, 3.009999990463257, 5.910000324249268, 6.950000286102295,
+    9.070000648498535, 9.930000305175781, 10.710000038146973, 11.130000114440918, 14.609999656677246,
+    15.409998893737793, 19.809999465942383, 37.279998779296875, 38.279998779296875, 38.599998474121094,
+    40.12000274658203, 46.20000457763672, 50.940006256103516, 53.66000747680664, 54.9373893737793, 56.89738845825195,
+    57.28738784790039, 59.98738479614258, 60.86738586425781, 60.887386322021484, 61.71739196777344, 62.91739273071289,
+    62.957393646240234, 63.41739273071289, 63.8173942565918, 63.83739471435547, 63.897396087646484, 63.93739700317383,
+    64.06739807128906, 64.11434936523438, 64.12435150146484, 64.15435028076172, 64.19435119628906, 64.24435424804688,
+    64.57435607910156, 64.69000244140625, 64.76000213623047,
+]
+PHI_3_SHORT = [
+    *[1.1] * 3, 1.3000000000000003, *[1.3500000000000003] * 2, 1.4000000000000004, 1.5500000000000005,
+    *[2.000000000000001] * 17, *[2.0500000000000007] * 6, *[2.1000000000000005] * 2, 2.1500000000000004, *[2.25] * 5,
+    2.3999999999999995, 2.4499999999999993, 2.499999999999999, *[2.6999999999999984] * 2, 2.7499999999999982,
+    2.799999999999998, 2.8999999999999977, 3.049999999999997,
+]
+PHI_4_MINI_LONG = [
+    1, 1.118320672, 1.250641126, 1.398617824, 1.564103225, 1.74916897, 1.956131817, 2.187582649, 2.446418898,
+    2.735880826, 3.059592084, 3.421605075, 3.826451687, 4.279200023, 4.785517845, 5.351743533, 5.984965424,
+    6.693110555, 7.485043894, 8.370679318, 9.36110372, 10.4687158, 11.70738129, 13.09260651, 14.64173252, 16.37415215,
+    18.31155283, 20.47818807, 22.90118105, 25.61086418, 28.64115884, 32.03, 32.1, 32.13, 32.23, 32.6, 32.61, 32.64,
+    32.66, 32.7, 32.71, 32.93, 32.97, 33.28, 33.49, 33.5, 44.16, 47.77,
+]
+# fmt: on
+
+PHIS = {
+    "Phi-3-mini-4k-instruct": Real(
+        "microsoft/Phi-3-mini-4k-instruct",
+        3_821_079_552,
+        PHI_3 | shape(3072, 32, 32, 32, 8192, 32064, 4096, rope_scaling=None, sliding_window=2047),
+    ),
+    "Phi-3-mini-128k-instruct": Real(
+        "microsoft/Phi-3-mini-128k-instruct",
+        3_821_079_552,
+        PHI_3
+        | shape(3072, 32, 32, 32, 8192, 32064, 131072, sliding_window=262144)
+        | {"rope_scaling": {"long_factor": PHI_3_LONG, "short_factor": PHI_3_SHORT, "type": "longrope"}},
+    ),
+    "phi-4": Real(
+        "microsoft/phi-4",
+        14_659_507_200,
+        {key: value for key, value in PHI_3.items() if key != "auto_map"}
+        | shape(5120, 40, 40, 10, 17920, 100352, 16384, rope_scaling=None, rope_theta=250000, sliding_window=None)
+        | {"original_max_position_embeddings": 16384},
+    ),
+    # It rotates 96 of the 128 numbers of a head, so each list has 48 factors.
+    "Phi-4-mini-instruct": Real(
+        "microsoft/Phi-4-mini-instruct",
+        3_836_021_760,
+        PHI_3
+        | shape(3072, 32, 24, 8, 8192, 200064, 131072, sliding_window=262144, partial_rotary_factor=0.75)
+        | {"rope_scaling": {"long_factor": PHI_4_MINI_LONG, "short_factor": [1.0] * 48, "type": "longrope"}}
+        | {"tie_word_embeddings": True, "mlp_bias": False, "lm_head_bias": False}
+        | {"full_attn_mod": 1, "interpolate_factor": 1},  # nothing reads these two
+    ),
+}
+
+# --- OLMo, Granite, GLM ----------------------------------------------------------------------------------------------
+
+OLMO_2 = family("olmo2", "Olmo2ForCausalLM", hidden_act="silu", attention_bias=False, attention_dropout=0.0)
+OLMO_2 |= {"rms_norm_eps": 1e-6, "rope_scaling": None, "rope_theta": 500000, "tie_word_embeddings": False}
+GRANITE = family("granite", "GraniteForCausalLM", hidden_act="silu", attention_bias=False, attention_dropout=0.1)
+GRANITE |= {
+    "embedding_multiplier": 12.0,
+    "mlp_bias": False,
+    "residual_multiplier": 0.22,
+    "rms_norm_eps": 1e-5,
+    "rope_scaling": None,
+    "tie_word_embeddings": True,
+}
+GLM = family("glm", "GlmForCausalLM", hidden_act="silu", attention_bias=True, attention_dropout=0.0, head_dim=128)
+GLM |= {"pad_token_id": 151329, "tie_word_embeddings": False}
+GLM |= shape(4096, 40, 32, 2, 13696, 151552, 131072)
+
+OTHERS = {
+    "OLMo-2-1124-7B-Instruct": Real(
+        "allenai/OLMo-2-1124-7B-Instruct", 7_298_617_344, OLMO_2 | shape(4096, 32, 32, 32, 11008, 100352, 4096)
+    ),
+    "OLMo-2-1124-13B-Instruct": Real(
+        "allenai/OLMo-2-1124-13B-Instruct", 13_716_198_400, OLMO_2 | shape(5120, 40, 40, 40, 13824, 100352, 4096)
+    ),
+    "granite-3.1-8b-instruct": Real(
+        "ibm-granite/granite-3.1-8b-instruct",
+        8_170_848_256,
+        GRANITE
+        | shape(4096, 40, 32, 8, 12800, 49155, 131072, rope_theta=10000000.0)
+        | {"attention_multiplier": 0.0078125, "logits_scaling": 16.0},
+    ),
+    "granite-3.1-2b-instruct": Real(
+        "ibm-granite/granite-3.1-2b-instruct",
+        2_533_531_648,
+        GRANITE
+        | shape(2048, 40, 32, 8, 8192, 49155, 131072, rope_theta=5000000.0)
+        | {"attention_multiplier": 0.015625, "logits_scaling": 8.0},
+    ),
+    # The older GLM leaves partial_rotary_factor to its class, which says one half.
+    "glm-4-9b-chat-hf": Real(
+        "zai-org/glm-4-9b-chat-hf", 9_399_951_360, GLM | {"rms_norm_eps": 1.5625e-07, "rope_theta": 5000000.0}
+    ),
+    "GLM-4-9B-0414": Real(
+        "zai-org/GLM-4-9B-0414",
+        9_400_279_040,
+        GLM
+        | {"model_type": "glm4", "architectures": ["Glm4ForCausalLM"], "partial_rotary_factor": 0.5}
+        | {"max_position_embeddings": 32768, "rms_norm_eps": 1e-5, "rope_theta": 10000.0},
+    ),
+}
+
+# --- Mixtures of experts ---------------------------------------------------------------------------------------------
+
+MIXTRAL = family("mixtral", "MixtralForCausalLM", hidden_act="silu", attention_dropout=0.0, rms_norm_eps=1e-5)
+MIXTRAL |= {
+    "num_experts_per_tok": 2,
+    "num_local_experts": 8,
+    "output_router_logits": False,
+    "rope_theta": 1000000.0,
+    "sliding_window": None,
+    "tie_word_embeddings": False,
+}
+QWEN_3_MOE = QWEN_3 | {"model_type": "qwen3_moe", "architectures": ["Qwen3MoeForCausalLM"]}
+QWEN_3_MOE |= {
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
+    "norm_topk_prob": True,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "output_router_logits": False,
+    "router_aux_loss_coef": 0.001,
+}
+
+MIXTURES = {
+    "Mixtral-8x7B-Instruct-v0.1": Real(
+        "mistralai/Mixtral-8x7B-Instruct-v0.1",
+        46_702_792_704,
+        MIXTRAL | shape(4096, 32, 32, 8, 14336, 32000, 32768, router_aux_loss_coef=0.02),
+    ),
+    "Mixtral-8x22B-Instruct-v0.1": Real(
+        "mistralai/Mixtral-8x22B-Instruct-v0.1",
+        140_630_071_296,
+        MIXTRAL | shape(6144, 56, 48, 8, 16384, 32768, 65536, router_aux_loss_coef=0.001, router_jitter_noise=0.0),
+    ),
+    "Qwen3-30B-A3B": Real(
+        "Qwen/Qwen3-30B-A3B",
+        30_532_122_624,
+        QWEN_3_MOE | shape(2048, 48, 32, 4, 6144, 151936, 40960, moe_intermediate_size=768, max_window_layers=48),
+    ),
+    "Qwen3-235B-A22B": Real(
+        "Qwen/Qwen3-235B-A22B",
+        235_093_634_560,
+        QWEN_3_MOE | shape(4096, 94, 64, 4, 12288, 151936, 40960, moe_intermediate_size=1536, max_window_layers=94),
+    ),
+    "OLMoE-1B-7B-0924-Instruct": Real(
+        "allenai/OLMoE-1B-7B-0924-Instruct",
+        6_919_161_856,
+        family("olmoe", "OlmoeForCausalLM", hidden_act="silu", attention_bias=False, attention_dropout=0.0)
+        | shape(2048, 16, 16, 16, 1024, 50304, 4096)
+        | {
+            "clip_qkv": None,
+            "norm_topk_prob": False,
+            "num_experts": 64,
+            "num_experts_per_tok": 8,
+            "output_router_logits": False,
+            "rms_norm_eps": 1e-5,
+            "rope_scaling": None,
+            "rope_theta": 10000.0,
+            "router_aux_loss_coef": 0.01,
+            "tie_word_embeddings": False,
+        },
+    ),
+}
+
+REAL_MODELS = QWEN_1 | LLAMAS | GEMMAS | QWENS | MISTRALS | PHIS | OTHERS | MIXTURES

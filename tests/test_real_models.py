@@ -1,0 +1,135 @@
+"""Every real checkpoint's config is read, and gives the published number of parameters, without their memory."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from real_models import REAL_MODELS
+
+from refusal_jax import Edits
+from refusal_jax.chat_model import _forward
+from refusal_jax.models.config import READERS, from_hf
+from refusal_jax.models.decoder import Decoder
+from refusal_jax.models.families import hf_shapes
+from refusal_jax.models.generate import generate
+from refusal_jax.models.weights import weight_table
+from refusal_jax.taps import TAP_SITES, Taps
+
+BY_TYPE = {real.config["model_type"]: name for name, real in REAL_MODELS.items()}  # one of each family, the last listed
+KNOWN_TO_TRANSFORMERS = [name for name, real in REAL_MODELS.items() if real.config["model_type"] != "qwen"]
+
+
+def total(shapes) -> int:
+    return sum(map(math.prod, shapes))
+
+
+def hf_config(name: str):
+    """Transformers' config of a model; of its text part, if it has several."""
+    from transformers import CONFIG_MAPPING
+
+    config = REAL_MODELS[name].config
+    config = CONFIG_MAPPING[config["model_type"]].from_dict(config)
+    return getattr(config, "text_config", config)
+
+
+@functools.cache
+def hf_model(name: str):
+    """Transformers' own model, without the memory of its weights; the language model only."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(hf_config(name))
+
+
+def test_every_family_has_a_real_model():
+    assert set(BY_TYPE) == set(READERS)
+
+
+@pytest.mark.parametrize("name", REAL_MODELS)
+def test_parameter_counts_of_real_models(name):
+    cfg, count = from_hf(REAL_MODELS[name].config, name), REAL_MODELS[name].parameters
+    weights = jax.eval_shape(lambda key: Decoder.init(cfg, key).weights(), jax.random.key(0))
+    assert {path: a.shape for path, a in weights.items()} == {path: w.shape for path, w in weight_table(cfg).items()}
+    assert total(a.shape for a in weights.values()) == count
+    assert total(hf_shapes(cfg).values()) == count
+
+
+@pytest.mark.parametrize("name", KNOWN_TO_TRANSFORMERS)
+def test_transformers_has_the_same_tensors(name):
+    """Of mixtures only their number, as transformers fuses experts that the hub keeps apart."""
+    cfg, model = from_hf(REAL_MODELS[name].config, name), hf_model(name)
+    assert sum(p.numel() for p in model.parameters()) == REAL_MODELS[name].parameters  # a tied matrix counts once
+    if not cfg.n_experts:
+        prefix = "language_model." if cfg.family == "gemma3" else ""
+        theirs = {prefix + tensor: tuple(p.shape) for tensor, p in model.named_parameters()}
+        assert hf_shapes(cfg) == theirs
+
+
+@pytest.mark.parametrize("name", KNOWN_TO_TRANSFORMERS)
+def test_transformers_computes_with_the_same_numbers(name):
+    """Windows, rotary angles, scales and norms of every layer, and the rest of what only the config says."""
+    cfg, model, config = from_hf(REAL_MODELS[name].config, name), hf_model(name).model, hf_config(name)
+    rotary = type(model.rotary_emb)(config)
+    for index, layer in enumerate(model.layers):
+        kind, attention = cfg.kinds[cfg.layer_kinds[index]], layer.self_attn
+        by_layer = "layer_types" in config.to_dict()
+        assert kind.window == getattr(attention if by_layer else config, "sliding_window", None)
+        assert cfg.query_scale == pytest.approx(attention.scaling)
+        which = f"{config.layer_types[index]}_" if hasattr(rotary, "full_attention_inv_freq") else ""
+        angles, length = getattr(rotary, f"{which}inv_freq"), getattr(rotary, f"{which}attention_scaling")
+        np.testing.assert_allclose(kind.rope.inverse_frequencies(16), angles, rtol=3e-6)
+        assert kind.rope.attention_factor == pytest.approx(length)
+    norms = [module for module in model.modules() if type(module).__name__.endswith("RMSNorm")]
+    assert {getattr(norm, "variance_epsilon", getattr(norm, "eps", None)) for norm in norms} == {cfg.norm_eps}
+    assert cfg.activation == (getattr(config, "hidden_activation", None) or config.hidden_act)
+    assert cfg.context_length == config.max_position_embeddings
+    assert cfg.attention_softcap == getattr(config, "attn_logit_softcapping", None)
+    assert cfg.logit_softcap == getattr(config, "final_logit_softcapping", None)
+
+
+@pytest.mark.parametrize(
+    "name,d_mlp,theta,context",
+    [
+        ("Qwen-1_8B-Chat", 5504, 1e4, 8192),
+        ("Qwen-7B-Chat", 11008, 1e4, 8192),
+        ("Qwen-14B-Chat", 13696, 1e4, 2048),
+        ("Qwen-72B-Chat", 24576, 1e6, 32768),
+    ],
+)
+def test_the_first_qwen(name, d_mlp, theta, context):
+    """One MLP branch is half of what its config says, and its context ends where its code would start to stretch it."""
+    cfg = from_hf(REAL_MODELS[name].config, name)
+    assert (cfg.d_mlp, cfg.context_length, cfg.head_dim, cfg.qkv_bias) == (d_mlp, context, 128, True)
+    assert [kind.rope.theta for kind in cfg.kinds] == [theta] and not cfg.o_bias and not cfg.mlp_bias
+
+
+@pytest.mark.parametrize("name", KNOWN_TO_TRANSFORMERS)
+def test_defaults_are_those_of_transformers(name):
+    """What a config leaves out, its class supplies: written out by transformers, it must read the same."""
+    written = hf_config(name).to_dict()
+    assert from_hf(written, name).__dict__ == from_hf(REAL_MODELS[name].config, name).__dict__ | {
+        "family": written["model_type"]
+    }
+
+
+@pytest.mark.parametrize("name", BY_TYPE.values(), ids=BY_TYPE)
+def test_the_forward_pass_of_real_models_has_the_right_shapes(name):
+    cfg = from_hf(REAL_MODELS[name].config, name)
+    decoder = jax.eval_shape(lambda key: Decoder.init(cfg, key, jnp.bfloat16), jax.random.key(0))
+    tokens, mask = jax.ShapeDtypeStruct((2, 16), jnp.int32), jax.ShapeDtypeStruct((2, 16), bool)
+    edits = Edits.none(cfg.d_model).for_batch(2, cfg.n_layers, cfg.d_model)
+    logits, taps = jax.eval_shape(
+        lambda *args: _forward(*args, taps=Taps(TAP_SITES, 5), last=True), decoder, tokens, mask, edits
+    )
+    assert logits.shape == (2, cfg.vocab_size) and logits.dtype == jnp.float32
+    assert set(taps) == set(TAP_SITES)
+    for tapped in taps.values():
+        assert tapped.shape == (cfg.n_layers, 2, 5, cfg.d_model) and tapped.dtype == jnp.bfloat16
+    replies = jax.eval_shape(
+        lambda *args: generate(*args, max_new_tokens=3, eos_ids=(1,), pad_id=0), decoder, tokens, mask, edits
+    )
+    assert replies.shape == (2, 3) and replies.dtype == jnp.int32
