@@ -141,7 +141,7 @@ def tiny_model(
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = tiny_tokenizer(folder)
     special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    hf = hf_config(family, variant, vocab_size=len(tokenizer), **special, **config)
+    hf = hf_config(family, variant, **{"vocab_size": len(tokenizer)} | special | config)
     if family == "qwen":
         return _first_qwen(folder, hf, dtype, seed)
     auto = AutoModelForImageTextToText if family == "gemma3" else AutoModelForCausalLM

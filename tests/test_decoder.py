@@ -22,22 +22,6 @@ def close(ours, theirs, tolerance=1e-4):
     np.testing.assert_allclose(np.asarray(ours), theirs, rtol=tolerance, atol=tolerance)
 
 
-def test_hidden_states_are_the_residual_stream(model, hf):
-    tokens, mask = tiny.left_padded(LENGTHS, model.config.vocab_size, seed=1)
-    attended = torch.tensor(mask, dtype=torch.long)
-    positions = (attended.cumsum(-1) - 1).clamp(min=0)
-    with torch.no_grad():
-        states = hf(
-            torch.tensor(tokens, dtype=torch.long),
-            attention_mask=attended,
-            position_ids=positions,
-            output_hidden_states=True,
-        ).hidden_states
-    ours = np.asarray(model.taps(tokens, mask, Taps(("resid_pre",)))["resid_pre"])
-    for layer in range(model.config.n_layers):
-        close(ours[layer][mask], states[layer].numpy()[mask])
-
-
 def test_taps_of_the_last_positions(model):
     tokens, mask = tiny.left_padded((6, 9), model.config.vocab_size)
     whole = model.taps(tokens, mask, Taps(("resid_mid", "mlp_out")))

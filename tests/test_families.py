@@ -77,6 +77,9 @@ def test_taps(case):
         assert ours.shape == theirs[site].shape
         close(ours[:, case.mask], theirs[site][:, case.mask])
         assert theirs[site][:, case.mask].std() > 0.1
+    states = tiny.hf_forward(case.theirs, case.tokens, case.mask, output_hidden_states=True).hidden_states
+    for layer, state in enumerate(states[:-1]):  # the last has gone through the final norm
+        close(case.taps["resid_pre"][layer, case.rows(0)][case.mask], state.numpy()[case.mask])
 
 
 def test_edits(case):

@@ -150,12 +150,14 @@ def left_padded(lengths, vocab: int, seed: int = 0) -> tuple[np.ndarray, np.ndar
     return rng.integers(0, vocab, mask.shape, dtype=np.int32), mask
 
 
-def hf_forward(model, tokens, mask):
+def hf_forward(model, tokens, mask, **settings):
     """transformers' forward of left-padded rows, with positions that count real tokens only."""
     attended = torch.tensor(mask, dtype=torch.long)
     positions = (attended.cumsum(-1) - 1).clamp(min=0)
     with torch.no_grad():
-        return model(torch.tensor(tokens, dtype=torch.long), attention_mask=attended, position_ids=positions)
+        return model(
+            torch.tensor(tokens, dtype=torch.long), attention_mask=attended, position_ids=positions, **settings
+        )
 
 
 def edit_json(path: pathlib.Path, **changes) -> None:

@@ -7,11 +7,13 @@ writes files of the folder and nothing else, so that it can be skipped, resumed 
 import dataclasses
 import functools
 import pathlib
+import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
+from tqdm import tqdm
 
 from refusal_jax.chat_model import ChatModel, demo_model_path, load_model
 from refusal_jax.data.prompts import dataset_name, file_hash, read_prompts, resolve
@@ -21,6 +23,7 @@ from refusal_jax.models.attention import Context
 from refusal_jax.models.config import load_config
 from refusal_jax.models.decoder import Decoder
 from refusal_jax.report.page import write_report
+from refusal_jax.report.text import setup_lines
 from refusal_jax.runs import Ledger, Run, checkpoint_fingerprint
 from refusal_jax.sharding import make_mesh
 from refusal_jax.study.activations import extract, length_batches
@@ -182,10 +185,31 @@ class Study:
         openings = measure_openings(self.model, harmful, harmless, self.config.batch_size)
         return refusal_openings(openings), openings
 
+    def setup(self, positions: int, refusal_ids: tuple[int, ...], openings: list[Opening]) -> dict:
+        """What of model, template and refusal tokens the results rest on."""
+        chat = self.model.chat
+
+        def named(ids) -> list[dict]:
+            return [{"id": i, "text": text} for i, text in zip(ids, chat.token_names(ids), strict=True)]
+
+        return {
+            "model": str(self.folder.resolve()),
+            "dtype": str(self.model.decoder.dtype),
+            "n_layers": self.model.config.n_layers,
+            "d_model": self.model.config.d_model,
+            "chat_template": chat.template_origin,
+            "thinking": chat.thinking,
+            "positions": positions,
+            "post_instruction_tokens": named(chat.post_instruction_ids),
+            "refusal_tokens": named(refusal_ids),
+            "refusal_tokens_from": "data" if openings else "config",
+            "openings": [{**dataclasses.asdict(o), "chosen": o.chosen} for o in openings],
+        }
+
     def activations(self, ledger: Ledger) -> dict:
         """Scores, filter and mean differences (paper, section 2.3), from one pass over the train and val prompts.
 
-        Returns the setup: what of model, template and refusal tokens the results rest on.
+        Returns the setup, for the manifest.
         """
         config, chat = self.config, self.model.chat
         template = chat.post_instruction_ids
@@ -195,7 +219,10 @@ class Study:
                 f"--config.positions = {positions}, but the chat template puts {len(template)} tokens after the "
                 f"instruction ({' '.join(chat.token_names(template))}). Choose 1 to {len(template)}."
             )
-        (refusal_ids, openings), found = self.refusal_tokens(), {}
+        refusal_ids, openings = self.refusal_tokens()
+        setup = self.setup(positions, refusal_ids, openings)
+        tqdm.write("\n".join(setup_lines(setup)), file=sys.stderr)  # now: if it is not what was meant, stop
+        found = {}
         for split in SPLITS[:4]:
             sign = 0 if not config.filter else 1 if split.startswith("harmful") else -1
             found[split] = extract(
@@ -207,23 +234,6 @@ class Study:
                 config.batch_size,
                 split,
             )
-        setup = {
-            "model": str(self.folder.resolve()),
-            "dtype": str(self.model.decoder.dtype),
-            "n_layers": self.model.config.n_layers,
-            "d_model": self.model.config.d_model,
-            "chat_template": chat.template_origin,
-            "thinking": chat.thinking,
-            "positions": positions,
-            "post_instruction_tokens": [
-                {"id": i, "text": t} for i, t in zip(template, chat.token_names(template), strict=True)
-            ],
-            "refusal_tokens": [
-                {"id": i, "text": t} for i, t in zip(refusal_ids, chat.token_names(refusal_ids), strict=True)
-            ],
-            "refusal_tokens_from": "data" if openings else "config",
-            "openings": [{**dataclasses.asdict(o), "chosen": o.chosen} for o in openings],
-        }
         self.run.write_json(SETUP, setup)
         self.run.write_json(
             FILTER, {split: {"scores": e.scores.tolist(), "kept": e.kept.tolist()} for split, e in found.items()}
