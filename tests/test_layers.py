@@ -1,0 +1,63 @@
+"""Routing to experts, against every token computed by every expert."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+from test_config import ON, SMALL, read
+
+from refusal_jax.models.layers import ACTIVATE, GATED, experts, route
+
+# tokens, experts, experts a token, how much the router prefers the first experts
+CASES = {
+    "usual": (50, 6, 2, 0),
+    "one-token": (1, 6, 2, 0),
+    "one-expert": (9, 1, 1, 0),
+    "all-experts": (7, 4, 4, 0),
+    "more-experts-than-pairs": (3, 40, 2, 0),
+    "all-to-one": (300, 8, 1, 1e3),
+    "all-to-two": (200, 5, 2, 1e3),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("renormalise", [False, True])
+def test_experts(case, renormalise):
+    tokens, count, chosen, preference = CASES[case]
+    cfg = dataclasses.replace(
+        read("mixtral", SMALL | ON), n_experts=count, experts_per_token=chosen, renormalise_experts=renormalise
+    )
+    rng, d, f, layers = np.random.default_rng(0), cfg.d_model, cfg.d_mlp, 3
+    router = rng.normal(size=(count, d)).astype(np.float32)
+    h = rng.normal(size=(tokens, d)).astype(np.float32)
+    if preference:
+        h[:, 0], router[:, 0] = 1, 0
+        router[:chosen, 0] = preference
+    shapes = {"gate": (f, d), "up": (f, d), "down": (d, f)}
+    stack = {name: rng.normal(size=(layers, count, *shapes[name])).astype(np.float32) * 0.3 for name in GATED}
+
+    def dense(expert):
+        gate, up, down = (stack[name][1, expert] for name in GATED)
+        return (np.asarray(ACTIVATE[cfg.activation](h @ gate.T)) * (h @ up.T)) @ down.T
+
+    picked, weights = (np.asarray(a) for a in route(cfg, router, h))
+    share = np.zeros((tokens, count), np.float32)
+    np.put_along_axis(share, picked, weights, axis=1)
+    if preference:
+        assert set(picked.ravel()) == set(range(chosen))
+    assert not renormalise or np.allclose(share.sum(1), 1)
+    expected = sum(share[:, [expert]] * dense(expert) for expert in range(count))
+    ours = jax.jit(lambda stack, layer, h: experts(cfg, router, stack.get, layer, h))(stack, 1, h)
+    np.testing.assert_allclose(np.asarray(ours), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_no_product_of_every_token_with_every_expert():
+    cfg = dataclasses.replace(read("mixtral", SMALL | ON), n_experts=64, experts_per_token=2)
+    d, f, tokens = cfg.d_model, cfg.d_mlp, 512
+    shapes = {"gate": (2, 64, f, d), "up": (2, 64, f, d), "down": (2, 64, d, f)}
+    shapes = {name: jax.ShapeDtypeStruct(shape, "float32") for name, shape in shapes.items()}
+    router, h = (jax.ShapeDtypeStruct(shape, "float32") for shape in ((64, d), (tokens, d)))
+    program = jax.jit(lambda router, stack, h: experts(cfg, router, stack.get, 0, h)).lower(router, shapes, h).compile()
+    blocks = tokens * 2 // 32 + 64  # as many rows as pairs, and at most one block a expert that is not full
+    assert program.memory_analysis().temp_size_in_bytes < 3 * blocks * 32 * d * 4 < tokens * 64 * d * 4
