@@ -62,7 +62,7 @@ class ChatModel:
     def generate_ids(self, batch: TokenBatch, max_new_tokens: int, edits: Edits | None = None) -> jax.Array:
         """Greedy replies as ids, int32 `[B, max_new_tokens]`. Raises UserError if they do not fit the context.
 
-        Where a "longrope" changes its angles on the way, the text so far is read again, as transformers does.
+        Where a "longrope" changes its angles on the way, the text so far is read again, as transformers does for Phi 3.
         """
         longest = int(np.asarray(batch.mask).sum(axis=1).max())
         if max_new_tokens < 1 or longest + max_new_tokens > self.config.context_length:
@@ -75,11 +75,16 @@ class ChatModel:
         if max_new_tokens <= kept:
             return self._greedy(batch, max_new_tokens, edits)
         first = np.asarray(self._greedy(batch, kept, edits))
-        ended = np.cumsum(np.isin(first, self.chat.eos_ids), axis=1) > 0
-        written = np.pad(~ended[:, :-1], ((0, 0), (1, 0)), constant_values=True)  # the end token, and what is before it
-        tokens, mask = (np.concatenate(pair, axis=1) for pair in ((batch.tokens, first), (batch.mask, written)))
-        rest = np.asarray(self._greedy(TokenBatch(tokens, mask), max_new_tokens - kept, edits))
-        return np.concatenate([first, np.where(ended[:, -1:], self.chat.pad_id, rest)], axis=1)
+        ended = np.isin(first, self.chat.eos_ids).any(axis=1)
+        # Ended rows stay in the mask: they too count as the longest, as in transformers.
+        grown = TokenBatch(
+            np.concatenate([batch.tokens, first], axis=1),
+            np.pad(batch.mask, ((0, 0), (0, kept)), constant_values=True),
+        )
+        rest = np.full((len(first), max_new_tokens - kept), self.chat.pad_id, np.int32)
+        if not ended.all():
+            rest = np.where(ended[:, None], rest, np.asarray(self._greedy(grown, max_new_tokens - kept, edits)))
+        return np.concatenate([first, rest], axis=1)
 
     def _kept_angles(self, longest: int) -> float:
         """How many tokens can be generated after `longest` before "longrope" changes the angles of all tokens."""

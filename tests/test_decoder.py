@@ -112,6 +112,10 @@ def test_cached_decoding_equals_uncached_and_transformers(family, variant, tmp_p
     stops = int(free[1, 4]), int(free[2, 7])  # two rows now end early, the others may go on
     ended = np.asarray(with_eos(model, *stops).generate_ids(TokenBatch(tokens, mask), steps))
     np.testing.assert_array_equal(ended, hf_greedy(hf, tokens, mask, steps, stops, pad))
+    if variant == "longrope":  # the longest row ends at once, and still says how long the text is
+        stop = (int(free[1, 0]),)
+        ended_first = np.asarray(with_eos(model, *stop).generate_ids(TokenBatch(tokens, mask), steps))
+        np.testing.assert_array_equal(ended_first, hf_greedy(hf, tokens, mask, steps, stop, pad))
     first = np.isin(free, stops).argmax(1)
     assert (ended[1, first[1] + 1 :] == pad).all() and (ended[1] != free[1]).any()
 

@@ -96,17 +96,18 @@ def _sizes(read: Reader, defaults: dict | None = None, **names: str) -> dict:
     sizes = {}
     for field, (name, kind) in SIZES.items():
         sizes[field] = read.take(names.get(field, name), defaults.get(field), kind, required=field not in defaults)
-        if sizes[field] is None and field not in defaults:
-            sizes[field] = 1  # reported as missing; the reading goes on, to report everything at once
+    if sizes["activation"] not in ACTIVATIONS:
+        name = names.get("activation", "hidden_act")
+        read.problems.append(f"{name} = {sizes['activation']!r} is not one of {', '.join(ACTIVATIONS)}")
+    missing = [field for field in SIZES if sizes[field] is None and field not in defaults]
+    if missing:  # which is reported; the reading goes on with what fits, to report everything at once
+        return sizes | {"d_model": 64, "n_layers": 1, "n_heads": 1, "n_kv_heads": 1, "head_dim": 64, "d_mlp": 64}
     sizes["n_kv_heads"] = sizes["n_kv_heads"] or sizes["n_heads"]
     sizes["head_dim"] = sizes["head_dim"] or max(sizes["d_model"] // sizes["n_heads"], 1)
     if sizes["n_heads"] % sizes["n_kv_heads"]:
         read.problems.append(
             f"num_attention_heads = {sizes['n_heads']} is not a multiple of num_key_value_heads = {sizes['n_kv_heads']}"
         )
-    if sizes["activation"] not in ACTIVATIONS:
-        name = names.get("activation", "hidden_act")
-        read.problems.append(f"{name} = {sizes['activation']!r} is not one of {', '.join(ACTIVATIONS)}")
     return sizes
 
 
@@ -114,8 +115,13 @@ def _rope(read: Reader, sizes: dict, theta: float = 1e4, spec: dict | None = Non
     """The rope of an HF config, which spells it `rope_scaling` (transformers 4) or `rope_parameters` (5)."""
     old, new = read.take("rope_scaling"), read.take("rope_parameters")
     theta = read.take("rope_theta", theta, float)
+    name = "rope_scaling" if old or not new else "rope_parameters"
     spec = spec if spec is not None else old or new or {}
-    return read.rope(spec, theta=theta, head_dim=sizes["head_dim"], context=sizes["context_length"], **settings)
+    if "partial" not in settings:
+        read.only("partial_rotary_factor", 1.0)
+    return read.rope(
+        spec, name=name, theta=theta, head_dim=sizes["head_dim"], context=sizes["context_length"], **settings
+    )
 
 
 def _config(
@@ -181,9 +187,9 @@ def _qwen3(read: Reader) -> ModelConfig:
 
 def _gemma(read: Reader) -> ModelConfig:
     sizes = _sizes(read, GEMMA | {"n_kv_heads": 16, "activation": "gelu_pytorch_tanh"})
-    sizes["activation"] = read.take("hidden_activation", sizes["activation"])
     if sizes["activation"] == "gelu":  # the first releases said so, and meant the approximation
         sizes["activation"] = "gelu_pytorch_tanh"
+    read.only("hidden_activation", sizes["activation"])  # which versions of transformers read one or the other of
     return _gemma_config(read, "gemma", sizes)
 
 
@@ -197,13 +203,8 @@ def _gemma_config(read: Reader, family: str, sizes: dict, **more) -> ModelConfig
     return _config(read, family, sizes, norm_offset=1.0, embed_scale=scale, qkv_bias=bias, o_bias=bias, **more)
 
 
-def _gemma2_switches(read: Reader, attention_cap: float | None, logit_cap: float | None) -> dict:
-    return {
-        "post_norm": True,
-        "query_scale": read.take("query_pre_attn_scalar", 256, float) ** -0.5,
-        "attention_softcap": read.take_optional("attn_logit_softcapping", attention_cap, float),
-        "logit_softcap": read.take_optional("final_logit_softcapping", logit_cap, float),
-    }
+def _gemma2_switches(read: Reader) -> dict:
+    return {"post_norm": True, "query_scale": read.take("query_pre_attn_scalar", 256, float) ** -0.5}
 
 
 def _gemma2(read: Reader) -> ModelConfig:
@@ -211,21 +212,29 @@ def _gemma2(read: Reader) -> ModelConfig:
     read.ignore("hidden_act", "sliding_window_size")  # older names of attributes that are there too
     window = read.take_optional("sliding_window", 4096, int)
     windows = read.windows(sizes["n_layers"], window, lambda layer: layer % 2 == 0)
-    return _gemma_config(read, "gemma2", sizes, windows=windows, **_gemma2_switches(read, 50.0, 30.0))
+    caps = {
+        "attention_softcap": read.take_optional("attn_logit_softcapping", 50.0, float),
+        "logit_softcap": read.take_optional("final_logit_softcapping", 30.0, float),
+    }
+    return _gemma_config(read, "gemma2", sizes, windows=windows, **_gemma2_switches(read), **caps)
 
 
 def _gemma3(read: Reader, family: str = "gemma3_text") -> ModelConfig:
-    """Layers with a window have their own rope; what `rope_scaling` says holds for the others."""
+    """Layers with a window have their own rope; what `rope_scaling` says holds for the others. Of the soft caps that the
+    config class has, transformers computes the one of the logits, and not in the multimodal model."""
     more = {"vocab_size": 262208, "d_model": 2304, "n_layers": 26, "n_heads": 8, "n_kv_heads": 4, "d_mlp": 9216}
     sizes = _sizes(read, GEMMA | {"context_length": 131072} | more, activation="hidden_activation")
     read.ignore("hidden_act", "_sliding_window_pattern")
     window, every = read.take_optional("sliding_window", 4096, int), read.take("sliding_window_pattern", 6, int)
     windows = read.windows(sizes["n_layers"], window, lambda layer: (layer + 1) % every)
-    by_type = read.take("rope_parameters") or {}
-    wide = (by_type.get("full_attention") or {}) | (read.take("rope_scaling") or {})
-    narrow, theta = by_type.get("sliding_attention") or {}, read.take("rope_local_base_freq", 1e4, float)
-    unknown = sorted(set(by_type) - {"full_attention", "sliding_attention"})
-    read.problems += [f"rope_parameters.{name} = {by_type[name]!r} is not supported" for name in unknown]
+    ropes = read.take("rope_parameters", {}, dict)
+    unknown = sorted(set(ropes) - {"full_attention", "sliding_attention"})
+    read.problems += [f"rope_parameters.{name} = {ropes[name]!r} is not supported" for name in unknown]
+    wide, narrow = ropes.get("full_attention") or {}, ropes.get("sliding_attention") or {}
+    if isinstance(wide, dict):
+        wide = wide | read.take("rope_scaling", {}, dict)
+    theta = read.take("rope_local_base_freq", 1e4, float)
+    more = {} if family == "gemma3" else {"logit_softcap": read.take("final_logit_softcapping", None, float)}
     return _gemma_config(
         read,
         family,
@@ -234,7 +243,8 @@ def _gemma3(read: Reader, family: str = "gemma3_text") -> ModelConfig:
         rope=_rope(read, sizes, 1e6, wide),
         local_rope=read.rope(narrow, theta=theta, head_dim=sizes["head_dim"], context=sizes["context_length"]),
         qk_norm="head",
-        **_gemma2_switches(read, None, None),
+        **_gemma2_switches(read),
+        **more,
     )
 
 
@@ -283,6 +293,7 @@ def _experts(read: Reader, count: int, chosen: int, renormalise: bool) -> dict:
     """Their number goes by two names, which transformers takes for one another."""
     experts, used = read.take("num_experts", count, int), read.take("num_experts_per_tok", chosen, int)
     experts = read.take("num_local_experts", experts, int)
+    read.same("num_experts", "num_local_experts")
     if used > experts:
         read.problems.append(f"num_experts_per_tok = {used} is more than the {experts} experts")
     return {"n_experts": experts, "experts_per_token": used, "renormalise_experts": renormalise}
@@ -354,11 +365,11 @@ def from_hf(hf: dict, where: str = "config.json") -> ModelConfig:
             f"{where} describes weights quantised with {_quantisation(hf[QUANTISATION])!r}, which cannot be edited "
             "exactly. Use the original float16, bfloat16 or float32 checkpoint of the model."
         )
-    if model_type in MULTIMODAL:
-        hf = _text_part(hf, where)
+    hf, beside = _text_part(hf, where) if model_type in MULTIMODAL else (hf, {})
     read = Reader(hf, where)
     config = READERS[model_type](read)
-    read.finish()
+    read.only("is_causal", True)
+    read.finish(beside)
     return config
 
 
@@ -368,17 +379,18 @@ MULTIMODAL = {
 }
 
 
-def _text_part(hf: dict, where: str) -> dict:
-    """The text model's attributes; those beside it that are not of the other parts stay, to be judged."""
+def _text_part(hf: dict, where: str) -> tuple[dict, dict]:
+    """The text model's attributes, and those that stand beside them and are not of the other parts."""
     text = hf.get("text_config")
-    if not isinstance(text, dict):
+    kind = text.get("model_type", f"{hf['model_type']}_text") if isinstance(text, dict) else None
+    if kind != f"{hf['model_type']}_text":
         raise UserError(
-            f"{where} has no text_config object, which a {hf['model_type']} checkpoint describes its text by."
+            f"{where} has no text_config of model_type {hf['model_type']}_text, which a {hf['model_type']} checkpoint "
+            "describes its text model by. Fetch config.json again from the original checkpoint."
         )
     beside = {k: v for k, v in hf.items() if k not in MULTIMODAL[hf["model_type"]] | {"text_config"}}
-    return (
-        beside | text | {"tie_word_embeddings": hf.get("tie_word_embeddings", True)}
-    )  # the text part's does not count
+    # Whether the embeddings are tied is said here for the whole model, and what the text part says does not count.
+    return text | {"tie_word_embeddings": beside.pop("tie_word_embeddings", True)}, beside
 
 
 def _quantisation(spec) -> str:

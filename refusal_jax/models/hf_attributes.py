@@ -5,6 +5,7 @@ unsupported: then any value but the one that means "off" is an error that names 
 """
 
 import json
+import math
 import pathlib
 
 from refusal_jax.errors import UserError
@@ -22,6 +23,9 @@ INERT = frozenset(
     max_length min_length do_sample early_stopping num_beams num_beam_groups diversity_penalty temperature top_k
     top_p typical_p repetition_penalty length_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size bad_words_ids
     num_return_sequences output_scores return_dict_in_generate forced_bos_token_id forced_eos_token_id
+    is_llama_config unsloth_fixed unsloth_version transformers.js_config max_sequence_length model_max_length
+    tokenizer_model_max_length _flash_attn_2_enabled use_flash_attention_2 attn_implementation experts_implementation
+    _experts_implementation _commit_hash neftune_noise_alpha gradient_checkpointing num_logits_to_keep pad_token
     router_aux_loss_coef output_router_logits router_jitter_noise embd_pdrop resid_pdrop cache_implementation
     remove_invalid_values exponential_decay_length_penalty suppress_tokens begin_suppress_tokens
 """.split()
@@ -48,7 +52,7 @@ class Reader:
 
     def __init__(self, hf: dict, where: str):
         self.hf, self.where, self.problems = hf, where, []
-        self.seen, self.ignored = set(), set()
+        self.seen, self.fixed, self.ignored = set(), set(), set()
 
     def take(self, name, default=None, kind=None, required=False, least=1):
         """The attribute's value, or `default` where it is missing or null; anything wrong becomes a problem."""
@@ -62,8 +66,13 @@ class Reader:
             kind_of = "a positive integer" if least == 1 else f"an integer from {least} up"
             self.problems.append(f"{name} = {value!r}, expected {kind_of}")
             return default
-        if kind is float and (isinstance(value, bool) or not isinstance(value, int | float) or not value > 0):
+        if kind is float and (
+            isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf
+        ):
             self.problems.append(f"{name} = {value!r}, expected a positive number")
+            return default
+        if kind is dict and not isinstance(value, dict):
+            self.problems.append(f"{name} = {value!r}, expected an object")
             return default
         if kind is bool and not isinstance(value, bool):
             self.problems.append(f"{name} = {value!r}, expected true or false")
@@ -80,12 +89,26 @@ class Reader:
 
     def only(self, name, value):
         """An attribute of which just one value is computed here."""
-        if self.take(name, value) != value:
+        self.fixed.add(name)
+        if self.hf.get(name) not in (None, value):
             self.problems.append(f"{name} = {self.hf[name]!r} is not supported (only {value!r} is)")
 
-    def finish(self):
-        for name, value in sorted(self.hf.items()):
-            if name not in self.seen | self.ignored | INERT and value not in (None, False, {}, []):
+    def same(self, *names):
+        """Attributes that mean the same thing, of which transformers' versions read one or the other."""
+        values = {name: self.hf[name] for name in names if self.hf.get(name) is not None}
+        if len({str(value) for value in values.values()}) > 1:
+            self.problems.append(" and ".join(f"{name} = {value!r}" for name, value in values.items()) + " disagree")
+
+    def finish(self, beside: dict):
+        """Raises UserError if there is any problem. beside: what surrounds these attributes in a multimodal config.
+
+        "Off" is null, false, zero or empty.
+        """
+        left = {
+            name: value for name, value in self.hf.items() if name not in self.seen | self.fixed | self.ignored
+        } | beside
+        for name, value in sorted(left.items()):
+            if name not in INERT and value not in (None, False, {}, []):
                 self.problems.append(f"{name} = {value!r} is not supported")
         if self.problems:
             raise UserError(
@@ -94,14 +117,14 @@ class Reader:
                 "teach refusal_jax/models/config.py the attribute."
             )
 
-    def rope(self, spec, context: int, **settings) -> Rope:
-        """`rope_from_hf`, whose error becomes one of the problems."""
+    def rope(self, spec, context: int, name: str = "rope_scaling", **settings) -> Rope:
+        """`rope_from_hf` of the attribute `name`, whose error becomes one of the problems."""
         try:
             if not isinstance(spec, dict):
                 raise ValueError(f" = {spec!r}, expected an object")
             return rope_from_hf(spec, context=context, **settings)
         except ValueError as error:
-            self.problems.append(f"rope_scaling{error}")
+            self.problems.append(f"{name}{error}")
             return Rope(1e4, 2)
 
     def windows(self, n_layers: int, window: int | None, is_windowed) -> list[int | None]:
@@ -109,7 +132,7 @@ class Reader:
         types = self.take("layer_types")
         if types is None:
             types = ["sliding_attention" if is_windowed(layer) else "full_attention" for layer in range(n_layers)]
-        known = isinstance(types, list) and set(types) <= {"full_attention", "sliding_attention"}
+        known = isinstance(types, list) and all(kind in ("full_attention", "sliding_attention") for kind in types)
         if not known or len(types) != n_layers:
             self.problems.append(
                 f"layer_types = {types!r}, expected 'full_attention' or 'sliding_attention' for each of {n_layers} layers"

@@ -55,7 +55,7 @@ def experts(cfg: ModelConfig, router_ed, stack, layer, h_rd) -> jax.Array:
     """
     chosen_rk, weights_rk = route(cfg, router_ed, h_rd)
     pairs, n = chosen_rk.size, cfg.n_experts
-    m = min(128, max(8, 1 << (pairs // n).bit_length()))  # rows of a block: about an expert's share, in tiles
+    m = min(256, max(8, 1 << (pairs // n).bit_length()))  # rows of a block: about an expert's share, in tiles
     expert_p = chosen_rk.reshape(-1)
     order_p = jnp.argsort(expert_p, stable=True)
     sizes_e = jnp.bincount(expert_p, length=n)

@@ -129,6 +129,7 @@ def listed(items: list[str], most: int = 6) -> str:
 
 def check_tensors(cfg: ModelConfig, files: TensorFiles) -> None:
     """Raises UserError unless the checkpoint's tensors are exactly those of the config, of the right shapes."""
+    _check_not_quantised(files)
     shapes = hf_shapes(cfg)
     missing = sorted(set(shapes) - set(files.file_of))
     extra = sorted(n for n in set(files.file_of) - set(shapes) if not is_spare(cfg, n))
@@ -138,7 +139,6 @@ def check_tensors(cfg: ModelConfig, files: TensorFiles) -> None:
         if n in files.shapes and files.shapes[n] != shape
     ]
     kinds = [f"{n} is {files.dtypes[n]}" for n in shapes if n in files.dtypes and files.dtypes[n] not in STORED]
-    _check_not_quantised(files)
     problems = [
         f"{len(group)} {what}: {listed(group)}"
         for what, group in (
@@ -214,11 +214,12 @@ def load_decoder(folder: str | pathlib.Path, dtype: str = "float32", mesh=None, 
     table = weight_table(cfg)
 
     places = {(piece.path, piece.index): piece for piece in pieces(cfg)}
+    apart = {path: len(index) for path, index in places}  # leading axes that HF stores as tensors of their own
 
     def read(path: str) -> jax.Array:
         """One weight of the decoder, each device's part of it from the slices of the tensors that it needs."""
         weight, target = table[path], DTYPES[dtype]
-        stacked = len(next(index for other, index in places if other == path))  # leading axes that HF stores apart
+        stacked = apart[path]
 
         def part(index):
             wanted = [range(*i.indices(size)) for i, size in zip(index, weight.shape, strict=True)]

@@ -22,6 +22,7 @@ KEYS = {
     "yarn": {"factor", "attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate", SPAN},
     "longrope": {"factor", "attention_factor", "short_factor", "long_factor", SPAN},
 }
+MOST_CONTEXT = 1 << 40  # tokens; beyond any model, within what numbers hold
 RENAMED = {"su": "longrope"}
 
 
@@ -113,14 +114,13 @@ def rope_from_hf(
     "rope_scaling" in a message.
     """
     kind = spec.get("rope_type") or spec.get("type") or "default"
-    kind = RENAMED.get(kind, kind)
-    if kind not in KEYS:
+    kind = RENAMED.get(kind, kind) if isinstance(kind, str) else kind
+    if not isinstance(kind, str) or kind not in KEYS:
         raise ValueError(f" type {kind!r} is not supported ({', '.join(KEYS)} are)")
     unknown = sorted(k for k in set(spec) - COMMON_KEYS - KEYS[kind] if spec[k] is not None)
     if unknown:
-        raise ValueError(
-            "; rope_scaling".join(f".{k} = {spec[k]!r} is not supported with type {kind!r}" for k in unknown)
-        )
+        found = "".join(f".{k} = {spec[k]!r}" if i == 0 else f", {k} = {spec[k]!r}" for i, k in enumerate(unknown))
+        raise ValueError(f"{found} is not supported with type {kind!r}")
 
     def number(name, default=None):
         value = spec.get(name)
@@ -139,7 +139,13 @@ def rope_from_hf(
     if kind == "default":
         return dataclasses.replace(rope, original_context=0)
     span = number(SPAN, context) if SPAN in KEYS[kind] else context
+    if span < 2:
+        raise ValueError(f" of type {kind!r} has {SPAN} = {span}, expected a number of tokens")
     stretch = number("factor", context / span if kind in ("yarn", "longrope") else None)
+    if stretch * span > MOST_CONTEXT:
+        raise ValueError(
+            f" of type {kind!r} stretches {span} tokens {stretch} times, expected fewer than {MOST_CONTEXT}"
+        )
     rope = dataclasses.replace(rope, factor=stretch, original_context=int(span))
     return _FINISH.get(kind, lambda rope, *_: rope)(rope, spec, number)
 
