@@ -10,6 +10,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pathlib
 import sys
 
+import jax
 import pytest
 import torch
 
@@ -20,6 +21,13 @@ import tiny
 from refusal_jax import load_model
 
 torch.set_num_threads(min(2, os.cpu_count() or 1))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forgotten_programs():
+    """Every compiled program holds memory mappings, of which a process may have 65,530 by default: more makes XLA crash."""
+    yield
+    jax.clear_caches()
 
 
 @pytest.fixture(scope="session")

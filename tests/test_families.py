@@ -53,7 +53,8 @@ def case(request, tmp_path_factory):
     edits = kinds.take(np.repeat(range(3), len(LENGTHS))).for_batch(12, ours.cfg.n_layers, ours.cfg.d_model)
     out = _forward(ours, np.tile(tokens, (3, 1)), np.tile(mask, (3, 1)), edits, taps=Taps(TAP_SITES), last=False)
     logits, taps = jax.tree.map(np.asarray, out)
-    return Case(folder, ours, families.reference(folder), tokens, mask, direction, logits, taps)
+    yield Case(folder, ours, families.reference(folder), tokens, mask, direction, logits, taps)
+    jax.clear_caches()  # see conftest.py; no program serves two cases
 
 
 def close(ours, theirs, tolerance=1e-4):
