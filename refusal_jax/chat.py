@@ -215,12 +215,20 @@ def _set_template(tokenizer, setting: str, folder: pathlib.Path) -> str:
     """Gives the tokenizer the template that the setting `chat_template` asks for; where that came from, in words."""
     if not setting and tokenizer.chat_template:
         return "tokenizer"
-    found = named_template(setting) if setting else recognised_template(tokenizer.get_added_vocab())
+    known = getattr(tokenizer, "get_vocab", tokenizer.get_added_vocab)()
+    found = named_template(setting) if setting else recognised_template(known)
     if found is None:
         raise UserError(
             f"The tokenizer of {folder} has no chat template, and its special tokens do not tell which it was made "
             f"for. Set --config.chat_template=NAME, one of {', '.join(BUILT_IN)}, or to the path of a .jinja file. A base "
             "model has none: use its chat or instruct version."
+        )
+    unknown = [mark for mark in MARKS.get(setting.removesuffix("-published"), ()) if mark not in known]
+    if unknown:
+        raise UserError(
+            f"The tokenizer of {folder} does not know {' and '.join(unknown)}, which the chat template {setting!r} writes: "
+            f"they would be read as plain text. Set --config.chat_template to what the model was trained with: one of "
+            f"{', '.join(BUILT_IN)}, or the path of a .jinja file."
         )
     tokenizer.chat_template, origin = found
     return origin

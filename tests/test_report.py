@@ -89,7 +89,7 @@ def make_run(folder, layers=6, positions=5, width=16, n_val=32, full_grid=False,
     ]
     openings.insert(0, {"id": 40, "text": "I", "harmful": 0.75, "harmless": 0.001, "chosen": True})
     openings.append({"id": 7, "text": HOSTILE[0], "harmful": 0.0, "harmless": 0.6, "chosen": False})
-    setup |= {"chat_template": "/home/<b>me</b>.jinja", "thinking": False}
+    setup |= {"chat_template": "/home/<b>me</b>.jinja", "thinking": False, "bundled_prompts": []}
     setup |= {"refusal_tokens_from": "data", "openings": openings}
     run.write_json("setup.json", setup)
     scores = {"harmful": rng.normal(6, 3, n_val), "harmless": rng.normal(-8, 3, n_val)}
@@ -210,6 +210,8 @@ def test_template_and_refusal_tokens_are_told(run_and_page, tmp_path):
         "Refusal tokens, from data (mean probability after harmful and harmless prompts): I (0.750, 0.001)",
     ]
     run, verdicts = make_run(tmp_path / "given")
+    bundled = setup_lines(run.read_json("setup.json") | {"bundled_prompts": ["harmful_val", "harmless_test"]})[0]
+    assert bundled.startswith("Prompts: bundled (harmful_val, harmless_test). They are made for the embedded model")
     setup = run.read_json("setup.json") | {"refusal_tokens_from": "config", "openings": [], "thinking": True}
     run.write_json("setup.json", setup)
     assert "How the refusal tokens were found" not in page_of(run, verdicts)

@@ -1,5 +1,7 @@
 """Chat templates: layouts of well-known families, the built-in ones, and the tokens after the instruction."""
 
+import re
+
 import pytest
 import tiny
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
@@ -237,3 +239,13 @@ def test_template_settings_that_name_nothing(tmp_path):
     (tmp_path / "empty.jinja").write_text("\n")
     with pytest.raises(UserError, match=r"the chat template .*empty\.jinja is empty\. Put"):
         named_template(str(tmp_path / "empty.jinja"))
+
+
+@pytest.mark.parametrize("name,mark", [("gemma", "<start_of_turn>"), ("chatml", "<|im_start|>")])
+def test_a_template_whose_marks_the_tokenizer_does_not_know(name, mark, tmp_path):
+    tiny.tiny_tokenizer(tmp_path)
+    message = (
+        rf"does not know {re.escape(mark)} and .*, which the chat template '{name}' writes: they would be read as plain"
+    )
+    with pytest.raises(UserError, match=message):
+        Chat.load(tmp_path, 256, chat_template=name)

@@ -16,7 +16,7 @@ USAGE = """refusal-jax JOB [--flags]: find, measure, edit and audit the refusal 
 Jobs:
 {jobs}
 
-Start with `refusal-jax study --workdir=runs/demo`, which needs nothing else. `refusal-jax JOB --help` explains a job.
+Start with `refusal-jax study --workdir=runs/first`, which needs nothing else. `refusal-jax JOB --help` explains a job.
 Exit codes: 0 done, 1 a bug of ours (with a traceback), 2 bad input or environment (with a next step), 130 interrupted.
 """
 

@@ -1,6 +1,6 @@
 """Runs the paper's whole study on a chat model: directions, selection, completions, loss, report.
 
-  refusal-jax study --workdir=runs/demo                        # the embedded model, about a minute on a laptop
+  refusal-jax study --workdir=runs/first                       # the embedded model, about a minute on a laptop
   refusal-jax study --model=DIR --workdir=runs/mine            # an HF checkpoint folder, the paper's settings
   refusal-jax study --config=configs/demo.py --workdir=DIR --config.select.full_grid=True
 
@@ -32,7 +32,7 @@ CONFIG = config_flags.DEFINE_config_file(
 
 def main(argv) -> None:
     if not WORKDIR.value:
-        raise UserError("--workdir is missing: name the folder for the results, e.g. --workdir=runs/demo.")
+        raise UserError("--workdir is missing: name the folder for the results, e.g. --workdir=runs/first.")
     config = CONFIG.value
     if MODEL.value is not None:
         config.model = MODEL.value

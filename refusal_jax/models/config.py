@@ -358,7 +358,8 @@ def from_hf(hf: dict, where: str = "config.json") -> ModelConfig:
     if not isinstance(model_type, str) or model_type not in READERS:
         raise UserError(
             f"{where} says model_type = {model_type!r}, which is not supported. Supported: "
-            f"{', '.join(sorted(READERS))}. Use a checkpoint of one of these architectures."
+            f"{', '.join(sorted(READERS))}. Use a checkpoint of one of these architectures, or add this one: README, "
+            '"Adding a family".'
         )
     if hf.get(QUANTISATION):
         raise UserError(

@@ -13,7 +13,12 @@ def setup_lines(setup: dict) -> list[str]:
     for token in setup["refusal_tokens"]:
         row = openings.get(token["id"])
         tokens.append(f"{token['text']} ({row['harmful']:.3f}, {row['harmless']:.3f})" if row else token["text"])
-    return [
+    bundled = setup["bundled_prompts"]
+    warning = (
+        f"Prompts: bundled ({', '.join(bundled)}). They are made for the embedded model, and results on another mean "
+        "little: give all six sets, --config.data.harmful_train=FILE and so on."
+    )
+    return [warning] * bool(bundled) + [
         f"Chat template: {setup['chat_template']}, thinking {'on' if setup['thinking'] else 'off'}. Post-instruction "
         f"tokens: {' '.join(token['text'] for token in setup['post_instruction_tokens'])}",
         f"Refusal tokens, from {setup['refusal_tokens_from']}"

@@ -14,9 +14,10 @@ def get_config() -> ConfigDict:
     config.batch_size = 32  # rows of a forward pass
     config.chat_template = ""  # a name of templates.BUILT_IN or a .jinja file; "": the tokenizer's, or recognised
     config.thinking = False  # ask models that can think to do so; refusal is read at the reply's first token, so don't
-    # how refusals begin, as text or token ids, whose probabilities are summed; (): measured on training prompts
+    # how refusals begin, as token ids or texts (of which the first token counts), whose probabilities are summed;
+    # (): measured on training prompts
     config.refusal_tokens = ()  # (on the command line: --config.refusal_tokens="('I', 'As')")
-    # candidate positions; none: all post-instruction tokens
+    # how many of the last post-instruction tokens are candidate positions; None: all of them
     config.positions = ml_collections.config_dict.placeholder(int)
     config.filter = True  # keep only harmful prompts that are refused and harmless ones that are not
     config.mesh = ConfigDict({"data": 1, "fsdp": 1, "model": 1})  # devices along each mesh axis
@@ -28,7 +29,7 @@ def get_config() -> ConfigDict:
             "harmless_train": BUNDLED,
             "harmless_val": BUNDLED,
             "harmless_test": BUNDLED,
-            "n_train": 128,
+            "n_train": 128,  # prompts drawn from each set, by the seed
             "n_val": 32,
             "n_test": 100,
             "seed": 42,
@@ -36,12 +37,13 @@ def get_config() -> ConfigDict:
     )
     config.select = ConfigDict(
         {
+            # score every candidate fully, for figures; same pick, 3 to 5 times the work
+            "full_grid": False,
             "kl_threshold": 0.1,  # discard above: the direction does more than refusal
             "induce_threshold": 0.0,  # discard below: adding it does not make harmless prompts refused
             "prune_fraction": 0.2,  # discard candidates in this last fraction of the layers
-            "full_grid": False,
         }
-    )  # score every candidate fully, for figures; same pick, 3 to 5 times the work
+    )
     config.generation = ConfigDict(
         {
             "max_new_tokens": 512,
@@ -60,7 +62,7 @@ def get_config() -> ConfigDict:
             "batch_size": 8,
             "text_tokens": 256,  # plain text is cut to this, as in the paper; chat rows only to the model's context
             "text_files": (),  # .txt (one document a line) or .json, .jsonl, .csv with a text field
-            "chat_files": (),
+            "chat_files": (),  # .json or .jsonl of {"prompt" or "instruction", "response" or "output"}
         }
-    )  # .json or .jsonl of {"prompt" or "instruction", "response" or "output"}
+    )
     return config

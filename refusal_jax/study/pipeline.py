@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from refusal_jax.chat_model import ChatModel, demo_model_path, load_model
-from refusal_jax.data.prompts import dataset_name, file_hash, read_prompts, resolve
+from refusal_jax.data.prompts import BUNDLED, dataset_name, file_hash, read_prompts, resolve
 from refusal_jax.edits import EPS, Edits
 from refusal_jax.errors import UserError
 from refusal_jax.models.attention import Context
@@ -197,6 +197,7 @@ class Study:
             "dtype": str(self.model.decoder.dtype),
             "n_layers": self.model.config.n_layers,
             "d_model": self.model.config.d_model,
+            "bundled_prompts": [split for split in SPLITS if self.config.model and self.config.data[split] == BUNDLED],
             "chat_template": chat.template_origin,
             "thinking": chat.thinking,
             "positions": positions,
