@@ -192,7 +192,7 @@ class Chat:
 def _load_tokenizer(folder: pathlib.Path):
     """The tokenizer of a checkpoint. Raises UserError if its files are missing or damaged."""
     names = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
-    if (folder / RANKS).exists() and not (folder / names[0]).exists():
+    if (folder / RANKS).is_file() and not (folder / names[0]).exists():
         return QwenTokenizer.load(folder)
     if not any((folder / name).exists() for name in names):
         raise UserError(

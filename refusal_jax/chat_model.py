@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import numbers
 import pathlib
 from collections.abc import Sequence
 from functools import partial
@@ -64,7 +65,7 @@ class ChatModel:
 
         Where a "longrope" changes its angles on the way, the text so far is read again, as transformers does for Phi 3.
         """
-        if not isinstance(max_new_tokens, int):
+        if not isinstance(max_new_tokens, numbers.Integral):
             raise UserError(f"max_new_tokens is {type(max_new_tokens).__name__}, not a number: pass edits as edits=.")
         longest = int(np.asarray(batch.mask).sum(axis=1).max())
         if max_new_tokens < 1 or longest + max_new_tokens > self.config.context_length:

@@ -276,6 +276,10 @@ def test_both_spellings_of_rope_agree():
 
 
 BAD = {
+    "branches": (
+        {"model_type": "qwen", "intermediate_size": 97},
+        "intermediate_size = 97 is odd, but counts two branches",
+    ),
     "not-causal": ({"is_causal": False}, "is_causal = False is not supported .only True is"),
     "infinite": ({"rms_norm_eps": math.inf}, "rms_norm_eps = inf, expected a positive number"),
     "rope-type": ({"rope_scaling": {"type": ["x"]}}, r"rope_scaling type \['x'\] is not supported"),

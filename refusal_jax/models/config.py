@@ -101,7 +101,8 @@ def _sizes(read: Reader, defaults: dict | None = None, **names: str) -> dict:
         read.problems.append(f"{name} = {sizes['activation']!r} is not one of {', '.join(ACTIVATIONS)}")
     missing = [field for field in SIZES if sizes[field] is None and field not in defaults]
     if missing:  # which is reported; the reading goes on with what fits, to report everything at once
-        return sizes | {"d_model": 64, "n_layers": 1, "n_heads": 1, "n_kv_heads": 1, "head_dim": 64, "d_mlp": 64}
+        sizes |= {field: 64 for field in missing}
+        return sizes | {"n_kv_heads": sizes["n_heads"], "head_dim": 64}
     sizes["n_kv_heads"] = sizes["n_kv_heads"] or sizes["n_heads"]
     sizes["head_dim"] = sizes["head_dim"] or max(sizes["d_model"] // sizes["n_heads"], 1)
     if sizes["n_heads"] % sizes["n_kv_heads"]:
@@ -137,10 +138,10 @@ def _config(
     return ModelConfig(family, kinds=kinds, layer_kinds=tuple(map(kinds.index, layers)), **fields)
 
 
-def _llama(read: Reader, family: str = "llama") -> ModelConfig:
+def _llama(read: Reader) -> ModelConfig:
     bias = read.take("attention_bias", False, bool)
     sizes = _sizes(read)
-    return _config(read, family, sizes, qkv_bias=bias, o_bias=bias, mlp_bias=read.take("mlp_bias", False, bool))
+    return _config(read, "llama", sizes, qkv_bias=bias, o_bias=bias, mlp_bias=read.take("mlp_bias", False, bool))
 
 
 def _mistral(read: Reader) -> ModelConfig:
@@ -155,7 +156,9 @@ def _qwen(read: Reader) -> ModelConfig:
     sizes = _sizes(
         read, {"context_length": 8192, "head_dim": 128}, head_dim="kv_channels", norm_eps="layer_norm_epsilon"
     )
-    sizes["d_mlp"] //= 2  # the attribute counts both branches
+    if sizes["d_mlp"] % 2:
+        read.problems.append(f"intermediate_size = {sizes['d_mlp']} is odd, but counts two branches of equal width")
+    sizes["d_mlp"] //= 2
     length = read.take("seq_length", 2048, int)
     if read.take("use_dynamic_ntk", True, bool) | read.take("use_logn_attn", True, bool):
         sizes["context_length"] = min(length, sizes["context_length"])
