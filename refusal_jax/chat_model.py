@@ -24,12 +24,16 @@ from refusal_jax.taps import NO_TAPS, Taps
 
 @dataclasses.dataclass(frozen=True)
 class ChatModel:
-    """A decoder, its chat tokenizer and the mesh they run on; made by `load_model`."""
+    """A decoder on its devices and its chat tokenizer; made by `load_model`."""
 
     decoder: Decoder
     chat: Chat
     path: pathlib.Path
-    mesh: jax.sharding.Mesh | None = None
+
+    @property
+    def mesh(self) -> jax.sharding.Mesh | None:
+        """The mesh that the decoder is on; None is one device."""
+        return self.decoder.mesh
 
     @property
     def config(self) -> ModelConfig:
@@ -115,7 +119,7 @@ class ChatModel:
 def _forward(decoder: Decoder, tokens_bt, mask_bt, edits: Edits, *, taps: Taps, last: bool):
     x, tapped, _ = decoder.run(decoder.embed_tokens(tokens_bt), Context.of_prompt(decoder.cfg, mask_bt), edits, taps)
     logits = decoder.logits(x[:, -1:])[:, 0] if last else decoder.logits(x)
-    return logits, tapped
+    return logits[..., : decoder.cfg.vocab_size], tapped
 
 
 def load_model(
@@ -140,7 +144,7 @@ def load_model(
         dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     config = load_config(path)
     chat = Chat.load(path, config.context_length, config.vocab_size, chat_template, thinking)
-    return ChatModel(load_decoder(path, dtype, mesh, progress), chat, path, mesh)
+    return ChatModel(load_decoder(path, dtype, mesh, progress), chat, path)
 
 
 def demo_model_path() -> pathlib.Path:

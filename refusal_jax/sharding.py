@@ -1,62 +1,143 @@
 """Which array axis lives on which mesh axis.
 
 Weights name their axes logically ("heads", "mlp", "vocab", "embed"); the rules below place them on a mesh whose axes
-are `data` (batch rows), `fsdp` (batch rows and weight storage) and `model` (tensor parallelism). A mesh that lacks one of
-them works as if it had size 1.
+are `data` (batch rows), `fsdp` (batch rows and weight storage) and `model` (tensor parallelism). For a model, `model` is
+split in two, `kv` ways among the key/value heads and `q` ways among the queries of each, so that there may be more ways
+than key/value heads. All engines are JAX's: arrays carry shardings, and GSPMD inserts the communication.
 """
 
 import math
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from refusal_jax.errors import UserError
+from refusal_jax.models.weights import Weight
 
 MESH_AXES = ("data", "fsdp", "model")
+SPLIT_AXES = ("data", "fsdp", "kv", "q")
 RULES = {
-    "vocab": "model",
-    "heads": "model",
-    "kv_heads": "model",
-    "mlp": "model",
-    "experts": None,
-    "embed": "fsdp",
     "batch": ("data", "fsdp"),
-    "layers": None,
-    "norm": None,
+    "embed": ("fsdp",),
+    "heads": ("kv", "q"),
+    "kv_heads": ("kv",),
+    "queries": ("q",),
+    "mlp": ("kv", "q"),
+    "vocab": ("kv", "q"),
+    "experts": (),
+    "layers": (),
+    "norm": (),
 }
 
 
 def make_mesh(data: int = 1, fsdp: int = 1, model: int = 1, devices=None) -> Mesh:
-    """A mesh of `data` x `fsdp` x `model` devices. Raises UserError if there are not that many, or for sizes under 1."""
+    """A mesh of `data` x `fsdp` x `model` devices, neighbours in `model` being near each other on a TPU.
+
+    On several slices `data` must be a multiple of their number: only it crosses the slow network between them. Raises
+    UserError if there are not that many devices, or for sizes under 1.
+    """
     devices = jax.devices() if devices is None else devices
     shape = (data, fsdp, model)
+    name = f"a mesh of data={data} x fsdp={fsdp} x model={model}"
     if min(shape) < 1:
-        raise UserError(f"a mesh of data={data} x fsdp={fsdp} x model={model} has no devices: each must be at least 1.")
-    if np.prod(shape) > len(devices):
+        raise UserError(f"{name} has no devices: each must be at least 1.")
+    count = math.prod(shape)
+    if count > len(devices):
         raise UserError(
-            f"a mesh of data={data} x fsdp={fsdp} x model={model} needs {np.prod(shape)} devices, there "
-            f"are {len(devices)}. Lower mesh.data, mesh.fsdp or mesh.model."
+            f"{name} needs {count} devices, there are {len(devices)}. Lower mesh.data, mesh.fsdp or mesh.model."
         )
-    grid = np.asarray(devices[: int(np.prod(shape))]).reshape(shape)
-    return Mesh(grid, MESH_AXES, axis_types=(jax.sharding.AxisType.Auto,) * len(shape))
+    return Mesh(_grid(shape, devices, name), MESH_AXES, axis_types=(jax.sharding.AxisType.Auto,) * len(shape))
 
 
-def weight_sharding(mesh: Mesh | None, axes: tuple[str, ...], shape: tuple[int, ...]):
-    """The sharding of a weight of these logical axes; an axis that its mesh axis does not divide is replicated."""
+def _grid(shape: tuple[int, ...], devices, name: str) -> np.ndarray:
+    """The devices in the order that suits their network."""
+    count = math.prod(shape)
+    if devices[0].platform != "tpu" or count < len(devices):
+        return np.asarray(devices[:count]).reshape(shape)
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if slices == 1:
+        return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    if shape[0] % slices:
+        raise UserError(f"{name} cannot be laid over {slices} slices: make mesh.data a multiple of {slices}.")
+    within = (shape[0] // slices, *shape[1:])
+    return mesh_utils.create_hybrid_device_mesh(within, (slices, 1, 1), devices, allow_split_physical_axes=True)
+
+
+def split_for(mesh: Mesh | None, kv_heads: int) -> Mesh | None:
+    """The mesh with its `model` axis split into `kv` x `q` for a model of so many key/value heads: `kv` takes as many
+    of the ways as divide the heads. A mesh that is split already stays as it is."""
+    if mesh is None or "model" not in mesh.shape:
+        return mesh
+    ways = mesh.shape["model"]
+    kv = math.gcd(ways, kv_heads)
+    grid = mesh.devices.reshape(*(mesh.shape[name] for name in MESH_AXES[:2]), kv, ways // kv)
+    return Mesh(grid, SPLIT_AXES, axis_types=(jax.sharding.AxisType.Auto,) * len(SPLIT_AXES))
+
+
+def mesh_axes(mesh: Mesh, axis: str, factors: tuple[int, ...]) -> tuple[str, ...]:
+    """The mesh axes that hold an array axis of the logical name `axis`.
+
+    factors: its size, or sizes whose product it is, slowest first. A contiguous part of the axis is a part of its first
+    factor, and of the second only where the first is wholly split; ways that do not divide are left out (the array is
+    then replicated along them).
+    """
+    held, at, left = [], 0, factors[0]
+    for name in RULES[axis]:
+        if left == 1 and at + 1 < len(factors):
+            at += 1
+            left = factors[at]
+        ways = mesh.shape.get(name, 1)
+        if left % ways:
+            break
+        held.append(name)
+        left //= ways
+    return tuple(held)
+
+
+def weight_place(mesh: Mesh | None, weight: Weight) -> tuple[tuple[int, ...], jax.sharding.Sharding]:
+    """The shape in which a weight is stored, and its sharding.
+
+    The shape is the weight's own, but for a vocabulary that the mesh does not divide: it gets more rows, of zeros. Heads are
+    never cut. Raises ValueError if the rules place two axes of the weight on the same mesh axis.
+    """
+    if mesh is None:
+        return weight.shape, jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    shape, spec = [], []
+    for axis, size in zip(weight.axes, weight.shape, strict=True):
+        if axis == "vocab":
+            ways = math.prod(mesh.shape.get(name, 1) for name in RULES[axis])
+            size = -(-size // ways) * ways
+        shape.append(size)
+        spec.append(mesh_axes(mesh, axis, weight.heads if axis in ("heads", "kv_heads") else (size,)))
+    used = [name for names in spec for name in names]
+    if len(set(used)) < len(used):
+        raise ValueError(f"the sharding rules place axes {weight.axes} on {spec}: a mesh axis can hold only one")
+    return tuple(shape), NamedSharding(mesh, PartitionSpec(*(names or None for names in spec)))
+
+
+def sharding_of(mesh: Mesh | None, *axes: tuple[str, int] | None):
+    """The sharding of an array with these axes, each (logical name, size), or None where it is replicated."""
     if mesh is None:
         return jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    spec = []
-    for axis, size in zip(axes, shape, strict=True):
-        name = RULES[axis]
-        spec.append(name if name in mesh.shape and size % mesh.shape[name] == 0 else None)
+    spec = [None if axis is None else mesh_axes(mesh, axis[0], (axis[1],)) or None for axis in axes]
     return NamedSharding(mesh, PartitionSpec(*spec))
 
 
 def batch_sharding(mesh: Mesh | None, rows: int):
-    """The sharding of an array whose first axis is the batch; replicated if the devices do not divide `rows`."""
+    """The sharding of an array whose first axis is the batch; along mesh axes that do not divide `rows`, replicated."""
+    return sharding_of(mesh, ("batch", rows))
+
+
+def constrain(mesh: Mesh | None, x: jax.Array, *axes: str | None) -> jax.Array:
+    """`x`, inside a jitted function, with each axis placed by its logical name; None and axes not named: replicated."""
     if mesh is None:
-        return jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    names = tuple(name for name in RULES["batch"] if name in mesh.shape)
-    ways = math.prod(mesh.shape[name] for name in names)
-    return NamedSharding(mesh, PartitionSpec(names if names and rows % ways == 0 else None))
+        return x
+    named = [None if axis is None else (axis, size) for axis, size in zip(axes, x.shape, strict=False)]
+    return jax.lax.with_sharding_constraint(x, sharding_of(mesh, *named))
+
+
+def replicate(mesh: Mesh | None, tree):
+    """A pytree of small results, inside a jitted function, whole on every device: every process can then read them."""
+    return jax.tree.map(lambda x: constrain(mesh, x), tree)

@@ -19,6 +19,7 @@ from refusal_jax.models.cache import Cache
 from refusal_jax.models.config import ModelConfig
 from refusal_jax.models.layers import GATED, experts, linear, mlp, rms_norm
 from refusal_jax.models.weights import weight_table
+from refusal_jax.sharding import constrain, split_for, weight_place
 from refusal_jax.taps import NO_TAPS, Taps
 
 
@@ -41,10 +42,10 @@ class Layer:
 
 
 class Stack(nnx.Module):
-    """Weights of the blocks by name."""
+    """Weights of the blocks by name, and the mesh that they are on."""
 
-    def __init__(self, cfg: ModelConfig, weights: dict[str, jax.Array]):
-        self.cfg = cfg
+    def __init__(self, cfg: ModelConfig, weights: dict[str, jax.Array], mesh: jax.sharding.Mesh | None):
+        self.cfg, self.mesh = cfg, mesh
         for name, value in weights.items():
             setattr(self, name, nnx.Param(value))
 
@@ -74,7 +75,7 @@ class Block(Stack):
             return self.norm(f"{name}_norm", x) if cfg.qk_norm == "head" else x
 
         q, k, v = heads("q", cfg.n_heads), heads("k", cfg.n_kv_heads), heads("v", cfg.n_kv_heads)
-        new = view.rotate(k).swapaxes(1, 2), v.swapaxes(1, 2)
+        new = tuple(constrain(self.mesh, a.swapaxes(1, 2), "batch", "kv_heads") for a in (view.rotate(k), v))
         segments = [(*new, view.allowed_btt)] if past is None else [(*past, view.allowed_btc), (*new, view.allowed_btt)]
         out = attend(view.rotate(q), segments, cfg.query_scale, cfg.attention_softcap)
         return linear(out, w("o"), w("o_bias")), new
@@ -105,7 +106,8 @@ class Block(Stack):
         attn_out = added(attn, "attn_post_norm", "attn_out")
         resid_mid = resid_pre + attn_out
         mlp_out = added(self.mlp(self.norm("mlp_norm", resid_mid), layer, stack), "mlp_post_norm", "mlp_out")
-        resid_post = resid_mid + mlp_out
+        # Placed here, after the last edit: else what a tap wants spreads backwards into the layers.
+        resid_post = constrain(self.mesh, resid_mid + mlp_out, "batch")
         return (
             resid_post,
             taps.read(
@@ -116,15 +118,17 @@ class Block(Stack):
 
 
 class Decoder(nnx.Module):
-    """A decoder-only transformer over a `ModelConfig`; parameters as in `weight_table`."""
+    """A decoder-only transformer over a `ModelConfig`; parameters as in `weight_table`, but for a vocabulary that may have
+    more rows, of zeros (`sharding.weight_place`). mesh: what the parameters are on, None being one device."""
 
-    def __init__(self, cfg: ModelConfig, weights: dict[str, jax.Array]):
-        self.cfg = cfg
+    def __init__(self, cfg: ModelConfig, weights: dict[str, jax.Array], mesh: jax.sharding.Mesh | None = None):
+        mesh = split_for(mesh, cfg.n_kv_heads)
+        self.cfg, self.mesh = cfg, mesh
         self.embed = nnx.Param(weights["embed"])
         stacked = {p.removeprefix("blocks."): a for p, a in weights.items() if p.startswith("blocks.")}
         # Experts stay out of the scan, which would copy a layer's whole set to use a few.
-        self.experts = Stack(cfg, {name: stacked.pop(name) for name in GATED}) if cfg.n_experts else None
-        self.blocks = Block(cfg, stacked)
+        self.experts = Stack(cfg, {name: stacked.pop(name) for name in GATED}, mesh) if cfg.n_experts else None
+        self.blocks = Block(cfg, stacked, mesh)
         self.final_norm = nnx.Param(weights["final_norm"])
         if not cfg.tied_embeddings:
             self.unembed = nnx.Param(weights["unembed"])
@@ -152,24 +156,34 @@ class Decoder(nnx.Module):
 
         return {path: find(path) for path in weight_table(self.cfg)}
 
+    @classmethod
+    def abstract(cls, cfg: ModelConfig, dtype, mesh: jax.sharding.Mesh | None) -> "Decoder":
+        """Shapes, dtypes and shardings in place of arrays: enough to compile with."""
+        mesh = split_for(mesh, cfg.n_kv_heads)
+        places = {path: weight_place(mesh, weight) for path, weight in weight_table(cfg).items()}
+        return cls(cfg, {p: jax.ShapeDtypeStruct(s, dtype, sharding=sh) for p, (s, sh) in places.items()}, mesh)
+
     @property
     def dtype(self):
         return self.embed[...].dtype
 
     def embed_tokens(self, tokens_bt):
         """The residual stream's first values, `[B, T, D]`."""
-        x = jnp.take(self.embed[...], tokens_bt, axis=0)
+        x = constrain(self.mesh, jnp.take(self.embed[...], tokens_bt, axis=0), "batch")
         return x if self.cfg.embed_scale == 1 else x * jnp.asarray(self.cfg.embed_scale, x.dtype)
 
     def logits(self, x_btd):
-        """Final norm and unembedding, float32 `[B, T, V]`."""
+        """Final norm and unembedding, float32 `[B, T, V]`, V as stored: -inf for tokens beyond the vocabulary."""
         cfg = self.cfg
         table = self.embed if cfg.tied_embeddings else self.unembed
         x = rms_norm(x_btd, self.final_norm[...], cfg.norm_eps, cfg.norm_offset)
         precision = "highest" if x.dtype == jnp.float32 else None
         logits = jnp.einsum("btd,vd->btv", x, table[...], precision=precision, preferred_element_type=jnp.float32)
-        logits = logits / cfg.logit_divisor
-        return logits if cfg.logit_softcap is None else cfg.logit_softcap * jnp.tanh(logits / cfg.logit_softcap)
+        logits = constrain(self.mesh, logits / cfg.logit_divisor, "batch", None, "vocab")
+        if cfg.logit_softcap is not None:
+            logits = cfg.logit_softcap * jnp.tanh(logits / cfg.logit_softcap)
+        beyond = table[...].shape[0] > cfg.vocab_size
+        return jnp.where(jnp.arange(logits.shape[-1]) < cfg.vocab_size, logits, -jnp.inf) if beyond else logits
 
     def layers(self, edits: Edits):
         """What the blocks are run over: their weights, and what else differs between layers; leading axis L."""

@@ -24,7 +24,7 @@ from refusal_jax.models.decoder import Decoder
 from refusal_jax.models.families import TABLES, hf_names, hf_shapes, is_spare, pieces
 from refusal_jax.models.hf_attributes import read_json
 from refusal_jax.models.weights import weight_table
-from refusal_jax.sharding import weight_sharding
+from refusal_jax.sharding import split_for, weight_place
 
 ROWS = 4096  # of a large tensor, read at a time
 INDEX = "model.safetensors.index.json"
@@ -211,7 +211,7 @@ def load_decoder(folder: str | pathlib.Path, dtype: str = "float32", mesh=None, 
     cfg = load_config(folder)
     files = TensorFiles.open(folder)
     check_tensors(cfg, files)
-    table = weight_table(cfg)
+    table, mesh = weight_table(cfg), split_for(mesh, cfg.n_kv_heads)
 
     places = {(piece.path, piece.index): piece for piece in pieces(cfg)}
     apart = {path: len(index) for path, index in places}  # leading axes that HF stores as tensors of their own
@@ -220,19 +220,22 @@ def load_decoder(folder: str | pathlib.Path, dtype: str = "float32", mesh=None, 
         """One weight of the decoder, each device's part of it from the slices of the tensors that it needs."""
         weight, target = table[path], DTYPES[dtype]
         stacked = apart[path]
+        shape, sharding = weight_place(mesh, weight)
 
         def part(index):
-            wanted = [range(*i.indices(size)) for i, size in zip(index, weight.shape, strict=True)]
+            wanted = [range(*i.indices(size)) for i, size in zip(index, shape, strict=True)]
             rows, rest = wanted[stacked], index[stacked + 1 :]
-            whole = np.empty([len(w) for w in wanted], target)
+            whole = np.zeros([len(w) for w in wanted], target)
             for place in itertools.product(*wanted[:stacked]):
                 piece = places[path, place]
                 offsets = tuple(at - axis.start for at, axis in zip(place, wanted, strict=False))
-                source = (slice(piece.start + rows.start, piece.start + rows.stop), *rest)
-                whole[offsets] = files.read(piece.name, source).astype(target, copy=False)
+                stop = min(piece.start + rows.stop, piece.stop)
+                if stop > piece.start + rows.start:
+                    values = files.read(piece.name, (slice(piece.start + rows.start, stop), *rest))
+                    whole[offsets][: len(values)] = values.astype(target, copy=False)
             return whole
 
-        return jax.make_array_from_callback(weight.shape, weight_sharding(mesh, weight.axes, weight.shape), part)
+        return jax.make_array_from_callback(shape, sharding, part)
 
     try:
         with ThreadPoolExecutor(4) as pool:
@@ -258,7 +261,7 @@ def load_decoder(folder: str | pathlib.Path, dtype: str = "float32", mesh=None, 
             f"{folder} holds NaN or infinite weights (as {dtype}): {listed(bad)}. The checkpoint is damaged, or "
             "its values do not fit this dtype: try bfloat16 or float32."
         )
-    return Decoder(cfg, weights)
+    return Decoder(cfg, weights, mesh)
 
 
 @jax.jit
@@ -270,6 +273,6 @@ def save_weights(decoder: Decoder, folder: pathlib.Path) -> None:
     """Writes `model.safetensors` in HF's names and layout: `load_decoder` backwards, for models of one file."""
     weights, tensors = jax.device_get(decoder.weights()), {}
     for piece in pieces(decoder.cfg):  # of fused tensors, in the order of their rows
-        tensors.setdefault(piece.name, []).append(np.asarray(weights[piece.path])[piece.index])
+        tensors.setdefault(piece.name, []).append(np.asarray(weights[piece.path])[piece.index][: piece.stop - piece.start])
     whole = {name: np.ascontiguousarray(np.concatenate(parts)) for name, parts in sorted(tensors.items())}
     save_file(whole, folder / SINGLE, metadata={"format": "pt"})

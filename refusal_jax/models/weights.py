@@ -7,11 +7,16 @@ from refusal_jax.models.config import ModelConfig
 
 @dataclasses.dataclass(frozen=True)
 class Weight:
-    """Shape, logical axes and initial standard deviation (None: a norm's neutral value; 0: zeros) of one parameter."""
+    """Shape, logical axes and initial standard deviation (None: a norm's neutral value; 0: zeros) of one parameter.
+
+    heads: what an axis "heads" or "kv_heads" counts, slowest first: key/value heads and the queries of each, whose entries
+    stay together.
+    """
 
     shape: tuple[int, ...]
     axes: tuple[str, ...]
     std: float | None
+    heads: tuple[int, int] = (1, 1)
 
 
 def weight_table(cfg: ModelConfig) -> dict[str, Weight]:
@@ -22,7 +27,7 @@ def weight_table(cfg: ModelConfig) -> dict[str, Weight]:
     d, v = cfg.d_model, cfg.vocab_size
     table = {"embed": Weight((v, d), ("vocab", "embed"), d**-0.5 if cfg.tied_embeddings else 1.0)}
     for name, w in (_norms(cfg) | _attention(cfg) | _mlp(cfg)).items():
-        table[f"blocks.{name}"] = Weight((cfg.n_layers, *w.shape), ("layers", *w.axes), w.std)
+        table[f"blocks.{name}"] = dataclasses.replace(w, shape=(cfg.n_layers, *w.shape), axes=("layers", *w.axes))
     table["final_norm"] = Weight((d,), ("norm",), None)
     if not cfg.tied_embeddings:
         table["unembed"] = Weight((v, d), ("vocab", "embed"), d**-0.5)
@@ -41,17 +46,18 @@ def _norms(cfg: ModelConfig) -> dict[str, Weight]:
 
 def _attention(cfg: ModelConfig) -> dict[str, Weight]:
     d, q, kv = cfg.d_model, cfg.n_heads * cfg.head_dim, cfg.n_kv_heads * cfg.head_dim
+    queries, keys = (cfg.n_kv_heads, cfg.n_heads // cfg.n_kv_heads), (cfg.n_kv_heads, 1)
     block = {
-        "q": Weight((q, d), ("heads", "embed"), d**-0.5),
-        "k": Weight((kv, d), ("kv_heads", "embed"), d**-0.5),
-        "v": Weight((kv, d), ("kv_heads", "embed"), d**-0.5),
-        "o": Weight((d, q), ("embed", "heads"), _growth(cfg) * q**-0.5),
+        "q": Weight((q, d), ("heads", "embed"), d**-0.5, queries),
+        "k": Weight((kv, d), ("kv_heads", "embed"), d**-0.5, keys),
+        "v": Weight((kv, d), ("kv_heads", "embed"), d**-0.5, keys),
+        "o": Weight((d, q), ("embed", "heads"), _growth(cfg) * q**-0.5, queries),
     }
     if cfg.qkv_bias:
         block |= {
-            "q_bias": Weight((q,), ("heads",), 0),
-            "k_bias": Weight((kv,), ("kv_heads",), 0),
-            "v_bias": Weight((kv,), ("kv_heads",), 0),
+            "q_bias": Weight((q,), ("heads",), 0, queries),
+            "k_bias": Weight((kv,), ("kv_heads",), 0, keys),
+            "v_bias": Weight((kv,), ("kv_heads",), 0, keys),
         }
     if cfg.o_bias:
         block["o_bias"] = Weight((d,), ("norm",), 0)
