@@ -273,6 +273,8 @@ def save_weights(decoder: Decoder, folder: pathlib.Path) -> None:
     """Writes `model.safetensors` in HF's names and layout: `load_decoder` backwards, for models of one file."""
     weights, tensors = jax.device_get(decoder.weights()), {}
     for piece in pieces(decoder.cfg):  # of fused tensors, in the order of their rows
-        tensors.setdefault(piece.name, []).append(np.asarray(weights[piece.path])[piece.index][: piece.stop - piece.start])
+        tensors.setdefault(piece.name, []).append(
+            np.asarray(weights[piece.path])[piece.index][: piece.stop - piece.start]
+        )
     whole = {name: np.ascontiguousarray(np.concatenate(parts)) for name, parts in sorted(tensors.items())}
     save_file(whole, folder / SINGLE, metadata={"format": "pt"})
