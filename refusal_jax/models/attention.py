@@ -5,6 +5,7 @@ differently run through the same scanned body.
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -90,11 +91,12 @@ def attend(q_btnh, segments, scale: float, softcap: float | None) -> jax.Array:
         # A finite floor: a padding query attends to nothing, and softmax over all -inf would be NaN.
         return jnp.where(allowed_btc[:, None, None], scores, jnp.finfo(jnp.float32).min)
 
-    scores = jnp.concatenate([score(k, allowed) for k, _, allowed in segments], axis=-1)
-    probs = jax.nn.softmax(scores, axis=-1).astype(q_btnh.dtype)
-    out, start = 0, 0
-    for k, v, _ in segments:
-        stop = start + k.shape[2]
-        out += jnp.einsum("bkgtc,bkch->bkgth", probs[..., start:stop], v, precision=precision)
-        start = stop
+    scores = [score(k, allowed) for k, _, allowed in segments]
+    highest = functools.reduce(jnp.maximum, (jnp.max(s, axis=-1, keepdims=True) for s in scores))
+    weights = [jnp.exp(s - highest) for s in scores]
+    total = sum(jnp.sum(w, axis=-1, keepdims=True) for w in weights)
+    out = sum(
+        jnp.einsum("bkgtc,bkch->bkgth", (w / total).astype(v.dtype), v, precision=precision)
+        for w, (_, v, _) in zip(weights, segments, strict=True)
+    )
     return out.transpose(0, 3, 1, 2, 4).reshape(b, t, n * h)
