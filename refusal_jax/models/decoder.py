@@ -64,10 +64,11 @@ class Block(Stack):
         return x if scale is None else rms_norm(x, scale, self.cfg.norm_eps, self.cfg.norm_offset)
 
     def attention(self, h_btd, view: View, past) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-        """What attention computes of its input, `[B, T, D]`, and the tokens' keys and values, `[B, K, T, H]` each."""
+        """What attention computes of its input, `[B, T, D]`, and the tokens' keys and values, `[K, B, T, H]` each."""
         cfg, w = self.cfg, self.weight
 
         def heads(name: str, count: int):
+            # Without the barrier, the order of axes that attention likes makes a TPU copy the weights first.
             x = jax.lax.optimization_barrier(linear(h_btd, w(name), w(f"{name}_bias")))
             x = self.norm(f"{name}_norm", x) if cfg.qk_norm == "all" else x
             x = x if cfg.qkv_clip is None else jnp.clip(x, -cfg.qkv_clip, cfg.qkv_clip)
@@ -75,7 +76,7 @@ class Block(Stack):
             return self.norm(f"{name}_norm", x) if cfg.qk_norm == "head" else x
 
         q, k, v = heads("q", cfg.n_heads), heads("k", cfg.n_kv_heads), heads("v", cfg.n_kv_heads)
-        new = tuple(constrain(self.mesh, a.swapaxes(1, 2), "batch", "kv_heads") for a in (view.rotate(k), v))
+        new = tuple(constrain(self.mesh, a.transpose(2, 0, 1, 3), "kv_heads", "batch") for a in (view.rotate(k), v))
         segments = [(*new, view.allowed_btt)] if past is None else [(*past, view.allowed_btc), (*new, view.allowed_btt)]
         out = attend(view.rotate(q), segments, cfg.query_scale, cfg.attention_softcap)
         return linear(out, w("o"), w("o_bias")), new
@@ -88,7 +89,7 @@ class Block(Stack):
         return experts(self.cfg, self.weight("router"), stack.weight, layer.index, h_rd).reshape(h_btd.shape)
 
     def __call__(self, x_btd, layer: Layer, ctx: Context, edits: Edits, taps: Taps, past=None, stack=None):
-        """Returns the block's output, its taps, and the keys and values of its tokens, each `[B, K, T, H]`.
+        """Returns the block's output, its taps, and the keys and values of its tokens, each `[K, B, T, H]`.
 
         past: keys and values of the tokens before, from a cache. stack: as in `mlp`.
         """
@@ -202,8 +203,8 @@ class Decoder(nnx.Module):
         """All blocks, over whole prompts or, with a cache, over the tokens that follow it.
 
         layers: `self.layers(edits)`, or that `unstacked`, which the cache must then be too. Returns the last block's
-        output, taps `{site: [L, B, P, D]}`, and the tokens' keys and values, a pair of `[L, B, K, T, H]` or a list of
-        pairs of `[B, K, T, H]` (dead code, and gone after compilation, where the caller drops them).
+        output, taps `{site: [L, B, P, D]}`, and the tokens' keys and values, a pair of `[L, K, B, T, H]` or a list of
+        pairs of `[K, B, T, H]` (dead code, and gone after compilation, where the caller drops them).
         """
 
         def body(x, layer):
