@@ -17,7 +17,7 @@ class Cache:
     The order of the axes is the one in which TPU programs keep the cache, so that it enters and leaves them as it is.
     """
 
-    kv: object  # keys and values: a pair of [L, K, B, C, H], or a list of L pairs of [K, B, C, H]
+    kv: object  # keys and values: a pair of [L, B, K, C, H], or a list of L pairs of [B, K, C, H]
     mask_bc: jax.Array  # bool [B, C]
     filled: jax.Array  # int32 scalar, slots written since the start
     position_b: jax.Array  # int32 [B], the position of each row's next token
