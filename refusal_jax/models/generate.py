@@ -108,10 +108,10 @@ def _merged(state: Generation, fresh: Generation, source_b) -> Generation:
 
         return jax.lax.fori_loop(0, len(old), layer, old)
 
-    apart = isinstance(state.cache.kv, list)
-    kv = jax.tree.map(partial(merge, axis=1) if apart else merge_layers, state.cache.kv, fresh.cache.kv)
-    without = (dataclasses.replace(s, cache=dataclasses.replace(s.cache, kv=None, filled=None)) for s in (state, fresh))
-    rest = jax.tree.map(merge, *without)
+    unrolled = isinstance(state.cache.kv, list)
+    kv = jax.tree.map(merge if unrolled else merge_layers, state.cache.kv, fresh.cache.kv)
+    rows = (dataclasses.replace(s, cache=dataclasses.replace(s.cache, kv=None, filled=None)) for s in (state, fresh))
+    rest = jax.tree.map(merge, *rows)
     return dataclasses.replace(rest, cache=dataclasses.replace(rest.cache, kv=kv, filled=state.cache.filled))
 
 
