@@ -35,9 +35,10 @@ start_job() { # JOB_STAMP JOB [FLAGS]
   cd "$HOME_JOB/source"
   exec 9>"$HOME_JOB/lock"
   if flock --nonblock 9; then
-    rm -f ../exit_code
+    rm -f ../exit_code ../pid
     echo "$1" >../stamp
-    nohup setsid bash "$SELF" attend "${@:2}" >../log 2>&1 </dev/null &
+    trap '' HUP # the ssh session may end before the next line has taken effect
+    setsid bash "$SELF" attend "${@:2}" >../log 2>&1 </dev/null &
     exec 9>&-
   elif [ "$(cat ../stamp)" != "$1" ]; then
     say busy # with another job

@@ -97,8 +97,14 @@ elif verb == "queued-resources ssh":
         environment = dict(os.environ, HOME=str(home), PATH=f"{{CLOUD}}/worker:" + os.environ["PATH"])
         folder = flags.get("output-directory")
         with open(pathlib.Path(folder) / f"{{home.name[-1]}}.log", "wb") if folder else open("/dev/stdout", "ab") as out:
-            done = subprocess.run(["bash", "-c", flags["command"]], cwd=home, env=environment, stdout=out)
-        code = code or done.returncode
+            session = subprocess.Popen(
+                ["bash", "-c", flags["command"]], cwd=home, env=environment, stdout=out, start_new_session=True
+            )
+            code = session.wait() or code
+        try:
+            os.killpg(session.pid, signal.SIGHUP)  # as when a connection ends
+        except OSError:
+            pass
     sys.exit(code)
 elif args[:2] == ["storage", "rsync"]:
     shutil.copytree(CLOUD / "bucket", args[-1], dirs_exist_ok=True)
