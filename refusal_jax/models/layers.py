@@ -86,9 +86,7 @@ def sharded_experts(mesh, specs, cfg: ModelConfig, router_ed, stacks, layer, h_b
     """
 
     def part(router_ed, stacks, layer, h_btd):
-        if (
-            mesh.shape[RULES["embed"][0]] > 1
-        ):  # one layer's experts are gathered, outside a loop that chips leave at odds
+        if mesh.shape[STORAGE] > 1:  # gather one layer's experts, outside a loop that chips leave at odds
             here = {name: jax.lax.dynamic_index_in_dim(w, layer, keepdims=True) for name, w in stacks.items()}
             stacks, layer = {name: _gathered(w, specs[name]) for name, w in here.items()}, 0
         router_ed = _gathered(router_ed, specs["router"])
