@@ -25,7 +25,7 @@ from refusal_jax.models.decoder import Decoder
 from refusal_jax.report.page import write_report
 from refusal_jax.report.text import setup_lines
 from refusal_jax.runs import Ledger, Run, checkpoint_fingerprint
-from refusal_jax.sharding import make_mesh
+from refusal_jax.sharding import make_mesh, replicate
 from refusal_jax.study.activations import extract, length_batches
 from refusal_jax.study.completions import complete, intervention_edits, parse_condition
 from refusal_jax.study.judges import JUDGES, evaluate_completions
@@ -267,7 +267,7 @@ class Study:
     def projections(self, ledger: Ledger) -> None:
         """Every val prompt's residual at the last token along the direction, at each block's input."""
         direction, _ = self.direction()
-        unit = jnp.asarray(direction / (np.linalg.norm(direction) + EPS))
+        unit = np.asarray(direction / (np.linalg.norm(direction) + EPS), np.float32)
         along = {}
         for split in ("harmful_val", "harmless_val"):
             texts = self.instructions(split, kept_only=False)
@@ -324,4 +324,5 @@ def project(decoder: Decoder, tokens_bt, mask_bt, edits: Edits, unit_d) -> jax.A
     """Last-token residual at each block's input, projected on `unit_d`; float32 `[B, L]`."""
     ctx = Context.of_prompt(decoder.cfg, mask_bt)
     tapped = decoder.run(decoder.embed_tokens(tokens_bt), ctx, edits, Taps(("resid_pre",), 1))[1]["resid_pre"]
-    return jnp.einsum("lbd,d->bl", tapped[:, :, 0].astype(jnp.float32), unit_d, precision="highest")
+    along_bl = jnp.einsum("lbd,d->bl", tapped[:, :, 0].astype(jnp.float32), unit_d, precision="highest")
+    return replicate(decoder.mesh, along_bl)
