@@ -137,6 +137,13 @@ def batch_sharding(mesh: Mesh | None, rows: int):
     return sharding_of(mesh, ("batch", rows))
 
 
+def put(tree, sharding):
+    """A pytree of NumPy arrays, equal on every process, on the devices; each process copies its own devices' parts."""
+    if sharding.is_fully_addressable:
+        return jax.device_put(tree, sharding)
+    return jax.tree.map(lambda a: jax.make_array_from_callback(np.shape(a), sharding, lambda index: a[index]), tree)
+
+
 def constrain(mesh: Mesh | None, x: jax.Array, *axes: str | None) -> jax.Array:
     """`x`, inside a jitted function, with each axis placed by its logical name; None and axes not named: replicated."""
     if mesh is None:

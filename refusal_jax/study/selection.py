@@ -20,6 +20,7 @@ from refusal_jax.edits import Edits
 from refusal_jax.errors import UserError
 from refusal_jax.models.attention import Context
 from refusal_jax.models.decoder import Decoder
+from refusal_jax.sharding import constrain, put, replicate, sharding_of
 from refusal_jax.study.activations import length_batches
 from refusal_jax.study.scores import kl_divergence, refusal_score
 
@@ -93,7 +94,8 @@ def score_rows(decoder: Decoder, tokens_bt, mask_bt, edits: Edits, base_bv, refu
     """Refusal score `[B]`, KL against the baseline logits `base_bv` `[B]`, and the last-token logits `[B, V]`."""
     x, _, _ = decoder.run(decoder.embed_tokens(tokens_bt), Context.of_prompt(decoder.cfg, mask_bt), edits)
     logits_bv = decoder.logits(x[:, -1:])[:, 0]
-    return refusal_score(logits_bv, refusal_ids), kl_divergence(base_bv, logits_bv), logits_bv
+    scores = replicate(decoder.mesh, (refusal_score(logits_bv, refusal_ids), kl_divergence(base_bv, logits_bv)))
+    return *scores, constrain(decoder.mesh, logits_bv, "batch", "vocab")
 
 
 @jax.jit
@@ -101,7 +103,7 @@ def score_from_layer(decoder: Decoder, x_btd, mask_bt, edits: Edits, layer, refu
     """Refusal score `[B]` of prompts whose residual at the input of block `layer` is `x_btd`, under `edits`."""
     ctx = Context.of_prompt(decoder.cfg, mask_bt)
     x = decoder.run_layers(x_btd, ctx, edits, layer, decoder.cfg.n_layers)
-    return refusal_score(decoder.logits(x[:, -1:])[:, 0], refusal_ids)
+    return replicate(decoder.mesh, refusal_score(decoder.logits(x[:, -1:])[:, 0], refusal_ids))
 
 
 @partial(jax.jit, donate_argnames="x_btd")
@@ -121,16 +123,18 @@ class PromptScorer:
 
     model: ChatModel
     batches: list  # (valid rows, tokens, mask, no edits, baseline logits), on the devices
-    refusal_ids: jax.Array
+    refusal_ids: np.ndarray
 
     @classmethod
     def build(cls, model: ChatModel, instructions: list[str], refusal_ids, batch_size: int) -> "PromptScorer":
-        batches, ids = [], jnp.asarray(refusal_ids, jnp.int32)
+        batches, ids = [], np.asarray(refusal_ids, np.int32)
         size = min(batch_size, -(-len(instructions) // 8) * 8)
         for index, batch in length_batches(model, instructions, size):
             tokens, mask, none = model.put(batch.tokens, batch.mask)
-            base = jnp.zeros((size, model.config.vocab_size), jnp.float32)
-            base = score_rows(model.decoder, tokens, mask, none, jax.device_put(base, tokens.sharding), ids)[2]
+            width = model.decoder.embed[...].shape[0]  # the vocabulary as stored
+            place = sharding_of(model.mesh, ("batch", size), ("vocab", width))
+            base = jnp.zeros((size, width), jnp.float32, device=place)
+            base = score_rows(model.decoder, tokens, mask, none, base, ids)[2]
             batches.append((len(index), tokens, mask, none, base))
         return cls(model, batches, ids)
 
@@ -146,7 +150,7 @@ class PromptScorer:
 
     def _edits(self, edits: Edits, tokens) -> Edits:
         cfg = self.model.config
-        return jax.device_put(edits.for_batch(len(tokens), cfg.n_layers, cfg.d_model), tokens.sharding)
+        return put(edits.for_batch(len(tokens), cfg.n_layers, cfg.d_model), tokens.sharding)
 
     def ablated(self, directions_cd) -> tuple[np.ndarray, np.ndarray]:
         """Mean refusal scores `[C]` and mean KLs `[C]` under ablation of each direction."""
