@@ -4,7 +4,8 @@ import dataclasses
 import math
 import numbers
 import pathlib
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterator, Sequence
 from functools import partial
 
 import jax
@@ -16,7 +17,7 @@ from refusal_jax.errors import UserError
 from refusal_jax.models.attention import Context
 from refusal_jax.models.config import ModelConfig, load_config
 from refusal_jax.models.decoder import Decoder
-from refusal_jax.models.generate import generate
+from refusal_jax.models.generate import admit, decode
 from refusal_jax.models.load import load_decoder
 from refusal_jax.sharding import batch_sharding
 from refusal_jax.taps import NO_TAPS, Taps
@@ -64,20 +65,12 @@ class ChatModel:
         batch = self.encode(instructions)
         return self.chat.decode(self.generate_ids(batch, max_new_tokens, edits))
 
-    def generate_ids(self, batch: TokenBatch, max_new_tokens: int, edits: Edits | None = None) -> jax.Array:
+    def generate_ids(self, batch: TokenBatch, max_new_tokens: int, edits: Edits | None = None) -> np.ndarray:
         """Greedy replies as ids, int32 `[B, max_new_tokens]`. Raises UserError if they do not fit the context.
 
         Where a "longrope" changes its angles on the way, the text so far is read again, as transformers does for Phi 3.
         """
-        if not isinstance(max_new_tokens, numbers.Integral):
-            raise UserError(f"max_new_tokens is {type(max_new_tokens).__name__}, not a number: pass edits as edits=.")
-        longest = int(np.asarray(batch.mask).sum(axis=1).max())
-        if max_new_tokens < 1 or longest + max_new_tokens > self.config.context_length:
-            raise UserError(
-                f"max_new_tokens = {max_new_tokens} does not fit: the longest prompt has {longest} tokens and "
-                f"the model's context is {self.config.context_length}. Choose 1 to "
-                f"{self.config.context_length - longest}."
-            )
+        longest = self._check_room(batch, max_new_tokens)
         kept = self._kept_angles(longest)
         if max_new_tokens <= kept:
             return self._greedy(batch, max_new_tokens, edits)
@@ -93,19 +86,80 @@ class ChatModel:
             rest = np.where(ended[:, None], rest, np.asarray(self._greedy(grown, max_new_tokens - kept, edits)))
         return np.concatenate([first, rest], axis=1)
 
+    def _check_room(self, batch: TokenBatch, max_new_tokens: int) -> int:
+        """The longest prompt's number of tokens. Raises UserError if with the reply it does not fit the context."""
+        if not isinstance(max_new_tokens, numbers.Integral):
+            raise UserError(f"max_new_tokens is {type(max_new_tokens).__name__}, not a number: pass edits as edits=.")
+        longest = int(np.asarray(batch.mask).sum(axis=1).max())
+        if max_new_tokens < 1 or longest + max_new_tokens > self.config.context_length:
+            raise UserError(
+                f"max_new_tokens = {max_new_tokens} does not fit: the longest prompt has {longest} tokens and "
+                f"the model's context is {self.config.context_length}. Choose 1 to "
+                f"{self.config.context_length - longest}."
+            )
+        return longest
+
+    def replies(
+        self, batch: TokenBatch, max_new_tokens: int, edits: Edits | None = None, *, rows: int
+    ) -> Iterator[tuple[list[int], list[str]]]:
+        """Greedy replies to any number of prompts, `rows` of which are decoded at a time; edits: one row, or one a prompt.
+
+        Yields (numbers of prompts, their replies) as replies end. Whenever a quarter of the rows have ended they take the
+        next prompts. Raises UserError as `generate_ids` does, ValueError as `logits` does.
+        """
+        longest = self._check_room(batch, max_new_tokens)
+        ropes = [kind.rope for kind in self.config.kinds if kind.rope.kind in ("longrope", "dynamic")]
+        edits = (edits or Edits.none(self.config.d_model)).for_batch(
+            len(batch.tokens), self.config.n_layers, self.config.d_model
+        )
+        if any(longest + max_new_tokens > rope.original_context for rope in ropes):
+            yield from self._reply_in_batches(batch, max_new_tokens, edits, rows)
+            return
+        waiting, owners, state = deque(range(len(batch.tokens))), [None] * rows, None
+        ending = {"eos_ids": self.chat.eos_ids}
+        settings = {"max_new_tokens": max_new_tokens, "pad_id": self.chat.pad_id, **ending}
+        refill = max(rows // 4, 1)
+        while waiting or any(owner is not None for owner in owners):
+            free = [row for row, owner in enumerate(owners) if owner is None]
+            while waiting and free:
+                width = rows if state is None else refill
+                index = [waiting.popleft() for _ in range(min(width, len(free), len(waiting)))]
+                source = np.full(rows, -1, np.int32)
+                for number, prompt in enumerate(index):
+                    row = free.pop(0)
+                    owners[row], source[row] = prompt, number
+                index += index[-1:] * (width - len(index))
+                part = self.put(batch.tokens[index], batch.mask[index], edits.take(index))
+                state = admit(self.decoder, state, *part, source, **settings)
+            least = sum(owner is not None for owner in owners) - refill + 1 if waiting else 1
+            state, active, out = decode(self.decoder, state, max(least, 1), max_new_tokens, **ending)
+            active, out = np.asarray(active), np.asarray(out)
+            ended = [row for row, owner in enumerate(owners) if owner is not None and not active[row]]
+            if ended:
+                yield [owners[row] for row in ended], self.chat.decode(out[ended])
+            for row in ended:
+                owners[row] = None
+
+    def _reply_in_batches(self, batch: TokenBatch, max_new_tokens: int, edits: Edits, rows: int):
+        """As `replies`, for ropes whose angles depend on the longest row: rows must begin together."""
+        for start in range(0, len(batch.tokens), rows):
+            index = list(range(start, min(start + rows, len(batch.tokens))))
+            padded = index + index[-1:] * (rows - len(index))
+            part = TokenBatch(batch.tokens[padded], batch.mask[padded])
+            ids = self.generate_ids(part, max_new_tokens, edits.take(padded))
+            yield index, self.chat.decode(ids[: len(index)])
+
     def _kept_angles(self, longest: int) -> float:
         """How many tokens can be generated after `longest` before "longrope" changes the angles of all tokens."""
         spans = (kind.rope.original_context for kind in self.config.kinds if kind.rope.kind == "longrope")
         return min((span - longest + 1 for span in spans if span >= longest), default=math.inf)
 
-    def _greedy(self, batch: TokenBatch, max_new_tokens: int, edits: Edits | None) -> jax.Array:
-        return generate(
-            self.decoder,
-            *self.put(batch.tokens, batch.mask, edits),
-            max_new_tokens=max_new_tokens,
-            eos_ids=self.chat.eos_ids,
-            pad_id=self.chat.pad_id,
-        )
+    def _greedy(self, batch: TokenBatch, max_new_tokens: int, edits: Edits | None) -> np.ndarray:
+        eos, rows = self.chat.eos_ids, np.arange(len(batch.tokens), dtype=np.int32)
+        part = self.put(batch.tokens, batch.mask, edits)
+        settings = {"max_new_tokens": max_new_tokens, "pad_id": self.chat.pad_id, "eos_ids": eos}
+        state = admit(self.decoder, None, *part, rows, **settings)
+        return np.asarray(decode(self.decoder, state, 1, max_new_tokens, eos_ids=eos)[2])
 
     def put(self, tokens, mask, edits: Edits | None = None):
         """Tokens, mask and normalised edits on the devices, rows over the mesh's data axes."""

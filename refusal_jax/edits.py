@@ -138,8 +138,9 @@ class Edits:
     def ablated(self, x_btd: jax.Array, gate_r: jax.Array) -> jax.Array:
         """`x_btd` less its gated projection on each row's direction; float32 inside, the dtype of x outside."""
         x = x_btd.astype(jnp.float32)
-        along_bt = jnp.einsum("btd,bd->bt", x, self.ablate_rd, precision="highest")
-        return (x - (gate_r[:, None] * along_bt)[..., None] * self.ablate_rd[:, None]).astype(x_btd.dtype)
+        gated_rd = gate_r[:, None] * self.ablate_rd  # not `along_bt` later: that would be a step of its own
+        along_bt = jnp.einsum("btd,bd->bt", x, gated_rd, precision="highest")
+        return (x - along_bt[..., None] * self.ablate_rd[:, None]).astype(x_btd.dtype)
 
     def added(self, x_btd: jax.Array, gate_r: jax.Array) -> jax.Array:
         """`x_btd` plus each row's gated vector, at every token."""

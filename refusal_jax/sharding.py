@@ -20,6 +20,12 @@ MESH_AXES = ("data", "fsdp", "model")
 SPLIT_AXES = ("data", "fsdp", "kv", "q")
 RULES = {
     "batch": ("data", "fsdp"),
+    "rows": (
+        "data",
+        "fsdp",
+        "kv",
+        "q",
+    ),  # the batch where every row is for itself: edits, norms and taps of the residual
     "embed": ("fsdp",),
     "heads": ("kv", "q"),
     "kv_heads": ("kv",),

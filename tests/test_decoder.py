@@ -182,3 +182,24 @@ def test_half_precision(llama, hf, dtype, near):
     assert np.isfinite(ours).all() and ours.dtype == np.float32
     assert np.abs(ours - theirs).max() < near
     assert np.abs(ours - exact).max() < 2 * np.abs(theirs - exact).max()  # no worse than transformers at this dtype
+
+
+@pytest.mark.parametrize("rows", [1, 3, 4, 12])
+def test_rows_that_are_refilled_reply_as_if_alone(rows, model):
+    """Prompts of other lengths, with their own edits, in rows that others have left: the ring has wrapped by then."""
+    rng = np.random.default_rng(3)
+    prompts = ["bake the bread"[i % 7 :] + " help" * (i % 4) + str(i) for i in range(12)]
+    direction = rng.normal(size=model.config.d_model)
+    edits = Edits.concat([Edits.none(model.config.d_model), Edits.ablate(direction)]).take([0, 1] * 6)
+    batch = model.encode(prompts)
+    ids = model.generate_ids(batch, 20, edits)
+    eos = tuple({int(ids[0, 12]), int(ids[3, 5])})  # so that replies end, at different lengths
+    ending = dataclasses.replace(model, chat=dataclasses.replace(model.chat, eos_ids=eos))
+    lengths = {next((n for n, token in enumerate(row) if token in eos), 20) for row in ids.tolist()}
+    assert len(lengths) > 3 and 20 in lengths
+    expected = ending.chat.decode(ids)
+    replies, seen = {}, []
+    for done, texts in ending.replies(batch, 20, edits, rows=rows):
+        replies |= dict(zip(done, texts, strict=True))
+        seen += done
+    assert sorted(seen) == list(range(12)) and [replies[i] for i in range(12)] == expected

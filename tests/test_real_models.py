@@ -15,7 +15,7 @@ from refusal_jax.chat_model import _forward
 from refusal_jax.models.config import READERS, from_hf
 from refusal_jax.models.decoder import Decoder
 from refusal_jax.models.families import hf_shapes
-from refusal_jax.models.generate import generate
+from refusal_jax.models.generate import admit, decode
 from refusal_jax.models.weights import weight_table
 from refusal_jax.taps import TAP_SITES, Taps
 
@@ -129,7 +129,8 @@ def test_the_forward_pass_of_real_models_has_the_right_shapes(name):
     assert set(taps) == set(TAP_SITES)
     for tapped in taps.values():
         assert tapped.shape == (cfg.n_layers, 2, 5, cfg.d_model) and tapped.dtype == jnp.bfloat16
-    replies = jax.eval_shape(
-        lambda *args: generate(*args, max_new_tokens=3, eos_ids=(1,), pad_id=0), decoder, tokens, mask, edits
-    )
-    assert replies.shape == (2, 3) and replies.dtype == jnp.int32
+    settings = {"max_new_tokens": 3, "pad_id": 0, "eos_ids": (1,)}
+    rows = jax.ShapeDtypeStruct((2,), jnp.int32)
+    state = jax.eval_shape(lambda *args: admit(*args, **settings), decoder, None, tokens, mask, edits, rows)
+    out = jax.eval_shape(lambda *args: decode(*args, 1, 3, eos_ids=(1,)), decoder, state)[2]
+    assert out.shape == (2, 3) and out.dtype == jnp.int32

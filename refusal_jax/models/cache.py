@@ -10,35 +10,50 @@ import jax.numpy as jnp
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Cache:
-    """A fixed number of slots C a row; slots are filled in order and `mask_bc` marks those that hold real tokens.
+    """A ring of C slots a row; all rows write to the same slot at the same time, and `mask_bc` marks real tokens.
 
-    Rows are left-padded, so all rows fill the same slot at the same time.
+    Rows are left-padded, and a row may begin at any time (`models.generate.admit`): its prompt then lies in the slots
+    before the next one. With C at least a row's prompt, padding included, and reply, nothing that it needs is overwritten.
+    The order of the axes is the one in which TPU programs keep the cache, so that it enters and leaves them as it is.
     """
 
-    kv: object  # keys and values: a pair of [L, B, K, C, H], or a list of L pairs of [B, K, C, H]
+    kv: object  # keys and values: a pair of [L, K, B, C, H], or a list of L pairs of [K, B, C, H]
     mask_bc: jax.Array  # bool [B, C]
-    filled: jax.Array  # int32 scalar, slots used, padding included
+    filled: jax.Array  # int32 scalar, slots written since the start
     position_b: jax.Array  # int32 [B], the position of each row's next token
 
     @property
+    def slots(self) -> int:
+        return self.mask_bc.shape[1]
+
+    @property
     def positions_bc(self) -> jax.Array:
-        """The position of the token in each slot, int32 `[B, C]`; negative for padding."""
-        return jnp.arange(self.mask_bc.shape[1]) - (self.filled - self.position_b)[:, None]
+        """The position of the token in each slot, int32 `[B, C]`; meaningless where there is none."""
+        ago_c = (self.filled - 1 - jnp.arange(self.slots)) % self.slots
+        return self.position_b[:, None] - 1 - ago_c
 
     @classmethod
-    def of_prompt(cls, new, mask_bt: jax.Array, slots: int) -> "Cache":
-        """From a prompt's keys and values (`Decoder.run`'s third result) and mask, with room for `slots` tokens."""
-        spare = slots - mask_bt.shape[1]
-        kv = jax.tree.map(lambda a: jnp.pad(a, ((0, 0),) * (a.ndim - 2) + ((0, spare), (0, 0))), new)
-        mask_bc = jnp.pad(mask_bt, ((0, 0), (0, spare)))
-        return cls(kv, mask_bc, jnp.int32(mask_bt.shape[1]), jnp.sum(mask_bt, axis=1, dtype=jnp.int32))
+    def of_prompt(cls, new, mask_bt: jax.Array, slots: int, filled=None) -> "Cache":
+        """From a prompt's keys and values (`Decoder.run`'s third result) and mask, in a ring of `slots`.
 
-    def append(self, new, mask_bt: jax.Array) -> "Cache":
-        """With the keys and values of T more tokens written to the next slots."""
-        write = partial(jax.lax.dynamic_update_slice_in_dim, start_index=self.filled, axis=-2)
+        filled: slots written once the prompt is there; default, the prompt's length: then it begins at slot 0.
+        """
+        spare = slots - mask_bt.shape[1]
+        filled = jnp.int32(mask_bt.shape[1]) if filled is None else filled
+        shift = filled - mask_bt.shape[1]
+        kv = jax.tree.map(
+            lambda a: jnp.roll(jnp.pad(a, ((0, 0),) * (a.ndim - 2) + ((0, spare), (0, 0))), shift, -2), new
+        )
+        mask_bc = jnp.roll(jnp.pad(mask_bt, ((0, 0), (0, spare))), shift, 1)
+        return cls(kv, mask_bc, filled, jnp.sum(mask_bt, axis=1, dtype=jnp.int32))
+
+    def append(self, new, mask_b1: jax.Array) -> "Cache":
+        """With the keys and values of one more token written to the next slot."""
+        slot = self.filled % self.slots
+        write = partial(jax.lax.dynamic_update_slice_in_dim, start_index=slot, axis=-2)
         return Cache(
             jax.tree.map(write, self.kv, new),
-            jax.lax.dynamic_update_slice_in_dim(self.mask_bc, mask_bt, self.filled, axis=1),
-            self.filled + mask_bt.shape[1],
-            self.position_b + jnp.sum(mask_bt, axis=1, dtype=jnp.int32),
+            jax.lax.dynamic_update_slice_in_dim(self.mask_bc, mask_b1, slot, axis=1),
+            self.filled + 1,
+            self.position_b + jnp.sum(mask_b1, axis=1, dtype=jnp.int32),
         )

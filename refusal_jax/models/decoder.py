@@ -64,18 +64,19 @@ class Block(Stack):
         return x if scale is None else rms_norm(x, scale, self.cfg.norm_eps, self.cfg.norm_offset)
 
     def attention(self, h_btd, view: View, past) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-        """What attention computes of its input, `[B, T, D]`, and the tokens' keys and values, `[B, K, T, H]` each."""
+        """What attention computes of its input, `[B, T, D]`, and the tokens' keys and values, `[K, B, T, H]` each."""
         cfg, w = self.cfg, self.weight
 
         def heads(name: str, count: int):
-            x = linear(h_btd, w(name), w(f"{name}_bias"))
+            # Without the barrier, the order of axes that attention likes makes a TPU copy the weights first.
+            x = jax.lax.optimization_barrier(linear(h_btd, w(name), w(f"{name}_bias")))
             x = self.norm(f"{name}_norm", x) if cfg.qk_norm == "all" else x
             x = x if cfg.qkv_clip is None else jnp.clip(x, -cfg.qkv_clip, cfg.qkv_clip)
             x = x.reshape(*x.shape[:2], count, cfg.head_dim)
             return self.norm(f"{name}_norm", x) if cfg.qk_norm == "head" else x
 
         q, k, v = heads("q", cfg.n_heads), heads("k", cfg.n_kv_heads), heads("v", cfg.n_kv_heads)
-        new = tuple(constrain(self.mesh, a.swapaxes(1, 2), "batch", "kv_heads") for a in (view.rotate(k), v))
+        new = tuple(constrain(self.mesh, a.transpose(2, 0, 1, 3), "kv_heads", "batch") for a in (view.rotate(k), v))
         segments = [(*new, view.allowed_btt)] if past is None else [(*past, view.allowed_btc), (*new, view.allowed_btt)]
         out = attend(view.rotate(q), segments, cfg.query_scale, cfg.attention_softcap)
         return linear(out, w("o"), w("o_bias")), new
@@ -88,26 +89,32 @@ class Block(Stack):
         return experts(self.cfg, self.weight("router"), stack.weight, layer.index, h_rd).reshape(h_btd.shape)
 
     def __call__(self, x_btd, layer: Layer, ctx: Context, edits: Edits, taps: Taps, past=None, stack=None):
-        """Returns the block's output, its taps, and the keys and values of its tokens, each `[B, K, T, H]`.
+        """Returns the block's output, its taps, and the keys and values of its tokens, each `[K, B, T, H]`.
 
         past: keys and values of the tokens before, from a cache. stack: as in `mlp`.
         """
         cfg = self.cfg
         gates = {name: layer.gate_rs[:, i] for i, name in enumerate(SITES)}
 
+        def rows(x):
+            return constrain(self.mesh, x, "rows")
+
+        def read(x, norm: str):
+            """The input of attention or MLP, whose every part needs all of its rows."""
+            return constrain(self.mesh, self.norm(norm, rows(x)), "batch")
+
         def added(out, norm: str, site: str):
             """What is added to the residual: after any post-norm, scaled, edited."""
-            out = self.norm(norm, out)
+            out = self.norm(norm, rows(out))
             out = out if cfg.residual_scale == 1 else out * jnp.asarray(cfg.residual_scale, out.dtype)
             return edits.ablated(out, gates[site])
 
-        resid_pre = edits.added(edits.ablated(x_btd, gates["resid_pre"]), layer.add_r)
-        attn, new = self.attention(self.norm("attn_norm", resid_pre), ctx.view(layer.kind), past)
+        resid_pre = edits.added(edits.ablated(rows(x_btd), gates["resid_pre"]), layer.add_r)
+        attn, new = self.attention(read(resid_pre, "attn_norm"), ctx.view(layer.kind), past)
         attn_out = added(attn, "attn_post_norm", "attn_out")
         resid_mid = resid_pre + attn_out
-        mlp_out = added(self.mlp(self.norm("mlp_norm", resid_mid), layer, stack), "mlp_post_norm", "mlp_out")
-        # Placed here, after the last edit: else what a tap wants spreads backwards into the layers.
-        resid_post = constrain(self.mesh, resid_mid + mlp_out, "batch")
+        mlp_out = added(self.mlp(read(resid_mid, "mlp_norm"), layer, stack), "mlp_post_norm", "mlp_out")
+        resid_post = rows(resid_mid + mlp_out)  # placed after the last edit: else what a tap wants spreads backwards
         return (
             resid_post,
             taps.read(
@@ -169,14 +176,14 @@ class Decoder(nnx.Module):
 
     def embed_tokens(self, tokens_bt):
         """The residual stream's first values, `[B, T, D]`."""
-        x = constrain(self.mesh, jnp.take(self.embed[...], tokens_bt, axis=0), "batch")
+        x = constrain(self.mesh, jnp.take(self.embed[...], tokens_bt, axis=0), "rows")
         return x if self.cfg.embed_scale == 1 else x * jnp.asarray(self.cfg.embed_scale, x.dtype)
 
     def logits(self, x_btd):
         """Final norm and unembedding, float32 `[B, T, V]`, V as stored: -inf for tokens beyond the vocabulary."""
         cfg = self.cfg
         table = self.embed if cfg.tied_embeddings else self.unembed
-        x = rms_norm(x_btd, self.final_norm[...], cfg.norm_eps, cfg.norm_offset)
+        x = constrain(self.mesh, rms_norm(x_btd, self.final_norm[...], cfg.norm_eps, cfg.norm_offset), "batch")
         precision = "highest" if x.dtype == jnp.float32 else None
         logits = jnp.einsum("btd,vd->btv", x, table[...], precision=precision, preferred_element_type=jnp.float32)
         logits = constrain(self.mesh, logits / cfg.logit_divisor, "batch", None, "vocab")
@@ -187,6 +194,7 @@ class Decoder(nnx.Module):
 
     def layers(self, edits: Edits):
         """What the blocks are run over: their weights, and what else differs between layers; leading axis L."""
+        edits = jax.tree.map(lambda a: constrain(self.mesh, a, "rows"), edits)
         gates_lrs, add_lr = edits.layer_gates(self.cfg.n_layers)
         index_l, kind_l = jnp.arange(self.cfg.n_layers), jnp.asarray(self.cfg.layer_kinds, jnp.int32)
         return self.blocks, Layer(index_l, kind_l, gates_lrs, add_lr)
@@ -195,8 +203,8 @@ class Decoder(nnx.Module):
         """All blocks, over whole prompts or, with a cache, over the tokens that follow it.
 
         layers: `self.layers(edits)`, or that `unstacked`, which the cache must then be too. Returns the last block's
-        output, taps `{site: [L, B, P, D]}`, and the tokens' keys and values, a pair of `[L, B, K, T, H]` or a list of
-        pairs of `[B, K, T, H]` (dead code, and gone after compilation, where the caller drops them).
+        output, taps `{site: [L, B, P, D]}`, and the tokens' keys and values, a pair of `[L, K, B, T, H]` or a list of
+        pairs of `[K, B, T, H]` (dead code, and gone after compilation, where the caller drops them).
         """
 
         def body(x, layer):

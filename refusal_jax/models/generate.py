@@ -1,5 +1,9 @@
-"""Greedy generation: prefill and cached decode in one jitted loop."""
+"""Greedy generation: prompts are admitted to the rows of a batch, and all rows are decoded together in one jitted loop.
 
+A row whose reply has ended is free for another prompt, so that a few long replies do not hold the batch.
+"""
+
+import dataclasses
 from functools import partial
 
 import jax
@@ -9,43 +13,130 @@ from refusal_jax.edits import Edits
 from refusal_jax.models.attention import Context
 from refusal_jax.models.cache import Cache
 from refusal_jax.models.decoder import Decoder, unstacked
+from refusal_jax.sharding import constrain, replicate
 
 # A scan on the CPU copies every layer's weights at every step. Up to this many layers, slices made once before the
 # loop save that, at the price of a longer compile.
 CPU_UNROLL = 16
 
 
-@partial(jax.jit, static_argnames=("max_new_tokens", "eos_ids", "pad_id"))
-def generate(
-    decoder: Decoder, tokens_bt, mask_bt, edits: Edits, *, max_new_tokens: int, eos_ids: tuple[int, ...], pad_id: int
-) -> jax.Array:
-    """Greedy replies, int32 `[B, max_new_tokens]`, `pad_id` after a row's end token.
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Generation:
+    """Replies in the making, one a row."""
 
-    Edits apply to prompt and generated tokens alike. The loop ends as soon as every row has ended.
+    cache: Cache
+    edits: Edits  # of the rows, in the form of `Edits.for_batch`
+    token_b: jax.Array  # int32 [B], each row's newest token, which the cache does not hold yet
+    count_b: jax.Array  # int32 [B], tokens of the reply so far
+    active_b: jax.Array  # bool [B], whether the reply goes on
+    out_bn: jax.Array  # int32 [B, N], the replies, padded
+
+    def written(self, token_b: jax.Array, eos_ids: tuple[int, ...]) -> "Generation":
+        """With one more token in every active row; a row ends with an end token or when it is full."""
+        n = self.out_bn.shape[1]
+        here_bn = self.active_b[:, None] & (jnp.arange(n) == self.count_b[:, None])
+        count_b = self.count_b + self.active_b
+        return dataclasses.replace(
+            self,
+            token_b=token_b,
+            count_b=count_b,
+            active_b=self.active_b & (count_b < n) & ~jnp.isin(token_b, jnp.asarray(eos_ids)),
+            out_bn=jnp.where(here_bn, token_b[:, None], self.out_bn),
+        )
+
+
+def _pick(decoder: Decoder, x_btd) -> jax.Array:
+    """The most probable next token of each row, int32 `[B]`."""
+    return constrain(decoder.mesh, jnp.argmax(decoder.logits(x_btd[:, -1:])[:, 0], axis=-1).astype(jnp.int32), "batch")
+
+
+def _unrolled(decoder: Decoder) -> bool:
+    platform = decoder.mesh.devices.flat[0].platform if decoder.mesh else jax.default_backend()
+    return platform == "cpu" and decoder.cfg.n_layers <= CPU_UNROLL
+
+
+@partial(jax.jit, static_argnames=("max_new_tokens", "eos_ids", "pad_id"), donate_argnames="state")
+def admit(
+    decoder: Decoder,
+    state: Generation | None,
+    tokens_rt,
+    mask_rt,
+    edits: Edits,
+    source_b,
+    *,
+    max_new_tokens: int,
+    eos_ids: tuple[int, ...],
+    pad_id: int,
+) -> Generation:
+    """Reads R prompts, picks the first token of their replies, and gives them rows of the batch.
+
+    source_b: int32 `[B]`, which of the R prompts row b takes, -1 for a row that goes on with what it has. state: None at
+    the start, when R is B and `source_b` is not looked at. All prompts of a batch must have the same width T.
     """
-    cfg, (batch, length) = decoder.cfg, tokens_bt.shape
-    eos = jnp.asarray(eos_ids)
-    one = jnp.ones((batch, 1), bool)
+    slots = tokens_rt.shape[1] + max_new_tokens
+    ctx = Context.of_prompt(decoder.cfg, mask_rt)
+    x, _, new = decoder.run(decoder.embed_tokens(tokens_rt), ctx, edits)
+    if _unrolled(decoder):
+        new = unstacked(new, decoder.cfg.n_layers)
+    rows = len(tokens_rt)
+    fresh = Generation(
+        Cache.of_prompt(new, mask_rt, slots, None if state is None else state.cache.filled),
+        edits,
+        jnp.zeros(rows, jnp.int32),
+        jnp.zeros(rows, jnp.int32),
+        jnp.ones(rows, bool),
+        jnp.full((rows, max_new_tokens), pad_id, jnp.int32),
+    ).written(_pick(decoder, x), eos_ids)
+    return fresh if state is None else _merged(state, fresh, source_b)
+
+
+def _merged(state: Generation, fresh: Generation, source_b) -> Generation:
+    """`state` with row `source_b[b]` of `fresh` in row b, unless that is -1."""
+    taken_b = source_b >= 0
+
+    def merge(axis: int):
+        def rows(old, new):
+            where = taken_b.reshape(-1, *(1,) * (old.ndim - axis - 1))
+            return jnp.where(where, jnp.take(new, source_b, axis=axis, mode="clip"), old)
+
+        return rows
+
+    kv_axis = 1 if isinstance(state.cache.kv, list) else 2
+    caches = (dataclasses.replace(s.cache, kv=None, filled=None) for s in (state, fresh))
+    rest = jax.tree.map(
+        merge(0), *(dataclasses.replace(s, cache=c) for s, c in zip((state, fresh), caches, strict=True))
+    )
+    kv = jax.tree.map(merge(kv_axis), state.cache.kv, fresh.cache.kv)
+    return dataclasses.replace(rest, cache=dataclasses.replace(rest.cache, kv=kv, filled=state.cache.filled))
+
+
+@partial(jax.jit, static_argnames="eos_ids", donate_argnames="state")
+def decode(decoder: Decoder, state: Generation, least_active, most_steps, *, eos_ids: tuple[int, ...]):
+    """Decodes until fewer than `least_active` rows are active, or for `most_steps` steps; both are traced integers.
+
+    Returns the state, and for the host, on every device, its `active_b` and `out_bn`. The cache is donated and changed in
+    place. Edits apply to generated tokens as to the prompt's.
+    """
+    one = jnp.ones((len(state.token_b), 1), bool)
+    edits = state.edits
     layers = decoder.layers(edits)
-    x, _, new = decoder.run(decoder.embed_tokens(tokens_bt), Context.of_prompt(cfg, mask_bt), edits, layers=layers)
-    if jax.default_backend() == "cpu" and cfg.n_layers <= CPU_UNROLL:
-        layers, new = unstacked(layers, cfg.n_layers), unstacked(new, cfg.n_layers)
+    if _unrolled(decoder):
+        layers = unstacked(layers, decoder.cfg.n_layers)
 
-    def pick(x):
-        return jnp.argmax(decoder.logits(x[:, -1:])[:, 0], axis=-1).astype(jnp.int32)
+    def going(carry):
+        step, state = carry
+        return (step < most_steps) & (jnp.sum(state.active_b) >= least_active)
 
-    def write(step, token, ended, out):
-        out = out.at[:, step].set(jnp.where(ended, pad_id, token))
-        return ended | jnp.isin(token, eos), out
+    def step(carry):
+        step, state = carry
+        cache = state.cache
+        ctx = Context.build(decoder.cfg, cache.position_b[:, None], one, cache)
+        embedded = decoder.embed_tokens(state.token_b[:, None])
+        x, _, new = decoder.run(embedded, ctx, edits, cache=cache, layers=layers)
+        state = dataclasses.replace(state, cache=cache.append(new, one))
+        return step + 1, state.written(_pick(decoder, x), eos_ids)
 
-    def advance(state):
-        step, token, ended, out, cache = state
-        ctx = Context.build(cfg, cache.position_b[:, None], one, cache)
-        x, _, new = decoder.run(decoder.embed_tokens(token[:, None]), ctx, edits, cache=cache, layers=layers)
-        token = pick(x)
-        return step + 1, token, *write(step, token, ended, out), cache.append(new, one)
-
-    token = pick(x)
-    ended, out = write(0, token, jnp.zeros(batch, bool), jnp.full((batch, max_new_tokens), pad_id, jnp.int32))
-    state = (jnp.int32(1), token, ended, out, Cache.of_prompt(new, mask_bt, length + max_new_tokens))
-    return jax.lax.while_loop(lambda s: (s[0] < max_new_tokens) & ~jnp.all(s[2]), advance, state)[3]
+    _, state = jax.lax.while_loop(going, step, (jnp.int32(0), dataclasses.replace(state, edits=None)))
+    state = dataclasses.replace(state, edits=edits)
+    return state, *replicate(decoder.mesh, (state.active_b, state.out_bn))

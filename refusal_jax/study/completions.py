@@ -49,7 +49,7 @@ def complete(
     """`{condition: [{"category", "prompt", "response"}]}` in prompt order.
 
     prompts: `{"harmful": [{"instruction", "category"}], "harmless": …}`. known: rows that `save` got in an interrupted
-    run. The rows of all conditions fill batches of one shape, so one compiled program serves them all.
+    run. The rows of all conditions are decoded together, so two compiled programs serve them all.
     """
     edits = Edits.concat([intervention_edits(model, c, direction_d, layer) for c in conditions])
     replies = {(row["condition"], row["index"]): row["response"] for row in known}
@@ -57,19 +57,19 @@ def complete(
     ids = {side: [model.chat.ids(model.chat.render(p["instruction"])) for p in rows] for side, rows in prompts.items()}
     longest = max(len(row) for rows in ids.values() for row in rows)
     length = min(bucket(longest), model.config.context_length)
-    for start in tqdm(range(0, len(todo), batch_size), desc="completions", unit="batch", leave=False):
-        part = todo[start : start + batch_size]
-        batch = model.chat.pad([ids[parse_condition(c)[0]][i] for c, i in part], length).padded_to(batch_size)
-        rows = [list(conditions).index(c) for c, _ in part]
-        row_edits = edits.take(rows + rows[-1:] * (batch_size - len(rows)))
-        texts = model.chat.decode(model.generate_ids(batch, max_new_tokens, row_edits))
-        save(
-            [
-                {"condition": c, "index": i, "response": text}
-                for (c, i), text in zip(part, texts[: len(part)], strict=True)
-            ]
-        )
-        replies |= dict(zip(part, texts, strict=False))
+    if todo:
+        batch = model.chat.pad([ids[parse_condition(c)[0]][i] for c, i in todo], length)
+        row_edits = edits.take([list(conditions).index(c) for c, _ in todo])
+        with tqdm(total=len(todo), desc="completions", unit="reply", leave=False) as bar:
+            for done, texts in model.replies(batch, max_new_tokens, row_edits, rows=batch_size):
+                save(
+                    [
+                        {"condition": todo[n][0], "index": todo[n][1], "response": text}
+                        for n, text in zip(done, texts, strict=True)
+                    ]
+                )
+                replies |= {todo[n]: text for n, text in zip(done, texts, strict=True)}
+                bar.update(len(done))
     return {
         c: [
             {"category": p["category"], "prompt": p["instruction"], "response": replies[c, i]}
