@@ -9,6 +9,8 @@ import contextlib
 import dataclasses
 import functools
 import json
+import logging
+import pathlib
 import sys
 from collections.abc import Callable
 
@@ -22,13 +24,12 @@ from tqdm import tqdm
 
 from refusal_jax.errors import UserError
 from refusal_jax.models.mirror import explained
-from refusal_jax.models.place import Place, abreast, device_sharding, side_by_side
+from refusal_jax.models.place import Place, abreast, device_sharding
 from refusal_jax.runs import checkpoint_fingerprint, to_json
 
 FORMAT = 1  # of the copies: changes when the decoder's weights or their layout do
 AT_A_TIME = 256 << 20  # bytes that a process reads or writes at a time, besides the weights themselves
 CHUNK = 32 << 20  # bytes that are stored together
-SUM_VALUES = 1 << 20  # of a weight, summed at a time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,8 +40,9 @@ class Cached:
 
     @classmethod
     def of(cls, cache: str, checkpoint, dtype: str) -> "Cached":
-        """The copy of a checkpoint folder's weights as `dtype`."""
-        return cls(epath.Path(cache) / f"{checkpoint_fingerprint(checkpoint)[:24]}-{dtype}-{FORMAT}")
+        """The copy of a checkpoint folder's weights as `dtype`; cache: a folder or an address."""
+        root = cache if "://" in cache else pathlib.Path(cache).expanduser().absolute()
+        return cls(epath.Path(root) / f"{checkpoint_fingerprint(checkpoint)[:24]}-{dtype}-{FORMAT}")
 
     @property
     def record(self) -> epath.Path:
@@ -127,8 +129,10 @@ class Cached:
             ) from None
 
 
-def limited() -> ocp.Context:
-    """Orbax within bounds of memory; weights do not compress; rows beyond a vocabulary come and go with the mesh."""
+@contextlib.contextmanager
+def limited():
+    """Orbax within bounds of memory, and without its own reports of what it also raises. Weights do not compress; rows
+    beyond a vocabulary come and go with the mesh."""
     context = ocp.Context()
     context.memory.read_concurrent_bytes = context.memory.write_concurrent_bytes = AT_A_TIME
     context.memory.transfer_concurrent_bytes = AT_A_TIME
@@ -136,7 +140,14 @@ def limited() -> ocp.Context:
     context.array.saving.use_compression = False
     context.array.saving.storage_options.chunk_byte_size = CHUNK
     context.array.loading.enable_padding_and_truncation = True
-    return context
+    log = logging.getLogger("absl")
+    level = log.level
+    log.setLevel(logging.CRITICAL)
+    try:
+        with context:
+            yield
+    finally:
+        log.setLevel(level)
 
 
 def agreed(ok: bool) -> bool:
@@ -150,30 +161,27 @@ def bit_sums(weights: dict[str, jax.Array]) -> dict[str, int]:
     own = []
     for weight in weights.values():
         shards = weight.addressable_shards
-        devices = tuple(shard.device for shard in shards)
-        sums = side_by_side(devices, summing(devices)(abreast(devices, [shard.data for shard in shards])))
-        own.append(sum(int(s[0]) for s, shard in zip(sums, shards, strict=True) if not shard.replica_id) % 2**32)
+        devices, parts = tuple(shard.device for shard in shards), [shard.data for shard in shards]
+        in_host = devices and devices[0].platform == "cpu"
+        sums = host_sums(parts) if in_host else np.asarray(device_sums(devices)(abreast(devices, parts)))
+        own.append(sum(int(s) for s, shard in zip(sums, shards, strict=True) if not shard.replica_id) % 2**32)
     everywhere = multihost_utils.process_allgather(np.asarray(own, np.uint32)).reshape(-1, len(own))
     totals = everywhere.astype(np.uint64).sum(axis=0) % 2**32
     return {path: int(total) for path, total in zip(weights, totals, strict=True)}
 
 
+def host_sums(parts: list[jax.Array]) -> list[int]:
+    """Of parts that are in the host's memory: XLA would copy them there, as it does not fuse sums on a CPU."""
+    return [np.asarray(p).view(f"u{p.dtype.itemsize}").sum(dtype=np.uint32) for p in parts]
+
+
 @functools.cache
-def summing(devices: tuple):
-    """The program of `bit_sums` for the parts of each device: `[devices]`, without a copy of more than a few rows."""
+def device_sums(devices: tuple):
+    """The program of `bit_sums` for the parts of each device, `[devices]`."""
     sharding = device_sharding(devices)
 
     def total(part):
-        rows, bits = len(part), jnp.dtype(f"uint{part.dtype.itemsize * 8}")
-        step = min(max(SUM_VALUES * rows // part.size, 1), rows)
-
-        def add(i, so_far):
-            start = jnp.minimum(i * step, rows - step)  # the last step may begin before the one before it ends
-            values = jax.lax.bitcast_convert_type(jax.lax.dynamic_slice_in_dim(part, start, step), bits)
-            new = (start + jnp.arange(step) >= i * step).reshape(-1, *[1] * (part.ndim - 1))
-            return so_far + jnp.sum(jnp.where(new, values.astype(jnp.uint32), 0), dtype=jnp.uint32)
-
-        zero = jax.lax.pcast(jnp.uint32(0), "device", to="varying")
-        return jax.lax.fori_loop(0, -(-rows // step), add, zero)[None]
+        bits = jax.lax.bitcast_convert_type(part, jnp.dtype(f"uint{part.dtype.itemsize * 8}"))
+        return jnp.sum(bits, dtype=jnp.uint32)[None]
 
     return jax.jit(jax.shard_map(total, mesh=sharding.mesh, in_specs=sharding.spec, out_specs=sharding.spec))

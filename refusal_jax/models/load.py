@@ -19,7 +19,6 @@ from safetensors.numpy import save_file
 from tqdm import tqdm
 
 from refusal_jax.errors import UserError
-from refusal_jax.models.cached import Cached
 from refusal_jax.models.config import ModelConfig, load_config
 from refusal_jax.models.decoder import Decoder
 from refusal_jax.models.families import Piece, hf_names, pieces
@@ -66,6 +65,8 @@ def load_decoder(
     places = {path: Place(mesh, weight, found[path], DTYPES[dtype]) for path, weight in weight_table(cfg).items()}
     if not cache:
         return Decoder(cfg, read_weights(folder, cfg, places, progress), mesh)
+    from refusal_jax.models.cached import Cached  # here: orbax takes long to import
+
     copy = Cached.of(cache, folder, dtype)
     return Decoder(cfg, copy.weights(places, lambda: read_weights(folder, cfg, places, progress)), mesh)
 
