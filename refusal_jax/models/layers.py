@@ -2,8 +2,10 @@
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from refusal_jax.models.config import ModelConfig
+from refusal_jax.sharding import mesh_axes
 
 ACTIVATE = {
     "silu": jax.nn.silu,
@@ -19,6 +21,28 @@ def linear(x, w_oi, bias=None):
     return y if bias is None else y + bias
 
 
+def row_parallel(mesh, spec, x_btf, w_df, bias=None):
+    """`linear` of features that are divided over the chips: each chip multiplies its own, and of the sums keeps its rows.
+
+    spec: of `w_df` on the mesh. Written out, because GSPMD would sum all rows on all chips first, twice the traffic. Where the
+    rows cannot be divided, it does.
+    """
+    if mesh is None:
+        return linear(x_btf, w_df, bias)
+    embed, features = (axes or () for axes in spec)
+    rows, batch = (mesh_axes(mesh, axis, (len(x_btf),)) for axis in ("rows", "batch"))
+    if not features or rows != (*batch, *features):
+        return linear(x_btf, w_df, bias)
+
+    def part(x_btf, w_df):
+        w_df = jax.lax.all_gather(w_df, embed, axis=0, tiled=True) if embed else w_df
+        return jax.lax.psum_scatter(linear(x_btf, w_df), features, scatter_dimension=0, tiled=True)
+
+    specs = PartitionSpec(batch, None, features), PartitionSpec(embed, features)
+    y = jax.shard_map(part, mesh=mesh, in_specs=specs, out_specs=PartitionSpec(rows), check_vma=False)(x_btf, w_df)
+    return y if bias is None else y + bias
+
+
 def rms_norm(x, scale_d, eps: float, offset: float):
     """RMS norm of the last axis times `offset + scale_d`; float32 inside, the dtype of x outside."""
     x32 = x.astype(jnp.float32)
@@ -26,10 +50,10 @@ def rms_norm(x, scale_d, eps: float, offset: float):
     return ((offset + scale_d.astype(jnp.float32)) * x32).astype(x.dtype)
 
 
-def mlp(cfg: ModelConfig, w, h_btd) -> jax.Array:
-    """The gated MLP of a block; `w(name)` gives a weight of the block. `[B, T, D]`."""
+def mlp(cfg: ModelConfig, w, h_btd, out) -> jax.Array:
+    """The gated MLP of a block; `w(name)` gives a weight of the block, `out` multiplies with "down". `[B, T, D]`."""
     gate, up = linear(h_btd, w("gate"), w("gate_bias")), linear(h_btd, w("up"), w("up_bias"))
-    return linear(ACTIVATE[cfg.activation](gate) * up, w("down"), w("down_bias"))
+    return out("down", ACTIVATE[cfg.activation](gate) * up)
 
 
 def route(cfg: ModelConfig, router_ed, h_rd) -> tuple[jax.Array, jax.Array]:
