@@ -15,7 +15,7 @@ from refusal_jax.errors import UserError
 from refusal_jax.models.config import ModelConfig
 from refusal_jax.models.families import TABLES, hf_shapes, is_spare
 from refusal_jax.models.hf_attributes import read_json
-from refusal_jax.models.mirror import RemoteFile, is_there, stub_of
+from refusal_jax.models.mirror import STUB, RemoteFile, is_there, stub_of
 from refusal_jax.models.weight_file import Header, LocalFile, read_header, segments
 
 INDEX = "model.safetensors.index.json"
@@ -158,7 +158,7 @@ def checkpoint_files(folder: pathlib.Path) -> tuple[list[pathlib.Path], dict[str
         return [folder / n for n in names], weight_map
     if is_there(folder / SINGLE):
         return [folder / SINGLE], {}
-    pickled = [p.name for end in ("bin", "pt") for p in folder.glob(f"*.{end}*") if is_there(p) or stub_of(p)]
+    pickled = [n for n in (p.name.removesuffix(STUB) for p in folder.iterdir()) if n.endswith((".bin", ".pt"))]
     hint = (
         f" It holds pickled weights ({listed(sorted(pickled))}), which can run code when opened and are never "
         "read: convert them with transformers' save_pretrained(safe_serialization=True)."
