@@ -59,16 +59,22 @@ class Projection:
         """right^T W of a matrix `[D, F]` given in blocks of rows, `(first row, block)`; float32 `[K, F]`."""
         right, total = self.factors[1], 0.0
         for start, block in blocks:
-            total = total + (right[start : start + len(block)].T @ block).astype(np.float64)
+            total = total + np.einsum("dk,df->kf", right[start : start + len(block)], block).astype(np.float64)
         return total.astype(np.float32)
 
     def blocks(self, blocks):
         """The edited blocks of rows, in place, of a tensor whose blocks the function `blocks` gives, float32. They are
-        gone through twice if the stream is not the tensor's last axis."""
+        gone through twice if the stream is not the tensor's last axis.
+
+        einsum, because K is small and BLAS would start threads of its own inside each of ours.
+        """
         left, right = self.factors
         along = None if self.by_rows else self.along(blocks())
         for start, block in blocks():
-            block -= (block @ right) @ left.T if self.by_rows else left[start : start + len(block)] @ along
+            if self.by_rows:
+                block -= np.einsum("...k,dk->...d", np.einsum("...d,dk->...k", block, right), left)
+            else:
+                block -= np.einsum("dk,kf->df", left[start : start + len(block)], along)
             yield start, block
 
     def __call__(self, tensor: np.ndarray) -> np.ndarray:

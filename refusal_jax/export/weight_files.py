@@ -23,7 +23,7 @@ from refusal_jax.models.config import ModelConfig, load_config
 from refusal_jax.models.load import STORED, TensorFiles, check_tensors, checkpoint_files
 
 COPY_BYTES = 64 << 20  # of an untouched range, in one task
-BLOCK_BYTES = 2 << 20  # of a tensor, as stored, in memory at a time: what comes of it stays in a core's cache
+BLOCK_BYTES = 256 << 10  # of a tensor, as stored, in memory at a time: what comes of it stays in a core's cache
 HASH_BYTES = 4 << 20
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG)
 
@@ -82,8 +82,8 @@ class Stored:
         for first, block in self.edit.blocks(self.blocks):
             with np.errstate(over="ignore"):
                 stored = block.astype(dtype, copy=False)
-            suspect = stored.dtype == np.float16 or not np.isfinite(np.vdot(block, block))  # which is a fast first look
-            if suspect and not np.isfinite(stored).all():
+            suspect = block if dtype.itemsize == 4 or dtype.kind == "V" else stored  # the cast to float16 may overflow
+            if not np.isfinite(suspect).all():
                 raise UserError(
                     f"{self.name} holds NaN or infinite values, or gets them by the edit, as {self.dtype}. The checkpoint is "
                     "damaged: download it again."
