@@ -24,7 +24,7 @@ from refusal_jax.runs import to_json
 ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 TIED = ("untie", "skip")
 PREFIX = "base_model.model."
-EXPERT = re.compile(r"(.*\.)(?:block_sparse_moe|mlp)\.experts\.(\d+)\.\w+\.weight")
+EXPERT = re.compile(r"(.*\.)(?:block_sparse_moe|mlp)\.experts\.(\d+)\.(?:w2|down_proj)\.weight")  # that writes
 
 
 def module_name(cfg: ModelConfig, name: str) -> str:
@@ -135,7 +135,8 @@ class AdaptedWeights:
             a, b = (self.tensors.get(f"{PREFIX}{module}.lora_embedding_{letter}") for letter in "AB")
             return rows if a is None else rows + a[:, start:stop].T @ b.T
         if name.endswith(".bias"):
-            return self.tensors.get(f"{PREFIX}{module}.base_layer.bias", rows)[start:stop]
+            edited = self.tensors.get(f"{PREFIX}{module}.base_layer.bias")
+            return rows if edited is None else edited[start:stop]
         module = f"{expert[1]}mlp.experts" if expert else module
         a, b = (self.tensors.get(f"{PREFIX}{module}.lora_{letter}.weight") for letter in "AB")
         if a is None:

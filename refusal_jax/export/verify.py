@@ -190,7 +190,7 @@ def problems(checkpoint: Checkpoint, edit: Edit, written: Written, result: dict,
                 checked = range(len(layers)) if edit.everywhere and written.tied != "skip" else ()
             else:
                 checked = [layer for layer in range(len(layers)) if edit.reaches(layer, site)]
-            worst = max(checked, key=lambda layer: layers[layer], default=None)
+            worst = max(checked, key=lambda layer: np.nan_to_num(layers[layer], nan=np.inf), default=None)
             if worst is not None:
                 name = f"what is left along the direction at {site} of layer {worst}, as a part of the whole,"
                 at_most(name, layers[worst], MOST_PROJECTION[exact])

@@ -80,8 +80,7 @@ class Stored:
         """Its edited bytes, block by block, each with its offset. Raises UserError if they are not finite."""
         dtype, width = self.numpy_dtype, self.size // self.shape[0]
         for first, block in self.edit.blocks(self.blocks):
-            with np.errstate(over="ignore"):
-                stored = block.astype(dtype, copy=False)
+            stored = block.astype(dtype, copy=False)
             suspect = block if dtype.itemsize == 4 or dtype.kind == "V" else stored  # the cast to float16 may overflow
             if not np.isfinite(suspect).all():
                 raise UserError(
@@ -198,8 +197,9 @@ class WeightFile:
 def _write_tensor(tensor: Stored, target: int, at: int) -> None:
     if tensor.edit is None:
         return _write_at(target, bytes(tensor.size), at)
-    for offset, data in tensor.edited_blocks():
-        _write_at(target, data, at + offset)
+    with np.errstate(over="ignore", invalid="ignore"):  # what comes of it is looked at
+        for offset, data in tensor.edited_blocks():
+            _write_at(target, data, at + offset)
 
 
 def _write_at(target: int, data, at: int) -> None:
