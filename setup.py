@@ -38,6 +38,7 @@ setup(
         "numpy>=2.0",
         "optax>=0.2.4",
         "orbax-checkpoint>=0.11",
+        "pyyaml>=6.0",  # the metadata of model cards
         "safetensors>=0.5",
         "tiktoken>=0.9",  # Qwen 1's tokenizer
         "tokenizers>=0.21",
@@ -47,7 +48,8 @@ setup(
     extras_require={
         "tpu": ["jax[tpu]>=0.10,<0.12"],
         "cuda": ["jax[cuda13]>=0.10,<0.12"],
-        "test": ["pytest>=8.0", "torch==2.13.0", "ruff>=0.9"],
+        # gguf and peft read exports back.
+        "test": ["pytest>=8.0", "torch==2.13.0", "gguf>=0.17", "peft>=0.19", "ruff>=0.9"],
     },
     entry_points={"console_scripts": ["refusal-jax = refusal_jax.jobs.main:main"]},
     classifiers=["Programming Language :: Python :: 3"],

@@ -310,6 +310,8 @@ def test_what_other_choices_for_tied_embeddings_cost_is_what_they_do_cost(tied_s
         for other in TIED:
             told, found = reports[tied]["tied"][other]["mean_kl"], reports[other]["export"]["mean_kl"]
             assert told == pytest.approx(found, rel=1e-3, abs=1e-7), (tied, other)
+    with pytest.raises(UserError, match="Nothing is left to edit: at these --sites"):
+        exported(tied_source, tmp_path / "out", tied="skip", sites=("embed",))
     with pytest.raises(ValueError, match="tied must be one of untie, keep, skip, not 'cut'"):
         exported(tied_source, tmp_path / "out", tied="cut")
 

@@ -25,8 +25,6 @@ FAMILIES = {
     "gemma3": "gqa",
     "olmo2": "biased",
     "granite": "scaled",
-    "phi3": "longrope",
-    "glm4": "gqa",
     "mixtral": "gqa",
     "qwen3_moe": "gqa",
     "olmoe": "gqa",
@@ -76,6 +74,16 @@ def test_an_adapter_of_a_part(tmp_path, llama):
     old = tensors_of(llama)["model.layers.1.self_attn.o_proj.weight"]
     new = model.merge_and_unload().state_dict()["model.layers.1.self_attn.o_proj.weight"].numpy()
     np.testing.assert_allclose(DIRECTION @ new, 0.75 * (DIRECTION @ old), atol=1e-4)
+
+
+def test_an_adapter_of_experts_alone(tmp_path):
+    source = families.tiny_model(tmp_path / "source", "mixtral")
+    report = exported(source, tmp_path / "out", DIRECTION, "lora", sites=("mlp_out",))
+    assert report["verification"]["problems"] == []
+    exported(source, tmp_path / "hf", verify=False, sites=("mlp_out",))
+    sample = sample_of(source)
+    want = our_logits(Stream(Checkpoint.open(tmp_path / "hf")), sample)
+    np.testing.assert_allclose(their_logits(adapted(source, tmp_path / "out"), sample), want, atol=1e-4, rtol=1e-4)
 
 
 def test_an_adapter_of_bfloat16_and_one_that_leaves_the_embedding(tmp_path):

@@ -132,7 +132,7 @@ def _measured(report: dict) -> str:
         parts.append("Refusals were not measured: the direction does not come from a study with completions.")
     if not found:
         return "\n\n".join([*parts, "The files were not verified."])
-    lines = ["| | largest logit difference | KL (nats) | loss | perplexity |", "|---|---|---|---|---|"]
+    lines = ["| | largest logit difference | KL (nats) | projection | loss | perplexity |", "|---|---|---|---|---|---|"]
     titles = {
         "original": "base model",
         "reference": "edit at inference time",
@@ -142,12 +142,13 @@ def _measured(report: dict) -> str:
     for name, title in titles.items():
         if name in found:
             r = found[name]
-            lines.append(
-                f"| {title} | {r['max_logit_difference']:.2e} | {r['mean_kl']:.2e} | {r['ce_loss']:.4f} | {r['perplexity']:.3f} |"
-            )
+            most = max(max(layers) for layers in r["projection"].values())
+            numbers = f"{r['max_logit_difference']:.2e} | {r['mean_kl']:.2e} | {most:.2e} | {r['ce_loss']:.4f}"
+            lines.append(f"| {title} | {numbers} | {r['perplexity']:.5g} |")
     parts.append(
         f"The written files, run in float32, against the edit at inference time on the base model: at the last token of "
-        f"{found['prompts']} prompts, and the loss (nats per token) on {found['text_tokens']} tokens of harmless text.\n\n"
+        f"{found['prompts']} prompts; the largest part of a residual vector that lies along the direction, over all tokens, "
+        f"layers and sites; the loss (nats per token) on {found['text_tokens']} tokens of harmless text.\n\n"
         + "\n".join(lines)
     )
     if found["problems"]:

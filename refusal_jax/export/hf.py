@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from refusal_jax.export.edit import Edit
 from refusal_jax.export.staging import copy_other_files
-from refusal_jax.export.tensor_edits import BIAS_SWITCHES, bias_additions, tensor_edits
+from refusal_jax.export.tensor_edits import BIAS_SWITCHES, bias_additions, wanted_edits
 from refusal_jax.export.weight_files import Checkpoint, Stored, WeightFile
 from refusal_jax.models.config import from_hf
 from refusal_jax.models.families import TABLES, hf_shapes
@@ -75,7 +75,7 @@ class Plan:
             }
             return cls(checkpoint, {path: checkpoint.files[path].holding(held[path]) for path in held}, config, None)
         tied = tied if cfg.tied_embeddings and edit.reaches(0, "resid_pre") else None
-        files = ablated_files(checkpoint.files, tensor_edits(checkpoint, edit), TABLES[cfg.family], tied)
+        files = ablated_files(checkpoint.files, wanted_edits(checkpoint, edit, tied), TABLES[cfg.family], tied)
         return cls(checkpoint, files, {"tie_word_embeddings": False} if tied == "untie" else {}, tied)
 
     @property
@@ -135,8 +135,6 @@ def ablated_files(
     is said here of the embedding.
     """
     embed, unembed = table["embed"], table["unembed"]
-    if tied == "skip":
-        edits = {name: edit for name, edit in edits.items() if name != embed}
     held = {path: [dataclasses.replace(t, edit=edits.get(t.name)) for t in f.tensors] for path, f in files.items()}
     if tied in ("untie", "keep"):
         path, source = next((path, t) for path, tensors in held.items() for t in tensors if t.name == embed)

@@ -5,8 +5,10 @@ an adapter, so edited ones are stored whole, as PEFT does for `bias="all"`.
 """
 
 import dataclasses
+import os
 import pathlib
 import re
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 from safetensors.numpy import load_file, save
@@ -14,8 +16,8 @@ from tqdm import tqdm
 
 from refusal_jax.errors import UserError
 from refusal_jax.export.edit import Edit
-from refusal_jax.export.hf import Written
-from refusal_jax.export.tensor_edits import Projection, tensor_edits
+from refusal_jax.export.hf import THREADS, Written
+from refusal_jax.export.tensor_edits import Projection, wanted_edits
 from refusal_jax.export.weight_files import Checkpoint, Stored
 from refusal_jax.models.config import ModelConfig
 from refusal_jax.models.families import TABLES
@@ -55,19 +57,22 @@ def write_lora(checkpoint: Checkpoint, folder: pathlib.Path, edit: Edit, tied: s
     """
     cfg = checkpoint.cfg
     check_expressible(cfg, edit, tied)
-    edits = tensor_edits(checkpoint, edit)
     embed = TABLES[cfg.family]["embed"]
-    tied = tied if cfg.tied_embeddings and embed in edits else None
-    if tied == "skip":
-        edits.pop(embed)
+    tied = tied if cfg.tied_embeddings and edit.reaches(0, "resid_pre") else None
+    edits = wanted_edits(checkpoint, edit, tied)
     rank = max(one.left_dk.shape[1] for one in edits.values())
-    tensors, biases, modules, experts = {}, {}, [], {}
-    for name, one in tqdm(edits.items(), desc="exporting", unit="tensor", leave=False):
+    tensors, modules, experts = {}, [], {}
+    matrices = {name: one for name, one in edits.items() if not name.endswith(".bias")}
+    biases = {
+        f"{PREFIX}{module_name(cfg, name)}.base_layer.bias": one(checkpoint.rows(name))
+        for name, one in edits.items()
+        if name not in matrices
+    }
+    with ThreadPoolExecutor(min(THREADS, os.cpu_count() or 1)) as pool:
+        found = pool.map(lambda name: factors(checkpoint.tensors[name], matrices[name], rank), matrices)
+        found = list(tqdm(found, total=len(matrices), desc="exporting", unit="tensor", leave=False))
+    for name, (a, b) in zip(matrices, found, strict=True):
         module, expert = module_name(cfg, name), EXPERT.fullmatch(name)
-        if name.endswith(".bias"):
-            biases[f"{PREFIX}{module}.base_layer.bias"] = one(checkpoint.rows(name))
-            continue
-        a, b = factors(checkpoint.tensors[name], one, rank)
         if expert:
             experts.setdefault(f"{expert[1]}mlp.experts", {})[int(expert[2])] = (a, b)
             continue
@@ -103,7 +108,9 @@ def factors(tensor: Stored, edit: Projection, rank: int) -> tuple[np.ndarray, np
     `[D, K]`."""
     left, right = edit.factors
     blocks = tensor.blocks()
-    a = np.concatenate([block @ right for _, block in blocks]).T if edit.by_rows else edit.along(blocks)
+    if edit.by_rows:
+        blocks = [np.einsum("nd,dk->kn", block, right) for _, block in blocks]
+    a = np.concatenate(blocks, axis=1) if edit.by_rows else edit.along(blocks)
     more = rank - len(a)
     return np.pad(a, ((0, more), (0, 0))), np.pad(-left, ((0, 0), (0, more)))
 

@@ -4,7 +4,9 @@ import dataclasses
 import json
 import pathlib
 import shutil
+import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 
 from refusal_jax.chat import Chat
 from refusal_jax.export import gguf, hf, lora
@@ -12,7 +14,7 @@ from refusal_jax.export.card import licence_files, write_card
 from refusal_jax.export.directions import Directions
 from refusal_jax.export.edit import Edit
 from refusal_jax.export.provenance import base_model, write_provenance
-from refusal_jax.export.staging import UNVERIFIED, check_target, staged
+from refusal_jax.export.staging import UNVERIFIED, check_target, staged, sync_files
 from refusal_jax.export.study import Study
 from refusal_jax.export.verify import Sample, verify
 from refusal_jax.export.weight_files import Checkpoint
@@ -62,6 +64,7 @@ def export(request: Request) -> dict:
         chat = Chat.load(request.source, cfg.context_length, cfg.vocab_size, **request.study.template)
         sample = Sample.of(chat, request.study.prompts, request.study.harmless)
     base = base_model(request.source, request.base)
+    start = time.monotonic()
     with staged(request.target, size) as folder:
         if request.form == "hf":
             written = plan.write(folder)
@@ -72,8 +75,12 @@ def export(request: Request) -> dict:
         if request.form != "hf":
             for path in licence_files(request.source):
                 shutil.copyfile(path, folder / path.name)
-        found = verify(checkpoint, folder, edit, written, sample) if sample else None
-        report = describe(request, edit, written, base, found)
+        seconds = {"write": round(time.monotonic() - start, 3)}
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(sync_files, folder)  # the disk works while the processor does
+            found = verify(checkpoint, folder, edit, written, sample) if sample else None
+        seconds["verify"] = round(time.monotonic() - start - seconds["write"], 3)
+        report = describe(request, edit, written, base, found) | {"seconds": seconds}
         (folder / REPORT).write_bytes(to_json(report))
         write_card(folder, request.source, report, request.command)
         verified = found is not None and not found["problems"]

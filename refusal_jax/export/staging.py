@@ -7,11 +7,11 @@ import pathlib
 import shutil
 
 from refusal_jax.errors import UserError
-from refusal_jax.runs import cannot_write
 
 PROVENANCE, UNVERIFIED = "refusal_jax.json", ".unverified"
 # Weights in other files than those edited would be the unedited ones, and indexes of such files name nothing.
-WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf", ".bin.index.json", ".h5.index.json")
+WEIGHTS = tuple(".safetensors .bin .pt .pth .ckpt .h5 .msgpack .gguf .onnx .onnx_data .ot .tflite".split())
+WEIGHTS += (".bin.index.json", ".h5.index.json")
 
 
 def check_target(source: pathlib.Path, target: pathlib.Path) -> None:
@@ -44,22 +44,27 @@ def staged(target: pathlib.Path, size: int = 0):
             )
         lock = _locked(staging)
     except OSError as error:
-        raise cannot_write(target, error) from None
+        raise _refused(target, error) from None
     left = staging
     try:
         yield staging
-        for path in staging.rglob("*"):
-            if path.is_file():
-                sync(path)
+        sync_files(staging)
         os.rename(staging, target)
         left = None
         sync(target.parent)
     except OSError as error:
-        raise cannot_write(target, error) from None
+        raise _refused(target, error) from None
     finally:
         if left is not None:
             shutil.rmtree(left, ignore_errors=True)
         os.close(lock)
+
+
+def _refused(target: pathlib.Path, error: OSError) -> UserError:
+    return UserError(
+        f"{target} could not be written: {error.strerror or error}. Free space, or pass an --out on a disk that you may write "
+        "to, and run the same command again; nothing was left behind."
+    )
 
 
 def _locked(staging: pathlib.Path) -> int:
@@ -87,6 +92,13 @@ def sync(path: pathlib.Path) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
+
+
+def sync_files(folder: pathlib.Path) -> None:
+    """Puts all files below a folder on the disk."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            sync(path)
 
 
 def copy_other_files(source: pathlib.Path, staging: pathlib.Path) -> None:

@@ -151,6 +151,19 @@ def tensor_edits(checkpoint: Checkpoint, edit: Edit) -> dict[str, Projection]:
     return edits
 
 
+def wanted_edits(checkpoint: Checkpoint, edit: Edit, tied: str | None) -> dict[str, Projection]:
+    """`tensor_edits` without that of an embedding which is to be left, tied = "skip". Raises UserError if none remain."""
+    edits = tensor_edits(checkpoint, edit)
+    if tied == "skip":
+        edits.pop(TABLES[checkpoint.cfg.family]["embed"])
+    if not edits:
+        raise UserError(
+            "Nothing is left to edit: at these --sites no weight writes in these --layers (the embedding belongs to layer 0, and "
+            "--tied=skip leaves it). Name more of them."
+        )
+    return edits
+
+
 # Families whose MLP may have biases, with the attribute of config.json that says so, for checkpoints that have none.
 BIAS_SWITCHES = {"llama": ("mlp_bias", True), "granite": ("mlp_bias", True), "qwen": ("no_bias", False)}
 

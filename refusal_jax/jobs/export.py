@@ -22,8 +22,8 @@ on the original; what that measures is in OUT/export.json and in the model card.
 
 import dataclasses
 import pathlib
+import re
 import shlex
-import time
 
 from absl import flags
 
@@ -87,10 +87,9 @@ def main(argv) -> None:
             )
     if PUSH.value and not VERIFY.value:
         raise UserError("Only verified exports are pushed: leave out --noverify or --push-to-hub.")
-    start = time.monotonic()
     request = read_request(argv)
     report = export(request)
-    print(summary(request.target, report, time.monotonic() - start))
+    print(summary(request.target, report))
     failed = report["verification"] and report["verification"]["problems"]
     if failed:
         raise VerificationError(
@@ -142,10 +141,10 @@ def parse_layers(text: str, source: pathlib.Path) -> list[int]:
         return list(range(2, load_config(source).n_layers))
     layers = []
     for part in text.split(","):
-        first, dash, last = part.strip().partition("-")
-        if not first.isdigit() or (dash and not last.isdigit()):
+        found = re.fullmatch(r"(\d{1,4})(?:-(\d{1,4}))?", part.strip())
+        if not found:
             raise UserError(f"--layers = {text}: write numbers and ranges, such as 12 or 0-9,14.")
-        layers += range(int(first), int(last if dash else first) + 1)
+        layers += range(int(found[1]), int(found[2] or found[1]) + 1)
     return layers
 
 
@@ -162,19 +161,20 @@ def command(argv) -> str:
 
 # By value of --tied, what became of a tied embedding.
 COST = {
-    "untie": "its unembedding is now apart from it, as it was",
+    "untie": "its unembedding stays as it was",
     "keep": "its unembedding was edited with it",
     "skip": "it was not edited, so the direction stays in what it writes",
 }
 NAMES = {"export": "export", "orthogonalised": "plain orthogonalisation", "original": "original"}
 
 
-def summary(out: pathlib.Path, report: dict, seconds: float) -> str:
+def summary(out: pathlib.Path, report: dict) -> str:
     """What was done and how close it comes to the edit at inference time, for the terminal."""
     kinds = ", ".join(f"{n} {kind}" for kind, n in report["kinds"].items())
     edited = f"{len(report['edited_tensors'])} tensors edited ({kinds}; largest amplification "
     edited += f"{report['largest_amplification']:.2f}): " if report["kinds"] else ""
-    lines = [f"{edited if report['kinds'] else 'Control vector: '}{out.resolve()}, {seconds:.1f} s"]
+    written = f"written in {report['seconds']['write']:.1f} s"
+    lines = [f"{edited if report['kinds'] else 'Control vector: '}{out.resolve()}, {written}"]
     result = report["verification"]
     if report["tied"]:
         lines.append(f"The embedding is tied: {COST[report['tied']]}.")
@@ -198,7 +198,7 @@ def summary(out: pathlib.Path, report: dict, seconds: float) -> str:
             )
     before, reference, after = (result[key]["perplexity"] for key in ("original", "reference", "export"))
     lines.append(
-        f"Perplexity on {result['text_tokens']} tokens of harmless text: {before:.4f} before, {after:.4f} after; with the "
-        f"edit at inference time {reference:.4f}."
+        f"Perplexity on {result['text_tokens']} tokens of harmless text: {before:.5g} before, {after:.5g} after; with the "
+        f"edit at inference time {reference:.5g}."
     )
     return "\n".join(lines)
