@@ -8,18 +8,19 @@ import numpy as np
 import peft
 import pytest
 import tiny
-from exports import DIRECTION, exported, our_logits, sample_of, tensors_of, their_logits
+from exports import DIRECTION, exported, sample_of, tensors_of, their_logits
 from safetensors.numpy import load_file
 
 from refusal_jax import UserError
 from refusal_jax.export import gguf as our_gguf
 from refusal_jax.export.card import read_card
-from refusal_jax.export.forward import Stream
 from refusal_jax.export.lora import ADAPTER, module_name
 from refusal_jax.export.weight_files import Checkpoint
 from refusal_jax.models.families import TABLES
 
 # With biases where a family may have them, experts, norms behind the writers, another order of names, scaled embeddings.
+# Our own reading of adapters is tried on those that differ in it.
+VERIFIED = ("llama", "gemma3", "mixtral")
 FAMILIES = {
     "llama": "biased",
     "gemma3": "gqa",
@@ -44,18 +45,18 @@ def adapted(source, folder):
 def test_peft_loads_the_adapter_and_merged_it_is_the_edited_checkpoint(family, tmp_path):
     source = families.tiny_model(tmp_path / "source", family, FAMILIES[family])
     rows = np.stack([DIRECTION, np.arange(32) - 9.0]) if family == "llama" else DIRECTION
-    report = exported(source, tmp_path / "lora", rows, "lora")
-    assert report["verification"]["problems"] == []
+    report = exported(source, tmp_path / "lora", rows, "lora", verify=family in VERIFIED)
+    assert family not in VERIFIED or report["verification"]["problems"] == []
     untied = exported(source, tmp_path / "hf", rows, verify=False)
     sample = sample_of(source)
-    want = our_logits(Stream(Checkpoint.open(tmp_path / "hf")), sample)
+    want = their_logits(families.reference(tmp_path / "hf"), sample)
     model = adapted(source, tmp_path / "lora")
     assert model.peft_config["default"].r == len(np.atleast_2d(rows))
     np.testing.assert_allclose(their_logits(model, sample), want, atol=1e-4, rtol=1e-4)
     tied = untied["tied"] is not None
     if tied:
         exported(source, tmp_path / "keep", rows, tied="keep", verify=False)
-        want = our_logits(Stream(Checkpoint.open(tmp_path / "keep")), sample)
+        want = their_logits(families.reference(tmp_path / "keep"), sample)
     merged = model.merge_and_unload()
     np.testing.assert_allclose(their_logits(merged, sample), want, atol=1e-4, rtol=1e-4)
     if family in ("llama", "olmo2"):
@@ -68,8 +69,7 @@ def test_peft_loads_the_adapter_and_merged_it_is_the_edited_checkpoint(family, t
 
 def test_an_adapter_of_a_part(tmp_path, llama):
     settings = {"layers": [1], "sites": ("attn_out",), "scale": 0.25}
-    report = exported(llama, tmp_path / "out", DIRECTION, "lora", **settings)
-    assert report["verification"]["problems"] == [] and len(report["edited_tensors"]) == 1
+    assert len(exported(llama, tmp_path / "out", DIRECTION, "lora", verify=False, **settings)["edited_tensors"]) == 1
     model = adapted(llama, tmp_path / "out")
     old = tensors_of(llama)["model.layers.1.self_attn.o_proj.weight"]
     new = model.merge_and_unload().state_dict()["model.layers.1.self_attn.o_proj.weight"].numpy()
@@ -78,12 +78,11 @@ def test_an_adapter_of_a_part(tmp_path, llama):
 
 def test_an_adapter_of_experts_alone(tmp_path):
     source = families.tiny_model(tmp_path / "source", "mixtral")
-    report = exported(source, tmp_path / "out", DIRECTION, "lora", sites=("mlp_out",))
-    assert report["verification"]["problems"] == []
-    exported(source, tmp_path / "hf", verify=False, sites=("mlp_out",))
+    for form in ("lora", "hf"):
+        exported(source, tmp_path / form, DIRECTION, form, verify=False, sites=("mlp_out",))
     sample = sample_of(source)
-    want = our_logits(Stream(Checkpoint.open(tmp_path / "hf")), sample)
-    np.testing.assert_allclose(their_logits(adapted(source, tmp_path / "out"), sample), want, atol=1e-4, rtol=1e-4)
+    want = their_logits(families.reference(tmp_path / "hf"), sample)
+    np.testing.assert_allclose(their_logits(adapted(source, tmp_path / "lora"), sample), want, atol=1e-4, rtol=1e-4)
 
 
 def test_an_adapter_of_bfloat16_and_one_that_leaves_the_embedding(tmp_path):
@@ -122,9 +121,10 @@ def test_the_gguf_package_reads_the_control_vector(family, tmp_path):
     source = families.tiny_model(tmp_path / "source", family)
     cfg = Checkpoint.open(source).cfg
     layers = list(range(2, cfg.n_layers))
-    report = exported(source, tmp_path / "out", DIRECTION, "gguf", kind="add", layers=layers, scale=-0.5)
-    found = report["verification"]
-    assert found["problems"] == [] and found["export"]["max_logit_difference"] == 0 != found["original"]["mean_kl"]
+    settings = {"kind": "add", "layers": layers, "scale": -0.5, "verify": family == "llama"}
+    found = exported(source, tmp_path / "out", DIRECTION, "gguf", **settings)["verification"]
+    if found:
+        assert found["problems"] == [] and found["export"]["max_logit_difference"] == 0 != found["original"]["mean_kl"]
     reader = gguf.GGUFReader(tmp_path / "out" / our_gguf.CONTROL_VECTOR)
     fields = {name: field.contents() for name, field in reader.fields.items()}
     assert fields["general.architecture"] == "controlvector"
@@ -133,7 +133,7 @@ def test_the_gguf_package_reads_the_control_vector(family, tmp_path):
     for tensor in reader.tensors:
         assert tensor.tensor_type == gguf.GGMLQuantizationType.F32 and tensor.shape.tolist() == [32]
         np.testing.assert_array_equal(tensor.data, np.float32(-0.5) * DIRECTION)
-    assert {p.name for p in (tmp_path / "out").iterdir()} == {
+    assert {p.name for p in (tmp_path / "out").iterdir()} - {".unverified"} == {
         our_gguf.CONTROL_VECTOR,
         "README.md",
         "export.json",
