@@ -64,7 +64,7 @@ def test_peft_loads_the_adapter_and_merged_it_is_the_edited_checkpoint(family, t
         for name in untied["edited_tensors"]:
             np.testing.assert_allclose(theirs[name].numpy(), ours[name], atol=1e-5)
     sizes = (tmp_path / "lora" / ADAPTER).stat().st_size, sum(t.nbytes for t in tensors_of(source).values())
-    assert sizes[0] < sizes[1] / 3 and read_card(tmp_path / "lora")[0]["base_model_relation"] == "adapter"
+    assert sizes[0] < sizes[1] / 3 and read_card(tmp_path / "lora")[0]["library_name"] == "peft"
 
 
 def test_an_adapter_of_a_part(tmp_path, llama):

@@ -70,13 +70,17 @@ def test_every_kind_of_file(tmp_path):
         assert found.layer == 1
         with pytest.raises(UserError, match="no direction at position -3, layer 1"):
             read_directions([tmp_path / name], -3, 1)
-    (tmp_path / "published").mkdir()
+    for folder in ("published", "b"):
+        (tmp_path / folder).mkdir()
+    np.save(tmp_path / "b" / "a.npy", MEANS[1, 0])
     np.save(tmp_path / "published" / "mean_diffs.npy", MEANS)
     (tmp_path / "direction_metadata.json").write_text('{"pos": -1, "layer": 2}')  # a folder above, as published
     found = read_directions([tmp_path / "published" / "mean_diffs.npy", tmp_path / "a.npy"])
     np.testing.assert_array_equal(found.raw_kd, [MEANS[-1, 2], DIRECTION])
     assert found.layer is None and len(found.files) == 2
     assert read_directions([tmp_path / "published" / "mean_diffs.npy"]).layer == 2
+    twice = read_directions([tmp_path / "a.npy", tmp_path / "published" / "mean_diffs.npy", tmp_path / "b" / "a.npy"])
+    assert len(twice.files) == 3 and "b/a.npy" in twice.files
     (tmp_path / "direction_metadata.json").write_text('{"pos": -1}')
     with pytest.raises(UserError, match="direction_metadata.json is damaged: it must say pos and layer"):
         read_directions([tmp_path / "a.npy"])
@@ -208,6 +212,7 @@ def test_the_job_exports_a_study_and_shares_it(study, llama, tmp_path, capsys, m
     assert report["verification"]["prompts"] == 4 and report["base"]["name"] == "org/base"
     assert report["direction"]["files"] == {"direction.safetensors": file_hash(study / "direction.safetensors")}
     card = (out / "README.md").read_text()
+    assert read_card(out)[0]["base_model"] == "org/base"
     assert "| harmful | baseline | 75.0 % | 30.1 to 95.4 % | 4 |" in card
     assert "refusal-jax export --direction=study --out=out --prompts=2" in card and str(tmp_path) not in card
     assert str(tmp_path) not in (out / PROVENANCE).read_text()
@@ -307,7 +312,7 @@ def test_the_card_keeps_the_base_models_card_and_licence(llama, tmp_path):
     text = (tmp_path / "out" / "README.md").read_text()
     metadata, body = read_card(tmp_path / "out")
     assert metadata["license"] == "other" and metadata["license_name"] == "gemma" and metadata["language"] == ["en"]
-    assert metadata["base_model"] == "source" and metadata["library_name"] == "transformers"
+    assert "base_model" not in metadata and metadata["library_name"] == "transformers"  # its name is a folder's
     assert "extra_gated_prompt" not in metadata and text.count("---\n") == 2
     assert body.rstrip().endswith("# The base model's own card\n\n# Base\n\nIts *own* text.")
     assert "That of the base model: gemma." in body and "The files were not verified." in body

@@ -311,7 +311,9 @@ def test_what_verification_accepts():
     assert "mlp_out of layer 1, as a part of the whole, is 2.00e-02, over 1e-02" in problems(left=2e-2)[0]
     assert "the mean KL divergence is 6.00e-01, over 5e-01" in problems(kl=0.6)[0]
     assert len(problems(kl=np.nan, left=np.nan)) == 2
-    cfg.post_norm, checkpoint.tensors["w"].dtype = False, "F32"
+    written.tied = "keep"  # whose cost was chosen
+    assert problems(kl=0.6) == [] and len(problems(kl=0.6, left=2e-2)) == 1
+    written.tied, cfg.post_norm, checkpoint.tensors["w"].dtype = None, False, "F32"
     assert [text.rpartition(" is ")[0] for text in problems(kl=2e-3, gap=2e-3, left=2e-4)] == [
         "the largest difference of a logit",
         "the mean KL divergence",

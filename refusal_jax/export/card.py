@@ -54,15 +54,17 @@ def write_card(folder: pathlib.Path, source: pathlib.Path, report: dict, command
     metadata, original = read_card(source)
     base, form = report["base"], report["format"]
     head = {key: metadata[key] for key in KEPT if key in metadata}
-    head["base_model"] = base["name"]
+    if "/" in base["name"]:  # the hub refuses cards whose base it does not know
+        head["base_model"] = base["name"]
+        head |= {"base_model_relation": RELATION[form]} if form in RELATION else {}
     if form in RELATION:
-        head |= {"base_model_relation": RELATION[form], "library_name": {"hf": "transformers", "lora": "peft"}[form]}
+        head["library_name"] = {"hf": "transformers", "lora": "peft"}[form]
     head["tags"] = ["refusal-direction", "refusal-jax"]
     licence = head.get("license_name") or head.get("license")
     sections = [
         f"# {base['name']}, refusal direction {'ablated' if report['edit']['kind'] == 'ablate' else 'added'}",
         _what(report),
-        USE[form].format(tied=ADAPTER_TIED if report["tied"] else ""),
+        USE[form].format(tied=ADAPTER_TIED if report["tied"] == "untie" else "").strip(),
         "## Safety\n\n" + SAFETY,
         "## Measured\n\n" + _measured(report),
         "## Where it comes from\n\n" + _origin(report, command),

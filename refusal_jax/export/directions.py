@@ -84,7 +84,10 @@ def read_directions(paths: Sequence[pathlib.Path], position: int | None = None, 
             at = layer if layer is not None else told.get("layer")
         rows.append(np.atleast_2d(values))
         layers += [at] * len(rows[-1])
-        files[file.name if file.name not in files else str(file)] = file_hash(file)
+        name = file.name
+        while name in files:
+            name = f"{file.resolve().parent.name}/{name}"
+        files[name] = file_hash(file)
     if len({row.shape[1] for row in rows}) > 1:
         raise UserError(
             f"The directions have {', '.join(str(row.shape[1]) for row in rows)} entries: they belong to different models."
