@@ -14,6 +14,7 @@ import pathlib
 import sys
 from collections.abc import Callable
 
+import fsspec
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -102,17 +103,13 @@ class Cached:
             ocp.save(self.folder, weights, overwrite=True)
         sums = bit_sums(weights)
         if first:
-            temporary = self.record.with_name(f".{self.record.name}.tmp")
-            temporary.write_text(to_json({"files": self._files(), "sums": sums}).decode())
-            temporary.replace(self.record)
+            self.record.write_text(to_json({"files": self._files(), "sums": sums}).decode())
 
     def _files(self) -> dict[str, int]:
-        """Sizes of the copy's files."""
-        found = {}
-        for folder, _, names in self.folder.walk():
-            for name in names:
-                found[f"{folder.relative_to(self.folder)}/{name}"] = (folder / name).stat().length
-        return found
+        """Sizes of the copy's files; by fsspec, as epath forgets the kind of address where it walks folders."""
+        files, place = fsspec.core.url_to_fs(str(self.folder))
+        files.invalidate_cache()
+        return {path.removeprefix(place): entry["size"] for path, entry in files.find(place, detail=True).items()}
 
     @contextlib.contextmanager
     def _writing(self):
