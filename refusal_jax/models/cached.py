@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import json
 import logging
+import math
 import pathlib
 import sys
 from collections.abc import Callable
@@ -29,7 +30,7 @@ from refusal_jax.models.place import Place, abreast, device_sharding
 from refusal_jax.runs import checkpoint_fingerprint, to_json
 
 FORMAT = 1  # of the copies: changes when the decoder's weights or their layout do
-AT_A_TIME = 256 << 20  # bytes that a process reads or writes at a time, besides the weights themselves
+AT_A_TIME = 64 << 20  # bytes that a process writes at a time besides one weight
 CHUNK = 32 << 20  # bytes that are stored together
 
 
@@ -75,14 +76,16 @@ class Cached:
             record = json.loads(self.record.read_text())
             if record["files"] != self._files():
                 raise ValueError("its files are not those that were written")
-            with limited():
-                weights = ocp.load(
-                    self.folder,
-                    {
-                        path: jax.ShapeDtypeStruct(place.shape, place.dtype, sharding=place.sharding)
-                        for path, place in places.items()
-                    },
-                )
+            abstract = {
+                path: jax.ShapeDtypeStruct(place.shape, place.dtype, sharding=place.sharding)
+                for path, place in places.items()
+            }
+            weights = dict.fromkeys(abstract)
+            # One at a time, as orbax holds twice what it reads at once; large ones while little is there yet.
+            for path in sorted(abstract, key=lambda path: -math.prod(abstract[path].shape)):
+                with settings():
+                    weights |= ocp.load(self.folder, {path: abstract[path]})
+                jax.block_until_ready(weights[path])
         except Exception as error:  # orbax and what is below it raise many kinds
             wrong = " ".join(str(error).split())[:200] or type(error).__name__
         if not agreed(wrong is None):
@@ -99,7 +102,8 @@ class Cached:
                 f"{self.folder.name}.orbax-checkpoint-tmp*"
             ):  # of a run that was killed
                 left.rmtree()
-        with limited():
+        shares = [sum(shard.data.nbytes for shard in weight.addressable_shards) for weight in weights.values()]
+        with settings(max(shares)):
             ocp.save(self.folder, weights, overwrite=True)
         sums = bit_sums(weights)
         if first:
@@ -127,12 +131,13 @@ class Cached:
 
 
 @contextlib.contextmanager
-def limited():
+def settings(largest: int = 0):
     """Orbax within bounds of memory, and without its own reports of what it also raises. Weights do not compress; rows
-    beyond a vocabulary come and go with the mesh."""
+    beyond a vocabulary come and go with the mesh. largest: bytes of what is written at a time, which must fit the bounds.
+    """
     context = ocp.Context()
-    context.memory.read_concurrent_bytes = context.memory.write_concurrent_bytes = AT_A_TIME
-    context.memory.transfer_concurrent_bytes = AT_A_TIME
+    context.memory.write_concurrent_bytes = context.memory.transfer_concurrent_bytes = largest + AT_A_TIME
+    context.pytree.loading.partial_load = True
     context.memory.deepcopy_host_arrays = False
     context.array.saving.use_compression = False
     context.array.saving.storage_options.chunk_byte_size = CHUNK
