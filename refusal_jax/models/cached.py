@@ -8,6 +8,7 @@ with what is there, else the copy is made again.
 import contextlib
 import dataclasses
 import functools
+import gc
 import json
 import logging
 import math
@@ -86,6 +87,7 @@ class Cached:
                 with settings():
                     weights |= ocp.load(self.folder, {path: abstract[path]})
                 jax.block_until_ready(weights[path])
+                gc.collect()  # what orbax read is part of cycles
         except Exception as error:  # orbax and what is below it raise many kinds
             wrong = " ".join(str(error).split())[:200] or type(error).__name__
         if not agreed(wrong is None):
