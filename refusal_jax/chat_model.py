@@ -20,7 +20,7 @@ from refusal_jax.models.decoder import Decoder
 from refusal_jax.models.generate import admit, decode
 from refusal_jax.models.load import load_decoder
 from refusal_jax.models.mirror import checkpoint_folder
-from refusal_jax.sharding import batch_sharding
+from refusal_jax.sharding import batch_sharding, put
 from refusal_jax.taps import NO_TAPS, Taps
 
 
@@ -167,7 +167,7 @@ class ChatModel:
         tokens, mask = np.asarray(tokens, np.int32), np.asarray(mask, bool)
         cfg = self.config
         edits = (edits or Edits.none(cfg.d_model)).for_batch(len(tokens), cfg.n_layers, cfg.d_model)
-        return jax.device_put((tokens, mask, edits), batch_sharding(self.mesh, len(tokens)))
+        return put((tokens, mask, edits), batch_sharding(self.mesh, len(tokens)))
 
 
 @partial(jax.jit, static_argnames=("taps", "last"))

@@ -5,6 +5,15 @@ says what failed, what was found, what was expected and what to do next. Jobs pr
 traceback therefore always means a bug of ours.
 """
 
+import sys
+import textwrap
+
 
 class UserError(ValueError):
     """Bad input or environment; the message is a whole paragraph, fit to be printed alone."""
+
+
+def print_error(message: str, file=None) -> None:
+    """Prints a paragraph for the user, by default to stderr."""
+    text = textwrap.fill(f"error: {message}", 100, break_long_words=False, break_on_hyphens=False)
+    print(f"\n{text}", file=file or sys.stderr, flush=True)

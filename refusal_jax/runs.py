@@ -1,13 +1,13 @@
-"""A run's folder: manifest, atomic writes, resume.
+"""A run's folder: manifest, stages, resume.
 
-Every artifact is written to a temporary file and renamed, so a file that exists is whole. The manifest records the
-config, the hashes of model and data, and for each finished stage the hashes of what it read and wrote: a rerun skips
-stages whose records still hold, and continues inside a stage from its ledger.
+The manifest records the config, the hashes of model and data, and for each finished stage the hashes of what it read and
+wrote: a rerun skips stages whose records still hold, and continues inside a stage from its ledger. Of several processes,
+process 0 owns the folder; the others do the stages that it says are due, and get every artifact from it, so that all go on
+with the same numbers and need no common file system.
 """
 
 import contextlib
 import dataclasses
-import fcntl
 import hashlib
 import importlib.metadata
 import json
@@ -18,40 +18,17 @@ import time
 from collections.abc import Callable, Sequence
 
 import numpy as np
-from safetensors.numpy import load_file, save
+from safetensors.numpy import load, save
 
-from refusal_jax.data.prompts import file_hash
+from refusal_jax import distributed
 from refusal_jax.errors import UserError
+from refusal_jax.storage import DiskFolder, ObjectFolder, ToldFiles, open_storage
+from refusal_jax.storage import cannot_write as cannot_write
+from refusal_jax.storage import write_atomically as write_atomically
 
 MANIFEST = "manifest.json"
+Storage = DiskFolder | ObjectFolder | ToldFiles
 PACKAGES = ("refusal-jax", "jax", "flax", "transformers", "numpy", "safetensors")
-
-
-def write_atomically(path: pathlib.Path, data: bytes) -> None:
-    """Writes `data` to `path` so that a crash leaves the old file or the new one, never a part.
-
-    Raises UserError if the disk is full, read-only or not ours to write.
-    """
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise cannot_write(path, error) from None
-
-
-def cannot_write(path: pathlib.Path, error: OSError) -> UserError:
-    """The error for a failed write, with what to do about it."""
-    return UserError(
-        f"{path} could not be written: {error.strerror or error}. Free space on the disk or choose a folder "
-        "that you may write to, then run the same command again: finished work is kept."
-    )
 
 
 def to_json(value) -> bytes:
@@ -61,164 +38,188 @@ def to_json(value) -> bytes:
 
 @dataclasses.dataclass
 class Ledger:
-    """Rows of finished work inside a stage, one JSON object a line, kept until the stage is done."""
+    """Rows of finished work inside a stage, JSON objects, kept until the stage is done."""
 
-    path: pathlib.Path
+    storage: Storage
+    name: str
     rows: list[dict]
 
     @classmethod
-    def open(cls, path: pathlib.Path) -> "Ledger":
-        """Reads what is there; a last line torn by a crash is dropped."""
-        rows = []
-        if path.exists():
-            for line in path.read_text(encoding="utf-8").splitlines():
-                try:
-                    rows.append(json.loads(line))
-                except json.JSONDecodeError:
-                    break
-            write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
-        return cls(path, rows)
+    def open(cls, storage: Storage, name: str) -> "Ledger":
+        """With the rows that an interrupted run has left."""
+        return cls(storage, name, storage.rows(name))
 
     def append(self, rows: Sequence[dict]) -> None:
-        """Adds rows and puts them on the disk. Raises UserError if the disk does not take them."""
-        try:
-            with open(self.path, "a", encoding="utf-8") as file:
-                file.write("".join(json.dumps(row) + "\n" for row in rows))
-                file.flush()
-                os.fsync(file.fileno())
-        except OSError as error:
-            raise cannot_write(self.path, error) from None
+        """Adds rows and stores them. Raises UserError if that fails."""
+        self.storage.append(self.name, rows)
         self.rows += rows
 
 
 class Run:
     """One study in one folder; open it with `Run.open` as a context manager."""
 
-    def __init__(self, folder: pathlib.Path, manifest: dict, new: bool = False):
-        self.folder, self.manifest, self.new = folder, manifest, new
+    def __init__(self, folder: str | os.PathLike, manifest: dict, new: bool = False, storage: Storage | None = None):
+        self.storage = storage or open_storage(folder)
+        self.manifest, self.new = manifest, new
         self.worked = []  # names of the stages that did work in this process
 
     @classmethod
     @contextlib.contextmanager
-    def open(cls, folder: str | pathlib.Path, config: dict, inputs: dict):
+    def open(cls, folder: str | os.PathLike, config: dict, inputs: dict):
         """Creates the folder, or continues the run that is in it, and keeps other processes out.
 
-        config: the study's settings. inputs: names and hashes of model and data. Raises UserError if the folder holds
-        a run of other settings or inputs, holds something else, is in use, or cannot be written.
+        folder: on a disk, or gs://BUCKET/FOLDER, from which other runs are not kept out. config: the study's settings.
+        inputs: names and hashes of model and data. Raises UserError if the folder holds a run of other settings or inputs,
+        holds something else, is in use, or cannot be written, and if process 0 runs other settings or inputs.
         """
-        folder = pathlib.Path(folder)
         fresh = json.loads(to_json({"config": config, "inputs": inputs, "stages": {}}))
-        path = folder / MANIFEST
-        if folder.exists() and not folder.is_dir():
-            raise UserError(f"{folder} is a file. Pass a folder as --workdir.")
-        others = [p.name for p in folder.iterdir() if not p.name.startswith(".")] if folder.is_dir() else []
-        if others and not path.exists():
+        if not distributed.first():
+            manifest, new = distributed.share_json(None)
+            check_same("Process 0", manifest, fresh, "Start all processes with the same flags, models and data files.")
+            yield cls(folder, manifest, new, ToldFiles(folder))
+            return
+        storage = open_storage(folder)
+        others = [name for name in storage.names() if not name.startswith(".")]
+        if others and MANIFEST not in others:
             raise UserError(
-                f"{folder} is not empty ({', '.join(sorted(others)[:5])}) and holds no {MANIFEST}, so it is not a run's "
+                f"{folder} is not empty ({', '.join(others[:5])}) and holds no {MANIFEST}, so it is not a run's "
                 "folder. Pass a new folder as --workdir."
             )
-        with lock_folder(folder):
-            new = not path.exists()
+        with storage.held():
+            new = not storage.exists(MANIFEST)
             if not new:
-                manifest = read_manifest(path)
-                check_same(folder, manifest, fresh)
+                manifest = read_manifest(storage)
+                check_same(folder, manifest, fresh, "Pass a new --workdir, or the old settings to continue that run.")
             else:
                 manifest = fresh
-                write_atomically(path, to_json(manifest))
-            for leftover in folder.rglob(".*.tmp-*"):
-                leftover.unlink(missing_ok=True)
-            yield cls(folder, manifest, new)
+                storage.write(MANIFEST, to_json(manifest))
+            distributed.share_json([manifest, new])
+            yield cls(folder, manifest, new, storage)
+
+    @property
+    def folder(self):
+        return self.storage.path
 
     def discard(self) -> None:
         """Removes what this run wrote, and its folder if nothing else is in it: bad input leaves no trace."""
-        written = [file for stage in self.manifest["stages"].values() for file in stage["writes"]]
-        for path in (*map(self.path, written), self.path(MANIFEST), self.path(".lock"), *self.folder.glob(".ledger-*")):
-            path.unlink(missing_ok=True)
-        with contextlib.suppress(OSError):
-            self.folder.rmdir()
+        if distributed.first():
+            written = [file for stage in self.manifest["stages"].values() for file in stage["writes"]]
+            self.storage.remove([*written, MANIFEST, *self._ledgers("")])
+            self.storage.remove_folder()
 
-    def path(self, name: str) -> pathlib.Path:
+    def path(self, name: str):
+        """Where a file is, for people; of one of several processes, where process 0 has it."""
         return self.folder / name
 
+    def exists(self, name: str) -> bool:
+        return self.storage.exists(name)
+
+    def hash(self, name: str) -> str:
+        """A file's sha256, in hex."""
+        return hashlib.sha256(self.storage.read(name)).hexdigest()
+
+    def write(self, name: str, data: bytes) -> None:
+        """Writes a file at once and whole, if this process owns the folder. Raises UserError if that fails."""
+        self.storage.write(name, data)
+
     def write_json(self, name: str, value) -> None:
-        write_atomically(self.path(name), to_json(value))
+        self.write(name, to_json(value))
 
     def read_json(self, name: str):
-        return json.loads(self.path(name).read_text(encoding="utf-8"))
+        return json.loads(self.storage.read(name))
 
     def write_tensors(self, name: str, tensors: dict[str, np.ndarray]) -> None:
-        write_atomically(self.path(name), save({k: np.ascontiguousarray(v) for k, v in tensors.items()}))
+        self.write(name, save({k: np.ascontiguousarray(v) for k, v in tensors.items()}))
 
     def read_tensors(self, name: str) -> dict[str, np.ndarray]:
-        return load_file(self.path(name))
+        return load(self.storage.read(name))
 
     def stage(
-        self, name: str, inputs: Sequence[str], outputs: Sequence[str], work: Callable[[Ledger], dict | None]
+        self,
+        name: str,
+        inputs: Sequence[str],
+        outputs: Sequence[str],
+        work: Callable[[Ledger], dict | None],
+        alone: bool = False,
     ) -> bool:
         """Runs `work(ledger)` unless the stage is done and what it read and wrote is unchanged; True if it ran.
 
         inputs and outputs are file names in the folder; `work` must write every output. What it returns, if anything,
-        is recorded as `found`: what the stage settled that the config left open.
+        is recorded as `found`: what the stage settled that the config left open. Of several processes all work, or only
+        process 0 where `alone` says that no device is needed; all have the outputs afterwards.
         """
-        reads = {file: file_hash(self.path(file)) for file in inputs}
+        owner = distributed.first()
+        ledger, reads = self._due(name, inputs) if owner else (None, {})
+        due, rows = distributed.share_json([ledger is not None, ledger.rows if ledger else []])
+        if due and (owner or not alone):
+            start = time.monotonic()
+            found = work(ledger or Ledger(self.storage, name, rows))
+            if owner:
+                self._record(name, reads, outputs, round(time.monotonic() - start, 3), found)
+        if due:
+            self.worked.append(name)
+        self._pass_on(name, outputs)
+        return due
+
+    def _due(self, name: str, inputs: Sequence[str]) -> tuple[Ledger | None, dict]:
+        """The stage's ledger if it is to be done, else None; and the hashes of its inputs."""
+        reads = {file: self.hash(file) for file in inputs}
         record = self.manifest["stages"].get(name)
-        if (
+        done = (
             record
             and record["reads"] == reads
-            and all(self.path(f).exists() and file_hash(self.path(f)) == h for f, h in record["writes"].items())
-        ):
-            return False
+            and all(self.exists(f) and self.hash(f) == h for f, h in record["writes"].items())
+        )
+        if done:
+            return None, reads
         tag = hashlib.sha256(json.dumps(reads, sort_keys=True).encode()).hexdigest()[:12]
-        ledger = Ledger.open(self.path(f".ledger-{name}-{tag}.jsonl"))
-        start = time.monotonic()
-        found = work(ledger)
-        self.worked.append(name)
+        return Ledger.open(self.storage, f".ledger-{name}-{tag}.jsonl"), reads
+
+    def _record(self, name: str, reads: dict, outputs: Sequence[str], seconds: float, found: dict | None) -> None:
+        """Enters a stage that is done into the manifest; its ledgers go."""
         self.manifest["stages"][name] = {
             "reads": reads,
-            "writes": {file: file_hash(self.path(file)) for file in outputs},
-            "seconds": round(time.monotonic() - start, 3),
+            "writes": {file: self.hash(file) for file in outputs},
+            "seconds": seconds,
             "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "versions": versions(),
             **({"found": found} if found else {}),
         }
         self.write_json(MANIFEST, self.manifest)
-        for stale in self.folder.glob(f".ledger-{name}-*.jsonl"):
-            stale.unlink()
-        return True
+        self.storage.remove(self._ledgers(f"{name}-"))
+
+    def _ledgers(self, prefix: str) -> list[str]:
+        return [name for name in self.storage.names() if name.startswith(f".ledger-{prefix}")]
+
+    def _pass_on(self, name: str, outputs: Sequence[str]) -> None:
+        """Gives the record and the outputs of a stage to the other processes, if there are any."""
+        if not distributed.several():
+            return
+        if distributed.first():
+            files = {MANIFEST: to_json(self.manifest["stages"][name]), **{f: self.storage.read(f) for f in outputs}}
+            distributed.share(save({file: np.frombuffer(data, np.uint8) for file, data in files.items()}))
+        else:
+            files = {file: array.tobytes() for file, array in load(distributed.share(None)).items()}
+            self.manifest["stages"][name] = json.loads(files.pop(MANIFEST))
+            self.storage.files |= files
 
 
-@contextlib.contextmanager
-def lock_folder(folder: pathlib.Path):
-    """Keeps other processes out of a run's folder, which it creates. Raises UserError if one is in it."""
-    path = folder / ".lock"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = open(path, "w")  # noqa: SIM115, closed by the with below
-    except OSError as error:
-        raise cannot_write(path, error) from None
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(
-                f"Another process is working in {folder}. Wait for it, or choose another --workdir."
-            ) from None
-        yield
-
-
-def read_manifest(path: pathlib.Path) -> dict:
+def read_manifest(storage: Storage) -> dict:
     """A run's manifest; raises UserError if the file is damaged."""
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        manifest = json.loads(storage.read(MANIFEST))
         if all(isinstance(manifest[key], dict) for key in ("config", "inputs", "stages")):
             return manifest
     except (ValueError, KeyError, TypeError):
         pass
-    raise UserError(f"{path} is damaged, so the run in its folder cannot be continued. Pass a new folder as --workdir.")
+    raise UserError(
+        f"{storage.path / MANIFEST} is damaged, so the run in its folder cannot be continued. Pass a new folder as "
+        "--workdir."
+    )
 
 
-def check_same(folder: pathlib.Path, old: dict, new: dict) -> None:
-    """Raises UserError that lists every setting and input in which a folder's run differs from the one asked for."""
+def check_same(holder, old: dict, new: dict, advice: str) -> None:
+    """Raises UserError that lists every setting and input in which the run that `holder` holds differs from the new one."""
     before, now = ({**_flat(m["config"], ""), **_flat(m["inputs"], "input ")} for m in (old, new))
     changed = [
         f"{key} was {before.get(key)!r}, is now {now.get(key)!r}"
@@ -227,9 +228,8 @@ def check_same(folder: pathlib.Path, old: dict, new: dict) -> None:
     ]
     if changed:
         raise UserError(
-            f"{folder} holds a run of another study: {'; '.join(changed[:5])}"
-            f"{f'; and {len(changed) - 5} more' if len(changed) > 5 else ''}. Pass a new --workdir, or the old "
-            "settings to continue that run."
+            f"{holder} holds a run of another study: {'; '.join(changed[:5])}"
+            f"{f'; and {len(changed) - 5} more' if len(changed) > 5 else ''}. {advice}"
         )
 
 

@@ -18,6 +18,7 @@ from refusal_jax.models.weights import Weight
 
 MESH_AXES = ("data", "fsdp", "model")
 SPLIT_AXES = ("data", "fsdp", "kv", "q")
+STORAGE = "fsdp"  # the axis along which weights are only stored in parts: they are gathered to be used
 RULES = {
     "batch": ("data", "fsdp"),
     "rows": (
@@ -26,7 +27,7 @@ RULES = {
         "kv",
         "q",
     ),  # the batch where every row is for itself: edits, norms and taps of the residual
-    "embed": ("fsdp",),
+    "embed": (STORAGE,),
     "heads": ("kv", "q"),
     "kv_heads": ("kv",),
     "queries": ("q",),
@@ -134,6 +135,13 @@ def sharding_of(mesh: Mesh | None, *axes: tuple[str, int] | None):
 def batch_sharding(mesh: Mesh | None, rows: int):
     """The sharding of an array whose first axis is the batch; along mesh axes that do not divide `rows`, replicated."""
     return sharding_of(mesh, ("batch", rows))
+
+
+def put(tree, sharding):
+    """A pytree of NumPy arrays, equal on every process, on the devices; each process copies its own devices' parts."""
+    if sharding.is_fully_addressable:
+        return jax.device_put(tree, sharding)
+    return jax.tree.map(lambda a: jax.make_array_from_callback(np.shape(a), sharding, lambda index: a[index]), tree)
 
 
 def constrain(mesh: Mesh | None, x: jax.Array, *axes: str | None) -> jax.Array:

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from refusal_jax import UserError
-from refusal_jax.runs import MANIFEST, Ledger, Run, checkpoint_fingerprint, to_json, versions, write_atomically
+from refusal_jax.runs import MANIFEST, Ledger, Run, checkpoint_fingerprint, to_json, versions
+from refusal_jax.storage import DiskFolder, write_atomically
 
 CONFIG, INPUTS = {"seed": 1, "data": {"n": 3, "names": ("a", "b")}}, {"model": "abc"}
 
@@ -59,23 +60,23 @@ def test_json_keeps_text_readable():
 
 
 def test_ledger_drops_a_torn_last_line(tmp_path):
-    path = tmp_path / "ledger.jsonl"
-    ledger = Ledger.open(path)
+    path, folder = tmp_path / "ledger.jsonl", DiskFolder(tmp_path)
+    ledger = Ledger.open(folder, path.name)
     assert ledger.rows == []
     ledger.append([{"i": 0, "text": "é\n"}, {"i": 1}])
     ledger.append([{"i": 2}])
     whole = path.read_bytes()
     for torn in (b'{"i": 3, "te', b"\0\0\0\0"):
         path.write_bytes(whole + torn)
-        again = Ledger.open(path)
+        again = Ledger.open(folder, path.name)
         assert again.rows == ledger.rows == [{"i": 0, "text": "é\n"}, {"i": 1}, {"i": 2}]
         assert path.read_bytes() == whole
     again.append([{"i": 3}])
-    assert Ledger.open(path).rows == [*ledger.rows, {"i": 3}]
+    assert Ledger.open(folder, path.name).rows == [*ledger.rows, {"i": 3}]
 
 
 def test_ledger_on_a_full_disk(tmp_path, monkeypatch):
-    ledger = Ledger.open(tmp_path / "ledger.jsonl")
+    ledger = Ledger.open(DiskFolder(tmp_path), "ledger.jsonl")
     ledger.append([{"i": 0}])
     monkeypatch.setattr(os, "fsync", fails(errno.ENOSPC))
     with pytest.raises(UserError, match=r"ledger\.jsonl could not be written: No space left on device"):

@@ -48,7 +48,7 @@ def help_text(job: str) -> str:
 
     module = importlib.import_module(f"refusal_jax.jobs.{job}")
     shown = []
-    for flag in sorted(flags.FLAGS.get_flags_for_module(module.__name__), key=lambda f: f.name):
+    for flag in sorted(flags.FLAGS.get_key_flags_for_module(module.__name__), key=lambda f: f.name):
         default = "" if flag.default in (None, "") else f" (default: {flag.default_as_str.strip(chr(39))})"
         text = " ".join((flag.help or "").split()) + default
         shown.append(f"  --{flag.name}\n" + textwrap.indent(textwrap.fill(text, 100), " " * 6))
@@ -56,9 +56,9 @@ def help_text(job: str) -> str:
 
 
 def fail(message: str) -> int:
-    print(
-        "\n" + textwrap.fill(f"error: {message}", 100, break_long_words=False, break_on_hyphens=False), file=sys.stderr
-    )
+    from refusal_jax.errors import print_error
+
+    print_error(message)
     return 2
 
 
@@ -99,28 +99,40 @@ def prepare_job(job: str, argv: list[str]):
     return module
 
 
+def verdict(error: BaseException) -> tuple[int, str]:
+    """The exit code and the user's paragraph that an exception comes to."""
+    from refusal_jax.errors import UserError
+
+    if isinstance(error, UserError):
+        return 2, str(error)
+    if isinstance(error, OSError) and error.errno in DISK_ERRORS:
+        return 2, (
+            f"{error.filename or 'a file'} could not be used: {error.strerror}. Free space, or choose a folder "
+            "that you may write to, and run the same command again."
+        )
+    if isinstance(error, KeyboardInterrupt):
+        return 130, "interrupted; run the same command again, finished work of a study is kept."
+    return 1, f"{type(error).__name__}: {error}"
+
+
 def run_job(job: str, argv: list[str]) -> int:
     """Runs a job with its flags; the exit code."""
-    from refusal_jax.errors import UserError
+    from refusal_jax import distributed
 
     if any(arg in ("--help", "-h", "-help", "--helpfull") for arg in argv):
         print(help_text(job))
         return 0
     try:
         prepare_job(job, argv).main(argv)
+        distributed.finish()
         return 0
-    except UserError as error:
-        return fail(str(error))
-    except OSError as error:
-        if error.errno in DISK_ERRORS:
-            return fail(
-                f"{error.filename or 'a file'} could not be used: {error.strerror}. Free space, or choose a folder "
-                "that you may write to, and run the same command again."
-            )
-        raise
-    except KeyboardInterrupt:
-        print("\ninterrupted; run the same command again, finished work of a study is kept", file=sys.stderr)
-        return 130
+    except (Exception, KeyboardInterrupt) as error:
+        code, message = verdict(error)
+        distributed.leave(error, code, message)
+        if code == 1:
+            raise
+        fail(message)
+        return code
 
 
 def main() -> None:

@@ -10,35 +10,50 @@ Prompts come from the bundled set, or from files: --config.data.harmful_train=my
 Chat template and refusal tokens are the model's own, found and printed; --config.chat_template=NAME (chatml, gemma,
 llama-2, llama-3, llama-3-published, or a .jinja file) and --config.refusal_tokens="('I', 'As')" set them.
 
+On several hosts start the same command on each, and give the mesh all devices (--config.mesh.data, .fsdp, .model). A TPU
+slice needs nothing more; elsewhere add --coordinator=HOST:PORT --num_processes=N --process_id=I. Process 0 writes the
+folder. If one process ends, all do within a minute; the same command continues.
+
 The folder gets: direction.safetensors and direction_metadata.json (the direction, its position and layer),
 direction_evaluations.json, completions/, loss_evals/ (all in the format of the paper's code), manifest.json and
 report.html.
 """
 
+import pathlib
+
 from absl import flags
 from ml_collections import config_flags
 
+from refusal_jax import distributed
 from refusal_jax.errors import UserError
+from refusal_jax.jobs import processes
 from refusal_jax.report.text import text_summary
 from refusal_jax.study import config as study_config
 from refusal_jax.study.pipeline import REPORT, run_study
 
-WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: made if new, continued if there.")
+WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Folder of the run, or gs://BUCKET/FOLDER: made if new, continued if there."
+)
 MODEL = flags.DEFINE_string("model", None, "HF checkpoint folder; overrides config.model. Default: the embedded model.")
 CONFIG = config_flags.DEFINE_config_file(
     "config", study_config.__file__, "Config file; any field is overridden by --config.FIELD=VALUE."
 )
+flags.adopt_module_key_flags(processes)
 
 
 def main(argv) -> None:
+    processes.join()
     if not WORKDIR.value:
         raise UserError("--workdir is missing: name the folder for the results, e.g. --workdir=runs/first.")
     config = CONFIG.value
     if MODEL.value is not None:
         config.model = MODEL.value
     run = run_study(config, WORKDIR.value)
+    if not distributed.first():
+        return
     if not run.worked:
         finished = run.manifest["stages"]["report"]["finished"]
         print(f"This study was finished at {finished}; nothing was left to do.\n")
     print(text_summary(run))
-    print(f"\nReport: {run.path(REPORT).resolve()}")
+    report = run.path(REPORT)
+    print(f"\nReport: {report.resolve() if isinstance(report, pathlib.Path) else report}")

@@ -17,7 +17,7 @@ from refusal_jax.edits import SITES, Edits
 from refusal_jax.models.attention import Context, View, attend
 from refusal_jax.models.cache import Cache
 from refusal_jax.models.config import ModelConfig
-from refusal_jax.models.layers import GATED, experts, linear, mlp, rms_norm, row_parallel
+from refusal_jax.models.layers import GATED, experts, linear, mlp, rms_norm, row_parallel, sharded_experts
 from refusal_jax.models.weights import weight_table
 from refusal_jax.sharding import constrain, split_for, weight_place
 from refusal_jax.taps import NO_TAPS, Taps
@@ -63,9 +63,13 @@ class Block(Stack):
         scale = self.weight(name)
         return x if scale is None else rms_norm(x, scale, self.cfg.norm_eps, self.cfg.norm_offset)
 
+    def spec(self, name: str):
+        """How a weight is placed on the mesh, its layer axis included; () without one."""
+        return weight_place(self.mesh, weight_table(self.cfg)[f"blocks.{name}"])[1].spec if self.mesh else ()
+
     def out(self, name: str, x_btf):
         """`x_btf` through the weight of that name, which writes to the residual stream, and its bias; placed as rows."""
-        spec = weight_place(self.mesh, weight_table(self.cfg)[f"blocks.{name}"])[1].spec[1:] if self.mesh else ()
+        spec = jax.sharding.PartitionSpec(*self.spec(name)[1:])
         return row_parallel(self.mesh, spec, x_btf, self.weight(name), self.weight(f"{name}_bias"))
 
     def attention(self, h_btd, view: View, past) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
@@ -90,8 +94,13 @@ class Block(Stack):
         """What the MLP computes of its input, `[B, T, D]`; stack: all layers' experts, if the architecture has any."""
         if stack is None:
             return mlp(self.cfg, self.weight, h_btd, self.out)
-        h_rd = h_btd.reshape(-1, h_btd.shape[-1])
-        return experts(self.cfg, self.weight("router"), stack.weight, layer.index, h_rd).reshape(h_btd.shape)
+        router, stacks = self.weight("router"), {name: stack.weight(name) for name in GATED}
+        if self.mesh is None:
+            h_rd = h_btd.reshape(-1, h_btd.shape[-1])
+            return experts(self.cfg, router, stacks.get, layer.index, h_rd).reshape(h_btd.shape)
+        specs = {name: self.spec(name) for name in GATED}
+        specs["router"] = jax.sharding.PartitionSpec(*self.spec("router")[1:])
+        return sharded_experts(self.mesh, specs, self.cfg, router, stacks, layer.index, h_btd)
 
     def __call__(self, x_btd, layer: Layer, ctx: Context, edits: Edits, taps: Taps, past=None, stack=None):
         """Returns the block's output, its taps, and the keys and values of its tokens, each `[B, K, T, H]`.

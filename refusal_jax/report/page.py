@@ -24,7 +24,6 @@ from refusal_jax.report.summary import (
     signed,
     verdict_in_words,
 )
-from refusal_jax.runs import write_atomically
 from refusal_jax.study.refusal_tokens import LEAST_DIFFERENCE, LEAST_RATIO
 from refusal_jax.study.selection import Rule
 
@@ -47,7 +46,7 @@ def write_report(run, verdicts: Sequence[str]) -> None:
     """
     html = environment().get_template("page.html.jinja").render(page_context(run, verdicts)).lstrip()
     # A lone surrogate, which JSON can carry but UTF-8 cannot, must not cost the page.
-    write_atomically(run.path(REPORT), html.encode("utf-8", "replace"))
+    run.write(REPORT, html.encode("utf-8", "replace"))
 
 
 def environment() -> jinja2.Environment:

@@ -59,7 +59,7 @@ def read_conditions(run, names: Sequence[str]) -> list[Condition]:
     """The conditions of the evaluations files that exist: harmful sets first, then by data set and intervention."""
     conditions = []
     for name in names:
-        if not run.path(name).is_file():
+        if not run.exists(name):
             continue
         stem = pathlib.PurePosixPath(name).name.removesuffix("_evaluations.json")
         dataset, _, intervention = stem.rpartition("_")
@@ -87,7 +87,7 @@ def read_losses(run) -> dict[str, dict[str, dict]]:
     losses: dict[str, dict[str, dict]] = {}
     for intervention in INTERVENTIONS:
         path = f"loss_evals/{intervention}_loss_eval.json"
-        if run.path(path).is_file():
+        if run.exists(path):
             for dataset, values in run.read_json(path).items():
                 losses.setdefault(dataset, {})[intervention] = values
     return losses

@@ -14,6 +14,7 @@ from refusal_jax.edits import Edits
 from refusal_jax.errors import UserError
 from refusal_jax.models.attention import Context
 from refusal_jax.models.decoder import Decoder
+from refusal_jax.sharding import replicate
 from refusal_jax.study.scores import refusal_score
 from refusal_jax.taps import Taps
 
@@ -55,7 +56,7 @@ def extract_batch(decoder: Decoder, tokens_bt, mask_bt, edits: Edits, valid_b, s
     resid_lbpd = tapped["resid_pre"].astype(jnp.float32)
     first_lpd = jnp.where(jnp.isfinite(resid_lbpd[:, 0]), resid_lbpd[:, 0], 0.0)  # of a row that may not be kept
     offsets = jnp.where(kept_b[None, :, None, None], resid_lbpd - first_lpd[:, None], 0.0)
-    return scores_b, kept_b, jnp.sum(offsets, axis=1), first_lpd
+    return replicate(decoder.mesh, (scores_b, kept_b, jnp.sum(offsets, axis=1), first_lpd))
 
 
 def extract(
@@ -68,7 +69,7 @@ def extract(
     n, cfg = len(instructions), model.config
     scores, kept = np.zeros(n), np.zeros(n, bool)
     total = np.zeros((cfg.n_layers, positions, cfg.d_model))
-    taps, ids = Taps(("resid_pre",), positions), jnp.asarray(refusal_ids, jnp.int32)
+    taps, ids = Taps(("resid_pre",), positions), np.asarray(refusal_ids, np.int32)
     batches = tqdm(list(length_batches(model, instructions, batch_size)), desc=title, unit="batch", leave=False)
     for index, batch in batches:
         valid = np.arange(batch_size) < len(index)

@@ -17,6 +17,7 @@ from refusal_jax.edits import Edits
 from refusal_jax.errors import UserError
 from refusal_jax.models.attention import Context
 from refusal_jax.models.decoder import Decoder
+from refusal_jax.sharding import replicate
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +77,7 @@ def loss_batch(decoder: Decoder, tokens_bt, mask_bt, edits: Edits, counted_bt) -
         nll = -jnp.take_along_axis(logp, tokens_t[1:, None], axis=-1)[:, 0]
         return None, (jnp.sum(nll * counted_t[1:]), jnp.sum(counted_t[1:], dtype=jnp.int32))
 
-    return jax.lax.scan(row, None, (x, tokens_bt, counted_bt))[1]
+    return replicate(decoder.mesh, jax.lax.scan(row, None, (x, tokens_bt, counted_bt))[1])
 
 
 def measure_loss(model: ChatModel, rows: Sequence[LossRow], edits: Edits, batch_size: int, title: str) -> dict:

@@ -6,6 +6,7 @@ writes files of the folder and nothing else, so that it can be skipped, resumed 
 
 import dataclasses
 import functools
+import os
 import pathlib
 import sys
 
@@ -15,6 +16,7 @@ import numpy as np
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
+from refusal_jax import distributed
 from refusal_jax.chat_model import ChatModel, demo_model_path, load_model
 from refusal_jax.data.prompts import BUNDLED, dataset_name, file_hash, read_prompts, resolve
 from refusal_jax.edits import EPS, Edits
@@ -26,7 +28,7 @@ from refusal_jax.models.mirror import checkpoint_folder
 from refusal_jax.report.page import write_report
 from refusal_jax.report.text import setup_lines
 from refusal_jax.runs import Ledger, Run, checkpoint_fingerprint
-from refusal_jax.sharding import make_mesh
+from refusal_jax.sharding import make_mesh, replicate
 from refusal_jax.study.activations import extract, length_batches
 from refusal_jax.study.completions import complete, intervention_edits, parse_condition
 from refusal_jax.study.judges import JUDGES, evaluate_completions
@@ -42,8 +44,10 @@ EVALUATIONS, METADATA, DIRECTION = "direction_evaluations.json", "direction_meta
 PROJECTIONS, REPORT = "projections.safetensors", "report.html"
 
 
-def run_study(config: ConfigDict, workdir: str | pathlib.Path) -> Run:
+def run_study(config: ConfigDict, workdir: str | os.PathLike) -> Run:
     """Runs or continues the study of `config` in `workdir`; `worked` of the run names the stages that did work.
+
+    workdir: a local folder or gs://BUCKET/FOLDER. Of several processes (`distributed.start`) all must call it alike.
 
     Raises UserError for anything wrong with config, model, data or folder, before long work where it can be known.
     """
@@ -125,12 +129,12 @@ class Study:
         verdicts = [evaluations_name(name) for name in completions]
         losses = [f"loss_evals/{name}_loss_eval.json" for name in ("baseline", "ablation", "actadd")]
         picked = [METADATA, DIRECTION]
-        run.stage("prompts", [], [PROMPTS], self.prompts)
+        run.stage("prompts", [], [PROMPTS], self.prompts, alone=True)
         run.stage("activations", [PROMPTS], [SETUP, FILTER, MEANS], self.activations)
         run.stage("selection", [PROMPTS, SETUP, FILTER, MEANS], [EVALUATIONS, *picked], self.selection)
         run.stage("projections", [PROMPTS, DIRECTION], [PROJECTIONS], self.projections)
         run.stage("completions", [PROMPTS, *picked], completions, self.completions)
-        run.stage("evaluations", completions, verdicts, self.evaluations)
+        run.stage("evaluations", completions, verdicts, self.evaluations, alone=True)
         own = [name for name in completions if name.endswith("harmless_baseline_completions.json")]
         run.stage("loss", [*own, *picked], losses, self.loss)
         run.stage(
@@ -138,17 +142,24 @@ class Study:
             [SETUP, FILTER, MEANS, EVALUATIONS, *picked, PROJECTIONS, *verdicts, *losses],
             [REPORT],
             lambda _: write_report(run, verdicts),
+            alone=True,
         )
 
     @functools.cached_property
     def model(self) -> ChatModel:
         mesh = dict(self.config.mesh)
         mesh = make_mesh(**mesh) if any(size != 1 for size in mesh.values()) else None
+        if distributed.several() and (mesh is None or mesh.size != jax.device_count()):
+            raise UserError(
+                f"The mesh has {1 if mesh is None else mesh.size} of the {jax.device_count()} devices of the "
+                f"{jax.process_count()} processes, which must all take part. Make the product of --config.mesh.data, "
+                f"--config.mesh.fsdp and --config.mesh.model {jax.device_count()}."
+            )
         model = load_model(
             self.folder,
             self.config.dtype,
             mesh,
-            progress=True,
+            progress=distributed.first(),
             chat_template=self.config.chat_template,
             thinking=self.config.thinking,
             cache=self.config.cache,
@@ -226,7 +237,8 @@ class Study:
             )
         refusal_ids, openings = self.refusal_tokens()
         setup = self.setup(positions, refusal_ids, openings)
-        tqdm.write("\n".join(setup_lines(setup)), file=sys.stderr)  # now: if it is not what was meant, stop
+        if distributed.first():
+            tqdm.write("\n".join(setup_lines(setup)), file=sys.stderr)  # now: if it is not what was meant, stop
         found = {}
         for split in SPLITS[:4]:
             sign = 0 if not config.filter else 1 if split.startswith("harmful") else -1
@@ -271,7 +283,7 @@ class Study:
     def projections(self, ledger: Ledger) -> None:
         """Every val prompt's residual at the last token along the direction, at each block's input."""
         direction, _ = self.direction()
-        unit = jnp.asarray(direction / (np.linalg.norm(direction) + EPS))
+        unit = np.asarray(direction / (np.linalg.norm(direction) + EPS), np.float32)
         along = {}
         for split in ("harmful_val", "harmless_val"):
             texts = self.instructions(split, kept_only=False)
@@ -306,11 +318,11 @@ class Study:
 
     def loss(self, ledger: Ledger) -> None:
         """CE loss at baseline, under ablation and under -addition (paper, section 4.3 and appendix E)."""
-        own = self.run.path(self.completions_name("harmless_baseline"))
+        own = self.completions_name("harmless_baseline")
         sets = loss_datasets(
             self.model,
             self.config.loss,
-            self.run.read_json(str(own.relative_to(self.run.folder))) if own.exists() else [],
+            self.run.read_json(own) if self.run.exists(own) else [],
         )
         for name in ("baseline", "ablation", "actadd"):
             edits: Edits = intervention_edits(self.model, f"harmful_{name}", *self.direction())
@@ -328,4 +340,5 @@ def project(decoder: Decoder, tokens_bt, mask_bt, edits: Edits, unit_d) -> jax.A
     """Last-token residual at each block's input, projected on `unit_d`; float32 `[B, L]`."""
     ctx = Context.of_prompt(decoder.cfg, mask_bt)
     tapped = decoder.run(decoder.embed_tokens(tokens_bt), ctx, edits, Taps(("resid_pre",), 1))[1]["resid_pre"]
-    return jnp.einsum("lbd,d->bl", tapped[:, :, 0].astype(jnp.float32), unit_d, precision="highest")
+    along_bl = jnp.einsum("lbd,d->bl", tapped[:, :, 0].astype(jnp.float32), unit_d, precision="highest")
+    return replicate(decoder.mesh, along_bl)

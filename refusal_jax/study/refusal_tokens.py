@@ -6,6 +6,7 @@ measured instead: a refusal token is one that the model puts first after harmful
 
 import dataclasses
 from collections.abc import Sequence
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ import numpy as np
 from refusal_jax.chat import PROBES, Chat
 from refusal_jax.chat_model import ChatModel
 from refusal_jax.errors import UserError
+from refusal_jax.sharding import replicate
 from refusal_jax.study.activations import length_batches
 
 OPENERS = (
@@ -93,12 +95,12 @@ def _mean_probabilities(model: ChatModel, instructions: list[str], ids: Sequence
     """Mean probability of each id as the first token of the reply, float64 `[len(ids)]`."""
     total = np.zeros(len(ids))
     for index, batch in length_batches(model, instructions, batch_size):
-        p_bc = opening_probabilities(model.logits(batch.tokens, batch.mask), jnp.asarray(ids, jnp.int32))
+        p_bc = opening_probabilities(model.logits(batch.tokens, batch.mask), np.asarray(ids, np.int32), model.mesh)
         total += np.asarray(p_bc, np.float64)[: len(index)].sum(axis=0)
     return total / len(instructions)
 
 
-@jax.jit
-def opening_probabilities(logits_bv: jax.Array, ids_c: jax.Array) -> jax.Array:
-    """Probabilities of the ids, float32 `[B, C]`."""
-    return jax.nn.softmax(logits_bv.astype(jnp.float32), axis=-1)[:, ids_c]
+@partial(jax.jit, static_argnames="mesh")
+def opening_probabilities(logits_bv: jax.Array, ids_c: jax.Array, mesh: jax.sharding.Mesh | None = None) -> jax.Array:
+    """Probabilities of the ids, float32 `[B, C]`, whole on every device of `mesh`."""
+    return replicate(mesh, jax.nn.softmax(logits_bv.astype(jnp.float32), axis=-1)[:, ids_c])

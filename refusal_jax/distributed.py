@@ -1,0 +1,345 @@
+"""Several processes, one program: how they meet, what process 0 tells the others, and one end for all if one fails.
+
+The engine is jax.distributed. Its coordinator lives in process 0, knows which processes are alive and keeps small values
+that all can read; arrays travel by XLA's own collectives. Every process runs the same program on the same small numbers,
+so what depends on a disk or a clock is decided in process 0 and shared. Alone, everything here does nothing.
+"""
+
+import contextlib
+import ctypes
+import dataclasses
+import json
+import os
+import signal
+import socket
+import sys
+import tempfile
+import threading
+import time
+from functools import partialmethod
+
+import jax
+from tqdm import tqdm
+
+from refusal_jax.errors import UserError, print_error
+
+AGAIN = "Start the same command again in every process: finished work is kept."
+GRACE_SECONDS = 3.0  # for processes to find for themselves what one of them has failed of, and to say goodbye
+FOREVER_MS = 10**9
+LOST = 3  # exit code of a process that ends because another one has
+KEYS = "refusal_jax/"
+
+
+@dataclasses.dataclass
+class Session:
+    """This process among several."""
+
+    index: int
+    count: int
+    coordinator: str
+    heartbeat_seconds: int
+    client: object  # jax's own, of the coordinator
+    shared: int = 0  # values shared so far
+    over: threading.Event = dataclasses.field(default_factory=threading.Event)  # nothing is to be watched any more
+    speaking: threading.Lock = dataclasses.field(default_factory=threading.Lock)  # held by the thread that ends us
+
+    def set(self, key: str, value: str) -> None:
+        """Keeps a value with the coordinator, unless there is one."""
+        with contextlib.suppress(jax.errors.JaxRuntimeError):
+            self.client.key_value_set(KEYS + key, value)
+
+    def values(self, kind: str) -> dict[int, str]:
+        """The values of the keys `kind/N`, by N."""
+        found = self.client.key_value_dir_get(f"{KEYS}{kind}/")
+        return {int(key.rpartition("/")[2]): value for key, value in found}
+
+    def name(self, index: int) -> str:
+        """What users know a process by."""
+        host = self.values("host").get(index)
+        return f"process {index} of {self.count}" + (f" ({host})" if host else "")
+
+
+_session: Session | None = None
+
+
+def several() -> bool:
+    """Whether this is one of several processes."""
+    return _session is not None
+
+
+def first() -> bool:
+    """Whether this process is the one that owns files and talks to the user: process 0, or the only one."""
+    return _session is None or _session.index == 0
+
+
+def start(
+    coordinator: str | None = None,
+    num_processes: int | None = None,
+    process_id: int | None = None,
+    join_seconds: int = 300,
+    heartbeat_seconds: int = 30,
+) -> None:
+    """Joins the other processes, if there are any; to be called before any other use of jax.
+
+    Without arguments the processes are those of the TPU slice that this host belongs to, if it is a TPU VM: else it stays
+    alone. coordinator: "HOST:PORT" of process 0. join_seconds: how long to wait for the others. heartbeat_seconds: a process
+    that gives no sign of life for so long counts as gone. Raises UserError for arguments that do not go together, and if
+    the processes do not meet (when only JAX's own threads notice that, the process ends, with the same words and code 2).
+    """
+    given = {"coordinator_address": coordinator, "num_processes": num_processes, "process_id": process_id}
+    missing = [name for name, value in given.items() if value is None]
+    if len(missing) == 3:
+        if not _on_tpu_vm():
+            return
+        given = {}  # JAX finds them out
+    elif missing:
+        flags = " and ".join(f"--{name}" for name in missing).replace("_address", "")
+        raise UserError(
+            f"{flags} missing: several processes need --coordinator=HOST:PORT (of process 0), --num_processes=N and "
+            "--process_id=I, each its own from 0 to N-1."
+        )
+    else:
+        _check(coordinator, num_processes, process_id)
+        if num_processes == 1:
+            return
+    _join(given, join_seconds, heartbeat_seconds)
+
+
+def _check(coordinator: str, num_processes: int, process_id: int) -> None:
+    host, _, port = coordinator.rpartition(":")
+    if not host or not port.isdecimal() or not 0 < int(port) < 65536:
+        raise UserError(
+            f"--coordinator={coordinator} is not HOST:PORT: name the host of process 0 and a free port of it."
+        )
+    if not 0 <= process_id < num_processes:
+        raise UserError(
+            f"--process_id={process_id} is not among --num_processes={num_processes}: the processes are numbered from 0 to "
+            f"{num_processes - 1}."
+        )
+
+
+def _on_tpu_vm() -> bool:
+    """Whether this host has TPU chips, and jax is to use them."""
+    from jax._src import cloud_tpu_init  # what jax itself asks before it looks for the rest of a slice
+
+    return cloud_tpu_init.running_in_cloud_tpu_vm and "tpu" in (jax.config.jax_platforms or "tpu")
+
+
+def _join(given: dict, join_seconds: int, heartbeat_seconds: int) -> None:
+    global _session
+    from jax._src.distributed import global_state  # jax has no public name for its coordinator's client
+
+    jax.config.update(
+        "jax_enable_recoverability", True
+    )  # else one lost process makes JAX abort the others, unexplained
+    jax.config.update("jax_enable_preemption_service", False)  # it would swallow SIGTERM
+    where = f"at {given['coordinator_address']}" if given else "of this TPU slice"
+    who = f"process {given['process_id']} of {given['num_processes']}" if given else "one of the processes"
+    apart = (
+        f"The processes did not meet {where} within {join_seconds} seconds (this is {who}). Start the same command for every "
+        "process, with the same --coordinator and --num_processes and each with its own --process_id, and check that the "
+        "port is free on the host of process 0 and that the others reach it."
+    )
+    if given:
+        print(f"{who}: waiting for the others {where}, at most {join_seconds} seconds", file=sys.stderr, flush=True)
+    try:
+        with _explained(apart, 2):
+            jax.distributed.initialize(
+                **given,
+                cluster_detection_method="deactivate" if given else None,
+                initialization_timeout=join_seconds,
+                heartbeat_timeout_seconds=heartbeat_seconds,
+                shutdown_timeout_seconds=heartbeat_seconds,
+            )
+    except Exception as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{apart} What went wrong ({type(error).__name__}): {reason}") from None
+    if global_state.num_processes == 1:
+        return
+    _session = Session(
+        global_state.process_id,
+        global_state.num_processes,
+        global_state.coordinator_address,
+        heartbeat_seconds,
+        global_state.client,
+    )
+    _session.set(f"host/{_session.index}", f"{socket.gethostname()}, pid {os.getpid()}")
+    _on_abort(_coordinator_lost)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for watch in (_watch_failures, _watch_lives):
+        threading.Thread(target=watch, args=(_session,), daemon=True).start()
+    if _session.index:
+        tqdm.__init__ = partialmethod(tqdm.__init__, disable=True)  # one progress bar is enough
+
+
+def share(value: bytes | None) -> bytes:
+    """Process 0's `value`, in every process; what the others pass is not looked at. All must call it, in the same order."""
+    if _session is None:
+        return value
+    _session.shared += 1
+    key = f"{KEYS}shared/{_session.shared}"
+    if _session.index:
+        return _session.client.blocking_key_value_get_bytes(key, FOREVER_MS)
+    _session.client.key_value_set_bytes(key, value)
+    return value
+
+
+def share_json(value):
+    """Process 0's `value`, in every process, by way of JSON."""
+    return value if _session is None else json.loads(share(json.dumps(value).encode()))
+
+
+def finish() -> None:
+    """Waits until every process has come so far, and parts from them."""
+    global _session
+    session = _session
+    if session is None:
+        return
+    session.client.wait_at_barrier("refusal_jax_finished", FOREVER_MS)
+    session.over.set()
+    _on_abort(lambda: os._exit(0))  # the work is done, whatever may go wrong in parting
+    if session.index == 0:  # the coordinator leaves last
+        deadline = time.monotonic() + session.heartbeat_seconds
+        while len(session.client.get_live_nodes(list(range(session.count)))) > 1 and time.monotonic() < deadline:
+            time.sleep(0.05)
+    jax.distributed.shutdown()
+    _on_abort(None)
+    _session = None
+
+
+def leave(error: BaseException, code: int, message: str) -> None:
+    """Ends this process of several with exit code `code`, having told the user and the other processes why.
+
+    What all processes have failed of alike is said once, by process 0. Returns only if this process is alone.
+    """
+    session = _session
+    if session is None:
+        return
+    if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
+        # Most likely a collective that another process has left: then the watches will soon know which, and end us.
+        time.sleep(2 * session.heartbeat_seconds if session.count > 1 else 0)
+    session.speaking.acquire()  # for good: from here on only this thread ends the process
+    session.set(f"failed/{session.index}", json.dumps({"code": code, "message": message}))
+    if code == 1:
+        sys.excepthook(type(error), error, error.__traceback__)
+    elif session.index == 0:
+        print_error(message)
+    elif not _said_by_first(session, message):
+        print_error(f"{session.name(session.index)}: {message}")
+    _depart(session, code)
+
+
+def _said_by_first(session: Session, message: str) -> bool:
+    deadline = time.monotonic() + GRACE_SECONDS
+    while time.monotonic() < deadline:
+        said = session.values("failed").get(0)
+        if said is not None:
+            return json.loads(said)["message"] == message
+        time.sleep(0.1)
+    return False
+
+
+def _depart(session: Session, code: int) -> None:
+    """Ends the process at once, without the goodbyes that JAX would wait for; the coordinator after the others."""
+    deadline = time.monotonic() + 3 * GRACE_SECONDS
+    with contextlib.suppress(jax.errors.JaxRuntimeError):
+        session.client.key_value_set(f"{KEYS}left/{session.index}", str(code))
+        while session.index == 0 and time.monotonic() < deadline:
+            gone = session.values("left").keys() | {
+                i for i, f in session.values("failed").items() if "gone" in json.loads(f)
+            }
+            if len(gone) == session.count:
+                break
+            time.sleep(0.1)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _watch_failures(session: Session) -> None:
+    """Ends this process when another one has failed, unless it is about to fail of the same."""
+    while not session.over.wait(0.5):
+        try:
+            failed = session.values("failed")
+        except jax.errors.JaxRuntimeError:  # the coordinator is lost, of which JAX makes an end
+            return
+        if not failed.keys() - {session.index}:
+            continue
+        time.sleep(GRACE_SECONDS)
+        session.speaking.acquire()  # waits for good if the main thread is at it
+        index, failure = min((i, json.loads(f)) for i, f in failed.items() if i != session.index)
+        end = "stopped without a word" if "gone" in failure else "failed"
+        print_error(
+            f"{session.name(index).capitalize()} {end}: {failure['message']} This process ends with it. {AGAIN}"
+        )
+        _depart(session, LOST)
+
+
+def _watch_lives(session: Session) -> None:
+    """Tells everybody which processes are gone, by JAX's own signs of life."""
+    everybody = list(range(session.count))
+    while not session.over.wait(1):
+        try:
+            alive = session.client.get_live_nodes(everybody)  # waits for all that are
+        except jax.errors.JaxRuntimeError:
+            return
+        left = session.values("left").keys()
+        for index in set(everybody) - alive.keys() - left:
+            message = "it was killed (kill -9, out of memory, a preemption) or its host cannot be reached."
+            session.set(f"failed/{index}", json.dumps({"gone": True, "message": message}))
+
+
+def _coordinator_lost() -> None:
+    """Explains the abort by which JAX ends a process whose coordinator is gone; for other aborts does nothing."""
+    session = _session
+    if session is None or session.index == 0:
+        return
+    host, _, port = session.coordinator.rpartition(":")
+    with contextlib.suppress(OSError), socket.create_connection((host, int(port)), timeout=5):
+        return
+    _last_words(
+        f"Process 0 of {session.count}, which the others depend on ({session.coordinator}), stopped without a word: it was "
+        f"killed (kill -9, out of memory, a preemption) or its host cannot be reached. This process ends with it. {AGAIN}",
+        LOST,
+        2,
+    )
+
+
+def _last_words(message: str, code: int, stderr: int) -> None:
+    with contextlib.suppress(OSError), open(stderr, "w", closefd=False) as file:
+        print_error(message, file)
+    os._exit(code)
+
+
+@contextlib.contextmanager
+def _explained(message: str, code: int):
+    """Around a call of JAX's that may abort the process: then `message` is what the user sees, not a stack trace of C++."""
+    old = os.dup(2)
+    with tempfile.TemporaryFile() as log:
+        os.dup2(log.fileno(), 2)
+        _on_abort(lambda: _last_words(message, code, old))
+        try:
+            yield
+        finally:
+            _on_abort(None)
+            os.dup2(old, 2)
+            os.close(old)
+            log.seek(0)
+            os.write(2, log.read())
+
+
+_C_HANDLER = ctypes.CFUNCTYPE(None, ctypes.c_int)
+_handlers = []  # C holds no references
+
+
+def _on_abort(explain) -> None:
+    """Has `explain` called where C++ code aborts this process (a signal handler of Python's would come too late); None
+    for nothing."""
+    libc = ctypes.CDLL(None)
+    libc.signal.argtypes = [ctypes.c_int, ctypes.c_void_p]
+    libc.signal.restype = ctypes.c_void_p
+    if explain is None:
+        libc.signal(signal.SIGABRT, None)
+        return
+    _handlers.append(_C_HANDLER(lambda number: explain()))
+    libc.signal(signal.SIGABRT, ctypes.cast(_handlers[-1], ctypes.c_void_p))

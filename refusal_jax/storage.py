@@ -1,0 +1,249 @@
+"""Where a run keeps its files: a folder on a disk, a folder of an object store, or what process 0 has told.
+
+The three offer the same few operations on names relative to the folder. A file that exists is whole, whatever happens.
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+import pathlib
+import time
+from collections.abc import Iterator, Sequence
+
+from refusal_jax.errors import UserError
+
+STORES = ("gs", "s3")
+PART_SECONDS = 10.0  # an object store gets the rows of a ledger at most this often, each time as a new object
+
+
+def write_atomically(path: pathlib.Path, data: bytes) -> None:
+    """Writes `data` to `path` so that a crash leaves the old file or the new one, never a part.
+
+    Raises UserError if the disk is full, read-only or not ours to write.
+    """
+    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise cannot_write(path, error) from None
+
+
+def cannot_write(path: pathlib.Path, error: OSError) -> UserError:
+    """The error for a failed write, with what to do about it."""
+    return UserError(
+        f"{path} could not be written: {error.strerror or error}. Free space on the disk or choose a folder "
+        "that you may write to, then run the same command again: finished work is kept."
+    )
+
+
+def open_storage(folder: str | os.PathLike) -> "DiskFolder | ObjectFolder":
+    """The folder of a path or of a gs:// address. Raises UserError for other addresses, and without the store's client."""
+    scheme, separator, _ = os.fspath(folder).partition("://")
+    if not separator:
+        return DiskFolder(folder)
+    if scheme not in STORES:
+        raise UserError(
+            f"{folder}: there is no access to {scheme}:// here. Pass a local folder, or one of "
+            f"{', '.join(f'{known}://BUCKET/FOLDER' for known in STORES)}."
+        )
+    return ObjectFolder(folder)
+
+
+class DiskFolder:
+    """A local folder: files are replaced by renaming, ledgers grow line by line, and a lock keeps other runs out."""
+
+    def __init__(self, folder: str | os.PathLike):
+        self.path = pathlib.Path(folder)
+
+    def names(self) -> list[str]:
+        """What is directly in the folder; empty if there is none. Raises UserError if it is a file."""
+        if self.path.exists() and not self.path.is_dir():
+            raise UserError(f"{self.path} is a file. Pass a folder as --workdir.")
+        return sorted(p.name for p in self.path.iterdir()) if self.path.is_dir() else []
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Makes the folder, keeps other processes out of it, and removes what a crash has left half-written.
+
+        Raises UserError if another process is in it, or if it cannot be written.
+        """
+        path = self.path / ".lock"
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            lock = open(path, "w")  # noqa: SIM115, closed by the with below
+        except OSError as error:
+            raise cannot_write(path, error) from None
+        with lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(
+                    f"Another process is working in {self.path}. Wait for it, or choose another --workdir."
+                ) from None
+            for leftover in self.path.rglob(".*.tmp-*"):
+                leftover.unlink(missing_ok=True)
+            yield
+
+    def exists(self, name: str) -> bool:
+        return (self.path / name).is_file()
+
+    def read(self, name: str) -> bytes:
+        return (self.path / name).read_bytes()
+
+    def write(self, name: str, data: bytes) -> None:
+        write_atomically(self.path / name, data)
+
+    def rows(self, ledger: str) -> list[dict]:
+        """The rows of a ledger; a last line torn by a crash is dropped."""
+        if not self.exists(ledger):
+            return []
+        rows, lines = [], self.read(ledger).decode("utf-8", "replace").split("\n")
+        for line in lines[:-1]:
+            try:
+                rows.append(json.loads(line))
+            except json.JSONDecodeError:
+                break
+        if len(rows) < len(lines) - 1 or lines[-1]:
+            self.write(ledger, _lines(rows))
+        return rows
+
+    def append(self, ledger: str, rows: Sequence[dict]) -> None:
+        """Adds rows to a ledger and puts them on the disk. Raises UserError if the disk does not take them."""
+        path = self.path / ledger
+        try:
+            with open(path, "ab") as file:
+                file.write(_lines(rows))
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise cannot_write(path, error) from None
+
+    def remove(self, names: Sequence[str]) -> None:
+        for name in names:
+            (self.path / name).unlink(missing_ok=True)
+
+    def remove_folder(self) -> None:
+        """Removes the folder if only the lock is in it."""
+        self.remove([".lock"])
+        with contextlib.suppress(OSError):
+            self.path.rmdir()
+
+
+class ObjectFolder:
+    """A folder of an object store, through etils.epath: objects are written whole and appear at once.
+
+    An object store has no lock that a crash would free, so nothing keeps a second run out: that is the user's part. It
+    cannot append either, and objects may not be replaced often: a ledger is numbered objects, a few rows each.
+    """
+
+    def __init__(self, address: str | os.PathLike):
+        from etils import epath
+
+        self.path = epath.Path(os.fspath(address))
+        self._known: dict[str, bytes] = {}  # what this process has read or written: nobody else writes here
+        self._pending: dict[str, tuple[float, list[dict]]] = {}  # of each ledger: when it was last written, rows since
+        self._parts: dict[str, list[str]] = {}
+
+    @contextlib.contextmanager
+    def _reached(self, path):
+        """Turns any failure of the store's client, whose errors are of many kinds, into a UserError."""
+        try:
+            yield
+        except ImportError as error:
+            raise UserError(
+                f"{path} needs a client of its store ({error}). Run: pip install gcsfs (gs://) or s3fs."
+            ) from None
+        except FileNotFoundError:
+            raise
+        except Exception as error:
+            reason = " ".join(str(error).split()) or "no reason given"
+            raise UserError(
+                f"{path} could not be used ({type(error).__name__}: {reason}). Check the address, that you are logged in "
+                "(gcloud auth application-default login) and may write there, then run the same command again: finished "
+                "work is kept."
+            ) from None
+
+    def names(self) -> list[str]:
+        """What is directly in the folder; empty if there is none."""
+        with self._reached(self.path):
+            try:
+                return sorted(p.name for p in self.path.iterdir())
+            except FileNotFoundError:
+                return []
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        yield
+
+    def exists(self, name: str) -> bool:
+        with self._reached(self.path / name):
+            return name in self._known or (self.path / name).exists()
+
+    def read(self, name: str) -> bytes:
+        if name not in self._known:
+            with self._reached(self.path / name):
+                self._known[name] = (self.path / name).read_bytes()
+        return self._known[name]
+
+    def write(self, name: str, data: bytes) -> None:
+        with self._reached(self.path / name):
+            (self.path / name).parent.mkdir(parents=True, exist_ok=True)
+            (self.path / name).write_bytes(data)
+        self._known[name] = data
+
+    def rows(self, ledger: str) -> list[dict]:
+        """The rows of a ledger."""
+        self._parts[ledger] = [name for name in self.names() if name.startswith(f"{ledger}.")]
+        self._pending[ledger] = (time.monotonic(), [])
+        return [json.loads(line) for part in self._parts[ledger] for line in self.read(part).splitlines()]
+
+    def append(self, ledger: str, rows: Sequence[dict]) -> None:
+        """Adds rows to a ledger, in a new object every PART_SECONDS: a crash loses at most the rows since."""
+        written, pending = self._pending[ledger]
+        pending.extend(rows)
+        if time.monotonic() - written >= PART_SECONDS:
+            part = f"{ledger}.{len(self._parts[ledger]):06}"
+            self.write(part, _lines(pending))
+            self._parts[ledger].append(part)
+            self._pending[ledger] = (time.monotonic(), [])
+
+    def remove(self, names: Sequence[str]) -> None:
+        for name in names:
+            with self._reached(self.path / name), contextlib.suppress(FileNotFoundError):
+                (self.path / name).unlink()
+            self._known.pop(name, None)
+
+    def remove_folder(self) -> None:
+        """An object store has no empty folders."""
+
+
+class ToldFiles:
+    """What process 0, who owns the folder, has told this process of it. Writing is left to process 0."""
+
+    def __init__(self, folder: str | os.PathLike):
+        self.path = pathlib.PurePath(folder)
+        self.files: dict[str, bytes] = {}
+
+    def exists(self, name: str) -> bool:
+        return name in self.files
+
+    def read(self, name: str) -> bytes:
+        return self.files[name]
+
+    def write(self, name: str, data: bytes) -> None:
+        pass
+
+    def append(self, ledger: str, rows: Sequence[dict]) -> None:
+        pass
+
+
+def _lines(rows: Sequence[dict]) -> bytes:
+    return "".join(json.dumps(row) + "\n" for row in rows).encode()
