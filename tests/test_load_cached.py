@@ -2,12 +2,14 @@
 
 import json
 import shutil
+import socket
 import subprocess
 import sys
 
 import jax
 import numpy as np
 import pytest
+from test_load_places import places
 
 from refusal_jax import UserError, load_model, make_mesh
 from refusal_jax.models import cached
@@ -113,6 +115,7 @@ def emptied(cache):
     record(cache).write_text("{}")
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of reads that orbax gave up
 @pytest.mark.parametrize(
     "damage,reason",
     [
@@ -136,16 +139,12 @@ def test_damage_is_noticed(damage, reason, llama, cache):
         converted.append(1)
         raise Stop
 
-    from test_load_places import places
-
     with pytest.raises(Stop):
         there.weights(places(llama, None), convert)
     assert converted and reason in there._read(places(llama, None))[1]
 
 
 def test_sums_find_a_bit(llama, cache):
-    from test_load_places import places
-
     written = json.loads(record(cache).read_text())
     written["sums"]["blocks.q"] ^= 1
     record(cache).write_text(json.dumps(written))
@@ -154,8 +153,8 @@ def test_sums_find_a_bit(llama, cache):
 
 
 def test_a_half_written_copy_is_made_again(llama, model, cache, capsys, monkeypatch):
-    record(cache).unlink()
     removed(cache)
+    record(cache).unlink()
     leftover = cache / f"{copy_name(llama, cache)}.orbax-checkpoint-tmp"
     leftover.mkdir()
     same(load_decoder(llama, cache=str(cache)), model)
@@ -230,8 +229,6 @@ np.savez(f"{cache}-{rank}.npz", **plain)
 
 def test_two_processes(llama, model, tmp_path):
     """Each reads its half and what both hold; together they write a copy, and read it onto another mesh."""
-    import socket
-
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
