@@ -84,6 +84,35 @@ def test_ledger_on_a_full_disk(tmp_path, monkeypatch):
     assert ledger.rows == [{"i": 0}]
 
 
+class Buckets(MemoryFileSystem):
+    """Stands in for gs://; the objects are in this process's memory, and what takes place is written down."""
+
+    store, pseudo_dirs, written, broken = {}, [""], [], None
+
+    def _open(self, path, mode="rb", **kwargs):
+        if "w" in mode:
+            if self.broken:
+                raise self.broken
+            self.written.append(self._strip_protocol(path))
+        return super()._open(path, mode, **kwargs)
+
+    @classmethod
+    def _strip_protocol(cls, path):
+        return super()._strip_protocol(str(path).removeprefix("gs:/").removeprefix("gs:"))
+
+
+@pytest.fixture
+def bucket(monkeypatch):
+    """The address of an empty folder of an object store, and the store."""
+    from etils.epath import backend
+
+    for name, value in {"store": {}, "pseudo_dirs": [""], "written": [], "broken": None}.items():
+        monkeypatch.setattr(Buckets, name, value)
+    store = Buckets()
+    monkeypatch.setattr(backend._FileSystemSpecBackend, "fs", lambda self, path: store)
+    return "gs://bucket/study", store
+
+
 def test_artifacts_round_trip(tmp_path):
     with Run.open(tmp_path, CONFIG, INPUTS) as run:
         run.write_json("sub/a.json", {"x": [1, 2.5, "é", None]})
