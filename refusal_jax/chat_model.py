@@ -19,6 +19,7 @@ from refusal_jax.models.config import ModelConfig, load_config
 from refusal_jax.models.decoder import Decoder
 from refusal_jax.models.generate import admit, decode
 from refusal_jax.models.load import load_decoder
+from refusal_jax.models.mirror import checkpoint_folder
 from refusal_jax.sharding import batch_sharding, put
 from refusal_jax.taps import NO_TAPS, Taps
 
@@ -184,21 +185,22 @@ def load_model(
     progress: bool = False,
     chat_template: str = "",
     thinking: bool = False,
+    cache: str = "",
 ) -> ChatModel:
-    """A chat model from an HF checkpoint folder.
+    """A chat model from an HF checkpoint folder, or from an address of one such as gs://bucket/folder.
 
     dtype: what the weights are cast to, "float32", "bfloat16" or "float16"; "auto" is float32 on CPU and bfloat16
     elsewhere. mesh: from `sharding.make_mesh`; None is the first device. chat_template: a name of
     `templates.BUILT_IN` or a .jinja file; "" is the tokenizer's own or, if it has none, the one that its special tokens
-    tell. thinking: whether models that can think before the reply are asked to. Raises UserError for anything wrong
-    with the folder or the template, before or while loading.
+    tell. thinking: whether models that can think before the reply are asked to. cache: as in `load_decoder`. Raises
+    UserError for anything wrong with the folder or the template, before or while loading.
     """
-    path = pathlib.Path(path)
+    path = checkpoint_folder(path)
     if dtype == "auto":
         dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     config = load_config(path)
     chat = Chat.load(path, config.context_length, config.vocab_size, chat_template, thinking)
-    return ChatModel(load_decoder(path, dtype, mesh, progress), chat, path)
+    return ChatModel(load_decoder(path, dtype, mesh, progress, cache), chat, path)
 
 
 def demo_model_path() -> pathlib.Path:

@@ -18,6 +18,7 @@ from refusal_jax.models.weights import Weight
 
 MESH_AXES = ("data", "fsdp", "model")
 SPLIT_AXES = ("data", "fsdp", "kv", "q")
+STORAGE = "fsdp"  # the axis along which weights are only stored in parts: they are gathered to be used
 RULES = {
     "batch": ("data", "fsdp"),
     "rows": (
@@ -26,7 +27,7 @@ RULES = {
         "kv",
         "q",
     ),  # the batch where every row is for itself: edits, norms and taps of the residual
-    "embed": ("fsdp",),
+    "embed": (STORAGE,),
     "heads": ("kv", "q"),
     "kv_heads": ("kv",),
     "queries": ("q",),

@@ -73,18 +73,18 @@ class Context:
 def attend(q_btnh, segments, scale: float, softcap: float | None) -> jax.Array:
     """Grouped-query attention over one or more segments of keys and values, softmax in float32.
 
-    segments: tuples (k `[K, B, C, H]`, v `[K, B, C, H]`, allowed bool `[B, T, C]`); scores of all segments share one
+    segments: tuples (k `[B, K, C, H]`, v `[B, K, C, H]`, allowed bool `[B, T, C]`); scores of all segments share one
     softmax. Cached and new keys stay separate arrays: to attend, a decode step need not copy the cache.
     scale multiplies the scores, which `softcap` then bends. Returns `[B, T, N * H]`.
     """
     b, t, n, h = q_btnh.shape
-    kv_heads = segments[0][0].shape[0]
+    kv_heads = segments[0][0].shape[1]
     precision = "highest" if q_btnh.dtype == jnp.float32 else None
     q_bkgth = q_btnh.reshape(b, t, kv_heads, n // kv_heads, h).transpose(0, 2, 3, 1, 4)
 
-    def score(k_kbch, allowed_btc):
+    def score(k_bkch, allowed_btc):
         scores = scale * jnp.einsum(
-            "bkgth,kbch->bkgtc", q_bkgth, k_kbch, precision=precision, preferred_element_type=jnp.float32
+            "bkgth,bkch->bkgtc", q_bkgth, k_bkch, precision=precision, preferred_element_type=jnp.float32
         )
         if softcap is not None:
             scores = softcap * jnp.tanh(scores / softcap)
@@ -96,7 +96,7 @@ def attend(q_btnh, segments, scale: float, softcap: float | None) -> jax.Array:
     weights = [jnp.exp(s - highest) for s in scores]
     total = sum(jnp.sum(w, axis=-1, keepdims=True) for w in weights)
     out = sum(
-        jnp.einsum("bkgtc,kbch->bkgth", (w / total).astype(v.dtype), v, precision=precision)
+        jnp.einsum("bkgtc,bkch->bkgth", (w / total).astype(v.dtype), v, precision=precision)
         for w, (_, v, _) in zip(weights, segments, strict=True)
     )
     return out.transpose(0, 3, 1, 2, 4).reshape(b, t, n * h)

@@ -1,10 +1,10 @@
 """Keys and values of the tokens so far, for decoding."""
 
 import dataclasses
-from functools import partial
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.layout import Layout, with_layout_constraint
 
 
 @jax.tree_util.register_dataclass
@@ -14,10 +14,11 @@ class Cache:
 
     Rows are left-padded, and a row may begin at any time (`models.generate.admit`): its prompt then lies in the slots
     before the next one. With C at least a row's prompt, padding included, and reply, nothing that it needs is overwritten.
-    The order of the axes is the one in which TPU programs keep the cache, so that it enters and leaves them as it is.
+    In memory the axes keep their order: programs would otherwise choose one of their own, and copy the whole cache to it and
+    back.
     """
 
-    kv: object  # keys and values: a pair of [L, K, B, C, H], or a list of L pairs of [K, B, C, H]
+    kv: object  # keys and values: a pair of [L, B, K, C, H], or a list of L pairs of [B, K, C, H]
     mask_bc: jax.Array  # bool [B, C]
     filled: jax.Array  # int32 scalar, slots written since the start
     position_b: jax.Array  # int32 [B], the position of each row's next token
@@ -50,7 +51,11 @@ class Cache:
     def append(self, new, mask_b1: jax.Array) -> "Cache":
         """With the keys and values of one more token written to the next slot."""
         slot = self.filled % self.slots
-        write = partial(jax.lax.dynamic_update_slice_in_dim, start_index=slot, axis=-2)
+
+        def write(old, new):
+            kv = jax.lax.dynamic_update_slice_in_dim(old, new, slot, axis=-2)
+            return with_layout_constraint(kv, Layout(major_to_minor=tuple(range(kv.ndim))))
+
         return Cache(
             jax.tree.map(write, self.kv, new),
             jax.lax.dynamic_update_slice_in_dim(self.mask_bc, mask_b1, slot, axis=1),

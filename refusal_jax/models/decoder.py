@@ -17,7 +17,7 @@ from refusal_jax.edits import SITES, Edits
 from refusal_jax.models.attention import Context, View, attend
 from refusal_jax.models.cache import Cache
 from refusal_jax.models.config import ModelConfig
-from refusal_jax.models.layers import GATED, experts, linear, mlp, rms_norm
+from refusal_jax.models.layers import GATED, experts, linear, mlp, rms_norm, row_parallel, sharded_experts
 from refusal_jax.models.weights import weight_table
 from refusal_jax.sharding import constrain, split_for, weight_place
 from refusal_jax.taps import NO_TAPS, Taps
@@ -63,8 +63,17 @@ class Block(Stack):
         scale = self.weight(name)
         return x if scale is None else rms_norm(x, scale, self.cfg.norm_eps, self.cfg.norm_offset)
 
+    def spec(self, name: str):
+        """How a weight is placed on the mesh, its layer axis included; () without one."""
+        return weight_place(self.mesh, weight_table(self.cfg)[f"blocks.{name}"])[1].spec if self.mesh else ()
+
+    def out(self, name: str, x_btf):
+        """`x_btf` through the weight of that name, which writes to the residual stream, and its bias; placed as rows."""
+        spec = jax.sharding.PartitionSpec(*self.spec(name)[1:])
+        return row_parallel(self.mesh, spec, x_btf, self.weight(name), self.weight(f"{name}_bias"))
+
     def attention(self, h_btd, view: View, past) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-        """What attention computes of its input, `[B, T, D]`, and the tokens' keys and values, `[K, B, T, H]` each."""
+        """What attention computes of its input, `[B, T, D]`, and the tokens' keys and values, `[B, K, T, H]` each."""
         cfg, w = self.cfg, self.weight
 
         def heads(name: str, count: int):
@@ -76,20 +85,25 @@ class Block(Stack):
             return self.norm(f"{name}_norm", x) if cfg.qk_norm == "head" else x
 
         q, k, v = heads("q", cfg.n_heads), heads("k", cfg.n_kv_heads), heads("v", cfg.n_kv_heads)
-        new = tuple(constrain(self.mesh, a.transpose(2, 0, 1, 3), "kv_heads", "batch") for a in (view.rotate(k), v))
+        new = tuple(constrain(self.mesh, a.swapaxes(1, 2), "batch", "kv_heads") for a in (view.rotate(k), v))
         segments = [(*new, view.allowed_btt)] if past is None else [(*past, view.allowed_btc), (*new, view.allowed_btt)]
         out = attend(view.rotate(q), segments, cfg.query_scale, cfg.attention_softcap)
-        return linear(out, w("o"), w("o_bias")), new
+        return self.out("o", out), new
 
     def mlp(self, h_btd, layer: Layer, stack: Stack | None):
         """What the MLP computes of its input, `[B, T, D]`; stack: all layers' experts, if the architecture has any."""
         if stack is None:
-            return mlp(self.cfg, self.weight, h_btd)
-        h_rd = h_btd.reshape(-1, h_btd.shape[-1])
-        return experts(self.cfg, self.weight("router"), stack.weight, layer.index, h_rd).reshape(h_btd.shape)
+            return mlp(self.cfg, self.weight, h_btd, self.out)
+        router, stacks = self.weight("router"), {name: stack.weight(name) for name in GATED}
+        if self.mesh is None:
+            h_rd = h_btd.reshape(-1, h_btd.shape[-1])
+            return experts(self.cfg, router, stacks.get, layer.index, h_rd).reshape(h_btd.shape)
+        specs = {name: self.spec(name) for name in GATED}
+        specs["router"] = jax.sharding.PartitionSpec(*self.spec("router")[1:])
+        return sharded_experts(self.mesh, specs, self.cfg, router, stacks, layer.index, h_btd)
 
     def __call__(self, x_btd, layer: Layer, ctx: Context, edits: Edits, taps: Taps, past=None, stack=None):
-        """Returns the block's output, its taps, and the keys and values of its tokens, each `[K, B, T, H]`.
+        """Returns the block's output, its taps, and the keys and values of its tokens, each `[B, K, T, H]`.
 
         past: keys and values of the tokens before, from a cache. stack: as in `mlp`.
         """
@@ -203,8 +217,8 @@ class Decoder(nnx.Module):
         """All blocks, over whole prompts or, with a cache, over the tokens that follow it.
 
         layers: `self.layers(edits)`, or that `unstacked`, which the cache must then be too. Returns the last block's
-        output, taps `{site: [L, B, P, D]}`, and the tokens' keys and values, a pair of `[L, K, B, T, H]` or a list of
-        pairs of `[K, B, T, H]` (dead code, and gone after compilation, where the caller drops them).
+        output, taps `{site: [L, B, P, D]}`, and the tokens' keys and values, a pair of `[L, B, K, T, H]` or a list of
+        pairs of `[B, K, T, H]` (dead code, and gone after compilation, where the caller drops them).
         """
 
         def body(x, layer):

@@ -95,19 +95,23 @@ def _merged(state: Generation, fresh: Generation, source_b) -> Generation:
     """`state` with row `source_b[b]` of `fresh` in row b, unless that is -1."""
     taken_b = source_b >= 0
 
-    def merge(axis: int):
-        def rows(old, new):
-            where = taken_b.reshape(-1, *(1,) * (old.ndim - axis - 1))
-            return jnp.where(where, jnp.take(new, source_b, axis=axis, mode="clip"), old)
+    def merge(old, new):
+        where = taken_b.reshape(-1, *(1,) * (old.ndim - 1))
+        return jnp.where(where, jnp.take(new, source_b, axis=0, mode="clip"), old)
 
-        return rows
+    def merge_layers(old, new):
+        """One layer at a time: what is gathered for all of them would be as large as the cache."""
 
-    kv_axis = 1 if isinstance(state.cache.kv, list) else 2
-    caches = (dataclasses.replace(s.cache, kv=None, filled=None) for s in (state, fresh))
-    rest = jax.tree.map(
-        merge(0), *(dataclasses.replace(s, cache=c) for s, c in zip((state, fresh), caches, strict=True))
-    )
-    kv = jax.tree.map(merge(kv_axis), state.cache.kv, fresh.cache.kv)
+        def layer(index, kv):
+            here, fresh = (jax.lax.dynamic_index_in_dim(a, index, keepdims=False) for a in (kv, new))
+            return jax.lax.dynamic_update_index_in_dim(kv, merge(here, fresh), index, 0)
+
+        return jax.lax.fori_loop(0, len(old), layer, old)
+
+    unrolled = isinstance(state.cache.kv, list)
+    kv = jax.tree.map(merge if unrolled else merge_layers, state.cache.kv, fresh.cache.kv)
+    rows = (dataclasses.replace(s, cache=dataclasses.replace(s.cache, kv=None, filled=None)) for s in (state, fresh))
+    rest = jax.tree.map(merge, *rows)
     return dataclasses.replace(rest, cache=dataclasses.replace(rest.cache, kv=kv, filled=state.cache.filled))
 
 

@@ -2,8 +2,10 @@
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from refusal_jax.models.config import ModelConfig
+from refusal_jax.sharding import STORAGE, mesh_axes
 
 ACTIVATE = {
     "silu": jax.nn.silu,
@@ -19,6 +21,39 @@ def linear(x, w_oi, bias=None):
     return y if bias is None else y + bias
 
 
+def _row_axes(mesh, batch_size: int, features: tuple[str, ...]) -> tuple[tuple[str, ...], tuple[str, ...] | None]:
+    """The mesh axes of a batch, and of its rows once sums over `features` are scattered: None if they cannot be."""
+    batch, rows = (mesh_axes(mesh, axis, (batch_size,)) for axis in ("batch", "rows"))
+    return batch, rows if rows == (*batch, *features) else None
+
+
+def _gathered(w, spec):
+    """A weight in a shard_map, whole along the axes on which only its storage is divided."""
+    for axis, name in enumerate(spec):
+        if name == STORAGE:
+            w = jax.lax.all_gather(w, name, axis=axis, tiled=True)
+    return w
+
+
+def row_parallel(mesh, spec, x_btf, w_df, bias=None):
+    """`linear` of features that are divided over the chips: each chip multiplies its own, and of the sums keeps its rows.
+
+    spec: of `w_df` on the mesh. Written out, because GSPMD would sum all rows on all chips first, twice the traffic. Where the
+    rows cannot be divided, it does.
+    """
+    features = (spec and spec[1]) or ()
+    batch, rows = _row_axes(mesh, len(x_btf), features) if features else ((), None)
+    if rows is None:
+        return linear(x_btf, w_df, bias)
+
+    def part(x_btf, w_df):
+        return jax.lax.psum_scatter(linear(x_btf, _gathered(w_df, spec)), features, scatter_dimension=0, tiled=True)
+
+    specs = PartitionSpec(batch, None, features), spec
+    y = jax.shard_map(part, mesh=mesh, in_specs=specs, out_specs=PartitionSpec(rows), check_vma=False)(x_btf, w_df)
+    return y if bias is None else y + bias
+
+
 def rms_norm(x, scale_d, eps: float, offset: float):
     """RMS norm of the last axis times `offset + scale_d`; float32 inside, the dtype of x outside."""
     x32 = x.astype(jnp.float32)
@@ -26,10 +61,10 @@ def rms_norm(x, scale_d, eps: float, offset: float):
     return ((offset + scale_d.astype(jnp.float32)) * x32).astype(x.dtype)
 
 
-def mlp(cfg: ModelConfig, w, h_btd) -> jax.Array:
-    """The gated MLP of a block; `w(name)` gives a weight of the block. `[B, T, D]`."""
+def mlp(cfg: ModelConfig, w, h_btd, out) -> jax.Array:
+    """The gated MLP of a block; `w(name)` gives a weight of the block, `out` multiplies with "down". `[B, T, D]`."""
     gate, up = linear(h_btd, w("gate"), w("gate_bias")), linear(h_btd, w("up"), w("up_bias"))
-    return linear(ACTIVATE[cfg.activation](gate) * up, w("down"), w("down_bias"))
+    return out("down", ACTIVATE[cfg.activation](gate) * up)
 
 
 def route(cfg: ModelConfig, router_ed, h_rd) -> tuple[jax.Array, jax.Array]:
@@ -42,6 +77,30 @@ def route(cfg: ModelConfig, router_ed, h_rd) -> tuple[jax.Array, jax.Array]:
 
 
 GATED = ("gate", "up", "down")  # the weights that each expert has of its own
+
+
+def sharded_experts(mesh, specs, cfg: ModelConfig, router_ed, stacks, layer, h_btd) -> jax.Array:
+    """`experts` on a mesh: every part of the batch is routed where it is, and each chip computes its features of every expert.
+
+    specs: of the router and of each of `stacks`, which are the weights of `GATED` for all layers. `[B, T, D]`, placed as rows.
+    """
+
+    def part(router_ed, stacks, layer, h_btd):
+        if mesh.shape[STORAGE] > 1:  # gather one layer's experts, outside a loop that chips leave at odds
+            here = {name: jax.lax.dynamic_index_in_dim(w, layer, keepdims=True) for name, w in stacks.items()}
+            stacks, layer = {name: _gathered(w, specs[name]) for name, w in here.items()}, 0
+        router_ed = _gathered(router_ed, specs["router"])
+        y = experts(cfg, router_ed, stacks.get, layer, h_btd.reshape(-1, h_btd.shape[-1])).reshape(h_btd.shape)
+        if rows is None:
+            return jax.lax.psum(y, features)
+        return jax.lax.psum_scatter(y, features, scatter_dimension=0, tiled=True)
+
+    features = specs["down"][-1] or ()
+    batch, rows = _row_axes(mesh, len(h_btd), features)
+    inputs = specs["router"], {name: specs[name] for name in stacks}, PartitionSpec(), PartitionSpec(batch)
+    out = PartitionSpec(rows or batch)
+    run = jax.shard_map(part, mesh=mesh, in_specs=inputs, out_specs=out, check_vma=False)
+    return run(router_ed, stacks, jnp.asarray(layer), h_btd)
 
 
 def experts(cfg: ModelConfig, router_ed, stack, layer, h_rd) -> jax.Array:

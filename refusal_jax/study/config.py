@@ -9,7 +9,8 @@ from refusal_jax.data.prompts import BUNDLED
 def get_config() -> ConfigDict:
     """Every setting of a study; config files start from this and change what they need."""
     config = ConfigDict()
-    config.model = ""  # folder of an HF checkpoint; "" is the embedded demo model
+    config.model = ""  # folder of an HF checkpoint, or its address (gs://bucket/folder); "" is the embedded demo model
+    config.cache = ""  # folder or address of converted copies of checkpoints, read instead of them; "": none
     config.dtype = "auto"  # float32, bfloat16, float16; auto: float32 on CPU, bfloat16 elsewhere
     config.batch_size = 32  # rows of a forward pass
     config.chat_template = ""  # a name of templates.BUILT_IN or a .jinja file; "": the tokenizer's, or recognised

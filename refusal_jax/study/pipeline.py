@@ -24,6 +24,7 @@ from refusal_jax.errors import UserError
 from refusal_jax.models.attention import Context
 from refusal_jax.models.config import load_config
 from refusal_jax.models.decoder import Decoder
+from refusal_jax.models.mirror import checkpoint_folder
 from refusal_jax.report.page import write_report
 from refusal_jax.report.text import setup_lines
 from refusal_jax.runs import Ledger, Run, checkpoint_fingerprint
@@ -52,7 +53,7 @@ def run_study(config: ConfigDict, workdir: str | os.PathLike) -> Run:
     """
     config = config.copy_and_resolve_references()
     check_settings(config)
-    folder = pathlib.Path(config.model) if config.model else demo_model_path()
+    folder = checkpoint_folder(config.model) if config.model else demo_model_path()
     load_config(folder)
     inputs = {"model": checkpoint_fingerprint(folder)}
     for split in SPLITS:
@@ -60,7 +61,9 @@ def run_study(config: ConfigDict, workdir: str | os.PathLike) -> Run:
     template = [config.chat_template] if config.chat_template.endswith(".jinja") else []
     for file in (*config.loss.text_files, *config.loss.chat_files, *template):
         inputs[file] = _hash(pathlib.Path(file))
-    with Run.open(workdir, config.to_dict(), inputs) as run:
+    settings = config.to_dict()
+    del settings["cache"]  # where copies are kept may change from run to run
+    with Run.open(workdir, settings, inputs) as run:
         try:
             Study(config, run, folder).run_all()
         except UserError:
@@ -159,6 +162,7 @@ class Study:
             progress=distributed.first(),
             chat_template=self.config.chat_template,
             thinking=self.config.thinking,
+            cache=self.config.cache,
         )
         room = self.config.generation.max_new_tokens
         for split, rows in self.run.read_json(PROMPTS).items():
