@@ -21,6 +21,7 @@ import numpy as np
 from safetensors.numpy import load, save
 
 from refusal_jax import distributed
+from refusal_jax.data.prompts import file_hash as file_hash
 from refusal_jax.errors import UserError
 from refusal_jax.storage import DiskFolder, ObjectFolder, ToldFiles, open_storage
 from refusal_jax.storage import cannot_write as cannot_write
@@ -88,7 +89,7 @@ class Run:
         with storage.held():
             new = not storage.exists(MANIFEST)
             if not new:
-                manifest = read_manifest(storage)
+                manifest = _parsed_manifest(storage.path / MANIFEST, storage.read(MANIFEST))
                 check_same(folder, manifest, fresh)
             else:
                 manifest = fresh
@@ -204,18 +205,19 @@ class Run:
             self.storage.files |= files
 
 
-def read_manifest(storage: Storage) -> dict:
+def read_manifest(path: pathlib.Path) -> dict:
     """A run's manifest; raises UserError if the file is damaged."""
+    return _parsed_manifest(path, path.read_bytes())
+
+
+def _parsed_manifest(path, data: bytes) -> dict:
     try:
-        manifest = json.loads(storage.read(MANIFEST))
+        manifest = json.loads(data)
         if all(isinstance(manifest[key], dict) for key in ("config", "inputs", "stages")):
             return manifest
     except (ValueError, KeyError, TypeError):
         pass
-    raise UserError(
-        f"{storage.path / MANIFEST} is damaged, so the run in its folder cannot be continued. Pass a new folder as "
-        "--workdir."
-    )
+    raise UserError(f"{path} is damaged, so the run in its folder cannot be continued. Pass a new folder as --workdir.")
 
 
 def check_same(folder, old: dict, new: dict) -> None:
