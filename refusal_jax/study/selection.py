@@ -24,6 +24,8 @@ from refusal_jax.sharding import constrain, put, replicate, sharding_of
 from refusal_jax.study.activations import length_batches
 from refusal_jax.study.scores import kl_divergence, refusal_score
 
+SAVED = 8  # candidates, at least, that are scored between two writes to the ledger
+
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
@@ -89,21 +91,36 @@ def pick(rows: list[dict], rule: Rule) -> dict:
     )
 
 
+def _for_each(edits: Edits, tree, prompts: int):
+    """Every edit with every prompt, as rows of one batch: edits and prompts' arrays, edit by edit."""
+    tiled = jax.tree.map(lambda a: jnp.tile(a, (edits.rows, *(1,) * (a.ndim - 1))), tree)
+    return jax.tree.map(lambda a: jnp.repeat(a, prompts, axis=0), edits), tiled
+
+
 @jax.jit
-def score_rows(decoder: Decoder, tokens_bt, mask_bt, edits: Edits, base_bv, refusal_ids):
-    """Refusal score `[B]`, KL against the baseline logits `base_bv` `[B]`, and the last-token logits `[B, V]`."""
+def last_logits(decoder: Decoder, tokens_bt, mask_bt, edits: Edits):
+    """Logits at the last token, float32 `[B, V]`, V as stored."""
     x, _, _ = decoder.run(decoder.embed_tokens(tokens_bt), Context.of_prompt(decoder.cfg, mask_bt), edits)
-    logits_bv = decoder.logits(x[:, -1:])[:, 0]
-    scores = replicate(decoder.mesh, (refusal_score(logits_bv, refusal_ids), kl_divergence(base_bv, logits_bv)))
-    return *scores, constrain(decoder.mesh, logits_bv, "batch", "vocab")
+    return constrain(decoder.mesh, decoder.logits(x[:, -1:])[:, 0], "batch", "vocab")
+
+
+@jax.jit
+def score_edits(decoder: Decoder, tokens_bt, mask_bt, edits: Edits, base_bv, refusal_ids):
+    """Refusal scores and KLs against the baseline logits `base_bv` of B prompts under R edits, two `[R, B]`."""
+    shape = edits.rows, len(tokens_bt)
+    edits, (tokens, mask, base) = _for_each(edits, (tokens_bt, mask_bt, base_bv), len(tokens_bt))
+    logits = last_logits(decoder, constrain(decoder.mesh, tokens, "batch"), mask, edits)
+    scores = refusal_score(logits, refusal_ids), kl_divergence(base, logits)
+    return replicate(decoder.mesh, tuple(x.reshape(shape) for x in scores))
 
 
 @jax.jit
 def score_from_layer(decoder: Decoder, x_btd, mask_bt, edits: Edits, layer, refusal_ids):
-    """Refusal score `[B]` of prompts whose residual at the input of block `layer` is `x_btd`, under `edits`."""
-    ctx = Context.of_prompt(decoder.cfg, mask_bt)
-    x = decoder.run_layers(x_btd, ctx, edits, layer, decoder.cfg.n_layers)
-    return replicate(decoder.mesh, refusal_score(decoder.logits(x[:, -1:])[:, 0], refusal_ids))
+    """Refusal scores `[R, B]` of B prompts whose residual at the input of block `layer` is `x_btd`, under R edits."""
+    shape = edits.rows, len(x_btd)
+    edits, (x, mask) = _for_each(edits, (x_btd, mask_bt), len(x_btd))
+    x = decoder.run_layers(x, Context.of_prompt(decoder.cfg, mask), edits, layer, decoder.cfg.n_layers)
+    return replicate(decoder.mesh, refusal_score(decoder.logits(x[:, -1:])[:, 0], refusal_ids).reshape(shape))
 
 
 @partial(jax.jit, donate_argnames="x_btd")
@@ -119,74 +136,68 @@ def embed(decoder: Decoder, tokens_bt):
 
 @dataclasses.dataclass
 class PromptScorer:
-    """Val prompts of one side as device batches, with their baseline logits; scores edits as means over prompts."""
+    """Val prompts of one side as device batches, with their baseline logits; scores edits as means over prompts.
+
+    at_once: how many edits are scored together, as rows of one batch with every prompt.
+    """
 
     model: ChatModel
     batches: list  # (valid rows, tokens, mask, no edits, baseline logits), on the devices
     refusal_ids: np.ndarray
+    at_once: int
 
     @classmethod
     def build(cls, model: ChatModel, instructions: list[str], refusal_ids, batch_size: int) -> "PromptScorer":
         batches, ids = [], np.asarray(refusal_ids, np.int32)
         size = min(batch_size, -(-len(instructions) // 8) * 8)
         for index, batch in length_batches(model, instructions, size):
-            tokens, mask, none = model.put(batch.tokens, batch.mask)
-            width = model.decoder.embed[...].shape[0]  # the vocabulary as stored
-            place = sharding_of(model.mesh, ("batch", size), ("vocab", width))
-            base = jnp.zeros((size, width), jnp.float32, device=place)
-            base = score_rows(model.decoder, tokens, mask, none, base, ids)[2]
-            batches.append((len(index), tokens, mask, none, base))
-        return cls(model, batches, ids)
+            placed = model.put(batch.tokens, batch.mask)
+            batches.append((len(index), *placed, last_logits(model.decoder, *placed)))
+        return cls(model, batches, ids, max(batch_size // size, 1))
 
-    def _means(self, per_direction: list[list[jax.Array]]) -> np.ndarray:
-        """Float64 means over prompts, `[C]`, of each direction's per-batch scores; one transfer for all of them."""
-        counts = [count for count, *_ in self.batches]
-        return np.asarray(
-            [
-                np.concatenate([np.asarray(v, np.float64)[:n] for n, v in zip(counts, values, strict=True)]).mean()
-                for values in jax.device_get(per_direction)
-            ]
-        )
+    def _means(self, edits: Edits, at_once: int, score: Callable[[Edits, int], object]):
+        """Float64 means over prompts, `[C]`, of each array that `score(edits, number of batch)` returns as `[R, B]`.
 
-    def _edits(self, edits: Edits, tokens) -> Edits:
-        cfg = self.model.config
-        return put(edits.for_batch(len(tokens), cfg.n_layers, cfg.d_model), tokens.sharding)
+        edits: C rows, which go to `score` `at_once` at a time, so that one compiled program serves them; all results cross
+        to the host together.
+        """
+        edits = edits.for_batch(edits.rows, self.model.config.n_layers, self.model.config.d_model)
+        groups = -(-edits.rows // at_once)
+        index = np.minimum(np.arange(groups * at_once), edits.rows - 1).reshape(groups, at_once)
+        parts = [put(edits.take(rows), sharding_of(self.model.mesh, None)) for rows in index]
+        out = jax.device_get([[score(part, number) for number in range(len(self.batches))] for part in parts])
+
+        def mean(*values_rb):  # of one group, from each batch
+            valid = [np.asarray(v, np.float64)[:, :n] for v, (n, *_) in zip(values_rb, self.batches, strict=True)]
+            return np.concatenate(valid, axis=1).mean(axis=1)
+
+        means = [jax.tree.map(mean, *group) for group in out]
+        return jax.tree.map(lambda *groups: np.concatenate(groups)[: edits.rows], *means)
 
     def ablated(self, directions_cd) -> tuple[np.ndarray, np.ndarray]:
         """Mean refusal scores `[C]` and mean KLs `[C]` under ablation of each direction."""
-        out = [
-            [
-                score_rows(
-                    self.model.decoder,
-                    tokens,
-                    mask,
-                    self._edits(Edits.ablate(direction), tokens),
-                    base,
-                    self.refusal_ids,
-                )[:2]
-                for _, tokens, mask, _, base in self.batches
-            ]
-            for direction in directions_cd
-        ]
-        return self._means([[s for s, _ in row] for row in out]), self._means([[k for _, k in row] for row in out])
 
-    def climb(self, layers: int) -> Iterable[tuple[int, Callable[[np.ndarray], np.ndarray]]]:
-        """Yields (layer, induce) upwards; `induce(directions_cd)` gives mean scores `[C]` when each is added there."""
+        def score(edits, number):
+            _, tokens, mask, _, base = self.batches[number]
+            return score_edits(self.model.decoder, tokens, mask, edits, base, self.refusal_ids)
+
+        return self._means(Edits.ablate(directions_cd), self.at_once, score)
+
+    def climb(self, layers: int, positions: int) -> Iterable[tuple[int, Callable[[np.ndarray], np.ndarray]]]:
+        """Yields (layer, induce) upwards; `induce(directions_cd)` gives mean scores `[C]` when each is added there.
+
+        positions: the usual C, which is divided evenly.
+        """
         decoder = self.model.decoder
         residuals = [embed(decoder, tokens) for _, tokens, *_ in self.batches]
+        at_once = -(-positions // -(-positions // self.at_once))
 
         def induce(directions_cd):
-            return self._means(
-                [
-                    [
-                        score_from_layer(
-                            decoder, x, mask, self._edits(Edits.add(direction, layer), tokens), layer, self.refusal_ids
-                        )
-                        for x, (_, tokens, mask, *_) in zip(residuals, self.batches, strict=True)
-                    ]
-                    for direction in directions_cd
-                ]
-            )
+            def score(edits, number):
+                mask = self.batches[number][2]
+                return score_from_layer(decoder, residuals[number], mask, edits, layer, self.refusal_ids)
+
+            return self._means(Edits.add(directions_cd, layer), at_once, score)
 
         for layer in range(layers):
             yield layer, induce
@@ -244,13 +255,17 @@ def evaluate_candidates(
                 row[key] = float(value)
             save(rows)
 
-    with tqdm(total=2 * layers, desc="selection", unit="layer", leave=False) as bar:
-        for layer, induce in harmless_val.climb(layers):
-            fill("steering_score", rows[layer * positions : (layer + 1) * positions], induce)
-            bar.update()
-        for layer in range(layers):
-            here = rows[layer * positions : (layer + 1) * positions]
-            fill("kl_div_score", here, lambda directions: harmless_val.ablated(directions)[1])
-            fill("refusal_score", here, lambda directions: harmful_val.ablated(directions)[0])
-            bar.update()
+    asked = rows[: layers * positions]
+    with tqdm(total=3 * len(asked), desc="selection", unit="score", leave=False) as bar:
+        for layer, induce in harmless_val.climb(layers, positions):
+            fill("steering_score", asked[layer * positions : (layer + 1) * positions], induce)
+            bar.update(positions)
+        for key, scorer, which in (("kl_div_score", harmless_val, 1), ("refusal_score", harmful_val, 0)):
+            wanted = [row for row in asked if row[key] is None and (full_grid or not rule.verdict(row))]
+            bar.update(len(asked) - len(wanted))
+            step = scorer.at_once * -(-SAVED // scorer.at_once)
+            for start in range(0, len(wanted), step):
+                part = wanted[start : start + step]
+                fill(key, part, lambda directions, scorer=scorer, which=which: scorer.ablated(directions)[which])
+                bar.update(len(part))
     return sorted(rows, key=lambda row: (row["position"], row["layer"]))
