@@ -24,6 +24,7 @@ from tqdm import tqdm
 from refusal_jax.errors import UserError, print_error
 
 AGAIN = "Start the same command again in every process: finished work is kept."
+GONE = "stopped without a word: it was killed (kill -9, out of memory, a preemption) or its host cannot be reached."
 GRACE_SECONDS = 3.0  # for processes to find for themselves what one of them has failed of, and to say goodbye
 FOREVER_MS = 10**9
 LOST = 3  # exit code of a process that ends because another one has
@@ -39,7 +40,7 @@ class Session:
     coordinator: str
     heartbeat_seconds: int
     client: object  # jax's own, of the coordinator
-    shared: int = 0  # values shared so far
+    turn: int = 0  # values shared and gathered so far
     over: threading.Event = dataclasses.field(default_factory=threading.Event)  # nothing is to be watched any more
     speaking: threading.Lock = dataclasses.field(default_factory=threading.Lock)  # held by the thread that ends us
 
@@ -82,10 +83,13 @@ def start(
     """Joins the other processes, if there are any; to be called before any other use of jax.
 
     Without arguments the processes are those of the TPU slice that this host belongs to, if it is a TPU VM: else it stays
-    alone. coordinator: "HOST:PORT" of process 0. join_seconds: how long to wait for the others. heartbeat_seconds: a process
-    that gives no sign of life for so long counts as gone. Raises UserError for arguments that do not go together, and if
-    the processes do not meet (when only JAX's own threads notice that, the process ends, with the same words and code 2).
+    alone, as with num_processes=1. coordinator: "HOST:PORT" of process 0. join_seconds: how long to wait for the others.
+    heartbeat_seconds: a process that gives no sign of life for so long counts as gone. Raises UserError for arguments that
+    do not go together, and if the processes do not meet (where JAX gives up by aborting, the process ends here, with the
+    same words and exit code 2).
     """
+    if num_processes == 1:
+        return
     given = {"coordinator_address": coordinator, "num_processes": num_processes, "process_id": process_id}
     missing = [name for name, value in given.items() if value is None]
     if len(missing) == 3:
@@ -100,8 +104,6 @@ def start(
         )
     else:
         _check(coordinator, num_processes, process_id)
-        if num_processes == 1:
-            return
     _join(given, join_seconds, heartbeat_seconds)
 
 
@@ -133,15 +135,17 @@ def _join(given: dict, join_seconds: int, heartbeat_seconds: int) -> None:
         "jax_enable_recoverability", True
     )  # else one lost process makes JAX abort the others, unexplained
     jax.config.update("jax_enable_preemption_service", False)  # it would swallow SIGTERM
-    where = f"at {given['coordinator_address']}" if given else "of this TPU slice"
-    who = f"process {given['process_id']} of {given['num_processes']}" if given else "one of the processes"
-    apart = (
-        f"The processes did not meet {where} within {join_seconds} seconds (this is {who}). Start the same command for every "
-        "process, with the same --coordinator and --num_processes and each with its own --process_id, and check that the "
-        "port is free on the host of process 0 and that the others reach it."
-    )
     if given:
+        where, who = f"at {given['coordinator_address']}", f"process {given['process_id']} of {given['num_processes']}"
+        advice = (
+            "for every process, with the same --coordinator and --num_processes and each with its own --process_id, and "
+            "check that the port is free on the host of process 0 and that the others reach it"
+        )
         print(f"{who}: waiting for the others {where}, at most {join_seconds} seconds", file=sys.stderr, flush=True)
+    else:
+        where, who = "of this TPU slice", "one of them"
+        advice = "on every host of the slice, or use this host alone with --num_processes=1"
+    apart = f"The processes {where} did not meet within {join_seconds} seconds (this is {who}). Start the same command {advice}."
     try:
         with _explained(apart, 2):
             jax.distributed.initialize(
@@ -176,8 +180,8 @@ def share(value: bytes | None) -> bytes:
     """Process 0's `value`, in every process; what the others pass is not looked at. All must call it, in the same order."""
     if _session is None:
         return value
-    _session.shared += 1
-    key = f"{KEYS}shared/{_session.shared}"
+    _session.turn += 1
+    key = f"{KEYS}shared/{_session.turn}"
     if _session.index:
         return _session.client.blocking_key_value_get_bytes(key, FOREVER_MS)
     _session.client.key_value_set_bytes(key, value)
@@ -187,6 +191,21 @@ def share(value: bytes | None) -> bytes:
 def share_json(value):
     """Process 0's `value`, in every process, by way of JSON."""
     return value if _session is None else json.loads(share(json.dumps(value).encode()))
+
+
+def gather_json(value) -> list:
+    """The `value` of every process, by way of JSON, in every process. All must call it, in the same order as `share`."""
+    session = _session
+    if session is None:
+        return [value]
+    session.turn += 1
+    key = f"{KEYS}gathered/{session.turn}/"
+    session.client.key_value_set(f"{key}{session.index}", json.dumps(value))
+    if session.index:
+        return share_json(None)
+    return share_json(
+        [json.loads(session.client.blocking_key_value_get(f"{key}{i}", FOREVER_MS)) for i in range(session.count)]
+    )
 
 
 def finish() -> None:
@@ -217,9 +236,14 @@ def leave(error: BaseException, code: int, message: str) -> None:
         return
     if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
         # Most likely a collective that another process has left: then the watches will soon know which, and end us.
-        time.sleep(2 * session.heartbeat_seconds if session.count > 1 else 0)
+        time.sleep(session.heartbeat_seconds + 2 * GRACE_SECONDS)
     session.speaking.acquire()  # for good: from here on only this thread ends the process
-    session.set(f"failed/{session.index}", json.dumps({"code": code, "message": message}))
+    ends = {
+        1: f"failed of a bug, {message}; its own output has the traceback.",
+        130: "was interrupted (Ctrl-C, or SIGTERM as before a preemption).",
+    }
+    failure = {"message": message, "how": ends.get(code, f"failed: {message}")}
+    session.set(f"failed/{session.index}", json.dumps(failure))
     if code == 1:
         sys.excepthook(type(error), error, error.__traceback__)
     elif session.index == 0:
@@ -246,7 +270,7 @@ def _depart(session: Session, code: int) -> None:
         session.client.key_value_set(f"{KEYS}left/{session.index}", str(code))
         while session.index == 0 and time.monotonic() < deadline:
             gone = session.values("left").keys() | {
-                i for i, f in session.values("failed").items() if "gone" in json.loads(f)
+                i for i, f in session.values("failed").items() if json.loads(f)["how"] == GONE
             }
             if len(gone) == session.count:
                 break
@@ -268,10 +292,7 @@ def _watch_failures(session: Session) -> None:
         time.sleep(GRACE_SECONDS)
         session.speaking.acquire()  # waits for good if the main thread is at it
         index, failure = min((i, json.loads(f)) for i, f in failed.items() if i != session.index)
-        end = "stopped without a word" if "gone" in failure else "failed"
-        print_error(
-            f"{session.name(index).capitalize()} {end}: {failure['message']} This process ends with it. {AGAIN}"
-        )
+        print_error(f"P{session.name(index)[1:]} {failure['how']} This process ends with it. {AGAIN}")
         _depart(session, LOST)
 
 
@@ -285,8 +306,7 @@ def _watch_lives(session: Session) -> None:
             return
         left = session.values("left").keys()
         for index in set(everybody) - alive.keys() - left:
-            message = "it was killed (kill -9, out of memory, a preemption) or its host cannot be reached."
-            session.set(f"failed/{index}", json.dumps({"gone": True, "message": message}))
+            session.set(f"failed/{index}", json.dumps({"message": None, "how": GONE}))
 
 
 def _coordinator_lost() -> None:
@@ -298,8 +318,8 @@ def _coordinator_lost() -> None:
     with contextlib.suppress(OSError), socket.create_connection((host, int(port)), timeout=5):
         return
     _last_words(
-        f"Process 0 of {session.count}, which the others depend on ({session.coordinator}), stopped without a word: it was "
-        f"killed (kill -9, out of memory, a preemption) or its host cannot be reached. This process ends with it. {AGAIN}",
+        f"Process 0 of {session.count}, which the others depend on ({session.coordinator}), {GONE} "
+        f"This process ends with it. {AGAIN}",
         LOST,
         2,
     )
@@ -324,8 +344,6 @@ def _explained(message: str, code: int):
             _on_abort(None)
             os.dup2(old, 2)
             os.close(old)
-            log.seek(0)
-            os.write(2, log.read())
 
 
 _C_HANDLER = ctypes.CFUNCTYPE(None, ctypes.c_int)

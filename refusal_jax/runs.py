@@ -21,6 +21,7 @@ import numpy as np
 from safetensors.numpy import load, save
 
 from refusal_jax import distributed
+from refusal_jax.data.prompts import file_hash as file_hash
 from refusal_jax.errors import UserError
 from refusal_jax.storage import DiskFolder, ObjectFolder, ToldFiles, open_storage
 from refusal_jax.storage import cannot_write as cannot_write
@@ -73,9 +74,9 @@ class Run:
         holds something else, is in use, or cannot be written, and if process 0 runs other settings or inputs.
         """
         fresh = json.loads(to_json({"config": config, "inputs": inputs, "stages": {}}))
+        check_alike(distributed.gather_json(fresh))
         if not distributed.first():
             manifest, new = distributed.share_json(None)
-            check_same("Process 0", manifest, fresh, "Start all processes with the same flags, models and data files.")
             yield cls(folder, manifest, new, ToldFiles(folder))
             return
         storage = open_storage(folder)
@@ -88,8 +89,8 @@ class Run:
         with storage.held():
             new = not storage.exists(MANIFEST)
             if not new:
-                manifest = read_manifest(storage)
-                check_same(folder, manifest, fresh, "Pass a new --workdir, or the old settings to continue that run.")
+                manifest = _parsed_manifest(storage.path / MANIFEST, storage.read(MANIFEST))
+                check_same(folder, manifest, fresh)
             else:
                 manifest = fresh
                 storage.write(MANIFEST, to_json(manifest))
@@ -204,33 +205,51 @@ class Run:
             self.storage.files |= files
 
 
-def read_manifest(storage: Storage) -> dict:
+def read_manifest(path: pathlib.Path) -> dict:
     """A run's manifest; raises UserError if the file is damaged."""
+    return _parsed_manifest(path, path.read_bytes())
+
+
+def _parsed_manifest(path, data: bytes) -> dict:
     try:
-        manifest = json.loads(storage.read(MANIFEST))
+        manifest = json.loads(data)
         if all(isinstance(manifest[key], dict) for key in ("config", "inputs", "stages")):
             return manifest
     except (ValueError, KeyError, TypeError):
         pass
-    raise UserError(
-        f"{storage.path / MANIFEST} is damaged, so the run in its folder cannot be continued. Pass a new folder as "
-        "--workdir."
-    )
+    raise UserError(f"{path} is damaged, so the run in its folder cannot be continued. Pass a new folder as --workdir.")
 
 
-def check_same(holder, old: dict, new: dict, advice: str) -> None:
-    """Raises UserError that lists every setting and input in which the run that `holder` holds differs from the new one."""
+def check_same(folder, old: dict, new: dict) -> None:
+    """Raises UserError that lists every setting and input in which a folder's run differs from the one asked for."""
+    changed = _differences(old, new, "{} was {!r}, is now {!r}")
+    if changed:
+        raise UserError(
+            f"{folder} holds a run of another study: {changed}. Pass a new --workdir, or the old settings to continue that "
+            "run."
+        )
+
+
+def check_alike(manifests: list[dict]) -> None:
+    """Raises UserError, the same in every process, if not all processes have the settings and inputs of process 0."""
+    for index, manifest in enumerate(manifests):
+        changed = _differences(manifests[0], manifest, "{} is {!r} in process 0, {!r} in process " + str(index))
+        if changed:
+            raise UserError(
+                f"The processes were started for different studies: {changed}. Give all of them the same flags, and "
+                "their hosts the same model and data files."
+            )
+
+
+def _differences(old: dict, new: dict, words: str) -> str:
+    """The settings and inputs in which two manifests differ, each in `words`; empty if there are none."""
     before, now = ({**_flat(m["config"], ""), **_flat(m["inputs"], "input ")} for m in (old, new))
     changed = [
-        f"{key} was {before.get(key)!r}, is now {now.get(key)!r}"
+        words.format(key, before.get(key), now.get(key))
         for key in sorted(before.keys() | now.keys())
         if before.get(key) != now.get(key)
     ]
-    if changed:
-        raise UserError(
-            f"{holder} holds a run of another study: {'; '.join(changed[:5])}"
-            f"{f'; and {len(changed) - 5} more' if len(changed) > 5 else ''}. {advice}"
-        )
+    return "; ".join(changed[:5]) + (f"; and {len(changed) - 5} more" if len(changed) > 5 else "")
 
 
 def _flat(tree: dict, prefix: str) -> dict:

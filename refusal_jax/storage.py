@@ -159,7 +159,7 @@ class ObjectFolder:
             yield
         except ImportError as error:
             raise UserError(
-                f"{path} needs a client of its store ({error}). Run: pip install gcsfs (gs://) or s3fs."
+                f"{path} needs a client of its store ({error}). Run: pip install 'refusal-jax[gcs]' (gs://) or pip install s3fs."
             ) from None
         except FileNotFoundError:
             raise
@@ -195,7 +195,6 @@ class ObjectFolder:
 
     def write(self, name: str, data: bytes) -> None:
         with self._reached(self.path / name):
-            (self.path / name).parent.mkdir(parents=True, exist_ok=True)
             (self.path / name).write_bytes(data)
         self._known[name] = data
 

@@ -71,7 +71,7 @@ def test_study(config, tmp_path):
     assert set(rows[0]) == {"category", "prompt", "response"}
     loss = read["ablation_loss_eval.json"]["on_distribution"]
     assert set(loss) == {"ce_loss", "perplexity", "n_tokens"}
-    with pipeline.Run.open(work, config.to_dict(), read["manifest.json"]["inputs"]) as run:
+    with pipeline.Run.open(work, *(read["manifest.json"][key] for key in ("config", "inputs"))) as run:
         means, direction = run.read_tensors(pipeline.MEANS), run.read_tensors(pipeline.DIRECTION)["direction"]
         np.testing.assert_allclose(direction, means["mean_diffs"][picked["pos"], picked["layer"]], rtol=1e-6)
         projections = run.read_tensors(pipeline.PROJECTIONS)

@@ -7,10 +7,12 @@ import os
 
 import numpy as np
 import pytest
+from etils.epath import backend
+from fsspec.implementations.memory import MemoryFileSystem
 
-from refusal_jax import UserError
+from refusal_jax import UserError, storage
 from refusal_jax.runs import MANIFEST, Ledger, Run, checkpoint_fingerprint, to_json, versions
-from refusal_jax.storage import DiskFolder, write_atomically
+from refusal_jax.storage import DiskFolder, ObjectFolder, write_atomically
 
 CONFIG, INPUTS = {"seed": 1, "data": {"n": 3, "names": ("a", "b")}}, {"model": "abc"}
 
@@ -280,3 +282,88 @@ def test_fingerprint_notices_changes(tmp_path):
         change()
         seen.add(checkpoint_fingerprint(tmp_path))
     assert len(seen) == 5
+
+
+class Bucket(MemoryFileSystem):
+    """Stands in for gs:// in this process's memory; `broken` is raised where it is called."""
+
+    cachable, broken = False, None
+
+    @classmethod
+    def _strip_protocol(cls, path):
+        return super()._strip_protocol(str(path).removeprefix("gs:/"))
+
+    def _open(self, path, mode="rb", **kwargs):
+        assert mode in ("rb", "wb"), "objects are read and written whole"
+        if self.broken:
+            raise self.broken
+        return super()._open(path, mode, **kwargs)
+
+
+@pytest.fixture
+def bucket(monkeypatch):
+    """An empty object store, behind gs://bucket."""
+    store = Bucket()
+    store.store, store.pseudo_dirs = {}, [""]
+    monkeypatch.setattr(backend.fsspec_backend, "fs", lambda path: store)
+    monkeypatch.setattr(storage, "PART_SECONDS", 0.0)
+    return store
+
+
+def test_a_run_in_an_object_store(bucket):
+    address, calls = "gs://bucket/study", []
+    with pytest.raises(KeyboardInterrupt):
+        double(address, calls, crash_after=2)
+    parts = [name for name in bucket.store if "/.ledger-a-" in name]
+    assert calls == [0, 1] and len(parts) == 2 and parts[0].endswith(".jsonl.000000")
+    assert double(address, calls) == ([True, True], ["a", "b"]) and calls == [0, 1, 2, "b"]
+    assert sorted(bucket.store) == [f"/bucket/study/{name}" for name in ("a.json", "b.json", MANIFEST)]
+    assert json.loads(bucket.cat("gs://bucket/study/b.json")) == [0, 2, 4]
+    assert double(address, calls) == ([False, False], [])
+    with Run.open(address, CONFIG, INPUTS) as run:
+        tensors = {"f": np.arange(3.0)}
+        run.write_tensors("sub/t.safetensors", tensors)
+        np.testing.assert_array_equal(run.read_tensors("sub/t.safetensors")["f"], tensors["f"])
+        assert run.exists("sub/t.safetensors") and not run.exists("sub/u") and str(run.path("u")) == f"{address}/u"
+    bucket.pipe("/bucket/study/b.json", b"[]")
+    assert double(address, calls) == ([False, True], ["b"])
+    with Run.open(address, CONFIG, INPUTS) as run:
+        run.discard()
+    assert list(bucket.store) == ["/bucket/study/sub/t.safetensors"]  # no stage has named it
+    with pytest.raises(UserError, match=r"gs://bucket/study is not empty \(sub\)"), Run.open(address, CONFIG, INPUTS):
+        pass
+
+
+def test_an_object_store_is_spared_small_writes(bucket, monkeypatch):
+    monkeypatch.setattr(storage, "PART_SECONDS", 1000.0)
+    folder = ObjectFolder("gs://bucket/study")
+    ledger = Ledger.open(folder, "ledger.jsonl")
+    for i in range(5):
+        ledger.append([{"i": i}])
+    assert not bucket.store and len(ledger.rows) == 5
+    monkeypatch.setattr(storage, "PART_SECONDS", 0.0)
+    ledger.append([{"i": 5}])
+    assert list(bucket.store) == ["/bucket/study/ledger.jsonl.000000"]
+    assert Ledger.open(ObjectFolder("gs://bucket/study"), "ledger.jsonl").rows == ledger.rows
+
+
+@pytest.mark.parametrize(
+    "error, message",
+    [
+        (
+            PermissionError("Anonymous caller does not have access"),
+            r"gs://bucket/study/manifest\.json could not be used \(Perm",
+        ),
+        (RuntimeError("503"), r"could not be used \(RuntimeError: 503\)\. Check the address, that you are logged in"),
+        (ImportError("no gcsfs"), r"needs a client of its store \(no gcsfs\)\. Run: pip install 'refusal-jax\[gcs\]'"),
+    ],
+)
+def test_an_object_store_out_of_reach(error, message, bucket):
+    bucket.broken = error
+    with pytest.raises(UserError, match=message), Run.open("gs://bucket/study", CONFIG, INPUTS):
+        pass
+
+
+def test_other_addresses():
+    with pytest.raises(UserError, match=r"ftp://host/x: there is no access to ftp:// here\. .* gs://BUCKET/FOLDER"):
+        Run("ftp://host/x", {})
