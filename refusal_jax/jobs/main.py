@@ -105,7 +105,7 @@ def verdict(error: BaseException) -> tuple[int, str]:
     from refusal_jax.errors import UserError
 
     if isinstance(error, UserError):
-        return 2, str(error)
+        return error.exit_code, str(error)
     if isinstance(error, OSError) and error.errno in DISK_ERRORS:
         return 2, (
             f"{error.filename or 'a file'} could not be used: {error.strerror}. Free space, or choose a folder "
