@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from refusal_jax.chat import bucket
@@ -14,7 +15,7 @@ from refusal_jax.models.config import ModelConfig
 from refusal_jax.models.decoder import Decoder
 from refusal_jax.models.generate import admit, decode
 from refusal_jax.models.weights import weight_table
-from refusal_jax.sharding import sharding_of, weight_place
+from refusal_jax.sharding import residual_axes, sharding_of, weight_place
 from refusal_jax.study.activations import extract_batch
 from refusal_jax.study.loss import loss_batch
 from refusal_jax.study.selection import Rule, last_logits, score_edits, score_from_layer
@@ -114,6 +115,13 @@ class Shapes:
         shape = rows, length or self.work.length
         return self.array(shape, jnp.int32, "batch"), self.array(shape, jnp.bool_, "batch")
 
+    def residual(self, rows: int) -> jax.ShapeDtypeStruct:
+        shape, dtype = (rows, self.work.length, self.work.cfg.d_model), jnp.dtype(self.work.dtype)
+        if self.mesh is None:
+            return self.array(shape, dtype)
+        spec = PartitionSpec(*residual_axes(self.mesh, *shape[:2]))
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(self.mesh, spec))
+
     def logits(self, rows: int) -> jax.ShapeDtypeStruct:
         (width, _), _ = weight_place(self.mesh, weight_table(self.work.cfg)["embed"])
         return self.array((rows, width), jnp.float32, "batch", "vocab")
@@ -161,7 +169,7 @@ def selection(shapes: Shapes, rows: int) -> list[Program]:
         return score_edits.lower(shapes.decoder, *inputs, ids)
 
     def later():
-        x = shapes.array((prompts, work.length, work.cfg.d_model), jnp.dtype(work.dtype), "rows")
+        x = shapes.residual(prompts)
         mask = shapes.prompts(prompts)[1]
         return score_from_layer.lower(shapes.decoder, x, mask, shapes.edits(together, None), 0, ids)
 
