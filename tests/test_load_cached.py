@@ -15,6 +15,8 @@ from refusal_jax import UserError, load_model, make_mesh
 from refusal_jax.models import cached
 from refusal_jax.models.load import TensorFiles, load_decoder
 from refusal_jax.models.place import abreast
+from refusal_jax.study import pipeline
+from refusal_jax.study.config import get_config
 
 
 @pytest.fixture(scope="module")
@@ -254,3 +256,23 @@ def test_two_processes(llama, model, tmp_path):
         with np.load(f"{cache}-{rank}.npz") as found:
             for path, weight in whole.items():
                 np.testing.assert_array_equal(found[path], weight)
+
+
+def test_a_study_may_change_its_cache(tmp_path, monkeypatch):
+    """The copies' place is no part of what a run is."""
+    opened = []
+
+    class Stop(Exception):
+        pass
+
+    def stop(folder, settings, inputs, *more):
+        opened.append(settings)
+        raise Stop
+
+    monkeypatch.setattr(pipeline.Run, "open", stop)
+    for place in ("", str(tmp_path / "copies")):
+        config = get_config()
+        config.cache = place
+        with pytest.raises(Stop):
+            pipeline.run_study(config, tmp_path / "run")
+    assert opened[0] == opened[1]
