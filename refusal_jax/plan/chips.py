@@ -15,7 +15,7 @@ from refusal_jax.errors import UserError
 class Chip:
     """One generation. hbm: usable bytes a chip; bandwidth: of HBM, bytes/s; flops: bfloat16 peak, 1/s; link: bytes/s of one
     ICI link in one direction; axes: of the torus; cores: TensorCores that a slice's name counts for each chip; hertz: of a
-    core; host: chips on one host of a slice; ring: an axis of that length or more wraps around."""
+    core; ring: an axis of that length or more wraps around; kinds: JAX's names of its devices."""
 
     name: str
     hbm: float
@@ -25,8 +25,8 @@ class Chip:
     axes: int
     cores: int
     hertz: float
-    host: int
     ring: int
+    kinds: tuple[str, ...]
 
     def links(self, shape: tuple[int, ...]) -> float:
         """Bytes/s that a chip of a slice of this shape can send, along all axes together."""
@@ -38,10 +38,10 @@ GIB = float(2**30)
 CHIPS = {
     chip.name: chip
     for chip in (
-        Chip("v4", 30.75 * GIB, 1.2e12, 275e12, 45e9, 3, 2, 1.05e9, 4, 4),
-        Chip("v5e", 15.75 * GIB, 8.1e11, 197e12, 45e9, 2, 1, 1.5e9, 4, 16),
-        Chip("v5p", 95.74 * GIB, 2.765e12, 459e12, 90e9, 3, 2, 1.75e9, 4, 4),
-        Chip("v6e", 31.25 * GIB, 1.6e12, 918e12, 90e9, 2, 1, 1.75e9, 4, 16),
+        Chip("v4", 30.75 * GIB, 1.2e12, 275e12, 45e9, 3, 2, 1.05e9, 4, ("TPU v4",)),
+        Chip("v5e", 15.75 * GIB, 8.1e11, 197e12, 45e9, 2, 1, 1.5e9, 16, ("TPU v5 lite", "TPU v5e")),
+        Chip("v5p", 95.74 * GIB, 2.765e12, 459e12, 90e9, 3, 2, 1.75e9, 4, ("TPU v5", "TPU v5p")),
+        Chip("v6e", 31.25 * GIB, 1.6e12, 918e12, 90e9, 2, 1, 1.75e9, 16, ("TPU v6 lite", "TPU v6e")),
     )
 }
 SHAPES = {  # chips -> how they are laid out in a slice of that size

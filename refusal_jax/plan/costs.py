@@ -131,6 +131,7 @@ def cost(work: Workload, program: Program, compiled, mesh: jax.sharding.Mesh, wh
         model = mesh.size // mesh.shape["data"] // mesh.shape[STORAGE]
         waiting = collective_seconds(collectives(text, program.turns), model, where.chip.links(where.shape))
         seconds = cycles(text, program.turns) / where.chip.hertz + waiting
+        seconds *= program.layers / work.cfg.n_layers  # the text's loop is over all of them
     else:
         seconds = roofline(work, program, mesh, where)
     peak = compiled.memory_analysis().peak_memory_in_bytes

@@ -1,6 +1,7 @@
 """The programs that a study runs, how often, and what goes into them: shapes only, to compile without a device's memory."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 
@@ -15,7 +16,7 @@ from refusal_jax.models.config import ModelConfig
 from refusal_jax.models.decoder import Decoder
 from refusal_jax.models.generate import admit, decode
 from refusal_jax.models.weights import weight_table
-from refusal_jax.sharding import residual_axes, sharding_of, weight_place
+from refusal_jax.sharding import residual_axes, sharding_of, split_for, weight_place
 from refusal_jax.study.activations import extract_batch
 from refusal_jax.study.loss import loss_batch
 from refusal_jax.study.selection import Rule, last_logits, score_edits, score_from_layer
@@ -94,9 +95,11 @@ class Shapes:
     """Stand-ins for what programs take, placed on a mesh."""
 
     def __init__(self, work: Workload, mesh: jax.sharding.Mesh | None):
-        self.work = work
-        self.decoder = Decoder.abstract(work.cfg, jnp.dtype(work.dtype), mesh)
-        self.mesh = self.decoder.mesh
+        self.work, self.mesh = work, split_for(mesh, work.cfg.n_kv_heads)
+
+    @functools.cached_property
+    def decoder(self) -> Decoder:
+        return Decoder.abstract(self.work.cfg, jnp.dtype(self.work.dtype), self.mesh)
 
     def array(self, shape, dtype, *axes: str | None) -> jax.ShapeDtypeStruct:
         named = [axis and (axis, size) for axis, size in zip(axes, shape, strict=False)]
@@ -143,10 +146,10 @@ def extraction(shapes: Shapes, rows: int) -> Program:
     work = shapes.work
     data, taps = work.config.data, Taps(("resid_pre",), work.positions)
     runs = sum(2 * math.ceil(n / rows) for n in (data.n_train, data.n_val))
-    valid, ids = shapes.array((rows,), jnp.bool_), shapes.array((1,), jnp.int32)
 
     def lower():
         inputs = *shapes.prompts(rows), shapes.edits(rows)
+        valid, ids = shapes.array((rows,), jnp.bool_), shapes.array((1,), jnp.int32)
         return extract_batch.lower(shapes.decoder, *inputs, valid, 1, ids, taps)
 
     return Program("extraction", "extraction", lower, runs, rows, work.length, work.cfg.n_layers)
@@ -162,16 +165,18 @@ def selection(shapes: Shapes, rows: int) -> list[Program]:
     left = sum(n_layers - layer for layer in range(climbed)) / max(climbed, 1)
     full = work.config.select.full_grid
     scored = work.candidates * (2.0 if full else PASS_INDUCE + PASS_KL)
-    ids = shapes.array((1,), jnp.int32)
+
+    def ids():
+        return shapes.array((1,), jnp.int32)
 
     def scores():
         inputs = *shapes.prompts(prompts), shapes.edits(at_once, None), shapes.logits(prompts)
-        return score_edits.lower(shapes.decoder, *inputs, ids)
+        return score_edits.lower(shapes.decoder, *inputs, ids())
 
     def later():
         x = shapes.residual(prompts)
         mask = shapes.prompts(prompts)[1]
-        return score_from_layer.lower(shapes.decoder, x, mask, shapes.edits(together, None), 0, ids)
+        return score_from_layer.lower(shapes.decoder, x, mask, shapes.edits(together, None), 0, ids())
 
     def base():
         return last_logits.lower(shapes.decoder, *shapes.prompts(prompts), shapes.edits(prompts))

@@ -1,0 +1,249 @@
+"""Which mesh and which batches: estimated for every way to lay a mesh over the chips, then compiled until it fits.
+
+A run on real devices takes its sizes from the same functions, so that what was planned is what runs.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator
+
+import jax
+from ml_collections import ConfigDict
+
+from refusal_jax.errors import UserError
+from refusal_jax.plan.chips import CHIPS, Slice
+from refusal_jax.plan.costs import Cost, cache_bytes, cost, gib, roofline, weight_bytes
+from refusal_jax.plan.programs import (
+    Program,
+    Shapes,
+    Sizes,
+    Workload,
+    extraction,
+    generation,
+    loss,
+    programs,
+    selection,
+)
+from refusal_jax.sharding import MESH_AXES, make_mesh
+
+WANTED = Sizes(
+    forward=128, select=128, generation=128, loss=32
+)  # more gains little: 8,192 tokens fill a chip's matrix units
+ON_CPU = Sizes(forward=32, select=32, generation=64, loss=8)
+LEAST = 8  # rows
+SPARE = 0.97  # of a chip's memory: the rest is for what a program's compiler does not see
+GROUPS: dict[str, Callable[[Shapes, int], list[Program]]] = {  # fields of Sizes, and what runs in those rows
+    "forward": lambda shapes, rows: [extraction(shapes, rows)],
+    "select": lambda shapes, rows: selection(shapes, rows)[:1],  # the largest of them
+    "generation": generation,
+    "loss": lambda shapes, rows: [loss(shapes, rows)],
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshShape:
+    """A mesh without devices. model: ways of tensor parallelism, together."""
+
+    data: int
+    fsdp: int
+    model: int
+
+    @property
+    def shape(self) -> dict[str, int]:
+        return dict(zip(MESH_AXES, dataclasses.astuple(self), strict=True))
+
+    @property
+    def size(self) -> int:
+        return self.data * self.fsdp * self.model
+
+    def __str__(self) -> str:
+        return " × ".join(f"{name} {size}" for name, size in self.shape.items() if size > 1) or "one device"
+
+
+def mesh_shapes(chips: int, slices: int = 1) -> Iterator[MeshShape]:
+    """Every mesh of so many chips whose sides are powers of two times what is left; only data crosses slices."""
+    model = 1
+    while chips // slices % model == 0:
+        fsdp = 1
+        while chips // slices % (model * fsdp) == 0:
+            yield MeshShape(chips // (model * fsdp), fsdp, model)
+            fsdp *= 2
+        model *= 2
+
+
+def ranked_meshes(work: Workload, where: Slice, sizes: Sizes) -> list[MeshShape]:
+    """Meshes on which the weights and half the wanted generation's cache fit, the fastest study first, by rough estimate."""
+    cfg, limit = work.cfg, SPARE * where.chip.hbm
+
+    def memory(mesh: MeshShape) -> float:
+        batch = mesh.data * mesh.fsdp
+        cache = cache_bytes(work, max(sizes.generation // 4, LEAST)) / batch / math.gcd(mesh.model, cfg.n_kv_heads)
+        return weight_bytes(work) / mesh.fsdp / mesh.model + cache
+
+    def seconds(mesh: MeshShape) -> float:
+        if mesh.data * mesh.fsdp > min(dataclasses.astuple(sizes)):
+            return math.inf  # more ways than rows
+        return sum(p.runs * roofline(work, p, mesh, where) for p in programs(Shapes(work, None), sizes))
+
+    fitting = [mesh for mesh in mesh_shapes(where.chips, where.slices) if memory(mesh) <= limit]
+    return sorted((mesh for mesh in fitting if seconds(mesh) < math.inf), key=seconds)
+
+
+def _compiled(program: Program):
+    """(compiled program, "") or (None, what the compiler says about memory)."""
+    try:
+        return program.lower().compile(), ""
+    except jax.errors.JaxRuntimeError as error:
+        if not any(word in str(error) for word in ("RESOURCE_EXHAUSTED", "Hbm", "memory")):
+            raise
+        return None, " ".join(str(error).split())
+
+
+def fit(shapes: Shapes, wanted: int, describe, limit: float, ways: int, note=lambda text: None):
+    """The most rows, from `wanted` down by halves, in which all programs of `describe(shapes, rows)` fit into `limit` bytes.
+
+    Returns (rows, [(program, compiled)], ""), or (0, [], why even the fewest rows do not fit).
+    """
+    rows, why = max(wanted, ways), ""
+    while rows >= max(LEAST, ways):
+        done = []
+        for program in describe(shapes, rows):
+            note(f"{program.name}, {rows} rows")
+            compiled, why = _compiled(program)
+            if compiled is None:
+                break
+            peak = compiled.memory_analysis().peak_memory_in_bytes
+            if peak > limit:
+                why = f"{program.name} needs {gib(peak)} a chip in {rows} rows, of {gib(limit)}"
+                break
+            done.append((program, compiled))
+        else:
+            return rows, done, ""
+        rows //= 2
+    return 0, [], why
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What a study would need on a slice. sizes: 0 where nothing fits; stages: `{stage: (seconds, flops, bytes, peak)}`; peak:
+    bytes a chip; problems: what does not fit, and why; estimated: from "cycles" of the compiler or a "roofline"."""
+
+    work: Workload
+    where: Slice
+    mesh: MeshShape | None
+    sizes: Sizes
+    stages: dict[str, "Stage"]
+    problems: list[str]
+
+    @property
+    def seconds(self) -> float:
+        return sum(stage.seconds for stage in self.stages.values())
+
+    @property
+    def peak(self) -> int:
+        return max((stage.peak for stage in self.stages.values()), default=0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """seconds, flops (all chips) and bytes (HBM traffic of one chip) in all; peak: bytes of memory a chip; cycles: whether the
+    seconds are from the compiler's cycles."""
+
+    seconds: float
+    flops: float
+    bytes: float
+    peak: int
+    cycles: bool
+
+
+STAGES = {"extraction": "forward", "selection": "select", "completions": "generation", "loss": "loss"}
+
+
+def make_plan(work: Workload, where: Slice, mesh: MeshShape | None = None, note=lambda text: None) -> Plan:
+    """Compiles a study's programs for a slice, on the mesh given or on the best that holds the model.
+
+    note: called with what is being compiled. Raises UserError without the TPU compiler, and for a mesh of other size.
+    """
+    wanted = WANTED.with_settings(work.config)
+    ranked = [mesh] if mesh else ranked_meshes(work, where, wanted)
+    if mesh and mesh.size != where.chips:
+        raise UserError(f"The mesh {mesh} has {mesh.size} chips, {where.name} has {where.chips}. Change one of them.")
+    if not ranked:
+        need = f"{gib(weight_bytes(work))} of weights on {where.chips} chips of {gib(where.chip.hbm)}"
+        return Plan(
+            work, where, None, Sizes(0, 0, 0, 0), {}, [f"the model does not fit: {need}, and a cache beside them"]
+        )
+    mesh, devices = ranked[0], where.devices()
+    shapes = Shapes(work, make_mesh(mesh.data, mesh.fsdp, mesh.model, devices))
+    sizes, problems, stages, ways = {}, [], {}, mesh.data * mesh.fsdp
+    for stage, field in STAGES.items():
+        rows, done, why = fit(shapes, getattr(wanted, field), GROUPS[field], SPARE * where.chip.hbm, ways, note)
+        sizes[field] = rows
+        if not rows:
+            problems.append(f"{stage}: {why[:300]}")
+            continue
+        if field == "select":
+            done += [(p, p.lower().compile()) for p in selection(shapes, rows)[1:]]
+        costs = [(p, cost(work, p, compiled, shapes.mesh, where)) for p, compiled in done]
+        stages[stage] = Stage(
+            sum(p.runs * c.seconds for p, c in costs),
+            sum(p.runs * c.flops for p, c in costs),
+            sum(p.runs * c.bytes for p, c in costs),
+            max(c.peak for _, c in costs),
+            all(c.cycles for _, c in costs),
+        )
+    return Plan(work, where, mesh, Sizes(**sizes), stages, problems)
+
+
+def device_slice(devices) -> Slice | None:
+    """What is known of these devices, or None where they are no TPUs of a known kind."""
+    chip = next((chip for chip in CHIPS.values() if devices[0].device_kind in chip.kinds), None)
+    if chip is None:
+        return None
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    return Slice(chip, (len(devices) // slices,), slices)
+
+
+def run_mesh(work: Workload, settings: ConfigDict, devices) -> jax.sharding.Mesh | None:
+    """The mesh of a run: what `config.mesh` asks for or, where it leaves all open, what the plan takes on TPUs, all devices as
+    tensor parallelism on other accelerators, and one device on a CPU. Raises UserError as `make_mesh` does, and for a model that
+    does not fit."""
+    given = {name: size for name, size in dict(settings).items() if size}
+    if given:
+        return make_mesh(**given) if any(size != 1 for size in given.values()) else None
+    if devices[0].platform == "cpu" or len(devices) == 1:
+        return None
+    where = device_slice(devices)
+    if where is None:
+        return make_mesh(model=len(devices))
+    ranked = ranked_meshes(work, where, WANTED.with_settings(work.config))
+    if not ranked:
+        raise UserError(
+            f"The model does not fit these {len(devices)} chips: {gib(weight_bytes(work))} of weights and a cache, on "
+            f"{gib(where.chip.hbm)} each. `refusal-jax plan` says which slice holds it."
+        )
+    best = ranked[0]
+    return make_mesh(best.data, best.fsdp, best.model)
+
+
+def run_sizes(work: Workload, mesh: jax.sharding.Mesh | None, devices, note=lambda text: None) -> Sizes:
+    """The batch sizes of a run on these devices: what the config sets, and else the most rows that fit, compiled to see.
+
+    Raises UserError for a stage that does not fit in the fewest rows.
+    """
+    if devices[0].platform == "cpu":
+        return ON_CPU.with_settings(work.config)
+    given, stats = Sizes(0, 0, 0, 0).with_settings(work.config), devices[0].memory_stats() or {}
+    where = device_slice(devices)
+    limit = SPARE * stats.get("bytes_limit", where.chip.hbm if where else math.inf)
+    shapes, found = Shapes(work, mesh), {}
+    ways = mesh.shape["data"] * mesh.shape["fsdp"] if mesh else 1
+    for field, describe in GROUPS.items():
+        found[field] = getattr(given, field)
+        if not found[field]:
+            found[field], _, why = fit(shapes, getattr(WANTED, field), describe, limit, ways, note)
+            if not found[field]:
+                raise UserError(
+                    f"The study does not fit these devices: {why}. `refusal-jax plan` says which slice holds it."
+                )
+    return Sizes(**found)
