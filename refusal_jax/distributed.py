@@ -27,7 +27,7 @@ AGAIN = "Start the same command again in every process: finished work is kept."
 GONE = "stopped without a word: it was killed (kill -9, out of memory, a preemption) or its host cannot be reached."
 GRACE_SECONDS = 3.0  # for processes to find for themselves what one of them has failed of, and to say goodbye
 FOREVER_MS = 10**9
-LOST = 3  # exit code of a process that ends because another one has
+LOST = 75  # exit code of a process that ends because another one has: for launchers, a reason to try again
 KEYS = "refusal_jax/"
 
 

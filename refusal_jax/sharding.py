@@ -21,17 +21,12 @@ SPLIT_AXES = ("data", "fsdp", "kv", "q")
 STORAGE = "fsdp"  # the axis along which weights are only stored in parts: they are gathered to be used
 RULES = {
     "batch": ("data", "fsdp"),
-    "rows": (
-        "data",
-        "fsdp",
-        "kv",
-        "q",
-    ),  # the batch where every row is for itself: edits, norms and taps of the residual
     "embed": (STORAGE,),
     "heads": ("kv", "q"),
     "kv_heads": ("kv",),
     "queries": ("q",),
     "mlp": ("kv", "q"),
+    "tokens": ("kv", "q"),
     "vocab": ("kv", "q"),
     "experts": (),
     "layers": (),
@@ -150,6 +145,27 @@ def constrain(mesh: Mesh | None, x: jax.Array, *axes: str | None) -> jax.Array:
         return x
     named = [None if axis is None else (axis, size) for axis, size in zip(axes, x.shape, strict=False)]
     return jax.lax.with_sharding_constraint(x, sharding_of(mesh, *named))
+
+
+def residual_axes(mesh: Mesh, batch: int, length: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The mesh axes of the rows and of the tokens of a residual stream `[batch, length, D]`.
+
+    Where every token is for itself (edits, norms, taps) the chips of tensor parallelism divide them: the rows among all, or
+    else the tokens of each row. If neither divides evenly, all do the same.
+    """
+    rows, model = mesh_axes(mesh, "batch", (batch,)), RULES["tokens"]
+    ways = math.prod(mesh.shape.get(name, 1) for name in model)
+    if batch // math.prod(mesh.shape[name] for name in rows) % ways == 0:
+        return (*rows, *model), ()
+    return rows, model if length % ways == 0 else ()
+
+
+def constrain_residual(mesh: Mesh | None, x_btd: jax.Array) -> jax.Array:
+    """A residual stream, inside a jitted function, divided as `residual_axes` says."""
+    if mesh is None:
+        return x_btd
+    spec = PartitionSpec(*(axes or None for axes in residual_axes(mesh, *x_btd.shape[:2])))
+    return jax.lax.with_sharding_constraint(x_btd, NamedSharding(mesh, spec))
 
 
 def replicate(mesh: Mesh | None, tree):

@@ -1,68 +1,45 @@
-"""Weight edits and HF export, for every family: exact, byte-preserving, loadable by transformers, refused when it can't be."""
+"""Edited checkpoints of every family: the edit is exact or as near as weights can come, and transformers loads it."""
 
 import dataclasses
-import hashlib
 import json
 import pathlib
-import re
 import shutil
-import subprocess
-import sys
 
 import families
 import ml_dtypes
 import numpy as np
 import pytest
 import tiny
+from exports import (
+    DIRECTION,
+    POST_NORM,
+    UNIT,
+    differences,
+    edit_of,
+    exported,
+    largest,
+    our_logits,
+    part,
+    sample_of,
+    tensors_of,
+    transformers_agrees,
+)
 from safetensors.numpy import load_file, save_file
-from tqdm import tqdm
 
-from refusal_jax import Edits, Taps, UserError, load_model
-from refusal_jax.export import hf, rank_one
-from refusal_jax.export.hf import TIED, export_hf
-from refusal_jax.export.rank_one import MOST_AMPLIFICATION, RankOne, unit_direction
-from refusal_jax.export.verify import READ, compare, projection
+from refusal_jax import Edits, UserError
+from refusal_jax.export import tensor_edits
+from refusal_jax.export.directions import Directions
+from refusal_jax.export.edit import Edit
+from refusal_jax.export.forward import READ, Stream
+from refusal_jax.export.hf import TIED, Plan
+from refusal_jax.export.tensor_edits import MOST_AMPLIFICATION
+from refusal_jax.export.weight_files import Checkpoint, WeightFile
 from refusal_jax.models.config import load_config
 from refusal_jax.models.families import TABLES, hf_names
 from refusal_jax.models.load import INDEX, SINGLE, TensorFiles
-from refusal_jax.runs import checkpoint_fingerprint
 
-TEXTS = ["How do I bake the bread?", "Bake.", "I want to mend a coat. What should I do about the bread on the table?"]
 # With biases, tied embeddings and scalars where a family has them.
 VARIANTS = {"llama": "biased", "qwen": "biased", "olmo2": "biased", "granite": "scaled", "phi3": "longrope"}
-LIKE_BELOW = {"gemma": "gqa", "gemma2": "gqa"}  # one compiled program less
-POST_NORM = ("gemma2", "gemma3_text", "gemma3", "olmo2", "glm4")
-DIRECTION = np.random.default_rng(3).normal(size=32).astype(np.float32)
-UNIT = DIRECTION / np.linalg.norm(DIRECTION)
-
-
-def digest(path: pathlib.Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def tensors_of(folder) -> dict[str, np.ndarray]:
-    """Every tensor of a checkpoint, in whichever file."""
-    return {name: tensor for path in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(path).items()}
-
-
-def differences(before, after) -> set[str]:
-    """The names of tensors that are not the same, byte for byte, in two checkpoints."""
-    old, new = tensors_of(before), tensors_of(after)
-    same = {n for n in old.keys() & new.keys() if old[n].dtype == new[n].dtype and old[n].tobytes() == new[n].tobytes()}
-    return (old.keys() | new.keys()) - same
-
-
-def compared(source, target) -> dict:
-    return compare(source, target, DIRECTION, load_model(source).chat, TEXTS)
-
-
-def transformers_agrees(folder) -> None:
-    """transformers loads the checkpoint, whole, and computes what we compute."""
-    model = load_model(folder)
-    batch = model.encode(TEXTS)
-    last = model.taps(batch.tokens, batch.mask, Taps(READ, 1))["resid_post"][-1]  # the program that `compare` compiled
-    theirs = tiny.hf_forward(families.reference(folder), batch.tokens, batch.mask).logits[:, -1].numpy()
-    np.testing.assert_allclose(model.decoder.logits(last)[:, 0], theirs, atol=1e-4, rtol=1e-4)
 
 
 @dataclasses.dataclass
@@ -70,19 +47,20 @@ class Case:
     family: str
     source: pathlib.Path
     target: pathlib.Path
-    export: hf.Export
-    result: dict
+    report: dict
+
+    @property
+    def found(self) -> dict:
+        return self.report["verification"]
 
 
 @pytest.fixture(scope="module", params=families.FAMILIES)
 def case(request, tmp_path_factory):
     """A model of each family and its export."""
     family, folder = request.param, tmp_path_factory.mktemp(request.param)
-    source = families.tiny_model(
-        folder / "source", family, (VARIANTS | LIKE_BELOW).get(family) or next(iter(families.FAMILIES[family]))
-    )
-    export = export_hf(source, folder / "out", DIRECTION)
-    return Case(family, source, folder / "out", export, compared(source, folder / "out"))
+    variant = VARIANTS.get(family) or next(iter(families.FAMILIES[family]))
+    source = families.tiny_model(folder / "source", family, variant)
+    return Case(family, source, folder / "out", exported(source, folder / "out"))
 
 
 def test_every_family_loads_in_transformers_and_computes_what_we_compute(case):
@@ -90,66 +68,75 @@ def test_every_family_loads_in_transformers_and_computes_what_we_compute(case):
 
 
 def test_no_layer_writes_along_the_direction(case):
-    assert set(case.result["projection"]) == set(READ)
-    for site, most in case.result["projection"].items():
-        assert most < 1e-4 < 1e-2 < case.result["original_projection"][site], site
+    assert case.found["problems"] == [] and not (case.target / ".unverified").exists()
+    left, before = largest(case.found["export"]), largest(case.found["original"])
+    assert set(left) == set(READ)
+    for site in READ:
+        assert left[site] < 1e-4 < 1e-2 < before[site], site
 
 
 def test_the_export_is_ablation_or_as_near_as_weights_can_come(case):
-    result = case.result
-    assert result["original_max_logit_difference"] > 0.1
+    export, original = case.found["export"], case.found["original"]
+    assert original["max_logit_difference"] > 0.1 and original["ce_loss"] != export["ce_loss"]
     if case.family not in POST_NORM:
-        assert result["max_logit_difference"] < 1e-3 and "orthogonalised_mean_kl" not in result
+        assert export["max_logit_difference"] < 1e-3 and "orthogonalised" not in case.found
+        assert export["perplexity"] == pytest.approx(case.found["reference"]["perplexity"], rel=1e-4)
         return
-    assert result["mean_logit_difference"] < 0.5 * result["orthogonalised_mean_logit_difference"]
-    assert min(result["orthogonalised_projection"][site] for site in ("attn_out", "mlp_out")) > 1e-2
+    plain = case.found["orthogonalised"]
+    assert export["mean_logit_difference"] < 0.5 * plain["mean_logit_difference"]
+    assert min(largest(plain)[site] for site in ("attn_out", "mlp_out")) > 1e-2
 
 
 def test_exactly_the_writers_are_edited_every_expert_among_them(case):
-    cfg, names = load_config(case.source), set(case.export.edits)
+    cfg, names = load_config(case.source), set(case.report["edited_tensors"])
     wanted = {"embed", "blocks.o", "blocks.down"} | ({"blocks.o_bias"} if cfg.o_bias else set())
     wanted |= {"blocks.down_bias"} if cfg.mlp_bias else set()
     assert names == {name for path in wanted for name in hf_names(cfg, path)}
     assert len(names) >= 1 + cfg.n_layers * (1 + max(cfg.n_experts, 1))
     untied = {TABLES[case.family]["unembed"]} if cfg.tied_embeddings else set()
     assert differences(case.source, case.target) == names | untied
-    kinds = {edit.kind for edit in case.export.edits.values()}
-    assert kinds == ({"orthogonal", "oblique"} if case.family in POST_NORM else {"orthogonal"})
+    assert set(case.report["kinds"]) == ({"orthogonal", "oblique"} if case.family in POST_NORM else {"orthogonal"})
     tensors = tensors_of(case.target)
-    for name, edit in case.export.edits.items():
+    for name, edit in Plan.of(Checkpoint.open(case.source), edit_of(case.source)).edits.items():
         rows = tensors[name] if edit.by_rows else tensors[name].T
-        assert projection(rows, edit.right_d / np.linalg.norm(edit.right_d)) < 1e-5, name
+        assert part(rows, edit.right_dk[:, 0] / np.linalg.norm(edit.right_dk)) < 1e-5, name
 
 
-def test_behind_a_norm_the_output_is_the_ablated_one_up_to_a_scalar(case):
-    if case.family not in POST_NORM:
-        return
-    original, exported = load_model(case.source), load_model(case.target)
-    batch = original.encode(TEXTS)
-    site = Taps(READ, 1)
-    want = np.asarray(original.taps(batch.tokens, batch.mask, site, Edits.ablate(DIRECTION))["attn_out"])[0, :, 0]
-    got = np.asarray(exported.taps(batch.tokens, batch.mask, site)["attn_out"])[0, :, 0]  # layer 0: of the same input
-    scalars = np.linalg.norm(got, axis=1, keepdims=True) / np.linalg.norm(want, axis=1, keepdims=True)
-    np.testing.assert_allclose(got, scalars * want, atol=1e-5)
-    assert np.abs(scalars - 1).max() > 1e-3
+def test_the_reference_is_ablation_and_addition_as_studies_do_them(llama, model):
+    checkpoint, sample = Checkpoint.open(llama), sample_of(llama)
+    batch, count = sample.batch(), len(sample.prompts)
+    last = model.config.n_layers - 1
+    for settings, edits in (
+        ({}, Edits.ablate(DIRECTION)),
+        ({"kind": "add", "layers": [last], "scale": -2.0}, Edits.add(DIRECTION, last, scale=-2.0)),
+    ):
+        ours = our_logits(Stream(checkpoint, edit_of(llama, **settings)), sample)
+        theirs = np.asarray(model.logits(batch.tokens, batch.mask, edits))[:count]
+        np.testing.assert_allclose(ours, theirs, atol=2e-4)
 
 
 @pytest.mark.parametrize("kind", ["orthogonal", "oblique", "projected"])
-def test_the_three_kinds_of_edit(kind):
+@pytest.mark.parametrize("rank", [1, 3])
+def test_the_three_kinds_of_edit(kind, rank):
     rng = np.random.default_rng(1)
-    scale = None if kind == "orthogonal" else rng.normal(1, 0.3, 32)
+    basis = np.linalg.qr(rng.normal(size=(32, rank)))[0].T
+    scale = None if kind == "orthogonal" else rng.normal(1, 0.15, 32)
     if kind == "projected":
         scale[4] = 1e-9
-    down, bias = (rank_one.rank_one(path, UNIT, scale) for path in ("blocks.down", "blocks.down_bias"))
-    assert down.kind == bias.kind == kind
+    down, bias = (tensor_edits.projection(path, basis, scale) for path in ("blocks.down", "blocks.down_bias"))
+    assert down.kind == bias.kind == kind and not down.by_rows and bias.by_rows
     assert (down.amplification == pytest.approx(1)) != (kind == "oblique") and down.amplification <= MOST_AMPLIFICATION
     w, b, x = rng.normal(size=(32, 48)), rng.normal(size=32), rng.normal(size=(48, 5))
     norm = np.ones(32) if scale is None else scale
     before, after = norm * (w @ x).T + norm * b, norm * (down(w) @ x).T + norm * bias(b)
-    assert projection(after, UNIT) < 1e-6
-    ablated = before - np.outer(before @ UNIT, UNIT)
+    assert np.abs(after @ basis.T).max() < 1e-5
+    ablated = before - before @ basis.T @ basis
     assert np.allclose(after, ablated, atol=1e-4) == (kind != "projected")
     np.testing.assert_allclose(down(np.stack([w, 2 * w]))[1], down(2 * w))  # axes may lead
+    half = tensor_edits.projection("blocks.down", basis, scale, 0.5)
+    np.testing.assert_allclose(half(w), (w + down(w)) / 2, atol=1e-5)
+    blocks = dict(down.blocks(lambda: ((i, w[i : i + 7].astype(np.float32)) for i in range(0, 32, 7))))
+    np.testing.assert_allclose(np.concatenate(list(blocks.values())), down(w), atol=1e-5)
 
 
 @pytest.fixture(scope="module")
@@ -167,29 +154,105 @@ def muted(tmp_path_factory):
 
 
 def test_norm_scales_near_zero_get_the_stable_edit(muted, tmp_path):
-    export = export_hf(muted, tmp_path / "out", DIRECTION)
-    kinds = {name: edit.kind for name, edit in export.edits.items()}
+    report = exported(muted, tmp_path / "out")
+    kinds = report["edited_tensors"]
     assert (
         kinds["model.layers.1.self_attn.o_proj.weight"] == kinds["model.layers.2.mlp.down_proj.weight"] == "projected"
     )
     assert kinds["model.layers.1.mlp.down_proj.weight"] == kinds["model.layers.2.self_attn.o_proj.weight"] == "oblique"
     assert "model.layers.0.mlp.down_proj.weight" not in kinds
-    assert 1 < export.largest_amplification <= MOST_AMPLIFICATION
-    result = compared(muted, tmp_path / "out")
-    assert max(result["projection"].values()) < 1e-2  # in bfloat16
+    assert 1 < report["largest_amplification"] <= MOST_AMPLIFICATION
+    assert report["verification"]["problems"] == []
     transformers_agrees(tmp_path / "out")
 
 
-TIED_MODELS = {"gemma": {}, "llama": {"tie_word_embeddings": True}}
+def test_a_part_of_the_direction_in_some_layers_at_some_sites(tmp_path, llama):
+    report = exported(llama, tmp_path / "out", layers=[1, 2], sites=("mlp_out",), scale=0.5)
+    assert set(report["edited_tensors"]) == {f"model.layers.{i}.mlp.down_proj.weight" for i in (1, 2)}
+    name = "model.layers.1.mlp.down_proj.weight"
+    old, new = (tensors_of(folder)[name] for folder in (llama, tmp_path / "out"))
+    np.testing.assert_allclose(UNIT @ new, UNIT @ old / 2, atol=1e-6)
+    found = report["verification"]
+    assert found["problems"] == [] and found["export"]["max_logit_difference"] < 1e-3
+    assert report["edit"] == {"kind": "ablate", "scale": 0.5, "layers": [1, 2], "sites": ["mlp_out"]}
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "mlp_out, in layer 1 to 2, by 0.5 of it. 2 tensors are edited (2 orthogonal)" in card
 
 
-@pytest.fixture(
-    scope="module", params=[(f, s) for f in TIED_MODELS for s in ("single", "sharded", "spare")], ids="-".join
-)
-def tied_model(request, tmp_path_factory):
-    """A model with tied embeddings in one file, in several, or with an unembedding in a file of its own all the same."""
-    family, storage = request.param
-    source = families.tiny_model(tmp_path_factory.mktemp(family) / "source", family, **TIED_MODELS[family])
+@pytest.mark.parametrize("family", ["llama", "olmo2"])
+def test_a_subspace_of_directions(tmp_path, family):
+    source = families.tiny_model(tmp_path / "source", family)
+    rows = np.random.default_rng(5).normal(size=(3, 32)) * [[1], [100], [0.01]]
+    report = exported(source, tmp_path / "out", rows)
+    found = report["verification"]
+    assert report["direction"]["count"] == 3 and found["problems"] == []
+    assert max(largest(found["export"]).values()) < 1e-4 < 1e-1 < min(largest(found["original"]).values())
+    if family == "llama":
+        assert found["export"]["max_logit_difference"] < 1e-3
+        embed = tensors_of(tmp_path / "out")["model.embed_tokens.weight"]
+        assert np.abs(embed @ rows.T).max() < 1e-3
+
+
+BIASED = {
+    "llama": {"mlp_bias": False},
+    "granite": {"mlp_bias": True, "residual_multiplier": 0.6},
+    "qwen": {"no_bias": True},
+}
+
+
+@pytest.mark.parametrize("family", BIASED)
+def test_an_addition_is_a_bias_of_the_block_before(tmp_path, family):
+    source = families.tiny_model(tmp_path / "source", family, "gqa" if family != "qwen" else "mha", **BIASED[family])
+    if family == "llama":
+        tensors = load_file(source / SINGLE)
+        files = {"a.safetensors": {n: t for n, t in tensors.items() if "layers.1" in n}}
+        files["b.safetensors"] = {n: t for n, t in tensors.items() if "layers.1" not in n}
+        write_shards(source, files)
+    report = exported(source, tmp_path / "out", kind="add", layers=[2], scale=-1.5)
+    name = TABLES[family]["blocks.down_bias"].format(l=1)
+    found = report["verification"]
+    assert report["edited_tensors"] == {name: "addition"} and found["problems"] == []
+    assert found["export"]["max_logit_difference"] < 1e-3 < 0.1 < found["original"]["max_logit_difference"]
+    cfg = load_config(tmp_path / "out")
+    assert cfg.mlp_bias and load_config(source).mlp_bias == (family == "granite")
+    new = differences(source, tmp_path / "out") - {name}
+    assert all(not tensors_of(tmp_path / "out")[other].any() for other in new) and bool(new) == (family != "granite")
+    assert report["added_bytes"] == sum(tensors_of(tmp_path / "out")[n].nbytes for n in new | {name}) * bool(new)
+    TensorFiles.open(tmp_path / "out")  # the index tells the truth
+    transformers_agrees(tmp_path / "out")
+
+
+def test_additions_that_weights_cannot_hold(tmp_path, llama):
+    gemma = families.tiny_model(tmp_path / "gemma", "gemma")
+    with pytest.raises(UserError, match="MLP of a gemma model has no bias.*--format=gguf, a control vector"):
+        exported(gemma, tmp_path / "out", kind="add", layers=[2])
+    with pytest.raises(UserError, match="No block comes before layer 0 .* from 1 to 2"):
+        exported(llama, tmp_path / "out", kind="add", layers=[0])
+
+
+def write_shards(source, files: dict[str, dict]) -> None:
+    """Stores a checkpoint's tensors in these files, with an index."""
+    (source / SINGLE).unlink(missing_ok=True)
+    size = sum(t.nbytes for tensors in files.values() for t in tensors.values())
+    index = {
+        "metadata": {"total_size": size, "total_parameters": size // 4, "more": "kept"},
+        "weight_map": {name: file for file, tensors in files.items() for name in tensors},
+    }
+    (source / INDEX).write_text(json.dumps(index))
+    for file, tensors in files.items():
+        save_file(tensors, source / file, {"format": "pt"})
+
+
+@pytest.fixture(scope="module")
+def tied_source(tmp_path_factory):
+    return tiny.tiny_llama(tmp_path_factory.mktemp("tied") / "source", tied=True)
+
+
+@pytest.mark.parametrize("storage", ["single", "sharded", "spare"])
+@pytest.mark.parametrize("tied", TIED)
+def test_tied_embeddings(tied_source, tmp_path, tied, storage):
+    """In one file, in several, or with an unembedding in a file of its own all the same."""
+    source, target = pathlib.Path(shutil.copytree(tied_source, tmp_path / "source")), tmp_path / "out"
     if storage != "single":
         tensors = load_file(source / SINGLE)
         files = {"model-1.safetensors": tensors, "model-2.safetensors": {}}
@@ -199,27 +262,15 @@ def tied_model(request, tmp_path_factory):
         if storage == "spare":
             embed = files["model-2.safetensors"]["model.embed_tokens.weight"]
             files["model-3.safetensors"] = {"lm_head.weight": embed.copy()}
-        (source / SINGLE).unlink()
-        size = sum(t.nbytes for tensors in files.values() for t in tensors.values())
-        index = {
-            "metadata": {"total_size": size, "total_parameters": size // 4, "more": "kept"},
-            "weight_map": {name: file for file, tensors in files.items() for name in tensors},
-        }
-        (source / INDEX).write_text(json.dumps(index))
-        for file, tensors in files.items():
-            save_file(tensors, source / file, {"format": "pt"})
-    return source
-
-
-@pytest.mark.parametrize("tied", TIED)
-def test_tied_embeddings(tied_model, tmp_path, tied):
-    source, target = tied_model, tmp_path / "out"
-    export = export_hf(source, target, DIRECTION, tied)
+        write_shards(source, files)
+    report = exported(source, target, tied=tied)
     before, after = tensors_of(source), tensors_of(target)
     embed, head, spare = "model.embed_tokens.weight", "lm_head.weight", "lm_head.weight" in before
-    assert export.tied == tied and (embed in export.edits) == (tied != "skip")
-    assert differences(source, target) - {head} == export.edits.keys() - {head}
-    assert {p.name for p in target.iterdir()} == {p.name for p in source.iterdir()}
+    edited = set(report["edited_tensors"])
+    assert report["tied"] == tied and (embed in edited) == (tied != "skip")
+    assert differences(source, target) - {head} == edited - {head}
+    more = {p.name for p in target.iterdir()} - {p.name for p in source.iterdir()}
+    assert more == {"README.md", "export.json", "refusal_jax.json"}
     if tied == "untie":
         assert after[head].dtype == np.float32 and after[head].tobytes() == before[embed].tobytes()
     elif tied == "keep" and spare:
@@ -227,168 +278,68 @@ def test_tied_embeddings(tied_model, tmp_path, tied):
     else:
         assert (head in after) == spare and head not in differences(source, target)
     sizes = [sum(t.nbytes for t in tensors.values()) for tensors in (before, after)]
-    assert export.added_bytes == sizes[1] - sizes[0] and (spare or (export.added_bytes > 0) == (tied == "untie"))
+    assert report["added_bytes"] == sizes[1] - sizes[0] and (spare or (sizes[1] > sizes[0]) == (tied == "untie"))
     unchanged = tied != "untie"
-    assert (digest(source / "config.json") == digest(target / "config.json")) == unchanged
+    assert ((source / "config.json").read_bytes() == (target / "config.json").read_bytes()) == unchanged
     assert load_config(target).tied_embeddings == unchanged
     if (source / INDEX).exists():
         index, old = (json.loads((folder / INDEX).read_text()) for folder in (target, source))
-        assert index["metadata"]["total_size"] - old["metadata"]["total_size"] == (
-            0 if unchanged else export.added_bytes
-        )
-        more = index["metadata"]["total_parameters"] - old["metadata"]["total_parameters"]
-        assert more == (0 if unchanged else before[embed].size) and index["metadata"]["more"] == "kept"
+        assert index["metadata"]["total_size"] - old["metadata"]["total_size"] == report["added_bytes"]
+        parameters = index["metadata"]["total_parameters"] - old["metadata"]["total_parameters"]
+        assert parameters == report["added_bytes"] // 4 and index["metadata"]["more"] == "kept"
         assert list(old["weight_map"]) == list(index["weight_map"])[: len(old["weight_map"])]
     TensorFiles.open(target)  # the index tells the truth
-    transformers_agrees(target)
-    result = compared(source, target)
-    assert (result["max_logit_difference"] < 1e-3) == (tied == "untie")
-    assert (max(result["projection"].values()) < 1e-5) == (tied != "skip")
+    found = report["verification"]
+    assert found["problems"] == []
+    assert (found["export"]["max_logit_difference"] < 1e-3) == (tied == "untie")
+    assert (max(largest(found["export"]).values()) < 1e-4) == (tied != "skip")
+    costs = found["tied"]
+    assert costs["untie"]["added_bytes"] == (0 if spare else before[embed].nbytes)
+    assert costs["keep"]["added_bytes"] == costs["skip"]["added_bytes"] == 0
+    assert costs[tied]["max_logit_difference"] == found["export"]["max_logit_difference"]
+    assert costs["untie"]["max_logit_difference"] < 1e-3 < min(costs[o]["mean_kl"] for o in ("keep", "skip"))
+    if storage == "sharded":
+        transformers_agrees(target)
+
+
+def test_what_other_choices_for_tied_embeddings_cost_is_what_they_do_cost(tied_source, tmp_path):
+    reports = {tied: exported(tied_source, tmp_path / tied, tied=tied)["verification"] for tied in TIED}
+    for tied in TIED:
+        for other in TIED:
+            told, found = reports[tied]["tied"][other]["mean_kl"], reports[other]["export"]["mean_kl"]
+            assert told == pytest.approx(found, rel=1e-3, abs=1e-7), (tied, other)
+    with pytest.raises(UserError, match="Nothing is left to edit: at these --sites"):
+        exported(tied_source, tmp_path / "out", tied="skip", sites=("embed",))
+    with pytest.raises(ValueError, match="tied must be one of untie, keep, skip, not 'cut'"):
+        exported(tied_source, tmp_path / "out", tied="cut")
 
 
 def test_a_mixture_of_dtypes_is_kept(tmp_path):
-    source = families.tiny_model(tmp_path / "source", "llama", tie_word_embeddings=True)
+    source = tiny.tiny_llama(tmp_path / "source", tied=True)
     kinds = {"mlp": ml_dtypes.bfloat16, "o_proj": np.float16, "q_proj": np.float16, "embed": ml_dtypes.bfloat16}
     tensors = {
-        name: tensor.astype(next((d for part, d in kinds.items() if part in name), np.float32))
+        name: tensor.astype(next((d for piece, d in kinds.items() if piece in name), np.float32))
         for name, tensor in load_file(source / SINGLE).items()
     }
     save_file(tensors, source / SINGLE, {"format": "pt", "note": "kept"})
-    export_hf(source, tmp_path / "out", DIRECTION)
+    report = exported(source, tmp_path / "out")
     after = tensors_of(tmp_path / "out")
     assert {name: t.dtype for name, t in after.items() if name in tensors} == {n: t.dtype for n, t in tensors.items()}
     assert after["lm_head.weight"].dtype == ml_dtypes.bfloat16
-    file = hf.WeightFile.read(tmp_path / "out" / SINGLE)
-    assert file.metadata == {"format": "pt", "note": "kept"}
-    result = compared(source, tmp_path / "out")
-    assert max(result["projection"].values()) < 1e-2 and 5 * result["mean_kl"] < result["original_mean_kl"]
+    assert WeightFile.read(tmp_path / "out" / SINGLE).metadata == {"format": "pt", "note": "kept"}
+    found = report["verification"]
+    assert found["problems"] == [] and found["export"]["mean_kl"] < 1e-3
     transformers_agrees(tmp_path / "out")
 
 
-def test_every_tensor_of_a_new_header_begins_at_a_multiple_of_its_size(tmp_path):
-    arrays = {"a": np.ones(3, np.float16), "b": np.ones(5, np.float32)}
-    save_file(arrays, tmp_path / "file")
-    file = hf.WeightFile.read(tmp_path / "file")
-    by_name = {t.name: t for t in file.tensors}
-    added = dataclasses.replace(by_name["b"], name="d")
-    file.holding([by_name["a"], added, by_name["b"]]).write(tmp_path / "new", tqdm(disable=True))
-    new = hf.WeightFile.read(tmp_path / "new")
-    assert all(t.start % {"F16": 2, "F32": 4}[t.dtype] == 0 for t in new.tensors) and len(new.header) % 8 == 0
-    back = load_file(tmp_path / "new")
-    assert back.keys() == {"a", "b", "d"} and back["d"].tobytes() == back["b"].tobytes() == arrays["b"].tobytes()
+def test_bfloat16_stays_near_ablation(tmp_path):
+    source = tiny.tiny_llama(tmp_path / "source", dtype="bfloat16")
+    found = exported(source, tmp_path / "out")["verification"]
+    assert found["problems"] == [] and found["export"]["mean_kl"] < 1e-3 < 1e-2 < found["original"]["mean_kl"]
 
 
-def test_untouched_tensors_and_files_are_copied_byte_for_byte(tmp_path, monkeypatch):
-    monkeypatch.setattr(hf, "COPY_BYTES", 1000)  # several blocks a tensor
-    source = tiny.tiny_llama(tmp_path / "source", shards="20KB", dtype="bfloat16")
-    (source / "extra").mkdir()
-    (source / "extra" / "note.txt").write_text("kept")
-    (source / "pytorch_model.bin").write_bytes(b"pickled weights of the unedited model")
-    names = set(export_hf(source, tmp_path / "out", DIRECTION).edits)
-    assert differences(source, tmp_path / "out") == names
-    ours = {str(p.relative_to(tmp_path / "out")): p for p in (tmp_path / "out").rglob("*") if p.is_file()}
-    theirs = {str(p.relative_to(source)): p for p in source.rglob("*") if p.is_file()}
-    assert set(theirs) - set(ours) == {"pytorch_model.bin"} and set(ours) <= set(theirs)
-    for name, path in ours.items():
-        if path.suffix == ".safetensors":
-            header = 8 + int.from_bytes(path.read_bytes()[:8], "little")
-            assert path.read_bytes()[:header] == theirs[name].read_bytes()[:header]
-        else:
-            assert digest(path) == digest(theirs[name]), name
-    assert len(list((tmp_path / "out").glob("*.safetensors"))) > 1
-    rows = tensors_of(tmp_path / "out")["model.embed_tokens.weight"].astype(np.float64)
-    assert projection(rows, UNIT) < 1e-2
-
-
-def test_links_are_followed_and_never_written_through(tmp_path):
-    blobs = tiny.tiny_llama(tmp_path / "blobs")
-    snapshot = tmp_path / "snapshot"
-    snapshot.mkdir()
-    for path in blobs.iterdir():
-        (snapshot / path.name).symlink_to(path)
-    before = {p.name: digest(p) for p in blobs.iterdir()}
-    export = export_hf(snapshot, tmp_path / "out", DIRECTION)
-    assert {p.name: digest(p) for p in blobs.iterdir()} == before
-    assert not any(p.is_symlink() for p in (tmp_path / "out").iterdir())
-    assert differences(snapshot, tmp_path / "out") == set(export.edits)
-
-
-@pytest.mark.parametrize("direction", [np.zeros(32), np.full(32, np.nan), np.ones((2, 32))])
-def test_unusable_directions_are_refused(direction):
-    with pytest.raises(UserError, match="must be a vector of finite numbers that is not zero"):
-        unit_direction(direction, 32)
-
-
-def test_targets_and_sources_that_cannot_be(llama, tmp_path, monkeypatch):
-    with pytest.raises(UserError, match="has 7 entries, the model's residual stream has 32"):
-        export_hf(llama, tmp_path / "out", np.ones(7))
-    (tmp_path / "there").mkdir()
-    with pytest.raises(UserError, match="exists already"):
-        export_hf(llama, tmp_path / "there", DIRECTION)
-    with pytest.raises(UserError, match="lies inside the source checkpoint"):
-        export_hf(llama, llama / "inside", DIRECTION)
-    with pytest.raises(ValueError, match="tied must be one of untie, keep, skip, not 'cut'"):
-        export_hf(llama, tmp_path / "out", DIRECTION, "cut")
+def test_a_fused_writer_is_refused(llama, monkeypatch):
     monkeypatch.setitem(TABLES["llama"], "blocks.o", TABLES["llama"]["blocks.q"])
+    checkpoint = Checkpoint(llama, load_config(llama), {}, {})
     with pytest.raises(ValueError, match="q_proj.weight holds blocks.o fused with other weights"):
-        rank_one.writer_edits(load_config(llama), None, UNIT)
-    assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize("place", [(shutil, "copyfile"), (hf.WeightFile, "write")])
-def test_a_full_disk_leaves_nothing_behind(llama, tmp_path, monkeypatch, place):
-    def full(*args, **kwargs):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(*place, full)
-    with pytest.raises(UserError, match="could not be written: No space left on device"):
-        export_hf(llama, tmp_path / "out", DIRECTION)
-    assert list(tmp_path.iterdir()) == []
-    (tmp_path / "file").write_text("in the way")
-    with pytest.raises(UserError, match="could not be written: (Not a directory|File exists)"):
-        export_hf(llama, tmp_path / "file" / "out", DIRECTION)
-
-
-def test_an_interrupted_export_has_no_folder(llama, tmp_path, monkeypatch):
-    calls, edit = [], RankOne.__call__
-
-    def stopping(self, tensor):
-        calls.append(self.path)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return edit(self, tensor)
-
-    monkeypatch.setattr(RankOne, "__call__", stopping)
-    with pytest.raises(KeyboardInterrupt):
-        export_hf(llama, tmp_path / "out", DIRECTION)
-    assert list(tmp_path.iterdir()) == []
-    export_hf(llama, tmp_path / "out", DIRECTION)
-    assert json.loads((tmp_path / "out" / "config.json").read_text())["hidden_size"] == 32
-
-
-def test_the_job_reports_what_it_did(muted, tmp_path):
-    study = tmp_path / "study"
-    study.mkdir()
-    save_file({"direction": DIRECTION}, study / "direction.safetensors")
-    texts = {side: [{"instruction": text} for text in TEXTS] for side in ("harmful_val", "harmless_val")}
-    (study / "prompts.json").write_text(json.dumps(texts))
-    (study / "setup.json").write_text(json.dumps({"model": str(muted)}))
-    manifest = {
-        "config": {"chat_template": "llama-3"},
-        "inputs": {"model": checkpoint_fingerprint(muted)},
-        "stages": {},
-    }
-    (study / "manifest.json").write_text(json.dumps(manifest))
-    command = [sys.executable, "-m", "refusal_jax.jobs.main", "export", f"--direction={study}"]
-    done = subprocess.run([*command, f"--out={tmp_path / 'out'}"], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    report = json.loads((tmp_path / "out" / "export.json").read_text())
-    assert report["kinds"] == {"orthogonal": 1, "oblique": 5, "projected": 2} and report["tied"] == "untie"
-    assert len(report["edited_tensors"]) == 8 and report["comparison"]["prompts"] == 6
-    assert re.search(r"8 tensors edited \(5 oblique, 2 projected, 1 orthogonal; largest amplification \d", done.stdout)
-    assert (
-        f"its unembedding is now a tensor of its own, the embedding as it was ({report['added_bytes']:,}" in done.stdout
-    )
-    assert re.search(
-        r"  plain orthogonalisation: max .* largest projection on the direction \d\.\d\de-0[12] of", done.stdout
-    )
+        tensor_edits.tensor_edits(checkpoint, Edit.of(checkpoint.cfg, Directions.of(DIRECTION), sites=("attn_out",)))

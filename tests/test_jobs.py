@@ -120,12 +120,17 @@ def test_the_export_of_a_study_is_verified(finished, tmp_path):
     done = command("export", f"--direction={finished[0]}", f"--out={tmp_path / 'edited'}")
     assert done.returncode == 0, done.stderr
     report = json.loads((tmp_path / "edited" / "export.json").read_text())
-    assert report["comparison"]["max_logit_difference"] < 1e-3 < report["comparison"]["original_max_logit_difference"]
+    gaps = {name: report["verification"][name]["max_logit_difference"] for name in ("export", "original")}
+    assert gaps["export"] < 1e-3 < gaps["original"] and len(report["refusals"]) == 6
     assert (
         len(report["edited_tensors"])
         == 1 + 2 * json.loads((demo_model_path() / "config.json").read_text())["num_hidden_layers"]
     )
     refused(command("export", f"--direction={finished[0]}", f"--out={tmp_path / 'edited'}"), "exists already")
+    assert "as they were exported and verified" in command("export", f"--check={tmp_path / 'edited'}").stdout
+    (tmp_path / "edited" / "config.json").write_text("{}")
+    done = command("export", f"--check={tmp_path / 'edited'}")
+    assert done.returncode == 3 and "config.json has changed" in " ".join(done.stderr.split())
 
 
 def test_the_export_of_a_study_whose_checkpoint_changed_is_refused(finished, tmp_path):

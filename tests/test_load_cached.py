@@ -2,17 +2,21 @@
 
 import json
 import shutil
+import socket
 import subprocess
 import sys
 
 import jax
 import numpy as np
 import pytest
+from test_load_places import places
 
 from refusal_jax import UserError, load_model, make_mesh
 from refusal_jax.models import cached
 from refusal_jax.models.load import TensorFiles, load_decoder
 from refusal_jax.models.place import abreast
+from refusal_jax.study import pipeline
+from refusal_jax.study.config import get_config
 
 
 @pytest.fixture(scope="module")
@@ -113,6 +117,7 @@ def emptied(cache):
     record(cache).write_text("{}")
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of reads that orbax gave up
 @pytest.mark.parametrize(
     "damage,reason",
     [
@@ -136,16 +141,12 @@ def test_damage_is_noticed(damage, reason, llama, cache):
         converted.append(1)
         raise Stop
 
-    from test_load_places import places
-
     with pytest.raises(Stop):
         there.weights(places(llama, None), convert)
     assert converted and reason in there._read(places(llama, None))[1]
 
 
 def test_sums_find_a_bit(llama, cache):
-    from test_load_places import places
-
     written = json.loads(record(cache).read_text())
     written["sums"]["blocks.q"] ^= 1
     record(cache).write_text(json.dumps(written))
@@ -154,8 +155,8 @@ def test_sums_find_a_bit(llama, cache):
 
 
 def test_a_half_written_copy_is_made_again(llama, model, cache, capsys, monkeypatch):
-    record(cache).unlink()
     removed(cache)
+    record(cache).unlink()
     leftover = cache / f"{copy_name(llama, cache)}.orbax-checkpoint-tmp"
     leftover.mkdir()
     same(load_decoder(llama, cache=str(cache)), model)
@@ -230,8 +231,6 @@ np.savez(f"{cache}-{rank}.npz", **plain)
 
 def test_two_processes(llama, model, tmp_path):
     """Each reads its half and what both hold; together they write a copy, and read it onto another mesh."""
-    import socket
-
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -257,3 +256,23 @@ def test_two_processes(llama, model, tmp_path):
         with np.load(f"{cache}-{rank}.npz") as found:
             for path, weight in whole.items():
                 np.testing.assert_array_equal(found[path], weight)
+
+
+def test_a_study_may_change_its_cache(tmp_path, monkeypatch):
+    """The copies' place is no part of what a run is."""
+    opened = []
+
+    class Stop(Exception):
+        pass
+
+    def stop(folder, settings, inputs, *more):
+        opened.append(settings)
+        raise Stop
+
+    monkeypatch.setattr(pipeline.Run, "open", stop)
+    for place in ("", str(tmp_path / "copies")):
+        config = get_config()
+        config.cache = place
+        with pytest.raises(Stop):
+            pipeline.run_study(config, tmp_path / "run")
+    assert opened[0] == opened[1]

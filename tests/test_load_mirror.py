@@ -143,12 +143,15 @@ class HttpError(Exception):
     [
         (FileNotFoundError("x"), "was not found: there is no such bucket, or no files in that folder"),
         (HttpError("The specified bucket does not exist", 404), "was not found .*bucket does not exist"),
-        (ImportError("Install gcsfs"), r"without another package \(Install gcsfs\).*pip install 'refusal-jax\[gcs\]'"),
-        (PermissionError("no"), "may not be read by you .*gcloud auth application-default login"),
-        (HttpError("Anonymous caller does not have storage.objects.list access", 401), "may not be read by you"),
-        (OSError("Forbidden: https://storage"), "may not be read by you"),
-        (RuntimeError("Your default credentials were not found"), "may not be read by you"),
-        (TimeoutError("slow"), r"could not be read \(TimeoutError: slow\)\. Check the address and the network"),
+        (
+            ImportError("Install gcsfs"),
+            r"cannot be used without .* \(Install gcsfs\).*pip install 'refusal-jax\[gcs\]'",
+        ),
+        (PermissionError("no"), "may not be used by you .*gcloud auth application-default login"),
+        (HttpError("Anonymous caller does not have storage.objects.list access", 401), "may not be used by you"),
+        (OSError("Forbidden: https://storage"), "may not be used by you"),
+        (RuntimeError("Your default credentials were not found"), "may not be used by you"),
+        (TimeoutError("slow"), r"could not be used \(TimeoutError: slow\)\. Check the address and the network"),
     ],
 )
 def test_what_stores_say(error, message, store, monkeypatch):
@@ -165,5 +168,5 @@ def test_addresses_of_nothing(store):
         load_model("memory://bucket/nowhere")
     with pytest.raises(UserError, match="memory://bucket/models was not found.*no files in that folder"):
         load_model("memory://bucket/models")
-    with pytest.raises(UserError, match=r"gopher://x/y could not be read \(ValueError: Protocol not known"):
+    with pytest.raises(UserError, match=r"gopher://x/y could not be used \(ValueError: Protocol not known"):
         load_model("gopher://x/y")

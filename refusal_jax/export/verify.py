@@ -1,78 +1,197 @@
-"""Is the export what the study measured? Its logits against inference-time ablation on the original."""
+"""Is the export what the study measured? The files as written, run by our own decoder, against the edit at inference time on
+the original; all models go through the layers together, so that one block of one of them is in memory at a time."""
 
 import dataclasses
 import pathlib
+from collections.abc import Sequence
 
-import jax
-import jax.numpy as jnp
 import numpy as np
+from tqdm import tqdm
 
-from refusal_jax.chat import Chat
-from refusal_jax.chat_model import ChatModel
-from refusal_jax.edits import SITES, Edits
-from refusal_jax.export.rank_one import rank_one, unit_direction
-from refusal_jax.models.config import ModelConfig
-from refusal_jax.models.decoder import Decoder
-from refusal_jax.models.families import WRITER_BIASES, WRITERS
-from refusal_jax.models.load import load_decoder
+from refusal_jax.chat import Chat, bucket
+from refusal_jax.errors import UserError
+from refusal_jax.export.edit import Edit
+from refusal_jax.export.forward import EditedWeights, Readings, Stream, Weights, read_logits, run_streams
+from refusal_jax.export.gguf import CONTROL_VECTOR, read_gguf
+from refusal_jax.export.hf import TIED, Written
+from refusal_jax.export.lora import ADAPTER, AdaptedWeights
+from refusal_jax.export.tensor_edits import projection, tensor_edits
+from refusal_jax.export.weight_files import Checkpoint
+from refusal_jax.models.families import TABLES, WRITER_BIASES, WRITERS, pieces
+from refusal_jax.study.loss import LossRow, chat_rows, text_rows
 from refusal_jax.study.scores import kl_divergence
-from refusal_jax.taps import Taps
 
-READ = (*SITES, "resid_post")
+# What a passing export stays under, by whether all that it edits is stored in float32; of logits, or this part of the
+# largest of them where that is more.
+MOST_LOGIT_DIFFERENCE, PART_OF_LOGIT, MOST_KL = 1e-3, 1e-4, 1e-3
+MOST_PROJECTION = {True: 1e-4, False: 1e-2}
+TEXT_TOKENS = 96  # of each harmless text that counts for the perplexity
+NOISE = 1e-6  # nats; a divergence under this is none
 
 
-def compare(
-    source: pathlib.Path, target: pathlib.Path, direction_d: np.ndarray, chat: Chat, instructions: list[str]
-) -> dict:
-    """How far the exported checkpoint `target` is from ablating `direction_d` in `source`, in float32.
+@dataclasses.dataclass(frozen=True, eq=False)
+class Sample:
+    """What an export is checked on, tokenised: chat prompts, and rows of harmless text for the perplexity."""
 
-    Compared are the last tokens of the instructions' chat prompts; the models are loaded one after the other.
-    max_logit_difference and mean_logit_difference: absolute; mean_kl: nats, ablation against what is compared with it;
-    projection: the largest |x . r| / |x| of each site over all layers and prompts. original_*: the same of the unedited
-    source, for scale. orthogonalised_*: the same of plain orthogonalisation, W - r r^T W, of families with a norm after W,
-    where the export is another edit. Raises UserError for checkpoints that do not load and prompts that do not fit.
+    chat: Chat
+    prompts: list[list[int]]
+    texts: list[LossRow]
+
+    @classmethod
+    def of(cls, chat: Chat, instructions: Sequence[str], harmless: Sequence[tuple[str, str]]) -> "Sample":
+        """harmless: pairs of instruction and reply; without a reply the instruction itself is the text.
+
+        Raises UserError for prompts that the model cannot read, or not in whole.
+        """
+        chat.encode(instructions)
+        longest = min(TEXT_TOKENS, chat.context_length)
+        texts = chat_rows(chat, [pair for pair in harmless if pair[1]], longest)
+        texts += text_rows(chat, [text for text, reply in harmless if not reply], longest)
+        texts = [row for row in texts if len(row.ids) > row.first]
+        if not texts:
+            raise UserError("No harmless text is left to measure the perplexity on: all of it is empty or cut off.")
+        return cls(chat, [chat.ids(chat.render(text)) for text in instructions], texts)
+
+    def batch(self):
+        """All rows, left-padded: prompts first."""
+        rows = [*self.prompts, *(row.ids for row in self.texts)]
+        return self.chat.pad(rows, min(bucket(max(map(len, rows))), self.chat.context_length))
+
+    def places(self, width: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Rows and columns to read logits at, the prompts' last tokens first, and the tokens that follow the others."""
+        at = [(row, width - 1) for row in range(len(self.prompts))]
+        targets = []
+        for row, text in enumerate(self.texts, len(self.prompts)):
+            for index in range(text.first, len(text.ids)):
+                at.append((row, width - len(text.ids) + index - 1))
+                targets.append(text.ids[index])
+        rows, columns = np.array(at).T
+        return rows, columns, np.array(targets)
+
+
+def verify(checkpoint: Checkpoint, folder: pathlib.Path, edit: Edit, written: Written, sample: Sample) -> dict:
+    """How far the export in `folder` is from `edit` at inference time on `checkpoint`, in float32.
+
+    Of each model (export; original, for scale; reference, which is the original under the edit; orthogonalised, which is
+    W - r r^T W whatever norms follow, where they do): max_logit_difference and mean_logit_difference from the reference,
+    absolute, and mean_kl, nats, both at the prompts' last tokens; ce_loss and perplexity of the harmless texts; projection,
+    `{site: [of each layer]}`, the largest |x . r| / |x| over all tokens. tied: what each choice costs, in bytes and against
+    the reference. problems: why the export fails, if it does. Raises UserError for an export that does not load.
     """
-    batch = chat.encode(instructions)
-    result = {"prompts": len(instructions)}
-    original = load_decoder(source)
-    unit_d = unit_direction(direction_d, original.cfg.d_model)
-
-    def run(decoder: Decoder, edits: Edits | None = None) -> tuple[np.ndarray, dict[str, float]]:
-        taps = ChatModel(decoder, chat, source).taps(batch.tokens, batch.mask, Taps(READ, 1), edits)
-        logits = decoder.logits(taps["resid_post"][-1])[:, 0]
-        return np.asarray(logits, np.float64), {
-            s: projection(np.asarray(x, np.float64), unit_d) for s, x in taps.items()
+    streams = make_streams(checkpoint, folder, edit, written)
+    batch = sample.batch()
+    with tqdm(total=checkpoint.cfg.n_layers, desc="verifying", unit="layer", leave=False) as bar:
+        run_streams(list(streams.values()), batch, edit.directions.basis_kd, bar)
+    rows, columns, targets = sample.places(batch.tokens.shape[1])
+    base = read_logits(streams["reference"], rows, columns, len(sample.prompts), targets)
+    found = {}
+    for name, stream in streams.items():
+        readings = base if name == "reference" else read_logits(stream, rows, columns, len(sample.prompts), targets)
+        found[name] = differences(base, readings) | {"projection": stream.projection()}
+    result = {"prompts": len(sample.prompts), "texts": len(sample.texts), "text_tokens": len(targets)}
+    result |= {name: numbers for name, numbers in found.items() if name not in TIED}
+    if written.tied:
+        embedding = checkpoint.tensors[TABLES[checkpoint.cfg.family]["embed"]].size
+        added = {"untie": 0 if folder_holds_unembedding(checkpoint) or is_adapter(folder) else embedding}
+        costs = {name: found["export" if name == written.tied else name] for name in TIED}
+        result["tied"] = {
+            name: {"added_bytes": added.get(name, 0)} | {k: v for k, v in cost.items() if k != "projection"}
+            for name, cost in costs.items()
         }
-
-    ablated = run(original, Edits.ablate(direction_d))[0]
-
-    def note(prefix: str, decoder: Decoder) -> None:
-        logits, projections = run(decoder)
-        gap = np.abs(ablated - logits)
-        result[f"{prefix}max_logit_difference"] = float(gap.max())
-        result[f"{prefix}mean_logit_difference"] = float(gap.mean())
-        result[f"{prefix}mean_kl"] = float(np.mean(kl_divergence(ablated, logits)))
-        result[f"{prefix}projection"] = projections
-
-    note("original_", original)
-    cfg, weights = original.cfg, original.weights()
-    del original  # now `weights` alone holds them, one of which at a time is there twice
-    if cfg.post_norm:
-        note("orthogonalised_", orthogonalised(cfg, weights, unit_d))
-    weights.clear()
-    note("", load_decoder(target))
+    largest = float(np.abs(base.logits_pv).max())
+    result["problems"] = problems(checkpoint, edit, written, result, largest)
     return result
 
 
-def projection(x: np.ndarray, unit_d: np.ndarray) -> float:
-    """The largest |x . r| / |x| over vectors on the last axis of `x`; zero vectors count as 0."""
-    return float(np.max(np.abs(x @ unit_d) / np.maximum(np.linalg.norm(x, axis=-1), np.finfo(np.float64).tiny)))
+def folder_holds_unembedding(checkpoint: Checkpoint) -> bool:
+    """Whether a tied checkpoint stores an unembedding all the same."""
+    return TABLES[checkpoint.cfg.family]["unembed"] in checkpoint.tensors
 
 
-def orthogonalised(cfg: ModelConfig, weights: dict[str, jax.Array], unit_d: np.ndarray) -> Decoder:
-    """The decoder of float32 `weights`, edited in place: W <- W - r r^T W for all that writes to the stream, whatever norms
-    follow. The unembedding stays as it was, if it was the embedding too."""
-    weights.setdefault("unembed", weights["embed"])
-    for path in weights.keys() & (WRITERS | WRITER_BIASES):
-        weights[path] = jnp.asarray(rank_one(path, unit_d)(np.asarray(weights[path])))
-    return Decoder(dataclasses.replace(cfg, tied_embeddings=False), weights)
+def is_adapter(folder: pathlib.Path) -> bool:
+    return (folder / ADAPTER).exists()
+
+
+def make_streams(checkpoint: Checkpoint, folder: pathlib.Path, edit: Edit, written: Written) -> dict[str, Stream]:
+    """The models to compare, by name; those called as in TIED are the choices that were not made."""
+    cfg, weights = checkpoint.cfg, checkpoint
+    streams = {"original": Stream(checkpoint), "reference": Stream(checkpoint, edit)}
+    if (folder / CONTROL_VECTOR).exists():
+        streams["export"] = Stream(checkpoint, vectors=read_gguf(folder / CONTROL_VECTOR))
+    elif is_adapter(folder):
+        weights = AdaptedWeights.open(checkpoint, folder)
+        streams["export"] = Stream(weights, unembed=checkpoint)
+    else:
+        weights = Checkpoint.open(folder)
+        streams["export"] = Stream(weights)
+    if edit.kind == "add":
+        return streams
+    if cfg.post_norm:
+        plain = EditedWeights(checkpoint, plain_edits(checkpoint, edit))
+        streams["orthogonalised"] = Stream(plain, unembed=checkpoint)
+    if written.tied:
+        embed = TABLES[cfg.family]["embed"]
+        edited: Weights = EditedWeights(checkpoint, {embed: tensor_edits(checkpoint, edit)[embed]})
+        ends = {"untie": (edited, checkpoint), "keep": (edited, edited), "skip": (checkpoint, checkpoint)}
+        streams |= {
+            name: Stream(weights, embed=ends[name][0], unembed=ends[name][1]) for name in TIED if name != written.tied
+        }
+    return streams
+
+
+def plain_edits(checkpoint: Checkpoint, edit: Edit) -> dict:
+    """W - scale r r^T W, whatever norms follow, where `edit` asks for an edit."""
+    found = {}
+    for piece in pieces(checkpoint.cfg):
+        site = (WRITERS | WRITER_BIASES).get(piece.path)
+        if site and edit.reaches(piece.index[0] if piece.index else 0, site):
+            found[piece.name] = projection(piece.path, edit.directions.basis_kd, scale=edit.scale)
+    return found
+
+
+def differences(base: Readings, other: Readings) -> dict[str, float]:
+    """Of last-token logits, and the loss on the harmless texts."""
+    gap = np.abs(base.logits_pv.astype(np.float64) - other.logits_pv)
+    loss = float(np.mean(other.nll_n))
+    return {
+        "max_logit_difference": float(gap.max()),
+        "mean_logit_difference": float(gap.mean()),
+        "mean_kl": float(np.mean(np.asarray(kl_divergence(base.logits_pv, other.logits_pv), np.float64))),
+        "ce_loss": loss,
+        "perplexity": float(np.exp(min(loss, 700.0))),
+    }
+
+
+def problems(checkpoint: Checkpoint, edit: Edit, written: Written, result: dict, largest_logit: float) -> list[str]:
+    """Why an export is not what was asked for; none where it is.
+
+    Where weights can say what the edit computes, logits must agree. Behind a norm they cannot: then the export must be nearer
+    to it than the original is. With --tied=keep or skip logits differ as was chosen. In all cases what is to be removed whole
+    must be gone.
+    """
+    export, found = result["export"], []
+    exact = all(checkpoint.tensors[name].dtype == "F32" for name in written.edits if name in checkpoint.tensors)
+
+    def at_most(what: str, value: float, limit: float) -> None:
+        if not value <= limit:  # NaN fails
+            found.append(f"{what} is {value:.2e}, over {limit:.0e}")
+
+    chosen = written.tied in ("keep", "skip")
+    if edit.kind == "add" or not (checkpoint.cfg.post_norm or chosen):
+        if exact:
+            limit = max(MOST_LOGIT_DIFFERENCE, PART_OF_LOGIT * largest_logit)
+            at_most("the largest difference of a logit", export["max_logit_difference"], limit)
+        at_most("the mean KL divergence", export["mean_kl"], MOST_KL)
+    elif not chosen:
+        at_most("the mean KL divergence", export["mean_kl"], max(result["original"]["mean_kl"], NOISE))
+    if edit.kind == "ablate" and edit.scale == 1:
+        for site, layers in export["projection"].items():
+            if site in ("resid_pre", "resid_post"):
+                checked = range(len(layers)) if edit.everywhere and written.tied != "skip" else ()
+            else:
+                checked = [layer for layer in range(len(layers)) if edit.reaches(layer, site)]
+            worst = max(checked, key=lambda layer: np.nan_to_num(layers[layer], nan=np.inf), default=None)
+            if worst is not None:
+                name = f"what is left along the direction at {site} of layer {worst}, as a part of the whole,"
+                at_most(name, layers[worst], MOST_PROJECTION[exact])
+    return found

@@ -1,152 +1,204 @@
-"""Writes a checkpoint whose weights no longer express a study's direction, for PyTorch and JAX users alike.
+"""Writes what a study found into files that PyTorch and llama.cpp users just load, and verifies them.
 
-  refusal-jax export --direction=runs/mine --out=DIR             # the model and direction of a finished study
-  refusal-jax export --model=DIR --direction=runs/mine --out=DIR
-  refusal-jax export --direction=runs/mine --out=DIR --tied=keep
+  refusal-jax export --direction=runs/mine --out=DIR                  # the model and direction of a finished study
+  refusal-jax export --model=DIR --direction=direction.pt --out=DIR   # a direction from elsewhere
+  refusal-jax export --direction=runs/mine --format=lora --out=DIR    # a PEFT adapter of the same edit
+  refusal-jax export --direction=runs/mine --edit=add --format=gguf --out=DIR    # a control vector for llama.cpp
+  refusal-jax export --check=DIR                                      # are its files still those that were verified?
 
-The direction is taken out of what every matrix writes to the residual stream (embedding, attention output, MLP output of
-each expert). Where a norm follows the matrix (Gemma 2 and 3, OLMo 2, GLM-4) the edit allows for its scale. Where the
-embedding is also the unembedding, --tied says what becomes of the latter: "untie" writes it as a tensor of its own, as it
-was, which is what ablation at inference time computes and costs the bytes of one more embedding; "keep" lets the edit
-change both; "skip" edits neither, and the direction stays in the embedding's part of the stream.
+--edit=ablate takes the direction out of what every matrix writes to the residual stream (embedding, attention output, MLP
+output of each expert). Where a norm follows the matrix (Gemma 2 and 3, OLMo 2, GLM-4) the edit allows for its scale. Several
+directions, --direction=a,b, are taken out as the subspace that they span. Where the embedding is also the unembedding, --tied
+says what becomes of the latter: "untie" writes it as a tensor of its own, as it was, which is what ablation at inference time
+computes and costs the bytes of one more embedding; "keep" lets the edit change both; "skip" edits neither, and the direction
+stays in the embedding's part of the stream. --edit=add writes the direction into the MLP bias of the block before, where the
+architecture has one.
 
-Tensors are streamed one by one, so the export needs the memory of the largest; untouched tensors and files are copied byte
-for byte; `transformers` loads the result as it loads the original. The export ends with a measured comparison against
-ablation at inference time, printed and written to OUT/export.json; for it the two models are loaded in float32, one after
-the other.
+Tensors are streamed in blocks, so an export takes little memory and no accelerator; untouched tensors and files are copied byte
+for byte. Before the folder appears under its name, the written files are run block by block against the edit at inference time
+on the original; what that measures is in OUT/export.json and in the model card. If it fails, the folder appears with the marker
+.unverified and the exit code is 3.
 """
 
 import dataclasses
-import json
 import pathlib
-from collections import Counter
+import re
+import shlex
 
-import numpy as np
 from absl import flags
-from safetensors import SafetensorError
-from safetensors.numpy import load_file
 
-from refusal_jax.chat import Chat
-from refusal_jax.errors import UserError
-from refusal_jax.export.hf import TIED, Export, export_hf
-from refusal_jax.export.verify import compare
-from refusal_jax.models.config import load_config
-from refusal_jax.models.hf_attributes import read_json
-from refusal_jax.runs import (
-    MANIFEST,
-    checkpoint_fingerprint,
-    file_hash,
-    read_manifest,
-    to_json,
-    write_atomically,
-)
-from refusal_jax.study.pipeline import DIRECTION, PROMPTS, SETUP
+from refusal_jax.errors import UserError, VerificationError
+from refusal_jax.export.directions import read_directions
+from refusal_jax.export.edit import WEIGHT_SITES
+from refusal_jax.export.hf import TIED
+from refusal_jax.export.hub import push
+from refusal_jax.export.provenance import check
+from refusal_jax.export.run import FORMATS, Request, export
+from refusal_jax.export.study import Study
+from refusal_jax.runs import checkpoint_fingerprint
 
-VAL = ("harmful_val", "harmless_val")
 MODEL = flags.DEFINE_string("model", None, "HF checkpoint folder. Default: the model that the study ran on.")
-STUDY = flags.DEFINE_string("direction", None, "Folder of a finished study.")
-OUT = flags.DEFINE_string("out", None, "New folder for the edited checkpoint.")
+DIRECTION = flags.DEFINE_list(
+    "direction",
+    None,
+    "Folder of a finished study, or a .npy, .safetensors or .pt file of a direction [D], of several [K, D], or of mean "
+    "differences [positions, layers, D]. Several with commas between them: the subspace that they span.",
+)
+POSITION = flags.DEFINE_integer("position", None, "Of mean differences: which position, from -1 backwards.")
+LAYER = flags.DEFINE_integer(
+    "layer", None, "The layer at whose input the direction was read; of mean differences, which one."
+)
+OUT = flags.DEFINE_string("out", None, "New folder for the export.")
+FORMAT = flags.DEFINE_enum(
+    "format", "hf", FORMATS, "An edited checkpoint, a LoRA adapter for PEFT, or a control vector for llama.cpp."
+)
+EDIT = flags.DEFINE_enum("edit", "ablate", ("ablate", "add"), "Take the direction out, or add it.")
+SCALE = flags.DEFINE_float("scale", 1.0, "Which part to take out, or how much to add: -1 subtracts the direction.")
+LAYERS = flags.DEFINE_string(
+    "layers",
+    None,
+    "Where: such as 12 or 0-9,14, or all. Default: all for an ablation (the embedding belongs to layer 0), the direction's own "
+    "layer for an addition; for a control vector `all` is 2 to the last.",
+)
+SITES = flags.DEFINE_list("sites", ",".join(WEIGHT_SITES), "What an ablation edits.")
 TIE = flags.DEFINE_enum("tied", "untie", TIED, "What becomes of an unembedding that is the embedding.")
-PROMPT_COUNT = flags.DEFINE_integer("prompts", 16, "Prompts of each side for the closing comparison.", lower_bound=1)
-
-
-@dataclasses.dataclass(frozen=True)
-class Study:
-    """What an export needs of a finished study. model: the checkpoint that it ran on. prompts: instructions for the
-    comparison. config: its settings."""
-
-    direction_d: np.ndarray
-    prompts: list[str]
-    model: pathlib.Path
-    config: dict
-    fingerprint: str | None
-
-    @classmethod
-    def read(cls, folder: pathlib.Path, prompts: int) -> "Study":
-        """Raises UserError for a folder that is no finished study, or a damaged one."""
-        for name in (DIRECTION, PROMPTS, SETUP, MANIFEST):
-            if not (folder / name).is_file():
-                raise UserError(
-                    f"{folder} holds no {name}, so it is not a finished study. Run `refusal-jax study "
-                    f"--workdir={folder}` first."
-                )
-        manifest = read_manifest(folder / MANIFEST)
-        try:
-            rows = json.loads((folder / PROMPTS).read_text(encoding="utf-8"))
-            return cls(
-                load_file(folder / DIRECTION)["direction"],
-                [row["instruction"] for side in VAL for row in rows[side][:prompts]],
-                pathlib.Path(read_json(folder / SETUP)["model"]),
-                manifest["config"],
-                manifest["inputs"].get("model"),
-            )
-        except (SafetensorError, ValueError, KeyError, TypeError) as error:
-            raise UserError(
-                f"The study in {folder} is damaged ({error}). Run it again with the same settings: it redoes what is "
-                "damaged."
-            ) from None
+PROMPTS = flags.DEFINE_integer("prompts", 16, "Prompts of each side to verify with.", lower_bound=1)
+VERIFY = flags.DEFINE_bool("verify", True, "Verify; without it the export keeps its marker .unverified.")
+CHAT_TEMPLATE = flags.DEFINE_string("chat_template", "", "As in a study's config, for a direction from a file.")
+BASE = flags.DEFINE_string(
+    "base_model", "", "The model's name on the hub, for the card. Default: what its folder tells."
+)
+CHECK = flags.DEFINE_string("check", None, "Folder of an export whose files are to be compared with its record.")
+PUSH = flags.DEFINE_string("push-to-hub", None, "Repository (USER/NAME) to upload the verified export to, private.")
+PUBLIC = flags.DEFINE_bool("public", False, "Upload to a public repository.")
 
 
 def main(argv) -> None:
-    for flag in (STUDY, OUT):
+    if CHECK.value:
+        record = check(pathlib.Path(CHECK.value))
+        print(f"{CHECK.value}: all {len(record['files'])} files are as they were exported and verified.")
+        if PUSH.value:
+            print(push(pathlib.Path(CHECK.value), PUSH.value, PUBLIC.value))
+        return
+    for flag in (DIRECTION, OUT):
         if not flag.value:
             raise UserError(
                 f"--{flag.name} is missing. Example: refusal-jax export --direction=runs/demo --out=edited."
             )
-    folder, out = pathlib.Path(STUDY.value), pathlib.Path(OUT.value)
-    study = Study.read(folder, PROMPT_COUNT.value)
-    source = pathlib.Path(MODEL.value) if MODEL.value else study.model
-    cfg = load_config(source)
-    if not MODEL.value and checkpoint_fingerprint(source) != study.fingerprint:
-        raise UserError(
-            f"{source} is not the checkpoint that {folder} was made from: it has changed since. Name the model with --model "
-            "if the direction should be applied all the same."
+    if PUSH.value and not VERIFY.value:
+        raise UserError("Only verified exports are pushed: leave out --noverify or --push-to-hub.")
+    request = read_request(argv)
+    report = export(request)
+    print(summary(request.target, report))
+    failed = report["verification"] and report["verification"]["problems"]
+    if failed:
+        raise VerificationError(
+            f"The verification of {request.target} failed: {'; '.join(failed)}. The files are there, with the marker "
+            ".unverified and all numbers in export.json. Do not rely on them to do what the study measured."
         )
-    template = {name: study.config[name] for name in ("chat_template", "thinking") if name in study.config}
-    chat = Chat.load(source, cfg.context_length, cfg.vocab_size, **template)
-    chat.encode(study.prompts)  # what cannot be compared is better known before the export
-    export = export_hf(source, out, study.direction_d, TIE.value)
-    result = compare(source, out, study.direction_d, chat, study.prompts)
-    report = {
-        "edit": "ablate",
-        "source": str(source),
-        "direction_sha256": file_hash(folder / DIRECTION),
-        "tied": export.tied,
-        "added_bytes": export.added_bytes,
-        "edited_tensors": {name: edit.kind for name, edit in export.edits.items()},
-        "kinds": Counter(edit.kind for edit in export.edits.values()),
-        "largest_amplification": export.largest_amplification,
-        "comparison": result,
-    }
-    write_atomically(out / "export.json", to_json(report))
-    print(summary(out, export, result))
+    if PUSH.value:
+        print(push(request.target, PUSH.value, PUBLIC.value))
+
+
+def read_request(argv) -> Request:
+    """What the flags ask for. Raises UserError for a direction or model that is not there or does not belong together."""
+    paths = [pathlib.Path(path) for path in DIRECTION.value]
+    folders = [path for path in paths if path.is_dir() or not path.suffix]
+    study = Study.read(folders[0], PROMPTS.value) if folders else Study.none(PROMPTS.value, CHAT_TEMPLATE.value)
+    directions = read_directions(paths, POSITION.value, LAYER.value)
+    if not MODEL.value and not study.model:
+        raise UserError("--model is missing: a direction from a file does not tell which model it belongs to.")
+    source = pathlib.Path(MODEL.value) if MODEL.value else study.model
+    if study.model and checkpoint_fingerprint(source) != study.fingerprint:
+        if not MODEL.value:
+            raise UserError(
+                f"{source} is not the checkpoint that {folders[0]} was made from: it has changed since. Name the model with "
+                "--model if the direction should be applied all the same."
+            )
+        study = dataclasses.replace(study, conditions=[], losses={})  # which were measured on another model
+    edit = {"kind": EDIT.value, "sites": tuple(SITES.value), "scale": SCALE.value}
+    if LAYERS.value and not (LAYERS.value == "all" and EDIT.value == "ablate"):
+        edit["layers"] = parse_layers(LAYERS.value, source)
+    return Request(
+        source,
+        pathlib.Path(OUT.value),
+        directions,
+        edit,
+        study,
+        FORMAT.value,
+        TIE.value,
+        VERIFY.value,
+        BASE.value,
+        command(argv),
+    )
+
+
+def parse_layers(text: str, source: pathlib.Path) -> list[int]:
+    """Layers as --layers names them; `all` is what a control vector can add at. Raises UserError for anything else."""
+    if text == "all":
+        from refusal_jax.models.config import load_config
+
+        return list(range(2, load_config(source).n_layers))
+    layers = []
+    for part in text.split(","):
+        found = re.fullmatch(r"(\d{1,4})(?:-(\d{1,4}))?", part.strip())
+        if not found:
+            raise UserError(f"--layers = {text}: write numbers and ranges, such as 12 or 0-9,14.")
+        layers += range(int(found[1]), int(found[2] or found[1]) + 1)
+    return layers
+
+
+def command(argv) -> str:
+    """The command that makes the export again, with names instead of this machine's paths."""
+    words = []
+    for word in argv:
+        name, equals, value = word.partition("=")
+        if equals and name.lstrip("-") in ("model", "direction", "out"):
+            value = ",".join(pathlib.PurePath(path).name for path in value.split(","))
+        words.append(shlex.quote(f"{name}{equals}{value}"))
+    return " ".join(["refusal-jax", "export", *words])
 
 
 # By value of --tied, what became of a tied embedding.
 COST = {
-    "untie": "its unembedding is now a tensor of its own, the embedding as it was ({bytes:,} bytes more)",
-    "keep": "its unembedding was edited with it, which the logits below show",
+    "untie": "its unembedding stays as it was",
+    "keep": "its unembedding was edited with it",
     "skip": "it was not edited, so the direction stays in what it writes",
 }
+NAMES = {"export": "export", "orthogonalised": "plain orthogonalisation", "original": "original"}
 
 
-def summary(out: pathlib.Path, export: Export, result: dict) -> str:
-    """What was done and how close it comes to ablation, for the terminal."""
-    kinds = ", ".join(f"{n} {kind}" for kind, n in Counter(e.kind for e in export.edits.values()).most_common())
-    lines = [
-        f"{len(export.edits)} tensors edited ({kinds}; largest amplification {export.largest_amplification:.2f}), "
-        f"everything else copied: {out.resolve()}"
-    ]
-    if export.tied:
-        lines.append(f"The embedding was tied: {COST[export.tied].format(bytes=export.added_bytes)}.")
-    lines += ["", f"On {result['prompts']} prompts, float32, last-token logits against inference-time ablation:"]
-    names = {"": "export", "orthogonalised_": "plain orthogonalisation", "original_": "original"}
-    for prefix, name in names.items():
-        if f"{prefix}mean_kl" in result:
-            site, most = max(result[f"{prefix}projection"].items(), key=lambda item: item[1])
-            lines.append(
-                f"  {name}: max |difference| {result[f'{prefix}max_logit_difference']:.2e}, mean "
-                f"{result[f'{prefix}mean_logit_difference']:.2e}, KL {result[f'{prefix}mean_kl']:.2e}; largest projection "
-                f"on the direction {most:.2e} of the norm, at {site}"
+def summary(out: pathlib.Path, report: dict) -> str:
+    """What was done and how close it comes to the edit at inference time, for the terminal."""
+    kinds = ", ".join(f"{n} {kind}" for kind, n in report["kinds"].items())
+    edited = f"{len(report['edited_tensors'])} tensors edited ({kinds}; largest amplification "
+    edited += f"{report['largest_amplification']:.2f}): " if report["kinds"] else ""
+    written = f"written in {report['seconds']['write']:.1f} s"
+    lines = [f"{edited if report['kinds'] else 'Control vector: '}{out.resolve()}, {written}"]
+    result = report["verification"]
+    if report["tied"]:
+        lines.append(f"The embedding is tied: {COST[report['tied']]}.")
+    if result is None:
+        return "\n".join([*lines, "Not verified."])
+    for name, cost in result.get("tied", {}).items():
+        lines.append(
+            f"  --tied={name}: {cost['added_bytes']:,} bytes more, max |difference| {cost['max_logit_difference']:.2e}, "
+            f"KL {cost['mean_kl']:.2e}"
+        )
+    lines += ["", f"On {result['prompts']} prompts, float32, last-token logits against the edit at inference time:"]
+    for key, name in NAMES.items():
+        if key in result:
+            r = result[key]
+            site, most = max(
+                ((site, max(layers)) for site, layers in r["projection"].items()), key=lambda item: item[1]
             )
+            lines.append(
+                f"  {name}: max |difference| {r['max_logit_difference']:.2e}, mean {r['mean_logit_difference']:.2e}, KL "
+                f"{r['mean_kl']:.2e}; largest projection on the direction {most:.2e} of the norm, at {site}"
+            )
+    before, reference, after = (result[key]["perplexity"] for key in ("original", "reference", "export"))
+    lines.append(
+        f"Perplexity on {result['text_tokens']} tokens of harmless text: {before:.5g} before, {after:.5g} after; with the "
+        f"edit at inference time {reference:.5g}."
+    )
     return "\n".join(lines)

@@ -17,7 +17,8 @@ Jobs:
 {jobs}
 
 Start with `refusal-jax study --workdir=runs/first`, which needs nothing else. `refusal-jax JOB --help` explains a job.
-Exit codes: 0 done, 1 a bug of ours (with a traceback), 2 bad input or environment (with a next step), 130 interrupted.
+Exit codes: 0 done, 1 a bug of ours (with a traceback), 2 bad input or environment (with a next step), 3 an export that failed
+its verification, 130 interrupted.
 """
 
 
@@ -55,11 +56,11 @@ def help_text(job: str) -> str:
     return f"refusal-jax {job}: {docstring(job)}\n\nFlags:\n" + "\n".join(shown) + "\n"
 
 
-def fail(message: str) -> int:
+def fail(message: str, exit_code: int = 2) -> int:
     from refusal_jax.errors import print_error
 
     print_error(message)
-    return 2
+    return exit_code
 
 
 def config_error(error: Exception):
@@ -104,7 +105,7 @@ def verdict(error: BaseException) -> tuple[int, str]:
     from refusal_jax.errors import UserError
 
     if isinstance(error, UserError):
-        return 2, str(error)
+        return error.exit_code, str(error)
     if isinstance(error, OSError) and error.errno in DISK_ERRORS:
         return 2, (
             f"{error.filename or 'a file'} could not be used: {error.strerror}. Free space, or choose a folder "
@@ -131,8 +132,7 @@ def run_job(job: str, argv: list[str]) -> int:
         distributed.leave(error, code, message)
         if code == 1:
             raise
-        fail(message)
-        return code
+        return fail(message, code)
 
 
 def main() -> None:

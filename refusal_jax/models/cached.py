@@ -8,12 +8,15 @@ with what is there, else the copy is made again.
 import contextlib
 import dataclasses
 import functools
+import gc
 import json
 import logging
+import math
 import pathlib
 import sys
 from collections.abc import Callable
 
+import fsspec
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -28,7 +31,7 @@ from refusal_jax.models.place import Place, abreast, device_sharding
 from refusal_jax.runs import checkpoint_fingerprint, to_json
 
 FORMAT = 1  # of the copies: changes when the decoder's weights or their layout do
-AT_A_TIME = 256 << 20  # bytes that a process reads or writes at a time, besides the weights themselves
+AT_A_TIME = 64 << 20  # bytes that a process writes at a time besides one weight
 CHUNK = 32 << 20  # bytes that are stored together
 
 
@@ -74,14 +77,17 @@ class Cached:
             record = json.loads(self.record.read_text())
             if record["files"] != self._files():
                 raise ValueError("its files are not those that were written")
-            with limited():
-                weights = ocp.load(
-                    self.folder,
-                    {
-                        path: jax.ShapeDtypeStruct(place.shape, place.dtype, sharding=place.sharding)
-                        for path, place in places.items()
-                    },
-                )
+            abstract = {
+                path: jax.ShapeDtypeStruct(place.shape, place.dtype, sharding=place.sharding)
+                for path, place in places.items()
+            }
+            weights = dict.fromkeys(abstract)
+            # One at a time, as orbax holds twice what it reads at once; large ones while little is there yet.
+            for path in sorted(abstract, key=lambda path: -math.prod(abstract[path].shape)):
+                with settings():
+                    weights |= ocp.load(self.folder, {path: abstract[path]})
+                jax.block_until_ready(weights[path])
+                gc.collect()  # what orbax read is part of cycles
         except Exception as error:  # orbax and what is below it raise many kinds
             wrong = " ".join(str(error).split())[:200] or type(error).__name__
         if not agreed(wrong is None):
@@ -98,21 +104,18 @@ class Cached:
                 f"{self.folder.name}.orbax-checkpoint-tmp*"
             ):  # of a run that was killed
                 left.rmtree()
-        with limited():
+        shares = [sum(shard.data.nbytes for shard in weight.addressable_shards) for weight in weights.values()]
+        with settings(max(shares)):
             ocp.save(self.folder, weights, overwrite=True)
         sums = bit_sums(weights)
         if first:
-            temporary = self.record.with_name(f".{self.record.name}.tmp")
-            temporary.write_text(to_json({"files": self._files(), "sums": sums}).decode())
-            temporary.replace(self.record)
+            self.record.write_text(to_json({"files": self._files(), "sums": sums}).decode())
 
     def _files(self) -> dict[str, int]:
-        """Sizes of the copy's files."""
-        found = {}
-        for folder, _, names in self.folder.walk():
-            for name in names:
-                found[f"{folder.relative_to(self.folder)}/{name}"] = (folder / name).stat().length
-        return found
+        """Sizes of the copy's files; by fsspec, as epath forgets the kind of address where it walks folders."""
+        files, place = fsspec.core.url_to_fs(str(self.folder))
+        files.invalidate_cache()
+        return {path.removeprefix(place): entry["size"] for path, entry in files.find(place, detail=True).items()}
 
     @contextlib.contextmanager
     def _writing(self):
@@ -130,12 +133,13 @@ class Cached:
 
 
 @contextlib.contextmanager
-def limited():
+def settings(largest: int = 0):
     """Orbax within bounds of memory, and without its own reports of what it also raises. Weights do not compress; rows
-    beyond a vocabulary come and go with the mesh."""
+    beyond a vocabulary come and go with the mesh. largest: bytes of what is written at a time, which must fit the bounds.
+    """
     context = ocp.Context()
-    context.memory.read_concurrent_bytes = context.memory.write_concurrent_bytes = AT_A_TIME
-    context.memory.transfer_concurrent_bytes = AT_A_TIME
+    context.memory.write_concurrent_bytes = context.memory.transfer_concurrent_bytes = largest + AT_A_TIME
+    context.pytree.loading.partial_load = True
     context.memory.deepcopy_host_arrays = False
     context.array.saving.use_compression = False
     context.array.saving.storage_options.chunk_byte_size = CHUNK

@@ -19,7 +19,7 @@ from refusal_jax.models.cache import Cache
 from refusal_jax.models.config import ModelConfig
 from refusal_jax.models.layers import GATED, experts, linear, mlp, rms_norm, row_parallel, sharded_experts
 from refusal_jax.models.weights import weight_table
-from refusal_jax.sharding import constrain, split_for, weight_place
+from refusal_jax.sharding import constrain, constrain_residual, split_for, weight_place
 from refusal_jax.taps import NO_TAPS, Taps
 
 
@@ -110,25 +110,25 @@ class Block(Stack):
         cfg = self.cfg
         gates = {name: layer.gate_rs[:, i] for i, name in enumerate(SITES)}
 
-        def rows(x):
-            return constrain(self.mesh, x, "rows")
+        def own(x):
+            return constrain_residual(self.mesh, x)
 
         def read(x, norm: str):
             """The input of attention or MLP, whose every part needs all of its rows."""
-            return constrain(self.mesh, self.norm(norm, rows(x)), "batch")
+            return constrain(self.mesh, self.norm(norm, own(x)), "batch")
 
         def added(out, norm: str, site: str):
             """What is added to the residual: after any post-norm, scaled, edited."""
-            out = self.norm(norm, rows(out))
+            out = self.norm(norm, own(out))
             out = out if cfg.residual_scale == 1 else out * jnp.asarray(cfg.residual_scale, out.dtype)
             return edits.ablated(out, gates[site])
 
-        resid_pre = edits.added(edits.ablated(rows(x_btd), gates["resid_pre"]), layer.add_r)
+        resid_pre = edits.added(edits.ablated(own(x_btd), gates["resid_pre"]), layer.add_r)
         attn, new = self.attention(read(resid_pre, "attn_norm"), ctx.view(layer.kind), past)
         attn_out = added(attn, "attn_post_norm", "attn_out")
         resid_mid = resid_pre + attn_out
         mlp_out = added(self.mlp(read(resid_mid, "mlp_norm"), layer, stack), "mlp_post_norm", "mlp_out")
-        resid_post = rows(resid_mid + mlp_out)  # placed after the last edit: else what a tap wants spreads backwards
+        resid_post = own(resid_mid + mlp_out)  # placed after the last edit: else what a tap wants spreads backwards
         return (
             resid_post,
             taps.read(
@@ -190,7 +190,7 @@ class Decoder(nnx.Module):
 
     def embed_tokens(self, tokens_bt):
         """The residual stream's first values, `[B, T, D]`."""
-        x = constrain(self.mesh, jnp.take(self.embed[...], tokens_bt, axis=0), "rows")
+        x = constrain_residual(self.mesh, jnp.take(self.embed[...], tokens_bt, axis=0))
         return x if self.cfg.embed_scale == 1 else x * jnp.asarray(self.cfg.embed_scale, x.dtype)
 
     def logits(self, x_btd):
@@ -208,7 +208,6 @@ class Decoder(nnx.Module):
 
     def layers(self, edits: Edits):
         """What the blocks are run over: their weights, and what else differs between layers; leading axis L."""
-        edits = jax.tree.map(lambda a: constrain(self.mesh, a, "rows"), edits)
         gates_lrs, add_lr = edits.layer_gates(self.cfg.n_layers)
         index_l, kind_l = jnp.arange(self.cfg.n_layers), jnp.asarray(self.cfg.layer_kinds, jnp.int32)
         return self.blocks, Layer(index_l, kind_l, gates_lrs, add_lr)

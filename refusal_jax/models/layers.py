@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from refusal_jax.models.config import ModelConfig
-from refusal_jax.sharding import STORAGE, mesh_axes
+from refusal_jax.sharding import STORAGE, residual_axes
 
 ACTIVATE = {
     "silu": jax.nn.silu,
@@ -21,10 +21,13 @@ def linear(x, w_oi, bias=None):
     return y if bias is None else y + bias
 
 
-def _row_axes(mesh, batch_size: int, features: tuple[str, ...]) -> tuple[tuple[str, ...], tuple[str, ...] | None]:
-    """The mesh axes of a batch, and of its rows once sums over `features` are scattered: None if they cannot be."""
-    batch, rows = (mesh_axes(mesh, axis, (batch_size,)) for axis in ("batch", "rows"))
-    return batch, rows if rows == (*batch, *features) else None
+def _scatter(mesh, batch: int, length: int, features: tuple[str, ...]):
+    """Of `[batch, length, …]` sums over `features`: the mesh axes of the batch, the placement of the scattered sums, and the
+    axis along which to scatter them, which is None if they cannot be."""
+    rows, tokens = residual_axes(mesh, batch, length)
+    whole = rows if tokens else tuple(name for name in rows if name not in features)
+    axis = 1 if tokens and tokens == features else 0 if features and rows == (*whole, *features) else None
+    return whole, PartitionSpec(whole) if axis is None else PartitionSpec(rows, tokens or None), axis
 
 
 def _gathered(w, spec):
@@ -36,21 +39,21 @@ def _gathered(w, spec):
 
 
 def row_parallel(mesh, spec, x_btf, w_df, bias=None):
-    """`linear` of features that are divided over the chips: each chip multiplies its own, and of the sums keeps its rows.
+    """`linear` of features that are divided over the chips: each chip multiplies its own, and of the sums keeps its part.
 
     spec: of `w_df` on the mesh. Written out, because GSPMD would sum all rows on all chips first, twice the traffic. Where the
-    rows cannot be divided, it does.
+    sums cannot be divided, it does.
     """
     features = (spec and spec[1]) or ()
-    batch, rows = _row_axes(mesh, len(x_btf), features) if features else ((), None)
-    if rows is None:
+    batch, place, axis = _scatter(mesh, *x_btf.shape[:2], features) if features else ((), None, None)
+    if axis is None:
         return linear(x_btf, w_df, bias)
 
     def part(x_btf, w_df):
-        return jax.lax.psum_scatter(linear(x_btf, _gathered(w_df, spec)), features, scatter_dimension=0, tiled=True)
+        return jax.lax.psum_scatter(linear(x_btf, _gathered(w_df, spec)), features, scatter_dimension=axis, tiled=True)
 
     specs = PartitionSpec(batch, None, features), spec
-    y = jax.shard_map(part, mesh=mesh, in_specs=specs, out_specs=PartitionSpec(rows), check_vma=False)(x_btf, w_df)
+    y = jax.shard_map(part, mesh=mesh, in_specs=specs, out_specs=place, check_vma=False)(x_btf, w_df)
     return y if bias is None else y + bias
 
 
@@ -91,15 +94,14 @@ def sharded_experts(mesh, specs, cfg: ModelConfig, router_ed, stacks, layer, h_b
             stacks, layer = {name: _gathered(w, specs[name]) for name, w in here.items()}, 0
         router_ed = _gathered(router_ed, specs["router"])
         y = experts(cfg, router_ed, stacks.get, layer, h_btd.reshape(-1, h_btd.shape[-1])).reshape(h_btd.shape)
-        if rows is None:
+        if axis is None:
             return jax.lax.psum(y, features)
-        return jax.lax.psum_scatter(y, features, scatter_dimension=0, tiled=True)
+        return jax.lax.psum_scatter(y, features, scatter_dimension=axis, tiled=True)
 
     features = specs["down"][-1] or ()
-    batch, rows = _row_axes(mesh, len(h_btd), features)
+    batch, place, axis = _scatter(mesh, *h_btd.shape[:2], features)
     inputs = specs["router"], {name: specs[name] for name in stacks}, PartitionSpec(), PartitionSpec(batch)
-    out = PartitionSpec(rows or batch)
-    run = jax.shard_map(part, mesh=mesh, in_specs=inputs, out_specs=out, check_vma=False)
+    run = jax.shard_map(part, mesh=mesh, in_specs=inputs, out_specs=place, check_vma=False)
     return run(router_ed, stacks, jnp.asarray(layer), h_btd)
 
 

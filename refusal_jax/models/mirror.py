@@ -44,7 +44,7 @@ def checkpoint_folder(path: str | os.PathLike) -> pathlib.Path:
         found = {name: entry for name, entry in found.items() if not name.startswith(".") and not name.endswith(STUB)}
         if not found:
             raise FileNotFoundError(address)
-    folder = mirrors() / f"{match[2].rsplit('/', 1)[-1]}-{hashlib.sha256(address.encode()).hexdigest()[:12]}"
+    folder = mirrors() / f"{address.rsplit('/', 1)[-1]}-{hashlib.sha256(address.encode()).hexdigest()[:12]}"
     known, kept = _read_known(folder), {}
     for name, entry in found.items():
         now = {
@@ -141,8 +141,8 @@ def explained(address: str):
             f"`gcloud storage ls {address}/`."
         ) from None
     except ImportError as error:
-        extra = "pip install 'refusal-jax[gcs]'" if scheme in ("gs", "gcs") else "the package it names"
-        raise UserError(f"{address} cannot be read without another package ({error}). Install {extra}.") from None
+        extra = ": pip install 'refusal-jax[gcs]'" if scheme in ("gs", "gcs") else ""
+        raise UserError(f"{address} cannot be used without another package ({error}). Install it{extra}.") from None
     except Exception as error:  # every store has its own kinds
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         code = str(getattr(error, "code", getattr(error, "status", "")))
@@ -154,9 +154,9 @@ def explained(address: str):
             or re.search("credential|forbidden|denied|unauthorized", reason, re.I)
         ):
             raise UserError(
-                f"{address} may not be read by you ({reason}). Log in, e.g. with `gcloud auth application-default login`, or "
-                "have the account of this machine allowed to read the bucket."
+                f"{address} may not be used by you ({reason}). Log in, e.g. with `gcloud auth application-default login`, or "
+                "have the account of this machine allowed to use the bucket."
             ) from None
         raise UserError(
-            f"{address} could not be read ({reason}). Check the address and the network, and try again."
+            f"{address} could not be used ({reason}). Check the address and the network, and try again."
         ) from None

@@ -61,8 +61,7 @@ def run_study(config: ConfigDict, workdir: str | os.PathLike) -> Run:
     template = [config.chat_template] if config.chat_template.endswith(".jinja") else []
     for file in (*config.loss.text_files, *config.loss.chat_files, *template):
         inputs[file] = _hash(pathlib.Path(file))
-    settings = config.to_dict()
-    del settings["cache"]  # where copies are kept may change from run to run
+    settings = config.to_dict() | {"cache": ""}  # where copies are kept may change from run to run
     with Run.open(workdir, settings, inputs) as run:
         try:
             Study(config, run, folder).run_all()

@@ -1,0 +1,169 @@
+"""The model card of an export: what was edited, how and why, what was measured, and the base model's own card and licence."""
+
+import pathlib
+import re
+
+import yaml
+
+import refusal_jax
+from refusal_jax.export.staging import PROVENANCE
+
+# Of the base model's metadata, what holds for an edited copy too.
+KEPT = ("license", "license_name", "license_link", "language", "pipeline_tag")
+LICENCES = re.compile(r"(LICEN[CS]E|NOTICE|USE_POLICY|COPYING)", re.IGNORECASE)
+FRONT = re.compile(r"\A---\s*\n(.*?)\n---\s*(?:\n|\Z)", re.DOTALL)
+RELATION = {"hf": "finetune", "lora": "adapter"}
+
+SAFETY = """This model was edited so that its refusals change. The edit removes a safeguard, or strengthens one; it adds no
+knowledge. It is meant for research on how refusal works and for testing safety measures. Do not put it before users without other
+safeguards, and do not use it for what the base model's licence or the law forbids. What it writes was not reviewed."""
+USE = {
+    "hf": "`transformers` loads this folder as it loads the base model.",
+    "lora": "An adapter for `peft`: `PeftModel.from_pretrained(base, folder)`. {tied}",
+    "gguf": "A control vector for llama.cpp: `llama-cli -m MODEL.gguf --control-vector control-vector.gguf`.",
+}
+ADAPTER_TIED = (
+    "The base model's embedding is also its unembedding; as an adapter the edit concerns the embedding alone, merged it changes "
+    "both."
+)
+
+
+def read_card(folder: pathlib.Path) -> tuple[dict, str]:
+    """The metadata and the text of a checkpoint's README.md; metadata that is no YAML mapping counts as none."""
+    path = folder / "README.md"
+    if not path.is_file():
+        return {}, ""
+    text = path.read_text(encoding="utf-8", errors="replace")
+    found = FRONT.match(text)
+    if not found:
+        return {}, text
+    try:
+        metadata = yaml.safe_load(found[1])
+    except yaml.YAMLError:
+        metadata = None
+    return metadata if isinstance(metadata, dict) else {}, text[found.end() :]
+
+
+def licence_files(folder: pathlib.Path) -> list[pathlib.Path]:
+    """The files of a checkpoint that say under which terms it comes."""
+    return sorted(path for path in folder.iterdir() if path.is_file() and LICENCES.match(path.name))
+
+
+def write_card(folder: pathlib.Path, source: pathlib.Path, report: dict, command: str) -> None:
+    """Writes README.md into an export. report: what export.json says. command: that makes it again."""
+    metadata, original = read_card(source)
+    base, form = report["base"], report["format"]
+    head = {key: metadata[key] for key in KEPT if key in metadata}
+    if "/" in base["name"]:  # the hub refuses cards whose base it does not know
+        head["base_model"] = base["name"]
+        head |= {"base_model_relation": RELATION[form]} if form in RELATION else {}
+    if form in RELATION:
+        head["library_name"] = {"hf": "transformers", "lora": "peft"}[form]
+    head["tags"] = ["refusal-direction", "refusal-jax"]
+    licence = head.get("license_name") or head.get("license")
+    sections = [
+        f"# {base['name']}, refusal direction {'ablated' if report['edit']['kind'] == 'ablate' else 'added'}",
+        _what(report),
+        USE[form].format(tied=ADAPTER_TIED if report["tied"] == "untie" else "").strip(),
+        "## Safety\n\n" + SAFETY,
+        "## Measured\n\n" + _measured(report),
+        "## Where it comes from\n\n" + _origin(report, command),
+        "## Licence\n\n"
+        + (
+            f"That of the base model: {licence}."
+            if licence
+            else "The base model's folder names no licence. Its terms hold for this copy too: look them up before sharing it."
+        ),
+    ]
+    if original.strip():
+        sections.append(f"# The base model's own card\n\n{original.strip()}")
+    front = yaml.safe_dump(head, sort_keys=False, allow_unicode=True)
+    (folder / "README.md").write_text(f"---\n{front}---\n\n" + "\n\n".join(sections) + "\n", encoding="utf-8")
+
+
+def _what(report: dict) -> str:
+    edit, directions = report["edit"], report["direction"]
+    layers = _ranges(edit["layers"])
+    if edit["kind"] == "add":
+        return (
+            f"{edit['scale']:g} times a direction of the residual stream is added to it at the input of layer {layers} "
+            "([arXiv:2406.11717](https://arxiv.org/abs/2406.11717), activation addition)."
+        )
+    count, part = directions["count"], "" if edit["scale"] == 1 else f", by {edit['scale']:g} of it"
+    text = (
+        f"{'A direction' if count == 1 else f'A subspace of {count} directions'} of the residual stream that refusal "
+        "depends on ([arXiv:2406.11717](https://arxiv.org/abs/2406.11717)) was taken out of what the weights write to it: "
+        f"{', '.join(edit['sites'])}, in layer {layers}{part}. {len(report['edited_tensors'])} tensors are edited "
+        f"({', '.join(f'{n} {kind}' for kind, n in report['kinds'].items())}); everything else is the base model's."
+    )
+    if {"oblique", "projected"} & report["kinds"].keys():
+        text += (
+            " Norms follow the matrices of this architecture, so the edit allows for their scales. It removes the direction "
+            "as exactly as ablation at inference time does, and differs from it by a factor for each token and layer."
+        )
+    return text
+
+
+def _ranges(numbers: list[int]) -> str:
+    """Sorted numbers with runs cut short: "0 to 3, 7"."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and runs[-1][-1] == number - 1:
+            runs[-1] = [runs[-1][0], number]
+        else:
+            runs.append([number])
+    return ", ".join(" to ".join(map(str, run)) for run in runs)
+
+
+def _measured(report: dict) -> str:
+    parts, found = [], report["verification"]
+    rows = report["refusals"]
+    if rows:
+        lines = ["| prompts | intervention | refused | 95 % interval | n |", "|---|---|---|---|---|"]
+        for row in rows:
+            low, high = row["interval"]
+            lines.append(
+                f"| {row['prompts']} | {row['intervention']} | {100 * row['refused']:.1f} % | {100 * low:.1f} to "
+                f"{100 * high:.1f} % | {row['n']} |"
+            )
+        parts.append(
+            "Refusals in the study that found the direction, by the substring judge, with the intervention made at inference "
+            "time:\n\n" + "\n".join(lines)
+        )
+    else:
+        parts.append("Refusals were not measured: the direction does not come from a study with completions.")
+    if not found:
+        return "\n\n".join([*parts, "The files were not verified."])
+    lines = ["| | largest logit difference | KL (nats) | projection | loss | perplexity |", "|---|---|---|---|---|---|"]
+    titles = {
+        "original": "base model",
+        "reference": "edit at inference time",
+        "export": "this export",
+        "orthogonalised": "plain orthogonalisation, for comparison",
+    }
+    for name, title in titles.items():
+        if name in found:
+            r = found[name]
+            most = max(max(layers) for layers in r["projection"].values())
+            numbers = f"{r['max_logit_difference']:.2e} | {r['mean_kl']:.2e} | {most:.2e} | {r['ce_loss']:.4f}"
+            lines.append(f"| {title} | {numbers} | {r['perplexity']:.5g} |")
+    parts.append(
+        f"The written files, run in float32, against the edit at inference time on the base model: at the last token of "
+        f"{found['prompts']} prompts; the largest part of a residual vector that lies along the direction, over all tokens, "
+        f"layers and sites; the loss (nats per token) on {found['text_tokens']} tokens of harmless text.\n\n"
+        + "\n".join(lines)
+    )
+    if found["problems"]:
+        parts.append(f"**Verification failed**: {'; '.join(found['problems'])}.")
+    return "\n\n".join(parts)
+
+
+def _origin(report: dict, command: str) -> str:
+    base = report["base"]
+    revision = f", revision `{base['revision']}`" if base["revision"] else ""
+    return (
+        f"Base model: {base['name']}{revision} (fingerprint `{base['fingerprint'][:16]}…`). Direction: sha256 "
+        f"`{report['direction']['sha256'][:16]}…`. Made by refusal_jax {refusal_jax.__version__}:\n\n```\n{command}\n```\n\n"
+        f"`{PROVENANCE}` has the hashes in full and those of every file; `refusal-jax export --check=FOLDER` compares them. "
+        "`export.json` has all that was measured."
+    )

@@ -1,0 +1,213 @@
+"""A checkpoint's forward pass block by block, so that checking an export takes the memory of one block and not of a model.
+
+The blocks are run by the decoder itself, made of one layer at a time; where weights come from is a `Weights`: files as
+written, or files with edits applied on the way. Axis letters: as in the decoder, and K directions, N tokens read.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from refusal_jax.chat import TokenBatch
+from refusal_jax.edits import SITES
+from refusal_jax.export.edit import Edit
+from refusal_jax.export.tensor_edits import Projection
+from refusal_jax.export.weight_files import Checkpoint
+from refusal_jax.models.attention import Context
+from refusal_jax.models.config import ModelConfig
+from refusal_jax.models.decoder import Decoder
+from refusal_jax.models.families import TABLES, pieces
+from refusal_jax.taps import Taps
+
+READ = (*SITES, "resid_post")
+VOCABULARY_ROWS = 8192  # of the unembedding, in memory at a time
+
+
+class Weights(Protocol):
+    """Tensors by HF name: `rows` gives rows of one, all by default, float32."""
+
+    cfg: ModelConfig
+
+    def rows(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class EditedWeights:
+    """Weights with edits applied when they are read, in float32 and rounded to the dtype they are stored in."""
+
+    checkpoint: Checkpoint
+    edits: dict[str, Projection]
+
+    @property
+    def cfg(self) -> ModelConfig:
+        return self.checkpoint.cfg
+
+    def rows(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """Parts only of tensors that are edited row by row."""
+        rows = self.checkpoint.rows(name, start, stop)
+        if name in self.edits:
+            rows = self.edits[name](rows).astype(self.checkpoint.tensors[name].numpy_dtype).astype(np.float32)
+        return rows
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Intervention:
+    """What a weight edit stands for, at one layer, for every row of the batch. The decoder takes it in the place of
+    `Edits`, which has one direction a row; this has a subspace.
+
+    basis_kd: float32 `[K, D]`, orthonormal. gate_s: float32 `[S]`, what part is removed at each of SITES. add_d: float32
+    `[D]`, added at the layer's input.
+    """
+
+    basis_kd: jax.Array | np.ndarray
+    gate_s: jax.Array | np.ndarray
+    add_d: jax.Array | np.ndarray
+
+    def layer_gates(self, n_layers: int) -> tuple[jax.Array, jax.Array]:
+        """As those of `Edits`, for one layer and one row."""
+        return self.gate_s[None, None], jnp.ones((n_layers, 1), jnp.float32)
+
+    def ablated(self, x_btd: jax.Array, gate_r: jax.Array) -> jax.Array:
+        """`x_btd` less its gated projection on the subspace."""
+        along = jnp.einsum("btd,kd->btk", x_btd, self.basis_kd, precision="highest")
+        return x_btd - gate_r * jnp.einsum("btk,kd->btd", along, self.basis_kd, precision="highest")
+
+    def added(self, x_btd: jax.Array, gate_r: jax.Array) -> jax.Array:
+        """`x_btd` plus the vector."""
+        return x_btd + gate_r * self.add_d
+
+
+@dataclasses.dataclass
+class Stream:
+    """One model on its way through the layers.
+
+    weights: of its blocks. edit: what is done at inference time, if anything is. vectors: what is added at the input of
+    layers, without an edit. embed, unembed: where those come from, by default the same weights. x_btd: the residual so
+    far. projections: of each layer, by site.
+    """
+
+    weights: Weights
+    edit: Edit | None = None
+    vectors: dict[int, np.ndarray] = dataclasses.field(default_factory=dict)
+    embed: Weights | None = None
+    unembed: Weights | None = None
+    x_btd: jax.Array | None = None
+    projections: list[dict[str, jax.Array]] = dataclasses.field(default_factory=list)
+
+    def intervention(self, layer: int, basis_kd: np.ndarray) -> Intervention:
+        d_model = basis_kd.shape[1]
+        gate_s, add_d = np.zeros(len(SITES), np.float32), self.vectors.get(layer, np.zeros(d_model, np.float32))
+        if self.edit:
+            gate_s, add_d = self.edit.gates(layer), self.edit.added_d(layer)
+        return Intervention(basis_kd.astype(np.float32), gate_s, add_d)
+
+    def projection(self) -> dict[str, list[float]]:
+        """The largest |x . r| / |x| over all tokens of each layer, by site: of a subspace, of the part of x in it."""
+        return {site: [float(layer[site]) for layer in self.projections] for site in READ}
+
+
+def run_streams(streams: Sequence[Stream], batch: TokenBatch, basis_kd: np.ndarray, bar) -> None:
+    """Runs all streams through all layers, of which one is in memory at a time. bar: a tqdm of layers."""
+    for stream in streams:
+        stream.x_btd = _embedded(stream.embed or stream.weights, batch.tokens)
+    mask, n_layers = jnp.asarray(batch.mask), streams[0].weights.cfg.n_layers
+    for layer in range(n_layers):
+        for weights in {id(s.weights): s.weights for s in streams}.values():
+            block = layer_decoder(weights, layer)
+            for stream in (s for s in streams if s.weights is weights):
+                edits = stream.intervention(layer, basis_kd)
+                stream.x_btd, ratios = _layer(block, stream.x_btd, mask, edits)
+                stream.projections.append(ratios)
+            jax.block_until_ready([s.x_btd for s in streams])
+            del block
+        bar.update()
+
+
+def layer_decoder(weights: Weights, layer: int) -> Decoder:
+    """A decoder of one layer of a checkpoint, without an embedding."""
+    cfg, parts = weights.cfg, {}
+    for piece in pieces(cfg):
+        if piece.index[:1] == (layer,):
+            parts.setdefault(piece.path, []).append(weights.rows(piece.name, piece.start, piece.stop))
+    experts = {piece.path for piece in pieces(cfg) if len(piece.index) == 2}
+    stacked = {
+        path: jnp.asarray((np.stack(found) if path in experts else found[0])[None]) for path, found in parts.items()
+    }
+    one = dataclasses.replace(cfg, n_layers=1, layer_kinds=(cfg.layer_kinds[layer],), tied_embeddings=True)
+    return Decoder(one, stacked | _no_ends(cfg))
+
+
+def _no_ends(cfg: ModelConfig) -> dict[str, jax.Array]:
+    return {"embed": jnp.zeros((1, cfg.d_model)), "final_norm": jnp.zeros(cfg.d_model)}
+
+
+def _ends(cfg: ModelConfig) -> ModelConfig:
+    """The config of a decoder that has an embedding and an unembedding, and no blocks."""
+    return dataclasses.replace(cfg, n_experts=0, tied_embeddings=False)
+
+
+@jax.jit
+def _layer(block: Decoder, x_btd, mask_bt, edits: Intervention):
+    """The block's output, and the largest part of each site's vectors, of all real tokens, that lies in the subspace."""
+    x_btd, taps, _ = block.run(x_btd, Context.of_prompt(block.cfg, mask_bt), edits, Taps(READ))
+
+    def ratio(y_btd):
+        along = jnp.linalg.norm(jnp.einsum("btd,kd->btk", y_btd, edits.basis_kd, precision="highest"), axis=-1)
+        part = along / jnp.maximum(jnp.linalg.norm(y_btd, axis=-1), jnp.finfo(jnp.float32).tiny)
+        return jnp.max(jnp.where(mask_bt, part, 0))
+
+    return x_btd, {site: ratio(taps[site][0]) for site in READ}
+
+
+def _embedded(weights: Weights, tokens_bt: np.ndarray) -> jax.Array:
+    """The residual stream's first values, of which only the rows of these tokens are read."""
+    used, place = np.unique(tokens_bt, return_inverse=True)
+    name = TABLES[weights.cfg.family]["embed"]
+    rows = jnp.asarray(np.concatenate([weights.rows(name, token, token + 1) for token in used.tolist()]))
+    ends = {"embed": rows, "final_norm": jnp.zeros(weights.cfg.d_model), "unembed": rows}
+    return Decoder(_ends(weights.cfg), ends).embed_tokens(jnp.asarray(place.reshape(tokens_bt.shape)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Readings:
+    """logits_pv: float32 `[P, V]`, of the first P tokens read. nll_n: float64, of the next tokens after the others."""
+
+    logits_pv: np.ndarray
+    nll_n: np.ndarray
+
+
+def read_logits(stream: Stream, rows: np.ndarray, columns: np.ndarray, whole: int, targets: np.ndarray) -> Readings:
+    """What a stream predicts at tokens (row, column) of the batch: the first `whole` of them in full, of the others the
+    cross-entropy (nats) of `targets`. The vocabulary is gone through in blocks."""
+    weights = stream.unembed or stream.weights
+    cfg, table = weights.cfg, TABLES[weights.cfg.family]
+    name = table["embed" if cfg.tied_embeddings else "unembed"]
+    norm = jnp.asarray(stream.weights.rows(table["final_norm"]))
+    x_1nd = stream.x_btd[rows, columns][None]
+    logits = np.zeros((whole, cfg.vocab_size), np.float32)
+    most, total, hit = np.full(len(targets), -np.inf), np.zeros(len(targets)), np.zeros(len(targets))
+    for start in range(0, cfg.vocab_size, VOCABULARY_ROWS):
+        stop = min(start + VOCABULARY_ROWS, cfg.vocab_size)
+        unembed = jnp.asarray(weights.rows(name, start, stop))
+        part = np.asarray(_logits(Decoder(_ends(cfg), _no_ends(cfg) | {"final_norm": norm, "unembed": unembed}), x_1nd))
+        logits[:, start:stop], rest = part[:whole], part[whole:]
+        if not len(targets):
+            continue
+        higher = np.maximum(most, rest.max(axis=1))
+        total = total * np.exp(most - higher) + np.exp(rest - higher[:, None], dtype=np.float32).sum(
+            1, dtype=np.float64
+        )
+        most = higher
+        inside = np.flatnonzero((targets >= start) & (targets < stop))
+        hit[inside] = rest[inside, targets[inside] - start]
+    return Readings(logits, np.log(total) + most - hit)
+
+
+@jax.jit
+def _logits(ends: Decoder, x_btd) -> jax.Array:
+    return ends.logits(x_btd)[0]

@@ -1,0 +1,156 @@
+"""The ablation as a PEFT LoRA adapter: A = right^T W and B = -scale left make W + B A the edited weight, of rank K.
+
+Adapters know modules by their names in transformers 5, where the experts of a layer are one parameter. A bias cannot have
+an adapter, so edited ones are stored whole, as PEFT does for `bias="all"`.
+"""
+
+import dataclasses
+import os
+import pathlib
+import re
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+from safetensors.numpy import load_file, save
+from tqdm import tqdm
+
+from refusal_jax.errors import UserError
+from refusal_jax.export.edit import Edit
+from refusal_jax.export.hf import THREADS, Written
+from refusal_jax.export.tensor_edits import Projection, wanted_edits
+from refusal_jax.export.weight_files import Checkpoint, Stored
+from refusal_jax.models.config import ModelConfig
+from refusal_jax.models.families import TABLES
+from refusal_jax.runs import to_json
+
+ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+TIED = ("untie", "skip")
+PREFIX = "base_model.model."
+EXPERT = re.compile(r"(.*\.)(?:block_sparse_moe|mlp)\.experts\.(\d+)\.(?:w2|down_proj)\.weight")  # that writes
+
+
+def module_name(cfg: ModelConfig, name: str) -> str:
+    """The module in transformers, below the model, of an HF tensor that is not an expert's."""
+    module = name.rsplit(".", 1)[0]
+    # Multimodal checkpoints keep the order of names that transformers had when they came out.
+    return re.sub(r"^language_model\.model\.", "model.language_model.", module) if cfg.family == "gemma3" else module
+
+
+def check_expressible(cfg: ModelConfig, edit: Edit, tied: str) -> None:
+    """Raises UserError for what an adapter cannot say."""
+    if edit.kind == "add":
+        raise UserError(
+            "A LoRA adapter changes weights by products with what they read; an addition is the same whatever is read. Use "
+            "--format=gguf, a control vector, or --format=hf, a bias."
+        )
+    if cfg.tied_embeddings and tied == "keep":
+        raise UserError(
+            "A LoRA adapter changes what the embedding writes and leaves the unembedding that is tied to it, which is "
+            "--tied=untie. Only merging it into tied weights changes both. Use --tied=untie, --tied=skip or --format=hf."
+        )
+
+
+def write_lora(checkpoint: Checkpoint, folder: pathlib.Path, edit: Edit, tied: str, base: str) -> Written:
+    """Writes adapter_config.json and adapter_model.safetensors to `folder`. base: the base model's name.
+
+    Raises UserError for an edit that an adapter cannot express, OSError for a disk that refuses.
+    """
+    cfg = checkpoint.cfg
+    check_expressible(cfg, edit, tied)
+    embed = TABLES[cfg.family]["embed"]
+    tied = tied if cfg.tied_embeddings and edit.reaches(0, "resid_pre") else None
+    edits = wanted_edits(checkpoint, edit, tied)
+    rank = max(one.left_dk.shape[1] for one in edits.values())
+    tensors, modules, experts = {}, [], {}
+    matrices = {name: one for name, one in edits.items() if not name.endswith(".bias")}
+    biases = {
+        f"{PREFIX}{module_name(cfg, name)}.base_layer.bias": one(checkpoint.rows(name))
+        for name, one in edits.items()
+        if name not in matrices
+    }
+    with ThreadPoolExecutor(min(THREADS, os.cpu_count() or 1)) as pool:
+        found = pool.map(lambda name: factors(checkpoint.tensors[name], matrices[name], rank), matrices)
+        found = list(tqdm(found, total=len(matrices), desc="exporting", unit="tensor", leave=False))
+    for name, (a, b) in zip(matrices, found, strict=True):
+        module, expert = module_name(cfg, name), EXPERT.fullmatch(name)
+        if expert:
+            experts.setdefault(f"{expert[1]}mlp.experts", {})[int(expert[2])] = (a, b)
+            continue
+        modules.append(module)
+        kind = "lora_embedding_{}" if name == embed else "lora_{}.weight"
+        tensors |= {f"{PREFIX}{module}.{kind.format(letter)}": m for letter, m in (("A", a), ("B", b))}
+    for module, found in experts.items():
+        pairs = [found[expert] for expert in sorted(found)]
+        tensors[f"{PREFIX}{module}.lora_A.weight"] = np.concatenate([a for a, _ in pairs])  # [experts * K, in]
+        b_dke = np.stack([b for _, b in pairs], axis=-1)
+        tensors[f"{PREFIX}{module}.lora_B.weight"] = b_dke.reshape(len(b_dke), -1)  # [out, K * experts]
+    tensors |= biases
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "inference_mode": True,
+        "r": rank,
+        "lora_alpha": rank,
+        "lora_dropout": 0.0,
+        "bias": "all" if biases else "none",
+        "fan_in_fan_out": False,
+        "target_modules": modules,
+        "target_parameters": [f"{module}.down_proj" for module in experts] or None,
+    }
+    (folder / ADAPTER).write_bytes(save({k: np.ascontiguousarray(v) for k, v in tensors.items()}, {"format": "pt"}))
+    (folder / ADAPTER_CONFIG).write_bytes(to_json(config))
+    return Written(dict(sorted(edits.items())), tied, sum(t.nbytes for t in tensors.values()))
+
+
+def factors(tensor: Stored, edit: Projection, rank: int) -> tuple[np.ndarray, np.ndarray]:
+    """A `[K, in]` and B `[out, K]` of a tensor's edit, float32, with zeros up to the rank; of an embedding `[K, V]` and
+    `[D, K]`."""
+    left, right = edit.factors
+    blocks = tensor.blocks()
+    if edit.by_rows:
+        blocks = [np.einsum("nd,dk->kn", block, right) for _, block in blocks]
+    a = np.concatenate(blocks, axis=1) if edit.by_rows else edit.along(blocks)
+    more = rank - len(a)
+    return np.pad(a, ((0, more), (0, 0))), np.pad(-left, ((0, 0), (0, more)))
+
+
+@dataclasses.dataclass(frozen=True)
+class AdaptedWeights:
+    """The weights of a checkpoint under the adapter in a folder, as `Weights` of forward.py; W + B A in float32."""
+
+    checkpoint: Checkpoint
+    tensors: dict[str, np.ndarray]
+
+    @classmethod
+    def open(cls, checkpoint: Checkpoint, folder: pathlib.Path) -> "AdaptedWeights":
+        return cls(checkpoint, load_file(folder / ADAPTER))
+
+    @property
+    def cfg(self) -> ModelConfig:
+        return self.checkpoint.cfg
+
+    def rows(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """Rows of a tensor, float32."""
+        rows, module, expert = (
+            self.checkpoint.rows(name, start, stop),
+            module_name(self.cfg, name),
+            EXPERT.fullmatch(name),
+        )
+        stop = self.checkpoint.tensors[name].shape[0] if stop is None else stop
+        if name == TABLES[self.cfg.family]["embed"]:
+            a, b = (self.tensors.get(f"{PREFIX}{module}.lora_embedding_{letter}") for letter in "AB")
+            return rows if a is None else rows + a[:, start:stop].T @ b.T
+        if name.endswith(".bias"):
+            edited = self.tensors.get(f"{PREFIX}{module}.base_layer.bias")
+            return rows if edited is None else edited[start:stop]
+        module = f"{expert[1]}mlp.experts" if expert else module
+        a, b = (self.tensors.get(f"{PREFIX}{module}.lora_{letter}.weight") for letter in "AB")
+        if a is None:
+            return rows
+        if expert:
+            # As PEFT has them: A by expert, then rank; B by rank, then expert.
+            count = self.cfg.n_experts
+            a = a.reshape(count, -1, a.shape[1])[int(expert[2])]
+            b = b.reshape(len(b), -1, count)[..., int(expert[2])]
+        return rows + b[start:stop] @ a

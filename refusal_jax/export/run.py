@@ -1,0 +1,113 @@
+"""One export from beginning to end: plan, write, verify, describe, and only then appear under its name."""
+
+import dataclasses
+import json
+import pathlib
+import shutil
+import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+
+from refusal_jax.chat import Chat
+from refusal_jax.export import gguf, hf, lora
+from refusal_jax.export.card import licence_files, write_card
+from refusal_jax.export.directions import Directions
+from refusal_jax.export.edit import Edit
+from refusal_jax.export.provenance import base_model, write_provenance
+from refusal_jax.export.staging import UNVERIFIED, check_target, staged, sync_files
+from refusal_jax.export.study import Study
+from refusal_jax.export.verify import Sample, verify
+from refusal_jax.export.weight_files import Checkpoint
+from refusal_jax.runs import to_json
+
+FORMATS = ("hf", "lora", "gguf")
+REPORT = "export.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What is to be exported. edit: settings of `Edit.of`. study: prompts, chat template and measured effects. base: the
+    base model's name on the hub, "" for what its folder tells. command: that makes the export again, for its card."""
+
+    source: pathlib.Path
+    target: pathlib.Path
+    directions: Directions
+    edit: dict
+    study: Study
+    form: str = "hf"
+    tied: str = "untie"
+    verify: bool = True
+    base: str = ""
+    command: str = ""
+
+
+def export(request: Request) -> dict:
+    """Writes the export and returns what its export.json says; "verification" is None where it was not asked for, and
+    lists "problems" where it failed: then the folder has the marker `.unverified`.
+
+    Raises UserError for anything wrong with what is asked, before anything is written.
+    """
+    check_target(request.source, request.target)
+    checkpoint = Checkpoint.open(request.source)
+    cfg = checkpoint.cfg
+    edit = Edit.of(cfg, request.directions, **request.edit)
+    plan, size = None, 0
+    if request.form == "hf":
+        plan = hf.Plan.of(checkpoint, edit, request.tied)
+        size = plan.size
+    elif request.form == "lora":
+        lora.check_expressible(cfg, edit, request.tied)
+    else:
+        gguf.check_expressible(cfg, edit)
+    sample = None
+    if request.verify:
+        chat = Chat.load(request.source, cfg.context_length, cfg.vocab_size, **request.study.template)
+        sample = Sample.of(chat, request.study.prompts, request.study.harmless)
+    base = base_model(request.source, request.base)
+    start = time.monotonic()
+    with staged(request.target, size) as folder:
+        if request.form == "hf":
+            written = plan.write(folder)
+        elif request.form == "lora":
+            written = lora.write_lora(checkpoint, folder, edit, request.tied, base["name"])
+        else:
+            written = gguf.write_gguf(cfg, folder, edit)
+        if request.form != "hf":
+            for path in licence_files(request.source):
+                shutil.copyfile(path, folder / path.name)
+        seconds = {"write": round(time.monotonic() - start, 3)}
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(sync_files, folder)  # the disk works while the processor does
+            found = verify(checkpoint, folder, edit, written, sample) if sample else None
+        seconds["verify"] = round(time.monotonic() - start - seconds["write"], 3)
+        report = describe(request, edit, written, base, found) | {"seconds": seconds}
+        (folder / REPORT).write_bytes(to_json(report))
+        write_card(folder, request.source, report, request.command)
+        verified = found is not None and not found["problems"]
+        if not verified:
+            reasons = found["problems"] if found else ["verification was switched off"]
+            (folder / UNVERIFIED).write_text("".join(f"{reason}\n" for reason in reasons), encoding="utf-8")
+        kept = ("format", "edit", "direction", "base", "tied")
+        record = {key: report[key] for key in kept} | {"verified": verified, "command": request.command}
+        write_provenance(folder, record, written.hashes)
+    return report
+
+
+def describe(request: Request, edit: Edit, written: hf.Written, base: dict, found: dict | None) -> dict:
+    """The report of an export, in plain values."""
+    directions = request.directions
+    report = {
+        "format": request.form,
+        "edit": edit.described(),
+        "direction": {"count": len(directions.raw_kd), "sha256": directions.sha256, "files": directions.files},
+        "base": base,
+        "tied": written.tied,
+        "added_bytes": written.added_bytes,
+        "edited_tensors": written.kinds,
+        "kinds": dict(Counter(written.kinds.values()).most_common()),
+        "largest_amplification": written.largest_amplification,
+        "refusals": request.study.refusals(),
+        "losses": request.study.losses,
+        "verification": found,
+    }
+    return json.loads(to_json(report))

@@ -1,0 +1,113 @@
+"""Output folders that appear when they are complete: everything is written beside them first."""
+
+import contextlib
+import fcntl
+import os
+import pathlib
+import shutil
+
+from refusal_jax.errors import UserError
+
+PROVENANCE, UNVERIFIED = "refusal_jax.json", ".unverified"
+# Weights in other files than those edited would be the unedited ones, and indexes of such files name nothing.
+WEIGHTS = tuple(".safetensors .bin .pt .pth .ckpt .h5 .msgpack .gguf .onnx .onnx_data .ot .tflite".split())
+WEIGHTS += (".bin.index.json", ".h5.index.json")
+
+
+def check_target(source: pathlib.Path, target: pathlib.Path) -> None:
+    """Raises UserError for an output folder that exists, ours or not, or lies inside the source."""
+    if (target / PROVENANCE).is_file():
+        raise UserError(
+            f"{target} exists already, an export of ours. Check it with `refusal-jax export --check={target}`, remove it, or "
+            "pass another --out."
+        )
+    if os.path.lexists(target):
+        raise UserError(f"{target} exists already and is no export of ours. Pass another --out.")
+    if source.resolve() in target.resolve().parents:
+        raise UserError(f"{target} lies inside the source checkpoint. Pass an --out elsewhere.")
+
+
+@contextlib.contextmanager
+def staged(target: pathlib.Path, size: int = 0):
+    """The folder `.NAME.part` beside `target`, which takes that name at the end, on the disk, or is gone.
+
+    What a killed process left there is removed first. size: bytes that the folder will need. Raises UserError if another
+    process is writing there, if the disk is too full, and if it refuses.
+    """
+    staging = target.parent / f".{target.name}.part"
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(target.parent).free
+        if size > free:
+            raise UserError(
+                f"{target} needs {size:,} bytes, its disk has {free:,} free. Free space, or pass an --out on another disk."
+            )
+        lock = _locked(staging)
+    except OSError as error:
+        raise _refused(target, error) from None
+    left = staging
+    try:
+        yield staging
+        sync_files(staging)
+        os.rename(staging, target)
+        left = None
+        sync(target.parent)
+    except OSError as error:
+        raise _refused(target, error) from None
+    finally:
+        if left is not None:
+            shutil.rmtree(left, ignore_errors=True)
+        os.close(lock)
+
+
+def _refused(target: pathlib.Path, error: OSError) -> UserError:
+    return UserError(
+        f"{target} could not be written: {error.strerror or error}. Free space, or pass an --out on a disk that you may write "
+        "to, and run the same command again; nothing was left behind."
+    )
+
+
+def _locked(staging: pathlib.Path) -> int:
+    """Makes the folder anew and locks it; the lock ends with the process. Raises UserError if another one holds it."""
+    if staging.is_symlink():
+        raise UserError(f"{staging} is a link, and nothing is written through links. Remove it.")
+    while True:
+        staging.mkdir(exist_ok=True)
+        lock = os.open(staging, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(lock)
+            raise UserError(f"Another process is writing {staging}. Wait for it, or pass another --out.") from None
+        if not any(staging.iterdir()):
+            return lock
+        shutil.rmtree(staging)  # of a process that was killed
+        os.close(lock)
+
+
+def sync(path: pathlib.Path) -> None:
+    """Puts a file, or a folder's list of names, on the disk."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def sync_files(folder: pathlib.Path) -> None:
+    """Puts all files below a folder on the disk."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            sync(path)
+
+
+def copy_other_files(source: pathlib.Path, staging: pathlib.Path) -> None:
+    """Copies all files but the weights, contents of links instead of links; hidden files and other weight formats stay
+    behind."""
+    for path in sorted(source.rglob("*")):
+        relative = path.relative_to(source)
+        hidden = any(part.startswith(".") for part in relative.parts)
+        if path.is_dir() or hidden or path.name.endswith(WEIGHTS) or path.name == PROVENANCE:
+            continue
+        (staging / relative).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, staging / relative)

@@ -1,0 +1,85 @@
+"""What an export takes from a finished study, besides the direction: its model, its prompts, what it measured."""
+
+import dataclasses
+import json
+import pathlib
+
+from refusal_jax.data.prompts import BUNDLED, read_prompts, resolve
+from refusal_jax.errors import UserError
+from refusal_jax.export.directions import DIRECTION
+from refusal_jax.models.hf_attributes import read_json
+from refusal_jax.report.summary import REFUSAL_JUDGE, Condition, read_conditions, read_losses
+from refusal_jax.runs import MANIFEST, Run, read_manifest
+from refusal_jax.study.pipeline import PROMPTS, SETUP
+
+VAL = ("harmful_val", "harmless_val")
+
+
+@dataclasses.dataclass(frozen=True)
+class Study:
+    """model: the checkpoint that it ran on, with its fingerprint. prompts: instructions, harmful ones first. harmless:
+    pairs of a harmless instruction and the model's own reply, or "". template: settings of the chat template. conditions
+    and losses: of `report.summary`, empty where nothing was measured."""
+
+    model: pathlib.Path | None
+    fingerprint: str | None
+    prompts: list[str]
+    harmless: list[tuple[str, str]]
+    template: dict
+    conditions: list[Condition]
+    losses: dict
+
+    @classmethod
+    def read(cls, folder: pathlib.Path, count: int) -> "Study":
+        """count: prompts of each side, and replies. Raises UserError for a folder that is no finished study, or a damaged
+        one."""
+        for name in (DIRECTION, PROMPTS, SETUP, MANIFEST):
+            if not (folder / name).is_file():
+                raise UserError(
+                    f"{folder} holds no {name}, so it is not a finished study. Run `refusal-jax study "
+                    f"--workdir={folder}` first."
+                )
+        manifest = read_manifest(folder / MANIFEST)
+        run = Run(folder, manifest)
+        try:
+            rows = json.loads((folder / PROMPTS).read_text(encoding="utf-8"))
+            sides = [[row["instruction"] for row in rows[side][:count]] for side in VAL]
+            conditions = read_conditions(run, manifest["stages"].get("evaluations", {}).get("writes", ()))
+            own = [c.completions for c in conditions if c.harmless and c.intervention == "baseline"]
+            replies = [(c["prompt"], c["response"]) for found in own for c in found if c["response"]][:count]
+            return cls(
+                pathlib.Path(read_json(folder / SETUP)["model"]),
+                manifest["inputs"].get("model"),
+                sides[0] + sides[1],
+                replies or [(text, "") for text in sides[1]],
+                {
+                    name: manifest["config"][name]
+                    for name in ("chat_template", "thinking")
+                    if name in manifest["config"]
+                },
+                conditions,
+                read_losses(run),
+            )
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(
+                f"The study in {folder} is damaged ({error}). Run it again with the same settings: it redoes what is "
+                "damaged."
+            ) from None
+
+    @classmethod
+    def none(cls, count: int, chat_template: str = "") -> "Study":
+        """For a direction that comes from elsewhere: the bundled prompts."""
+        sides = [[row["instruction"] for row in read_prompts(resolve(BUNDLED, side))[:count]] for side in VAL]
+        return cls(
+            None, None, sides[0] + sides[1], [(t, "") for t in sides[1]], {"chat_template": chat_template}, [], {}
+        )
+
+    def refusals(self) -> list[dict]:
+        """How often each condition was refused, with the 95 % interval, in plain values."""
+        found = []
+        for condition in self.conditions:
+            rate = condition.rates.get(REFUSAL_JUDGE)
+            if rate and rate.n:
+                row = {"prompts": condition.dataset, "intervention": condition.label, "refused": rate.rate}
+                found.append(row | {"interval": list(rate.interval), "n": rate.n})
+        return found

@@ -1,0 +1,187 @@
+"""Which edit each tensor of a checkpoint gets, so that what it writes to the residual stream loses a subspace, or gains a
+vector.
+
+Ablation: W <- W - left right^T W, of rank K, the number of directions. Without a norm after W both are the orthonormal
+directions U. With one, what reaches the stream is s * norm(W x + b), s being the norm's scale, so the directions leave it
+where U * s leaves W x + b:
+
+- oblique: left = U / s, right = U * s. Before the norm's division this is ablation, so that the layer's output differs
+  from the ablated one by that scalar only, one for each token.
+- projected: left = right = U * s, made orthonormal. Removes the directions as exactly, but moves the output in others too;
+  stable where s has entries near zero, which U / s would blow up.
+
+Addition: bias <- bias + vector, at the MLP output of the block before.
+"""
+
+import dataclasses
+from collections import Counter
+
+import numpy as np
+
+from refusal_jax.errors import UserError
+from refusal_jax.export.edit import Edit
+from refusal_jax.export.weight_files import Checkpoint
+from refusal_jax.models.config import ModelConfig
+from refusal_jax.models.families import TABLES, WRITER_BIASES, WRITERS, pieces
+
+# The norm between a writer and the stream, in families that have one, by the site that the writer serves.
+POST_NORMS = {"attn_out": "blocks.attn_post_norm", "mlp_out": "blocks.mlp_post_norm"}
+
+# The largest |left right^T| of an oblique edit: it is the operator norm of I - left right^T, so of an output whose cosine
+# with r * s is c, the edit changes no more than 10 c times its length. So a layer with c = 0.1, which is a lot for one that
+# is not about r, at most doubles before the norm divides by its length, and what it writes else is at least halved, not
+# more. Scales that vary as a log-normal of standard deviation 1 come to e^2 = 7.4; beyond 10 a few entries rule.
+MOST_AMPLIFICATION = 10.0
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Projection:
+    """W <- W - scale left right^T W. left_dk, right_dk: float64 `[D, K]`. by_rows: whether the stream is the tensor's last
+    axis (embedding, biases), and else its last but one. kind: "orthogonal", "oblique" or "projected"."""
+
+    left_dk: np.ndarray
+    right_dk: np.ndarray
+    by_rows: bool
+    kind: str
+    scale: float = 1.0
+
+    @property
+    def amplification(self) -> float:
+        """The operator norm of I - left right^T: 1 for orthogonal projections."""
+        return float(np.linalg.norm(np.linalg.qr(self.left_dk)[1] @ np.linalg.qr(self.right_dk)[1].T, 2))
+
+    @property
+    def factors(self) -> tuple[np.ndarray, np.ndarray]:
+        """What is subtracted, left times the scale, and right; float32 `[D, K]`."""
+        return (self.scale * self.left_dk).astype(np.float32), self.right_dk.astype(np.float32)
+
+    def along(self, blocks) -> np.ndarray:
+        """right^T W of a matrix `[D, F]` given in blocks of rows, `(first row, block)`; float32 `[K, F]`."""
+        right, total = self.factors[1], 0.0
+        for start, block in blocks:
+            total = total + np.einsum("dk,df->kf", right[start : start + len(block)], block).astype(np.float64)
+        return total.astype(np.float32)
+
+    def blocks(self, blocks):
+        """The edited blocks of rows, in place, of a tensor whose blocks the function `blocks` gives, float32. They are
+        gone through twice if the stream is not the tensor's last axis.
+
+        einsum, because K is small and BLAS would start threads of its own inside each of ours.
+        """
+        left, right = self.factors
+        along = None if self.by_rows else self.along(blocks())
+        for start, block in blocks():
+            if self.by_rows:
+                block -= np.einsum("...k,dk->...d", np.einsum("...d,dk->...k", block, right), left)
+            else:
+                block -= np.einsum("dk,kf->df", left[start : start + len(block)], along)
+            yield start, block
+
+    def __call__(self, tensor: np.ndarray) -> np.ndarray:
+        """The edited tensor, float32 in and out; axes before those of the matrix (layers, experts) may lead."""
+        left, right = self.factors
+        rows = tensor if self.by_rows else np.swapaxes(tensor, -1, -2)
+        edited = rows - (rows @ right) @ left.T
+        return edited if self.by_rows else np.swapaxes(edited, -1, -2)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Addition:
+    """bias <- bias + vector; vector_d: float64 `[D]`."""
+
+    vector_d: np.ndarray
+    by_rows = True
+    kind = "addition"
+    amplification = 1.0
+
+    def blocks(self, blocks):
+        """As `Projection.blocks`."""
+        return ((start, self(block)) for start, block in blocks())
+
+    def __call__(self, tensor: np.ndarray) -> np.ndarray:
+        """The edited tensor, float32 in and out."""
+        return tensor + self.vector_d.astype(np.float32)
+
+
+def projection(path: str, basis_kd: np.ndarray, scale_d: np.ndarray | None = None, scale: float = 1.0):
+    """The edit that takes the orthonormal `basis_kd` out of what the weight `path` writes.
+
+    scale_d: float64 `[D]`, what a norm after it multiplies by (None: there is no norm). scale: of what is there, how much
+    is removed. Returns None where the norm lets nothing of the directions through.
+    """
+    by_rows, basis_dk = path == "embed" or path in WRITER_BIASES, basis_kd.T
+    if scale_d is None:
+        return Projection(basis_dk, basis_dk, by_rows, "orthogonal", scale)
+    seen_dk = basis_dk * scale_d[:, None]
+    if not seen_dk.any():
+        return None
+    with np.errstate(divide="ignore", over="ignore"):
+        left_dk = np.divide(basis_dk, scale_d[:, None], where=basis_dk != 0, out=np.zeros_like(basis_dk))
+    if np.isfinite(left_dk).all():
+        oblique = Projection(left_dk, seen_dk, by_rows, "oblique", scale)
+        if oblique.amplification <= MOST_AMPLIFICATION:
+            return oblique
+    span_dk, sizes, _ = np.linalg.svd(seen_dk, full_matrices=False)
+    span_dk = span_dk[:, sizes > 1e-12 * sizes[0]]
+    return Projection(span_dk, span_dk, by_rows, "projected", scale)
+
+
+def tensor_edits(checkpoint: Checkpoint, edit: Edit) -> dict[str, Projection]:
+    """HF name -> edit, for every tensor of a checkpoint that writes to the residual stream (paper, section 4.1) where the
+    ablation `edit` asks for it: embedding, attention output, MLP output of each expert, and their biases.
+
+    Raises ValueError for a family whose table fuses such a tensor with another, which nothing here could edit.
+    """
+    cfg, edits = checkpoint.cfg, {}
+    all_pieces = pieces(cfg)
+    uses = Counter(piece.name for piece in all_pieces)
+    for piece in all_pieces:
+        site = (WRITERS | WRITER_BIASES).get(piece.path)
+        if site is None or not edit.reaches(piece.index[0] if piece.index else 0, site):
+            continue
+        if uses[piece.name] > 1:
+            raise ValueError(f"{piece.name} holds {piece.path} fused with other weights; teach `Projection` its rows")
+        scale_d = None
+        if cfg.post_norm and site in POST_NORMS:
+            norm = TABLES[cfg.family][POST_NORMS[site]].format(l=piece.index[0])
+            scale_d = cfg.norm_offset + checkpoint.rows(norm).astype(np.float64)
+        one = projection(piece.path, edit.directions.basis_kd, scale_d, edit.scale)
+        if one is not None:
+            edits[piece.name] = one
+    return edits
+
+
+def wanted_edits(checkpoint: Checkpoint, edit: Edit, tied: str | None) -> dict[str, Projection]:
+    """`tensor_edits` without that of an embedding which is to be left, tied = "skip". Raises UserError if none remain."""
+    edits = tensor_edits(checkpoint, edit)
+    if tied == "skip":
+        edits.pop(TABLES[checkpoint.cfg.family]["embed"])
+    if not edits:
+        raise UserError(
+            "Nothing is left to edit: at these --sites no weight writes in these --layers (the embedding belongs to layer 0, and "
+            "--tied=skip leaves it). Name more of them."
+        )
+    return edits
+
+
+# Families whose MLP may have biases, with the attribute of config.json that says so, for checkpoints that have none.
+BIAS_SWITCHES = {"llama": ("mlp_bias", True), "granite": ("mlp_bias", True), "qwen": ("no_bias", False)}
+
+
+def bias_additions(cfg: ModelConfig, edit: Edit) -> dict[str, Addition]:
+    """HF name -> edit, for the MLP biases that hold the addition `edit`: of block l - 1 for the input of block l.
+
+    Raises UserError where the architecture has no such bias, and for layer 0, which no block precedes.
+    """
+    if not cfg.mlp_bias and cfg.family not in BIAS_SWITCHES:
+        raise UserError(
+            f"The MLP of a {cfg.family} model has no bias, so an addition cannot be written into its weights. Use "
+            "--format=gguf, a control vector for llama.cpp, or add at inference time with refusal_jax.Edits.add."
+        )
+    if 0 in edit.layers:
+        raise UserError(
+            "No block comes before layer 0 whose bias could hold an addition at its input. Choose --layers from 1 to "
+            f"{cfg.n_layers - 1}."
+        )
+    name, vector_d = TABLES[cfg.family]["blocks.down_bias"], edit.vector_d / cfg.residual_scale
+    return {name.format(l=layer - 1): Addition(vector_d) for layer in edit.layers}

@@ -1,0 +1,125 @@
+"""What TPUs have, and how slices of them are called.
+
+Sizes are Google Cloud's: `v5e-16` and `v6e-16` count chips, `v4-16` and `v5p-16` count TensorCores, two a chip, as in
+`gcloud`. Peaks are from the Cloud TPU documentation; clocks convert the compiler's cycles to seconds.
+"""
+
+import dataclasses
+import math
+import re
+
+from refusal_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """One generation. hbm: usable bytes a chip; bandwidth: of HBM, bytes/s; flops: bfloat16 peak, 1/s; link: bytes/s of one
+    ICI link in one direction; axes: of the torus; cores: TensorCores that a slice's name counts for each chip; hertz: of a
+    core; host: chips on one host of a slice; ring: an axis of that length or more wraps around."""
+
+    name: str
+    hbm: float
+    bandwidth: float
+    flops: float
+    link: float
+    axes: int
+    cores: int
+    hertz: float
+    host: int
+    ring: int
+
+    def links(self, shape: tuple[int, ...]) -> float:
+        """Bytes/s that a chip of a slice of this shape can send, along all axes together."""
+        sides = [2 if size >= self.ring else 1 for size in shape if size > 1]
+        return self.link * max(sum(sides), 1)
+
+
+GIB = float(2**30)
+CHIPS = {
+    chip.name: chip
+    for chip in (
+        Chip("v4", 30.75 * GIB, 1.2e12, 275e12, 45e9, 3, 2, 1.05e9, 4, 4),
+        Chip("v5e", 15.75 * GIB, 8.1e11, 197e12, 45e9, 2, 1, 1.5e9, 4, 16),
+        Chip("v5p", 95.74 * GIB, 2.765e12, 459e12, 90e9, 3, 2, 1.75e9, 4, 4),
+        Chip("v6e", 31.25 * GIB, 1.6e12, 918e12, 90e9, 2, 1, 1.75e9, 4, 16),
+    )
+}
+SHAPES = {  # chips -> how they are laid out in a slice of that size
+    2: {1: (1, 1), 4: (2, 2), 8: (2, 4), 16: (4, 4), 32: (4, 8), 64: (8, 8), 128: (8, 16), 256: (16, 16)},
+    3: {
+        4: (2, 2, 1),
+        8: (2, 2, 2),
+        16: (2, 2, 4),
+        32: (2, 4, 4),
+        64: (4, 4, 4),
+        128: (4, 4, 8),
+        256: (4, 8, 8),
+        512: (8, 8, 8),
+    },
+}
+DCN = 12.5e9  # bytes/s of a host's network between slices
+
+
+@dataclasses.dataclass(frozen=True)
+class Slice:
+    """Chips to rent: `slices` slices of `shape`."""
+
+    chip: Chip
+    shape: tuple[int, ...]
+    slices: int = 1
+
+    @classmethod
+    def parse(cls, text: str) -> "Slice":
+        """From a name such as v5e-16, v5p-16, 2xv5e-16 (two slices), or a chip and a shape such as v5e:4x4.
+
+        Raises UserError, with the names there are, for any other.
+        """
+        match = re.fullmatch(
+            r"(?:(\d+)x)?(v\w+?)(?:-(\d+)|:(\d+(?:x\d+){1,2}))", text.strip().lower().replace("litepod", "e")
+        )
+        chip = CHIPS.get(match[2]) if match else None
+        if chip is None:
+            raise UserError(
+                f"--topology={text} is no TPU slice that can be planned for. Name one as gcloud does ({', '.join(names())}), "
+                "several as 2xv5e-16, or give the shape as in v5e:4x4."
+            )
+        if match[4]:
+            shape = tuple(map(int, match[4].split("x")))
+        else:
+            count, rest = divmod(int(match[3]), chip.cores)
+            shape = SHAPES[chip.axes].get(count if not rest else 0)
+        if shape is None or len(shape) != chip.axes or math.prod(shape) not in SHAPES[chip.axes]:
+            raise UserError(f"There is no {text}. Slices of {chip.name} are {', '.join(names(chip))}.")
+        return cls(chip, shape, int(match[1] or 1))
+
+    @property
+    def chips(self) -> int:
+        return math.prod(self.shape) * self.slices
+
+    @property
+    def name(self) -> str:
+        return (
+            f"{f'{self.slices}x' if self.slices > 1 else ''}{self.chip.name}-{math.prod(self.shape) * self.chip.cores}"
+        )
+
+    def devices(self) -> list:
+        """Stand-ins for the slice's devices, to compile for. Raises UserError without libtpu."""
+        from jax.experimental import topologies
+
+        settings = {"num_slices": self.slices} if self.slices > 1 else {}
+        if self.chip.name == "v4":
+            settings["chip_config_name"] = "megacore"
+        name = f"{self.chip.name}:{'x'.join(map(str, self.shape))}"
+        try:
+            return list(topologies.get_topology_desc(platform="tpu", topology_name=name, **settings).devices)
+        except Exception as error:  # jax raises many kinds, all of which mean that there is no compiler for it
+            raise UserError(
+                f"There is no TPU compiler for {name} here ({' '.join(str(error).split())[:200]}). Install it with "
+                "pip install 'refusal-jax[plan]'."
+            ) from None
+
+
+def names(chip: Chip | None = None) -> list[str]:
+    """Of the slices there are, of one chip or of all."""
+    chips = [chip] if chip else list(CHIPS.values())
+    return [f"{c.name}-{count * c.cores}" for c in chips for count in SHAPES[c.axes]]

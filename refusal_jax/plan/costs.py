@@ -1,0 +1,141 @@
+"""How long a program takes on a slice, roughly, and how much memory.
+
+Where the compiled program's text can be had, its own cycles are summed; else operations and bytes are divided by what the
+chip does of its peak in practice. Communication is added, as if nothing overlapped with it: the estimate leans to the slow
+side there, and to the fast side in leaving out the host.
+"""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+
+from refusal_jax.models.config import ModelConfig
+from refusal_jax.models.layers import GATED
+from refusal_jax.models.weights import weight_table
+from refusal_jax.plan.chips import GIB, Slice
+from refusal_jax.plan.hlo import Instruction, collectives, cycles
+from refusal_jax.plan.programs import Program, Workload
+from refusal_jax.sharding import STORAGE
+
+FLOPS_SHARE, BANDWIDTH_SHARE = 0.6, 0.65  # of the peaks, as the compiler's cycles come to on v5e
+LATENCY = 2e-6  # seconds of one collective, besides its bytes
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """Of one run of a program. peak: bytes of memory a chip; flops: of all chips; bytes: of HBM traffic a chip; seconds:
+    estimated; cycles: whether they are the compiler's."""
+
+    peak: int
+    flops: float
+    bytes: float
+    seconds: float
+    cycles: bool
+
+
+def parameters(cfg: ModelConfig, active: bool = False) -> int:
+    """Of the model; active: those that one token is multiplied with, of its experts only the chosen, and no embedding."""
+    total = 0
+    for path, weight in weight_table(cfg).items():
+        size = math.prod(weight.shape)
+        if active and path == "embed" and not cfg.tied_embeddings:
+            continue
+        if active and cfg.n_experts and path.removeprefix("blocks.") in GATED:
+            size = size * cfg.experts_per_token // cfg.n_experts
+        total += size
+    return total
+
+
+def weight_bytes(work: Workload) -> int:
+    return parameters(work.cfg) * jnp.dtype(work.dtype).itemsize
+
+
+def cache_bytes(work: Workload, rows: int) -> int:
+    """Of the keys and values of `rows` rows in generation, once."""
+    cfg = work.cfg
+    return 2 * cfg.n_layers * rows * work.slots * cfg.n_kv_heads * cfg.head_dim * jnp.dtype(work.dtype).itemsize
+
+
+def flops(work: Workload, program: Program) -> float:
+    """Of one run, on all chips: two for each active parameter and token, and those of attention."""
+    cfg, tokens = work.cfg, program.rows * program.tokens * program.steps
+    unembedding = cfg.vocab_size * cfg.d_model
+    in_layers = parameters(cfg, active=True) - unembedding
+    read = program.tokens if program.stage == "loss" else 1  # positions of a row whose logits are computed
+    attention = 4 * (program.tokens + program.cached) * cfg.n_heads * cfg.head_dim * program.layers
+    share = program.layers / cfg.n_layers
+    return tokens * (2 * in_layers * share + attention) + 2 * unembedding * program.rows * read * program.steps
+
+
+def traffic(work: Workload, program: Program, mesh: jax.sharding.Mesh) -> float:
+    """Bytes of one chip's HBM in one run: weights once for each forward pass, the cache, and activations."""
+    shape = dict(mesh.shape)
+    batch = shape["data"] * shape[STORAGE]
+    model = mesh.size // batch
+    width = jnp.dtype(work.dtype).itemsize
+    weights = weight_bytes(work) / model * (3 if shape[STORAGE] > 1 else 1)  # gathered: written and read again
+    share = program.layers / work.cfg.n_layers
+    tokens = max(program.rows // batch, 1) * program.tokens
+    inner = (
+        2 * work.cfg.d_mlp * max(work.cfg.experts_per_token, 1) / model
+        + 6 * work.cfg.d_model / model
+        + 4 * work.cfg.d_model
+    )
+    activations = 2 * width * tokens * inner * program.layers
+    cached = cache_bytes(work, program.rows) / batch / min(model, work.cfg.n_kv_heads) if program.cached else 0
+    return program.steps * (weights * share + activations + cached)
+
+
+def communication(work: Workload, program: Program, mesh: jax.sharding.Mesh, where: Slice) -> float:
+    """Seconds of one run's collectives, from the model's shape: what GSPMD and the decoder put into a layer."""
+    shape = dict(mesh.shape)
+    batch, width = shape["data"] * shape[STORAGE], jnp.dtype(work.dtype).itemsize
+    model, links = mesh.size // batch, where.chip.links(where.shape)
+    moved = max(program.rows // batch, 1) * program.tokens * work.cfg.d_model * width
+    seconds = 0.0
+    if model > 1:  # two projections a layer, each of which sums (there and back) and gathers
+        seconds += 2 * program.layers * (3 * moved * (model - 1) / model / links + 2 * LATENCY)
+    if shape[STORAGE] > 1:
+        stored = weight_bytes(work) * program.layers / work.cfg.n_layers / model
+        seconds += stored * (shape[STORAGE] - 1) / shape[STORAGE] / links
+    return program.steps * seconds
+
+
+def collective_seconds(found: list[Instruction], chips: int, links: float) -> float:
+    """Of the collectives of a program's text, one after the other."""
+    passes = {"all-reduce": 2.0, "reduce-scatter": float(chips)}  # of the bytes of the result
+    return sum(i.times * (passes.get(i.kind, 1.0) * i.bytes / links + LATENCY) for i in found)
+
+
+def roofline(work: Workload, program: Program, mesh: jax.sharding.Mesh, where: Slice) -> float:
+    """Seconds of one run from operations, bytes and communication."""
+    compute = flops(work, program) / (mesh.size * where.chip.flops * FLOPS_SHARE)
+    memory = traffic(work, program, mesh) / (where.chip.bandwidth * BANDWIDTH_SHARE)
+    return max(compute, memory) + communication(work, program, mesh, where)
+
+
+def text_of(compiled) -> str:
+    """The compiled program's text, or "" where this version of libtpu writes what jaxlib cannot read."""
+    try:
+        return compiled.as_text()
+    except jax.errors.JaxRuntimeError:
+        return ""
+
+
+def cost(work: Workload, program: Program, compiled, mesh: jax.sharding.Mesh, where: Slice) -> Cost:
+    """Of a program compiled for `where`."""
+    text = text_of(compiled)
+    if text:
+        model = mesh.size // mesh.shape["data"] // mesh.shape[STORAGE]
+        waiting = collective_seconds(collectives(text, program.turns), model, where.chip.links(where.shape))
+        seconds = cycles(text, program.turns) / where.chip.hertz + waiting
+    else:
+        seconds = roofline(work, program, mesh, where)
+    peak = compiled.memory_analysis().peak_memory_in_bytes
+    return Cost(peak, flops(work, program), traffic(work, program, mesh), seconds, bool(text))
+
+
+def gib(size: float) -> str:
+    return f"{size / GIB:.1f} GiB"

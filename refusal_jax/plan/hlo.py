@@ -1,0 +1,97 @@
+"""What a compiled program does, read off its text: communication by kind and size, and the compiler's own cycles.
+
+The text lists a loop's body once; here everything counts as often as it runs.
+"""
+
+import dataclasses
+import re
+from collections.abc import Iterator
+
+COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
+WIDTHS = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "f32": 4, "s32": 4, "u32": 4}
+UNKNOWN = 1 << 40  # cycles: what the compiler writes where it has no estimate is far above
+
+
+@dataclasses.dataclass(frozen=True)
+class Instruction:
+    """kind: the operation; shapes: of its results; times: how often it runs; cycles: the compiler's estimate of one run."""
+
+    kind: str
+    shapes: tuple[tuple[str, tuple[int, ...]], ...]
+    times: int
+    cycles: int
+    text: str
+
+    @property
+    def bytes(self) -> int:
+        """Of its results, on one device."""
+        total = 0
+        for dtype, shape in self.shapes:
+            size = WIDTHS.get(dtype, 8)
+            for axis in shape:
+                size *= axis
+            total += size
+        return total
+
+
+def instructions(text: str, unknown_loops: int = 1) -> Iterator[Instruction]:
+    """Those of a program's entry and of its loops' bodies; fusions count as one.
+
+    unknown_loops: how often loops run whose number of turns is not in the text (those that end on a condition).
+    """
+    bodies, entry = _computations(text)
+
+    def walk(name: str, times: int):
+        for line in bodies[name]:
+            _, _, right = line.partition(" = ")
+            kind = re.search(r"(?:^|\s)([a-z][a-z0-9\-]*)\(", right)
+            if kind is None:
+                continue
+            if kind[1] == "while":
+                body, condition = (re.search(rf"{part}=%?([\w.\-]+)", right)[1] for part in ("body", "condition"))
+                yield from walk(body, times * _turns(line, bodies[condition], unknown_loops))
+                continue
+            cycles = re.search(r'"estimated_cycles":"(\d+)"', right)
+            cycles = int(cycles[1]) if cycles else 0
+            shapes = re.findall(r"\b([a-z]+\d*)\[([\d,]*)\]", right[: kind.start(1)])
+            yield Instruction(
+                kind[1].removesuffix("-start"),
+                tuple((dtype, tuple(int(n) for n in dims.split(",") if n)) for dtype, dims in shapes),
+                times,
+                cycles if cycles < UNKNOWN else 0,
+                line,
+            )
+
+    yield from walk(entry, 1)
+
+
+def _computations(text: str) -> tuple[dict[str, list[str]], str]:
+    bodies, entry, lines = {}, "", []
+    for line in text.splitlines():
+        head = re.match(r"(ENTRY )?%?([\w.\-]+) \(.*\{$", line)
+        if head:
+            lines = bodies[head[2]] = []
+            entry = head[2] if head[1] else entry
+        elif line.startswith("  "):
+            lines.append(line)
+    return bodies, entry
+
+
+def _turns(line: str, condition: list[str], unknown: int) -> int:
+    """How often a loop runs: what the compiler knows, or the bound that its condition compares a counter with."""
+    known = re.search(r'known_trip_count"?[:={\s"n]+(\d+)', line)
+    if known:
+        return int(known[1])
+    compare = [text for text in condition if "ROOT" in text and " compare(" in text and "direction=LT" in text]
+    bounds = [int(n) for text in condition for n in re.findall(r"= s32\[\]\S* constant\((\d+)\)", text)]
+    return bounds[0] if compare and len(bounds) == 1 else unknown
+
+
+def collectives(text: str, unknown_loops: int = 1) -> list[Instruction]:
+    """The communication of a program."""
+    return [i for i in instructions(text, unknown_loops) if i.kind in COLLECTIVES]
+
+
+def cycles(text: str, unknown_loops: int = 1) -> int:
+    """The compiler's estimate for a whole run on a TPU, without waiting for communication."""
+    return sum(i.cycles * i.times for i in instructions(text, unknown_loops))
