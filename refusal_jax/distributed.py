@@ -49,6 +49,15 @@ class Session:
         with contextlib.suppress(jax.errors.JaxRuntimeError):
             self.client.key_value_set(KEYS + key, value)
 
+    def wait_for(self, key: str) -> str:
+        """The value of a key, once it is there; second by second, so that signals are heard."""
+        while True:
+            try:
+                return self.client.blocking_key_value_get(KEYS + key, 1000)
+            except jax.errors.JaxRuntimeError as error:
+                if "DEADLINE_EXCEEDED" not in str(error):
+                    raise
+
     def values(self, kind: str) -> dict[int, str]:
         """The values of the keys `kind/N`, by N."""
         found = self.client.key_value_dir_get(f"{KEYS}{kind}/")
@@ -181,10 +190,12 @@ def share(value: bytes | None) -> bytes:
     if _session is None:
         return value
     _session.turn += 1
-    key = f"{KEYS}shared/{_session.turn}"
+    key = f"shared/{_session.turn}"
     if _session.index:
-        return _session.client.blocking_key_value_get_bytes(key, FOREVER_MS)
-    _session.client.key_value_set_bytes(key, value)
+        _session.wait_for(key)
+        return _session.client.blocking_key_value_get_bytes(f"{KEYS}{key}/value", FOREVER_MS)
+    _session.client.key_value_set_bytes(f"{KEYS}{key}/value", value)
+    _session.client.key_value_set(KEYS + key, "there")
     return value
 
 
@@ -199,13 +210,11 @@ def gather_json(value) -> list:
     if session is None:
         return [value]
     session.turn += 1
-    key = f"{KEYS}gathered/{session.turn}/"
-    session.client.key_value_set(f"{key}{session.index}", json.dumps(value))
+    key = f"gathered/{session.turn}/"
+    session.client.key_value_set(f"{KEYS}{key}{session.index}", json.dumps(value))
     if session.index:
         return share_json(None)
-    return share_json(
-        [json.loads(session.client.blocking_key_value_get(f"{key}{i}", FOREVER_MS)) for i in range(session.count)]
-    )
+    return share_json([json.loads(session.wait_for(f"{key}{i}")) for i in range(session.count)])
 
 
 def finish() -> None:

@@ -1,4 +1,5 @@
 """A run of two stages without a model, as one of two processes; `test_processes.py` starts it and lets it fail."""
+# ruff: noqa: E402
 
 import json
 import os
@@ -11,7 +12,13 @@ import types
 import jax
 import numpy as np
 
-from refusal_jax import UserError, distributed, storage
+# The package without what its __init__ imports, which would double the time of each of many processes.
+package = types.ModuleType("refusal_jax")
+package.__path__ = [str(pathlib.Path(__file__).parents[1] / "refusal_jax")]
+sys.modules["refusal_jax"] = package
+
+from refusal_jax import distributed, storage
+from refusal_jax.errors import UserError
 from refusal_jax.jobs import main
 from refusal_jax.runs import Run
 
@@ -55,7 +62,7 @@ def fail(name: str, index: int, folder: pathlib.Path) -> None:
     if name == f"terminate-{index}":
         os.kill(os.getpid(), signal.SIGTERM)
     if name.partition("-")[0] in ("bad", "bug", "disk", "kill", "terminate"):
-        distributed.share(None if index else b"") if index else time.sleep(60)  # as in a collective: until we are ended
+        distributed.share(None) if index else time.sleep(60)  # as in a collective: until we are ended
 
 
 def job(name: str, folder: str, coordinator: str, index: str, join_seconds: str = "60") -> types.SimpleNamespace:
