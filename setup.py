@@ -20,6 +20,7 @@ setup(
         "refusal_jax": [
             "data/bundled/*.json",
             "organism/model/*",
+            "plan/models.json",
             "organism/criteria.json",
             "report/*.jinja",
             "report/*.css",

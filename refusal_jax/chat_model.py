@@ -17,7 +17,7 @@ from refusal_jax.errors import UserError
 from refusal_jax.models.attention import Context
 from refusal_jax.models.config import ModelConfig, load_config
 from refusal_jax.models.decoder import Decoder
-from refusal_jax.models.generate import admit, decode
+from refusal_jax.models.generate import admit, decode, empty
 from refusal_jax.models.load import load_decoder
 from refusal_jax.models.mirror import checkpoint_folder
 from refusal_jax.sharding import batch_sharding, put
@@ -116,28 +116,32 @@ class ChatModel:
         if any(longest + max_new_tokens > rope.original_context for rope in ropes):
             yield from self._reply_in_batches(batch, max_new_tokens, edits, rows)
             return
-        waiting, owners, state = deque(range(len(batch.tokens))), [None] * rows, None
+        for done, ids in self._reply_ids(batch, max_new_tokens, edits, rows):
+            yield done, self.chat.decode(ids)
+
+    def _reply_ids(self, batch: TokenBatch, max_new_tokens: int, edits: Edits, rows: int):
+        """As `replies`, with ids int32 `[n, max_new_tokens]`; edits: one row a prompt."""
+        waiting, owners = deque(range(len(batch.tokens))), [None] * rows
         ending = {"eos_ids": self.chat.eos_ids}
-        settings = {"max_new_tokens": max_new_tokens, "pad_id": self.chat.pad_id, **ending}
-        refill = max(rows // 4, 1)
+        pad, length, refill = self.chat.pad_id, batch.tokens.shape[1], max(rows // 4, 1)
+        state = empty(self.decoder, rows=rows, length=length, max_new_tokens=max_new_tokens, pad_id=pad)
         while waiting or any(owner is not None for owner in owners):
             free = [row for row, owner in enumerate(owners) if owner is None]
             while waiting and free:
-                width = rows if state is None else refill
-                index = [waiting.popleft() for _ in range(min(width, len(free), len(waiting)))]
+                index = [waiting.popleft() for _ in range(min(refill, len(free), len(waiting)))]
                 source = np.full(rows, -1, np.int32)
                 for number, prompt in enumerate(index):
                     row = free.pop(0)
                     owners[row], source[row] = prompt, number
-                index += index[-1:] * (width - len(index))
+                index += index[-1:] * (refill - len(index))
                 part = self.put(batch.tokens[index], batch.mask[index], edits.take(index))
-                state = admit(self.decoder, state, *part, source, **settings)
+                state = admit(self.decoder, state, *part, source, pad_id=pad, **ending)
             least = sum(owner is not None for owner in owners) - refill + 1 if waiting else 1
             state, active, out = decode(self.decoder, state, max(least, 1), max_new_tokens, **ending)
             active, out = np.asarray(active), np.asarray(out)
             ended = [row for row, owner in enumerate(owners) if owner is not None and not active[row]]
             if ended:
-                yield [owners[row] for row in ended], self.chat.decode(out[ended])
+                yield [owners[row] for row in ended], out[ended]
             for row in ended:
                 owners[row] = None
 
@@ -156,11 +160,12 @@ class ChatModel:
         return min((span - longest + 1 for span in spans if span >= longest), default=math.inf)
 
     def _greedy(self, batch: TokenBatch, max_new_tokens: int, edits: Edits | None) -> np.ndarray:
-        eos, rows = self.chat.eos_ids, np.arange(len(batch.tokens), dtype=np.int32)
-        part = self.put(batch.tokens, batch.mask, edits)
-        settings = {"max_new_tokens": max_new_tokens, "pad_id": self.chat.pad_id, "eos_ids": eos}
-        state = admit(self.decoder, None, *part, rows, **settings)
-        return np.asarray(decode(self.decoder, state, 1, max_new_tokens, eos_ids=eos)[2])
+        rows, cfg = len(batch.tokens), self.config
+        edits = (edits or Edits.none(cfg.d_model)).for_batch(rows, cfg.n_layers, cfg.d_model)
+        ids = np.zeros((rows, max_new_tokens), np.int32)
+        for done, part in self._reply_ids(batch, max_new_tokens, edits, rows):
+            ids[done] = part
+        return ids
 
     def put(self, tokens, mask, edits: Edits | None = None):
         """Tokens, mask and normalised edits on the devices, rows over the mesh's data axes."""
@@ -196,11 +201,16 @@ def load_model(
     UserError for anything wrong with the folder or the template, before or while loading.
     """
     path = checkpoint_folder(path)
-    if dtype == "auto":
-        dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-    config = load_config(path)
+    dtype, config = weights_dtype(dtype), load_config(path)
     chat = Chat.load(path, config.context_length, config.vocab_size, chat_template, thinking)
     return ChatModel(load_decoder(path, dtype, mesh, progress, cache), chat, path)
+
+
+def weights_dtype(dtype: str) -> str:
+    """The dtype that "auto" stands for on this machine, and any other as it is."""
+    if dtype != "auto":
+        return dtype
+    return "float32" if jax.default_backend() == "cpu" else "bfloat16"
 
 
 def demo_model_path() -> pathlib.Path:

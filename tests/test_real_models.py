@@ -15,7 +15,7 @@ from refusal_jax.chat_model import _forward
 from refusal_jax.models.config import READERS, from_hf
 from refusal_jax.models.decoder import Decoder
 from refusal_jax.models.families import hf_shapes
-from refusal_jax.models.generate import admit, decode
+from refusal_jax.models.generate import admit, decode, empty
 from refusal_jax.models.weights import weight_table
 from refusal_jax.taps import TAP_SITES, Taps
 
@@ -129,8 +129,10 @@ def test_the_forward_pass_of_real_models_has_the_right_shapes(name):
     assert set(taps) == set(TAP_SITES)
     for tapped in taps.values():
         assert tapped.shape == (cfg.n_layers, 2, 5, cfg.d_model) and tapped.dtype == jnp.bfloat16
-    settings = {"max_new_tokens": 3, "pad_id": 0, "eos_ids": (1,)}
-    rows = jax.ShapeDtypeStruct((2,), jnp.int32)
-    state = jax.eval_shape(lambda *args: admit(*args, **settings), decoder, None, tokens, mask, edits, rows)
-    out = jax.eval_shape(lambda *args: decode(*args, 1, 3, eos_ids=(1,)), decoder, state)[2]
+    sizes, rows = {"rows": 2, "length": 16, "max_new_tokens": 3, "pad_id": 0}, jax.ShapeDtypeStruct((2,), jnp.int32)
+    state = jax.eval_shape(lambda model: empty(model, **sizes), decoder)
+    ending = {"pad_id": 0, "eos_ids": (1,)}
+    admitted = jax.eval_shape(lambda *args: admit(*args, **ending), decoder, state, tokens, mask, edits, rows)
+    assert jax.tree.map(jnp.shape, admitted) == jax.tree.map(jnp.shape, state)
+    out = jax.eval_shape(lambda *args: decode(*args, 1, 3, eos_ids=(1,)), decoder, admitted)[2]
     assert out.shape == (2, 3) and out.dtype == jnp.int32

@@ -9,7 +9,7 @@ import pathlib
 import sys
 import textwrap
 
-JOBS = ("study", "export", "bench", "organism")
+JOBS = ("study", "plan", "export", "bench", "organism")
 DISK_ERRORS = (errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EPERM, errno.EDQUOT)
 USAGE = """refusal-jax JOB [--flags]: find, measure, edit and audit the refusal direction of chat models.
 
@@ -33,8 +33,20 @@ def usage() -> str:
     return USAGE.format(jobs="\n".join(f"  {job:{width}}  {docstring(job).splitlines()[0]}" for job in JOBS))
 
 
-def prepare_environment() -> None:
+# For a job that only compiles: no TPU is looked for, neither here nor on the network.
+COMPILE_ONLY = {
+    "JAX_PLATFORMS": "cpu",
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-16",  # any will do
+    "TF_CPP_MIN_LOG_LEVEL": "3",  # that a program does not fit is said in our words
+}
+
+
+def prepare_environment(job: str) -> None:
     """A persistent compile cache and quiet libraries, unless the user's environment says otherwise."""
+    if job == "plan":
+        os.environ |= COMPILE_ONLY
     cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "refusal_jax" / "xla"
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
@@ -144,7 +156,7 @@ def main() -> None:
         sys.exit(
             fail(f"there is no job {argv[0]!r}. The jobs are {', '.join(JOBS)}; `refusal-jax` alone explains them.")
         )
-    prepare_environment()
+    prepare_environment(argv[0])
     sys.exit(run_job(argv[0], argv[1:]))
 
 

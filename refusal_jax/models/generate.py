@@ -56,39 +56,58 @@ def _unrolled(decoder: Decoder) -> bool:
     return platform == "cpu" and decoder.cfg.n_layers <= CPU_UNROLL
 
 
-@partial(jax.jit, static_argnames=("max_new_tokens", "eos_ids", "pad_id"), donate_argnames="state")
+@partial(jax.jit, static_argnames=("rows", "length", "max_new_tokens", "pad_id"))
+def empty(decoder: Decoder, *, rows: int, length: int, max_new_tokens: int, pad_id: int) -> Generation:
+    """`rows` rows that write nothing, for prompts padded to `length` tokens and replies of at most `max_new_tokens`."""
+    cfg, slots = decoder.cfg, length + max_new_tokens
+    side = jnp.zeros((rows, cfg.n_kv_heads, slots, cfg.head_dim), decoder.dtype)
+    if _unrolled(decoder):
+        kv = [(side, side)] * cfg.n_layers
+    else:
+        side = constrain(decoder.mesh, jnp.stack([side] * cfg.n_layers), None, "batch", "kv_heads")
+        kv = side, side
+    none_b = jnp.zeros(rows, jnp.int32)
+    return Generation(
+        Cache(kv, jnp.zeros((rows, slots), bool), jnp.int32(length), none_b),
+        jax.tree.map(jnp.asarray, Edits.none(cfg.d_model).for_batch(rows, cfg.n_layers, cfg.d_model)),
+        none_b,
+        none_b,
+        jnp.zeros(rows, bool),
+        jnp.full((rows, max_new_tokens), pad_id, jnp.int32),
+    )
+
+
+@partial(jax.jit, static_argnames=("eos_ids", "pad_id"), donate_argnames="state")
 def admit(
     decoder: Decoder,
-    state: Generation | None,
+    state: Generation,
     tokens_rt,
     mask_rt,
     edits: Edits,
     source_b,
     *,
-    max_new_tokens: int,
     eos_ids: tuple[int, ...],
     pad_id: int,
 ) -> Generation:
     """Reads R prompts, picks the first token of their replies, and gives them rows of the batch.
 
-    source_b: int32 `[B]`, which of the R prompts row b takes, -1 for a row that goes on with what it has. state: None at
-    the start, when R is B and `source_b` is not looked at. All prompts of a batch must have the same width T.
+    source_b: int32 `[B]`, which of the R prompts row b takes, -1 for a row that goes on with what it has. Prompts are padded
+    to the length that `state` was made for.
     """
-    slots = tokens_rt.shape[1] + max_new_tokens
     ctx = Context.of_prompt(decoder.cfg, mask_rt)
     x, _, new = decoder.run(decoder.embed_tokens(tokens_rt), ctx, edits)
     if _unrolled(decoder):
         new = unstacked(new, decoder.cfg.n_layers)
-    rows = len(tokens_rt)
+    none_r = jnp.zeros(len(tokens_rt), jnp.int32)
     fresh = Generation(
-        Cache.of_prompt(new, mask_rt, slots, None if state is None else state.cache.filled),
+        Cache.of_prompt(new, mask_rt, state.cache.slots, state.cache.filled),
         edits,
-        jnp.zeros(rows, jnp.int32),
-        jnp.zeros(rows, jnp.int32),
-        jnp.ones(rows, bool),
-        jnp.full((rows, max_new_tokens), pad_id, jnp.int32),
+        none_r,
+        none_r,
+        jnp.ones(len(tokens_rt), bool),
+        jnp.full((len(tokens_rt), state.out_bn.shape[1]), pad_id, jnp.int32),
     ).written(_pick(decoder, x), eos_ids)
-    return fresh if state is None else _merged(state, fresh, source_b)
+    return _merged(state, fresh, source_b)
 
 
 def _merged(state: Generation, fresh: Generation, source_b) -> Generation:

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from refusal_jax.errors import UserError
 from refusal_jax.plan.chips import CHIPS, Slice
-from refusal_jax.plan.costs import Cost, cache_bytes, cost, gib, roofline, weight_bytes
+from refusal_jax.plan.costs import cache_bytes, cost, gib, roofline, weight_bytes
 from refusal_jax.plan.programs import (
     Program,
     Shapes,

@@ -14,7 +14,7 @@ from refusal_jax.chat import bucket
 from refusal_jax.edits import SITES, Edits
 from refusal_jax.models.config import ModelConfig
 from refusal_jax.models.decoder import Decoder
-from refusal_jax.models.generate import admit, decode
+from refusal_jax.models.generate import admit, decode, empty
 from refusal_jax.models.weights import weight_table
 from refusal_jax.sharding import residual_axes, sharding_of, split_for, weight_place
 from refusal_jax.study.activations import extract_batch
@@ -24,6 +24,7 @@ from refusal_jax.taps import Taps
 
 # Of the candidates that the layers leave, how many pass the filter's next steps: means of the paper's five published runs.
 PASS_INDUCE, PASS_KL = 0.25, 0.12
+USUAL_LENGTH = 64  # padded tokens that hold nearly every prompt of the paper's sets with its template
 POSITIONS = 5  # post-instruction tokens of most chat templates
 
 
@@ -129,16 +130,16 @@ class Shapes:
         (width, _), _ = weight_place(self.mesh, weight_table(self.work.cfg)["embed"])
         return self.array((rows, width), jnp.float32, "batch", "vocab")
 
-    def generation(self, rows: int, settings: dict):
+    def generation(self, rows: int):
         """The state that decoding goes on from."""
-        inputs = *self.prompts(rows), self.edits(rows), self.array((rows,), jnp.int32)
-        state = jax.eval_shape(lambda *a: admit(*a, **settings), self.decoder, None, *inputs)
-        kv = jax.tree.map(
-            lambda a: self.array(a.shape, a.dtype, *(None,) * (a.ndim - 4), "batch", "kv_heads"), state.cache.kv
-        )
-        rest = jax.tree.map(
-            lambda a: self.array(a.shape, a.dtype, "batch") if a.ndim else self.array((), a.dtype), state
-        )
+        sizes = {"length": self.work.length, "max_new_tokens": self.work.config.generation.max_new_tokens}
+        state = jax.eval_shape(functools.partial(empty, rows=rows, pad_id=0, **sizes), self.decoder)
+        kv = [
+            self.array(a.shape, a.dtype, *[None] * (a.ndim - 4), "batch", "kv_heads")
+            for a in jax.tree.leaves(state.cache.kv)
+        ]
+        kv = jax.tree.unflatten(jax.tree.structure(state.cache.kv), kv)
+        rest = jax.tree.map(lambda a: self.array(a.shape, a.dtype, *["batch"][: a.ndim]), state)
         return dataclasses.replace(rest, cache=dataclasses.replace(rest.cache, kv=kv))
 
 
@@ -193,22 +194,17 @@ def selection(shapes: Shapes, rows: int) -> list[Program]:
 
 def generation(shapes: Shapes, rows: int) -> list[Program]:
     """Prompts admitted to rows that others have left, and decoding, as if every reply were as long as it may be."""
-    work, settings = (
-        shapes.work,
-        {"max_new_tokens": shapes.work.config.generation.max_new_tokens, "pad_id": 0, "eos_ids": (1,)},
-    )
-    refill, n_layers = max(rows // 4, 1), work.cfg.n_layers
+    work, refill, ending = shapes.work, max(rows // 4, 1), {"eos_ids": (1,)}
+    steps, n_layers = work.config.generation.max_new_tokens, work.cfg.n_layers
 
     def admitted():
-        state = shapes.generation(rows, settings)
         inputs = *shapes.prompts(refill), shapes.edits(refill), shapes.array((rows,), jnp.int32)
-        return admit.lower(shapes.decoder, state, *inputs, **settings)
+        return admit.lower(shapes.decoder, shapes.generation(rows), *inputs, pad_id=0, **ending)
 
     def decoded():
-        return decode.lower(shapes.decoder, shapes.generation(rows, settings), 1, 1, eos_ids=(1,))
+        return decode.lower(shapes.decoder, shapes.generation(rows), 1, 1, **ending)
 
     rounds = max(work.replies / rows, 1.0)
-    steps = settings["max_new_tokens"]
     return [
         Program("admit", "completions", admitted, math.ceil(work.replies / refill), refill, work.length, n_layers),
         Program("decode", "completions", decoded, rounds, rows, 1, n_layers, steps, steps, work.slots),

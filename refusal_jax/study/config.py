@@ -12,7 +12,7 @@ def get_config() -> ConfigDict:
     config.model = ""  # folder of an HF checkpoint, or its address (gs://bucket/folder); "" is the embedded demo model
     config.cache = ""  # folder or address of converted copies of checkpoints, read instead of them; "": none
     config.dtype = "auto"  # float32, bfloat16, float16; auto: float32 on CPU, bfloat16 elsewhere
-    config.batch_size = 32  # rows of a forward pass
+    config.batch_size = 0  # rows of a forward pass; here and below, 0: as many as fit, up to what pays (a few on a CPU)
     config.chat_template = ""  # a name of templates.BUILT_IN or a .jinja file; "": the tokenizer's, or recognised
     config.thinking = False  # ask models that can think to do so; refusal is read at the reply's first token, so don't
     # how refusals begin, as token ids or texts (of which the first token counts), whose probabilities are summed;
@@ -21,7 +21,8 @@ def get_config() -> ConfigDict:
     # how many of the last post-instruction tokens are candidate positions; None: all of them
     config.positions = ml_collections.config_dict.placeholder(int)
     config.filter = True  # keep only harmful prompts that are refused and harmless ones that are not
-    config.mesh = ConfigDict({"data": 1, "fsdp": 1, "model": 1})  # devices along each mesh axis
+    # devices along each mesh axis; all 0: planned for the TPUs there are, one device on a CPU
+    config.mesh = ConfigDict({"data": 0, "fsdp": 0, "model": 0})
     config.data = ConfigDict(
         {  # each a .json, .jsonl, .csv or .txt file, or "bundled"
             "harmful_train": BUNDLED,
@@ -40,6 +41,7 @@ def get_config() -> ConfigDict:
         {
             # score every candidate fully, for figures; same pick, 3 to 5 times the work
             "full_grid": False,
+            "batch_size": 0,  # rows: several candidates, each with every val prompt
             "kl_threshold": 0.1,  # discard above: the direction does more than refusal
             "induce_threshold": 0.0,  # discard below: adding it does not make harmless prompts refused
             "prune_fraction": 0.2,  # discard candidates in this last fraction of the layers
@@ -48,7 +50,7 @@ def get_config() -> ConfigDict:
     config.generation = ConfigDict(
         {
             "max_new_tokens": 512,
-            "batch_size": 64,
+            "batch_size": 0,  # rows that are decoded together
             "conditions": (
                 "harmful_baseline",
                 "harmful_ablation",
@@ -60,7 +62,7 @@ def get_config() -> ConfigDict:
     )
     config.loss = ConfigDict(
         {
-            "batch_size": 8,
+            "batch_size": 0,
             "text_tokens": 256,  # plain text is cut to this, as in the paper; chat rows only to the model's context
             "text_files": (),  # .txt (one document a line) or .json, .jsonl, .csv with a text field
             "chat_files": (),  # .json or .jsonl of {"prompt" or "instruction", "response" or "output"}

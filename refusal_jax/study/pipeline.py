@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from refusal_jax import distributed
-from refusal_jax.chat_model import ChatModel, demo_model_path, load_model
+from refusal_jax.chat_model import ChatModel, demo_model_path, load_model, weights_dtype
 from refusal_jax.data.prompts import BUNDLED, dataset_name, file_hash, read_prompts, resolve
 from refusal_jax.edits import EPS, Edits
 from refusal_jax.errors import UserError
@@ -25,10 +25,12 @@ from refusal_jax.models.attention import Context
 from refusal_jax.models.config import load_config
 from refusal_jax.models.decoder import Decoder
 from refusal_jax.models.mirror import checkpoint_folder
+from refusal_jax.plan.planner import run_mesh, run_sizes
+from refusal_jax.plan.programs import USUAL_LENGTH, Sizes, Workload
 from refusal_jax.report.page import write_report
 from refusal_jax.report.text import setup_lines
 from refusal_jax.runs import Ledger, Run, checkpoint_fingerprint
-from refusal_jax.sharding import make_mesh, replicate
+from refusal_jax.sharding import replicate
 from refusal_jax.study.activations import extract, length_batches
 from refusal_jax.study.completions import complete, intervention_edits, parse_condition
 from refusal_jax.study.judges import JUDGES, evaluate_completions
@@ -89,13 +91,16 @@ def check_settings(config: ConfigDict) -> None:
         parse_condition(condition)
     numbers = {
         "batch_size": config.batch_size,
+        "select.batch_size": config.select.batch_size,
+        **{f"mesh.{name}": size for name, size in dict(config.mesh).items()},
         **{f"data.{name}": config.data[name] for name in ("n_train", "n_val", "n_test")},
         **{f"generation.{name}": config.generation[name] for name in ("max_new_tokens", "batch_size")},
         **{f"loss.{name}": config.loss[name] for name in ("text_tokens", "batch_size")},
     }
     for name, value in numbers.items():
-        if value < 1:
-            raise UserError(f"--config.{name} = {value}, expected at least 1.")
+        least = 0 if name.endswith("batch_size") or name.startswith("mesh") else 1
+        if value < least:
+            raise UserError(f"--config.{name} = {value}, expected at least {least}.")
     if dataset_name(config.data.harmful_test) == "harmless":
         raise UserError(
             f"The harmful test prompts are in {config.data.harmful_test}, and results carry the file's name: they would be "
@@ -146,13 +151,14 @@ class Study:
 
     @functools.cached_property
     def model(self) -> ChatModel:
-        mesh = dict(self.config.mesh)
-        mesh = make_mesh(**mesh) if any(size != 1 for size in mesh.values()) else None
+        devices = jax.devices()
+        work = Workload(load_config(self.folder), weights_dtype(self.config.dtype), self.config, USUAL_LENGTH)
+        mesh = run_mesh(work, self.config.mesh, devices)
         if distributed.several() and (mesh is None or mesh.size != jax.device_count()):
             raise UserError(
                 f"The mesh has {1 if mesh is None else mesh.size} of the {jax.device_count()} devices of the "
                 f"{jax.process_count()} processes, which must all take part. Make the product of --config.mesh.data, "
-                f"--config.mesh.fsdp and --config.mesh.model {jax.device_count()}."
+                f"--config.mesh.fsdp and --config.mesh.model {jax.device_count()}, or leave them all 0."
             )
         model = load_model(
             self.folder,
@@ -175,6 +181,19 @@ class Study:
                 )
         return model
 
+    @functools.cached_property
+    def sizes(self) -> Sizes:
+        """Rows of the batches of each stage: what fits the devices, with the longest prompt there is."""
+        prompts = [row["instruction"] for rows in self.run.read_json(PROMPTS).values() for row in rows]
+        length = self.model.encode(prompts).tokens.shape[1]
+        work = Workload(self.model.config, str(self.model.decoder.dtype), self.config, length)
+
+        def note(text: str) -> None:
+            if distributed.first():
+                tqdm.write(f"Planning: {text}", file=sys.stderr)
+
+        return run_sizes(work, self.model.mesh, jax.devices(), note)
+
     def completions_name(self, condition: str) -> str:
         side, intervention = parse_condition(condition)
         dataset = dataset_name(self.config.data.harmful_test) if side == "harmful" else "harmless"
@@ -196,7 +215,7 @@ class Study:
         if self.config.refusal_tokens:
             return self.model.chat.opener_ids(self.config.refusal_tokens), []
         harmful, harmless = (self.instructions(f"{side}_train", kept_only=False) for side in ("harmful", "harmless"))
-        openings = measure_openings(self.model, harmful, harmless, self.config.batch_size)
+        openings = measure_openings(self.model, harmful, harmless, self.sizes.forward)
         return refusal_openings(openings), openings
 
     def setup(self, positions: int, refusal_ids: tuple[int, ...], openings: list[Opening]) -> dict:
@@ -247,7 +266,7 @@ class Study:
                 refusal_ids,
                 positions,
                 sign,
-                config.batch_size,
+                self.sizes.forward,
                 split,
             )
         self.run.write_json(SETUP, setup)
@@ -270,7 +289,7 @@ class Study:
             [token["id"] for token in setup["refusal_tokens"]],
             rule,
             full_grid=select.full_grid,
-            batch_size=self.config.batch_size,
+            batch_size=self.sizes.select,
             known=ledger.rows,
             save=ledger.append,
         )
@@ -287,7 +306,7 @@ class Study:
         for split in ("harmful_val", "harmless_val"):
             texts = self.instructions(split, kept_only=False)
             along[split] = np.zeros((len(texts), self.model.config.n_layers), np.float32)
-            for index, batch in length_batches(self.model, texts, self.config.batch_size):
+            for index, batch in length_batches(self.model, texts, self.sizes.forward):
                 values = project(self.model.decoder, *self.model.put(batch.tokens, batch.mask), unit)
                 along[split][index] = np.asarray(values)[: len(index)]
         self.run.write_tensors(PROJECTIONS, along)
@@ -300,7 +319,7 @@ class Study:
             generation.conditions,
             *self.direction(),
             max_new_tokens=generation.max_new_tokens,
-            batch_size=generation.batch_size,
+            batch_size=self.sizes.generation,
             known=ledger.rows,
             save=ledger.append,
         )
@@ -328,7 +347,7 @@ class Study:
             self.run.write_json(
                 f"loss_evals/{name}_loss_eval.json",
                 {
-                    title: measure_loss(self.model, rows, edits, self.config.loss.batch_size, f"{title}, {name}")
+                    title: measure_loss(self.model, rows, edits, self.sizes.loss, f"{title}, {name}")
                     for title, rows in sets.items()
                 },
             )

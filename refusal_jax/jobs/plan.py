@@ -1,0 +1,115 @@
+"""Says beforehand, without a TPU, on which slice a study fits, with which mesh and batches, and roughly how long it takes.
+
+  pip install 'refusal-jax[plan]'                                        # the TPU compiler; needs no TPU
+  refusal-jax plan --model=DIR --topology=v5e-16                         # a checkpoint folder, or its config.json alone
+  refusal-jax plan --model=qwen_72b --topology=v5e-64,v5p-16             # one of the paper's models, by its config's name
+  refusal-jax plan --config=configs/llama_3_70b.py --topology=v5e-16     # with that config's settings
+  refusal-jax plan --all --out=plans                                     # the paper's 13 models on common slices
+
+The study's own programs (extraction, selection, prefill, decoding, loss) are compiled with the real TPU compiler for the
+slice's topology. What it says of their memory decides which batches fit; a run on such a slice decides by the same code.
+Times are estimates: the compiler's cycles where it tells them, else operations and bytes against what the chip reaches in
+practice, and communication by its bytes. Slices are called as in gcloud: v5e-16 and v6e-16 count chips, v4-16 and v5p-16
+TensorCores, two a chip; 2xv5e-16 is two slices. --out=NAME writes NAME.json and NAME.md.
+"""
+
+import importlib.util
+import json
+import pathlib
+import sys
+
+from absl import flags
+from ml_collections import config_flags
+from tqdm import tqdm
+
+from refusal_jax.errors import UserError
+from refusal_jax.models.config import ModelConfig, from_hf, load_config
+from refusal_jax.models.hf_attributes import read_json
+from refusal_jax.plan import table
+from refusal_jax.plan.chips import Slice
+from refusal_jax.plan.planner import MeshShape, Plan, make_plan
+from refusal_jax.plan.programs import USUAL_LENGTH, Workload
+from refusal_jax.runs import to_json
+from refusal_jax.storage import write_atomically
+from refusal_jax.study import config as study_config
+
+COMMON = ("v5e-16", "v5e-64", "v5p-16", "v6e-8")
+MODEL = flags.DEFINE_string("model", "", "Checkpoint folder, config.json, or the name of one of the paper's models.")
+TOPOLOGY = flags.DEFINE_list("topology", "v5e-16", "Slices to plan for, separated by commas.")
+ALL = flags.DEFINE_bool("all", False, f"The paper's 13 models on {', '.join(COMMON)}, or on --topology if given.")
+DTYPE = flags.DEFINE_enum("dtype", "bfloat16", ("bfloat16", "float16", "float32"), "Of the weights on the chips.")
+LENGTH = flags.DEFINE_integer("prompt_tokens", USUAL_LENGTH, "Tokens that prompts are padded to.", lower_bound=8)
+MESH = flags.DEFINE_string("mesh", "", "DATAxFSDPxMODEL, such as 1x1x16; empty: the best that holds the model.")
+OUT = flags.DEFINE_string("out", "", "Name of the files to write, without .json and .md.")
+CONFIG = config_flags.DEFINE_config_file(
+    "config", study_config.__file__, "The study's config, as for `refusal-jax study`."
+)
+
+
+def main(argv) -> None:
+    if importlib.util.find_spec("libtpu") is None:
+        raise UserError(
+            "Planning needs the TPU compiler, which is not installed here: pip install 'refusal-jax[plan]'."
+        )
+    known = json.loads((pathlib.Path(table.__file__).parent / "models.json").read_text(encoding="utf-8"))
+    slices = [
+        Slice.parse(name) for name in (COMMON if ALL.value and not flags.FLAGS["topology"].present else TOPOLOGY.value)
+    ]
+    models = (
+        {name: from_hf(row["config"], name) for name, row in known.items()} if ALL.value else dict([named_model(known)])
+    )
+    plans, jobs = [], [(name, cfg, where) for name, cfg in models.items() for where in slices]
+    for name, cfg, where in tqdm(jobs, desc="planning", unit="plan", disable=len(jobs) == 1, leave=False):
+        plan = one(name, cfg, where)
+        plans.append((name, plan))
+        if not ALL.value:
+            print(table.detail(plan, name) + "\n", flush=True)
+    print(table.markdown(plans) if ALL.value else table.ASSUMED)
+    if OUT.value:
+        out = pathlib.Path(OUT.value)
+        write_atomically(out.with_name(out.name + ".md"), (table.markdown(plans) + "\n").encode())
+        write_atomically(
+            out.with_name(out.name + ".json"), to_json([table.as_json(name, plan) for name, plan in plans])
+        )
+
+
+def one(name: str, cfg: ModelConfig, where: Slice) -> Plan:
+    """The plan of one model for one slice, saying on stderr what is being compiled."""
+
+    def note(text: str) -> None:
+        tqdm.write(f"compiling for {where.name}: {name}, {text}", file=sys.stderr)
+
+    work = Workload(cfg, DTYPE.value, CONFIG.value, LENGTH.value)
+    return make_plan(work, where, mesh_shape(), note)
+
+
+def mesh_shape() -> MeshShape | None:
+    """What --mesh asks for. Raises UserError if it is malformed."""
+    if not MESH.value:
+        return None
+    sides = MESH.value.split("x")
+    if len(sides) != 3 or not all(side.isdigit() and int(side) > 0 for side in sides):
+        raise UserError(f"--mesh={MESH.value} is not of the form DATAxFSDPxMODEL, such as 1x1x16.")
+    return MeshShape(*map(int, sides))
+
+
+def named_model(known: dict) -> tuple[str, ModelConfig]:
+    """A name for the model that is asked for, and its config. Raises UserError, with the choices, if there is none."""
+    asked = MODEL.value or CONFIG.value.model
+    if not asked:
+        asked = pathlib.Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
+    path = pathlib.Path(asked)
+    if path.is_dir():
+        return path.resolve().name, load_config(path)
+    if path.suffix == ".json":
+        if not path.is_file():
+            raise UserError(
+                f"{path} does not exist. Name a config.json, a checkpoint folder or one of {', '.join(known)}."
+            )
+        return path.resolve().parent.name, from_hf(read_json(path), str(path))
+    if path.stem in known:
+        return path.stem, from_hf(known[path.stem]["config"], path.stem)
+    raise UserError(
+        f"{asked!r} is no checkpoint folder, no config.json and none of the models known by name ({', '.join(known)}). Name one "
+        "with --model, or --all."
+    )

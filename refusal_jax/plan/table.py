@@ -1,0 +1,82 @@
+"""Plans as text: one in detail, many as a Markdown table, and either as JSON."""
+
+import dataclasses
+
+from refusal_jax.plan.costs import gib
+from refusal_jax.plan.planner import Plan
+from refusal_jax.plan.programs import PASS_INDUCE, PASS_KL
+
+ASSUMED = (
+    "Estimates are rough and assume that every reply is as long as it may be, that "
+    f"{PASS_INDUCE:.0%} of the candidates pass the induce threshold and {PASS_KL:.0%} the KL one, too (the mean of the paper's "
+    "published runs), and that nothing overlaps with communication. Loading, compilation and the host are not in them."
+)
+
+
+def duration(seconds: float) -> str:
+    """Short: 41 s, 3.2 min, 1.4 h."""
+    if seconds < 100:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
+    return f"{seconds / 60:.1f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+
+
+def detail(plan: Plan, name: str) -> str:
+    """One plan, stage by stage."""
+    lines = [f"{name} on {plan.where.name} ({plan.where.chips} chips of {gib(plan.where.chip.hbm)}), {plan.work.dtype}"]
+    if plan.mesh is None:
+        return "\n".join([*lines, *(f"does not fit: {problem}" for problem in plan.problems)])
+    sizes = ", ".join(f"{field} {rows or 'none'}" for field, rows in dataclasses.asdict(plan.sizes).items())
+    lines += [f"mesh: {plan.mesh}; rows of a batch: {sizes}; prompts padded to {plan.work.length} tokens", ""]
+    lines.append(f"{'stage':<13}{'peak a chip':>12}{'time':>10}{'PFLOP':>9}{'HBM TB a chip':>15}   estimated from")
+    for stage, s in plan.stages.items():
+        source = "compiler's cycles" if s.cycles else "roofline"
+        lines.append(
+            f"{stage:<13}{gib(s.peak):>12}{duration(s.seconds):>10}{s.flops / 1e15:>9.1f}{s.bytes / 1e12:>15.2f}   {source}"
+        )
+    hours = plan.seconds * plan.where.chips / 3600
+    lines.append(f"{'in all':<13}{gib(plan.peak):>12}{duration(plan.seconds):>10}   {hours:.2f} chip-hours")
+    return "\n".join([*lines, *(f"does not fit: {problem}" for problem in plan.problems)])
+
+
+def markdown(plans: list[tuple[str, Plan]]) -> str:
+    """A table of plans, a row each."""
+    head = "| model | slice | mesh | rows | peak a chip | extraction | selection | completions | loss | in all | chip-hours |"
+    rows = [head, "|" + "---|" * (head.count("|") - 1)]
+    notes = []
+    for name, plan in plans:
+        start = f"| {name} | {plan.where.name} |"
+        if plan.mesh is None:
+            rows.append(f"{start} does not fit |{' |' * 8}")
+            notes.append(f"- {name} on {plan.where.name}: {'; '.join(plan.problems)}")
+            continue
+        times = [duration(s.seconds) if s else "does not fit" for s in (plan.stages.get(k) for k in STAGE_NAMES)]
+        batches = "/".join(str(rows) for rows in dataclasses.astuple(plan.sizes))
+        hours = f"{plan.seconds * plan.where.chips / 3600:.2f}"
+        cells = [str(plan.mesh), batches, gib(plan.peak), *times, duration(plan.seconds), hours]
+        rows.append(f"{start} {' | '.join(cells)} |")
+        notes += [f"- {name} on {plan.where.name}: {problem}" for problem in plan.problems]
+    return "\n".join(
+        [*rows, "", "Rows: forward/selection/generation/loss. " + ASSUMED, *(["", *notes] if notes else [])]
+    )
+
+
+STAGE_NAMES = ("extraction", "selection", "completions", "loss")
+
+
+def as_json(name: str, plan: Plan) -> dict:
+    """Everything in a plan; seconds, bytes and operations as plain numbers."""
+    return {
+        "model": name,
+        "topology": plan.where.name,
+        "chips": plan.where.chips,
+        "hbm_bytes": plan.where.chip.hbm,
+        "dtype": plan.work.dtype,
+        "prompt_tokens": plan.work.length,
+        "mesh": plan.mesh and plan.mesh.shape,
+        "rows": dataclasses.asdict(plan.sizes),
+        "stages": {stage: dataclasses.asdict(s) for stage, s in plan.stages.items()},
+        "peak_bytes": plan.peak,
+        "seconds": plan.seconds,
+        "chip_hours": plan.seconds * plan.where.chips / 3600,
+        "problems": plan.problems,
+    }
