@@ -268,7 +268,7 @@ def test_conditions_judges_and_losses_may_be_missing(tmp_path):
     run, verdicts = make_run(tmp_path / "few", conditions={"my_own_set_baseline": 0.9, "harmless_ablation": 0.0})
     for path in run.path("loss_evals").iterdir():
         path.unlink()
-    text = Elements(page_of(run, [*verdicts, "completions/gone_evaluations.json"])).text
+    text = Elements(page_of(run, [*verdicts, "completions/gone_evaluations.json", "statistics.json"])).text
     assert "No verdict" in text and "my_own_set" in text and "measured no losses" in text
     assert "no evaluated completions" in Elements(page_of(run, [])).text
 

@@ -60,10 +60,11 @@ class Condition:
 
 
 def read_conditions(run, names: Sequence[str]) -> list[Condition]:
-    """The conditions of the evaluations files that exist: harmful sets first, then by data set and intervention."""
+    """The conditions of the evaluations files among `names` that exist: harmful sets first, then by data set and
+    intervention."""
     conditions, setup = [], run.read_json("setup.json") if run.exists("setup.json") else {}
     for name in names:
-        if not run.exists(name):
+        if not name.endswith("_evaluations.json") or not run.exists(name):
             continue
         stem = pathlib.PurePosixPath(name).name.removesuffix("_evaluations.json")
         dataset, _, intervention = stem.rpartition("_")

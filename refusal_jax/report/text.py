@@ -49,8 +49,7 @@ def text_summary(run: Run) -> str:
         "",
         f"{'prompts':<18}{'intervention':<14}{'refused':>9}   {'95 % interval':<18}{'n':>4}",
     ]
-    written = run.manifest["stages"]["evaluations"]["writes"]
-    conditions = read_conditions(run, [name for name in written if name.endswith("_evaluations.json")])
+    conditions = read_conditions(run, run.manifest["stages"]["evaluations"]["writes"])
     judge = (judges_of(conditions) or [REFUSAL_JUDGE])[0]
     for condition in conditions:
         rate = condition.rates[judge]
