@@ -19,6 +19,7 @@ setup(
     package_data={
         "refusal_jax": [
             "data/bundled/*.json",
+            "data/datasets.json",
             "organism/model/*",
             "plan/models.json",
             "organism/criteria.json",

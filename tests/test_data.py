@@ -11,9 +11,10 @@ from ml_collections import ConfigDict
 
 from refusal_jax import UserError
 from refusal_jax.data.prompts import BUNDLED, dataset_name, file_hash, read_prompts, resolve, write_prompts
-from refusal_jax.study.judges import REFUSAL_SUBSTRINGS, evaluate_completions, substring_matching, wilson_interval
+from refusal_jax.study.judges import REFUSAL_SUBSTRINGS, TEXT_JUDGES, evaluate_completions, substring_matching
 from refusal_jax.study.sampling import SPLITS, sample_prompts
 from refusal_jax.study.selection import Rule, pick
+from refusal_jax.study.statistics import wilson_interval
 
 SHARED = pathlib.Path(
     os.environ.get("REFUSAL_JAX_SHARED", pathlib.Path(__file__).resolve().parents[1].parent / "shared")
@@ -116,7 +117,7 @@ def test_names_and_hashes(tmp_path):
 
 def settings(folder, **more) -> ConfigDict:
     data = {split: str(folder / f"{split}.json") for split in SPLITS}
-    return ConfigDict(data | {"n_train": 128, "n_val": 32, "n_test": 100, "seed": 42} | more)
+    return ConfigDict(data | {"over_refusal": (), "n_train": 128, "n_val": 32, "n_test": 100, "seed": 42} | more)
 
 
 def paper_draws(sets) -> dict[str, list[str]]:
@@ -290,7 +291,7 @@ def test_the_list_of_refusals_is_the_papers():
 def test_evaluations_have_the_published_format():
     replies = [("fraud", "I cannot."), ("fraud", "Sure."), ("arms", "Sure."), (None, "as an ai, no")]
     rows = [{"category": c, "prompt": "p", "response": r} for c, r in replies]
-    out = evaluate_completions(rows, "substring_matching")
+    out = evaluate_completions(rows, {"substring_matching": TEXT_JUDGES["substring_matching"].judge(rows)})
     assert out == {
         "substring_matching_success_rate": 0.5,
         "substring_matching_per_category": {"None": 0.0, "arms": 1.0, "fraud": 0.5},

@@ -15,8 +15,10 @@ from refusal_jax.report.summary import Condition, Rate, damage_in_words, verdict
 from refusal_jax.report.text import setup_lines
 from refusal_jax.runs import Run
 from refusal_jax.study.config import get_config
-from refusal_jax.study.judges import evaluate_completions, wilson_interval
+from refusal_jax.study.evaluation import tables
+from refusal_jax.study.judges import TEXT_JUDGES, evaluate_completions
 from refusal_jax.study.selection import Rule, pick
+from refusal_jax.study.statistics import mean_interval, wilson_interval
 
 HOSTILE = (
     "<script>alert('x')</script>",
@@ -116,15 +118,22 @@ def make_run(folder, layers=6, positions=5, width=16, n_val=32, full_grid=False,
         for side, mean in (("harmful", 1), ("harmless", 0))
     }
     run.write_tensors("projections.safetensors", {k: v.astype(np.float32) for k, v in along.items()})
+    texts, verdicts = {}, {}
     for name, refused in conditions.items():
         rows = completions(name, refused, 100 if name.startswith("harmful") else 60)
         path = run.path(f"completions/{name}_evaluations.json")
         path.parent.mkdir(exist_ok=True)  # lone surrogates survive only as ASCII escapes
-        path.write_text(json.dumps(evaluate_completions(rows, "substring_matching")))
+        judged = {name: judge.judge(rows) for name, judge in TEXT_JUDGES.items()}
+        first = {"substring_matching": judged["substring_matching"]}
+        path.write_text(json.dumps(evaluate_completions(rows, first)))
+        texts[name], verdicts[name] = rows, judged
     for i, name in enumerate(("baseline", "ablation", "actadd")):
         losses = {"on_distribution": 0.2 + 0.015 * i * i, "pile<br>": 2.35 + 0.01 * i}
         values = {k: {"ce_loss": v, "perplexity": math.exp(v), "n_tokens": 12345} for k, v in losses.items()}
         run.write_json(f"loss_evals/{name}_loss_eval.json", values)
+    run.write_json("statistics.json", tables(texts, verdicts, None))
+    moved = {"kl_per_token": 0.0123, "n_tokens": 1234, "per_row": mean_interval([0.01, 0.02])}
+    run.write_json("damage.json", {"kl": {"ablation": moved, "actadd": moved}})
     return run, [f"completions/{name}_evaluations.json" for name in conditions]
 
 
@@ -259,7 +268,7 @@ def test_conditions_judges_and_losses_may_be_missing(tmp_path):
     run, verdicts = make_run(tmp_path / "few", conditions={"my_own_set_baseline": 0.9, "harmless_ablation": 0.0})
     for path in run.path("loss_evals").iterdir():
         path.unlink()
-    text = Elements(page_of(run, [*verdicts, "completions/gone_evaluations.json"])).text
+    text = Elements(page_of(run, [*verdicts, "completions/gone_evaluations.json", "statistics.json"])).text
     assert "No verdict" in text and "my_own_set" in text and "measured no losses" in text
     assert "no evaluated completions" in Elements(page_of(run, [])).text
 
@@ -274,6 +283,29 @@ def test_a_second_judge_gets_its_own_columns(tmp_path):
     text = Elements(page_of(run, verdicts)).text
     assert "llamaguard2" in text and "llamaguard2: success" in text and "not judged" in text
     assert "99" in text
+
+
+def test_statistics_and_damage_are_shown(run_and_page, tmp_path):
+    text = " ".join(re.sub(r"<[^>]+>", " ", run_and_page[1]).split())
+    assert "harmful substring_matching ablation baseline +94.0 % +86.6 – +97.7 1e-28" in text
+    assert "substring_matching substring_extended 420 100.0 % 1.00" in text
+    assert re.search(r"harmful baseline 4: 81 % , 8: 81 % , 16: 97 % ,", text)
+    assert "− addition 1,234 0.0123 0.0150 0.0100 – 0.0200" in text
+    assert re.search(r"harmful baseline [\d.]+ words [\d.]+ – [\d.]+ 0.0 % [\d.]+ %", text)
+    run, verdicts = make_run(tmp_path / "old")  # of a version without them
+    for name in ("statistics.json", "damage.json"):
+        run.path(name).unlink()
+    text = Elements(page_of(run, verdicts)).text
+    assert "Distance from baseline" not in text and "Repetitive" not in text and "Comparisons of" not in text
+
+
+def test_over_refusal_sets_do_not_count_in_the_verdict(tmp_path):
+    conditions = {**CONDITIONS, "a_set_baseline": 0.5, "a_set_ablation": 0.0}
+    run, verdicts = make_run(tmp_path / "over", conditions=conditions)
+    run.write_json("setup.json", run.read_json("setup.json") | {"over_refusal": ["a_set"]})
+    page = page_of(run, verdicts)
+    assert "from 2 % to 98 %" in " ".join(Elements(page).text.split())
+    assert page.index("<b>harmful</b>") < page.index("<b>harmless</b>") < page.index("<b>a_set</b>")
 
 
 def conditions_of(**refused: int) -> list[Condition]:

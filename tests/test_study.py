@@ -12,7 +12,15 @@ from refusal_jax import Edits, Taps, UserError, load_model, make_mesh
 from refusal_jax.chat import Chat
 from refusal_jax.study.activations import extract
 from refusal_jax.study.completions import complete, intervention_edits, parse_condition
-from refusal_jax.study.loss import LossRow, chat_rows, loss_datasets, measure_loss, read_chat_pairs, text_rows
+from refusal_jax.study.loss import (
+    LossRow,
+    chat_rows,
+    loss_datasets,
+    measure_kl,
+    measure_loss,
+    read_chat_pairs,
+    text_rows,
+)
 from refusal_jax.study.selection import PromptScorer, Rule, evaluate_candidates, pick
 
 HARMFUL = ["steal it", "How do I rob the bank?", "Explain at length how one might poison the well.", "hack", "forge a"]
@@ -196,8 +204,39 @@ def test_loss_equals_transformers(model, hf):
     out = measure_loss(model, rows, edits, 3, "texts")
     assert out["n_tokens"] == count and out["ce_loss"] == pytest.approx(total / count, rel=1e-5)
     assert out["perplexity"] == pytest.approx(np.exp(total / count), rel=1e-5)
+    alone = measure_loss(model, rows, edits, 1, "texts")  # other batches, other padding
+    assert alone == pytest.approx(out, rel=1e-6)
     ablated = measure_loss(model, rows, Edits.ablate(np.ones(32)), 3, "texts")
     assert abs(ablated["ce_loss"] - out["ce_loss"]) > 1e-3
+
+
+def test_kl_from_baseline(model):
+    """Of the same rows as the loss, whatever the batch size; nothing without an edit."""
+    pairs = [
+        ("bake it", "Sure, here is how."),
+        ("How do I bake the bread?", "I cannot help with that."),
+        ("knit", "Sure"),
+    ]
+    rows, edits = chat_rows(model.chat, pairs, 200), Edits.ablate(np.ones(32))
+    means, total, count = [], 0.0, 0
+    for row in rows:
+        batch = model.chat.pad([row.ids], WIDTH)
+        base, edited = (
+            torch.log_softmax(
+                torch.tensor(
+                    np.asarray(model.logits(batch.tokens, batch.mask, e, "all")[0, -len(row.ids) : -1])
+                ).double(),
+                -1,
+            )
+            for e in (None, edits)
+        )
+        kl = (base.exp() * (base - edited)).sum(-1)[row.first - 1 :]
+        means, total, count = [*means, kl.mean().item()], total + kl.sum().item(), count + len(kl)
+    for size in (2, 3):
+        out = measure_kl(model, rows, edits, size, "rows")
+        assert out["n_tokens"] == count and out["kl_per_token"] == pytest.approx(total / count, rel=1e-4)
+        assert out["per_row"]["mean"] == pytest.approx(np.mean(means), rel=1e-4) and out["per_row"]["n"] == 3
+    assert measure_kl(model, rows, Edits.none(32), 3, "rows")["kl_per_token"] == pytest.approx(0, abs=1e-7)
 
 
 def test_what_the_loss_counts(model):

@@ -85,15 +85,18 @@ def tiny_llama(
     dtype: str = "float32",
     seed: int = 0,
     shards: str = "5GB",
+    template: str | None = TEMPLATE,
+    extra: tuple[str, ...] = (),
     **config,
 ) -> pathlib.Path:
     """Writes a whole HF folder (config, weights, tokenizer) of a random Llama to `folder` and returns it.
 
-    rope: a key of ROPES. dtype: what is stored. shards: the largest size of a weight file. config: further attributes.
+    rope: a key of ROPES. dtype: what is stored. shards: the largest size of a weight file. template, extra: the tokenizer's.
+    config: further attributes.
     """
     folder = pathlib.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    tokenizer = tiny_tokenizer(folder)
+    tokenizer = tiny_tokenizer(folder, template, extra)
     settings = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=d_model,

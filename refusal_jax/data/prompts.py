@@ -4,25 +4,46 @@ import csv
 import hashlib
 import io
 import json
+import os
 import pathlib
 
 from refusal_jax.errors import UserError
 
-BUNDLED = "bundled"
+BUNDLED, PAPER = "bundled", "paper"
 FOLDER = pathlib.Path(__file__).parent / "bundled"
 # Columns or keys that hold the instruction, in order of preference; the public sets use all of these.
 INSTRUCTION_KEYS = ("instruction", "goal", "prompt", "behavior", "forbidden_prompt", "question", "text")
 CATEGORY_KEYS = ("category", "semanticcategory", "type")
 
 
+def data_folder() -> pathlib.Path:
+    """Where fetched data is kept unless said otherwise."""
+    cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
+    return cache / "refusal_jax" / "data"
+
+
 def resolve(source: str, split: str) -> pathlib.Path:
-    """The file behind a config's `source`: a path, or "bundled" for the package's own `split`."""
-    return FOLDER / f"{split}.json" if source == BUNDLED else pathlib.Path(source)
+    """The file behind a config's `source`: a path; "bundled" for the package's own `split`; of fetched data, "paper" for the
+    paper's, or the name of a set. split: "loss" for a set to measure the loss on. Raises UserError for data that was not
+    fetched."""
+    if source == BUNDLED:
+        return FOLDER / f"{split}.json"
+    path = pathlib.Path(source)
+    if path.suffix or path.name != source:
+        return path
+    name = f"loss/{source}.jsonl" if split == "loss" else f"prompts/{source}.json"
+    path = data_folder() / (f"splits/{split}.json" if source == PAPER else name)
+    if not path.is_file():
+        raise UserError(
+            f"{source!r} is no file, and {path} is not there. Run `refusal-jax data fetch` to get the public sets, "
+            "`refusal-jax data list` for their names, or name a .json, .jsonl, .csv or .txt file."
+        )
+    return path
 
 
 def dataset_name(source: str) -> str:
     """The name that artifacts carry for an evaluation set: the file's stem, or "harmful" for the bundled one."""
-    return "harmful" if source == BUNDLED else pathlib.Path(source).stem
+    return {BUNDLED: "harmful", PAPER: "harmful_test"}.get(source, pathlib.Path(source).stem)
 
 
 def read_prompts(path: pathlib.Path) -> list[dict]:
@@ -31,7 +52,7 @@ def read_prompts(path: pathlib.Path) -> list[dict]:
     JSON: a list of strings or objects; JSONL: one of these a line; CSV: a header row; TXT: one prompt a line. Raises
     UserError that names file and row for a missing, empty or malformed file.
     """
-    prompts = [_prompt(row, f"{path}, {where}") for where, row in _located_rows(path)]
+    prompts = [_prompt(row, f"{path}, {where}") for where, row in located_rows(path)]
     if not prompts:
         raise UserError(f"{path} holds no prompts. Put one instruction a row into it, or pass another file.")
     return prompts
@@ -39,10 +60,11 @@ def read_prompts(path: pathlib.Path) -> list[dict]:
 
 def read_rows(path: pathlib.Path) -> list:
     """The raw rows behind `read_prompts`, for files that hold more than prompts. Raises the same errors of format."""
-    return [row for _, row in _located_rows(path)]
+    return [row for _, row in located_rows(path)]
 
 
-def _located_rows(path: pathlib.Path) -> list[tuple[str, object]]:
+def located_rows(path: pathlib.Path) -> list[tuple[str, object]]:
+    """The raw rows, each with its place in the file, in words."""
     parse = {".json": _json, ".jsonl": _jsonl, ".csv": _csv, ".txt": _txt}.get(path.suffix.lower())
     if parse is None:
         raise UserError(f"{path} is not a prompt file: its name must end in .json, .jsonl, .csv or .txt.")

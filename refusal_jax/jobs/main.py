@@ -9,7 +9,7 @@ import pathlib
 import sys
 import textwrap
 
-JOBS = ("study", "plan", "export", "bench", "organism")
+JOBS = ("study", "plan", "export", "data", "evaluate", "bench", "organism")
 DISK_ERRORS = (errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EPERM, errno.EDQUOT)
 USAGE = """refusal-jax JOB [--flags]: find, measure, edit and audit the refusal direction of chat models.
 
@@ -87,8 +87,8 @@ def config_error(error: Exception):
 
 
 def prepare_job(job: str, argv: list[str]):
-    """A job's module, with its flags parsed. Raises UserError for anything wrong with them, or with the config file that
-    they name."""
+    """A job's module, with its flags parsed, and its action if it has any. Raises UserError for anything wrong with them, or
+    with the config file that they name."""
     from absl import flags
 
     from refusal_jax.errors import UserError
@@ -107,9 +107,12 @@ def prepare_job(job: str, argv: list[str]):
         raise UserError(f"{' '.join(str(error).split())} See `refusal-jax {job} --help`.") from None
     except Exception as error:
         raise config_error(error) from None
-    if left[1:]:
-        raise UserError(f"unexpected argument {left[1]!r}: flags are written --name=value.")
-    return module
+    actions = getattr(module, "ACTIONS", ())  # what may follow the job's name
+    if actions and left[1:2] and left[1] not in actions:
+        raise UserError(f"{job} has no action {left[1]!r}: it has {', '.join(actions)}.")
+    if left[1 + bool(actions) :]:
+        raise UserError(f"unexpected argument {left[1 + bool(actions)]!r}: flags are written --name=value.")
+    return module, left[1:]
 
 
 def verdict(error: BaseException) -> tuple[int, str]:
@@ -136,7 +139,8 @@ def run_job(job: str, argv: list[str]) -> int:
         print(help_text(job))
         return 0
     try:
-        prepare_job(job, argv).main(argv)
+        module, arguments = prepare_job(job, argv)
+        module.main(arguments)
         distributed.finish()
         return 0
     except (Exception, KeyboardInterrupt) as error:

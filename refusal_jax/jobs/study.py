@@ -6,7 +6,10 @@
 
 Stopped at any moment, the same command continues; run again when finished, it does nothing. Every setting is a field
 of the config (refusal_jax/study/config.py explains them all) and can be overridden by --config.SECTION.NAME=VALUE.
-Prompts come from the bundled set, or from files: --config.data.harmful_train=my.csv (.json, .jsonl, .csv, .txt).
+Prompts come from the bundled set, from files, --config.data.harmful_train=my.csv (.json, .jsonl, .csv, .txt), or from what
+`refusal-jax data fetch` has got: "paper" for the paper's split, "jailbreakbench" or another set's name.
+Completions are judged by the paper's substrings and whatever --config.judges names (refusal-jax evaluate --help);
+--config.data.over_refusal="('xstest',)" adds harmless prompts that look harmful.
 Chat template and refusal tokens are the model's own, found and printed; --config.chat_template=NAME (chatml, gemma,
 llama-2, llama-3, llama-3-published, or a .jinja file) and --config.refusal_tokens="('I', 'As')" set them.
 
@@ -15,7 +18,8 @@ slice needs nothing more; elsewhere add --coordinator=HOST:PORT --num_processes=
 folder. If one process ends, all do within a minute; the same command continues.
 
 The folder gets: direction.safetensors and direction_metadata.json (the direction, its position and layer),
-direction_evaluations.json, completions/, loss_evals/ (all in the format of the paper's code), manifest.json and
+direction_evaluations.json, completions/, loss_evals/ (all in the format of the paper's code), statistics.json and
+statistics.csv (rates, paired tests, agreement of judges, lengths), damage.json (KL from baseline), manifest.json and
 report.html.
 """
 

@@ -32,6 +32,15 @@ class Generation:
     active_b: jax.Array  # bool [B], whether the reply goes on
     out_bn: jax.Array  # int32 [B, N], the replies, padded
 
+    def placed(self, mesh) -> "Generation":
+        """Inside a jitted function, everything where its axes belong: so one program's state is another's, too."""
+        kv = jax.tree.map(lambda a: constrain(mesh, a, *[None] * (a.ndim - 4), "batch", "kv_heads"), self.cache.kv)
+        rest = jax.tree.map(lambda a: constrain(mesh, a, *["batch"][: a.ndim]), dataclasses.replace(self, cache=None))
+        small = jax.tree.map(
+            lambda a: constrain(mesh, a, *["batch"][: a.ndim]), dataclasses.replace(self.cache, kv=None)
+        )
+        return dataclasses.replace(rest, cache=dataclasses.replace(small, kv=kv))
+
     def written(self, token_b: jax.Array, eos_ids: tuple[int, ...]) -> "Generation":
         """With one more token in every active row; a row ends with an end token or when it is full."""
         n = self.out_bn.shape[1]
@@ -56,16 +65,14 @@ def _unrolled(decoder: Decoder) -> bool:
     return platform == "cpu" and decoder.cfg.n_layers <= CPU_UNROLL
 
 
-@partial(jax.jit, static_argnames=("rows", "length", "max_new_tokens", "pad_id"))
+# The decoder's arrays are kept, though unused: they say on which devices the state is.
+@partial(jax.jit, static_argnames=("rows", "length", "max_new_tokens", "pad_id"), keep_unused=True)
 def empty(decoder: Decoder, *, rows: int, length: int, max_new_tokens: int, pad_id: int) -> Generation:
     """`rows` rows that write nothing, for prompts padded to `length` tokens and replies of at most `max_new_tokens`."""
     cfg, slots = decoder.cfg, length + max_new_tokens
     side = jnp.zeros((rows, cfg.n_kv_heads, slots, cfg.head_dim), decoder.dtype)
-    if _unrolled(decoder):
-        kv = [(side, side)] * cfg.n_layers
-    else:
-        side = constrain(decoder.mesh, jnp.stack([side] * cfg.n_layers), None, "batch", "kv_heads")
-        kv = side, side
+    stacked = jnp.broadcast_to(side, (cfg.n_layers, *side.shape))
+    kv = [(side, side)] * cfg.n_layers if _unrolled(decoder) else (stacked, stacked)
     none_b = jnp.zeros(rows, jnp.int32)
     return Generation(
         Cache(kv, jnp.zeros((rows, slots), bool), jnp.int32(length), none_b),
@@ -74,7 +81,7 @@ def empty(decoder: Decoder, *, rows: int, length: int, max_new_tokens: int, pad_
         none_b,
         jnp.zeros(rows, bool),
         jnp.full((rows, max_new_tokens), pad_id, jnp.int32),
-    )
+    ).placed(decoder.mesh)
 
 
 @partial(jax.jit, static_argnames=("eos_ids", "pad_id"), donate_argnames="state")
@@ -107,7 +114,7 @@ def admit(
         jnp.ones(len(tokens_rt), bool),
         jnp.full((len(tokens_rt), state.out_bn.shape[1]), pad_id, jnp.int32),
     ).written(_pick(decoder, x), eos_ids)
-    return _merged(state, fresh, source_b)
+    return _merged(state, fresh, source_b).placed(decoder.mesh)
 
 
 def _merged(state: Generation, fresh: Generation, source_b) -> Generation:
@@ -161,5 +168,5 @@ def decode(decoder: Decoder, state: Generation, least_active, most_steps, *, eos
         return step + 1, state.written(_pick(decoder, x), eos_ids)
 
     _, state = jax.lax.while_loop(going, step, (jnp.int32(0), dataclasses.replace(state, edits=None)))
-    state = dataclasses.replace(state, edits=edits)
+    state = dataclasses.replace(state, edits=edits).placed(decoder.mesh)
     return state, *replicate(decoder.mesh, (state.active_b, state.out_bn))

@@ -20,10 +20,13 @@ from refusal_jax.report.summary import (
     judges_of,
     loss_change,
     read_conditions,
+    read_damage,
     read_losses,
     signed,
     verdict_in_words,
 )
+from refusal_jax.study.judge_models import REFUSAL_SCORE
+from refusal_jax.study.judges import TEXT_JUDGES
 from refusal_jax.study.refusal_tokens import LEAST_DIFFERENCE, LEAST_RATIO
 from refusal_jax.study.selection import Rule
 
@@ -86,6 +89,7 @@ def page_context(run, verdicts: Sequence[str]) -> dict:
     stages = {name: record for name, record in manifest["stages"].items() if name != "report"}
     conditions, losses = read_conditions(run, verdicts), read_losses(run)
     judges = judges_of(conditions)
+    statistics = run.read_json("statistics.json") if run.exists("statistics.json") else None
     strength, headline = verdict_in_words(conditions, judges)
     latest = max(stages.values(), key=lambda record: record.get("finished", ""), default={})
     return {
@@ -98,11 +102,15 @@ def page_context(run, verdicts: Sequence[str]) -> dict:
         "conditions": conditions,
         "judges": judges,
         "refusal_judge": REFUSAL_JUDGE,
+        "refusal_judges": [*TEXT_JUDGES, REFUSAL_SCORE],
         "openings": telling_openings(setup["openings"]),
         "least_difference": LEAST_DIFFERENCE,
         "least_ratio": LEAST_RATIO,
         "filter": filter_rows(run),
         "losses": loss_rows(losses),
+        "kl": read_damage(run),
+        "statistics": statistics,
+        "by_length": by_length(statistics["by_length"] if statistics else [], judges),
         "samples": [sample_rows(dataset) for dataset in by_dataset(conditions)],
         "stages": stages,
         "versions": latest.get("versions", {}),
@@ -191,6 +199,15 @@ def loss_rows(losses: dict[str, dict[str, dict]]) -> list[dict]:
         }
         for name, by in losses.items()
     ]
+
+
+def by_length(rows: Sequence[dict], judges: Sequence[str]) -> list[dict]:
+    """Per condition, the refusal rates that the first judge finds in the first tokens of completions, fewest first."""
+    found: dict[tuple[str, str], list[dict]] = {}
+    for row in rows:
+        if judges and row["judge"] == judges[0]:
+            found.setdefault((row["dataset"], row["intervention"]), []).append(row)
+    return [{"dataset": key[0], "intervention": key[1], "cells": cells} for key, cells in found.items()]
 
 
 def by_dataset(conditions: Sequence[Condition]) -> list[list[Condition]]:

@@ -9,7 +9,7 @@ import math
 import pathlib
 from collections.abc import Sequence
 
-from refusal_jax.study.judges import wilson_interval
+from refusal_jax.study.statistics import wilson_interval
 
 INTERVENTIONS = ("baseline", "ablation", "actadd")
 REFUSAL_JUDGE = "substring_matching"  # its failures are refusals; other judges' failures may be harmless answers
@@ -39,16 +39,20 @@ class Rate:
 
 @dataclasses.dataclass(frozen=True)
 class Condition:
-    """One evaluations file: a data set under an intervention. rates: by judge, those that did not judge it missing."""
+    """One evaluations file: a data set under an intervention. rates: by judge, those that did not judge it missing.
+
+    over_refusal: whether it is a set of harmless prompts that look harmful.
+    """
 
     dataset: str
     intervention: str
     rates: dict[str, Rate]
     completions: list[dict]
+    over_refusal: bool = False
 
     @property
     def harmless(self) -> bool:
-        return self.dataset == "harmless"
+        return self.dataset == "harmless" or self.over_refusal
 
     @property
     def label(self) -> str:
@@ -56,10 +60,11 @@ class Condition:
 
 
 def read_conditions(run, names: Sequence[str]) -> list[Condition]:
-    """The conditions of the evaluations files that exist: harmful sets first, then by data set and intervention."""
-    conditions = []
+    """The conditions of the evaluations files among `names` that exist: harmful sets first, then by data set and
+    intervention."""
+    conditions, setup = [], run.read_json("setup.json") if run.exists("setup.json") else {}
     for name in names:
-        if not run.exists(name):
+        if not name.endswith("_evaluations.json") or not run.exists(name):
             continue
         stem = pathlib.PurePosixPath(name).name.removesuffix("_evaluations.json")
         dataset, _, intervention = stem.rpartition("_")
@@ -68,11 +73,12 @@ def read_conditions(run, names: Sequence[str]) -> list[Condition]:
         for judge in sorted(key.removesuffix("_success_rate") for key in evaluations if key.endswith("_success_rate")):
             verdicts = [c[f"is_jailbreak_{judge}"] for c in completions if c.get(f"is_jailbreak_{judge}") is not None]
             rates[judge] = Rate(sum(not verdict for verdict in verdicts), len(verdicts))
-        conditions.append(Condition(dataset, intervention, rates, completions))
+        over_refusal = dataset in setup.get("over_refusal", ())
+        conditions.append(Condition(dataset, intervention, rates, completions, over_refusal))
 
     def order(c: Condition):
         known = INTERVENTIONS.index(c.intervention) if c.intervention in INTERVENTIONS else len(INTERVENTIONS)
-        return c.harmless, c.dataset, known, c.intervention
+        return c.harmless, c.over_refusal, c.dataset, known, c.intervention
 
     return sorted(conditions, key=order)
 
@@ -93,6 +99,11 @@ def read_losses(run) -> dict[str, dict[str, dict]]:
     return losses
 
 
+def read_damage(run) -> dict[str, dict]:
+    """`{intervention: {"kl_per_token", "n_tokens", "per_row"}}`, the KL divergence from baseline on harmless prompts."""
+    return run.read_json("damage.json")["kl"] if run.exists("damage.json") else {}
+
+
 def loss_change(by_intervention: dict[str, dict], intervention: str) -> float | None:
     """Cross-entropy under an intervention minus baseline, in nats per token; None if either was not measured."""
     if not {"baseline", intervention} <= by_intervention.keys():
@@ -105,7 +116,7 @@ def verdict_in_words(conditions: Sequence[Condition], judges: Sequence[str]) -> 
     judge = judges[0] if judges else ""
     rates: dict[tuple[bool, str], Rate] = {}
     for c in conditions:
-        if judge in c.rates and c.rates[judge].n:
+        if judge in c.rates and c.rates[judge].n and not c.over_refusal:
             rates.setdefault((c.harmless, c.intervention), c.rates[judge])
     base, ablated = rates.get((False, "baseline")), rates.get((False, "ablation"))
     plain, added = rates.get((True, "baseline")), rates.get((True, "actadd"))

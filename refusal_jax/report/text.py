@@ -1,6 +1,13 @@
 """The tables that a finished study prints: the report's numbers, for a terminal."""
 
-from refusal_jax.report.summary import REFUSAL_JUDGE, read_conditions, read_losses, verdict_in_words
+from refusal_jax.report.summary import (
+    REFUSAL_JUDGE,
+    judges_of,
+    read_conditions,
+    read_damage,
+    read_losses,
+    verdict_in_words,
+)
 from refusal_jax.runs import Run
 
 COLUMNS = ("baseline", "ablation", "actadd")
@@ -43,8 +50,9 @@ def text_summary(run: Run) -> str:
         f"{'prompts':<18}{'intervention':<14}{'refused':>9}   {'95 % interval':<18}{'n':>4}",
     ]
     conditions = read_conditions(run, run.manifest["stages"]["evaluations"]["writes"])
+    judge = (judges_of(conditions) or [REFUSAL_JUDGE])[0]
     for condition in conditions:
-        rate = condition.rates[REFUSAL_JUDGE]
+        rate = condition.rates[judge]
         interval = " to ".join(f"{100 * bound:.1f}" for bound in rate.interval) + " %"
         lines.append(
             f"{condition.dataset:<18}{condition.label:<14}{f'{100 * rate.rate:.1f} %':>9}   {interval:<18}{rate.n:>4}"
@@ -53,4 +61,40 @@ def text_summary(run: Run) -> str:
     for name, by in read_losses(run).items():
         values = "".join(f"{by[kind]['ce_loss']:>{width}.3f}" for kind, width in zip(COLUMNS, (9, 10, 12), strict=True))
         lines.append(f"{name:<18}{values}{by['baseline']['n_tokens']:>9}")
-    return "\n".join([*lines, "", verdict_in_words(conditions, [REFUSAL_JUDGE])[1]])
+    for kind, row in read_damage(run).items():
+        name = {"actadd": "− addition"}.get(kind, kind)
+        lines.append(
+            f"KL from baseline on answers to harmless prompts, {name}: {row['kl_per_token']:.4f} nats per token"
+        )
+    return "\n".join([*lines, "", verdict_in_words(conditions, [judge])[1]])
+
+
+def rates_table(tables: dict) -> str:
+    """The tables of `study.evaluation`, without categories, for a terminal."""
+
+    def percent(row: dict, key: str) -> str:
+        return f"{100 * row[key]:.1f} % ({100 * row['low']:.1f} to {100 * row['high']:.1f})"
+
+    lines = [f"{'data set':<22}{'condition':<12}{'judge':<20}{'success rate, 95 % interval':<30}{'n':>4}"]
+    for row in tables["rates"]:
+        if row["category"] is None:
+            of = f"{row['dataset']:<22}{row['intervention'] or '-':<12}{row['judge']:<20}"
+            lines.append(f"{of}{percent(row, 'rate'):<30}{row['n']:>4}")
+    if tables["comparisons"]:
+        lines += ["", "Paired comparisons (McNemar):"]
+    for row in tables["comparisons"]:
+        lines.append(
+            f"  {row['dataset']}, {row['judge']}: {row['intervention']} against {row['compared_with']} "
+            f"{percent(row, 'difference')}, p = {row['p_value']:.2g}"
+        )
+    if tables["agreement"]:
+        lines += ["", "Agreement of judges:"]
+    for row in tables["agreement"]:
+        kappa = "not defined" if row["kappa"] is None else f"{row['kappa']:.2f}"
+        lines.append(f"  {row['first']} and {row['second']}: {100 * row['agreement']:.1f} %, Cohen's kappa {kappa}")
+    lines += ["", f"{'data set':<22}{'condition':<12}{'mean length':<18}{'empty':>8}{'repetitive':>12}"]
+    for row in tables["completions"]:
+        length = f"{row['length']['mean']:.1f} {row['unit']}"
+        rates = f"{100 * row['empty']['rate']:.1f} %", f"{100 * row['repetitive']['rate']:.1f} %"
+        lines.append(f"{row['dataset']:<22}{row['intervention'] or '-':<12}{length:<18}{rates[0]:>8}{rates[1]:>12}")
+    return "\n".join(lines)

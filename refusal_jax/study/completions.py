@@ -1,7 +1,8 @@
 """Greedy completions of the test prompts, all conditions as rows of the same batches."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
+import jax
 import numpy as np
 from tqdm import tqdm
 
@@ -9,14 +10,20 @@ from refusal_jax.chat import bucket
 from refusal_jax.chat_model import ChatModel
 from refusal_jax.edits import Edits
 from refusal_jax.errors import UserError
+from refusal_jax.models.attention import Context
+from refusal_jax.models.decoder import Decoder
+from refusal_jax.sharding import replicate
+from refusal_jax.study.activations import length_batches
+from refusal_jax.study.scores import refusal_score
 
 INTERVENTIONS = ("baseline", "ablation", "actadd")
 
 
-def parse_condition(condition: str) -> tuple[str, str]:
-    """("harmful" or "harmless", intervention) of a condition's name. Raises UserError for other names."""
-    side, _, intervention = condition.partition("_")
-    if side not in ("harmful", "harmless") or intervention not in INTERVENTIONS:
+def parse_condition(condition: str, more: Collection[str] = ()) -> tuple[str, str]:
+    """(side, intervention) of a condition's name; the side is "harmful", "harmless" or a set of `more`. Raises UserError for
+    other names."""
+    side, _, intervention = condition.rpartition("_")
+    if side not in ("harmful", "harmless", *more) or intervention not in INTERVENTIONS:
         raise UserError(
             f"unknown condition {condition!r}: it is harmful_ or harmless_ followed by one of "
             f"{', '.join(INTERVENTIONS)}."
@@ -24,9 +31,11 @@ def parse_condition(condition: str) -> tuple[str, str]:
     return side, intervention
 
 
-def intervention_edits(model: ChatModel, condition: str, direction_d: np.ndarray, layer: int) -> Edits:
-    """The one-row edit of a condition; addition is -r for harmful prompts, +r for harmless ones (paper, section 3)."""
-    side, intervention = parse_condition(condition)
+def intervention_edits(
+    model: ChatModel, condition: str, direction_d: np.ndarray, layer: int, more: Collection[str] = ()
+) -> Edits:
+    """The one-row edit of a condition; addition is -r for harmful prompts, +r for others (paper, section 3)."""
+    side, intervention = parse_condition(condition, more)
     if intervention == "ablation":
         return Edits.ablate(direction_d)
     if intervention == "actadd":
@@ -48,17 +57,18 @@ def complete(
 ) -> dict[str, list[dict]]:
     """`{condition: [{"category", "prompt", "response"}]}` in prompt order.
 
-    prompts: `{"harmful": [{"instruction", "category"}], "harmless": …}`. known: rows that `save` got in an interrupted
-    run. The rows of all conditions are decoded together, so two compiled programs serve them all.
+    prompts: `{"harmful": [{"instruction", "category"}], "harmless": …}`, and further sets by name. known: rows that `save`
+    got in an interrupted run. The rows of all conditions are decoded together, so two compiled programs serve them all.
     """
-    edits = Edits.concat([intervention_edits(model, c, direction_d, layer) for c in conditions])
+    edits = Edits.concat([intervention_edits(model, c, direction_d, layer, prompts) for c in conditions])
+    side = {c: parse_condition(c, prompts)[0] for c in conditions}
     replies = {(row["condition"], row["index"]): row["response"] for row in known}
-    todo = [(c, i) for c in conditions for i in range(len(prompts[parse_condition(c)[0]])) if (c, i) not in replies]
-    ids = {side: [model.chat.ids(model.chat.render(p["instruction"])) for p in rows] for side, rows in prompts.items()}
+    todo = [(c, i) for c in conditions for i in range(len(prompts[side[c]])) if (c, i) not in replies]
+    ids = {name: [model.chat.ids(model.chat.render(p["instruction"])) for p in rows] for name, rows in prompts.items()}
     longest = max(len(row) for rows in ids.values() for row in rows)
     length = min(bucket(longest), model.config.context_length)
     if todo:
-        batch = model.chat.pad([ids[parse_condition(c)[0]][i] for c, i in todo], length)
+        batch = model.chat.pad([ids[side[c]][i] for c, i in todo], length)
         row_edits = edits.take([list(conditions).index(c) for c, _ in todo])
         with tqdm(total=len(todo), desc="completions", unit="reply", leave=False) as bar:
             for done, texts in model.replies(batch, max_new_tokens, row_edits, rows=batch_size):
@@ -73,7 +83,36 @@ def complete(
     return {
         c: [
             {"category": p["category"], "prompt": p["instruction"], "response": replies[c, i]}
-            for i, p in enumerate(prompts[parse_condition(c)[0]])
+            for i, p in enumerate(prompts[side[c]])
         ]
         for c in conditions
     }
+
+
+def score_replies(
+    model: ChatModel,
+    prompts: dict[str, list[dict]],
+    conditions: Sequence[str],
+    direction_d: np.ndarray,
+    layer: int,
+    refusal_ids: Sequence[int],
+    batch_size: int,
+) -> dict[str, list[float]]:
+    """The refusal score of each prompt under each condition, as `complete` has them: what the first token would be."""
+    scores, ids = {}, np.asarray(refusal_ids, np.int32)
+    for condition in conditions:
+        edits = intervention_edits(model, condition, direction_d, layer, prompts)
+        texts = [p["instruction"] for p in prompts[parse_condition(condition, prompts)[0]]]
+        found = np.zeros(len(texts))
+        for index, batch in length_batches(model, texts, batch_size):
+            found[index] = np.asarray(_scores(model.decoder, *model.put(batch.tokens, batch.mask, edits), ids))[
+                : len(index)
+            ]
+        scores[condition] = found.tolist()
+    return scores
+
+
+@jax.jit
+def _scores(decoder: Decoder, tokens_bt, mask_bt, edits: Edits, refusal_ids) -> jax.Array:
+    x, _, _ = decoder.run(decoder.embed_tokens(tokens_bt), Context.of_prompt(decoder.cfg, mask_bt), edits)
+    return replicate(decoder.mesh, refusal_score(decoder.logits(x[:, -1:])[:, 0], refusal_ids))

@@ -24,13 +24,15 @@ def get_config() -> ConfigDict:
     # devices along each mesh axis; all 0: planned for the TPUs there are, one device on a CPU
     config.mesh = ConfigDict({"data": 0, "fsdp": 0, "model": 0})
     config.data = ConfigDict(
-        {  # each a .json, .jsonl, .csv or .txt file, or "bundled"
+        {  # each a .json, .jsonl, .csv or .txt file, "bundled", or of fetched data: "paper", or the name of a set
             "harmful_train": BUNDLED,
             "harmful_val": BUNDLED,
             "harmful_test": BUNDLED,
             "harmless_train": BUNDLED,
             "harmless_val": BUNDLED,
             "harmless_test": BUNDLED,
+            # harmless prompts that look harmful, such as ("xstest", "or_bench_hard"): completed at baseline and under ablation
+            "over_refusal": (),
             "n_train": 128,  # prompts drawn from each set, by the seed
             "n_val": 32,
             "n_test": 100,
@@ -60,12 +62,15 @@ def get_config() -> ConfigDict:
             ),
         }
     )
+    # "substring_matching", "substring_extended", "refusal_score", and judge models: "llamaguard2=FOLDER", "llamaguard3=FOLDER",
+    # "harmbench=FOLDER@TEMPLATE.txt", "strongreject=FOLDER@TEMPLATE.txt", "llm=FOLDER" (refusal-jax evaluate --help)
+    config.judges = ("substring_matching",)
     config.loss = ConfigDict(
         {
             "batch_size": 0,
             "text_tokens": 256,  # plain text is cut to this, as in the paper; chat rows only to the model's context
-            "text_files": (),  # .txt (one document a line) or .json, .jsonl, .csv with a text field
-            "chat_files": (),  # .json or .jsonl of {"prompt" or "instruction", "response" or "output"}
+            "text_files": (),  # "pile" if fetched, .txt (one document a line) or .json, .jsonl, .csv with a text field
+            "chat_files": (),  # "alpaca" if fetched, .json or .jsonl of {"prompt" or "instruction", "response" or "output"}
         }
     )
     return config

@@ -1,4 +1,4 @@
-"""Cross-entropy loss with and without the edits: what they cost on text that has nothing to do with refusal."""
+"""What the edits cost on text that has nothing to do with refusal: cross-entropy loss, and the KL divergence from baseline."""
 
 import dataclasses
 import math
@@ -12,12 +12,13 @@ from tqdm import tqdm
 
 from refusal_jax.chat import Chat, bucket
 from refusal_jax.chat_model import ChatModel
-from refusal_jax.data.prompts import read_prompts, read_rows
+from refusal_jax.data.prompts import read_prompts, read_rows, resolve
 from refusal_jax.edits import Edits
 from refusal_jax.errors import UserError
 from refusal_jax.models.attention import Context
 from refusal_jax.models.decoder import Decoder
 from refusal_jax.sharding import replicate
+from refusal_jax.study.statistics import mean_interval
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,9 +81,9 @@ def loss_batch(decoder: Decoder, tokens_bt, mask_bt, edits: Edits, counted_bt) -
     return replicate(decoder.mesh, jax.lax.scan(row, None, (x, tokens_bt, counted_bt))[1])
 
 
-def measure_loss(model: ChatModel, rows: Sequence[LossRow], edits: Edits, batch_size: int, title: str) -> dict:
-    """`{"ce_loss", "perplexity", "n_tokens"}` of the rows, as published. Raises UserError if no token counts."""
-    total, count = 0.0, 0
+def _batches(model: ChatModel, rows: Sequence[LossRow], batch_size: int, title: str):
+    """Yields (number of rows, padded batch, counted tokens `[B, T]`), like lengths together. Raises UserError if no token
+    counts."""
     order = sorted((row for row in rows if len(row.ids) > row.first), key=lambda row: len(row.ids))
     if not order:
         raise UserError(
@@ -92,13 +93,53 @@ def measure_loss(model: ChatModel, rows: Sequence[LossRow], edits: Edits, batch_
     for start in tqdm(range(0, len(order), batch_size), desc=f"loss, {title}", unit="batch", leave=False):
         part = order[start : start + batch_size]
         length = bucket(len(part[-1].ids))
-        batch = model.chat.pad([row.ids for row in part], length).padded_to(batch_size)
         counted = np.zeros((batch_size, length), bool)
         for i, row in enumerate(part):
             counted[i, length - len(row.ids) + row.first :] = True
+        yield len(part), model.chat.pad([row.ids for row in part], length).padded_to(batch_size), counted
+
+
+def measure_loss(model: ChatModel, rows: Sequence[LossRow], edits: Edits, batch_size: int, title: str) -> dict:
+    """`{"ce_loss", "perplexity", "n_tokens"}` of the rows, as published. Raises UserError if no token counts."""
+    total, count = 0.0, 0
+    for _, batch, counted in _batches(model, rows, batch_size, title):
         sums, counts = jax.device_get(loss_batch(model.decoder, *model.put(batch.tokens, batch.mask, edits), counted))
         total, count = total + float(np.sum(sums, dtype=np.float64)), count + int(counts.sum())
     return {"ce_loss": total / count, "perplexity": math.exp(min(total / count, 700.0)), "n_tokens": count}
+
+
+@jax.jit
+def kl_batch(decoder: Decoder, tokens_bt, mask_bt, edits: Edits, counted_bt) -> tuple[jax.Array, jax.Array]:
+    """Of each row, the summed KL divergence (nats) of the edited next-token distribution from the unedited one, and the number of
+    counted tokens; `counted_bt` as in `loss_batch`, and like there one row's logits are alive at a time."""
+    ctx, embedded = Context.of_prompt(decoder.cfg, mask_bt), decoder.embed_tokens(tokens_bt)
+    none = jax.tree.map(jnp.zeros_like, edits)
+    none = dataclasses.replace(none, layer_r=jnp.full_like(edits.layer_r, -1))
+    base, edited = (decoder.run(embedded, ctx, one)[0] for one in (none, edits))
+
+    def row(_, inputs):
+        base_td, edited_td, counted_t = inputs
+        logp, logq = (
+            jax.nn.log_softmax(decoder.logits(x_td[None, :-1])[0].astype(jnp.float32), axis=-1)
+            for x_td in (base_td, edited_td)
+        )
+        terms = jnp.where(logp == -jnp.inf, 0.0, jnp.exp(logp) * (logp - logq))  # padded columns of the vocabulary
+        return None, (jnp.sum(terms.sum(axis=-1) * counted_t[1:]), jnp.sum(counted_t[1:], dtype=jnp.int32))
+
+    return replicate(decoder.mesh, jax.lax.scan(row, None, (base, edited, counted_bt))[1])
+
+
+def measure_kl(model: ChatModel, rows: Sequence[LossRow], edits: Edits, batch_size: int, title: str) -> dict:
+    """How far the edits move the model on the rows: `{"kl_per_token", "n_tokens", "per_row": mean and interval over rows}`.
+
+    KL(baseline ‖ edited), nats, of each counted token's distribution. Raises UserError if no token counts.
+    """
+    total, count, means = 0.0, 0, []
+    for n, batch, counted in _batches(model, rows, batch_size, title):
+        out = jax.device_get(kl_batch(model.decoder, *model.put(batch.tokens, batch.mask, edits), counted))
+        sums, counts = (np.asarray(a, np.float64)[:n] for a in out)
+        total, count, means = total + sums.sum(), count + int(counts.sum()), [*means, *(sums / counts).tolist()]
+    return {"kl_per_token": float(total / count), "n_tokens": count, "per_row": mean_interval(means)}
 
 
 def loss_datasets(model: ChatModel, settings, harmless_baseline: list[dict]) -> dict[str, list[LossRow]]:
@@ -117,6 +158,6 @@ def loss_datasets(model: ChatModel, settings, harmless_baseline: list[dict]) -> 
     ]
     for files, read in readers:
         for file in files:
-            path = pathlib.Path(file)
+            path = resolve(file, "loss")
             sets[path.stem] = read(path)
     return sets

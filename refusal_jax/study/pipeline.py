@@ -1,11 +1,12 @@
 """The study, stage by stage, in one run's folder.
 
-prompts -> activations -> selection -> projections, completions -> evaluations, loss -> report. Each stage reads and
+prompts -> activations -> selection -> projections, completions -> loss, evaluations -> report. Each stage reads and
 writes files of the folder and nothing else, so that it can be skipped, resumed or redone alone.
 """
 
 import dataclasses
 import functools
+import gc
 import os
 import pathlib
 import sys
@@ -17,6 +18,7 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from refusal_jax import distributed
+from refusal_jax.chat import Chat
 from refusal_jax.chat_model import ChatModel, demo_model_path, load_model, weights_dtype
 from refusal_jax.data.prompts import BUNDLED, dataset_name, file_hash, read_prompts, resolve
 from refusal_jax.edits import EPS, Edits
@@ -32,11 +34,14 @@ from refusal_jax.report.text import setup_lines
 from refusal_jax.runs import Ledger, Run, checkpoint_fingerprint
 from refusal_jax.sharding import replicate
 from refusal_jax.study.activations import extract, length_batches
-from refusal_jax.study.completions import complete, intervention_edits, parse_condition
-from refusal_jax.study.judges import JUDGES, evaluate_completions
-from refusal_jax.study.loss import loss_datasets, measure_loss, read_chat_pairs
+from refusal_jax.study.artifacts import evaluations_name, stem_of
+from refusal_jax.study.completions import complete, intervention_edits, parse_condition, score_replies
+from refusal_jax.study.evaluation import tables, tidy_csv
+from refusal_jax.study.judge_models import REFUSAL_SCORE, ModelJudge, judge_all, parse_judges, score_verdicts
+from refusal_jax.study.judges import evaluate_completions
+from refusal_jax.study.loss import loss_datasets, measure_kl, measure_loss, read_chat_pairs
 from refusal_jax.study.refusal_tokens import Opening, measure_openings, refusal_openings
-from refusal_jax.study.sampling import SPLITS, sample_prompts
+from refusal_jax.study.sampling import SPLITS, over_refusal_names, sample_prompts
 from refusal_jax.study.selection import Rule, evaluate_candidates, pick
 from refusal_jax.taps import Taps
 from refusal_jax.templates import named_template
@@ -44,6 +49,7 @@ from refusal_jax.templates import named_template
 PROMPTS, SETUP, FILTER, MEANS = "prompts.json", "setup.json", "filter.json", "mean_diffs.safetensors"
 EVALUATIONS, METADATA, DIRECTION = "direction_evaluations.json", "direction_metadata.json", "direction.safetensors"
 PROJECTIONS, REPORT = "projections.safetensors", "report.html"
+SCORES, DAMAGE, STATISTICS, TIDY = "refusal_scores.json", "damage.json", "statistics.json", "statistics.csv"
 
 
 def run_study(config: ConfigDict, workdir: str | os.PathLike) -> Run:
@@ -54,7 +60,7 @@ def run_study(config: ConfigDict, workdir: str | os.PathLike) -> Run:
     Raises UserError for anything wrong with config, model, data or folder, before long work where it can be known.
     """
     config = config.copy_and_resolve_references()
-    check_settings(config)
+    judges = check_settings(config)
     folder = checkpoint_folder(config.model) if config.model else demo_model_path()
     load_config(folder)
     inputs = {"model": checkpoint_fingerprint(folder)}
@@ -62,7 +68,12 @@ def run_study(config: ConfigDict, workdir: str | os.PathLike) -> Run:
         inputs[split] = _hash(resolve(config.data[split], split))
     template = [config.chat_template] if config.chat_template.endswith(".jinja") else []
     for file in (*config.loss.text_files, *config.loss.chat_files, *template):
-        inputs[file] = _hash(pathlib.Path(file))
+        inputs[file] = _hash(resolve(file, "loss"))
+    for source in config.data.over_refusal:
+        inputs[source] = _hash(resolve(source, "harmless_test"))
+    for judge in judges:
+        if isinstance(judge, ModelJudge):
+            inputs[f"judge {judge.name}"] = judge.fingerprint()
     settings = config.to_dict() | {"cache": ""}  # where copies are kept may change from run to run
     with Run.open(workdir, settings, inputs) as run:
         try:
@@ -74,15 +85,15 @@ def run_study(config: ConfigDict, workdir: str | os.PathLike) -> Run:
         return run
 
 
-def check_settings(config: ConfigDict) -> None:
-    """Raises UserError for settings and files that cannot work with any model."""
+def check_settings(config: ConfigDict) -> list:
+    """The judges, which are checked with the rest: raises UserError for settings and files that cannot work with any model."""
     if config.chat_template:
         named_template(config.chat_template)
     if not config.generation.conditions:
         raise UserError("--config.generation.conditions is empty: name at least one, such as harmful_baseline.")
     stems = ["on_distribution"]
     for read, files in ((read_prompts, config.loss.text_files), (read_chat_pairs, config.loss.chat_files)):
-        for file in map(pathlib.Path, files):
+        for file in (resolve(file, "loss") for file in files):
             read(file)
             if file.stem in stems:
                 raise UserError(f"two loss data sets are called {file.stem!r}: rename {file}.")
@@ -106,17 +117,23 @@ def check_settings(config: ConfigDict) -> None:
             f"The harmful test prompts are in {config.data.harmful_test}, and results carry the file's name: they would be "
             "mixed up with those of the harmless prompts. Rename the file."
         )
+    over_refusal_names(config.data)
+    return study_judges(config)
+
+
+def study_judges(config: ConfigDict, mesh=None) -> list:
+    """The judges of a study's config, but for the refusal score, which its own model gives. Raises UserError as
+    `parse_judges` does."""
+    specs = [spec for spec in config.judges if spec != REFUSAL_SCORE]
+    if not specs and config.judges:
+        return []
+    return parse_judges(specs, config.batch_size, config.dtype, mesh, config.cache)
 
 
 def _hash(path: pathlib.Path) -> str:
     if not path.is_file():
         raise UserError(f"{path} is not a file. Check the path in the config (data, loss or chat_template).")
     return file_hash(path)
-
-
-def evaluations_name(completions: str) -> str:
-    """The evaluations file that belongs to a completions file."""
-    return completions.removesuffix("_completions.json") + "_evaluations.json"
 
 
 @dataclasses.dataclass
@@ -129,31 +146,60 @@ class Study:
 
     def run_all(self) -> None:
         run = self.run
-        completions = [self.completions_name(c) for c in self.config.generation.conditions]
+        completions = [self.completions_name(c) for c in self.conditions]
         verdicts = [evaluations_name(name) for name in completions]
         losses = [f"loss_evals/{name}_loss_eval.json" for name in ("baseline", "ablation", "actadd")]
         picked = [METADATA, DIRECTION]
+        scores = [SCORES] if REFUSAL_SCORE in self.config.judges else []
         run.stage("prompts", [], [PROMPTS], self.prompts, alone=True)
         run.stage("activations", [PROMPTS], [SETUP, FILTER, MEANS], self.activations)
         run.stage("selection", [PROMPTS, SETUP, FILTER, MEANS], [EVALUATIONS, *picked], self.selection)
         run.stage("projections", [PROMPTS, DIRECTION], [PROJECTIONS], self.projections)
-        run.stage("completions", [PROMPTS, *picked], completions, self.completions)
-        run.stage("evaluations", completions, verdicts, self.evaluations, alone=True)
+        run.stage("completions", [PROMPTS, *picked], [*completions, *scores], self.completions)
         own = [name for name in completions if name.endswith("harmless_baseline_completions.json")]
-        run.stage("loss", [*own, *picked], losses, self.loss)
+        run.stage("loss", [*own, *picked], [*losses, DAMAGE], self.loss)
+        judged_alone = all(judge.of_text for judge in study_judges(self.config))
+        tabled = [*verdicts, STATISTICS, TIDY]
+        run.stage("evaluations", [*completions, *scores], tabled, self.evaluations, alone=judged_alone)
         run.stage(
             "report",
-            [SETUP, FILTER, MEANS, EVALUATIONS, *picked, PROJECTIONS, *verdicts, *losses],
+            [SETUP, FILTER, MEANS, EVALUATIONS, *picked, PROJECTIONS, *verdicts, STATISTICS, *losses, DAMAGE],
             [REPORT],
             lambda _: write_report(run, verdicts),
             alone=True,
         )
 
+    @property
+    def over_refusal(self) -> list[str]:
+        return list(over_refusal_names(self.config.data))
+
+    @property
+    def conditions(self) -> list[str]:
+        """Those of the config, and of each over-refusal set baseline and ablation."""
+        more = [f"{name}_{kind}" for name in self.over_refusal for kind in ("baseline", "ablation")]
+        return [*self.config.generation.conditions, *more]
+
+    @functools.cached_property
+    def mesh(self) -> jax.sharding.Mesh | None:
+        work = Workload(load_config(self.folder), weights_dtype(self.config.dtype), self.config, USUAL_LENGTH)
+        return run_mesh(work, self.config.mesh, jax.devices())
+
+    @property
+    def chat(self) -> Chat:
+        """The model's tokenizer, without its weights unless they are loaded already."""
+        if "model" in self.__dict__:
+            return self.model.chat
+        sizes, config = load_config(self.folder), self.config
+        return Chat.load(self.folder, sizes.context_length, sizes.vocab_size, config.chat_template, config.thinking)
+
+    def release(self) -> None:
+        """Frees the devices' memory of the model."""
+        self.__dict__.pop("model", None)
+        gc.collect()
+
     @functools.cached_property
     def model(self) -> ChatModel:
-        devices = jax.devices()
-        work = Workload(load_config(self.folder), weights_dtype(self.config.dtype), self.config, USUAL_LENGTH)
-        mesh = run_mesh(work, self.config.mesh, devices)
+        mesh = self.mesh
         if distributed.several() and (mesh is None or mesh.size != jax.device_count()):
             raise UserError(
                 f"The mesh has {1 if mesh is None else mesh.size} of the {jax.device_count()} devices of the "
@@ -195,8 +241,8 @@ class Study:
         return run_sizes(work, self.model.mesh, jax.devices(), note)
 
     def completions_name(self, condition: str) -> str:
-        side, intervention = parse_condition(condition)
-        dataset = dataset_name(self.config.data.harmful_test) if side == "harmful" else "harmless"
+        side, intervention = parse_condition(condition, self.over_refusal)
+        dataset = dataset_name(self.config.data.harmful_test) if side == "harmful" else side
         return f"completions/{dataset}_{intervention}_completions.json"
 
     def instructions(self, split: str, kept_only: bool = True) -> list[str]:
@@ -230,6 +276,7 @@ class Study:
             "dtype": str(self.model.decoder.dtype),
             "n_layers": self.model.config.n_layers,
             "d_model": self.model.config.d_model,
+            "over_refusal": self.over_refusal,
             "bundled_prompts": [split for split in SPLITS if self.config.model and self.config.data[split] == BUNDLED],
             "chat_template": chat.template_origin,
             "thinking": chat.thinking,
@@ -313,10 +360,11 @@ class Study:
 
     def completions(self, ledger: Ledger) -> None:
         prompts, generation = self.run.read_json(PROMPTS), self.config.generation
+        sets = {side: prompts[f"{side}_test"] for side in ("harmful", "harmless", *self.over_refusal)}
         done = complete(
             self.model,
-            {side: prompts[f"{side}_test"] for side in ("harmful", "harmless")},
-            generation.conditions,
+            sets,
+            self.conditions,
             *self.direction(),
             max_new_tokens=generation.max_new_tokens,
             batch_size=self.sizes.generation,
@@ -325,32 +373,50 @@ class Study:
         )
         for condition, rows in done.items():
             self.run.write_json(self.completions_name(condition), rows)
+        if REFUSAL_SCORE in self.config.judges:
+            ids = [token["id"] for token in self.run.read_json(SETUP)["refusal_tokens"]]
+            scores = score_replies(self.model, sets, self.conditions, *self.direction(), ids, self.sizes.forward)
+            self.run.write_json(SCORES, {self.completions_name(c): values for c, values in scores.items()})
 
     def evaluations(self, ledger: Ledger) -> None:
-        for condition in self.config.generation.conditions:
-            name = self.completions_name(condition)
-            verdicts = {}
-            for judge in JUDGES:
-                verdicts |= evaluate_completions(self.run.read_json(name), judge)
-            self.run.write_json(evaluations_name(name), verdicts)
+        """What the judges say of the completions; judge models get the memory that the studied model had."""
+        names = [self.completions_name(c) for c in self.conditions]
+        completions = {name: self.run.read_json(name) for name in names}
+        chat = self.chat
+        judges = study_judges(self.config, self.mesh)
+        if any(isinstance(judge, ModelJudge) for judge in judges):
+            self.release()
+        verdicts = judge_all(judges, completions, ledger.rows, ledger.append)
+        if REFUSAL_SCORE in self.config.judges:
+            for name, scores in self.run.read_json(SCORES).items():
+                verdicts[name][REFUSAL_SCORE] = score_verdicts(scores)
+        for name in names:
+            self.run.write_json(evaluations_name(name), evaluate_completions(completions[name], verdicts[name]))
+        stems = {name: stem_of(pathlib.PurePosixPath(name)) for name in names}
+        found = tables(
+            {stem: completions[name] for name, stem in stems.items()},
+            {stem: verdicts[name] for name, stem in stems.items()},
+            chat,
+        )
+        self.run.write_json(STATISTICS, found)
+        self.run.write(TIDY, tidy_csv(found).encode("utf-8", "replace"))
 
     def loss(self, ledger: Ledger) -> None:
-        """CE loss at baseline, under ablation and under -addition (paper, section 4.3 and appendix E)."""
+        """CE loss at baseline, under ablation and under -addition (paper, section 4.3 and appendix E), and how far these move the
+        next-token distributions along the model's own answers to harmless prompts."""
         own = self.completions_name("harmless_baseline")
-        sets = loss_datasets(
-            self.model,
-            self.config.loss,
-            self.run.read_json(own) if self.run.exists(own) else [],
-        )
+        answers = self.run.read_json(own) if self.run.exists(own) else []
+        sets = loss_datasets(self.model, self.config.loss, answers)
+        size, moved = self.sizes.loss, {}
         for name in ("baseline", "ablation", "actadd"):
             edits: Edits = intervention_edits(self.model, f"harmful_{name}", *self.direction())
-            self.run.write_json(
-                f"loss_evals/{name}_loss_eval.json",
-                {
-                    title: measure_loss(self.model, rows, edits, self.sizes.loss, f"{title}, {name}")
-                    for title, rows in sets.items()
-                },
-            )
+            found = {
+                title: measure_loss(self.model, rows, edits, size, f"{title}, {name}") for title, rows in sets.items()
+            }
+            self.run.write_json(f"loss_evals/{name}_loss_eval.json", found)
+            if name != "baseline" and "on_distribution" in sets:
+                moved[name] = measure_kl(self.model, sets["on_distribution"], edits, size, f"KL, {name}")
+        self.run.write_json(DAMAGE, {"kl": moved})
 
 
 @jax.jit

@@ -1,0 +1,85 @@
+"""Fetches the public prompt sets, and makes the paper's splits of them.
+
+  refusal-jax data list                                  # the sets, their licences, and which are here
+  refusal-jax data fetch                                 # all prompt sets (24 MB), checked by hash; then the splits
+  refusal-jax data fetch --sets=xstest,pile --accept_new_hash
+  refusal-jax data fetch --from=DIR --alpaca=FILE        # from files that are on the disk; no network is used
+  refusal-jax data verify                                # checks what is here; exit code 2 if something is not right
+
+A study then takes `--config.data.harmful_train=paper` (the paper's split), `--config.data.harmful_test=jailbreakbench` (a set
+by its name), or any file. Downloads resume, appear whole or not at all, and take proxies from the environment
+(HTTPS_PROXY). The folder gets raw/ (as published), prompts/ (each set as a list of prompts), splits/ (the paper's six) and
+loss/ (what the paper measures the loss on: `--config.loss.text_files="('pile',)" --config.loss.chat_files="('alpaca',)"`).
+
+The sets belong to their authors and are not part of this package; mind their licences (Alpaca: not for commercial use).
+The Pile is streamed from the Hub, its first 4,096 documents only, as the loss needs them (`--sets=pile`).
+"""
+
+import pathlib
+
+from absl import flags
+
+from refusal_jax.data.prompts import data_folder
+from refusal_jax.data.public import MANIFEST, build, fetch_set, load_manifest, status, take_files
+from refusal_jax.errors import UserError
+
+ACTIONS = ("fetch", "list", "verify")
+SETS = flags.DEFINE_list(
+    "sets", [], "Which sets to fetch, by name. Default: all but those that are streamed from the Hub."
+)
+FROM = flags.DEFINE_string("from", None, "Folder with files that were downloaded otherwise, under the names of `list`.")
+ALPACA = flags.DEFINE_string("alpaca", None, "Alpaca's file for the harmless splits: .json, .jsonl or .parquet.")
+FOLDER = flags.DEFINE_string("folder", None, "Where data is kept. Default: refusal_jax/data in the user's cache.")
+ACCEPT = flags.DEFINE_bool("accept_new_hash", False, "Take files whose hash is not known, and record it.")
+MANIFEST_FILE = flags.DEFINE_string("manifest", str(MANIFEST), "Another manifest of the same form, e.g. of a mirror.")
+
+
+def main(arguments) -> None:
+    action = arguments[0] if arguments else ""
+    if not action:
+        raise UserError(f"data needs an action: {', '.join(ACTIONS)}. Start with `refusal-jax data list`.")
+    manifest = load_manifest(pathlib.Path(MANIFEST_FILE.value))
+    folder = pathlib.Path(FOLDER.value) if FOLDER.value else data_folder()
+    {"fetch": fetch, "list": show, "verify": verify}[action](manifest, folder)
+
+
+def fetch(manifest, folder: pathlib.Path) -> None:
+    chosen = manifest.choose(SETS.value) if SETS.value else [one for one in manifest.sets.values() if not one.hub]
+    if FROM.value:
+        take_files(chosen, pathlib.Path(FROM.value), folder, ACCEPT.value)
+    else:
+        for one in chosen:
+            fetch_set(one, folder, ACCEPT.value)
+            print(f"{one.title}: {', '.join(file.name for file in one.files)}")
+    rows = build(manifest, folder, pathlib.Path(ALPACA.value) if ALPACA.value else None)
+    for name, count in rows.items():
+        print(f"{name:<34}{count:>7} rows")
+    missing = [split for split in manifest.splits if f"splits/{split}.json" not in rows]
+    if missing:
+        print(f"Not built, for want of sets: {', '.join(missing)}.")
+    print(f"Data: {folder.resolve()}")
+
+
+def show(manifest, folder: pathlib.Path) -> None:
+    found = status(manifest, folder)
+    print(f"{'set':<20}{'prompts':>8}  {'licence':<28}{'here':<9}files")
+    for one in manifest.sets.values():
+        states = {found[f"raw/{file.name}"] for file in one.files}
+        here = "yes" if states == {"ok"} else "no" if states == {"missing"} else "not right"
+        names = ", ".join(file.name for file in one.files)
+        print(f"{one.name:<20}{one.rows:>8}  {one.licence:<28}{here:<9}{names}")
+    print(f"\nFolder: {folder}")
+
+
+def verify(manifest, folder: pathlib.Path) -> None:
+    found = status(manifest, folder)
+    for name, state in found.items():
+        print(f"{name:<36}{state}")
+    wrong = [name for name, state in found.items() if state not in ("ok", "missing")]
+    if wrong:
+        raise UserError(
+            f"{len(wrong)} files in {folder} are not what they should be: {', '.join(wrong)}. Remove them and run "
+            "`refusal-jax data fetch` again."
+        )
+    if set(found.values()) == {"missing"}:
+        raise UserError(f"{folder} holds no data. Run `refusal-jax data fetch` first.")

@@ -1,0 +1,99 @@
+"""Judges completions, a study's or anyone's: several judges at once, with intervals, paired tests and agreement.
+
+  refusal-jax evaluate --completions=runs/mine/completions --out=judged
+  refusal-jax evaluate --completions=FILE --out=judged --judges=substring_matching,llamaguard2=DIR
+  refusal-jax evaluate --completions=FILE --out=judged --judges=harmbench=DIR@template.txt --artifact
+
+A file is a list of completions, `{category, prompt, response}`, as .json, .jsonl or .csv, an evaluations file, or a
+JailbreakBench artifact; of a folder all such files are judged, and conditions of the same data set compared
+(DATASET_CONDITION_completions.json). Judges of text: substring_matching (the paper's) and substring_extended. Judge models are
+checkpoint folders: llamaguard2 and llamaguard3, in their tokenizer's own template; harmbench and strongreject, in the
+prompt template that they were trained with, from a text file with {prompt} and {response} in it; llm, any chat model that is
+asked whether the reply does what the request asks for, in a question of its own or of a file.
+
+OUT gets NAME_evaluations.json in the published format with a column for each judge, statistics.json, statistics.csv and, with
+--artifact, NAME_jailbreakbench.json. Stopped while a model judges, the same command continues.
+"""
+
+import hashlib
+import pathlib
+
+from absl import flags
+
+from refusal_jax.chat import Chat
+from refusal_jax.errors import UserError
+from refusal_jax.models.config import load_config
+from refusal_jax.models.mirror import checkpoint_folder
+from refusal_jax.report.text import rates_table
+from refusal_jax.runs import Ledger, to_json
+from refusal_jax.sharding import make_mesh
+from refusal_jax.storage import DiskFolder
+from refusal_jax.study.artifacts import jailbreakbench_artifact, read_completions, split_name
+from refusal_jax.study.evaluation import tables, tidy_csv
+from refusal_jax.study.judge_models import ModelJudge, judge_all, parse_judges
+from refusal_jax.study.judges import evaluate_completions
+
+COMPLETIONS = flags.DEFINE_string("completions", None, "File or folder of completions.")
+OUT = flags.DEFINE_string("out", None, "Folder for the results: made if new, files in it replaced.")
+JUDGES = flags.DEFINE_list(
+    "judges", ["substring_matching"], "NAME, KIND=FOLDER or KIND=FOLDER@TEMPLATE.txt, several with commas."
+)
+TOKENIZER = flags.DEFINE_string("tokenizer", None, "Checkpoint in whose tokens lengths are counted. Default: in words.")
+BATCH_SIZE = flags.DEFINE_integer("batch_size", 16, "Completions that a judge model reads at a time.", lower_bound=1)
+DTYPE = flags.DEFINE_string("dtype", "auto", "Of judge models; auto: float32 on CPU, bfloat16 elsewhere.")
+MODEL_AXIS = flags.DEFINE_integer("model_axis", 1, "Devices over which a judge model is split.", lower_bound=1)
+ARTIFACT = flags.DEFINE_bool("artifact", False, "Also write JailbreakBench artifacts, jailbroken by the last judge.")
+METHOD = flags.DEFINE_string("method", "", "The artifact's method. Default: the condition in the file's name.")
+STUDIED = flags.DEFINE_string("model", "", "The artifact's model: who wrote the completions.")
+
+
+def main(arguments) -> None:
+    for flag in (COMPLETIONS, OUT):
+        if not flag.value:
+            raise UserError(
+                f"--{flag.name} is missing. Example: refusal-jax evaluate --completions=runs/mine/completions --out=judged."
+            )
+    path = pathlib.Path(COMPLETIONS.value)
+    completions = read_completions(path)
+    mesh = make_mesh(model=MODEL_AXIS.value) if MODEL_AXIS.value > 1 else None
+    judges = parse_judges(JUDGES.value, BATCH_SIZE.value, DTYPE.value, mesh)
+    chat = None
+    if TOKENIZER.value:
+        folder = checkpoint_folder(TOKENIZER.value)
+        chat = Chat.load(folder, load_config(folder).context_length)
+    out = DiskFolder(OUT.value)
+    with out.held():
+        ledger = Ledger.open(out, ledger_name(completions, judges))
+        verdicts = judge_all(judges, completions, ledger.rows, ledger.append)
+        found = tables(completions, verdicts, chat)
+        for name, content in results(completions, verdicts, judges[-1].name).items():
+            out.write(name, to_json(content))
+        out.write("statistics.json", to_json(found))
+        out.write("statistics.csv", tidy_csv(found).encode("utf-8", "replace"))
+        out.remove([ledger.name])
+    print(rates_table(found))
+    print(f"\nResults: {out.path.resolve()}")
+
+
+def ledger_name(completions: dict, judges: list) -> str:
+    """The file that keeps the verdicts of an interrupted run, for these completions and judges only."""
+    models = [judge.fingerprint() for judge in judges if isinstance(judge, ModelJudge)]
+    return f".ledger-judges-{hashlib.sha256(to_json([completions, models])).hexdigest()[:12]}.jsonl"
+
+
+def results(completions: dict, verdicts: dict, last: str) -> dict[str, dict]:
+    """The evaluations files and, if asked for, the artifacts, by name. last: the judge that the artifacts go by."""
+    files = {}
+    for name, rows in completions.items():
+        files[f"{name}_evaluations.json"] = evaluate_completions(rows, verdicts[name])
+        if ARTIFACT.value:
+            dataset, condition = split_name(name)
+            parameters = {
+                "method": METHOD.value or condition or dataset,
+                "model": STUDIED.value or None,
+                "attack_type": "white_box",
+                "defense": None,
+                "evaluation_judge": last,
+            }
+            files[f"{name}_jailbreakbench.json"] = jailbreakbench_artifact(rows, verdicts[name][last], parameters)
+    return files

@@ -1,0 +1,137 @@
+"""Files of completions: the published runs', JailbreakBench's artifacts, and anyone's rows; read, and JailbreakBench's written.
+
+All become lists of `{"category", "prompt", "response"}` with whatever else the rows hold.
+"""
+
+import json
+import pathlib
+from collections.abc import Mapping, Sequence
+
+from refusal_jax.data.prompts import located_rows, read_text
+from refusal_jax.errors import UserError
+from refusal_jax.study.judges import Verdict
+
+COMPLETIONS, EVALUATIONS, ARTIFACT = "_completions", "_evaluations", "_jailbreakbench"
+ORDER = ("baseline", "ablation", "actadd")
+PROMPT_KEYS = ("prompt", "instruction", "goal", "behavior", "question")
+RESPONSE_KEYS = ("response", "completion", "generation", "output", "answer")
+SUFFIXES = (".json", ".jsonl", ".csv")
+
+
+def evaluations_name(completions: str) -> str:
+    """The evaluations file that belongs to a completions file."""
+    return completions.removesuffix(f"{COMPLETIONS}.json") + f"{EVALUATIONS}.json"
+
+
+def stem_of(path: pathlib.PurePath) -> str:
+    """DATASET_CONDITION of a file's name."""
+    stem = path.stem
+    for mark in (COMPLETIONS, EVALUATIONS, ARTIFACT):
+        stem = stem.removesuffix(mark)
+    return stem
+
+
+def split_name(stem: str) -> tuple[str, str]:
+    """(data set, condition) of a file's stem; without a condition, that is empty."""
+    dataset, _, condition = stem.rpartition("_")
+    return (dataset, condition) if dataset else (condition, "")
+
+
+def read_completions(path: pathlib.Path) -> dict[str, list[dict]]:
+    """`{stem: completions}` of a file, or of all files of a folder.
+
+    A file is a list (JSON, JSONL, CSV) of rows with a prompt and a response, an evaluations file, or a JailbreakBench
+    artifact. Of a folder, `NAME_completions.json` counts before `NAME_evaluations.json`. Raises UserError that names file and
+    row for what is malformed, and for a folder without such files.
+    """
+    if not path.is_dir():
+        return {stem_of(path): _read_file(path)}
+    found = {}
+    for file in sorted(path.iterdir()):
+        if file.suffix.lower() in SUFFIXES and not file.name.startswith("."):
+            stem = stem_of(file)
+            if stem not in found or file.stem.endswith(COMPLETIONS):
+                found[stem] = file
+    marked = {s: f for s, f in found.items() if f.stem != s}  # in a run's folder, only these are completions
+    found = marked or found
+    if not found:
+        raise UserError(f"{path} holds no completions: no file there ends in {', '.join(SUFFIXES)}.")
+
+    def order(stem: str):
+        dataset, condition = split_name(stem)
+        return dataset, ORDER.index(condition) if condition in ORDER else len(ORDER), condition
+
+    return {stem: _read_file(found[stem]) for stem in sorted(found, key=order)}
+
+
+def _read_file(path: pathlib.Path) -> list[dict]:
+    rows = None
+    if path.suffix.lower() == ".json":
+        try:
+            content = json.loads(read_text(path))
+        except json.JSONDecodeError as error:
+            raise UserError(
+                f"{path} is not valid JSON ({error}). Repair it, or use .jsonl for one object a line."
+            ) from None
+        if isinstance(content, dict):
+            key = next((key for key in ("completions", "jailbreaks") if isinstance(content.get(key), list)), None)
+            if key is None:
+                raise UserError(
+                    f"{path} holds no completions: expected a list, an object with 'completions' (an evaluations file) or with "
+                    f"'jailbreaks' (a JailbreakBench artifact); its keys are {', '.join(content) or 'none'}."
+                )
+            rows = [(f"entry {i} of '{key}'", row) for i, row in enumerate(content[key])]
+    rows = located_rows(path) if rows is None else rows
+    if not rows:
+        raise UserError(f"{path} holds no completions. Put one completion a row into it, or pass another file.")
+    return [_completion(row, f"{path}, {where}") for where, row in rows]
+
+
+def _completion(row, where: str) -> dict:
+    """One row with the three published keys. A response that is null, as of a query that failed, is an empty one."""
+    if not isinstance(row, dict):
+        raise UserError(f"{where} is a {type(row).__name__}, expected an object with a prompt and a response.")
+    prompt = next((row[key] for key in PROMPT_KEYS if row.get(key)), None)
+    answer = next((key for key in RESPONSE_KEYS if key in row), None)
+    if not isinstance(prompt, str) or answer is None:
+        raise UserError(
+            f"{where} is no completion: its fields are {', '.join(map(str, row)) or 'none'}, expected a prompt (one of "
+            f"{', '.join(PROMPT_KEYS)}) and a response (one of {', '.join(RESPONSE_KEYS)})."
+        )
+    response = "" if row[answer] is None else row[answer]
+    if not isinstance(response, str):
+        raise UserError(f"{where}: {answer} is a {type(response).__name__}, expected text.")
+    judged = ("is_jailbreak_", "probability_")  # what judges said before
+    kept = {key: value for key, value in row.items() if not str(key).startswith(judged) and key not in (answer, None)}
+    return {"category": row.get("category"), **kept, "prompt": prompt, "response": response}
+
+
+def jailbreakbench_artifact(completions: Sequence[dict], verdicts: Sequence[Verdict], parameters: Mapping) -> dict:
+    """A JailbreakBench artifact of the completions, with one judge's verdicts.
+
+    parameters: its "method", "model", "attack_type", "defense" and more; the attack success rate is added. Rows keep the index,
+    goal and behavior that they came with; the goal is the prompt where they had none.
+    """
+    jailbreaks = [
+        {
+            **{key: value for key, value in c.items() if key not in ("jailbroken",)},
+            "index": c.get("index", i),
+            "goal": c.get("goal") or c["prompt"],
+            "behavior": c.get("behavior"),
+            "category": c.get("category"),
+            "prompt": c["prompt"],
+            "response": c["response"],
+            "jailbroken": bool(verdict.label),
+        }
+        for i, (c, verdict) in enumerate(zip(completions, verdicts, strict=True))
+    ]
+    total = sum(row["jailbroken"] for row in jailbreaks)
+    return {
+        "parameters": {
+            **parameters,
+            "attack_success_rate": total / len(jailbreaks),
+            "total_number_of_jailbreaks": total,
+            "number_of_submitted_prompts": len(jailbreaks),
+        },
+        "jailbreaks": jailbreaks,
+    }

@@ -1,0 +1,160 @@
+"""What the verdicts of several judges on several conditions come to: tables with intervals, as JSON and as one tidy CSV.
+
+rates (also by category), comparisons of conditions on the same prompts, agreement of judges, and of the completions themselves
+how long, empty or repetitive they are: a model that rambles does not refuse either.
+"""
+
+import csv
+import io
+import itertools
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+
+from refusal_jax.chat import Chat
+from refusal_jax.study.artifacts import split_name
+from refusal_jax.study.judges import TEXT_JUDGES, Verdict
+from refusal_jax.study.statistics import cohens_kappa, mcnemar, mean_interval, rate
+
+CUTS = (4, 8, 16, 32, 64, 128, 256, 512)  # tokens of the completion that a judge of text is shown
+NGRAM, REPETITIVE = 4, 0.5
+COLUMNS = (
+    "table dataset intervention compared_with judge category measure tokens n value low high p_value".split()
+)  # of the CSV
+
+
+def repetition(text: str) -> float:
+    """The share of a text's four-word sequences that have occurred in it before, 0 to 1."""
+    words = text.split()
+    grams = [tuple(words[i : i + NGRAM]) for i in range(len(words) - NGRAM + 1)]
+    return 1 - len(set(grams)) / len(grams) if grams else 0.0
+
+
+def pieces(response: str, chat: Chat | None) -> list:
+    """A completion's tokens, or without a tokenizer its words."""
+    return response.split() if chat is None else chat.tokenizer(response, add_special_tokens=False).input_ids
+
+
+def beginning(response: str, parts: Sequence, cut: int, chat: Chat | None) -> str:
+    """The first `cut` tokens or words of a completion, whose `pieces` are `parts`."""
+    if len(parts) <= cut:
+        return response
+    return " ".join(parts[:cut]) if chat is None else chat.tokenizer.decode(parts[:cut], skip_special_tokens=True)
+
+
+def tables(
+    completions: Mapping[str, Sequence[dict]],
+    verdicts: Mapping[str, Mapping[str, Sequence[Verdict]]],
+    chat: Chat | None,
+) -> dict[str, list[dict]]:
+    """All tables of `{DATASET_INTERVENTION: completions}` and `{the same: {judge: verdicts}}`.
+
+    chat: the tokenizer in whose tokens lengths are counted; None: lengths are in words.
+    """
+    return {
+        "rates": _rates(completions, verdicts),
+        "comparisons": _comparisons(completions, verdicts),
+        "agreement": _agreement(verdicts),
+        "completions": _completions(completions, chat),
+        "by_length": _by_length(completions, verdicts, chat),
+    }
+
+
+def _of(name: str) -> dict:
+    return dict(zip(("dataset", "intervention"), split_name(name), strict=True))
+
+
+def _rates(completions, verdicts) -> list[dict]:
+    """Success rates, over all completions (category null) and by category."""
+    rows = []
+    for name, judges in verdicts.items():
+        for judge, judged in judges.items():
+            groups = defaultdict(list)
+            for completion, verdict in zip(completions[name], judged, strict=True):
+                groups[completion.get("category")].append(verdict.label)
+            rows.append({**_of(name), "judge": judge, "category": None, **rate([v.label for v in judged])})
+            if len(groups) > 1:
+                rows += [
+                    {**_of(name), "judge": judge, "category": str(category), **rate(labels)}
+                    for category, labels in sorted(groups.items(), key=lambda item: str(item[0]))
+                ]
+    return rows
+
+
+def _comparisons(completions, verdicts) -> list[dict]:
+    """Each two conditions of a data set that have the same prompts, success rates compared in pairs."""
+    rows = []
+    for first, second in itertools.combinations(verdicts, 2):
+        same = [c["prompt"] for c in completions[first]] == [c["prompt"] for c in completions[second]]
+        if split_name(first)[0] != split_name(second)[0] or not same:
+            continue
+        for judge in (judge for judge in verdicts[first] if judge in verdicts[second]):
+            labels = ([v.label for v in verdicts[name][judge]] for name in (first, second))
+            of = _of(second) | {"compared_with": split_name(first)[1], "judge": judge}
+            rows.append(of | mcnemar(*labels))
+    return rows
+
+
+def _agreement(verdicts) -> list[dict]:
+    """Each two judges, over all completions that both judged."""
+    names = list(dict.fromkeys(judge for judges in verdicts.values() for judge in judges))
+    rows = []
+    for first, second in itertools.combinations(names, 2):
+        both = [judges for judges in verdicts.values() if first in judges and second in judges]
+        labels = [[v.label for judges in both for v in judges[name]] for name in (first, second)]
+        rows.append({"first": first, "second": second, **cohens_kappa(*labels)})
+    return rows
+
+
+def _completions(completions, chat: Chat | None) -> list[dict]:
+    """Length, and the rates of empty and of repetitive completions, of each condition."""
+    rows = []
+    for name, judged in completions.items():
+        texts = [c["response"] for c in judged]
+        rows.append(
+            {
+                **_of(name),
+                "unit": "words" if chat is None else "tokens",
+                "length": mean_interval([len(pieces(text, chat)) for text in texts]),
+                "empty": rate([int(not text.strip()) for text in texts]),
+                "repetitive": rate([int(repetition(text) >= REPETITIVE) for text in texts]),
+                "repetition": mean_interval([repetition(text) for text in texts]),
+            }
+        )
+    return rows
+
+
+def _by_length(completions, verdicts, chat: Chat | None) -> list[dict]:
+    """Refusal rates by judges of text that see the first tokens only: where in a completion refusals are found."""
+    rows = []
+    for name, judged in completions.items():
+        parts = [pieces(c["response"], chat) for c in judged]
+        longest = max(map(len, parts), default=0)
+        cuts = [cut for cut in CUTS if cut < longest] + [longest] * bool(longest)
+        for judge, cut in itertools.product((j for j in verdicts[name] if j in TEXT_JUDGES), cuts):
+            seen = [{"response": beginning(c["response"], p, cut, chat)} for c, p in zip(judged, parts, strict=True)]
+            refused = [1 - verdict.label for verdict in TEXT_JUDGES[judge].judge(seen)]
+            rows.append({**_of(name), "judge": judge, "tokens": cut, **rate(refused)})
+    return rows
+
+
+def tidy_csv(found: Mapping[str, Sequence[dict]]) -> str:
+    """The tables as one CSV, one number a row, with its interval."""
+    rows = []
+    for row in found["rates"]:
+        rows.append({**row, "table": "rates", "measure": "success_rate", "value": row["rate"]})
+    for row in found["comparisons"]:
+        rows.append({**row, "table": "comparisons", "measure": "success_rate_difference", "value": row["difference"]})
+    for row in found["agreement"]:
+        of = {"table": "agreement", "judge": row["first"], "compared_with": row["second"], "n": row["n"]}
+        rows += [of | {"measure": name, "value": row[name]} for name in ("agreement", "kappa")]
+    for row in found["completions"]:
+        for name, value in (("length", "mean"), ("empty", "rate"), ("repetitive", "rate"), ("repetition", "mean")):
+            measure = f"length_{row['unit']}" if name == "length" else name
+            rows.append({**row, **row[name], "table": "completions", "measure": measure, "value": row[name][value]})
+    for row in found["by_length"]:
+        rows.append({**row, "table": "by_length", "measure": "refusal_rate", "value": row["rate"]})
+    text = io.StringIO()
+    writer = csv.DictWriter(text, COLUMNS, extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()

@@ -1,0 +1,78 @@
+"""Intervals and tests for what judges say: rates, paired comparisons, agreement, means.
+
+Prompts are the unit: the same prompts run under every condition, so conditions are compared in pairs. Everything is NumPy
+float64 and the same on every call: the bootstrap's draws are seeded.
+"""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+Z95 = 1.959964
+DRAWS, DRAWS_SEED = 2000, 0  # of the bootstrap
+
+
+def wilson_interval(successes: int, n: int, z: float = Z95) -> tuple[float, float]:
+    """The Wilson score interval of a rate, by default at 95 %."""
+    if n == 0:
+        return 0.0, 1.0
+    rate = successes / n
+    centre, spread = rate + z * z / (2 * n), z * (rate * (1 - rate) / n + z * z / (4 * n * n)) ** 0.5
+    return max(0.0, (centre - spread) / (1 + z * z / n)), min(1.0, (centre + spread) / (1 + z * z / n))
+
+
+def rate(labels: Sequence[int]) -> dict:
+    """`{"successes", "n", "rate", "low", "high"}` of 0/1 labels, with the Wilson interval."""
+    n, successes = len(labels), int(sum(labels))
+    low, high = wilson_interval(successes, n)
+    return {"successes": successes, "n": n, "rate": successes / n if n else math.nan, "low": low, "high": high}
+
+
+def mcnemar(first: Sequence[int], second: Sequence[int]) -> dict:
+    """Two conditions on the same prompts, by 0/1 labels in the same order: McNemar's exact test (two-sided).
+
+    `difference` is the second's rate minus the first's, with the 95 % interval of Agresti and Min (2005) for paired rates.
+    Raises ValueError for labels of different numbers.
+    """
+    pairs = list(zip(first, second, strict=True))
+    lost = sum(a > b for a, b in pairs)
+    won = sum(a < b for a, b in pairs)
+    n, discordant = len(pairs), lost + won
+    tail = sum(math.comb(discordant, k) for k in range(min(lost, won) + 1))
+    centre = (won - lost) / (n + 2)
+    spread = Z95 * math.sqrt(lost + won + 1 - (won - lost) ** 2 / (n + 2)) / (n + 2)
+    return {
+        "n": n,
+        "only_first": lost,
+        "only_second": won,
+        "difference": (won - lost) / n if n else math.nan,
+        "low": max(-1.0, centre - spread),
+        "high": min(1.0, centre + spread),
+        "p_value": min(1.0, 2 * tail / 2**discordant),
+    }
+
+
+def cohens_kappa(first: Sequence[int], second: Sequence[int]) -> dict:
+    """How far two judges agree beyond chance, `{"n", "agreement", "kappa"}`; kappa is None where chance alone must agree.
+
+    Raises ValueError for labels of different numbers.
+    """
+    pairs = list(zip(first, second, strict=True))
+    n = len(pairs)
+    if not n:
+        return {"n": 0, "agreement": math.nan, "kappa": None}
+    observed = sum(a == b for a, b in pairs) / n
+    p, q = sum(first) / n, sum(second) / n
+    chance = p * q + (1 - p) * (1 - q)
+    return {"n": n, "agreement": observed, "kappa": None if chance == 1 else (observed - chance) / (1 - chance)}
+
+
+def mean_interval(values: Sequence[float]) -> dict:
+    """`{"mean", "n", "low", "high"}`: the mean with its 95 % percentile bootstrap interval; NaN of no values."""
+    values = np.asarray(values, np.float64)
+    if not len(values):
+        return {"mean": math.nan, "n": 0, "low": math.nan, "high": math.nan}
+    draws = np.random.default_rng(DRAWS_SEED).integers(0, len(values), (DRAWS, len(values)))
+    low, high = np.percentile(values[draws].mean(axis=1), (2.5, 97.5))
+    return {"mean": float(values.mean()), "n": len(values), "low": float(low), "high": float(high)}
