@@ -17,7 +17,7 @@ from refusal_jax.edits import SITES, Edits
 from refusal_jax.models.attention import Context, View, attend
 from refusal_jax.models.cache import Cache
 from refusal_jax.models.config import ModelConfig
-from refusal_jax.models.layers import GATED, experts, linear, mlp, rms_norm, row_parallel, sharded_experts
+from refusal_jax.models.layers import GATED, experts, linear, lookup, mlp, rms_norm, row_parallel, sharded_experts
 from refusal_jax.models.weights import weight_table
 from refusal_jax.sharding import constrain, constrain_residual, split_for, weight_place
 from refusal_jax.taps import NO_TAPS, Taps
@@ -190,7 +190,8 @@ class Decoder(nnx.Module):
 
     def embed_tokens(self, tokens_bt):
         """The residual stream's first values, `[B, T, D]`."""
-        x = constrain_residual(self.mesh, jnp.take(self.embed[...], tokens_bt, axis=0))
+        spec = weight_place(self.mesh, weight_table(self.cfg)["embed"])[1].spec if self.mesh else ()
+        x = constrain_residual(self.mesh, lookup(self.mesh, spec, self.embed[...], tokens_bt))
         return x if self.cfg.embed_scale == 1 else x * jnp.asarray(self.cfg.embed_scale, x.dtype)
 
     def logits(self, x_btd):

@@ -1,5 +1,7 @@
 """The arithmetic of a block outside attention: projections, norms, the MLP, and routing to experts."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
@@ -30,12 +32,47 @@ def _scatter(mesh, batch: int, length: int, features: tuple[str, ...]):
     return whole, PartitionSpec(whole) if axis is None else PartitionSpec(rows, tokens or None), axis
 
 
-def _gathered(w, spec):
+def _names(entry) -> tuple[str, ...]:
+    """The mesh axes of one axis of a PartitionSpec, which abbreviates one to its name and none to None."""
+    return (entry,) if isinstance(entry, str) else tuple(entry or ())
+
+
+def _gathered(mesh, w, spec):
     """A weight in a shard_map, whole along the axes on which only its storage is divided."""
     for axis, name in enumerate(spec):
-        if name == STORAGE:
+        if name == STORAGE and mesh.shape[STORAGE] > 1:
             w = jax.lax.all_gather(w, name, axis=axis, tiled=True)
     return w
+
+
+def lookup(mesh, spec, table_vd, tokens_bt) -> jax.Array:
+    """The rows of `table_vd` that tokens name, `[B, T, D]`, placed as a residual stream.
+
+    spec: of the table. On a mesh every chip looks up what it has, and the results are summed and exchanged: GSPMD would gather
+    the table.
+    """
+    if mesh is None:
+        return jnp.take(table_vd, tokens_bt, axis=0)
+    vocab, storage = _names(spec[0]), spec[1] is not None and mesh.shape[STORAGE] > 1
+    batch, place, axis = _scatter(mesh, *tokens_bt.shape, vocab)
+    apart = storage and STORAGE in batch  # rows and columns are divided by the same axis
+
+    def part(table_vd, tokens_bt):
+        if apart:
+            tokens_bt = jax.lax.all_gather(tokens_bt, STORAGE, axis=0, tiled=True)
+        here = tokens_bt - (jax.lax.axis_index(vocab) * len(table_vd) if vocab else 0)
+        known = (here >= 0) & (here < len(table_vd))
+        x = jnp.where(known[..., None], jnp.take(table_vd, here, axis=0, mode="clip"), 0)
+        if apart:
+            x = jax.lax.all_to_all(x, STORAGE, split_axis=0, concat_axis=2, tiled=True)
+        elif storage:
+            x = jax.lax.all_gather(x, STORAGE, axis=2, tiled=True)
+        if axis is None:
+            return jax.lax.psum(x, vocab) if vocab else x
+        return jax.lax.psum_scatter(x, vocab, scatter_dimension=axis, tiled=True)
+
+    run = jax.shard_map(part, mesh=mesh, in_specs=(spec, PartitionSpec(batch)), out_specs=place, check_vma=False)
+    return run(table_vd, tokens_bt)
 
 
 def row_parallel(mesh, spec, x_btf, w_df, bias=None):
@@ -44,13 +81,16 @@ def row_parallel(mesh, spec, x_btf, w_df, bias=None):
     spec: of `w_df` on the mesh. Written out, because GSPMD would sum all rows on all chips first, twice the traffic. Where the
     sums cannot be divided, it does.
     """
-    features = (spec and spec[1]) or ()
-    batch, place, axis = _scatter(mesh, *x_btf.shape[:2], features) if features else ((), None, None)
+    features = _names(spec[1]) if spec else ()
+    divided = math.prod(mesh.shape[name] for name in features) > 1 if features else False
+    batch, place, axis = _scatter(mesh, *x_btf.shape[:2], features) if divided else ((), None, None)
     if axis is None:
         return linear(x_btf, w_df, bias)
 
     def part(x_btf, w_df):
-        return jax.lax.psum_scatter(linear(x_btf, _gathered(w_df, spec)), features, scatter_dimension=axis, tiled=True)
+        return jax.lax.psum_scatter(
+            linear(x_btf, _gathered(mesh, w_df, spec)), features, scatter_dimension=axis, tiled=True
+        )
 
     specs = PartitionSpec(batch, None, features), spec
     y = jax.shard_map(part, mesh=mesh, in_specs=specs, out_specs=place, check_vma=False)(x_btf, w_df)
@@ -91,14 +131,14 @@ def sharded_experts(mesh, specs, cfg: ModelConfig, router_ed, stacks, layer, h_b
     def part(router_ed, stacks, layer, h_btd):
         if mesh.shape[STORAGE] > 1:  # gather one layer's experts, outside a loop that chips leave at odds
             here = {name: jax.lax.dynamic_index_in_dim(w, layer, keepdims=True) for name, w in stacks.items()}
-            stacks, layer = {name: _gathered(w, specs[name]) for name, w in here.items()}, 0
-        router_ed = _gathered(router_ed, specs["router"])
+            stacks, layer = {name: _gathered(mesh, w, specs[name]) for name, w in here.items()}, 0
+        router_ed = _gathered(mesh, router_ed, specs["router"])
         y = experts(cfg, router_ed, stacks.get, layer, h_btd.reshape(-1, h_btd.shape[-1])).reshape(h_btd.shape)
         if axis is None:
             return jax.lax.psum(y, features)
         return jax.lax.psum_scatter(y, features, scatter_dimension=axis, tiled=True)
 
-    features = specs["down"][-1] or ()
+    features = _names(specs["down"][-1])
     batch, place, axis = _scatter(mesh, *h_btd.shape[:2], features)
     inputs = specs["router"], {name: specs[name] for name in stacks}, PartitionSpec(), PartitionSpec(batch)
     run = jax.shard_map(part, mesh=mesh, in_specs=inputs, out_specs=place, check_vma=False)
