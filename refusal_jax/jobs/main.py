@@ -9,7 +9,7 @@ import pathlib
 import sys
 import textwrap
 
-JOBS = ("study", "export", "bench", "organism")
+JOBS = ("study", "export", "chat", "lm_eval", "bench", "organism")
 DISK_ERRORS = (errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EPERM, errno.EDQUOT)
 USAGE = """refusal-jax JOB [--flags]: find, measure, edit and audit the refusal direction of chat models.
 
@@ -87,6 +87,8 @@ def prepare_job(job: str, argv: list[str]):
         raise  # a broken installation
     except Exception as error:
         raise config_error(error) from None
+    if getattr(module, "PASSED_ON", False):
+        return module
     try:
         left = flags.FLAGS([f"refusal-jax {job}", *argv])
         if "config" in flags.FLAGS:

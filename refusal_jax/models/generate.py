@@ -14,10 +14,12 @@ from refusal_jax.models.attention import Context
 from refusal_jax.models.cache import Cache
 from refusal_jax.models.decoder import Decoder, unstacked
 from refusal_jax.sharding import constrain, replicate
+from refusal_jax.taps import NO_TAPS, Taps
 
 # A scan on the CPU copies every layer's weights at every step. Up to this many layers, slices made once before the
 # loop save that, at the price of a longer compile.
 CPU_UNROLL = 16
+READ = Taps(("resid_pre",), last=1)  # of replies with a probe
 
 
 @jax.tree_util.register_dataclass
@@ -31,6 +33,10 @@ class Generation:
     count_b: jax.Array  # int32 [B], tokens of the reply so far
     active_b: jax.Array  # bool [B], whether the reply goes on
     out_bn: jax.Array  # int32 [B, N], the replies, padded
+    probe_bd: jax.Array | None = None  # float32 [B, D], unit directions that tokens are projected on, if wanted
+    # float32 [B, L, 1 + N]: projections at block inputs, of the prompt's last token and then the reply's; NaN where a
+    # token has not been read
+    along_bln: jax.Array | None = None
 
     def written(self, token_b: jax.Array, eos_ids: tuple[int, ...]) -> "Generation":
         """With one more token in every active row; a row ends with an end token or when it is full."""
@@ -44,6 +50,16 @@ class Generation:
             active_b=self.active_b & (count_b < n) & ~jnp.isin(token_b, jnp.asarray(eos_ids)),
             out_bn=jnp.where(here_bn, token_b[:, None], self.out_bn),
         )
+
+    def read(self, tapped, probe_bd) -> "Generation":
+        """With the projections of every active row's newest token (the prompt's last, where there is no reply yet); tapped:
+        of READ."""
+        if probe_bd is None:
+            return self
+        resid_bld = tapped["resid_pre"][:, :, 0].swapaxes(0, 1).astype(jnp.float32)
+        along_bl = jnp.einsum("bld,bd->bl", resid_bld, probe_bd, precision="highest")
+        here_bn = self.active_b[:, None] & (jnp.arange(self.along_bln.shape[2]) == self.count_b[:, None])
+        return dataclasses.replace(self, along_bln=jnp.where(here_bn[:, None], along_bl[..., None], self.along_bln))
 
 
 def _pick(decoder: Decoder, x_btd) -> jax.Array:
@@ -64,6 +80,7 @@ def admit(
     mask_rt,
     edits: Edits,
     source_b,
+    probe_bd=None,
     *,
     max_new_tokens: int,
     eos_ids: tuple[int, ...],
@@ -72,14 +89,18 @@ def admit(
     """Reads R prompts, picks the first token of their replies, and gives them rows of the batch.
 
     source_b: int32 `[B]`, which of the R prompts row b takes, -1 for a row that goes on with what it has. state: None at
-    the start, when R is B and `source_b` is not looked at. All prompts of a batch must have the same width T.
+    the start, when R is B and `source_b` is not looked at. All prompts of a batch must have the same width T. probe_bd: of
+    `Generation`, for the R prompts; all prompts of a batch have one, or none has.
     """
     slots = tokens_rt.shape[1] + max_new_tokens
     ctx = Context.of_prompt(decoder.cfg, mask_rt)
-    x, _, new = decoder.run(decoder.embed_tokens(tokens_rt), ctx, edits)
+    taps = NO_TAPS if probe_bd is None else READ
+    x, tapped, new = decoder.run(decoder.embed_tokens(tokens_rt), ctx, edits, taps)
     if _unrolled(decoder):
         new = unstacked(new, decoder.cfg.n_layers)
-    rows = len(tokens_rt)
+    rows, along = len(tokens_rt), None
+    if probe_bd is not None:
+        along = jnp.full((rows, decoder.cfg.n_layers, 1 + max_new_tokens), jnp.nan, jnp.float32)
     fresh = Generation(
         Cache.of_prompt(new, mask_rt, slots, None if state is None else state.cache.filled),
         edits,
@@ -87,7 +108,10 @@ def admit(
         jnp.zeros(rows, jnp.int32),
         jnp.ones(rows, bool),
         jnp.full((rows, max_new_tokens), pad_id, jnp.int32),
-    ).written(_pick(decoder, x), eos_ids)
+        probe_bd,
+        along,
+    )
+    fresh = fresh.read(tapped, probe_bd).written(_pick(decoder, x), eos_ids)
     return fresh if state is None else _merged(state, fresh, source_b)
 
 
@@ -123,7 +147,8 @@ def decode(decoder: Decoder, state: Generation, least_active, most_steps, *, eos
     place. Edits apply to generated tokens as to the prompt's.
     """
     one = jnp.ones((len(state.token_b), 1), bool)
-    edits = state.edits
+    edits, probe_bd = state.edits, state.probe_bd
+    taps = NO_TAPS if probe_bd is None else READ
     layers = decoder.layers(edits)
     if _unrolled(decoder):
         layers = unstacked(layers, decoder.cfg.n_layers)
@@ -137,10 +162,10 @@ def decode(decoder: Decoder, state: Generation, least_active, most_steps, *, eos
         cache = state.cache
         ctx = Context.build(decoder.cfg, cache.position_b[:, None], one, cache)
         embedded = decoder.embed_tokens(state.token_b[:, None])
-        x, _, new = decoder.run(embedded, ctx, edits, cache=cache, layers=layers)
-        state = dataclasses.replace(state, cache=cache.append(new, one))
+        x, tapped, new = decoder.run(embedded, ctx, edits, taps, cache=cache, layers=layers)
+        state = dataclasses.replace(state.read(tapped, probe_bd), cache=cache.append(new, one))
         return step + 1, state.written(_pick(decoder, x), eos_ids)
 
-    _, state = jax.lax.while_loop(going, step, (jnp.int32(0), dataclasses.replace(state, edits=None)))
-    state = dataclasses.replace(state, edits=edits)
+    _, state = jax.lax.while_loop(going, step, (jnp.int32(0), dataclasses.replace(state, edits=None, probe_bd=None)))
+    state = dataclasses.replace(state, edits=edits, probe_bd=probe_bd)
     return state, *replicate(decoder.mesh, (state.active_b, state.out_bn))
