@@ -166,7 +166,7 @@ class ChatModel:
             if over is not None:
                 counts = np.asarray(state.count_b)
                 for row in np.flatnonzero(active):
-                    if over(owners[row], out[row, : counts[row]].tolist()):
+                    if owners[row] is None or over(owners[row], out[row, : counts[row]].tolist()):
                         active[row], out[row, counts[row] :] = False, self.chat.eos_ids[0]
                 state = dataclasses.replace(state, active_b=state.active_b & active)
             ended = [row for row, owner in enumerate(owners) if owner is not None and not active[row]]

@@ -63,15 +63,10 @@ class RefusalJaxLM(TemplateLM):
         add_bos_token=None,
         **edited,
     ):
-        """batch_size: rows, or auto. max_length: of context and continuation, default the model's. max_gen_toks: where a task
-        does not say. add_bos_token: default, as the tokenizer does. edited: of `edited.read_arguments`. Raises UserError for
-        anything that cannot be used."""
+        """batch_size: rows, or auto. device: the harness's default is cuda:0, so it says nothing. max_length: of context and
+        continuation, default the model's. max_gen_toks: where a task does not say. add_bos_token: default, as the tokenizer
+        does. edited: of `edited.read_arguments`. Raises UserError for anything that cannot be used."""
         super().__init__()
-        if device is not None:
-            raise UserError(
-                f"--device {device} means nothing here: JAX takes the first accelerator, or what JAX_PLATFORMS names, and data=, "
-                "fsdp= and model= of --model_args spread the model over several."
-            )
         self.batch_size = _rows(batch_size, max_batch_size)
         self.edited = EditedModel.load(edited)
         self.model, self.tokenizer = self.edited.model, self.edited.model.chat.tokenizer

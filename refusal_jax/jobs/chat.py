@@ -21,7 +21,6 @@ conversation, unless --history is given. For other models run `refusal-jax study
 
 import contextlib
 import pathlib
-import shutil
 import sys
 
 import numpy as np
@@ -35,8 +34,8 @@ from refusal_jax.export.study import Study
 from refusal_jax.harness.edited import model_of, read_direction
 from refusal_jax.sharding import make_mesh
 from refusal_jax.study.activations import extract
-from refusal_jax.terminal.screen import BOLD, DIM, GAP, RESET, Columns
-from refusal_jax.terminal.session import Session, Turn
+from refusal_jax.terminal.session import Session
+from refusal_jax.terminal.show import show_columns, show_plain
 
 EMBEDDED_LAYER = 4  # at whose input, at the prompt's last token, the study of the embedded model finds its direction
 TRAIN = 128  # prompts of each side for the embedded model's direction, as in a study
@@ -126,6 +125,8 @@ def lines(typed: bool):
             print()
             return
         except KeyboardInterrupt:  # drops what was typed
+            if not typed:
+                raise
             print()
             continue
         if not typed and not line:
@@ -133,51 +134,3 @@ def lines(typed: bool):
         if not typed:
             print(f"> {line.rstrip()}", flush=True)
         yield line.strip()
-
-
-def turns(session: Session, message: str):
-    """The turns of a reply until it ends, or is stopped by Ctrl-C: then the last one again, as done."""
-    turn, growing = None, session.say(message)
-    try:
-        for turn in growing:
-            yield turn
-    except KeyboardInterrupt:
-        growing.close()
-        if turn is not None:
-            yield Turn(turn.pieces, [True, True], turn.prompt, turn.along)
-
-
-def show_columns(session: Session, message: str) -> None:
-    """The reply as it grows, in two columns."""
-    size, turn = shutil.get_terminal_size(), None
-    columns = Columns(size.columns, size.lines)
-    print(BOLD + GAP.join(title[: columns.each].ljust(columns.each) for title in session.titles) + RESET)
-    for turn in turns(session, message):
-        columns.draw(turn.pieces, turn.done)
-    if turn is not None:
-        for title, text in zip(session.titles, summaries(session, turn), strict=True):
-            print(f"{DIM}{title}: {text}{RESET}")
-    print(flush=True)
-
-
-def show_plain(session: Session, message: str) -> None:
-    """The whole reply of each model, one after the other."""
-    turn = None
-    for turn in turns(session, message):  # noqa: B007, the last one counts
-        pass
-    if turn is None:
-        return
-    for title, pieces, text in zip(session.titles, turn.pieces, summaries(session, turn), strict=True):
-        print(f"[{title}] {''.join(piece.text for piece in pieces)}\n    ({text})")
-    print(flush=True)
-
-
-def summaries(session: Session, turn: Turn) -> list[str]:
-    """What the tokens project, in words, for each column."""
-    found = []
-    for prompt, along in zip(turn.prompt, turn.along, strict=True):
-        text = f"layer {session.layer}: {prompt:+.2f} at the prompt's end"
-        if along:
-            text += f"; reply {np.mean(along):+.2f} on average, {min(along):+.2f} to {max(along):+.2f}"
-        found.append(text)
-    return found

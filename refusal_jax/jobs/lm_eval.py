@@ -20,7 +20,7 @@ the model known to `lm_eval.simple_evaluate(model="refusal_jax", …)`.) Install
   max_length=N, max_gen_toks=N, add_bos_token=false   as for the harness's hf model
 
 Decoding is greedy: tasks that sample are refused, unless --gen_kwargs do_sample=false,temperature=0 is given. Give a --batch_size
-(or auto, 32): the harness's default is 1.
+(or auto, 32): the harness's default is 1. JAX picks the devices (JAX_PLATFORMS=cpu the CPU), not --device.
 """
 
 import importlib.util
