@@ -79,7 +79,19 @@ def test_ctrl_c_stops_a_reply_and_not_the_chat(session, monkeypatch, capsys):
     monkeypatch.setattr(Columns, "draw", interrupt)
     show.show_columns(session, "help")
     assert drawn == [[False, False], [False, False], [True, True]]
-    assert "layer 2:" in capsys.readouterr().out
+    assert "projection at layer 2:" in capsys.readouterr().out
+
+
+def test_ctrl_c_while_the_model_works(session, monkeypatch, capsys):
+    whole = type(session.model).stream
+
+    def stream(self, *args, **more):
+        yield next(iter(whole(self, *args, **more)))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(type(session.model), "stream", stream)
+    show.show_plain(session, "help")
+    assert "[baseline]" in capsys.readouterr().out and [len(talk) for talk in session.conversations] == [2, 2]
 
 
 def test_commands_switch_edits_while_it_runs(session, direction):

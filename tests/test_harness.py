@@ -156,10 +156,10 @@ def test_edits_as_arguments(llama, model, lm, tmp_path):
     for arguments, edits in (
         (f"ablate={file}", ablate),
         (f"ablate={file},scale=0.5", Edits.ablate(direction, scale=0.5)),
-        (f"add={file},layer=2,scale=-0.5", add),
+        (f"add={file},layer=2,scale=-0.5,data=2,model=2", add),
         (f"ablate={file},add={file},layer=2,scale=-0.5", both),
     ):
-        edited = RefusalJaxLM.create_from_arg_string(f"{string},{arguments}", {"batch_size": "1"})
+        edited = RefusalJaxLM.create_from_arg_string(f"{string},{arguments}", {"batch_size": "2"})
         ((score, _),) = edited.loglikelihood(asked)
         logits = np.asarray(model.logits(ids[:, :-1], np.ones_like(ids[:, :-1], bool), edits), np.float64)[0]
         assert score == pytest.approx(logits[ids[0, -1]] - np.logaddexp.reduce(logits), abs=1e-4)

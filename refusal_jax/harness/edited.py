@@ -60,7 +60,9 @@ class EditedModel:
             def over(number: int, ids: list[int], index=index) -> bool:
                 return self.cut(ids, stops[index[number]]).ended
 
-            found = self.model.reply_ids(batch, max_new_tokens, self.edits, rows=rows, over=over)
+            found = self.model.reply_ids(
+                batch, max_new_tokens, self.edits, rows=rows, over=over if any(stops) else None
+            )
             for numbers, ids in found:
                 for number, row in zip(numbers, ids.tolist(), strict=True):
                     replies[index[number]] = self.cut(row, stops[index[number]])

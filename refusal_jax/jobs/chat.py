@@ -34,6 +34,7 @@ from refusal_jax.export.study import Study
 from refusal_jax.harness.edited import model_of, read_direction
 from refusal_jax.sharding import make_mesh
 from refusal_jax.study.activations import extract
+from refusal_jax.terminal.screen import escaped
 from refusal_jax.terminal.session import Session
 from refusal_jax.terminal.show import show_columns, show_plain
 
@@ -75,7 +76,7 @@ def main(argv) -> None:
         except UserError as error:
             if not sys.stdin.isatty():
                 raise
-            print_error(str(error))
+            print_error(escaped(str(error)))
 
 
 def start() -> Session:
@@ -132,5 +133,5 @@ def lines(typed: bool):
         if not typed and not line:
             return
         if not typed:
-            print(f"> {line.rstrip()}", flush=True)
+            print(f"> {escaped(line.rstrip())}", flush=True)
         yield line.strip()

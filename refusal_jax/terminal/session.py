@@ -171,7 +171,7 @@ class Session:
             along.append([value for value in values if value is not None])
             parts = []
             for token, value in zip(texts[row].grown(ids, not active), values, strict=True):
-                number = f"[{value:+.1f}]" if self.numbers and value is not None and token else ""
+                number = f"[{value:+z.1f}]" if self.numbers and value is not None and token else ""
                 parts.append(Piece(escaped(token) + number, None if value is None else value / unit))
             pieces.append(parts)
         return Turn(pieces, (~growth.active).tolist(), growth.along[:, self.layer, 0].tolist(), along)

@@ -32,7 +32,7 @@ def show_columns(session: Session, message: str) -> None:
     turn = follow(session, message, lambda turn: columns.draw(turn.pieces, turn.done))
     if turn is not None:
         for title, text in zip(session.titles, summaries(session, turn), strict=True):
-            print(f"{DIM}{title}: {text}{RESET}")
+            print(f"{DIM}{title}; {text}{RESET}")
     print(flush=True)
 
 
@@ -50,8 +50,8 @@ def summaries(session: Session, turn: Turn) -> list[str]:
     """What the tokens project, in words, for each column."""
     found = []
     for prompt, along in zip(turn.prompt, turn.along, strict=True):
-        text = f"layer {session.layer}: {prompt:+.2f} at the prompt's end"
+        text = f"projection at layer {session.layer}: {prompt:+z.2f} at the prompt's end"
         if along:
-            text += f"; reply {np.mean(along):+.2f} on average, {min(along):+.2f} to {max(along):+.2f}"
+            text += f"; reply {np.mean(along):+z.2f} on average, {min(along):+z.2f} to {max(along):+z.2f}"
         found.append(text)
     return found
