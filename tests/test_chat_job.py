@@ -26,21 +26,25 @@ def session(model, direction):
     return Session(model, Directions(direction[None], LAYER), 10)
 
 
+def padded(model, *texts):
+    """Prompts as a session pads them, so that few programs are compiled."""
+    return model.chat.pad([model.chat.ids(model.chat.render(text)) for text in texts], 64)
+
+
 def test_streams_are_generations_with_their_projections(model, direction):
     """What a stream tells of each token is what one forward pass over the finished text reads."""
     edits = Edits.concat([Edits.none(len(direction)), Edits.add(direction, 1, 0.5)])
-    batch, unit = model.encode(["help", "How do I bake the bread?"]), direction / np.linalg.norm(direction)
+    batch, unit = padded(model, "help", "How do I bake the bread?"), direction / np.linalg.norm(direction)
     growths = list(model.stream(batch, 10, edits, probe=direction, steps=3))
     whole = model.generate_ids(batch, 10, edits).tolist()
     last = growths[-1]
     assert last.ids == [model.chat.before_end(row) for row in whole] and not last.active.any()
     assert [len(growth.ids[0]) for growth in growths][:3] == [1, 4, 7]
+    rows = [[*tokens[mask], *ids] for tokens, mask, ids in zip(batch.tokens, batch.mask, last.ids, strict=True)]
+    text = model.chat.pad(rows, 80)
+    resid_lbpd = model.taps(text.tokens, text.mask, Taps(("resid_pre",)), edits)["resid_pre"]
     for row, ids in enumerate(last.ids):
-        tokens = np.concatenate([batch.tokens[row][batch.mask[row]], ids])[None].astype(np.int32)
-        (resid_lpd,) = model.taps(tokens, tokens >= 0, Taps(("resid_pre",)), edits.take([row]))["resid_pre"].swapaxes(
-            0, 1
-        )
-        along = np.asarray(resid_lpd, np.float64)[:, -len(ids) - 1 :] @ unit
+        along = np.asarray(resid_lbpd, np.float64)[:, row, -len(ids) - 1 :] @ unit
         read = ~np.isnan(last.along[row, 0])
         assert read[: len(ids)].all() and not read[len(ids) + 1 :].any()
         np.testing.assert_allclose(last.along[row][:, read], along[:, : read.sum()], atol=1e-4)
@@ -48,17 +52,23 @@ def test_streams_are_generations_with_their_projections(model, direction):
 
 def test_both_models_reply_in_their_own_conversations(session, model, direction):
     turns = list(session.say("help"))
-    plain = model.generate(["help"], 10)[0]
-    assert session.conversations[0][1]["content"] == plain and len(session.conversations[1]) == 2
-    assert session.conversations[1][1]["content"] == model.generate(["help"], 10, Edits.ablate(direction))[0]
+    edits = Edits.concat([Edits.none(len(direction)), Edits.ablate(direction)])
+    wanted = model.chat.decode(model.generate_ids(padded(model, "help", "help"), 10, edits))
+    assert [talk[1]["content"] for talk in session.conversations] == wanted and wanted[0] != wanted[1]
     first, last = turns[0], turns[-1]
     assert not any(first.done) and all(last.done) and len(first.pieces[0]) == 1
-    assert "".join(piece.text for piece in last.pieces[0]).strip() == escaped(plain)
+    assert "".join(piece.text for piece in last.pieces[0]).strip() == escaped(wanted[0])
     assert abs(last.prompt[1]) < 1e-3 < abs(last.prompt[0])
     assert max(map(abs, last.along[1])) < 1e-3 < max(map(abs, last.along[0]))
-    list(session.say("more"))
+    list(session.say("m"))
     asked = model.chat.render_messages(session.conversations[0][:3])
     assert "help" in asked and asked.count("<|start_header_id|>user") == 2 and len(session.conversations[0]) == 4
+
+
+def test_without_history_each_message_begins_anew(model, direction):
+    session = Session(model, Directions(direction[None], LAYER), 10, history=False)
+    list(session.say("help"))
+    assert session.conversations == [[], []]
 
 
 def test_a_reply_that_is_stopped_stays_in_the_conversation(session):
@@ -217,20 +227,18 @@ def test_columns_grow_together_on_a_small_terminal(lead):
 
 def test_the_command_on_the_embedded_model():
     """From a pipe, with no arguments: refusal on the left, none under ablation, and the other way round with addition."""
-    lines = "How do I forge the passport?\n/add\nHow do I bake the bread?\n/quit\nnot read\n"
+    lines = "How do I forge the passport?\n/add\nHow do I bake the\x1b[2J bread?\n/abate\nnot read\n"
     done = command("chat", input=lines)
-    assert done.returncode == 0, done.stderr
+    refused(done, "/abate is not a command")
     assert re.search(r"\[baseline\] I cannot help.*\[ablation\] Sure.*forge the passport", done.stdout, re.DOTALL)
-    assert re.search(r"\[baseline\] Sure.*bake the bread.*\[addition at layer 4\] I cannot", done.stdout, re.DOTALL)
+    assert re.search(r"\[baseline\] Sure.*\[addition at layer 4\] I cannot", done.stdout, re.DOTALL)
     assert "not read" not in done.stdout and "\x1b" not in done.stdout
 
 
-def test_the_command_refuses(llama, tmp_path):
+def test_the_command_on_another_model(llama, tmp_path):
     refused(command("chat", f"--model={llama}"), "--direction is missing: run `refusal-jax study --model=")
     np.save(tmp_path / "r.npy", np.ones(32))
-    refused(
-        command("chat", f"--direction={tmp_path / 'r.npy'}"), "The model is missing: a direction from a file does not"
-    )
-    files = f"--direction={tmp_path / 'r.npy'}", f"--model={llama}"
-    refused(command("chat", *files, "--layer=1", input="/abate\n"), "/abate is not a command")
-    refused(command("chat", "--layer=9", input=""), "--layer = 9: the embedded model's layers are 0 to 7")
+    file = f"--direction={tmp_path / 'r.npy'}"
+    refused(command("chat", file), "The model is missing: a direction from a file does not")
+    done = command("chat", file, f"--model={llama}", "--layer=1", input="/off\n/quit\n/abate\n")
+    assert done.returncode == 0 and "no edit" in done.stdout and "abate" not in done.stdout

@@ -119,22 +119,27 @@ def test_scores_of_any_length(lm, theirs):
     assert lm._loglikelihood_tokens([(None, [1], [])]) == [(0.0, True)]
 
 
+def rendered(lm):
+    """Prompts of the shape that the tasks' have, so that few programs are compiled."""
+    return [lm.model.chat.render(text) for text in TEXTS]
+
+
 def test_replies_end_at_stop_strings(lm, theirs):
-    contexts = [*TEXTS, "How do I bake the bread? " * 40]
-    for until in ([], ["L"], ["<|end_header_id|>", " "]):
-        asked = [(text, {"until": until, "max_gen_toks": 20}) for text in contexts]
+    contexts = [*rendered(lm), "How do I bake the bread? " * 40]
+    for until in ([], ["<|end_header_id|>", " "]):
+        asked = [(text, {"until": until, "max_gen_toks": 12}) for text in contexts]
         ours, other = (model.generate_until(requests("generate_until", *asked)) for model in (lm, theirs))
         assert ours == other
-    assert lm.generate_until(requests("generate_until", ("x", {"until": [], "max_gen_toks": 1}))) != [""]
 
 
-def test_a_reply_that_is_over_makes_room(lm):
+def test_a_reply_that_is_over_makes_room(lm, monkeypatch):
     """Stop strings end the decoding and not only the text."""
-    prompts, counts = [lm.tok_encode(text) for text in TEXTS * 3], []
-    whole = lm.edited.replies(prompts, 60, [()] * len(prompts), rows=4)
-    stop = next(char for char in whole[0].text[3:] if char.isprintable())
+    monkeypatch.setattr("refusal_jax.chat_model.CHECK_EVERY", 3)
+    prompts, counts = [lm.tok_encode(text) for text in rendered(lm) * 3], []
+    whole = lm.edited.replies(prompts, 12, [()] * len(prompts), rows=4)
+    stop = next(char for char in whole[0].text if char.isprintable())
     stops = [(stop,) if i % 2 else () for i in range(len(prompts))]
-    for i, reply in enumerate(lm.edited.replies(prompts, 60, stops, rows=4)):
+    for i, reply in enumerate(lm.edited.replies(prompts, 12, stops, rows=4)):
         expected = whole[i].text.split(stop)[0] if i % 2 else whole[i].text
         assert reply.text == expected and reply.tokens <= whole[i].tokens
         counts.append(reply.tokens < whole[i].tokens)
@@ -268,8 +273,13 @@ def test_an_evaluation_by_inspect(provider, model, tmp_path):
     from inspect_ai.dataset import Sample
     from inspect_ai.scorer import includes
 
-    wanted = model.generate(TEXTS, max_new_tokens=20)
-    samples = [Sample(text, target=reply) for text, reply in zip(TEXTS, wanted, strict=True)]
+    from refusal_jax.harness.edited import like_lengths
+
+    texts = [text for text in TEXTS if len(text) < 30]
+    prompts = [model.chat.ids(model.chat.render(text)) for text in texts]
+    ((_, length),) = like_lengths(prompts)
+    wanted = model.chat.decode(model.generate_ids(model.chat.pad(prompts, length), 20))
+    samples = [Sample(text, target=reply) for text, reply in zip(texts, wanted, strict=True)]
     task = Task(dataset=samples, scorer=includes(ignore_case=False))
     (log,) = inspect_eval(task, model=provider, max_tokens=20, log_dir=str(tmp_path), display="none")
     assert log.status == "success", log.error
@@ -294,9 +304,9 @@ def test_what_inspect_asks(provider, monkeypatch):
     from inspect_ai.model import ChatMessageTool, ChatMessageUser, ContentImage
     from inspect_ai.tool import ToolInfo
 
-    reply = ask(provider, max_tokens=9, temperature=0, top_p=1)
+    reply = ask(provider, max_tokens=20, temperature=0, top_p=1)
     stop = reply.completion.strip()[-1]
-    cut = ask(provider, max_tokens=9, stop_seqs=[stop])
+    cut = ask(provider, max_tokens=20, stop_seqs=[stop])
     assert cut.completion == reply.completion.split(stop)[0] and cut.stop_reason == "stop"
     assert ask(provider, "How do I bake the bread? " * 40).stop_reason == "model_length"
     with pytest.raises(UserError, match=r"The task gives the model tools \(look\), and this provider has none"):

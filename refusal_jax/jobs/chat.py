@@ -89,7 +89,7 @@ def start() -> Session:
     settings = {"chat_template": CHAT_TEMPLATE.value or "", "thinking": bool(THINKING.value)}
     if not DIRECTION.value:
         model = load_model(demo_model_path(), DTYPE.value, mesh, **settings)
-        direction = embedded_direction(model, LAYER.value)
+        direction = embedded_direction(model)
         return Session(model, direction, MAX_NEW_TOKENS.value, NUMBERS.value, bool(HISTORY.value))
     path = pathlib.Path(DIRECTION.value)
     directions = read_direction(str(path), LAYER.value, POSITION.value)
@@ -102,15 +102,13 @@ def start() -> Session:
     return Session(model, directions, MAX_NEW_TOKENS.value, NUMBERS.value, history)
 
 
-def embedded_direction(model: ChatModel, layer: int | None = None) -> Directions:
+def embedded_direction(model: ChatModel) -> Directions:
     """The embedded model's: difference of means at the last prompt token, as a study computes it."""
-    layer, openers = EMBEDDED_LAYER if layer is None else layer, model.chat.opener_ids(("I",))
-    if not 0 <= layer < model.config.n_layers:
-        raise UserError(f"--layer = {layer}: the embedded model's layers are 0 to {model.config.n_layers - 1}.")
-    means = {}
+    openers, means = model.chat.opener_ids(("I",)), {}
     for side, sign in (("harmful", 1), ("harmless", -1)):
         prompts = [row["instruction"] for row in read_prompts(resolve(BUNDLED, f"{side}_train"))[:TRAIN]]
-        means[side] = extract(model, prompts, openers, 1, sign, 64, f"{side} prompts").mean_lpd[layer, -1]
+        means[side] = extract(model, prompts, openers, 1, sign, 64, f"{side} prompts").mean_lpd[EMBEDDED_LAYER, -1]
+    layer = EMBEDDED_LAYER if LAYER.value is None else LAYER.value
     return Directions(np.atleast_2d(means["harmful"] - means["harmless"]), layer)
 
 

@@ -53,7 +53,7 @@ def help_text(job: str) -> str:
         default = "" if flag.default in (None, "") else f" (default: {flag.default_as_str.strip(chr(39))})"
         text = " ".join((flag.help or "").split()) + default
         shown.append(f"  --{flag.name}\n" + textwrap.indent(textwrap.fill(text, 100), " " * 6))
-    return f"refusal-jax {job}: {docstring(job)}\n\nFlags:\n" + "\n".join(shown) + "\n"
+    return f"refusal-jax {job}: {docstring(job)}\n\nFlags:\n" + ("\n".join(shown) or "  none of its own") + "\n"
 
 
 def fail(message: str, exit_code: int = 2) -> int:
