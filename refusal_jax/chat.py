@@ -91,17 +91,25 @@ class Chat:
 
     def render(self, instruction: str, response: str = "") -> str:
         """The text of a one-turn conversation up to and including the start of the reply, without a system prompt."""
-        message, thinking = [{"role": "user", "content": instruction}], self.thinking
+        return self.render_messages([{"role": "user", "content": instruction}]) + response
+
+    def render_messages(self, messages: Sequence[dict[str, str]]) -> str:
+        """The text of a conversation, `{"role", "content"}` each, up to and including the start of the next reply.
+
+        Raises UserError if the template refuses them.
+        """
+        thinking = self.thinking
         try:  # families call the switch by either name, and templates without it ignore both
-            text = self.tokenizer.apply_chat_template(
-                message, tokenize=False, add_generation_prompt=True, enable_thinking=thinking, thinking=thinking
+            return self.tokenizer.apply_chat_template(
+                list(messages), tokenize=False, add_generation_prompt=True, enable_thinking=thinking, thinking=thinking
             )
         except Exception as error:  # jinja errors, or a template's own raise_exception
+            roles = [message["role"] for message in messages]
+            what = "a single user message" if roles == ["user"] else f"messages of {', '.join(roles)}"
             raise UserError(
-                f"The chat template ({self.template_origin}) failed on a single user message ({error}). Repair it, or "
+                f"The chat template ({self.template_origin}) failed on {what} ({error}). Repair it, or "
                 "set --config.chat_template to another: a name or a .jinja file."
             ) from None
-        return text + response
 
     def ids(self, text: str, special: bool = False) -> list[int]:
         """Token ids of rendered text, whose special tokens the template wrote; `special` adds the tokenizer's own.
@@ -182,11 +190,13 @@ class Chat:
 
     def decode(self, rows) -> list[str]:
         """Reply texts of generated ids `[B, N]`: up to the first end token, without special tokens."""
-        texts = []
-        for row in np.asarray(rows).tolist():
-            stop = next((i for i, token in enumerate(row) if token in self.eos_ids), len(row))
-            texts.append(self.tokenizer.decode(row[:stop], skip_special_tokens=True).strip())
-        return texts
+        rows = map(self.before_end, np.asarray(rows).tolist())
+        return [self.tokenizer.decode(row, skip_special_tokens=True).strip() for row in rows]
+
+    def before_end(self, row: Sequence[int]) -> list[int]:
+        """The ids up to the first end token."""
+        stop = next((i for i, token in enumerate(row) if token in self.eos_ids), len(row))
+        return list(row[:stop])
 
 
 def _load_tokenizer(folder: pathlib.Path):

@@ -5,7 +5,7 @@ import math
 import numbers
 import pathlib
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 import jax
@@ -22,6 +22,19 @@ from refusal_jax.models.load import load_decoder
 from refusal_jax.models.mirror import checkpoint_folder
 from refusal_jax.sharding import batch_sharding, put
 from refusal_jax.taps import NO_TAPS, Taps
+
+CHECK_EVERY = 16  # tokens, after which replies are asked whether they are over
+
+
+@dataclasses.dataclass(frozen=True)
+class Growth:
+    """Replies so far: ids of each row, its end token left out; whether each goes on, bool `[B]`; and float32
+    `[B, L, 1 + N]`, projections at block inputs of the prompt's last token and then of the reply's, NaN where not read yet.
+    """
+
+    ids: list[list[int]]
+    active: np.ndarray
+    along: np.ndarray
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,6 +121,20 @@ class ChatModel:
         Yields (numbers of prompts, their replies) as replies end. Whenever a quarter of the rows have ended they take the
         next prompts. Raises UserError as `generate_ids` does, ValueError as `logits` does.
         """
+        for index, ids in self.reply_ids(batch, max_new_tokens, edits, rows=rows):
+            yield index, self.chat.decode(ids)
+
+    def reply_ids(
+        self,
+        batch: TokenBatch,
+        max_new_tokens: int,
+        edits: Edits | None = None,
+        *,
+        rows: int,
+        over: Callable[[int, list[int]], bool] | None = None,
+    ) -> Iterator[tuple[list[int], np.ndarray]]:
+        """As `replies`, with the replies as ids `[n, max_new_tokens]`. over: of a prompt's number and the ids of its reply so
+        far, whether that can end; asked from time to time, so a reply may be longer."""
         longest = self._check_room(batch, max_new_tokens)
         ropes = [kind.rope for kind in self.config.kinds if kind.rope.kind in ("longrope", "dynamic")]
         edits = (edits or Edits.none(self.config.d_model)).for_batch(
@@ -116,11 +143,10 @@ class ChatModel:
         if any(longest + max_new_tokens > rope.original_context for rope in ropes):
             yield from self._reply_in_batches(batch, max_new_tokens, edits, rows)
             return
-        for done, ids in self._reply_ids(batch, max_new_tokens, edits, rows):
-            yield done, self.chat.decode(ids)
+        yield from self._reply_ids(batch, max_new_tokens, edits, rows, over)
 
-    def _reply_ids(self, batch: TokenBatch, max_new_tokens: int, edits: Edits, rows: int):
-        """As `replies`, with ids int32 `[n, max_new_tokens]`; edits: one row a prompt."""
+    def _reply_ids(self, batch: TokenBatch, max_new_tokens: int, edits: Edits, rows: int, over=None):
+        """As `reply_ids`, for ropes that allow it; edits: one row a prompt."""
         waiting, owners = deque(range(len(batch.tokens))), [None] * rows
         ending = {"eos_ids": self.chat.eos_ids}
         pad, length, refill = self.chat.pad_id, batch.tokens.shape[1], max(rows // 4, 1)
@@ -137,8 +163,15 @@ class ChatModel:
                 part = self.put(batch.tokens[index], batch.mask[index], edits.take(index))
                 state = admit(self.decoder, state, *part, source, pad_id=pad, **ending)
             least = sum(owner is not None for owner in owners) - refill + 1 if waiting else 1
-            state, active, out = decode(self.decoder, state, max(least, 1), max_new_tokens, **ending)
-            active, out = np.asarray(active), np.asarray(out)
+            steps = max_new_tokens if over is None else CHECK_EVERY
+            state, active, out = decode(self.decoder, state, max(least, 1), steps, **ending)
+            active, out = np.array(active), np.array(out)
+            if over is not None:
+                counts = np.asarray(state.count_b)
+                for row in np.flatnonzero(active):
+                    if owners[row] is None or over(owners[row], out[row, : counts[row]].tolist()):
+                        active[row], out[row, counts[row] :] = False, self.chat.eos_ids[0]
+                state = dataclasses.replace(state, active_b=state.active_b & active)
             ended = [row for row, owner in enumerate(owners) if owner is not None and not active[row]]
             if ended:
                 yield [owners[row] for row in ended], out[ended]
@@ -146,13 +179,37 @@ class ChatModel:
                 owners[row] = None
 
     def _reply_in_batches(self, batch: TokenBatch, max_new_tokens: int, edits: Edits, rows: int):
-        """As `replies`, for ropes whose angles depend on the longest row: rows must begin together."""
+        """As `reply_ids`, for ropes whose angles depend on the longest row: rows must begin together."""
         for start in range(0, len(batch.tokens), rows):
             index = list(range(start, min(start + rows, len(batch.tokens))))
             padded = index + index[-1:] * (rows - len(index))
             part = TokenBatch(batch.tokens[padded], batch.mask[padded])
-            ids = self.generate_ids(part, max_new_tokens, edits.take(padded))
-            yield index, self.chat.decode(ids[: len(index)])
+            yield index, self.generate_ids(part, max_new_tokens, edits.take(padded))[: len(index)]
+
+    def stream(
+        self, batch: TokenBatch, max_new_tokens: int, edits: Edits | None = None, *, probe, steps: int = 4
+    ) -> Iterator[Growth]:
+        """Greedy replies to a few prompts as they grow, every `steps` tokens, and how far each token is along a direction.
+
+        probe: the direction, `[D]` of any norm. Replies end early where a "longrope" changes its angles. Raises UserError as
+        `generate_ids` does.
+        """
+        longest, count = self._check_room(batch, max_new_tokens), len(batch.tokens)
+        unit = np.asarray(probe, np.float64) / np.linalg.norm(probe)
+        probe_bd = put(np.tile(unit.astype(np.float32), (count, 1)), batch_sharding(self.mesh, count))
+        ending, pad = {"eos_ids": self.chat.eos_ids}, self.chat.pad_id
+        sizes = {"length": batch.tokens.shape[1], "max_new_tokens": min(max_new_tokens, self._kept_angles(longest))}
+        rows, part = np.arange(count, dtype=np.int32), self.put(batch.tokens, batch.mask, edits)
+        state = empty(self.decoder, rows=count, pad_id=pad, probed=True, **sizes)
+        state = admit(self.decoder, state, *part, rows, probe_bd, pad_id=pad, **ending)
+        while True:
+            active, counts = np.array(state.active_b), np.array(state.count_b)
+            out = np.array(state.out_bn).tolist()
+            ids = [self.chat.before_end(row[:n]) for row, n in zip(out, counts, strict=True)]
+            yield Growth(ids, active, np.array(state.along_bln))
+            if not active.any():
+                return
+            state = decode(self.decoder, state, 1, steps, **ending)[0]
 
     def _kept_angles(self, longest: int) -> float:
         """How many tokens can be generated after `longest` before "longrope" changes the angles of all tokens."""

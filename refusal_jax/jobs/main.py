@@ -9,7 +9,7 @@ import pathlib
 import sys
 import textwrap
 
-JOBS = ("study", "plan", "export", "data", "evaluate", "bench", "organism")
+JOBS = ("study", "plan", "export", "chat", "data", "evaluate", "lm_eval", "bench", "organism")
 DISK_ERRORS = (errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EPERM, errno.EDQUOT)
 USAGE = """refusal-jax JOB [--flags]: find, measure, edit and audit the refusal direction of chat models.
 
@@ -65,7 +65,7 @@ def help_text(job: str) -> str:
         default = "" if flag.default in (None, "") else f" (default: {flag.default_as_str.strip(chr(39))})"
         text = " ".join((flag.help or "").split()) + default
         shown.append(f"  --{flag.name}\n" + textwrap.indent(textwrap.fill(text, 100), " " * 6))
-    return f"refusal-jax {job}: {docstring(job)}\n\nFlags:\n" + "\n".join(shown) + "\n"
+    return f"refusal-jax {job}: {docstring(job)}\n\nFlags:\n" + ("\n".join(shown) or "  none of its own") + "\n"
 
 
 def fail(message: str, exit_code: int = 2) -> int:
@@ -99,6 +99,8 @@ def prepare_job(job: str, argv: list[str]):
         raise  # a broken installation
     except Exception as error:
         raise config_error(error) from None
+    if getattr(module, "PASSED_ON", False):
+        return module, argv
     try:
         left = flags.FLAGS([f"refusal-jax {job}", *argv])
         if "config" in flags.FLAGS:

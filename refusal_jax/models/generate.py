@@ -14,10 +14,12 @@ from refusal_jax.models.attention import Context
 from refusal_jax.models.cache import Cache
 from refusal_jax.models.decoder import Decoder, unstacked
 from refusal_jax.sharding import constrain, replicate
+from refusal_jax.taps import NO_TAPS, Taps
 
 # A scan on the CPU copies every layer's weights at every step. Up to this many layers, slices made once before the
 # loop save that, at the price of a longer compile.
 CPU_UNROLL = 16
+READ = Taps(("resid_pre",), last=1)  # of replies with a probe
 
 
 @jax.tree_util.register_dataclass
@@ -31,6 +33,10 @@ class Generation:
     count_b: jax.Array  # int32 [B], tokens of the reply so far
     active_b: jax.Array  # bool [B], whether the reply goes on
     out_bn: jax.Array  # int32 [B, N], the replies, padded
+    probe_bd: jax.Array | None = None  # float32 [B, D], unit directions that tokens are projected on, if wanted
+    # float32 [B, L, 1 + N]: projections at block inputs, of the prompt's last token and then the reply's; NaN where a
+    # token has not been read
+    along_bln: jax.Array | None = None
 
     def placed(self, mesh) -> "Generation":
         """Inside a jitted function, everything where its axes belong: so one program's state is another's, too."""
@@ -54,6 +60,16 @@ class Generation:
             out_bn=jnp.where(here_bn, token_b[:, None], self.out_bn),
         )
 
+    def read(self, tapped, probe_bd) -> "Generation":
+        """With the projections of every active row's newest token (the prompt's last, where there is no reply yet); tapped:
+        of READ."""
+        if probe_bd is None:
+            return self
+        resid_bld = tapped["resid_pre"][:, :, 0].swapaxes(0, 1).astype(jnp.float32)
+        along_bl = jnp.einsum("bld,bd->bl", resid_bld, probe_bd, precision="highest")
+        here_bn = self.active_b[:, None] & (jnp.arange(self.along_bln.shape[2]) == self.count_b[:, None])
+        return dataclasses.replace(self, along_bln=jnp.where(here_bn[:, None], along_bl[..., None], self.along_bln))
+
 
 def _pick(decoder: Decoder, x_btd) -> jax.Array:
     """The most probable next token of each row, int32 `[B]`."""
@@ -66,9 +82,14 @@ def _unrolled(decoder: Decoder) -> bool:
 
 
 # The decoder's arrays are kept, though unused: they say on which devices the state is.
-@partial(jax.jit, static_argnames=("rows", "length", "max_new_tokens", "pad_id"), keep_unused=True)
-def empty(decoder: Decoder, *, rows: int, length: int, max_new_tokens: int, pad_id: int) -> Generation:
-    """`rows` rows that write nothing, for prompts padded to `length` tokens and replies of at most `max_new_tokens`."""
+@partial(jax.jit, static_argnames=("rows", "length", "max_new_tokens", "pad_id", "probed"), keep_unused=True)
+def empty(
+    decoder: Decoder, *, rows: int, length: int, max_new_tokens: int, pad_id: int, probed: bool = False
+) -> Generation:
+    """`rows` rows that write nothing, for prompts padded to `length` tokens and replies of at most `max_new_tokens`.
+
+    probed: whether the prompts come with directions to project their tokens on.
+    """
     cfg, slots = decoder.cfg, length + max_new_tokens
     side = jnp.zeros((rows, cfg.n_kv_heads, slots, cfg.head_dim), decoder.dtype)
     stacked = jnp.broadcast_to(side, (cfg.n_layers, *side.shape))
@@ -81,6 +102,8 @@ def empty(decoder: Decoder, *, rows: int, length: int, max_new_tokens: int, pad_
         none_b,
         jnp.zeros(rows, bool),
         jnp.full((rows, max_new_tokens), pad_id, jnp.int32),
+        jnp.zeros((rows, cfg.d_model), jnp.float32) if probed else None,
+        jnp.full((rows, cfg.n_layers, 1 + max_new_tokens), jnp.nan, jnp.float32) if probed else None,
     ).placed(decoder.mesh)
 
 
@@ -92,6 +115,7 @@ def admit(
     mask_rt,
     edits: Edits,
     source_b,
+    probe_rd=None,
     *,
     eos_ids: tuple[int, ...],
     pad_id: int,
@@ -99,21 +123,28 @@ def admit(
     """Reads R prompts, picks the first token of their replies, and gives them rows of the batch.
 
     source_b: int32 `[B]`, which of the R prompts row b takes, -1 for a row that goes on with what it has. Prompts are padded
-    to the length that `state` was made for.
+    to the length that `state` was made for. probe_rd: of `Generation`, if `state` was made for one.
     """
     ctx = Context.of_prompt(decoder.cfg, mask_rt)
-    x, _, new = decoder.run(decoder.embed_tokens(tokens_rt), ctx, edits)
+    taps = NO_TAPS if probe_rd is None else READ
+    x, tapped, new = decoder.run(decoder.embed_tokens(tokens_rt), ctx, edits, taps)
     if _unrolled(decoder):
         new = unstacked(new, decoder.cfg.n_layers)
-    none_r = jnp.zeros(len(tokens_rt), jnp.int32)
+    rows = len(tokens_rt)
+    none_r, along = jnp.zeros(rows, jnp.int32), None
+    if probe_rd is not None:
+        along = jnp.full((rows, *state.along_bln.shape[1:]), jnp.nan, jnp.float32)
     fresh = Generation(
         Cache.of_prompt(new, mask_rt, state.cache.slots, state.cache.filled),
         edits,
         none_r,
         none_r,
-        jnp.ones(len(tokens_rt), bool),
-        jnp.full((len(tokens_rt), state.out_bn.shape[1]), pad_id, jnp.int32),
-    ).written(_pick(decoder, x), eos_ids)
+        jnp.ones(rows, bool),
+        jnp.full((rows, state.out_bn.shape[1]), pad_id, jnp.int32),
+        probe_rd,
+        along,
+    )
+    fresh = fresh.read(tapped, probe_rd).written(_pick(decoder, x), eos_ids)
     return _merged(state, fresh, source_b).placed(decoder.mesh)
 
 
@@ -149,7 +180,8 @@ def decode(decoder: Decoder, state: Generation, least_active, most_steps, *, eos
     place. Edits apply to generated tokens as to the prompt's.
     """
     one = jnp.ones((len(state.token_b), 1), bool)
-    edits = state.edits
+    edits, probe_bd = state.edits, state.probe_bd
+    taps = NO_TAPS if probe_bd is None else READ
     layers = decoder.layers(edits)
     if _unrolled(decoder):
         layers = unstacked(layers, decoder.cfg.n_layers)
@@ -163,10 +195,10 @@ def decode(decoder: Decoder, state: Generation, least_active, most_steps, *, eos
         cache = state.cache
         ctx = Context.build(decoder.cfg, cache.position_b[:, None], one, cache)
         embedded = decoder.embed_tokens(state.token_b[:, None])
-        x, _, new = decoder.run(embedded, ctx, edits, cache=cache, layers=layers)
-        state = dataclasses.replace(state, cache=cache.append(new, one))
+        x, tapped, new = decoder.run(embedded, ctx, edits, taps, cache=cache, layers=layers)
+        state = dataclasses.replace(state.read(tapped, probe_bd), cache=cache.append(new, one))
         return step + 1, state.written(_pick(decoder, x), eos_ids)
 
-    _, state = jax.lax.while_loop(going, step, (jnp.int32(0), dataclasses.replace(state, edits=None)))
-    state = dataclasses.replace(state, edits=edits).placed(decoder.mesh)
+    _, state = jax.lax.while_loop(going, step, (jnp.int32(0), dataclasses.replace(state, edits=None, probe_bd=None)))
+    state = dataclasses.replace(state, edits=edits, probe_bd=probe_bd).placed(decoder.mesh)
     return state, *replicate(decoder.mesh, (state.active_b, state.out_bn))

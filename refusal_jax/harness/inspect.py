@@ -1,0 +1,171 @@
+"""The Inspect provider `refusal_jax`: a checkpoint, with edits as model arguments, on the devices that JAX finds.
+
+    inspect eval TASK --model refusal_jax/DIR -M ablate=runs/mine
+
+DIR is the folder of an HF checkpoint (an absolute one after two slashes), or `study` for the model that the study of the edit ran
+on and, with no edit, the embedded one. -M takes the arguments of `edited.read_arguments` and batch_size. Samples that Inspect
+evaluates at the same time (--max-connections, default the batch size) are answered in batches.
+"""
+
+import dataclasses
+import time
+from collections.abc import Sequence
+from functools import partial
+
+import anyio
+import anyio.to_thread
+from inspect_ai.model import (
+    ChatCompletionChoice,
+    ChatMessage,
+    ChatMessageAssistant,
+    GenerateConfig,
+    ModelAPI,
+    ModelOutput,
+    ModelUsage,
+    modelapi,
+)
+from inspect_ai.tool import ToolChoice, ToolInfo
+
+from refusal_jax.errors import UserError
+from refusal_jax.harness.edited import EditedModel, Reply
+
+OF_THE_STUDY = "study"
+MAX_TOKENS = 512  # of a reply, where the task does not say
+GATHER_SECONDS = 0.05  # what is asked within this time after another becomes one batch with it
+# Settings that would change replies, with the values at which they do not.
+SAMPLING = {
+    "temperature": (0,),
+    "top_p": (1,),
+    "top_k": (1,),
+    "num_choices": (1,),
+    "best_of": (1,),
+    "frequency_penalty": (0,),
+    "presence_penalty": (0,),
+    "logit_bias": ({},),
+    "logprobs": (False,),
+    "top_logprobs": (0,),
+    "response_schema": (),
+}
+
+
+@dataclasses.dataclass(eq=False)
+class Asked:
+    """A prompt as token ids, how its reply is to end, and the reply or what went wrong, once that is known."""
+
+    ids: list[int]
+    max_tokens: int
+    stops: Sequence[str]
+    answer: Reply | Exception | None = None
+
+
+@modelapi(name="refusal_jax")
+class RefusalJaxAPI(ModelAPI):
+    """Greedy replies; whoever finds the model free answers for all that wait."""
+
+    def __init__(
+        self,
+        model_name: str,
+        base_url: str | None = None,
+        api_key: str | None = None,
+        config: GenerateConfig = GenerateConfig(),  # noqa: B008, as ModelAPI has it
+        batch_size: int = 32,
+        **edited,
+    ):
+        """edited: of `edited.read_arguments`. Raises UserError for anything that cannot be used."""
+        super().__init__(model_name, base_url, api_key, [], config)
+        if not isinstance(batch_size, int) or batch_size < 1:
+            raise UserError(f"batch_size = {batch_size}: give a number of rows.")
+        if model_name != OF_THE_STUDY:
+            edited = {"pretrained": model_name} | edited
+        self.batch_size, self.edited = batch_size, EditedModel.load(edited)
+        self.waiting: list[Asked] = []
+        self.free = anyio.Lock()
+
+    def max_tokens(self) -> int:
+        return MAX_TOKENS
+
+    def max_connections(self) -> int:
+        return self.batch_size
+
+    async def count_text_tokens(self, text: str) -> int:
+        return len(self.edited.model.chat.ids(text))
+
+    async def generate(
+        self, input: list[ChatMessage], tools: list[ToolInfo], tool_choice: ToolChoice, config: GenerateConfig
+    ) -> ModelOutput:
+        """The greedy reply to a conversation of texts. Raises UserError for tools, other content, and sampling."""
+        started = time.monotonic()
+        if tools:
+            raise UserError(
+                f"The task gives the model tools ({', '.join(tool.name for tool in tools)}), and this provider has none. Use "
+                "tasks without tools."
+            )
+        refuse_sampling(config)
+        chat = self.edited.model.chat
+        ids = chat.ids(chat.render_messages([as_text(message) for message in input]))
+        room = chat.context_length - len(ids)
+        if room < 1:
+            return ModelOutput.from_content(
+                self.model_name, "", "model_length", f"The prompt has {len(ids)} of {chat.context_length} tokens."
+            )
+        asked = Asked(ids, min(config.max_tokens or MAX_TOKENS, room), config.stop_seqs or ())
+        reply = await self._answered(asked)
+        message = ChatMessageAssistant(content=reply.text, model=self.model_name, source="generate")
+        choice = ChatCompletionChoice(message=message, stop_reason="stop" if reply.ended else "max_tokens")
+        usage = ModelUsage(input_tokens=len(ids), output_tokens=reply.tokens, total_tokens=len(ids) + reply.tokens)
+        return ModelOutput(
+            model=self.model_name,
+            choices=[choice],
+            usage=usage,
+            time=time.monotonic() - started,
+            metadata={"edits": self.edited.about} if self.edited.about else None,
+        )
+
+    async def _answered(self, asked: Asked) -> Reply:
+        self.waiting.append(asked)
+        try:
+            await anyio.sleep(GATHER_SECONDS)
+            async with self.free:
+                if asked.answer is None:  # nobody took it into a batch
+                    alike = [
+                        other for other in self.waiting if other.max_tokens == asked.max_tokens and other is not asked
+                    ]
+                    batch = [asked, *alike[: self.batch_size - 1]]
+                    self.waiting = [other for other in self.waiting if other not in batch]
+                    await anyio.to_thread.run_sync(partial(self._answer, batch))
+        finally:
+            self.waiting = [other for other in self.waiting if other is not asked]
+        if isinstance(asked.answer, Exception):
+            raise asked.answer
+        return asked.answer
+
+    def _answer(self, batch: list[Asked]) -> None:
+        """Sets the answers of a batch, in a thread of its own so that Inspect goes on."""
+        part = [asked.ids for asked in batch], batch[0].max_tokens, [asked.stops for asked in batch]
+        try:
+            answers: Sequence = self.edited.replies(*part, self.batch_size)
+        except Exception as error:  # which all of them are told
+            answers = [error] * len(batch)
+        for asked, answer in zip(batch, answers, strict=True):
+            asked.answer = answer
+
+
+def refuse_sampling(config: GenerateConfig) -> None:
+    """Raises UserError for settings that would change what greedy decoding gives."""
+    found = {name: getattr(config, name, None) for name in SAMPLING}
+    wrong = [f"{name} = {value}" for name, value in found.items() if value is not None and value not in SAMPLING[name]]
+    if wrong:
+        raise UserError(f"{', '.join(wrong)}: this provider decodes greedily and gives texts alone. Leave it out.")
+
+
+def as_text(message: ChatMessage) -> dict[str, str]:
+    """A message as chat templates take it. Raises UserError for anything but text."""
+    kinds = (
+        []
+        if isinstance(message.content, str)
+        else sorted({part.type for part in message.content} - {"text", "reasoning"})
+    )
+    if kinds or message.role == "tool":
+        what = " and ".join(kinds) or "a tool's result"
+        raise UserError(f"A message of the task holds {what}: this provider reads text only. Use another task.")
+    return {"role": message.role, "content": message.text}

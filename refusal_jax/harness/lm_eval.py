@@ -1,0 +1,222 @@
+"""The lm-evaluation-harness model `refusal_jax`: a checkpoint, with edits as model arguments, on the devices that JAX finds.
+
+Importing this module registers the model; the harness has no plugins that it would find by itself.
+"""
+
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from lm_eval.api.model import TemplateLM
+from lm_eval.api.registry import register_model
+from lm_eval.models.utils import normalize_gen_kwargs
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+
+from refusal_jax.chat import bucket
+from refusal_jax.edits import Edits
+from refusal_jax.errors import UserError
+from refusal_jax.harness.edited import EditedModel, progress
+from refusal_jax.models.attention import Context
+from refusal_jax.models.decoder import Decoder
+from refusal_jax.runs import checkpoint_fingerprint
+from refusal_jax.sharding import replicate
+
+AUTO_BATCH = 32  # rows for --batch_size auto
+# Of generation settings those that greedy decoding obeys, and those that it makes pointless.
+OBEYED, POINTLESS = ("until", "max_gen_toks", "do_sample", "temperature"), ("top_p", "top_k")
+
+
+@partial(jax.jit, static_argnames="n")
+def score_batch(decoder: Decoder, tokens_bt, mask_bt, edits: Edits, last_bk, *, n: int):
+    """Log-probabilities, float32, at the last n tokens of each row: `[B, n - 1]` of the tokens themselves after the first, and
+    `[B, K]` of the K candidates for what comes after the row; and the most probable next tokens, int32 `[B, n]`.
+
+    A scan over rows keeps one row's logits alive at a time instead of `[B, n, V]`.
+    """
+    x, _, _ = decoder.run(decoder.embed_tokens(tokens_bt), Context.of_prompt(decoder.cfg, mask_bt), edits)
+
+    def row(_, inputs):
+        x_nd, tokens_n, last_k = inputs
+        logits_nv = decoder.logits(x_nd[None])[0]
+        logp_nv = jax.nn.log_softmax(logits_nv, axis=-1)
+        inner_n = jnp.take_along_axis(logp_nv[:-1], tokens_n[1:, None], axis=-1)[:, 0]
+        return None, (inner_n, logp_nv[-1, last_k], jnp.argmax(logits_nv, axis=-1).astype(jnp.int32))
+
+    return replicate(decoder.mesh, jax.lax.scan(row, None, (x[:, -n:], tokens_bt[:, -n:], last_bk))[1])
+
+
+@register_model("refusal_jax")
+class RefusalJaxLM(TemplateLM):
+    """Requests as the harness makes them, answered greedily in one process; `self.edited` is the model and its edits."""
+
+    def __init__(
+        self,
+        batch_size=1,
+        max_batch_size=None,
+        device=None,
+        max_length=None,
+        max_gen_toks=256,
+        add_bos_token=None,
+        **edited,
+    ):
+        """batch_size: rows, or auto. device: the harness's default is cuda:0, so it says nothing. max_length: of context and
+        continuation, default the model's. max_gen_toks: where a task does not say. add_bos_token: default, as the tokenizer
+        does. edited: of `edited.read_arguments`. Raises UserError for anything that cannot be used."""
+        super().__init__()
+        self.batch_size = _rows(batch_size, max_batch_size)
+        self.edited = EditedModel.load(edited)
+        self.model, self.tokenizer = self.edited.model, self.edited.model.chat.tokenizer
+        self.add_bos_token, self.max_gen_toks = add_bos_token, max_gen_toks
+        self.max_length = min(max_length or math.inf, self.model.config.context_length)
+
+    @property
+    def eot_token_id(self) -> int:
+        return self.model.chat.eos_ids[0] if self.tokenizer.eos_token_id is None else self.tokenizer.eos_token_id
+
+    @property
+    def prefix_token_id(self) -> int:
+        """What stands before a text without a context."""
+        bos = getattr(self.tokenizer, "bos_token_id", None)
+        return self.eot_token_id if bos is None else bos
+
+    @property
+    def tokenizer_name(self) -> str:
+        return str(self.model.path).replace("/", "__")
+
+    def get_model_info(self) -> dict:
+        """What the results' config says of the model, its edits among it."""
+        sizes = (weight.size for weight in jax.tree.leaves(self.model.decoder))
+        return {
+            "model_num_parameters": sum(sizes),
+            "model_dtype": str(self.model.decoder.dtype),
+            "model_sha": checkpoint_fingerprint(self.model.path),
+            "edits": self.edited.about,
+        }
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """The conversation as text up to the start of the next reply or, without add_generation_prompt, to the end of the
+        last message, which the model is to go on with. Raises UserError if the template refuses it."""
+        if add_generation_prompt:
+            return self.model.chat.render_messages(chat_history)
+        return self.model.chat.render_messages(chat_history[:-1]) + chat_history[-1]["content"]
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_) -> list[int]:
+        """Token ids; a text that begins with the prefix token gets no other."""
+        if add_special_tokens is None:
+            begun = string.startswith(self.tokenizer.decode([self.prefix_token_id]))
+            add_special_tokens = not begun and self.add_bos_token is not False
+        return self.model.chat.ids(string, special=add_special_tokens)
+
+    def _loglikelihood_tokens(self, requests, disable_tqdm: bool = False, **_) -> list[tuple[float, bool]]:
+        """(sum of log-probabilities, whether greedy decoding gives just this) of each (key, context ids, continuation ids).
+
+        Requests whose ids differ in the last only, such as the answers A to D, share a row.
+        """
+        groups = defaultdict(list)
+        results: list[tuple[float, bool]] = [(0.0, True)] * len(requests)
+        for i, (_, context, continuation) in enumerate(requests):
+            if len(continuation) > self.max_length:
+                raise UserError(
+                    f"A continuation has {len(continuation)} tokens, the model takes {self.max_length}. Raise max_length or "
+                    "leave out the task."
+                )
+            ids = (list(context) + list(continuation))[-(self.max_length + 1) :]
+            if continuation:
+                groups[tuple(ids[:-1])].append((i, len(continuation), ids[-1]))
+        order = sorted(groups, key=len, reverse=True)
+        with progress(len(requests), "loglikelihood", disable_tqdm) as bar:
+            for start in range(0, len(order), self.batch_size):
+                rows = order[start : start + self.batch_size]
+                self._score(rows, [groups[row] for row in rows], results)
+                bar.update(sum(len(groups[row]) for row in rows))
+        for (key, _, _), result in zip(requests, results, strict=True):
+            if key is not None:
+                self.cache_hook.add_partial("loglikelihood", key, result)
+        return results
+
+    def _score(self, rows: Sequence[tuple[int, ...]], asked: Sequence[list[tuple]], results: list) -> None:
+        """Scores one batch into `results`; asked: of each row, tuples (request, tokens that count, the last of them)."""
+        model = self.model
+        length = min(bucket(max(map(len, rows))), model.config.context_length)
+        n = min(bucket(max(count for group in asked for _, count, _ in group)), length)
+        last = np.zeros((self.batch_size, 1 << (max(map(len, asked)) - 1).bit_length()), np.int32)
+        for row, group in enumerate(asked):
+            last[row, : len(group)] = [token for _, _, token in group]
+        batch = model.chat.pad(rows, length).padded_to(self.batch_size)
+        part = model.put(batch.tokens, batch.mask, self.edited.edits)
+        inner_bn, last_bk, best_bn = map(np.asarray, score_batch(model.decoder, *part, last, n=n))
+        for row, group in enumerate(asked):
+            for k, (request, count, token) in enumerate(group):
+                total = inner_bn[row, n - count :].sum(dtype=np.float64) + last_bk[row, k]
+                wanted = [*batch.tokens[row, length - count + 1 :], token]
+                results[request] = float(total), bool(np.array_equal(best_bn[row, n - count :], wanted))
+
+    def loglikelihood_rolling(self, requests, disable_tqdm: bool = False) -> list[float]:
+        """Log-probability of each whole text, in windows of `max_length`, each token once."""
+        windows, owners = [], []
+        for i, request in enumerate(requests):
+            ids = self.tok_encode(request.args[0])
+            for window in get_rolling_token_windows(ids, self.prefix_token_id, self.max_length, context_len=1):
+                windows.append((None, *make_disjoint_window(window)))
+                owners.append(i)
+        totals = np.zeros(len(requests))
+        for owner, (total, _) in zip(owners, self._loglikelihood_tokens(windows, disable_tqdm), strict=True):
+            totals[owner] += total
+        for request, total in zip(requests, totals.tolist(), strict=True):
+            self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
+        return totals.tolist()
+
+    def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
+        """Greedy replies, cut before the first of the task's `until`; contexts that are too long lose their beginning."""
+        groups = defaultdict(list)
+        stops, prompts = [], []
+        for i, request in enumerate(requests):
+            settings = greedy_settings(request.args[1], self.max_gen_toks)
+            room = self.max_length - settings["max_gen_toks"]
+            if room < 1:
+                raise UserError(
+                    f"max_gen_toks = {settings['max_gen_toks']} leaves no room for a prompt in the {self.max_length} tokens that "
+                    "the model takes. Lower it with --gen_kwargs max_gen_toks=N."
+                )
+            prompts.append(self.tok_encode(request.args[0])[-room:])
+            stops.append(settings["until"])
+            groups[settings["max_gen_toks"]].append(i)
+        texts = [""] * len(requests)
+        with progress(len(requests), "generate_until", disable_tqdm) as bar:
+            for tokens, index in groups.items():
+                part = [prompts[i] for i in index], tokens, [stops[i] for i in index], self.batch_size, bar
+                for i, reply in zip(index, self.edited.replies(*part), strict=True):
+                    texts[i] = reply.text
+                    self.cache_hook.add_partial("generate_until", requests[i].args, reply.text)
+        return texts
+
+
+def greedy_settings(gen_kwargs: dict, max_gen_toks: int) -> dict:
+    """A request's generation settings in one form, "until" and "max_gen_toks" among them. Raises UserError for sampling."""
+    settings = normalize_gen_kwargs(gen_kwargs, max_gen_toks)
+    if settings["do_sample"] and settings.get("temperature") != 0:
+        raise UserError(
+            "The task samples its replies, and this model decodes greedily. Add --gen_kwargs do_sample=false,temperature=0 if "
+            "the greedy reply serves as well."
+        )
+    more = sorted(set(settings) - {*OBEYED, *POINTLESS})
+    if more:
+        raise UserError(
+            f"The generation settings {', '.join(more)} would change replies, and this model decodes greedily: it knows "
+            f"{', '.join(OBEYED)}."
+        )
+    return settings
+
+
+def _rows(batch_size, max_batch_size) -> int:
+    """The rows of a batch that --batch_size asks for."""
+    text = str(batch_size)
+    if text.split(":")[0] == "auto":
+        return min(AUTO_BATCH, int(max_batch_size or AUTO_BATCH))
+    if not text.isdecimal() or int(text) < 1:
+        raise UserError(f"batch_size = {batch_size}: give a number of rows, or auto.")
+    return int(text)

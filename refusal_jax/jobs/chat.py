@@ -1,0 +1,135 @@
+"""Chats with a model in the terminal, as it is and edited, side by side, and shows what each token projects on the direction.
+
+  refusal-jax chat                                              # the embedded model, ready in seconds
+  refusal-jax chat --direction=runs/mine                        # the model and direction of a finished study
+  refusal-jax chat --model=DIR --direction=direction.pt --layer=12
+  echo 'How do I bake the bread?' | refusal-jax chat            # messages from a pipe, a line each
+
+Both columns get the same messages, and each goes on with its own replies. The left one is the model as it is, the right one is
+edited: the direction is ablated, and commands change that while you chat, such as /add 1, /add -1, /off, /layer 12 and /help.
+Ctrl-C stops a reply, Ctrl-D or /quit ends the chat. Decoding is greedy.
+
+Each token's colour is how far the residual stream at that token lies along the direction, at the input of the direction's layer
+(/layer N: of another): red along it, blue against it; /numbers shows the value too. A token is coloured once the model has read
+it, so the newest is plain. Under the columns stand the values at the prompt's last token, where the reply is decided, and of
+the reply. After an edit they are what the edit left, so under ablation they are 0.
+
+For the embedded model no study is needed: its direction is computed at the start, as the difference of means of the bundled
+training prompts where its study finds it (last token, layer 4). It was trained on single requests, so each message begins a new
+conversation, unless --history is given. For other models run `refusal-jax study` first.
+"""
+
+import contextlib
+import pathlib
+import sys
+
+import numpy as np
+from absl import flags
+
+from refusal_jax.chat_model import ChatModel, demo_model_path, load_model
+from refusal_jax.data.prompts import BUNDLED, read_prompts, resolve
+from refusal_jax.errors import UserError, print_error
+from refusal_jax.export.directions import Directions
+from refusal_jax.export.study import Study
+from refusal_jax.harness.edited import model_of, read_direction
+from refusal_jax.sharding import make_mesh
+from refusal_jax.study.activations import extract
+from refusal_jax.terminal.screen import escaped
+from refusal_jax.terminal.session import Session
+from refusal_jax.terminal.show import show_columns, show_plain
+
+EMBEDDED_LAYER = 4  # at whose input, at the prompt's last token, the study of the embedded model finds its direction
+TRAIN = 128  # prompts of each side for the embedded model's direction, as in a study
+
+MODEL = flags.DEFINE_string("model", None, "HF checkpoint folder. Default: the study's model, or the embedded one.")
+DIRECTION = flags.DEFINE_string(
+    "direction", None, "Folder of a finished study, or a .npy, .safetensors or .pt file. Needed with --model."
+)
+POSITION = flags.DEFINE_integer("position", None, "Of a file of mean differences: which position, from -1 backwards.")
+LAYER = flags.DEFINE_integer("layer", None, "Where to read and to add; of a file of mean differences, which one.")
+MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 512, "The longest reply.", lower_bound=1)
+NUMBERS = flags.DEFINE_bool("numbers", False, "Show each token's projection as a number too.")
+HISTORY = flags.DEFINE_bool(
+    "history",
+    None,
+    "Go on with the conversation. Default: yes, but for the embedded model, which knows single requests.",
+)
+DTYPE = flags.DEFINE_string("dtype", "auto", "float32, bfloat16 or float16; auto: float32 on CPU, bfloat16 elsewhere.")
+DEVICES = flags.DEFINE_integer("devices", 1, "Devices to spread the model over.", lower_bound=1)
+CHAT_TEMPLATE = flags.DEFINE_string("chat_template", None, "As in a study's config. Default: the study's.")
+THINKING = flags.DEFINE_bool("thinking", None, "Ask models that can think to do so. Default: as the study did.")
+
+
+def main(argv) -> None:
+    del argv
+    session = start()
+    on_screen = sys.stdout.isatty()
+    print(f"{session.command('/ablate')}\n/help explains the commands.\n", flush=True)
+    for line in lines(sys.stdin.isatty()):
+        if line.strip() in ("/quit", "/exit"):
+            return
+        try:
+            if line.startswith("/"):
+                print(session.command(line), flush=True)
+            elif line.strip():
+                (show_columns if on_screen else show_plain)(session, line)
+        except UserError as error:
+            if not sys.stdin.isatty():
+                raise
+            print_error(escaped(str(error)))
+
+
+def start() -> Session:
+    """The session that the flags ask for. Raises UserError for a model without a direction, or what does not fit."""
+    if MODEL.value and not DIRECTION.value:
+        raise UserError(
+            f"--direction is missing: run `refusal-jax study --model={MODEL.value} --workdir=RUN` and give --direction=RUN."
+        )
+    mesh = make_mesh(model=DEVICES.value) if DEVICES.value > 1 else None
+    settings = {"chat_template": CHAT_TEMPLATE.value or "", "thinking": bool(THINKING.value)}
+    if not DIRECTION.value:
+        model = load_model(demo_model_path(), DTYPE.value, mesh, **settings)
+        direction = embedded_direction(model)
+        return Session(model, direction, MAX_NEW_TOKENS.value, NUMBERS.value, bool(HISTORY.value))
+    path = pathlib.Path(DIRECTION.value)
+    directions = read_direction(str(path), LAYER.value, POSITION.value)
+    studies = [Study.read(path, 1)] if path.is_dir() and not MODEL.value else []
+    given = {"chat_template": CHAT_TEMPLATE.value, "thinking": THINKING.value}
+    settings |= (studies[0].template if studies else {}) | {k: v for k, v in given.items() if v is not None}
+    folder = pathlib.Path(MODEL.value) if MODEL.value else model_of([path], studies)
+    model = load_model(folder, DTYPE.value, mesh, progress=True, **settings)
+    history = folder != demo_model_path() if HISTORY.value is None else HISTORY.value
+    return Session(model, directions, MAX_NEW_TOKENS.value, NUMBERS.value, history)
+
+
+def embedded_direction(model: ChatModel) -> Directions:
+    """The embedded model's: difference of means at the last prompt token, as a study computes it."""
+    openers, means = model.chat.opener_ids(("I",)), {}
+    for side, sign in (("harmful", 1), ("harmless", -1)):
+        prompts = [row["instruction"] for row in read_prompts(resolve(BUNDLED, f"{side}_train"))[:TRAIN]]
+        means[side] = extract(model, prompts, openers, 1, sign, 64, f"{side} prompts").mean_lpd[EMBEDDED_LAYER, -1]
+    layer = EMBEDDED_LAYER if LAYER.value is None else LAYER.value
+    return Directions(np.atleast_2d(means["harmful"] - means["harmless"]), layer)
+
+
+def lines(typed: bool):
+    """The user's lines, from a terminal with editing and history, or from a file or pipe, which are shown too."""
+    if typed:
+        with contextlib.suppress(ImportError):
+            import readline  # noqa: F401, input() then has it
+    while True:
+        try:
+            line = input("> ") if typed else sys.stdin.readline()
+        except EOFError:
+            print()
+            return
+        except KeyboardInterrupt:  # drops what was typed
+            if not typed:
+                raise
+            print()
+            continue
+        if not typed and not line:
+            return
+        if not typed:
+            print(f"> {escaped(line.rstrip())}", flush=True)
+        yield line.strip()

@@ -1,0 +1,42 @@
+"""Runs EleutherAI's lm-evaluation-harness with the model `refusal_jax`: standard benchmarks, with and without edits.
+
+  refusal-jax lm_eval --model refusal_jax --model_args pretrained=DIR --tasks mmlu --batch_size 16
+  refusal-jax lm_eval --model refusal_jax --model_args ablate=runs/mine --tasks mmlu,gsm8k --batch_size 16
+  refusal-jax lm_eval --model refusal_jax --model_args add=runs/mine,scale=-1 --tasks truthfulqa --apply_chat_template
+
+It is the harness's own command, lm_eval, with one more model: all of its arguments are the same, and `lm_eval run --help`
+explains them. (The harness finds no models of other packages by itself. In Python, `import refusal_jax.harness.lm_eval` makes
+the model known to `lm_eval.simple_evaluate(model="refusal_jax", …)`.) Install it with: pip install '.[lm_eval]'
+
+--model_args, with commas between them:
+  pretrained=DIR         HF checkpoint folder; default: the model that the study of the edit ran on
+  ablate=RUN|FILE        take this direction out everywhere: folder of a study, or .npy, .safetensors or .pt file
+  add=RUN|FILE           add this direction at its layer
+  scale=X                how much to add (-1 subtracts), or which part to take out
+  layer=L, position=P    where to add; of a file of mean differences, which one
+  dtype=NAME             float32, bfloat16, float16; default: float32 on CPU, bfloat16 elsewhere
+  data=N, fsdp=N, model=N   devices along each axis of the mesh
+  chat_template=NAME|FILE, thinking=true, cache=DIR   as in a study's config
+  max_length=N, max_gen_toks=N, add_bos_token=false   as for the harness's hf model
+
+Decoding is greedy: tasks that sample are refused, unless --gen_kwargs do_sample=false,temperature=0 is given. Give a --batch_size
+(or auto, 32): the harness's default is 1. JAX picks the devices (JAX_PLATFORMS=cpu the CPU), not --device.
+"""
+
+import importlib.util
+import sys
+
+from refusal_jax.errors import UserError
+
+PASSED_ON = True  # the harness reads the command line itself
+
+
+def main(argv) -> None:
+    if importlib.util.find_spec("lm_eval") is None:
+        raise UserError("The harness is not installed. Install it with `pip install '.[lm_eval]'` from a checkout.")
+    from lm_eval.__main__ import cli_evaluate
+
+    import refusal_jax.harness.lm_eval  # noqa: F401, registers the model
+
+    sys.argv = ["refusal-jax lm_eval", *argv]
+    cli_evaluate()

@@ -1,0 +1,177 @@
+"""A chat with two copies of a model, one as it is and one edited, and what the tokens project on the direction."""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from refusal_jax.chat_model import ChatModel
+from refusal_jax.edits import Edits
+from refusal_jax.errors import UserError
+from refusal_jax.export.directions import Directions
+from refusal_jax.terminal.screen import Piece, escaped
+
+HELP = """Type a message, and both models reply to it, each in its own conversation. Commands:
+  /ablate [PART]   take the direction out at every layer and token (PART 1 unless given)
+  /add [SCALE]     add the direction at its layer, SCALE times (1 unless given; -1 subtracts it)
+  /off             no edit: both columns are the model as it is
+  /layer N         read the projections, and add, at the input of layer N
+  /numbers         show each token's projection as a number too, or no longer
+  /reset           forget the conversation
+  /help            this text
+  /quit            leave (as do Ctrl-D and the end of a file); Ctrl-C stops a reply
+Colours: red tokens lie along the direction, blue ones against it; full colour is 0.6 of the direction's length or more."""
+EDITS = ("off", "ablate", "add")
+
+
+@dataclasses.dataclass
+class Texts:
+    """The texts of a growing reply's tokens: a character that several tokens spell belongs to the last of them."""
+
+    chat: object
+    texts: list[str] = dataclasses.field(default_factory=list)
+    shown: str = ""
+
+    def grown(self, ids: Sequence[int], done: bool) -> list[str]:
+        """One text a token; done: no more will come."""
+        for end in range(len(self.texts) + 1, len(ids) + 1):
+            text = self.chat.tokenizer.decode(ids[:end], skip_special_tokens=True)
+            whole = not text.endswith("\ufffd") or (done and end == len(ids))
+            self.texts.append(text[len(self.shown) :] if whole else "")
+            self.shown = text if whole else self.shown
+        return self.texts
+
+
+@dataclasses.dataclass(frozen=True)
+class Turn:
+    """Both replies so far. pieces: of each column; done: whether each is complete; prompt: projections of the prompts' last
+    tokens, and along: those of the replies' tokens, in the residual stream's own units."""
+
+    pieces: list[list[Piece]]
+    done: list[bool]
+    prompt: list[float]
+    along: list[list[float]]
+
+
+class Session:
+    """The model, the direction, the edit of the second column, and both conversations."""
+
+    def __init__(
+        self,
+        model: ChatModel,
+        directions: Directions,
+        max_new_tokens: int,
+        numbers: bool = False,
+        history: bool = True,
+    ):
+        """history: whether a message goes on with the conversation. Raises UserError for a direction of another model or
+        without a layer."""
+        directions.check_width(model.config.d_model)
+        if directions.layer is None:
+            raise UserError(
+                "The file does not tell at which layer its direction was read. Give --layer, counted from 0, or the folder of a "
+                "study."
+            )
+        self.model, self.raw_d = model, directions.raw_kd[0]
+        self.max_new_tokens, self.numbers, self.history = max_new_tokens, numbers, history
+        self.layer = self._layer(directions.layer)
+        self.edit, self.scale = "ablate", 1.0
+        self.reset()
+
+    def reset(self) -> None:
+        self.conversations: list[list[dict[str, str]]] = [[], []]
+
+    @property
+    def titles(self) -> list[str]:
+        """What stands above the columns."""
+        scale = "" if self.scale == 1 else f" × {self.scale:g}"
+        edits = {"off": "no edit", "ablate": f"ablation{scale}", "add": f"addition{scale} at layer {self.layer}"}
+        return ["baseline", edits[self.edit]]
+
+    def edits(self) -> Edits:
+        """A row for each column."""
+        baseline = Edits.none(self.model.config.d_model)
+        edited = {
+            "off": lambda: baseline,
+            "ablate": lambda: Edits.ablate(self.raw_d, scale=self.scale),
+            "add": lambda: Edits.add(self.raw_d, self.layer, self.scale),
+        }
+        return Edits.concat([baseline, edited[self.edit]()])
+
+    def command(self, line: str) -> str:
+        """Does what a line that begins with "/" says; what to show for it. Raises UserError for what is no command."""
+        name, _, argument = line[1:].strip().partition(" ")
+        if name in EDITS and not (name == "off" and argument):
+            self.scale = self._number(name, argument) if argument else 1.0
+            self.edit = name
+        elif name == "layer" and argument:
+            self.layer = self._layer(self._number(name, argument))
+        elif name == "numbers" and not argument:
+            self.numbers = not self.numbers
+            return f"Numbers are {'shown' if self.numbers else 'not shown'}."
+        elif name == "reset" and not argument:
+            self.reset()
+            return "The conversation is forgotten."
+        elif name == "help":
+            return HELP
+        else:
+            raise UserError(f"{escaped(line)} is not a command; /help lists them.")
+        return f"{self.titles[0]} and {self.titles[1]}; projections at the input of layer {self.layer}."
+
+    @staticmethod
+    def _number(name: str, argument: str) -> float:
+        try:
+            value = float(argument)
+        except ValueError:
+            value = np.nan
+        if not np.isfinite(value):
+            raise UserError(f"/{name} takes a number, not {escaped(argument)!r}.")
+        return value
+
+    def _layer(self, layer: float) -> int:
+        if layer != int(layer) or not 0 <= layer < self.model.config.n_layers:
+            raise UserError(
+                f"There is no layer {layer:g}: the model's layers are 0 to {self.model.config.n_layers - 1}."
+            )
+        return int(layer)
+
+    def say(self, text: str) -> Iterator[Turn]:
+        """Both replies to a message, as they grow. However that ends, what there is of them enters the conversations.
+
+        Raises UserError if a conversation no longer fits the model's context.
+        """
+        chat, growth = self.model.chat, None
+        talks = [[*talk, {"role": "user", "content": text}] for talk in self.conversations]
+        rows = [chat.ids(chat.render_messages(talk)) for talk in talks]
+        longest = max(map(len, rows))
+        room = chat.context_length - longest
+        if room < 1:
+            raise UserError(
+                f"The conversation has {longest} tokens and the model's context is {chat.context_length}. /reset "
+                "begins a new one."
+            )
+        batch = chat.pad(rows, 1 << max((longest - 1).bit_length(), 6))  # few widths: each compiles programs
+        texts = [Texts(chat), Texts(chat)]
+        growing = self.model.stream(batch, min(self.max_new_tokens, room), self.edits(), probe=self.raw_d)
+        try:
+            for growth in growing:
+                yield self._turn(growth, texts)
+        finally:
+            if growth is not None and self.history:
+                replies = [chat.decode([ids])[0] for ids in growth.ids]
+                self.conversations = [
+                    [*talk, {"role": "assistant", "content": reply}] for talk, reply in zip(talks, replies, strict=True)
+                ]
+
+    def _turn(self, growth, texts: Sequence[Texts]) -> Turn:
+        unit, pieces, along = np.linalg.norm(self.raw_d), [], []
+        for row, (ids, active) in enumerate(zip(growth.ids, growth.active, strict=True)):
+            values = growth.along[row, self.layer, 1 : 1 + len(ids)]
+            values = [None if np.isnan(value) else float(value) for value in values]
+            along.append([value for value in values if value is not None])
+            parts = []
+            for token, value in zip(texts[row].grown(ids, not active), values, strict=True):
+                number = f"[{value:+z.1f}]" if self.numbers and value is not None and token else ""
+                parts.append(Piece(escaped(token) + number, None if value is None else value / unit))
+            pieces.append(parts)
+        return Turn(pieces, (~growth.active).tolist(), growth.along[:, self.layer, 0].tolist(), along)

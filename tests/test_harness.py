@@ -1,0 +1,332 @@
+"""The models of two evaluation harnesses: equal to their own on tiny models, and errors for what they cannot do."""
+
+import json
+import pathlib
+import sys
+
+import numpy as np
+import pytest
+import tiny
+
+from refusal_jax import Edits, UserError
+from refusal_jax.chat import Chat
+
+ROOT = pathlib.Path(__file__).parents[1]
+TEXTS = [
+    "How do I bake the bread?",
+    "I cannot help with that. " * 3,
+    "Sure",
+    "<|begin_of_text|>user assistant",
+    "é \n\n x",
+]
+UNTIL = ["<|end_header_id|>", "L", "#"]  # no letters of special tokens, in which the harness would find them
+
+
+@pytest.fixture(scope="module")
+def lm(llama):
+    pytest.importorskip("lm_eval", reason="the extra lm_eval is not installed")
+    from refusal_jax.harness.lm_eval import RefusalJaxLM
+
+    return RefusalJaxLM(pretrained=str(llama), batch_size=4)
+
+
+@pytest.fixture(scope="module")
+def theirs(llama):
+    """The harness's own backend; of several rows, it would not end one at a special token before the others end."""
+    pytest.importorskip("lm_eval", reason="the extra lm_eval is not installed")
+    from lm_eval.models.huggingface import HFLM
+
+    return HFLM(pretrained=str(llama), device="cpu", dtype="float32", batch_size=1)
+
+
+def requests(kind, *arguments):
+    from lm_eval.api.instance import Instance
+
+    return [Instance(kind, {}, a, i) for i, a in enumerate(arguments)]
+
+
+def same_scores(ours, theirs):
+    ours, theirs = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
+    np.testing.assert_allclose(ours, theirs, rtol=1e-6, atol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory):
+    """A task of each kind, over a file of rows."""
+    from lm_eval.tasks import TaskManager
+
+    folder = tmp_path_factory.mktemp("tasks")
+    rows = [{"q": text, "choices": [" bake", " the bread", "?"], "gold": i % 3} for i, text in enumerate(TEXTS)]
+    (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    common = {
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(folder / "rows.jsonl")}, "cache_dir": str(folder / "cache")},
+        "test_split": "test",
+    }
+    choice = {
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{q}}",
+        "doc_to_choice": "choices",
+        "doc_to_target": "gold",
+    }
+    replies = {"output_type": "generate_until", "doc_to_text": "{{q}}", "doc_to_target": "{{q}}"}
+    replies["generation_kwargs"] = {"until": UNTIL, "max_gen_toks": 12}
+    text = {"output_type": "loglikelihood_rolling", "doc_to_text": "", "doc_to_target": "{{q}}"}
+    metrics = {"local_choice": "acc", "local_replies": "exact_match", "local_text": "word_perplexity"}
+    for (name, metric), task in zip(metrics.items(), (choice, replies, text), strict=True):
+        task = {"task": name, "metric_list": [{"metric": metric}]} | common | task
+        (folder / f"{name}.yaml").write_text(json.dumps(task))  # JSON is YAML
+    return TaskManager(include_path=str(folder), include_defaults=False), list(metrics)
+
+
+def test_tasks_give_what_the_harness_gives_by_itself(lm, theirs, tasks):
+    from lm_eval import simple_evaluate
+
+    manager, names = tasks
+    more = {"tasks": names, "task_manager": manager, "bootstrap_iters": 0, "apply_chat_template": True}
+    ours, other = (simple_evaluate(model, **more) for model in (lm, theirs))
+    for name in names:
+        for a, b in zip(ours["samples"][name], other["samples"][name], strict=True):
+            if name == "local_replies":
+                assert a["resps"] == b["resps"]
+            elif name == "local_text":
+                same_scores(a["resps"], b["resps"])
+            else:
+                for (x,), (y,) in zip(a["resps"], b["resps"], strict=True):
+                    same_scores(x[0], y[0])
+                    assert x[1] == y[1]
+    assert ours["config"]["model_num_parameters"] == other["config"]["model_num_parameters"]
+    assert ours["config"]["model_dtype"] == "float32" and len(ours["config"]["model_sha"]) == 64
+
+
+def test_scores_of_any_length(lm, theirs):
+    """Contexts that are empty, begin with BOS, end in spaces, or are longer than the model's; greedy continuations."""
+    long = "How do I bake the bread? " * 40
+    pairs = [("", "Sure, here"), (long, " how to"), ("the bread ", "bake it"), ("<|begin_of_text|>x", "y")]
+    pairs += [("How do I", f" {end}") for end in "abcde"]
+    ours, other = (model.loglikelihood(requests("loglikelihood", *pairs)) for model in (lm, theirs))
+    same_scores([score for score, _ in ours], [score for score, _ in other])
+    assert [greedy for _, greedy in ours] == [greedy for _, greedy in other]
+    greedy = lm.model.generate_ids(lm.model.chat.pad([[5, 6, 7]], 8), 5)[0].tolist()
+    tokens = [(None, [5, 6, 7], ids) for ids in (greedy, [*greedy[:-1], greedy[-1] - 1], [1, *greedy[1:]])]
+    ours, other = (model._loglikelihood_tokens(tokens) for model in (lm, theirs))
+    same_scores(ours, other)  # of which the second entries are True or False
+    assert [found for _, found in ours] == [True, False, False]
+    ours, other = (
+        model.loglikelihood_rolling(requests("loglikelihood_rolling", (long,), ("a",))) for model in (lm, theirs)
+    )
+    same_scores(ours, other)
+    assert lm._loglikelihood_tokens([(None, [1], [])]) == [(0.0, True)]
+
+
+def rendered(lm):
+    """Prompts of the shape that the tasks' have, so that few programs are compiled."""
+    return [lm.model.chat.render(text) for text in TEXTS]
+
+
+def test_replies_end_at_stop_strings(lm, theirs):
+    contexts = [*rendered(lm), "How do I bake the bread? " * 40]
+    for until in ([], ["<|end_header_id|>", " "]):
+        asked = [(text, {"until": until, "max_gen_toks": 12}) for text in contexts]
+        ours, other = (model.generate_until(requests("generate_until", *asked)) for model in (lm, theirs))
+        assert ours == other
+
+
+def test_a_reply_that_is_over_makes_room(lm, monkeypatch):
+    """Stop strings end the decoding and not only the text."""
+    monkeypatch.setattr("refusal_jax.chat_model.CHECK_EVERY", 3)
+    prompts, counts = [lm.tok_encode(text) for text in rendered(lm) * 3], []
+    whole = lm.edited.replies(prompts, 12, [()] * len(prompts), rows=4)
+    stop = next(char for char in whole[0].text if char.isprintable())
+    stops = [(stop,) if i % 2 else () for i in range(len(prompts))]
+    for i, reply in enumerate(lm.edited.replies(prompts, 12, stops, rows=4)):
+        expected = whole[i].text.split(stop)[0] if i % 2 else whole[i].text
+        assert reply.text == expected and reply.tokens <= whole[i].tokens
+        counts.append(reply.tokens < whole[i].tokens)
+    assert any(counts[1::2]) and not any(counts[::2])
+
+
+def test_edits_as_arguments(llama, model, lm, tmp_path):
+    from refusal_jax.harness.lm_eval import RefusalJaxLM
+
+    rng = np.random.default_rng(0)
+    direction = rng.normal(size=model.config.d_model)
+    np.save(tmp_path / "r.npy", direction)
+    file, asked = str(tmp_path / "r.npy"), requests("loglikelihood", ("How do I", " bake"))
+    ablate = Edits.ablate(direction)
+    add = Edits.add(direction, 2, -0.5)
+    both = Edits(ablate.ablate_rd, ablate.gate_rls, add.add_rd, add.layer_r)
+    ids = np.asarray([lm.tok_encode("How do I bake")])
+    string = f"pretrained={llama},dtype=float32"
+    for arguments, edits in (
+        (f"ablate={file}", ablate),
+        (f"ablate={file},scale=0.5", Edits.ablate(direction, scale=0.5)),
+        (f"add={file},layer=2,scale=-0.5,data=2,model=2", add),
+        (f"ablate={file},add={file},layer=2,scale=-0.5", both),
+    ):
+        edited = RefusalJaxLM.create_from_arg_string(f"{string},{arguments}", {"batch_size": "2"})
+        ((score, _),) = edited.loglikelihood(asked)
+        logits = np.asarray(model.logits(ids[:, :-1], np.ones_like(ids[:, :-1], bool), edits), np.float64)[0]
+        assert score == pytest.approx(logits[ids[0, -1]] - np.logaddexp.reduce(logits), abs=1e-4)
+        assert set(edited.get_model_info()["edits"]) == {name for name in ("ablate", "add") if f"{name}=" in arguments}
+
+
+def test_conversations_and_prefills(lm, theirs):
+    talk = [{"role": "user", "content": "Sure?"}, {"role": "assistant", "content": "Here is"}]
+    for messages, new in ((talk[:1], True), (talk * 2 + talk[:1], True), (talk, False)):
+        assert lm.apply_chat_template(messages, new) == theirs.apply_chat_template(messages, new)
+    assert lm.tokenizer_name and lm.chat_template(True) == tiny.TEMPLATE
+
+
+def test_a_template_that_refuses_a_conversation(tmp_path):
+    template = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}" + tiny.TEMPLATE
+    tiny.tiny_tokenizer(tmp_path, template)
+    chat, talk = Chat.load(tmp_path, 64), [{"role": "system", "content": "a"}, {"role": "user", "content": "b"}]
+    with pytest.raises(UserError, match=r"failed on messages of system, user \(no system\)\. Repair it, or"):
+        chat.render_messages(talk)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"pretraind": "x"}, "unknown model argument pretraind: the arguments are pretrained, ablate, add"),
+        ({"batch_size": "many"}, "batch_size = many: give a number of rows, or auto"),
+        ({"ablate": "r.npy"}, "The model is missing: a direction from a file does not tell"),
+        (
+            {"pretrained": True, "ablate": "two.npy"},
+            "two.npy holds 2 directions: an edit while the model runs takes one",
+        ),
+        ({"pretrained": True, "add": "r.npy"}, "to be added at layer None, and the model's layers are 0 to 2"),
+        ({"pretrained": True, "add": "r.npy", "layer": 3}, "to be added at layer 3, and the model's layers are 0 to 2"),
+        ({"pretrained": True, "add": "r.npy", "scale": "big"}, "scale = 'big' is not a number"),
+        ({"pretrained": True, "ablate": "wide.npy"}, "has 33 entries, the model's residual stream has 32"),
+    ],
+)
+def test_arguments_that_cannot_be_used(arguments, message, llama, lm, tmp_path, monkeypatch):
+    from refusal_jax.harness.lm_eval import RefusalJaxLM
+
+    monkeypatch.chdir(tmp_path)
+    for name, shape in (("r", 32), ("two", (2, 32)), ("wide", 33)):
+        np.save(f"{name}.npy", np.random.default_rng(0).normal(size=shape))
+    if arguments.get("pretrained"):
+        arguments = arguments | {"pretrained": str(llama)}
+    with pytest.raises(UserError, match=message):
+        RefusalJaxLM(**arguments)
+
+
+def test_a_study_whose_model_has_changed(llama):
+    from refusal_jax.export.study import Study
+    from refusal_jax.harness.edited import model_of
+
+    study = Study(llama, "another", [], [], {}, [], {})
+    with pytest.raises(UserError, match="is not the checkpoint that the study was made from: it has changed since"):
+        model_of([llama], [study])
+
+
+def test_settings_that_cannot_be_obeyed(lm):
+    from refusal_jax.harness.lm_eval import RefusalJaxLM, greedy_settings
+
+    assert greedy_settings({"until": "x", "top_p": 0.9, "do_sample": False}, 7)["max_gen_toks"] == 7
+    assert lm.batch_size == 4 and RefusalJaxLM(batch_size="auto:4", max_batch_size=8).batch_size == 8
+    with pytest.raises(UserError, match="The task samples its replies, and this model decodes greedily"):
+        greedy_settings({"temperature": 0.7}, 7)
+    with pytest.raises(UserError, match="The generation settings num_beams would change replies"):
+        greedy_settings({"num_beams": 4}, 7)
+    with pytest.raises(UserError, match="max_gen_toks = 256 leaves no room for a prompt in the 256 tokens"):
+        lm.generate_until(requests("generate_until", ("x", {})))
+    with pytest.raises(UserError, match="A continuation has 300 tokens, the model takes 256"):
+        lm._loglikelihood_tokens([(None, [1], [2] * 300)])
+
+
+def test_a_harness_that_is_not_installed(monkeypatch):
+    from refusal_jax.jobs import lm_eval
+
+    monkeypatch.setattr(lm_eval.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"The harness is not installed\. Install it with"):
+        lm_eval.main([])
+
+
+def test_the_command_passes_its_arguments_on(lm, monkeypatch):
+    import lm_eval.__main__
+
+    from refusal_jax.jobs.main import run_job
+
+    monkeypatch.setattr(sys, "argv", [])
+    monkeypatch.setattr(lm_eval.__main__, "cli_evaluate", lambda: print(sys.argv))
+    assert run_job("lm_eval", ["--model", "refusal_jax", "--tasks=a"]) == 0
+    assert sys.argv == ["refusal-jax lm_eval", "--model", "refusal_jax", "--tasks=a"]
+
+
+@pytest.fixture(scope="module")
+def provider(llama):
+    pytest.importorskip("inspect_ai", reason="the extra inspect is not installed")
+    from inspect_ai.model import get_model
+
+    import refusal_jax.harness.inspect  # noqa: F401, as Inspect does by its entry point
+
+    return get_model(f"refusal_jax/{llama}", batch_size=4, dtype="float32")
+
+
+def test_an_evaluation_by_inspect(provider, model, tmp_path):
+    from inspect_ai import Task
+    from inspect_ai import eval as inspect_eval
+    from inspect_ai.dataset import Sample
+    from inspect_ai.scorer import includes
+
+    from refusal_jax.harness.edited import like_lengths
+
+    texts = [text for text in TEXTS if len(text) < 30]
+    prompts = [model.chat.ids(model.chat.render(text)) for text in texts]
+    ((_, length),) = like_lengths(prompts)
+    wanted = model.chat.decode(model.generate_ids(model.chat.pad(prompts, length), 20))
+    samples = [Sample(text, target=reply) for text, reply in zip(texts, wanted, strict=True)]
+    task = Task(dataset=samples, scorer=includes(ignore_case=False))
+    (log,) = inspect_eval(task, model=provider, max_tokens=20, log_dir=str(tmp_path), display="none")
+    assert log.status == "success", log.error
+    assert log.results.scores[0].metrics["accuracy"].value == 1
+    assert [sample.output.completion.strip() for sample in log.samples] == wanted
+    assert {sample.output.stop_reason for sample in log.samples} <= {"stop", "max_tokens"}
+    assert all(
+        sample.output.usage.input_tokens > 5 and sample.output.usage.output_tokens <= 20 for sample in log.samples
+    )
+
+
+def ask(provider, text="Sure", tools=(), **config):
+    import asyncio
+
+    from inspect_ai.model import ChatMessageSystem, ChatMessageUser, GenerateConfig
+
+    talk = text if isinstance(text, list) else [ChatMessageSystem(content="x"), ChatMessageUser(content=text)]
+    return asyncio.run(provider.api.generate(talk, list(tools), "auto", GenerateConfig(**config)))
+
+
+def test_what_inspect_asks(provider, monkeypatch):
+    from inspect_ai.model import ChatMessageTool, ChatMessageUser, ContentImage
+    from inspect_ai.tool import ToolInfo
+
+    reply = ask(provider, max_tokens=20, temperature=0, top_p=1)
+    stop = reply.completion.strip()[-1]
+    cut = ask(provider, max_tokens=20, stop_seqs=[stop])
+    assert cut.completion == reply.completion.split(stop)[0] and cut.stop_reason == "stop"
+    assert ask(provider, "How do I bake the bread? " * 40).stop_reason == "model_length"
+    with pytest.raises(UserError, match=r"The task gives the model tools \(look\), and this provider has none"):
+        ask(provider, tools=[ToolInfo(name="look", description="looks")])
+    with pytest.raises(UserError, match=r"temperature = 0\.7, num_choices = 2: this provider decodes greedily"):
+        ask(provider, temperature=0.7, num_choices=2)
+    with pytest.raises(UserError, match="A message of the task holds image: this provider reads text only"):
+        ask(provider, [ChatMessageUser(content=[ContentImage(image="x.png")])])
+    with pytest.raises(UserError, match="A message of the task holds a tool's result"):
+        ask(provider, [ChatMessageTool(content="x")])
+    with pytest.raises(UserError, match="batch_size = 0: give a number of rows"):
+        type(provider.api)("study", batch_size=0)
+
+    def broken(*_):
+        raise UserError("the model broke")
+
+    monkeypatch.setattr(type(provider.api.edited), "replies", broken)
+    with pytest.raises(UserError, match="the model broke"):
+        ask(provider)
+
+
+def test_inspect_finds_the_provider():
+    assert '"inspect_ai": ["refusal_jax = refusal_jax.harness.inspect"]' in (ROOT / "setup.py").read_text()
