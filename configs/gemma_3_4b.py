@@ -12,5 +12,4 @@ from refusal_jax.study.config import get_config as base
 
 def get_config():
     config = base()
-    config.generation.batch_size = 16  # what one chip has room for
     return config

@@ -16,6 +16,4 @@ def get_config():
     config = base()
     config.chat_template = "gemma"
     config.refusal_tokens = (235285,)  # "I"
-    config.mesh.model = 4
-    config.generation.batch_size = 32  # its cache is large: no heads share keys and values
     return config

@@ -16,5 +16,4 @@ def get_config():
     config = base()
     config.chat_template = "llama-2"
     config.refusal_tokens = (306,)  # "I"
-    config.mesh.model = 8
     return config

@@ -13,5 +13,4 @@ from refusal_jax.study.config import get_config as base
 
 def get_config():
     config = base()
-    config.mesh.model = 4
     return config

@@ -17,5 +17,4 @@ def get_config():
     config = base()
     config.chat_template = "llama-3"
     config.refusal_tokens = (40,)  # "I"
-    config.mesh.model = 8
     return config

@@ -11,5 +11,4 @@ from refusal_jax.study.config import get_config as base
 
 def get_config():
     config = base()
-    config.mesh.model = 8
     return config

@@ -11,6 +11,4 @@ from refusal_jax.study.config import get_config as base
 
 def get_config():
     config = base()
-    config.mesh.model = 4
-    config.generation.batch_size = 32  # its cache is large: no heads share keys and values
     return config

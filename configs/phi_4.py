@@ -11,6 +11,4 @@ from refusal_jax.study.config import get_config as base
 
 def get_config():
     config = base()
-    config.mesh.fsdp = 2
-    config.mesh.model = 2  # its 10 heads of keys and values do not split over 4 chips
     return config

@@ -15,5 +15,4 @@ def get_config():
     config = base()
     config.chat_template = "chatml"
     config.refusal_tokens = (40, 2121)  # "I", "As"
-    config.mesh.model = 8
     return config

@@ -15,5 +15,4 @@ def get_config():
     config = base()
     config.chat_template = "chatml"
     config.refusal_tokens = (59597,)  # "I"
-    config.mesh.model = 8
     return config

@@ -75,5 +75,5 @@ def job(name: str, folder: str, coordinator: str, index: str, join_seconds: str 
 
 if __name__ == "__main__":
     jax.config.update("jax_platforms", "cpu")
-    main.prepare_job = lambda name, argv: job(*argv)
+    main.prepare_job = lambda name, argv: (job(*argv), argv)
     sys.exit(main.run_job("several", sys.argv[1:]))

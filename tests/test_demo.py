@@ -155,7 +155,10 @@ def test_the_full_grid_picks_the_same(finished, tmp_path):
     assert picks[0] == picks[1]
 
 
-@pytest.mark.parametrize("mesh", [{"data": 8}, {"data": 2, "fsdp": 2, "model": 2}])
+@pytest.mark.parametrize(
+    "mesh",
+    [{"data": 8}, {"data": 2, "model": 4}, {"model": 8}, {"fsdp": 4, "model": 2}, {"data": 2, "fsdp": 2, "model": 2}],
+)
 def test_a_mesh_of_eight_devices_gives_the_same_study(finished, tmp_path, mesh):
     config = small_config()
     config.mesh.update(mesh)

@@ -49,7 +49,7 @@ def test_each_job_explains_itself(job):
 
 
 def test_usage_errors():
-    refused(command("stud"), "there is no job 'stud'. The jobs are study, data")
+    refused(command("stud"), "there is no job 'stud'. The jobs are study, plan")
     refused(command("study"), "--workdir is missing: name the folder")
     refused(command("study", "--workdri=x"), "Unknown command line flag 'workdri'.*refusal-jax study --help")
     refused(command("study", "x"), "unexpected argument 'x'")

@@ -212,10 +212,20 @@ def test_bad_settings_leave_no_folder(change, config, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("name", ["batch_size", "data.n_val", "generation.max_new_tokens", "loss.text_tokens"])
-def test_settings_below_one(name, config, tmp_path):
-    config.update_from_flattened_dict({name: 0})
-    with pytest.raises(UserError, match=rf"--config\.{name} = 0, expected at least 1"):
+@pytest.mark.parametrize(
+    "name,value,least",
+    [
+        ("batch_size", -1, 0),
+        ("select.batch_size", -1, 0),
+        ("mesh.model", -2, 0),
+        ("data.n_val", 0, 1),
+        ("generation.max_new_tokens", 0, 1),
+        ("loss.text_tokens", 0, 1),
+    ],
+)
+def test_settings_that_are_too_small(name, value, least, config, tmp_path):
+    config.update_from_flattened_dict({name: value})
+    with pytest.raises(UserError, match=rf"--config\.{name} = {value}, expected at least {least}"):
         pipeline.run_study(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 

@@ -27,7 +27,7 @@ from refusal_jax.models.attention import Context
 from refusal_jax.models.config import load_config
 from refusal_jax.models.decoder import Decoder
 from refusal_jax.models.mirror import checkpoint_folder
-from refusal_jax.plan.planner import run_mesh, run_sizes
+from refusal_jax.plan.planner import ON_CPU, run_mesh, run_sizes
 from refusal_jax.plan.programs import USUAL_LENGTH, Sizes, Workload
 from refusal_jax.report.page import write_report
 from refusal_jax.report.text import setup_lines
@@ -127,7 +127,7 @@ def study_judges(config: ConfigDict, mesh=None) -> list:
     specs = [spec for spec in config.judges if spec != REFUSAL_SCORE]
     if not specs and config.judges:
         return []
-    return parse_judges(specs, config.batch_size, config.dtype, mesh, config.cache)
+    return parse_judges(specs, config.batch_size or ON_CPU.forward, config.dtype, mesh, config.cache)
 
 
 def _hash(path: pathlib.Path) -> str:
