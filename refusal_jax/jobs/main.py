@@ -37,6 +37,7 @@ def usage() -> str:
 COMPILE_ONLY = {
     "JAX_PLATFORMS": "cpu",
     "TPU_SKIP_MDS_QUERY": "1",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # several plans may be made at a time
     "TPU_WORKER_HOSTNAMES": "localhost",
     "TPU_ACCELERATOR_TYPE": "v5litepod-16",  # any will do
     "TF_CPP_MIN_LOG_LEVEL": "3",  # that a program does not fit is said in our words

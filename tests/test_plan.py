@@ -1,0 +1,332 @@
+"""Planning: slices by name, what compiled text says, meshes and batches that fit; and the real TPU compiler where it is."""
+
+import importlib.util
+import json
+import os
+import pathlib
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import pytest
+from real_models import REAL_MODELS
+
+from refusal_jax import UserError
+from refusal_jax.jobs import main as command
+from refusal_jax.models.config import from_hf, load_config
+from refusal_jax.plan import chips, costs, hlo, planner, programs, table
+from refusal_jax.plan.chips import Slice
+from refusal_jax.plan.planner import MeshShape, Sizes, fit, make_plan, ranked_meshes, run_mesh, run_sizes
+from refusal_jax.plan.programs import Shapes, Workload
+from refusal_jax.study.config import get_config
+
+KNOWN = json.loads((pathlib.Path(chips.__file__).parent / "models.json").read_text())
+
+
+def workload(name: str = "llama_3_70b", **config) -> Workload:
+    settings = get_config()
+    settings.update_from_flattened_dict(config)
+    return Workload(from_hf(KNOWN[name]["config"]), "bfloat16", settings, 64)
+
+
+@pytest.mark.parametrize(
+    "text,shape,count,name",
+    [
+        ("v5e-16", (4, 4), 16, "v5e-16"),
+        ("v5litepod-8", (2, 4), 8, "v5e-8"),
+        ("v5p-16", (2, 2, 2), 8, "v5p-16"),  # TensorCores
+        ("v4-32", (2, 2, 4), 16, "v4-32"),
+        ("V6E:4x4", (4, 4), 16, "v6e-16"),
+        ("2xv5e-16", (4, 4), 32, "2xv5e-16"),
+    ],
+)
+def test_slices_are_named_as_in_gcloud(text, shape, count, name):
+    where = Slice.parse(text)
+    assert (where.shape, where.chips, where.name) == (shape, count, name)
+
+
+@pytest.mark.parametrize("text", ["a100-8", "v5e", "v9-8", "", "v5e-", "xv5e-8"])
+def test_other_names_are_an_error(text):
+    with pytest.raises(
+        UserError, match=r"is no TPU slice that can be planned for\. Name one as gcloud does \(v4-8, .*v6e-256"
+    ):
+        Slice.parse(text)
+
+
+@pytest.mark.parametrize("text", ["v5e-12", "v5p-7", "v5e:2x2x2", "v5p:3x3x3"])
+def test_slices_that_there_are_not(text):
+    with pytest.raises(UserError, match=rf"There is no {text}\. Slices of v5"):
+        Slice.parse(text)
+
+
+TEXT = """HloModule m
+
+%fused (p: f32[8,4]) -> f32[8,4] {
+  ROOT %inner = f32[8,4]{1,0} all-reduce(%p)
+}
+
+%body (arg: (s32[], bf16[8,4])) -> (s32[], bf16[8,4]) {
+  %x = bf16[8,4]{1,0:T(8,128)(2,1)S(1)} fusion(%arg), kind=kLoop, calls=%fused, backend_config={"estimated_cycles":"100"}
+  %g = (bf16[8,4]{1,0}, u32[]) all-gather-start(%x), replica_groups={{0,1}}
+  %huge = f32[2]{0} fusion(%x), calls=%fused, backend_config={"estimated_cycles":"9223372036854775807"}
+}
+
+%until (arg: (s32[], bf16[8,4])) -> pred[] {
+  %limit = s32[]{:T(128)} constant(12)
+  ROOT %less = pred[] compare(%i, %limit), direction=LT
+}
+
+%asked (arg: (s32[])) -> pred[] {
+  ROOT %go = pred[] and(%a, %b)
+}
+
+%outer (arg: (s32[])) -> (s32[]) {
+  %w = (s32[], bf16[8,4]) while(%t), condition=%until, body=%body
+}
+
+ENTRY %main (a: f32[4]) -> f32[4] {
+  %r = f32[4]{0} reduce-scatter(%a), dimensions={0}
+  %loop = (s32[]) while(%t), condition=%asked, body=%outer, backend_config={"estimated_cycles":"7"}
+  ROOT %k = f32[4]{0} copy(%r), backend_config={"estimated_cycles":"5"}
+}
+"""
+
+
+def test_a_programs_text_is_counted_as_often_as_it_runs():
+    found = {i.kind: (i.times, i.bytes) for i in hlo.collectives(TEXT, unknown_loops=3)}
+    assert found == {"all-gather": (36, 2 * 32 + 4), "reduce-scatter": (1, 16)}
+    assert hlo.cycles(TEXT, unknown_loops=3) == 36 * 100 + 5  # an estimate that is none counts as nothing
+
+
+def test_text_of_a_loop_that_xla_compiled():
+    def step(x, _):
+        return jnp.sin(x @ x), None
+
+    text = jax.jit(lambda x: jax.lax.scan(step, x, length=37)[0]).lower(jnp.ones((16, 16))).compile().as_text()
+    assert any(i.times == 37 for i in hlo.instructions(text))
+
+
+def test_parameters_are_the_published_ones():
+    real = {row.repo: row for row in REAL_MODELS.values()}
+    for name, row in KNOWN.items():
+        cfg = from_hf(row["config"], name)
+        assert cfg == from_hf(real[row["repo"]].config, name)
+        assert costs.parameters(cfg) == real[row["repo"]].parameters
+    mixture = from_hf(REAL_MODELS["Mixtral-8x7B-Instruct-v0.1"].config)
+    assert costs.parameters(mixture, active=True) < 0.3 * costs.parameters(mixture)
+
+
+def test_work_grows_as_it_should():
+    """Selection with the candidates, extraction not at all."""
+    mesh, where = MeshShape(1, 1, 16), Slice.parse("v5e-16")
+
+    def seconds(stage, **config):
+        work = workload(**config)
+        found = programs.programs(Shapes(work, None), planner.WANTED)
+        return sum(
+            p.runs * costs.roofline(work, p, mesh, where) for p in found if p.stage == stage and p.name != "baseline"
+        )
+
+    few, many = ({"positions": n, "select.full_grid": True} for n in (4, 16))
+    assert seconds("selection", **many) == pytest.approx(4 * seconds("selection", **few), rel=0.02)
+    assert seconds("extraction", **many) == seconds("extraction", **few)
+
+
+@pytest.mark.parametrize(
+    "model,where,fits",
+    [
+        ("qwen_1_8b", "v5e-1", True),
+        ("llama_3_70b", "v5e-16", True),
+        ("qwen_72b", "v5e-8", False),
+        ("qwen_72b", "v5p-16", True),
+    ],
+)
+def test_meshes_hold_the_weights(model, where, fits):
+    work, where = workload(model), Slice.parse(where)
+    ranked = ranked_meshes(work, where, planner.WANTED)
+    assert bool(ranked) == fits
+    for mesh in ranked:
+        assert mesh.size == where.chips
+        assert costs.weight_bytes(work) / mesh.fsdp / mesh.model < where.chip.hbm
+
+
+def test_only_data_crosses_slices():
+    assert all(mesh.data % 2 == 0 for mesh in ranked_meshes(workload(), Slice.parse("2xv5e-16"), planner.WANTED))
+
+
+def program(rows: int, peak: int, error: str = ""):
+    """A stand-in for one that needs `peak` bytes a row."""
+
+    def compiled():
+        if error:
+            raise jax.errors.JaxRuntimeError(error)
+        analysis = SimpleNamespace(peak_memory_in_bytes=rows * peak)
+        return SimpleNamespace(memory_analysis=lambda: analysis)
+
+    return SimpleNamespace(name="step", lower=lambda: SimpleNamespace(compile=compiled))
+
+
+def test_batches_are_halved_until_they_fit():
+    rows, done, why = fit(None, 128, lambda _, rows: [program(rows, 10)], 700.0, 1)
+    assert rows == 64 and len(done) == 1 and not why
+    rows, done, why = fit(None, 128, lambda _, rows: [program(rows, 1000)], 700.0, 1)
+    assert rows == 0 and why == "step needs 0.0 GiB a chip in 8 rows, of 0.0 GiB"
+    assert fit(None, 8, lambda _, rows: [program(rows, 1)], 700.0, 16)[0] == 16  # a row for every way
+
+
+def test_what_the_compiler_says_of_memory_is_kept_and_other_errors_are_raised():
+    _, _, why = fit(None, 8, lambda _, rows: [program(rows, 1, "RESOURCE_EXHAUSTED: Ran out of Hbm")], 700.0, 1)
+    assert "Ran out of Hbm" in why
+    with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"):
+        fit(None, 8, lambda _, rows: [program(rows, 1, "INTERNAL: a bug")], 700.0, 1)
+
+
+@pytest.fixture
+def tiny_work(llama):
+    config = get_config()
+    config.generation.max_new_tokens = 16
+    config.batch_size = config.select.batch_size = config.generation.batch_size = config.loss.batch_size = 8
+    return Workload(load_config(llama), "float32", config, 16)
+
+
+def test_a_plan_of_programs_that_really_compile(tiny_work, monkeypatch):
+    """On the fake devices of this machine, in place of a slice's."""
+    monkeypatch.setattr(Slice, "devices", lambda self: jax.devices()[: self.chips])
+    plan = make_plan(tiny_work, Slice.parse("v5e-8"), MeshShape(2, 1, 4))
+    assert set(plan.stages) == {"extraction", "selection", "completions", "loss"} and not plan.problems
+    assert plan.seconds > 0 and plan.peak > 0 and plan.sizes == Sizes(8, 8, 8, 8)
+    text = table.detail(plan, "tiny")
+    assert "mesh: data 2 × model 4" in text and "chip-hours" in text
+    assert "| tiny | v5e-8 | data 2 × model 4 | 8/8/8/8 |" in table.markdown([("tiny", plan)])
+    assert json.loads(json.dumps(table.as_json("tiny", plan)))["mesh"] == {"data": 2, "fsdp": 1, "model": 4}
+
+
+def test_a_plan_says_what_does_not_fit(tiny_work, monkeypatch):
+    monkeypatch.setattr(Slice, "devices", lambda self: jax.devices()[: self.chips])
+    where = Slice.parse("v5e-4")
+    small = Slice(chips.dataclasses.replace(where.chip, hbm=30e3), where.shape)
+    plan = make_plan(tiny_work, small, MeshShape(1, 1, 4))
+    assert plan.problems and all("GiB" in problem for problem in plan.problems)
+    assert "does not fit" in table.detail(plan, "tiny") and "does not fit" in table.markdown([("tiny", plan)])
+    none = make_plan(workload("qwen_72b"), Slice.parse("v5e-4"))
+    assert (
+        none.mesh is None and "does not fit" in table.detail(none, "q") and "134.6 GiB of weights" in none.problems[0]
+    )
+    assert "does not fit" in table.markdown([("q", none)])
+    with pytest.raises(UserError, match="The mesh data 2 has 2 chips, v5e-4 has 4"):
+        make_plan(tiny_work, where, MeshShape(2, 1, 1))
+
+
+def device(kind: str, limit: int = 0):
+    return SimpleNamespace(
+        platform="tpu", device_kind=kind, memory_stats=lambda: {"bytes_limit": limit} if limit else None
+    )
+
+
+def test_a_run_decides_by_the_same_code(tiny_work, monkeypatch):
+    assert run_mesh(tiny_work, tiny_work.config.mesh, jax.devices()) is None  # a CPU: one device
+    assert run_sizes(tiny_work, None, jax.devices()) == Sizes(8, 8, 8, 8)
+    open_ = Workload(tiny_work.cfg, "float32", get_config(), 16)
+    assert run_sizes(open_, None, jax.devices()) == planner.ON_CPU
+    given = get_config().mesh
+    given.model = 4
+    assert dict(run_mesh(tiny_work, given, jax.devices()).shape) == {"data": 1, "fsdp": 1, "model": 4}
+    made = []
+    monkeypatch.setattr(planner, "make_mesh", lambda *sides, **named: made.append(sides or named))
+    run_mesh(workload("llama_3_70b"), get_config().mesh, [device("TPU v5 lite")] * 16)
+    run_mesh(tiny_work, get_config().mesh, [device("H100")] * 2)
+    assert made == [(1, 1, 16), {"model": 2}]
+    with pytest.raises(UserError, match=r"The model does not fit these 4 chips: 134\.6 GiB of weights"):
+        run_mesh(workload("qwen_72b"), get_config().mesh, [device("TPU v5 lite")] * 4)
+
+
+def test_a_run_that_does_not_fit_says_so(tiny_work, monkeypatch):
+    monkeypatch.setattr(planner, "GROUPS", {"forward": lambda shapes, rows: [program(rows, 1 << 30)]})
+    work = Workload(tiny_work.cfg, "float32", get_config(), 16)
+    with pytest.raises(UserError, match=r"The study does not fit these devices: step needs 8\.0 GiB a chip in 8 rows"):
+        run_sizes(work, None, [device("TPU v5 lite", limit=1 << 20)])
+
+
+@pytest.mark.parametrize(
+    "argv,message",
+    [
+        (["--model=nowhere"], "'nowhere' is no checkpoint folder, no config.json and none of the models known by name"),
+        (["--model=gone/config.json"], "gone/config.json does not exist"),
+        (["--model=qwen_72b", "--topology=v7-8"], "v7-8 is no TPU slice"),
+        (["--model=qwen_72b", "--mesh=16"], "--mesh=16 is not of the form DATAxFSDPxMODEL"),
+    ],
+)
+def test_bad_requests(argv, message):
+    done = plan_command(argv)
+    assert done.returncode == 2 and message in " ".join(done.stderr.split()), done.stderr
+
+
+def plan_command(argv):
+    if importlib.util.find_spec("libtpu") is None:
+        pytest.skip("libtpu, the TPU compiler, is not installed")
+    run = [
+        sys.executable,
+        "-c",
+        f"import sys; from refusal_jax.jobs.main import main; sys.argv[1:] = {['plan', *argv]}; main()",
+    ]
+    return subprocess.run(
+        run, capture_output=True, text=True, env=os.environ | {"JAX_ENABLE_COMPILATION_CACHE": "false"}
+    )
+
+
+def test_without_the_compiler_it_says_what_to_install(monkeypatch):
+    from refusal_jax.jobs import plan
+
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"not installed here: pip install 'refusal-jax\[plan\]'"):
+        plan.main([])
+
+
+def test_a_topology_without_a_compiler(monkeypatch):
+    from jax.experimental import topologies
+
+    def missing(**settings):
+        raise RuntimeError("no libtpu")
+
+    monkeypatch.setattr(topologies, "get_topology_desc", missing)
+    with pytest.raises(UserError, match=r"There is no TPU compiler for v5e:4x4 here \(no libtpu\)"):
+        Slice.parse("v5e-16").devices()
+
+
+DECODE = """
+import os
+import pathlib
+from refusal_jax.jobs.main import COMPILE_ONLY
+os.environ |= COMPILE_ONLY
+import json, pathlib
+import refusal_jax
+from refusal_jax.models.config import from_hf
+from refusal_jax.plan import chips, planner, programs
+from refusal_jax.plan.costs import cache_bytes
+from refusal_jax.sharding import make_mesh
+from refusal_jax.study.config import get_config
+known = json.loads((pathlib.Path(chips.__file__).parent / "models.json").read_text())
+for name, rows in (("llama_3_70b", 128), ("qwen_72b", 32)):
+    where = chips.Slice.parse("v5e-16")
+    work = programs.Workload(from_hf(known[name]["config"]), "bfloat16", get_config(), 128)
+    shapes = programs.Shapes(work, make_mesh(1, 1, 16, where.devices()))
+    memory = programs.generation(shapes, rows)[1].lower().compile().memory_analysis()
+    ways = min(16, work.cfg.n_kv_heads)
+    print(name, memory.temp_size_in_bytes, cache_bytes(work, rows) // ways)
+"""
+
+
+def test_decoding_copies_no_cache():
+    """By the real TPU compiler: a step's temporary memory is under a tenth of the cache, with shared key/value heads or not."""
+    if importlib.util.find_spec("libtpu") is None:
+        pytest.skip("libtpu, the TPU compiler, is not installed")
+    done = subprocess.run([sys.executable, "-c", DECODE], capture_output=True, text=True)
+    lines = [line.split() for line in done.stdout.splitlines()]
+    assert [name for name, *_ in lines] == ["llama_3_70b", "qwen_72b"], done.stderr[-2000:]
+    assert all(int(temporary) < int(cache) / 10 for _, temporary, cache in lines), lines
+
+
+def test_the_command_knows_the_job():
+    assert "plan" in command.JOBS and "without a TPU" in command.usage()
