@@ -59,6 +59,8 @@ setup(
         # gguf and peft read exports back; shellcheck reads launch/.
         "test": [
             "pytest>=8.0",
+            "pytest-xdist>=3.6",
+            "libtpu>=0.0.40",  # to compile for TPUs
             "torch==2.13.0",
             "gguf>=0.17",
             "peft>=0.19",

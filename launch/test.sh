@@ -8,4 +8,6 @@ cd "$(dirname "$0")/.."
 make_venv ".[test]"
 ruff check .
 ruff format --check .
-exec python -m pytest "$@"
+# One process a core, up to four; a file's tests stay together, because they share what they compile.
+cores=$(getconf _NPROCESSORS_ONLN)
+exec python -m pytest --numprocesses "$((cores < 4 ? cores : 4))" --dist loadfile "$@"
