@@ -72,7 +72,7 @@ def mesh_shapes(chips: int, slices: int = 1) -> Iterator[MeshShape]:
 
 
 def ranked_meshes(work: Workload, where: Slice, sizes: Sizes) -> list[MeshShape]:
-    """Meshes on which the weights and the cache of a quarter of the wanted rows fit, the fastest study first, by rough estimate."""
+    """Meshes that hold the weights and the cache of a quarter of the wanted rows, the fastest study first by rough estimate."""
     cfg, limit = work.cfg, SPARE * where.chip.hbm
 
     def memory(mesh: MeshShape) -> float:
