@@ -246,7 +246,7 @@ def test_a_run_that_does_not_fit_says_so(tiny_work, monkeypatch):
     monkeypatch.setattr(planner, "GROUPS", {"forward": lambda shapes, rows: [program(rows, 1 << 30)]})
     work = Workload(tiny_work.cfg, "float32", get_config(), 16)
     with pytest.raises(UserError, match=r"The study does not fit these devices: step needs 8\.0 GiB a chip in 8 rows"):
-        run_sizes(work, None, [device("TPU v5 lite", limit=1 << 20)])
+        run_sizes(work, None, [device("H100", limit=1 << 20)])
 
 
 @pytest.mark.parametrize(

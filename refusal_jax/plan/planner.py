@@ -227,15 +227,15 @@ def run_mesh(work: Workload, settings: ConfigDict, devices) -> jax.sharding.Mesh
 
 
 def run_sizes(work: Workload, mesh: jax.sharding.Mesh | None, devices, note=lambda text: None) -> Sizes:
-    """The batch sizes of a run on these devices: what the config sets, and else the most rows that fit, compiled to see.
+    """The batch sizes of a run: what the config sets, and else the most rows that fit, compiled to see.
 
-    Raises UserError for a stage that does not fit in the fewest rows.
+    devices: this process's. Raises UserError for a stage that does not fit in the fewest rows.
     """
     if devices[0].platform == "cpu":
         return ON_CPU.with_settings(work.config)
-    given, stats = Sizes(0, 0, 0, 0).with_settings(work.config), devices[0].memory_stats() or {}
-    where = device_slice(devices)
-    limit = SPARE * stats.get("bytes_limit", where.chip.hbm if where else math.inf)
+    given, where = Sizes(0, 0, 0, 0).with_settings(work.config), device_slice(devices)
+    # What is known of the chip comes first: it is the same on every process, as the sizes must be.
+    limit = SPARE * (where.chip.hbm if where else (devices[0].memory_stats() or {}).get("bytes_limit", math.inf))
     shapes, found = Shapes(work, mesh), {}
     ways = mesh.shape["data"] * mesh.shape["fsdp"] if mesh else 1
     for field, describe in GROUPS.items():

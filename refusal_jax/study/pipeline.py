@@ -238,7 +238,7 @@ class Study:
             if distributed.first():
                 tqdm.write(f"Planning: {text}", file=sys.stderr)
 
-        return run_sizes(work, self.model.mesh, jax.devices(), note)
+        return run_sizes(work, self.model.mesh, jax.local_devices(), note)
 
     def completions_name(self, condition: str) -> str:
         side, intervention = parse_condition(condition, self.over_refusal)
