@@ -5,8 +5,11 @@ chip does of its peak in practice. Communication is added, as if nothing overlap
 side there, and to the fast side in leaving out the host.
 """
 
+import contextlib
 import dataclasses
 import math
+import os
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -116,10 +119,25 @@ def roofline(work: Workload, program: Program, mesh: jax.sharding.Mesh, where: S
     return max(compute, memory) + communication(work, program, mesh, where)
 
 
-def text_of(compiled) -> str:
-    """The compiled program's text, or "" where this version of libtpu writes what jaxlib cannot read."""
+@contextlib.contextmanager
+def _quiet():
+    """Keeps C++ code from writing to stderr."""
+    sys.stderr.flush()
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
     try:
-        return compiled.as_text()
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
+
+
+def text_of(compiled) -> str:
+    """The compiled program's text, or "" where this version of libtpu writes what jaxlib cannot read (and prints a trace)."""
+    try:
+        with _quiet():
+            return compiled.as_text()
     except jax.errors.JaxRuntimeError:
         return ""
 
