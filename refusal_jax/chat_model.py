@@ -17,7 +17,7 @@ from refusal_jax.errors import UserError
 from refusal_jax.models.attention import Context
 from refusal_jax.models.config import ModelConfig, load_config
 from refusal_jax.models.decoder import Decoder
-from refusal_jax.models.generate import admit, decode, empty
+from refusal_jax.models.generate import admit, admitted_rows, decode, empty
 from refusal_jax.models.load import load_decoder
 from refusal_jax.models.mirror import checkpoint_folder
 from refusal_jax.sharding import batch_sharding, put
@@ -140,16 +140,17 @@ class ChatModel:
         edits = (edits or Edits.none(self.config.d_model)).for_batch(
             len(batch.tokens), self.config.n_layers, self.config.d_model
         )
-        if any(longest + max_new_tokens > rope.original_context for rope in ropes):
+        # A row that has ended counts on while it waits for a prompt, and until the last replies end.
+        if any(longest + 3 * max_new_tokens > rope.original_context for rope in ropes):
             yield from self._reply_in_batches(batch, max_new_tokens, edits, rows)
             return
-        yield from self._reply_ids(batch, max_new_tokens, edits, rows, over)
+        yield from self._reply_ids(batch, max_new_tokens, edits, rows, admitted_rows(rows, self.mesh), over)
 
-    def _reply_ids(self, batch: TokenBatch, max_new_tokens: int, edits: Edits, rows: int, over=None):
-        """As `reply_ids`, for ropes that allow it; edits: one row a prompt."""
+    def _reply_ids(self, batch: TokenBatch, max_new_tokens: int, edits: Edits, rows: int, refill: int, over=None):
+        """As `reply_ids`, for ropes that allow it; edits: one row a prompt; refill: prompts that are admitted together."""
         waiting, owners = deque(range(len(batch.tokens))), [None] * rows
         ending = {"eos_ids": self.chat.eos_ids}
-        pad, length, refill = self.chat.pad_id, batch.tokens.shape[1], max(rows // 4, 1)
+        pad, length = self.chat.pad_id, batch.tokens.shape[1]
         state = empty(self.decoder, rows=rows, length=length, max_new_tokens=max_new_tokens, pad_id=pad)
         while waiting or any(owner is not None for owner in owners):
             free = [row for row, owner in enumerate(owners) if owner is None]
@@ -164,10 +165,9 @@ class ChatModel:
                 state = admit(self.decoder, state, *part, source, pad_id=pad, **ending)
             least = sum(owner is not None for owner in owners) - refill + 1 if waiting else 1
             steps = max_new_tokens if over is None else CHECK_EVERY
-            state, active, out = decode(self.decoder, state, max(least, 1), steps, **ending)
-            active, out = np.array(active), np.array(out)
+            state, *results = decode(self.decoder, state, max(least, 1), steps, **ending)
+            active, out, counts = map(np.array, results)
             if over is not None:
-                counts = np.asarray(state.count_b)
                 for row in np.flatnonzero(active):
                     if owners[row] is None or over(owners[row], out[row, : counts[row]].tolist()):
                         active[row], out[row, counts[row] :] = False, self.chat.eos_ids[0]
@@ -220,7 +220,7 @@ class ChatModel:
         rows, cfg = len(batch.tokens), self.config
         edits = (edits or Edits.none(cfg.d_model)).for_batch(rows, cfg.n_layers, cfg.d_model)
         ids = np.zeros((rows, max_new_tokens), np.int32)
-        for done, part in self._reply_ids(batch, max_new_tokens, edits, rows):
+        for done, part in self._reply_ids(batch, max_new_tokens, edits, rows, refill=rows):  # whose angles go together
             ids[done] = part
         return ids
 

@@ -47,7 +47,7 @@ def test_slices_are_named_as_in_gcloud(text, shape, count, name):
     assert (where.shape, where.chips, where.name) == (shape, count, name)
 
 
-@pytest.mark.parametrize("text", ["a100-8", "v5e", "v9-8", "", "v5e-", "xv5e-8"])
+@pytest.mark.parametrize("text", ["a100-8", "v5e", "v9-8", "", "v5e-", "xv5e-8", "0xv5e-8"])
 def test_other_names_are_an_error(text):
     with pytest.raises(
         UserError, match=r"is no TPU slice that can be planned for\. Name one as gcloud does \(v4-8, .*v6e-256"
@@ -169,18 +169,21 @@ def program(rows: int, peak: int, error: str = ""):
 
 
 def test_batches_are_halved_until_they_fit():
-    rows, done, why = fit(None, 128, lambda _, rows: [program(rows, 10)], 700.0, 1)
+    rows, done, why = fit(None, 0, 128, lambda _, rows: [program(rows, 10)], 700.0, 1)
     assert rows == 64 and len(done) == 1 and not why
-    rows, done, why = fit(None, 128, lambda _, rows: [program(rows, 1000)], 700.0, 1)
+    rows, done, why = fit(None, 0, 128, lambda _, rows: [program(rows, 1000)], 700.0, 1)
     assert rows == 0 and why == "step needs 0.0 GiB a chip in 8 rows, of 0.0 GiB"
-    assert fit(None, 8, lambda _, rows: [program(rows, 1)], 700.0, 16)[0] == 16  # a row for every way
+    assert fit(None, 0, 8, lambda _, rows: [program(rows, 1)], 700.0, 16)[0] == 16  # a row for every part of the batch
+    assert fit(None, 0, 128, lambda _, rows: [program(rows, 10)], 700.0, 6)[0] == 60  # whole shares of each
+    assert fit(None, 4, 128, lambda _, rows: [program(rows, 10)], 700.0, 1)[0] == 4  # as the user has set it
+    assert fit(None, 100, 128, lambda _, rows: [program(rows, 10)], 700.0, 1)[0] == 0
 
 
 def test_what_the_compiler_says_of_memory_is_kept_and_other_errors_are_raised():
-    _, _, why = fit(None, 8, lambda _, rows: [program(rows, 1, "RESOURCE_EXHAUSTED: Ran out of Hbm")], 700.0, 1)
+    _, _, why = fit(None, 0, 8, lambda _, rows: [program(rows, 1, "RESOURCE_EXHAUSTED: Ran out of Hbm")], 700.0, 1)
     assert "Ran out of Hbm" in why
     with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"):
-        fit(None, 8, lambda _, rows: [program(rows, 1, "INTERNAL: a bug")], 700.0, 1)
+        fit(None, 0, 8, lambda _, rows: [program(rows, 1, "INTERNAL: a bug")], 700.0, 1)
 
 
 @pytest.fixture
@@ -255,33 +258,31 @@ def test_a_run_that_does_not_fit_says_so(tiny_work, monkeypatch):
         (["--model=nowhere"], "'nowhere' is no checkpoint folder, no config.json and none of the models known by name"),
         (["--model=gone/config.json"], "gone/config.json does not exist"),
         (["--model=qwen_72b", "--topology=v7-8"], "v7-8 is no TPU slice"),
+        ([], "Name a model with --model"),
+        (["--model=qwen_72b", "--out=."], "--out=. is no name for files"),
+        (["--model=qwen_72b", "--config.data.n_val=0"], "--config.data.n_val = 0, expected at least 1"),
         (["--model=qwen_72b", "--mesh=16"], "--mesh=16 is not of the form DATAxFSDPxMODEL"),
     ],
 )
 def test_bad_requests(argv, message):
+    if importlib.util.find_spec("libtpu") is None:
+        pytest.skip("libtpu, the TPU compiler, is not installed")
     done = plan_command(argv)
     assert done.returncode == 2 and message in " ".join(done.stderr.split()), done.stderr
 
 
-def plan_command(argv):
-    if importlib.util.find_spec("libtpu") is None:
-        pytest.skip("libtpu, the TPU compiler, is not installed")
-    run = [
-        sys.executable,
-        "-c",
-        f"import sys; from refusal_jax.jobs.main import main; sys.argv[1:] = {['plan', *argv]}; main()",
-    ]
-    return subprocess.run(
-        run, capture_output=True, text=True, env=os.environ | {"JAX_ENABLE_COMPILATION_CACHE": "false"}
+def plan_command(argv, before: str = ""):
+    """In a process of its own, because jobs share names of flags."""
+    code = f"import sys; {before}; from refusal_jax.jobs.main import main; sys.argv[1:] = {['plan', *argv]}; main()"
+    env = os.environ | {"JAX_ENABLE_COMPILATION_CACHE": "false"}
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
+
+
+def test_without_the_compiler_it_says_what_to_install():
+    done = plan_command(["--model=qwen_72b"], before="sys.modules['libtpu'] = None")
+    assert done.returncode == 2 and "not installed here: pip install 'refusal-jax[plan]'" in " ".join(
+        done.stderr.split()
     )
-
-
-def test_without_the_compiler_it_says_what_to_install(monkeypatch):
-    from refusal_jax.jobs import plan
-
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"not installed here: pip install 'refusal-jax\[plan\]'"):
-        plan.main([])
 
 
 def test_a_topology_without_a_compiler(monkeypatch):

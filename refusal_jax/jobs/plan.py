@@ -32,6 +32,7 @@ from refusal_jax.plan.programs import USUAL_LENGTH, Workload
 from refusal_jax.runs import to_json
 from refusal_jax.storage import write_atomically
 from refusal_jax.study import config as study_config
+from refusal_jax.study.pipeline import check_numbers
 
 COMMON = ("v5e-16", "v5e-64", "v5p-16", "v6e-8")
 MODEL = flags.DEFINE_string("model", "", "Checkpoint folder, config.json, or the name of one of the paper's models.")
@@ -51,6 +52,9 @@ def main(argv) -> None:
         raise UserError(
             "Planning needs the TPU compiler, which is not installed here: pip install 'refusal-jax[plan]'."
         )
+    check_numbers(CONFIG.value)
+    if OUT.value and not pathlib.Path(OUT.value).name:
+        raise UserError(f"--out={OUT.value} is no name for files: plans/mine writes plans/mine.json and plans/mine.md.")
     known = json.loads((pathlib.Path(table.__file__).parent / "models.json").read_text(encoding="utf-8"))
     slices = [
         Slice.parse(name) for name in (COMMON if ALL.value and not flags.FLAGS["topology"].present else TOPOLOGY.value)
@@ -109,6 +113,10 @@ def named_model(known: dict) -> tuple[str, ModelConfig]:
         return path.resolve().parent.name, from_hf(read_json(path), str(path))
     if path.stem in known:
         return path.stem, from_hf(known[path.stem]["config"], path.stem)
+    if not MODEL.value and asked == "config":
+        raise UserError(
+            f"Name a model with --model: a checkpoint folder, a config.json or one of {', '.join(known)}; or --all."
+        )
     raise UserError(
         f"{asked!r} is no checkpoint folder, no config.json and none of the models known by name ({', '.join(known)}). Name one "
         "with --model, or --all."

@@ -13,9 +13,9 @@ Completions are judged by the paper's substrings and whatever --config.judges na
 Chat template and refusal tokens are the model's own, found and printed; --config.chat_template=NAME (chatml, gemma,
 llama-2, llama-3, llama-3-published, or a .jinja file) and --config.refusal_tokens="('I', 'As')" set them.
 
-On several hosts start the same command on each, and give the mesh all devices (--config.mesh.data, .fsdp, .model). A TPU
-slice needs nothing more; elsewhere add --coordinator=HOST:PORT --num_processes=N --process_id=I. Process 0 writes the
-folder. If one process ends, all do within a minute; the same command continues.
+On several hosts start the same command on each; a mesh that is set (--config.mesh.data, .fsdp, .model) must have all
+devices. A TPU slice needs nothing more; elsewhere add --coordinator=HOST:PORT --num_processes=N --process_id=I. Process 0
+writes the folder. If one process ends, all do within a minute; the same command continues.
 
 The folder gets: direction.safetensors and direction_metadata.json (the direction, its position and layer),
 direction_evaluations.json, completions/, loss_evals/ (all in the format of the paper's code), statistics.json and

@@ -4,6 +4,7 @@ A row whose reply has ended is free for another prompt, so that a few long repli
 """
 
 import dataclasses
+import math
 from functools import partial
 
 import jax
@@ -13,7 +14,7 @@ from refusal_jax.edits import Edits
 from refusal_jax.models.attention import Context
 from refusal_jax.models.cache import Cache
 from refusal_jax.models.decoder import Decoder, unstacked
-from refusal_jax.sharding import constrain, replicate
+from refusal_jax.sharding import RULES, constrain, replicate
 from refusal_jax.taps import NO_TAPS, Taps
 
 # A scan on the CPU copies every layer's weights at every step. Up to this many layers, slices made once before the
@@ -69,6 +70,12 @@ class Generation:
         along_bl = jnp.einsum("bld,bd->bl", resid_bld, probe_bd, precision="highest")
         here_bn = self.active_b[:, None] & (jnp.arange(self.along_bln.shape[2]) == self.count_b[:, None])
         return dataclasses.replace(self, along_bln=jnp.where(here_bn[:, None], along_bl[..., None], self.along_bln))
+
+
+def admitted_rows(rows: int, mesh) -> int:
+    """How many prompts are admitted together to `rows` rows: a quarter, in whole shares of a batch's parts on the mesh."""
+    ways = math.prod(mesh.shape[name] for name in RULES["batch"]) if mesh else 1
+    return min(-(-max(rows // 4, 1) // ways) * ways, rows)
 
 
 def _pick(decoder: Decoder, x_btd) -> jax.Array:
@@ -176,8 +183,8 @@ def _merged(state: Generation, fresh: Generation, source_b) -> Generation:
 def decode(decoder: Decoder, state: Generation, least_active, most_steps, *, eos_ids: tuple[int, ...]):
     """Decodes until fewer than `least_active` rows are active, or for `most_steps` steps; both are traced integers.
 
-    Returns the state, and for the host, on every device, its `active_b` and `out_bn`. The cache is donated and changed in
-    place. Edits apply to generated tokens as to the prompt's.
+    Returns the state, and for the host, on every device, its `active_b`, `out_bn` and `count_b`. The cache is donated and
+    changed in place. Edits apply to generated tokens as to the prompt's.
     """
     one = jnp.ones((len(state.token_b), 1), bool)
     edits, probe_bd = state.edits, state.probe_bd
@@ -201,4 +208,4 @@ def decode(decoder: Decoder, state: Generation, least_active, most_steps, *, eos
 
     _, state = jax.lax.while_loop(going, step, (jnp.int32(0), dataclasses.replace(state, edits=None, probe_bd=None)))
     state = dataclasses.replace(state, edits=edits, probe_bd=probe_bd).placed(decoder.mesh)
-    return state, *replicate(decoder.mesh, (state.active_b, state.out_bn))
+    return state, *replicate(decoder.mesh, (state.active_b, state.out_bn, state.count_b))

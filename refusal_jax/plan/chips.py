@@ -75,7 +75,7 @@ class Slice:
         Raises UserError, with the names there are, for any other.
         """
         match = re.fullmatch(
-            r"(?:(\d+)x)?(v\w+?)(?:-(\d+)|:(\d+(?:x\d+){1,2}))", text.strip().lower().replace("litepod", "e")
+            r"(?:([1-9]\d*)x)?(v\w+?)(?:-(\d+)|:(\d+(?:x\d+){1,2}))", text.strip().lower().replace("litepod", "e")
         )
         chip = CHIPS.get(match[2]) if match else None
         if chip is None:

@@ -1,4 +1,4 @@
-"""Which mesh and which batches: estimated for every way to lay a mesh over the chips, then compiled until it fits.
+"""Which mesh and which batches: meshes are ranked by estimate, and on the first ones batches are compiled until they fit.
 
 A run on real devices takes its sizes from the same functions, so that what was planned is what runs.
 """
@@ -31,12 +31,13 @@ WANTED = Sizes(
 )  # more gains little: 8,192 tokens fill a chip's matrix units
 ON_CPU = Sizes(forward=32, select=32, generation=64, loss=8)
 LEAST = 8  # rows
+TRIED = 3  # meshes, of which the first usually does
 SPARE = 0.97  # of a chip's memory: the rest is for what a program's compiler does not see
 GROUPS: dict[str, Callable[[Shapes, int], list[Program]]] = {  # fields of Sizes, and what runs in those rows
     "forward": lambda shapes, rows: [extraction(shapes, rows)],
     "select": lambda shapes, rows: selection(shapes, rows)[:1],  # the largest of them
     "generation": generation,
-    "loss": lambda shapes, rows: [loss(shapes, rows)],
+    "loss": loss,
 }
 
 
@@ -73,7 +74,7 @@ def mesh_shapes(chips: int, slices: int = 1) -> Iterator[MeshShape]:
 
 def ranked_meshes(work: Workload, where: Slice, sizes: Sizes) -> list[MeshShape]:
     """Meshes that hold the weights and the cache of a quarter of the wanted rows, the fastest study first by rough estimate."""
-    cfg, limit = work.cfg, SPARE * where.chip.hbm
+    cfg, limit = work.cfg, 0.9 * where.chip.hbm  # something is needed for activations
 
     def memory(mesh: MeshShape) -> float:
         batch = mesh.data * mesh.fsdp
@@ -81,8 +82,8 @@ def ranked_meshes(work: Workload, where: Slice, sizes: Sizes) -> list[MeshShape]
         return weight_bytes(work) / mesh.fsdp / mesh.model + cache
 
     def seconds(mesh: MeshShape) -> float:
-        if mesh.data * mesh.fsdp > min(dataclasses.astuple(sizes)):
-            return math.inf  # more ways than rows
+        if mesh.data * mesh.fsdp > max(sizes.generation, LEAST):
+            return math.inf  # more parts than rows
         return sum(p.runs * roofline(work, p, mesh, where) for p in programs(Shapes(work, None), sizes))
 
     fitting = [mesh for mesh in mesh_shapes(where.chips, where.slices) if memory(mesh) <= limit]
@@ -99,13 +100,15 @@ def _compiled(program: Program):
         return None, " ".join(str(error).split())
 
 
-def fit(shapes: Shapes, wanted: int, describe, limit: float, ways: int, note=lambda text: None):
+def fit(shapes: Shapes, given: int, wanted: int, describe, limit: float, ways: int, note=lambda text: None):
     """The most rows, from `wanted` down by halves, in which all programs of `describe(shapes, rows)` fit into `limit` bytes.
 
-    Returns (rows, [(program, compiled)], ""), or (0, [], why even the fewest rows do not fit).
+    given: the rows that are set, 0 if they are open; then whole shares of `ways`, the parts of a batch, are taken. Returns
+    (rows, [(program, compiled)], ""), or (0, [], why even the fewest rows do not fit).
     """
-    rows, why = max(wanted, ways), ""
-    while rows >= max(LEAST, ways):
+    rows, why = given or max(wanted // ways, 1) * ways, ""
+    least = given or max(LEAST // ways, 1) * ways
+    while rows >= least:
         done = []
         for program in describe(shapes, rows):
             note(f"{program.name}, {rows} rows")
@@ -119,14 +122,14 @@ def fit(shapes: Shapes, wanted: int, describe, limit: float, ways: int, note=lam
             done.append((program, compiled))
         else:
             return rows, done, ""
-        rows //= 2
+        rows = rows // 2 // ways * ways
     return 0, [], why
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What a study would need on a slice. sizes: 0 where nothing fits; stages: `{stage: (seconds, flops, bytes, peak)}`; peak:
-    bytes a chip; problems: what does not fit, and why; estimated: from "cycles" of the compiler or a "roofline"."""
+    """What a study would need on a slice. sizes: 0 where nothing fits; stages: those that fit; problems: what does not, and
+    why."""
 
     work: Workload
     where: Slice
@@ -173,11 +176,21 @@ def make_plan(work: Workload, where: Slice, mesh: MeshShape | None = None, note=
         return Plan(
             work, where, None, Sizes(0, 0, 0, 0), {}, [f"the model does not fit: {need}, and a cache beside them"]
         )
-    mesh, devices = ranked[0], where.devices()
-    shapes = Shapes(work, make_mesh(mesh.data, mesh.fsdp, mesh.model, devices))
+    plans = []
+    for mesh in ranked[:TRIED]:
+        plans.append(_plan_on(work, where, mesh, note))
+        if not plans[-1].problems:
+            break
+    return min(plans, key=lambda plan: len(plan.problems))
+
+
+def _plan_on(work: Workload, where: Slice, mesh: MeshShape, note) -> Plan:
+    shapes = Shapes(work, make_mesh(mesh.data, mesh.fsdp, mesh.model, where.devices()))
+    given = Sizes(0, 0, 0, 0).with_settings(work.config)
     sizes, problems, stages, ways = {}, [], {}, mesh.data * mesh.fsdp
     for stage, field in STAGES.items():
-        rows, done, why = fit(shapes, getattr(wanted, field), GROUPS[field], SPARE * where.chip.hbm, ways, note)
+        wanted = getattr(given, field), getattr(WANTED, field)
+        rows, done, why = fit(shapes, *wanted, GROUPS[field], SPARE * where.chip.hbm, ways, note)
         sizes[field] = rows
         if not rows:
             problems.append(f"{stage}: {why[:300]}")
@@ -206,12 +219,14 @@ def device_slice(devices) -> Slice | None:
 
 def run_mesh(work: Workload, settings: ConfigDict, devices) -> jax.sharding.Mesh | None:
     """The mesh of a run: what `config.mesh` asks for or, where it leaves all open, what the plan takes on TPUs, all devices as
-    tensor parallelism on other accelerators, and one device on a CPU. Raises UserError as `make_mesh` does, and for a model that
-    does not fit."""
+    tensor parallelism on others, and one device where a process has a CPU for itself.
+
+    Raises UserError as `make_mesh` does, and for a model that does not fit.
+    """
     given = {name: size for name, size in dict(settings).items() if size}
     if given:
         return make_mesh(**given) if any(size != 1 for size in given.values()) else None
-    if devices[0].platform == "cpu" or len(devices) == 1:
+    if len(devices) == 1 or (devices[0].platform == "cpu" and jax.process_count() == 1):
         return None
     where = device_slice(devices)
     if where is None:
@@ -241,7 +256,7 @@ def run_sizes(work: Workload, mesh: jax.sharding.Mesh | None, devices, note=lamb
     for field, describe in GROUPS.items():
         found[field] = getattr(given, field)
         if not found[field]:
-            found[field], _, why = fit(shapes, getattr(WANTED, field), describe, limit, ways, note)
+            found[field], _, why = fit(shapes, 0, getattr(WANTED, field), describe, limit, ways, note)
             if not found[field]:
                 raise UserError(
                     f"The study does not fit these devices: {why}. `refusal-jax plan` says which slice holds it."

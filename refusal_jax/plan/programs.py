@@ -14,11 +14,11 @@ from refusal_jax.chat import bucket
 from refusal_jax.edits import SITES, Edits
 from refusal_jax.models.config import ModelConfig
 from refusal_jax.models.decoder import Decoder
-from refusal_jax.models.generate import admit, decode, empty
+from refusal_jax.models.generate import admit, admitted_rows, decode, empty
 from refusal_jax.models.weights import weight_table
 from refusal_jax.sharding import residual_axes, sharding_of, split_for, weight_place
 from refusal_jax.study.activations import extract_batch
-from refusal_jax.study.loss import loss_batch
+from refusal_jax.study.loss import kl_batch, loss_batch
 from refusal_jax.study.selection import Rule, last_logits, score_edits, score_from_layer
 from refusal_jax.taps import Taps
 
@@ -66,7 +66,8 @@ class Workload:
 
     @property
     def replies(self) -> int:
-        return self.config.data.n_test * len(self.config.generation.conditions)
+        conditions = len(self.config.generation.conditions) + 2 * len(self.config.data.over_refusal)
+        return self.config.data.n_test * conditions
 
     @property
     def slots(self) -> int:
@@ -182,19 +183,20 @@ def selection(shapes: Shapes, rows: int) -> list[Program]:
     def base():
         return last_logits.lower(shapes.decoder, *shapes.prompts(prompts), shapes.edits(prompts))
 
-    def program(name, lower, runs, many, layers, turns=1):
+    def program(name, lower, runs, many, layers):
+        turns = n_layers  # where a loop has no bound in the text; costs come down by the share of the layers
         return Program(name, "selection", lower, runs * batches, many * prompts, work.length, layers, turns)
 
     return [
         program("scores", scores, math.ceil(scored / at_once), at_once, n_layers),
-        program("induce", later, climbed * math.ceil(positions / together), together, left, round(left)),
+        program("induce", later, climbed * math.ceil(positions / together), together, left),
         program("baseline", base, 2 + climbed / n_layers, 1, n_layers),  # and the climb itself, layer by layer
     ]
 
 
 def generation(shapes: Shapes, rows: int) -> list[Program]:
     """Prompts admitted to rows that others have left, and decoding, as if every reply were as long as it may be."""
-    work, refill, ending = shapes.work, max(rows // 4, 1), {"eos_ids": (1,)}
+    work, refill, ending = shapes.work, admitted_rows(rows, shapes.mesh), {"eos_ids": (1,)}
     steps, n_layers = work.config.generation.max_new_tokens, work.cfg.n_layers
 
     def admitted():
@@ -211,17 +213,20 @@ def generation(shapes: Shapes, rows: int) -> list[Program]:
     ]
 
 
-def loss(shapes: Shapes, rows: int) -> Program:
-    """On the model's own replies, under three interventions; other texts are the user's."""
+def loss(shapes: Shapes, rows: int) -> list[Program]:
+    """Loss on the model's own replies under three interventions, and KL under two; other texts are the user's."""
     work = shapes.work
     length = bucket(work.slots)
-    runs = 3 * math.ceil(work.config.data.n_test / rows)
+    batches = math.ceil(work.config.data.n_test / rows)
 
-    def lower():
-        inputs = *shapes.prompts(rows, length), shapes.edits(rows), shapes.array((rows, length), jnp.bool_)
-        return loss_batch.lower(shapes.decoder, *inputs)
+    def program(name, jitted, runs, steps):
+        def lower():
+            inputs = *shapes.prompts(rows, length), shapes.edits(rows), shapes.array((rows, length), jnp.bool_)
+            return jitted.lower(shapes.decoder, *inputs)
 
-    return Program("loss", "loss", lower, runs, rows, length, work.cfg.n_layers)
+        return Program(name, "loss", lower, runs * batches, rows, length, work.cfg.n_layers, steps=steps)
+
+    return [program("loss", loss_batch, 3, 1), program("KL", kl_batch, 2, 2)]
 
 
 def programs(shapes: Shapes, sizes: Sizes) -> list[Program]:
@@ -230,5 +235,5 @@ def programs(shapes: Shapes, sizes: Sizes) -> list[Program]:
         extraction(shapes, sizes.forward),
         *selection(shapes, sizes.select),
         *generation(shapes, sizes.generation),
-        loss(shapes, sizes.loss),
+        *loss(shapes, sizes.loss),
     ]

@@ -100,6 +100,18 @@ def check_settings(config: ConfigDict) -> list:
             stems.append(file.stem)
     for condition in config.generation.conditions:
         parse_condition(condition)
+    check_numbers(config)
+    if dataset_name(config.data.harmful_test) == "harmless":
+        raise UserError(
+            f"The harmful test prompts are in {config.data.harmful_test}, and results carry the file's name: they would be "
+            "mixed up with those of the harmless prompts. Rename the file."
+        )
+    over_refusal_names(config.data)
+    return study_judges(config)
+
+
+def check_numbers(config: ConfigDict) -> None:
+    """Raises UserError for a number that is too small."""
     numbers = {
         "batch_size": config.batch_size,
         "select.batch_size": config.select.batch_size,
@@ -112,13 +124,6 @@ def check_settings(config: ConfigDict) -> list:
         least = 0 if name.endswith("batch_size") or name.startswith("mesh") else 1
         if value < least:
             raise UserError(f"--config.{name} = {value}, expected at least {least}.")
-    if dataset_name(config.data.harmful_test) == "harmless":
-        raise UserError(
-            f"The harmful test prompts are in {config.data.harmful_test}, and results carry the file's name: they would be "
-            "mixed up with those of the harmless prompts. Rename the file."
-        )
-    over_refusal_names(config.data)
-    return study_judges(config)
 
 
 def study_judges(config: ConfigDict, mesh=None) -> list:
@@ -383,8 +388,9 @@ class Study:
         names = [self.completions_name(c) for c in self.conditions]
         completions = {name: self.run.read_json(name) for name in names}
         chat = self.chat
-        judges = study_judges(self.config, self.mesh)
+        judges = study_judges(self.config)
         if any(isinstance(judge, ModelJudge) for judge in judges):
+            judges = study_judges(self.config, self.mesh)  # of all processes; without such a judge, one is here alone
             self.release()
         verdicts = judge_all(judges, completions, ledger.rows, ledger.append)
         if REFUSAL_SCORE in self.config.judges:
