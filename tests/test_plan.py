@@ -271,7 +271,7 @@ def test_bad_requests(argv, message):
     assert done.returncode == 2 and message in " ".join(done.stderr.split()), done.stderr
 
 
-def plan_command(argv, before: str = ""):
+def plan_command(argv, before: str = "pass"):
     """In a process of its own, because jobs share names of flags."""
     code = f"import sys; {before}; from refusal_jax.jobs.main import main; sys.argv[1:] = {['plan', *argv]}; main()"
     env = os.environ | {"JAX_ENABLE_COMPILATION_CACHE": "false"}
