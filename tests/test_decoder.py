@@ -120,6 +120,19 @@ def test_cached_decoding_equals_uncached_and_transformers(family, variant, tmp_p
     assert (ended[1, first[1] + 1 :] == pad).all() and (ended[1] != free[1]).any()
 
 
+def test_ropes_of_the_longest_row_hold_for_all_rows(tmp_path):
+    """A prompt beyond the first context changes the angles of the short ones beside it, in whatever rows they are read."""
+    model, steps = load_model(families.tiny_model(tmp_path, "phi3", "longrope")), 4
+    model = with_eos(model, 10**6)
+    tokens, mask = tiny.left_padded((40, 5, 6, 7), model.config.vocab_size, seed=3)
+    expected = uncached_greedy(model, tokens, mask, steps)
+    np.testing.assert_array_equal(model.generate_ids(TokenBatch(tokens, mask), steps), expected)
+    found = dict(
+        pair for done, texts in model.replies(TokenBatch(tokens, mask), steps, rows=4) for pair in zip(done, texts)
+    )
+    assert [found[i] for i in range(4)] == model.chat.decode(expected)
+
+
 def test_decoding_ends_once_every_row_has_ended(model):
     tokens, mask = tiny.left_padded((5, 9), model.config.vocab_size, seed=4)
     batch = TokenBatch(tokens, mask)
