@@ -128,7 +128,9 @@ def test_ropes_of_the_longest_row_hold_for_all_rows(tmp_path):
     expected = uncached_greedy(model, tokens, mask, steps)
     np.testing.assert_array_equal(model.generate_ids(TokenBatch(tokens, mask), steps), expected)
     found = dict(
-        pair for done, texts in model.replies(TokenBatch(tokens, mask), steps, rows=4) for pair in zip(done, texts)
+        pair
+        for done, texts in model.replies(TokenBatch(tokens, mask), steps, rows=4)
+        for pair in zip(done, texts, strict=True)
     )
     assert [found[i] for i in range(4)] == model.chat.decode(expected)
 
