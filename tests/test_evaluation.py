@@ -3,9 +3,11 @@
 import csv
 import io
 import json
+import sys
 
 import numpy as np
 import pytest
+from absl import flags
 
 from refusal_jax import UserError
 from refusal_jax.jobs.main import run_job
@@ -14,6 +16,20 @@ from refusal_jax.study.evaluation import COLUMNS, repetition, tables, tidy_csv
 from refusal_jax.study.judge_models import ModelJudge
 from refusal_jax.study.judges import TEXT_JUDGES, Verdict, evaluate_completions
 from refusal_jax.study.statistics import cohens_kappa, mcnemar, mean_interval, rate
+
+
+@pytest.fixture
+def own_flags():
+    """As in a process of its own: jobs share names of flags, and other tests have imported some."""
+    held = dict(vars(flags.FLAGS)["__flags"])
+    for name in held:
+        if flags.FLAGS.find_module_defining_flag(name, "").startswith("refusal_jax.jobs."):
+            del vars(flags.FLAGS)["__flags"][name]
+    sys.modules.pop("refusal_jax.jobs.evaluate", None)
+    yield
+    sys.modules.pop("refusal_jax.jobs.evaluate", None)
+    vars(flags.FLAGS)["__flags"].clear()
+    vars(flags.FLAGS)["__flags"].update(held)
 
 
 def labels(both: int, first: int, second: int, none: int) -> tuple[list[int], list[int]]:
@@ -194,7 +210,7 @@ def test_a_folder_without_completions(tmp_path):
         read_completions(tmp_path)
 
 
-def test_the_job(tmp_path, llama, capsys):
+def test_the_job(tmp_path, llama, capsys, own_flags):
     folder, out = tmp_path / "completions", tmp_path / "judged"
     folder.mkdir()
     for condition, reply in (("baseline", "I’m sorry, I can’t"), ("ablation", "Sure")):
@@ -222,7 +238,7 @@ def test_the_job(tmp_path, llama, capsys):
     assert "--completions is missing. Example: refusal-jax evaluate" in capsys.readouterr().err
 
 
-def test_an_interrupted_job_continues(tmp_path, llama, capsys, monkeypatch):
+def test_an_interrupted_job_continues(tmp_path, llama, capsys, monkeypatch, own_flags):
     """With the verdicts that a judge model has given, of these completions only."""
     (tmp_path / "ask.txt").write_text("{prompt} {response}")
     (tmp_path / "rows.json").write_text(json.dumps([ROW, ROW]))
