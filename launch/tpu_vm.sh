@@ -35,7 +35,7 @@ Settings, as flags or in the environment (--zone is TPU_ZONE, and so on):
   --type=v5e-16         accelerator type, as gcloud or `refusal-jax plan` names it (v5e-16, v5p-16, v6e-16, v4-16)
   --runtime=VERSION     VM image; default: the one for the type
   --spot                cheaper, can be preempted (TPU_SPOT=1); default: on demand
-  --package=REQUIREMENT what pip installs; default: this checkout. Or 'refusal-jax[tpu]==1.0', 'refusal-jax[tpu] @ git+https://...'
+  --package=REQUIREMENT what pip installs; default: this checkout. Or 'refusal-jax[tpu,gcs]==1.0', 'refusal-jax[tpu,gcs] @ git+https://...'
   --results=runs        folder here for results and logs
   --delete=success      when `run` ends, delete the slice after success, always, or never
   --tries=10            how often a lost slice or a crashed job is begun again
@@ -94,7 +94,7 @@ parse() {
 }
 
 settings() { # fills in and checks the settings, and what follows from them
-  : "${TPU_NAME:=refusal-jax}" "${TPU_TYPE:=v5e-16}" "${TPU_PACKAGE:=.[tpu]}" "${TPU_RESULTS:=runs}" "${TPU_DELETE:=success}"
+  : "${TPU_NAME:=refusal-jax}" "${TPU_TYPE:=v5e-16}" "${TPU_PACKAGE:=.[tpu,gcs]}" "${TPU_RESULTS:=runs}" "${TPU_DELETE:=success}"
   : "${TPU_TRIES:=10}" "${TPU_POLL:=30}"
   [ -n "${TPU_ZONE:-}" ] || die "no zone is given. Set --zone=ZONE, or TPU_ZONE, to where your TPU quota is."
   case "$TPU_DELETE" in success | always | never) ;; *) die "--delete=$TPU_DELETE is none of success, always, never." ;; esac

@@ -282,7 +282,7 @@ def test_dry_run_can_be_pasted(cloud):
 
 
 def test_run_goes_from_nothing_to_results_and_leaves_nothing(cloud):
-    done = cloud.run(*RUN, "--spot", "--package=refusal-jax[tpu]==1.0", TPU_SSH_FLAGS="--tunnel-through-iap")
+    done = cloud.run(*RUN, "--spot", "--package=refusal-jax[tpu,gcs]==1.0", TPU_SSH_FLAGS="--tunnel-through-iap")
     assert done.returncode == 0, done.stderr
     assert cloud.verbs() == ONE_PASS
     assert (cloud.folder / "results/x/report.html").exists()
@@ -290,7 +290,7 @@ def test_run_goes_from_nothing_to_results_and_leaves_nothing(cloud):
     assert {path.name for path in (cloud.folder / "results/refusal-jax-logs").iterdir()} == {"0.log", "1.log"}
     assert cloud.calls("create")[0].count("--spot") == 1
     assert all("--tunnel-through-iap" in call for call in cloud.calls("queued-resources s"))
-    assert (cloud.folder / "uv").read_text().count("refusal-jax[tpu]==1.0") == 2
+    assert (cloud.folder / "uv").read_text().count("refusal-jax[tpu,gcs]==1.0") == 2
     assert "the job is done" in done.stderr and "billed" not in done.stderr
     assert not list(cloud.folder.glob("worker-*"))
 
