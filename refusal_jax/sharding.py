@@ -24,7 +24,6 @@ RULES = {
     "embed": (STORAGE,),
     "heads": ("kv", "q"),
     "kv_heads": ("kv",),
-    "queries": ("q",),
     "mlp": ("kv", "q"),
     "tokens": ("kv", "q"),
     "vocab": ("kv", "q"),
