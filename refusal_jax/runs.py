@@ -21,7 +21,6 @@ import numpy as np
 from safetensors.numpy import load, save
 
 from refusal_jax import distributed
-from refusal_jax.data.prompts import file_hash as file_hash
 from refusal_jax.errors import UserError
 from refusal_jax.storage import DiskFolder, ObjectFolder, ToldFiles, open_storage
 from refusal_jax.storage import cannot_write as cannot_write
@@ -266,22 +265,3 @@ def versions() -> dict[str, str]:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[package] = importlib.metadata.version(package)
     return found
-
-
-def checkpoint_fingerprint(folder: pathlib.Path) -> str:
-    """A hash of a checkpoint: small files whole, of large ones the size and 16 samples of 64 KiB.
-
-    Enough to notice a changed or swapped checkpoint in milliseconds; not a proof of equality for files over 8 MiB.
-    """
-    digest = hashlib.sha256()
-    for path in sorted(p for p in folder.iterdir() if p.is_file() and not p.name.startswith(".")):
-        size = path.stat().st_size
-        digest.update(f"{path.name}\0{size}\0".encode())
-        with open(path, "rb") as file:
-            if size <= 8 << 20:
-                digest.update(file.read())
-            else:
-                for sample in range(16):
-                    file.seek(sample * (size - 65536) // 15)
-                    digest.update(file.read(65536))
-    return digest.hexdigest()

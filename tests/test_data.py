@@ -10,7 +10,8 @@ import pytest
 from ml_collections import ConfigDict
 
 from refusal_jax import UserError
-from refusal_jax.data.prompts import BUNDLED, dataset_name, file_hash, read_prompts, resolve, write_prompts
+from refusal_jax.data.prompts import BUNDLED, dataset_name, read_prompts, resolve, write_prompts
+from refusal_jax.files import file_hash
 from refusal_jax.study.judges import REFUSAL_SUBSTRINGS, TEXT_JUDGES, evaluate_completions, substring_matching
 from refusal_jax.study.sampling import SPLITS, sample_prompts
 from refusal_jax.study.selection import Rule, pick

@@ -23,9 +23,9 @@ from refusal_jax.export.edit import Edit
 from refusal_jax.export.staging import PROVENANCE
 from refusal_jax.export.study import Study
 from refusal_jax.export.verify import Sample
+from refusal_jax.files import checkpoint_fingerprint, file_hash
 from refusal_jax.jobs import export as job
 from refusal_jax.models.config import load_config
-from refusal_jax.runs import checkpoint_fingerprint, file_hash
 
 MEANS = np.random.default_rng(0).normal(size=(2, 3, 32)).astype(np.float32)
 

@@ -11,7 +11,7 @@ from etils.epath import backend
 from fsspec.implementations.memory import MemoryFileSystem
 
 from refusal_jax import UserError, storage
-from refusal_jax.runs import MANIFEST, Ledger, Run, checkpoint_fingerprint, to_json, versions
+from refusal_jax.runs import MANIFEST, Ledger, Run, to_json, versions
 from refusal_jax.storage import DiskFolder, ObjectFolder, write_atomically
 
 CONFIG, INPUTS = {"seed": 1, "data": {"n": 3, "names": ("a", "b")}}, {"model": "abc"}
@@ -263,25 +263,6 @@ def test_damaged_manifest(content, tmp_path):
     (tmp_path / MANIFEST).write_text(content)
     with pytest.raises(UserError, match=r"manifest\.json"), Run.open(tmp_path, CONFIG, INPUTS):
         pass
-
-
-def test_fingerprint_notices_changes(tmp_path):
-    (tmp_path / "config.json").write_text("{}")
-    big = bytearray(9 << 20)
-    (tmp_path / "model.safetensors").write_bytes(big)
-    seen = {checkpoint_fingerprint(tmp_path)}
-    assert seen == {checkpoint_fingerprint(tmp_path)}
-    (tmp_path / ".hidden").write_text("not part of it")
-    assert seen == {checkpoint_fingerprint(tmp_path)}
-    for change in (
-        lambda: (tmp_path / "config.json").write_text("[]"),
-        lambda: (tmp_path / "config.json").rename(tmp_path / "config2.json"),
-        lambda: (tmp_path / "model.safetensors").write_bytes(bytes(big[:-1]) + b"\1"),
-        lambda: (tmp_path / "model.safetensors").write_bytes(bytes(big) + b"\0"),
-    ):
-        change()
-        seen.add(checkpoint_fingerprint(tmp_path))
-    assert len(seen) == 5
 
 
 class Bucket(MemoryFileSystem):

@@ -13,8 +13,8 @@ from collections.abc import Collection
 
 from tqdm import tqdm
 
-from refusal_jax.data.prompts import file_hash
 from refusal_jax.errors import UserError
+from refusal_jax.files import file_hash
 from refusal_jax.storage import cannot_write
 
 CHUNK = 1 << 18  # bytes

@@ -1,7 +1,6 @@
 """Prompt sets: the bundled ones, or local JSON, JSONL, CSV and TXT files."""
 
 import csv
-import hashlib
 import io
 import json
 import os
@@ -85,12 +84,6 @@ def write_prompts(path: pathlib.Path, prompts: list[dict]) -> None:
     """Writes prompts as `read_prompts` reads them, one a line."""
     rows = ",\n".join(json.dumps(row, ensure_ascii=False) for row in prompts)
     path.write_text(f"[\n{rows}\n]\n", encoding="utf-8")
-
-
-def file_hash(path: pathlib.Path) -> str:
-    """The file's sha256, in hex."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _json(text, path):

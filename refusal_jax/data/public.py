@@ -17,8 +17,9 @@ import numpy as np
 from tqdm import tqdm
 
 from refusal_jax.data.download import download, short_hash
-from refusal_jax.data.prompts import file_hash, located_rows, read_text
+from refusal_jax.data.prompts import located_rows, read_text
 from refusal_jax.errors import UserError
+from refusal_jax.files import file_hash
 from refusal_jax.storage import write_atomically
 
 MANIFEST = pathlib.Path(__file__).parent / "datasets.json"

@@ -9,8 +9,8 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
-from refusal_jax.data.prompts import file_hash
 from refusal_jax.errors import UserError
+from refusal_jax.files import file_hash
 from refusal_jax.models.hf_attributes import read_json
 
 DIRECTION, METADATA, MEANS = "direction.safetensors", "direction_metadata.json", "mean_diffs"

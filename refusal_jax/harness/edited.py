@@ -15,7 +15,7 @@ from refusal_jax.edits import Edits
 from refusal_jax.errors import UserError
 from refusal_jax.export.directions import Directions, read_directions
 from refusal_jax.export.study import Study
-from refusal_jax.runs import checkpoint_fingerprint
+from refusal_jax.files import checkpoint_fingerprint
 from refusal_jax.sharding import make_mesh
 
 

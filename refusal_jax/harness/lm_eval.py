@@ -19,10 +19,10 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from refusal_jax.chat import bucket
 from refusal_jax.edits import Edits
 from refusal_jax.errors import UserError
+from refusal_jax.files import checkpoint_fingerprint
 from refusal_jax.harness.edited import EditedModel, progress
 from refusal_jax.models.attention import Context
 from refusal_jax.models.decoder import Decoder
-from refusal_jax.runs import checkpoint_fingerprint
 from refusal_jax.sharding import replicate
 
 AUTO_BATCH = 32  # rows for --batch_size auto

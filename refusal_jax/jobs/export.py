@@ -35,7 +35,7 @@ from refusal_jax.export.hub import push
 from refusal_jax.export.provenance import check
 from refusal_jax.export.run import FORMATS, Request, export
 from refusal_jax.export.study import Study
-from refusal_jax.runs import checkpoint_fingerprint
+from refusal_jax.files import checkpoint_fingerprint
 
 MODEL = flags.DEFINE_string("model", None, "HF checkpoint folder. Default: the model that the study ran on.")
 DIRECTION = flags.DEFINE_list(

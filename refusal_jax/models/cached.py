@@ -26,9 +26,10 @@ from orbax.checkpoint import v1 as ocp
 from tqdm import tqdm
 
 from refusal_jax.errors import UserError
+from refusal_jax.files import checkpoint_fingerprint
 from refusal_jax.models.mirror import explained
 from refusal_jax.models.place import Place, abreast, device_sharding
-from refusal_jax.runs import checkpoint_fingerprint, to_json
+from refusal_jax.runs import to_json
 
 FORMAT = 1  # of the copies: changes when the decoder's weights or their layout do
 AT_A_TIME = 64 << 20  # bytes that a process writes at a time besides one weight

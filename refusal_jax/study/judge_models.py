@@ -25,11 +25,11 @@ from refusal_jax.chat_model import ChatModel, load_model
 from refusal_jax.data.prompts import read_text
 from refusal_jax.edits import Edits
 from refusal_jax.errors import UserError
+from refusal_jax.files import checkpoint_fingerprint
 from refusal_jax.models.attention import Context
 from refusal_jax.models.config import load_config
 from refusal_jax.models.decoder import Decoder
 from refusal_jax.models.mirror import checkpoint_folder
-from refusal_jax.runs import checkpoint_fingerprint
 from refusal_jax.sharding import replicate
 from refusal_jax.study.judges import TEXT_JUDGES, Judge, Verdict
 

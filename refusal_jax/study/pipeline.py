@@ -20,9 +20,10 @@ from tqdm import tqdm
 from refusal_jax import distributed
 from refusal_jax.chat import Chat
 from refusal_jax.chat_model import ChatModel, demo_model_path, load_model, weights_dtype
-from refusal_jax.data.prompts import BUNDLED, dataset_name, file_hash, read_prompts, resolve
+from refusal_jax.data.prompts import BUNDLED, dataset_name, read_prompts, resolve
 from refusal_jax.edits import EPS, Edits
 from refusal_jax.errors import UserError
+from refusal_jax.files import checkpoint_fingerprint, file_hash
 from refusal_jax.models.attention import Context
 from refusal_jax.models.config import load_config
 from refusal_jax.models.decoder import Decoder
@@ -31,7 +32,7 @@ from refusal_jax.plan.planner import ON_CPU, run_mesh, run_sizes
 from refusal_jax.plan.programs import USUAL_LENGTH, Sizes, Workload
 from refusal_jax.report.page import write_report
 from refusal_jax.report.text import setup_lines
-from refusal_jax.runs import Ledger, Run, checkpoint_fingerprint
+from refusal_jax.runs import Ledger, Run
 from refusal_jax.sharding import replicate
 from refusal_jax.study.activations import extract, length_batches
 from refusal_jax.study.artifacts import evaluations_name, stem_of
