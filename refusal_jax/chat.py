@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from refusal_jax import thoughts
 from refusal_jax.errors import UserError
 from refusal_jax.qwen_tokenizer import RANKS, QwenTokenizer
 from refusal_jax.templates import BUILT_IN, MARKS, named_template, recognised_template
@@ -192,6 +193,39 @@ class Chat:
         """Reply texts of generated ids `[B, N]`: up to the first end token, without special tokens."""
         rows = map(self.before_end, np.asarray(rows).tolist())
         return [self.tokenizer.decode(row, skip_special_tokens=True).strip() for row in rows]
+
+    def replies(self, rows) -> list[thoughts.Reply]:
+        """Returns the replies of generated ids `[B, N]`, each up to its first end token, with its thought split off."""
+        return [
+            thoughts.split(self._with_marks(self.before_end(row)), self.opened_thought)
+            for row in np.asarray(rows).tolist()
+        ]
+
+    @functools.cached_property
+    def opened_thought(self) -> str:
+        """The end of every prompt from a mark on that opens a thought, for templates that open one for the model, or ""."""
+        return thoughts.opened_by(self.render(PROBES[0]))
+
+    @functools.cached_property
+    def _mark_tokens(self) -> dict[int, str]:
+        """Special tokens that marks of thoughts are written with, which decoding would leave out."""
+        special = getattr(self.tokenizer, "all_special_ids", ())
+        texts = {i: self.tokenizer.decode([i]) for i in special}
+        return {
+            i: text
+            for i, text in texts.items()
+            if text and any(text in mark for marks in thoughts.MARKS for mark in marks)
+        }
+
+    def _with_marks(self, ids: Sequence[int]) -> str:
+        """The text of ids without special tokens, but for those of `_mark_tokens`."""
+        parts, start = [], 0
+        for end, token in enumerate([*ids, None]):
+            if token is None or token in self._mark_tokens:
+                parts.append(self.tokenizer.decode(ids[start:end], skip_special_tokens=True))
+                parts.append(self._mark_tokens.get(token, ""))
+                start = end + 1
+        return "".join(parts)
 
     def before_end(self, row: Sequence[int]) -> list[int]:
         """The ids up to the first end token."""

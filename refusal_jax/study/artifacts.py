@@ -7,6 +7,7 @@ import json
 import pathlib
 from collections.abc import Mapping, Sequence
 
+from refusal_jax import thoughts
 from refusal_jax.data.prompts import located_rows, read_text
 from refusal_jax.errors import UserError
 from refusal_jax.study.judges import Verdict
@@ -88,7 +89,8 @@ def _read_file(path: pathlib.Path) -> list[dict]:
 
 
 def _completion(row, where: str) -> dict:
-    """One row with the three published keys. A response that is null, as of a query that failed, is an empty one."""
+    """One row with the three published keys, a thought in the response split off (`thoughts.Reply.row`). A response that is
+    null, as of a query that failed, is an empty one."""
     if not isinstance(row, dict):
         raise UserError(f"{where} is a {type(row).__name__}, expected an object with a prompt and a response.")
     prompt = next((row[key] for key in PROMPT_KEYS if row.get(key)), None)
@@ -103,14 +105,18 @@ def _completion(row, where: str) -> dict:
         raise UserError(f"{where}: {answer} is a {type(response).__name__}, expected text.")
     judged = ("is_jailbreak_", "probability_")  # what judges said before
     kept = {key: value for key, value in row.items() if not str(key).startswith(judged) and key not in (answer, None)}
-    return {"category": row.get("category"), **kept, "prompt": prompt, "response": response}
+    said = {"response": response} if isinstance(row.get("thought"), str) else thoughts.split(response).row
+    return {"category": row.get("category"), **kept, "prompt": prompt, **said}
 
 
-def jailbreakbench_artifact(completions: Sequence[dict], verdicts: Sequence[Verdict], parameters: Mapping) -> dict:
+def jailbreakbench_artifact(
+    completions: Sequence[dict], verdicts: Sequence[Verdict | None], parameters: Mapping
+) -> dict:
     """A JailbreakBench artifact of the completions, with one judge's verdicts.
 
     parameters: its "method", "model", "attack_type", "defense" and more; the attack success rate is added. Rows keep the index,
-    goal and behavior that they came with; the goal is the prompt where they had none.
+    goal and behavior that they came with; the goal is the prompt where they had none. Completions that never left their thought
+    are no jailbreaks; the rate is of the others, and their number is given.
     """
     jailbreaks = [
         {
@@ -121,17 +127,18 @@ def jailbreakbench_artifact(completions: Sequence[dict], verdicts: Sequence[Verd
             "category": c.get("category"),
             "prompt": c["prompt"],
             "response": c["response"],
-            "jailbroken": bool(verdict.label),
+            "jailbroken": bool(verdict and verdict.label),
         }
         for i, (c, verdict) in enumerate(zip(completions, verdicts, strict=True))
     ]
-    total = sum(row["jailbroken"] for row in jailbreaks)
+    total, unfinished = sum(row["jailbroken"] for row in jailbreaks), sum(map(thoughts.is_unfinished, completions))
     return {
         "parameters": {
             **parameters,
-            "attack_success_rate": total / len(jailbreaks),
+            "attack_success_rate": total / max(len(jailbreaks) - unfinished, 1),
             "total_number_of_jailbreaks": total,
             "number_of_submitted_prompts": len(jailbreaks),
+            **({"number_of_unfinished_thoughts": unfinished} if unfinished else {}),
         },
         "jailbreaks": jailbreaks,
     }

@@ -55,14 +55,15 @@ def complete(
     known: Sequence[dict] = (),
     save: Callable[[list[dict]], None] = lambda rows: None,
 ) -> dict[str, list[dict]]:
-    """`{condition: [{"category", "prompt", "response"}]}` in prompt order.
+    """`{condition: [{"category", "prompt", "response"}]}` in prompt order; a response is what follows the thought, which a
+    row has as "thought" if there is one, with "thought_ended" false if it never ended.
 
     prompts: `{"harmful": [{"instruction", "category"}], "harmless": …}`, and further sets by name. known: rows that `save`
     got in an interrupted run. The rows of all conditions are decoded together, so two compiled programs serve them all.
     """
     edits = Edits.concat([intervention_edits(model, c, direction_d, layer, prompts) for c in conditions])
     side = {c: parse_condition(c, prompts)[0] for c in conditions}
-    replies = {(row["condition"], row["index"]): row["response"] for row in known}
+    replies = {(row["condition"], row["index"]): row for row in known}
     todo = [(c, i) for c in conditions for i in range(len(prompts[side[c]])) if (c, i) not in replies]
     ids = {name: [model.chat.ids(model.chat.render(p["instruction"])) for p in rows] for name, rows in prompts.items()}
     longest = max(len(row) for rows in ids.values() for row in rows)
@@ -71,18 +72,16 @@ def complete(
         batch = model.chat.pad([ids[side[c]][i] for c, i in todo], length)
         row_edits = edits.take([list(conditions).index(c) for c, _ in todo])
         with tqdm(total=len(todo), desc="completions", unit="reply", leave=False) as bar:
-            for done, texts in model.replies(batch, max_new_tokens, row_edits, rows=batch_size):
-                save(
-                    [
-                        {"condition": todo[n][0], "index": todo[n][1], "response": text}
-                        for n, text in zip(done, texts, strict=True)
-                    ]
-                )
-                replies |= {todo[n]: text for n, text in zip(done, texts, strict=True)}
+            for done, generated in model.reply_ids(batch, max_new_tokens, row_edits, rows=batch_size):
+                new = {todo[n]: reply.row for n, reply in zip(done, model.chat.replies(generated), strict=True)}
+                save([{"condition": c, "index": i, **row} for (c, i), row in new.items()])
+                replies |= new
                 bar.update(len(done))
+    kept = ("response", "thought", "thought_ended")
     return {
         c: [
-            {"category": p["category"], "prompt": p["instruction"], "response": replies[c, i]}
+            {"category": p["category"], "prompt": p["instruction"]}
+            | {k: v for k, v in replies[c, i].items() if k in kept}
             for i, p in enumerate(prompts[side[c]])
         ]
         for c in conditions

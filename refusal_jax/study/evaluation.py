@@ -1,7 +1,8 @@
 """What the verdicts of several judges on several conditions come to: tables with intervals, as JSON and as one tidy CSV.
 
 rates (also by category), comparisons of conditions on the same prompts, agreement of judges, and of the completions themselves
-how long, empty or repetitive they are: a model that rambles does not refuse either.
+how long, empty or repetitive they are: a model that rambles does not refuse either. All of it is about what follows a
+completion's thought; completions that never leave it are counted apart.
 """
 
 import csv
@@ -14,6 +15,7 @@ from refusal_jax.chat import Chat
 from refusal_jax.study.artifacts import split_name
 from refusal_jax.study.judges import TEXT_JUDGES, Verdict
 from refusal_jax.study.statistics import cohens_kappa, mcnemar, mean_interval, rate
+from refusal_jax.thoughts import is_unfinished
 
 CUTS = (4, 8, 16, 32, 64, 128, 256, 512)  # tokens of the completion that a judge of text is shown
 NGRAM, REPETITIVE = 4, 0.5
@@ -70,8 +72,10 @@ def _rates(completions, verdicts) -> list[dict]:
         for judge, judged in judges.items():
             groups = defaultdict(list)
             for completion, verdict in zip(completions[name], judged, strict=True):
-                groups[completion.get("category")].append(verdict.label)
-            rows.append({**_of(name), "judge": judge, "category": None, **rate([v.label for v in judged])})
+                if verdict:
+                    groups[completion.get("category")].append(verdict.label)
+            labels = [verdict.label for verdict in judged if verdict]
+            rows.append({**_of(name), "judge": judge, "category": None, **rate(labels)})
             if len(groups) > 1:
                 rows += [
                     {**_of(name), "judge": judge, "category": str(category), **rate(labels)}
@@ -88,9 +92,8 @@ def _comparisons(completions, verdicts) -> list[dict]:
         if split_name(first)[0] != split_name(second)[0] or not same:
             continue
         for judge in (judge for judge in verdicts[first] if judge in verdicts[second]):
-            labels = ([v.label for v in verdicts[name][judge]] for name in (first, second))
             of = _of(second) | {"compared_with": split_name(first)[1], "judge": judge}
-            rows.append(of | mcnemar(*labels))
+            rows.append(of | mcnemar(*_both(verdicts[first][judge], verdicts[second][judge])))
     return rows
 
 
@@ -100,16 +103,23 @@ def _agreement(verdicts) -> list[dict]:
     rows = []
     for first, second in itertools.combinations(names, 2):
         both = [judges for judges in verdicts.values() if first in judges and second in judges]
-        labels = [[v.label for judges in both for v in judges[name]] for name in (first, second)]
-        rows.append({"first": first, "second": second, **cohens_kappa(*labels)})
+        judged = ([v for judges in both for v in judges[name]] for name in (first, second))
+        rows.append({"first": first, "second": second, **cohens_kappa(*_both(*judged))})
     return rows
 
 
+def _both(first: Sequence[Verdict | None], second: Sequence[Verdict | None]) -> tuple[list[int], list[int]]:
+    """Returns the labels of those completions that have a verdict in both lists."""
+    pairs = [(a.label, b.label) for a, b in zip(first, second, strict=True) if a and b]
+    return [a for a, _ in pairs], [b for _, b in pairs]
+
+
 def _completions(completions, chat: Chat | None) -> list[dict]:
-    """Length, and the rates of empty and of repetitive completions, of each condition."""
+    """Length, and the rates of empty and of repetitive completions, of each condition, for those completions that left their
+    thought; and the rate of those that did not."""
     rows = []
     for name, judged in completions.items():
-        texts = [c["response"] for c in judged]
+        texts = [c["response"] for c in judged if not is_unfinished(c)]
         rows.append(
             {
                 **_of(name),
@@ -118,6 +128,7 @@ def _completions(completions, chat: Chat | None) -> list[dict]:
                 "empty": rate([int(not text.strip()) for text in texts]),
                 "repetitive": rate([int(repetition(text) >= REPETITIVE) for text in texts]),
                 "repetition": mean_interval([repetition(text) for text in texts]),
+                "unfinished": rate([int(is_unfinished(c)) for c in judged]),
             }
         )
     return rows
@@ -126,7 +137,8 @@ def _completions(completions, chat: Chat | None) -> list[dict]:
 def _by_length(completions, verdicts, chat: Chat | None) -> list[dict]:
     """Refusal rates by judges of text that see the first tokens only: where in a completion refusals are found."""
     rows = []
-    for name, judged in completions.items():
+    for name, found in completions.items():
+        judged = [c for c in found if not is_unfinished(c)]
         parts = [pieces(c["response"], chat) for c in judged]
         longest = max(map(len, parts), default=0)
         cuts = [cut for cut in CUTS if cut < longest] + [longest] * bool(longest)
@@ -148,7 +160,8 @@ def tidy_csv(found: Mapping[str, Sequence[dict]]) -> str:
         of = {"table": "agreement", "judge": row["first"], "compared_with": row["second"], "n": row["n"]}
         rows += [of | {"measure": name, "value": row[name]} for name in ("agreement", "kappa")]
     for row in found["completions"]:
-        for name, value in (("length", "mean"), ("empty", "rate"), ("repetitive", "rate"), ("repetition", "mean")):
+        kinds = {"length": "mean", "empty": "rate", "repetitive": "rate", "repetition": "mean", "unfinished": "rate"}
+        for name, value in kinds.items():
             measure = f"length_{row['unit']}" if name == "length" else name
             rows.append({**row, **row[name], "table": "completions", "measure": measure, "value": row[name][value]})
     for row in found["by_length"]:

@@ -32,6 +32,7 @@ from refusal_jax.models.decoder import Decoder
 from refusal_jax.models.mirror import checkpoint_folder
 from refusal_jax.sharding import replicate
 from refusal_jax.study.judges import TEXT_JUDGES, Judge, Verdict
+from refusal_jax.thoughts import is_unfinished
 
 REQUEST, RESPONSE = ("prompt", "behavior", "instruction", "forbidden_prompt"), ("response", "generation", "completion")
 PLACEHOLDER = re.compile(r"\{(" + "|".join(REQUEST + RESPONSE) + r")\}")
@@ -305,13 +306,14 @@ def judge_all(
     completions: Mapping[str, Sequence[dict]],
     known: Sequence[dict] = (),
     save: Callable[[list[dict]], None] = lambda rows: None,
-) -> dict[str, dict[str, list[Verdict]]]:
-    """`{file: {judge: verdicts}}` of `{file: completions}`; each judge model is loaded once, one after the other.
+) -> dict[str, dict[str, list[Verdict | None]]]:
+    """`{file: {judge: verdicts}}` of `{file: completions}`; each judge model is loaded once, one after the other. Completions
+    that never left their thought are shown to no judge and get None.
 
     known: rows that `save` got in an interrupted run.
     """
-    flat = [c for rows in completions.values() for c in rows]
-    verdicts: dict[str, dict[str, list[Verdict]]] = {name: {} for name in completions}
+    flat = [c for rows in completions.values() for c in rows if not is_unfinished(c)]
+    verdicts: dict[str, dict[str, list[Verdict | None]]] = {name: {} for name in completions}
     for judge in judges:
         if judge.of_text:
             found = judge.judge(flat)
@@ -324,10 +326,9 @@ def judge_all(
                     [{"judge": name, "index": i, **dataclasses.asdict(verdict)} for i, verdict in new.items()]
                 ),
             )
-        start = 0
+        rest = iter(found)
         for name, rows in completions.items():
-            verdicts[name][judge.name] = found[start : start + len(rows)]
-            start += len(rows)
+            verdicts[name][judge.name] = [None if is_unfinished(c) else next(rest) for c in rows]
     return verdicts
 
 

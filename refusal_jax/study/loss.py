@@ -145,11 +145,12 @@ def measure_kl(model: ChatModel, rows: Sequence[LossRow], edits: Edits, batch_si
 def loss_datasets(model: ChatModel, settings, harmless_baseline: list[dict]) -> dict[str, list[LossRow]]:
     """The rows to measure: the model's own baseline completions on harmless prompts, and the configured files.
 
-    harmless_baseline: those completions; empty ones are left out, and the set with them if none is left. The
-    files' names differ (`check_settings` sees to it).
+    harmless_baseline: those completions, of which the thoughts count as well: they are the model's own words. Empty ones are left
+    out, and the set with them if none is left. The files' names differ (`check_settings` sees to it).
     """
-    longest = model.config.context_length
-    own = [(c["prompt"], c["response"]) for c in harmless_baseline if c["response"]]
+    longest, opened = model.config.context_length, len(model.chat.opened_thought)
+    whole = [(c["prompt"], c["thought"][opened:] if "thought" in c else "", c["response"]) for c in harmless_baseline]
+    own = [(prompt, thought + said) for prompt, thought, said in whole if thought + said]
     sets = {"on_distribution": chat_rows(model.chat, own, longest)} if own else {}
     cut = min(settings.text_tokens, longest)
     readers: list[tuple[Sequence[str], Callable]] = [

@@ -158,7 +158,7 @@ class Session:
                 yield self._turn(growth, texts)
         finally:
             if growth is not None and self.history:
-                replies = [chat.decode([ids])[0] for ids in growth.ids]
+                replies = [chat.replies([ids])[0].text for ids in growth.ids]
                 self.conversations = [
                     [*talk, {"role": "assistant", "content": reply}] for talk, reply in zip(talks, replies, strict=True)
                 ]

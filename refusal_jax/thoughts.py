@@ -1,0 +1,76 @@
+"""Where the thoughts of a reply end: models that reason write their thoughts between marks, before what they say to the user.
+
+Refusals, lengths and damage are about what is said, so thoughts are split off once, where replies are made or read.
+"""
+
+import dataclasses
+import re
+
+# How thoughts open and close, by family: Qwen, DeepSeek and most others; prompted models; Seed; Magistral; Cohere; Kimi;
+# OpenThinker; gpt-oss; Gemma 4; MedGemma; Granite 3.
+MARKS = (
+    ("<think>", "</think>"),
+    ("<thinking>", "</thinking>"),
+    ("<thought>", "</thought>"),
+    ("<reasoning>", "</reasoning>"),
+    ("<seed:think>", "</seed:think>"),
+    ("[THINK]", "[/THINK]"),
+    ("<|START_THINKING|>", "<|END_THINKING|>"),
+    ("◁think▷", "◁/think▷"),
+    ("<|begin_of_thought|>", "<|end_of_thought|>"),
+    ("<|channel|>analysis<|message|>", "<|channel|>final<|message|>"),
+    ("<|channel>thought", "<channel|>"),
+    ("<unused94>thought", "<unused95>"),
+    ("Here is my thought process:", "Here is my response:"),
+)
+OPENS = frozenset(opening.lower() for opening, _ in MARKS)
+ANY = re.compile("|".join(re.escape(mark) for marks in MARKS for mark in marks), re.IGNORECASE)
+
+
+@dataclasses.dataclass(frozen=True)
+class Reply:
+    """What a model generated, in two parts: `thought`, with its marks, is empty where there was none, and `text` is what follows
+    it. finished: whether the thought ended; if it did not, there is no text."""
+
+    thought: str
+    text: str
+    finished: bool = True
+
+    @property
+    def row(self) -> dict:
+        """The reply as fields of a completion: "thought" only where there is one, "thought_ended" only where it did not end."""
+        thought = {"thought": self.thought} if self.thought else {}
+        return {"response": self.text, **thought, **({} if self.finished else {"thought_ended": False})}
+
+
+def split(generated: str, opened: str = "") -> Reply:
+    """Splits the thought from generated text, which is stripped of white space at both ends.
+
+    opened: what the prompt had opened already (`opened_by`), which is put before the text. A thought begins with an opening mark
+    at the start or the end of a line and ends with the next closing mark; marks within a line are only talked about. A closing
+    mark that nothing opened ends a thought too, as templates that open one leave no trace of it in the reply.
+    """
+    whole = (opened + generated).strip()
+    said, inside, mentioned = 0, False, False  # said: where what is said begins
+    for mark in ANY.finditer(whole):
+        if mark[0].lower() in OPENS:
+            first = not whole[said : mark.start()].rpartition("\n")[2].strip()
+            inside = inside or first or whole.startswith("\n", mark.end())
+            mentioned = not inside
+        elif inside or not (said or mentioned):
+            said, inside = mark.end(), False
+    if inside:
+        return Reply(whole, "", finished=False)
+    text = whole[said:].strip()
+    return Reply(whole[: len(whole) - len(text)] if said else "", text)
+
+
+def opened_by(prompt: str) -> str:
+    """Returns the end of a prompt from the mark on that opens a thought; "" if it opens none, or closes it again."""
+    marks = list(ANY.finditer(prompt))
+    return prompt[marks[-1].start() :] if marks and marks[-1][0].lower() in OPENS else ""
+
+
+def is_unfinished(completion: dict) -> bool:
+    """Returns whether a completion never left its thought, so that it says nothing that could be judged."""
+    return completion.get("thought_ended") is False
