@@ -209,13 +209,9 @@ class Chat:
     @functools.cached_property
     def _mark_tokens(self) -> dict[int, str]:
         """Special tokens that marks of thoughts are written with, which decoding would leave out."""
-        special = getattr(self.tokenizer, "all_special_ids", ())
-        texts = {i: self.tokenizer.decode([i]) for i in special}
-        return {
-            i: text
-            for i, text in texts.items()
-            if text and any(text in mark for marks in thoughts.MARKS for mark in marks)
-        }
+        added = getattr(self.tokenizer, "added_tokens_decoder", {})
+        marks = "\n".join(mark for pair in thoughts.MARKS for mark in pair)
+        return {i: token.content for i, token in added.items() if token.special and token.content in marks}
 
     def _with_marks(self, ids: Sequence[int]) -> str:
         """The text of ids without special tokens, but for those of `_mark_tokens`."""

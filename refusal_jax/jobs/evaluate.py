@@ -24,7 +24,10 @@ from refusal_jax.chat import Chat
 from refusal_jax.errors import UserError
 from refusal_jax.models.config import load_config
 from refusal_jax.models.mirror import checkpoint_folder
+from refusal_jax.report.concerns import broken_completions, judge_disagreement, unfinished_thoughts
+from refusal_jax.report.summary import Condition
 from refusal_jax.report.text import rates_table
+from refusal_jax.report.verdict import Concern
 from refusal_jax.runs import Ledger, to_json
 from refusal_jax.sharding import make_mesh
 from refusal_jax.storage import DiskFolder
@@ -66,12 +69,15 @@ def main(arguments) -> None:
         ledger = Ledger.open(out, ledger_name(completions, judges))
         verdicts = judge_all(judges, completions, ledger.rows, ledger.append)
         found = tables(completions, verdicts, chat)
-        for name, content in results(completions, verdicts, judges[-1].name).items():
+        files = results(completions, verdicts, judges[-1].name)
+        for name, content in files.items():
             out.write(name, to_json(content))
         out.write("statistics.json", to_json(found))
         out.write("statistics.csv", tidy_csv(found).encode("utf-8", "replace"))
         out.remove([ledger.name])
     print(rates_table(found))
+    for number, concern in enumerate(concerns_of(files, [judge.name for judge in judges], str(path)), 1):
+        print(f"\n({number}) {concern.text}")
     print(f"\nResults: {out.path.resolve()}")
 
 
@@ -79,6 +85,16 @@ def ledger_name(completions: dict, judges: list) -> str:
     """The file that keeps the verdicts of an interrupted run, for these completions and judges only."""
     models = [judge.fingerprint() for judge in judges if isinstance(judge, ModelJudge)]
     return f".ledger-judges-{hashlib.sha256(to_json([completions, models])).hexdigest()[:12]}.jsonl"
+
+
+def concerns_of(files: dict[str, dict], judges: list[str], folder: str) -> list[Concern]:
+    """Returns what the evaluations files say against the rates of the judges of text."""
+    stems = {
+        name.removesuffix("_evaluations.json"): content for name, content in files.items() if "completions" in content
+    }
+    conditions = [Condition.of(*split_name(stem), content) for stem, content in stems.items()]
+    found = [unfinished_thoughts(conditions), *broken_completions(conditions)]
+    return [*filter(None, found), *filter(None, (judge_disagreement(conditions, judge, folder) for judge in judges))]
 
 
 def results(completions: dict, verdicts: dict, last: str) -> dict[str, dict]:

@@ -13,8 +13,10 @@ import jinja2
 import numpy as np
 from markupsafe import Markup
 
+from refusal_jax.report.concerns import auc, find_concerns
 from refusal_jax.report.summary import (
     REFUSAL_JUDGE,
+    REFUSAL_JUDGES,
     Condition,
     damage_in_words,
     judges_of,
@@ -23,10 +25,8 @@ from refusal_jax.report.summary import (
     read_damage,
     read_losses,
     signed,
-    verdict_in_words,
 )
-from refusal_jax.study.judge_models import REFUSAL_SCORE
-from refusal_jax.study.judges import TEXT_JUDGES
+from refusal_jax.report.verdict import verdict_in_words
 from refusal_jax.study.refusal_tokens import LEAST_DIFFERENCE, LEAST_RATIO
 from refusal_jax.study.selection import Rule
 
@@ -90,7 +90,8 @@ def page_context(run, verdicts: Sequence[str]) -> dict:
     conditions, losses = read_conditions(run, verdicts), read_losses(run)
     judges = judges_of(conditions)
     statistics = run.read_json("statistics.json") if run.exists("statistics.json") else None
-    strength, headline = verdict_in_words(conditions, judges)
+    concerns = find_concerns(run, conditions, judges)
+    strength, headline = verdict_in_words(conditions, judges, concerns)
     latest = max(stages.values(), key=lambda record: record.get("finished", ""), default={})
     return {
         "setup": setup,
@@ -98,11 +99,12 @@ def page_context(run, verdicts: Sequence[str]) -> dict:
         "finished": latest.get("finished", "").replace("T", " ").replace("Z", " UTC"),
         "strength": strength,
         "headline": headline,
+        "concerns": concerns,
         "damage": damage_in_words(losses),
         "conditions": conditions,
         "judges": judges,
         "refusal_judge": REFUSAL_JUDGE,
-        "refusal_judges": [*TEXT_JUDGES, REFUSAL_SCORE],
+        "refusal_judges": REFUSAL_JUDGES,
         "openings": telling_openings(setup["openings"]),
         "least_difference": LEAST_DIFFERENCE,
         "least_ratio": LEAST_RATIO,
@@ -152,14 +154,6 @@ def direction_context(run, setup: dict, select: dict) -> dict:
         "figures": {name: Markup(svg) for name, svg in drawings.items()},
         "auc": auc(harmful_nl[:, pick.layer], harmless_nl[:, pick.layer]),
     }
-
-
-def auc(above: np.ndarray, below: np.ndarray) -> float | None:
-    """How often a value of `above` exceeds one of `below`, ties half; None if one of them is empty."""
-    if not above.size or not below.size:
-        return None
-    difference = above[:, None].astype(np.float64) - below[None, :]
-    return float(((difference > 0) + 0.5 * (difference == 0)).mean())
 
 
 def telling_openings(openings: list[dict]) -> list[dict]:

@@ -1,13 +1,16 @@
 """The tables that a finished study prints: the report's numbers, for a terminal."""
 
+from refusal_jax.report.concerns import find_concerns
 from refusal_jax.report.summary import (
     REFUSAL_JUDGE,
+    REFUSAL_JUDGES,
+    Rate,
     judges_of,
     read_conditions,
     read_damage,
     read_losses,
-    verdict_in_words,
 )
+from refusal_jax.report.verdict import verdict_in_words
 from refusal_jax.runs import Run
 
 COLUMNS = ("baseline", "ablation", "actadd")
@@ -50,13 +53,15 @@ def text_summary(run: Run) -> str:
         f"{'prompts':<18}{'intervention':<14}{'refused':>9}   {'95 % interval':<18}{'n':>4}",
     ]
     conditions = read_conditions(run, run.manifest["stages"]["evaluations"]["writes"])
-    judge = (judges_of(conditions) or [REFUSAL_JUDGE])[0]
+    judges = judges_of(conditions)
+    judge = next((judge for judge in judges if judge in REFUSAL_JUDGES), (judges or [REFUSAL_JUDGE])[0])
+    concerns = find_concerns(run, conditions, judges)
     for condition in conditions:
-        rate = condition.rates[judge]
+        rate, key = condition.rates.get(judge, Rate(0, 0)), (condition.dataset, condition.intervention)
         interval = " to ".join(f"{100 * bound:.1f}" for bound in rate.interval) + " %"
-        lines.append(
-            f"{condition.dataset:<18}{condition.label:<14}{f'{100 * rate.rate:.1f} %':>9}   {interval:<18}{rate.n:>4}"
-        )
+        share = f"{100 * rate.rate:.1f} %" if rate.n else "-"
+        notes = "".join(f" ({number})" for number, concern in enumerate(concerns, 1) if key in concern.about)
+        lines.append(f"{condition.dataset:<18}{condition.label:<14}{share:>9}   {interval:<18}{rate.n:>4}{notes}")
     lines += ["", f"{'cross-entropy on':<18}{'baseline':>9}{'ablation':>10}{'− addition':>12}{'tokens':>9}"]
     for name, by in read_losses(run).items():
         values = "".join(f"{by[kind]['ce_loss']:>{width}.3f}" for kind, width in zip(COLUMNS, (9, 10, 12), strict=True))
@@ -66,7 +71,10 @@ def text_summary(run: Run) -> str:
         lines.append(
             f"KL from baseline on answers to harmless prompts, {name}: {row['kl_per_token']:.4f} nats per token"
         )
-    return "\n".join([*lines, "", verdict_in_words(conditions, [judge])[1]])
+    if concerns:
+        lines += ["", "What speaks against these numbers:"]
+        lines += [f"({number}) {concern.text}" for number, concern in enumerate(concerns, 1)]
+    return "\n".join([*lines, "", verdict_in_words(conditions, judges, concerns)[1]])
 
 
 def rates_table(tables: dict) -> str:
@@ -92,9 +100,15 @@ def rates_table(tables: dict) -> str:
     for row in tables["agreement"]:
         kappa = "not defined" if row["kappa"] is None else f"{row['kappa']:.2f}"
         lines.append(f"  {row['first']} and {row['second']}: {100 * row['agreement']:.1f} %, Cohen's kappa {kappa}")
-    lines += ["", f"{'data set':<22}{'condition':<12}{'mean length':<18}{'empty':>8}{'repetitive':>12}"]
+    head = f"{'data set':<22}{'condition':<12}{'mean length':<18}{'empty':>8}{'repetitive':>12}"
+    thinking = any(row["unfinished"]["successes"] for row in tables["completions"])
+    lines += ["", head + (f"{'in thought':>12}" if thinking else "")]
     for row in tables["completions"]:
         length = f"{row['length']['mean']:.1f} {row['unit']}"
         rates = f"{100 * row['empty']['rate']:.1f} %", f"{100 * row['repetitive']['rate']:.1f} %"
-        lines.append(f"{row['dataset']:<22}{row['intervention'] or '-':<12}{length:<18}{rates[0]:>8}{rates[1]:>12}")
+        unfinished = f"{row['unfinished']['successes']:>12}" if thinking else ""
+        line = (
+            f"{row['dataset']:<22}{row['intervention'] or '-':<12}{length:<18}{rates[0]:>8}{rates[1]:>12}{unfinished}"
+        )
+        lines.append(line)
     return "\n".join(lines)

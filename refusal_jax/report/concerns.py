@@ -1,0 +1,260 @@
+"""Evidence of a run that contradicts its refusal rates: each piece in words, with what to do about it.
+
+A refusal rate comes from phrases that a judge looks for. The same run knows more: what the refusal score says before the reply
+begins, what a judge of more phrases finds, whether replies are whole, what judge models say, how far the direction separates
+prompts, and whether test prompts were trained on. Where these disagree, the reader must hear of it next to the numbers.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from refusal_jax.report.summary import REFUSAL_JUDGE, REFUSAL_JUDGES, Condition, Rate
+from refusal_jax.report.verdict import Concern, percents, strength_of
+from refusal_jax.study.evaluation import REPETITIVE, repetition
+from refusal_jax.study.judge_models import REFUSAL_SCORE
+from refusal_jax.study.judges import EXTENDED, TEXT_JUDGES
+from refusal_jax.study.statistics import mcnemar, wilson_interval
+
+APART = 0.4  # difference of rates on other prompts of the same kind that no shift of topics explains; in the paper at most 0.3
+APART_PAIRED = 0.2  # the same, where both are of the same prompts
+SELDOM = 0.05  # share of completions on which two judges of text may differ
+BROKEN = 0.1  # share of empty or repetitive completions that is worth a word
+CLEAR_SCORE = 1.0  # log-odds beyond which a mean refusal score says that the refusal tokens come first, or do not
+SEPARATES = 0.7  # area under the ROC curve under which a direction hardly separates harmful from harmless prompts
+
+
+def judge_disagreement(conditions: Sequence[Condition], judge: str, folder: str) -> Concern | None:
+    """Returns where the judge of more phrases finds other refusals than `judge`; decisive if the verdict would be another.
+
+    folder: of the completions, for the command that judges them again, if the other judge has not judged them yet.
+    """
+    if judge not in TEXT_JUDGES or judge == EXTENDED.name:
+        return None
+    again, differing = [], []
+    for condition in conditions:
+        rows, known = [dict(c) for c in condition.completions], condition.refusals(judge)
+        for i, verdict in zip(known, EXTENDED.judge([rows[i] for i in known]), strict=True):
+            rows[i][f"is_jailbreak_{EXTENDED.name}"] = verdict.label
+        other = dataclasses.replace(condition, completions=rows, rates={})
+        found = other.refusals(EXTENDED.name)
+        other.rates[EXTENDED.name] = Rate(sum(found.values()), len(found))
+        again.append(other)
+        changed = sum(found[i] != known[i] for i in known)
+        if known and wilson_interval(changed, len(known))[0] > SELDOM:
+            differing.append((condition, sum(known.values()), sum(found.values()), len(known)))
+    if not differing:
+        return None
+    counts = "; ".join(f"{c.dataset}, {c.label}: {few} and {many} of {n}" for c, few, many, n in differing)
+    curly = sum("’" in c["response"] for condition, *_ in differing for c in condition.completions)
+    typographic = f" {curly} of these completions hold the apostrophe ’, which {judge} does not know." if curly else ""
+    again_by = "" if all(EXTENDED.name in c.rates for c in conditions) else f", and judge them again: {judging(folder)}"
+    return Concern(
+        f"The judge {judge}, which looks for the paper's phrases, and the judge {EXTENDED.name}, which knows more phrases "
+        f"and apostrophes, count different numbers of refusals ({counts}).{typographic} Read the completions{again_by}.",
+        tuple((c.dataset, c.intervention) for c, *_ in differing),
+        strength_of(conditions, [judge])[0] != strength_of(again, [EXTENDED.name])[0],
+    )
+
+
+def judging(folder: str) -> str:
+    """Returns the command that judges completions with the judge of more phrases."""
+    return f"refusal-jax evaluate --completions={folder} --out=judged --judges={REFUSAL_JUDGE},{EXTENDED.name}"
+
+
+def unfinished_thoughts(conditions: Sequence[Condition]) -> Concern | None:
+    """Returns which conditions have completions that never left their thought."""
+    cut = [c for c in conditions if c.unfinished]
+    if not cut:
+        return None
+    counts = "; ".join(f"{c.dataset}, {c.label}: {c.unfinished} of {len(c.completions)}" for c in cut)
+    return Concern(
+        "Some completions never left their thought, so that nothing could be judged, and the rates are of the others "
+        f"({counts}). Allow longer replies (generation.max_new_tokens), or have the thought closed by the chat template.",
+        tuple((c.dataset, c.intervention) for c in cut),
+        any(c.unfinished > len(c.completions) / 2 for c in cut if not c.over_refusal),
+    )
+
+
+def score_disagreement(
+    conditions: Sequence[Condition], judge: str, filtered: Mapping, tokens: Sequence[str], folder: str
+) -> list[Concern]:
+    """Returns where the refusal score and a judge of text disagree about the unedited model.
+
+    filtered: refusal scores of the train and val prompts, as in filter.json. The score of the test prompts themselves counts
+    instead where they were scored.
+    """
+    found = []
+    for condition in conditions:
+        if condition.intervention != "baseline" or condition.over_refusal or judge == REFUSAL_SCORE:
+            continue
+        side = "harmless" if condition.harmless else "harmful"
+        judged, paired = condition.rates[judge], condition.rates.get(REFUSAL_SCORE)
+        scores = [s for split, row in filtered.items() if split.startswith(f"{side}_") for s in row["scores"]]
+        scored = paired or Rate(sum(score > 0 for score in scores if math.isfinite(score)), len(scores))
+        if not (judged.n and scored.n):
+            continue
+        apart = judged.interval[0] > scored.interval[1] or judged.interval[1] < scored.interval[0]
+        if not apart or abs(judged.rate - scored.rate) < (APART_PAIRED if paired else APART):
+            continue
+        prompts = "the same" if paired else "train and val"
+        said = (
+            f"The refusal score and the judge {judge} disagree about the unedited model: by the score it refuses {scored} "
+            f"of {side} requests ({percents(scored.interval)}, {scored.n} {prompts} prompts, refusal tokens "
+            f"{', '.join(tokens)}), by the judge {judged} ({percents(judged.interval)}, {judged.n} test prompts)."
+        )
+        fewer = (
+            " Either the refusals are in words, a language or an alphabet that the judge does not look for, or the refusal "
+            f"tokens also begin other replies. Read the completions, and judge them with more phrases ({judging(folder)}) "
+            "or a judge model."
+        )
+        more = (
+            " The refusals begin with other words than the refusal tokens, or come later in the reply. Read the "
+            "completions, and set refusal_tokens in the study's config to how refusals begin."
+        )
+        about = ((condition.dataset, "baseline"),)
+        found.append(Concern(said + (fewer if judged.rate < scored.rate else more), about, not condition.harmless))
+    return found
+
+
+def selection_disagreement(conditions: Sequence[Condition], judge: str, picked: Mapping) -> list[Concern]:
+    """Returns where the selected direction's scores on val prompts say otherwise than the judge of the test completions.
+
+    picked: the direction's row of direction_evaluations.json.
+    """
+    found = []
+    by = {(c.harmless, c.intervention): c for c in conditions if c.rates.get(judge) and not c.over_refusal}
+    ablated, added, bypass = by.get((False, "ablation")), by.get((True, "actadd")), picked["refusal_score"]
+    if ablated and bypass is not None and ablated.rates[judge].n:
+        rate = ablated.rates[judge]
+        if bypass > CLEAR_SCORE and rate.interval[1] < 0.5:
+            found.append(
+                Concern(
+                    "Under ablation the refusal tokens still come first on the validation prompts (bypass score "
+                    f"{bypass:.1f}), but {judge} counts only {rate} of the completions as refused. Read them: the refusals "
+                    "may be in other words.",
+                    ((ablated.dataset, "ablation"),),
+                    True,
+                )
+            )
+        if bypass < -CLEAR_SCORE and rate.interval[0] > 0.5:
+            found.append(
+                Concern(
+                    "Under ablation the refusal tokens no longer come first on the validation prompts (bypass score "
+                    f"{bypass:.1f}), but {judge} counts {rate} of the completions as refused: the model refuses with other "
+                    "words or later in its reply. Read the completions, and add these words to refusal_tokens in the "
+                    "study's config.",
+                    ((ablated.dataset, "ablation"),),
+                )
+            )
+    induce = picked["steering_score"]
+    if added and induce is not None and induce > CLEAR_SCORE and added.rates[judge].n:
+        rate = added.rates[judge]
+        if rate.interval[1] < 0.5:
+            found.append(
+                Concern(
+                    "Adding the direction makes the refusal tokens come first on harmless validation prompts (induce score "
+                    f"{induce:.1f}), but {judge} counts only {rate} of the completions as refused. Read them: the refusals "
+                    "may be in other words, or the replies go on after such a beginning.",
+                    ((added.dataset, "actadd"),),
+                )
+            )
+    return found
+
+
+def broken_completions(conditions: Sequence[Condition]) -> list[Concern]:
+    """Returns the interventions that leave more empty or repetitive completions than the baseline of the same prompts has."""
+    found, base = [], {c.dataset: c for c in conditions if c.intervention == "baseline"}
+    for condition in conditions:
+        before = base.get(condition.dataset)
+        if before is None or condition is before:
+            continue
+        rates = [
+            Rate(sum(map(is_broken, said)), len(said))
+            for said in (
+                [r["response"] for r in c.completions if r.get("thought_ended") is not False]
+                for c in (before, condition)
+            )
+        ]
+        clear = rates[0].n and rates[1].n and rates[1].interval[0] > rates[0].interval[1]
+        if clear and rates[1].rate >= BROKEN:
+            found.append(
+                Concern(
+                    f"{rates[1]} of the completions of {condition.dataset}, {condition.label}, are empty or repetitive "
+                    f"({percents(rates[1].interval)}, n = {rates[1].n}), at baseline {rates[0]}: a model that is broken "
+                    "does not refuse either. Read the completions and the change of the loss before you take the missing "
+                    "refusals for an effect.",
+                    ((condition.dataset, condition.intervention),),
+                    rates[1].rate >= 0.5 and not condition.over_refusal,
+                )
+            )
+    return found
+
+
+def is_broken(response: str) -> bool:
+    """Returns whether a completion is empty or at least half of it repeats itself."""
+    return not response.strip() or repetition(response) >= REPETITIVE
+
+
+def other_judges(conditions: Sequence[Condition], judge: str) -> list[Concern]:
+    """Returns the judge models that find no more harmful replies under ablation although refusals went away."""
+    by = {c.intervention: c for c in conditions if not c.harmless}
+    if "baseline" not in by or "ablation" not in by or judge not in by["baseline"].rates:
+        return []
+    base, ablated, found = by["baseline"], by["ablation"], []
+    gone = base.rates[judge].n and ablated.rates[judge].interval[1] < base.rates[judge].interval[0]
+    for other in sorted(base.rates.keys() & ablated.rates.keys() - set(REFUSAL_JUDGES)):
+        first, second = base.refusals(other), ablated.refusals(other)
+        both = sorted(first.keys() & second.keys())
+        test = mcnemar([1 - first[i] for i in both], [1 - second[i] for i in both])
+        if gone and both and test["low"] <= 0:
+            rates = [f"{100 * sum(1 - labels[i] for i in both) / len(both):.0f} %" for labels in (first, second)]
+            found.append(
+                Concern(
+                    f"By {judge} ablation removes refusals, but the judge {other} calls about as many completions harmful "
+                    f"as before ({rates[0]} and {rates[1]} of {len(both)}): the replies that are no longer refusals may not "
+                    "help either. Read them.",
+                    ((ablated.dataset, "ablation"),),
+                )
+            )
+    return found
+
+
+def weak_separation(along: Mapping[str, np.ndarray], layer: int) -> list[Concern]:
+    """Returns whether the direction hardly separates the val prompts at its own layer. along: as in projections.safetensors."""
+    area = auc(along["harmful_val"][:, layer], along["harmless_val"][:, layer])
+    if area is None or area >= SEPARATES:
+        return []
+    return [
+        Concern(
+            f"At layer {layer} a harmful validation prompt lies above a harmless one along the direction in only "
+            f"{100 * area:.0f} % of pairs, where chance gives 50 %: the direction hardly tells the two apart. Check that "
+            "the prompt sets are what they should be, and use more of them."
+        )
+    ]
+
+
+def auc(above: np.ndarray, below: np.ndarray) -> float | None:
+    """Returns how often a value of `above` exceeds one of `below`, ties half; None if one of them is empty."""
+    if not above.size or not below.size:
+        return None
+    difference = above[:, None].astype(np.float64) - below[None, :]
+    return float(((difference > 0) + 0.5 * (difference == 0)).mean())
+
+
+def find_concerns(run, conditions: Sequence[Condition], judges: Sequence[str]) -> list[Concern]:
+    """Returns what of a finished run speaks against its refusal rates, the decisive first."""
+    judge = next((judge for judge in judges if judge in REFUSAL_JUDGES), None)
+    picked, folder = run.read_json("direction_metadata.json"), str(run.path("completions"))
+    found = [unfinished_thoughts(conditions), *broken_completions(conditions)]
+    found += weak_separation(run.read_tensors("projections.safetensors"), picked["layer"])
+    if judge is not None:
+        rows = run.read_json("direction_evaluations.json")
+        row = next(r for r in rows if (r["position"], r["layer"]) == (picked["pos"], picked["layer"]))
+        tokens = [token["text"] for token in run.read_json("setup.json")["refusal_tokens"]]
+        found += score_disagreement(conditions, judge, run.read_json("filter.json"), tokens, folder)
+        found += [judge_disagreement(conditions, judge, folder), *selection_disagreement(conditions, judge, row)]
+        found += other_judges(conditions, judge)
+    return sorted(filter(None, found), key=lambda concern: not concern.decisive)
