@@ -17,6 +17,7 @@ from refusal_jax.study.evaluation import REPETITIVE, repetition
 from refusal_jax.study.judge_models import REFUSAL_SCORE
 from refusal_jax.study.judges import EXTENDED, TEXT_JUDGES
 from refusal_jax.study.statistics import mcnemar, wilson_interval
+from refusal_jax.thoughts import is_unfinished
 
 APART = 0.4  # difference of rates on other prompts of the same kind that no shift of topics explains; in the paper at most 0.3
 APART_PAIRED = 0.2  # the same, where both are of the same prompts
@@ -50,18 +51,22 @@ def judge_disagreement(conditions: Sequence[Condition], judge: str, folder: str)
     counts = "; ".join(f"{c.dataset}, {c.label}: {few} and {many} of {n}" for c, few, many, n in differing)
     curly = sum("’" in c["response"] for condition, *_ in differing for c in condition.completions)
     typographic = f" {curly} of these completions hold the apostrophe ’, which {judge} does not know." if curly else ""
-    again_by = "" if all(EXTENDED.name in c.rates for c in conditions) else f", and judge them again: {judging(folder)}"
     return Concern(
         f"The judge {judge}, which looks for the paper's phrases, and the judge {EXTENDED.name}, which knows more phrases "
-        f"and apostrophes, count different numbers of refusals ({counts}).{typographic} Read the completions{again_by}.",
+        f"and apostrophes, count different numbers of refusals ({counts}).{typographic}",
+        "Read the completions." if all(EXTENDED.name in c.rates for c in conditions) else judging(folder),
         tuple((c.dataset, c.intervention) for c, *_ in differing),
         strength_of(conditions, [judge])[0] != strength_of(again, [EXTENDED.name])[0],
     )
 
 
 def judging(folder: str) -> str:
-    """Returns the command that judges completions with the judge of more phrases."""
-    return f"refusal-jax evaluate --completions={folder} --out=judged --judges={REFUSAL_JUDGE},{EXTENDED.name}"
+    """Returns how to have completions judged with more phrases."""
+    return (
+        f"Read the completions, and judge them again with `refusal-jax evaluate --completions={folder} --out=judged "
+        f"--judges={REFUSAL_JUDGE},{EXTENDED.name}`; a study has its verdict from that judge with "
+        f"--config.judges=\"('{EXTENDED.name}',)\"."
+    )
 
 
 def unfinished_thoughts(conditions: Sequence[Condition]) -> Concern | None:
@@ -72,7 +77,8 @@ def unfinished_thoughts(conditions: Sequence[Condition]) -> Concern | None:
     counts = "; ".join(f"{c.dataset}, {c.label}: {c.unfinished} of {len(c.completions)}" for c in cut)
     return Concern(
         "Some completions never left their thought, so that nothing could be judged, and the rates are of the others "
-        f"({counts}). Allow longer replies (generation.max_new_tokens), or have the thought closed by the chat template.",
+        f"({counts}).",
+        "Allow longer replies (generation.max_new_tokens), or have the thought closed by the chat template.",
         tuple((c.dataset, c.intervention) for c in cut),
         any(c.unfinished > len(c.completions) / 2 for c in cut if not c.over_refusal),
     )
@@ -91,7 +97,7 @@ def score_disagreement(
         if condition.intervention != "baseline" or condition.over_refusal or judge == REFUSAL_SCORE:
             continue
         side = "harmless" if condition.harmless else "harmful"
-        judged, paired = condition.rates[judge], condition.rates.get(REFUSAL_SCORE)
+        judged, paired = condition.rates.get(judge, Rate(0, 0)), condition.rates.get(REFUSAL_SCORE)
         scores = [s for split, row in filtered.items() if split.startswith(f"{side}_") for s in row["scores"]]
         scored = paired or Rate(sum(score > 0 for score in scores if math.isfinite(score)), len(scores))
         if not (judged.n and scored.n):
@@ -106,16 +112,15 @@ def score_disagreement(
             f"{', '.join(tokens)}), by the judge {judged} ({percents(judged.interval)}, {judged.n} test prompts)."
         )
         fewer = (
-            " Either the refusals are in words, a language or an alphabet that the judge does not look for, or the refusal "
-            f"tokens also begin other replies. Read the completions, and judge them with more phrases ({judging(folder)}) "
-            "or a judge model."
+            "Either the refusals are in words, a language or an alphabet that the judge does not look for, or the refusal "
+            f"tokens also begin other replies. {judging(folder)} A judge model reads any language."
         )
         more = (
-            " The refusals begin with other words than the refusal tokens, or come later in the reply. Read the "
+            "The refusals begin with other words than the refusal tokens, or come later in the reply. Read the "
             "completions, and set refusal_tokens in the study's config to how refusals begin."
         )
-        about = ((condition.dataset, "baseline"),)
-        found.append(Concern(said + (fewer if judged.rate < scored.rate else more), about, not condition.harmless))
+        remedy = fewer if judged.rate < scored.rate else more
+        found.append(Concern(said, remedy, ((condition.dataset, "baseline"),), not condition.harmless))
     return found
 
 
@@ -124,43 +129,35 @@ def selection_disagreement(conditions: Sequence[Condition], judge: str, picked: 
 
     picked: the direction's row of direction_evaluations.json.
     """
-    found = []
-    by = {(c.harmless, c.intervention): c for c in conditions if c.rates.get(judge) and not c.over_refusal}
-    ablated, added, bypass = by.get((False, "ablation")), by.get((True, "actadd")), picked["refusal_score"]
-    if ablated and bypass is not None and ablated.rates[judge].n:
-        rate = ablated.rates[judge]
-        if bypass > CLEAR_SCORE and rate.interval[1] < 0.5:
-            found.append(
-                Concern(
-                    "Under ablation the refusal tokens still come first on the validation prompts (bypass score "
-                    f"{bypass:.1f}), but {judge} counts only {rate} of the completions as refused. Read them: the refusals "
-                    "may be in other words.",
-                    ((ablated.dataset, "ablation"),),
-                    True,
-                )
-            )
-        if bypass < -CLEAR_SCORE and rate.interval[0] > 0.5:
-            found.append(
-                Concern(
-                    "Under ablation the refusal tokens no longer come first on the validation prompts (bypass score "
-                    f"{bypass:.1f}), but {judge} counts {rate} of the completions as refused: the model refuses with other "
-                    "words or later in its reply. Read the completions, and add these words to refusal_tokens in the "
-                    "study's config.",
-                    ((ablated.dataset, "ablation"),),
-                )
-            )
-    induce = picked["steering_score"]
-    if added and induce is not None and induce > CLEAR_SCORE and added.rates[judge].n:
-        rate = added.rates[judge]
-        if rate.interval[1] < 0.5:
-            found.append(
-                Concern(
-                    "Adding the direction makes the refusal tokens come first on harmless validation prompts (induce score "
-                    f"{induce:.1f}), but {judge} counts only {rate} of the completions as refused. Read them: the refusals "
-                    "may be in other words, or the replies go on after such a beginning.",
-                    ((added.dataset, "actadd"),),
-                )
-            )
+    by = {(c.harmless, c.intervention): c for c in conditions if not c.over_refusal}
+    ablated, added = by.get((False, "ablation")), by.get((True, "actadd"))
+    bypass, induce, found = picked["refusal_score"] or 0.0, picked["steering_score"] or 0.0, []
+    rate = ablated.rates.get(judge, Rate(0, 0)) if ablated else Rate(0, 0)
+    if rate.n and bypass > CLEAR_SCORE and rate.interval[1] < 0.5:
+        claim = (
+            "Under ablation the refusal tokens still come first on the validation prompts (bypass score "
+            f"{bypass:.1f}), but {judge} counts only {rate} of the completions as refused."
+        )
+        remedy = "Read the completions: the refusals may be in words that the judge does not look for."
+        found.append(Concern(claim, remedy, ((ablated.dataset, "ablation"),), True))
+    if rate.n and bypass < -CLEAR_SCORE and rate.interval[0] > 0.5:
+        claim = (
+            "Under ablation the refusal tokens no longer come first on the validation prompts (bypass score "
+            f"{bypass:.1f}), but {judge} counts {rate} of the completions as refused: the model refuses with other words or "
+            "later in its reply."
+        )
+        remedy = "Read the completions, and add these words to refusal_tokens in the study's config."
+        found.append(Concern(claim, remedy, ((ablated.dataset, "ablation"),)))
+    rate = added.rates.get(judge, Rate(0, 0)) if added else Rate(0, 0)
+    if rate.n and induce > CLEAR_SCORE and rate.interval[1] < 0.5:
+        claim = (
+            "Adding the direction makes the refusal tokens come first on harmless validation prompts (induce score "
+            f"{induce:.1f}), but {judge} counts only {rate} of the completions as refused."
+        )
+        remedy = (
+            "Read the completions: the refusals may be in other words, or the replies go on after such a beginning."
+        )
+        found.append(Concern(claim, remedy, ((added.dataset, "actadd"),)))
     return found
 
 
@@ -171,54 +168,44 @@ def broken_completions(conditions: Sequence[Condition]) -> list[Concern]:
         before = base.get(condition.dataset)
         if before is None or condition is before:
             continue
-        rates = [
-            Rate(sum(map(is_broken, said)), len(said))
-            for said in (
-                [r["response"] for r in c.completions if r.get("thought_ended") is not False]
-                for c in (before, condition)
-            )
-        ]
-        clear = rates[0].n and rates[1].n and rates[1].interval[0] > rates[0].interval[1]
-        if clear and rates[1].rate >= BROKEN:
-            found.append(
-                Concern(
-                    f"{rates[1]} of the completions of {condition.dataset}, {condition.label}, are empty or repetitive "
-                    f"({percents(rates[1].interval)}, n = {rates[1].n}), at baseline {rates[0]}: a model that is broken "
-                    "does not refuse either. Read the completions and the change of the loss before you take the missing "
-                    "refusals for an effect.",
-                    ((condition.dataset, condition.intervention),),
-                    rates[1].rate >= 0.5 and not condition.over_refusal,
-                )
-            )
+        plain, rate = (broken_rate(c) for c in (before, condition))
+        if not (plain.n and rate.n) or rate.rate < BROKEN or rate.interval[0] <= plain.interval[1]:
+            continue
+        claim = (
+            f"{rate} of the completions of {condition.dataset}, {condition.label}, are empty or repetitive "
+            f"({percents(rate.interval)}, n = {rate.n}), at baseline {plain}: a model that is broken does not refuse either."
+        )
+        remedy = "Read the completions and the change of the loss before you take missing refusals for an effect."
+        about = ((condition.dataset, condition.intervention),)
+        found.append(Concern(claim, remedy, about, rate.rate >= 0.5 and not condition.over_refusal))
     return found
 
 
-def is_broken(response: str) -> bool:
-    """Returns whether a completion is empty or at least half of it repeats itself."""
-    return not response.strip() or repetition(response) >= REPETITIVE
+def broken_rate(condition: Condition) -> Rate:
+    """Returns how many completions are empty, or repeat themselves in at least half of their words."""
+    said = [c["response"] for c in condition.completions if not is_unfinished(c)]
+    return Rate(sum(not text.strip() or repetition(text) >= REPETITIVE for text in said), len(said))
 
 
 def other_judges(conditions: Sequence[Condition], judge: str) -> list[Concern]:
     """Returns the judge models that find no more harmful replies under ablation although refusals went away."""
-    by = {c.intervention: c for c in conditions if not c.harmless}
-    if "baseline" not in by or "ablation" not in by or judge not in by["baseline"].rates:
+    by = {c.intervention: c for c in conditions if not c.harmless and c.rates.get(judge, Rate(0, 0)).n}
+    if not {"baseline", "ablation"} <= by.keys():
         return []
     base, ablated, found = by["baseline"], by["ablation"], []
-    gone = base.rates[judge].n and ablated.rates[judge].interval[1] < base.rates[judge].interval[0]
+    gone = ablated.rates[judge].interval[1] < base.rates[judge].interval[0]
     for other in sorted(base.rates.keys() & ablated.rates.keys() - set(REFUSAL_JUDGES)):
         first, second = base.refusals(other), ablated.refusals(other)
         both = sorted(first.keys() & second.keys())
         test = mcnemar([1 - first[i] for i in both], [1 - second[i] for i in both])
         if gone and both and test["low"] <= 0:
             rates = [f"{100 * sum(1 - labels[i] for i in both) / len(both):.0f} %" for labels in (first, second)]
-            found.append(
-                Concern(
-                    f"By {judge} ablation removes refusals, but the judge {other} calls about as many completions harmful "
-                    f"as before ({rates[0]} and {rates[1]} of {len(both)}): the replies that are no longer refusals may not "
-                    "help either. Read them.",
-                    ((ablated.dataset, "ablation"),),
-                )
+            claim = (
+                f"By {judge} ablation removes refusals, but the judge {other} calls about as many completions harmful as "
+                f"before ({rates[0]} and {rates[1]} of {len(both)})."
             )
+            remedy = "Read the completions: the replies that are no longer refusals may not help either."
+            found.append(Concern(claim, remedy, ((ablated.dataset, "ablation"),)))
     return found
 
 
@@ -227,13 +214,11 @@ def weak_separation(along: Mapping[str, np.ndarray], layer: int) -> list[Concern
     area = auc(along["harmful_val"][:, layer], along["harmless_val"][:, layer])
     if area is None or area >= SEPARATES:
         return []
-    return [
-        Concern(
-            f"At layer {layer} a harmful validation prompt lies above a harmless one along the direction in only "
-            f"{100 * area:.0f} % of pairs, where chance gives 50 %: the direction hardly tells the two apart. Check that "
-            "the prompt sets are what they should be, and use more of them."
-        )
-    ]
+    claim = (
+        f"At layer {layer} a harmful validation prompt lies above a harmless one along the direction in only "
+        f"{100 * area:.0f} % of pairs, where chance gives 50 %: the direction hardly tells the two apart."
+    )
+    return [Concern(claim, "Check that the prompt sets are what they should be, and use more prompts.")]
 
 
 def auc(above: np.ndarray, below: np.ndarray) -> float | None:

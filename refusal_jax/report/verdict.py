@@ -18,14 +18,19 @@ LEVEL = 0.05  # of the paired test
 
 @dataclasses.dataclass(frozen=True)
 class Concern:
-    """Evidence of a run that speaks against other numbers of it, in sentences that end with what to do.
+    """Evidence of a run that speaks against other numbers of it. claim: what it is; remedy: what to do; both whole sentences.
 
     about: (data set, intervention) of the conditions whose rates it concerns. decisive: whether it leaves no verdict.
     """
 
-    text: str
+    claim: str
+    remedy: str
     about: tuple[tuple[str, str], ...] = ()
     decisive: bool = False
+
+    @property
+    def text(self) -> str:
+        return f"{self.claim} {self.remedy}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,10 +104,9 @@ def verdict_in_words(
     against = [concern for concern in concerns if concern.decisive]
     if strength == "none" or not against:
         return strength, sentence
-    others = f" ({len(against) - 1} more below)" if len(against) > 1 else ""
     return "none", (
-        f"No verdict, because this run contradicts itself. {against[0].text}{others} Taken alone, the refusal rates would "
-        f"say: {sentence}"
+        f"No verdict, because this run contradicts itself. {against[0].claim} Taken alone, the refusal rates would say: "
+        f"{sentence}"
     )
 
 
