@@ -65,7 +65,7 @@ def judging(folder: str) -> str:
     return (
         f"Read the completions, and judge them again with `refusal-jax evaluate --completions={folder} --out=judged "
         f"--judges={REFUSAL_JUDGE},{EXTENDED.name}`; a study has its verdict from that judge with "
-        f"--config.judges=\"('{EXTENDED.name}',)\"."
+        f"`--config.judges=\"('{EXTENDED.name}',)\"`."
     )
 
 

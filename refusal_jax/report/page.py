@@ -7,11 +7,12 @@ drawings enter as markup. It holds nothing that changes between two writes, so t
 
 import math
 import pathlib
+import re
 from collections.abc import Sequence
 
 import jinja2
 import numpy as np
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from refusal_jax.report.concerns import auc, find_concerns
 from refusal_jax.report.summary import (
@@ -61,7 +62,7 @@ def environment() -> jinja2.Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    env.filters |= {"num": number, "signed": signed, "plain": plain, "long": is_long}
+    env.filters |= {"num": number, "signed": signed, "plain": plain, "long": is_long, "prose": prose}
     return env
 
 
@@ -77,6 +78,11 @@ def number(value: float | None, digits: int = 3) -> str:
 def plain(text) -> str:
     """Untrusted text without control characters, which HTML does not allow and terminals obey."""
     return str(text).translate(CONTROLS)
+
+
+def prose(text: str) -> Markup:
+    """Escapes a sentence of ours, which may quote the model, and sets what is between backticks as code."""
+    return Markup(re.sub("`([^`]+)`", r"<code>\1</code>", str(escape(plain(text)))))
 
 
 def is_long(text: str) -> bool:
