@@ -19,6 +19,7 @@ MARKS = (
     ("◁think▷", "◁/think▷"),
     ("<|begin_of_thought|>", "<|end_of_thought|>"),
     ("<|channel|>analysis<|message|>", "<|channel|>final<|message|>"),
+    ("<|channel|>analysis<|message|>", "assistantfinal"),  # what decoding without special tokens leaves of it
     ("<|channel>thought", "<channel|>"),
     ("<unused94>thought", "<unused95>"),
     ("Here is my thought process:", "Here is my response:"),
