@@ -33,7 +33,7 @@ PACKAGES = ("refusal-jax", "jax", "flax", "transformers", "numpy", "safetensors"
 
 
 def to_json(value) -> bytes:
-    # A lone surrogate, which JSON can carry but UTF-8 cannot, must not cost the run.
+    # Texts are whole where they come in, but a path may hold bytes that are not UTF-8, as lone surrogates.
     return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode("utf-8", "replace")
 
 

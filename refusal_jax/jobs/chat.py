@@ -20,6 +20,8 @@ conversation, unless --history is given. For other models run `refusal-jax study
 """
 
 import contextlib
+import io
+import itertools
 import pathlib
 import sys
 
@@ -34,6 +36,7 @@ from refusal_jax.export.study import Study
 from refusal_jax.harness.edited import model_of, read_direction
 from refusal_jax.sharding import make_mesh
 from refusal_jax.study.activations import extract
+from refusal_jax.surrogates import mended
 from refusal_jax.terminal.screen import escaped
 from refusal_jax.terminal.session import Session
 from refusal_jax.terminal.show import show_columns, show_plain
@@ -113,11 +116,14 @@ def embedded_direction(model: ChatModel) -> Directions:
 
 
 def lines(typed: bool):
-    """The user's lines, from a terminal with editing and history, or from a file or pipe, which are shown too."""
+    """The user's lines, from a terminal with editing and history, or from a file or pipe, which are shown too. Bytes that are
+    not UTF-8 become U+FFFD."""
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")
     if typed:
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401, input() then has it
-    while True:
+    for number in itertools.count(1):
         try:
             line = input("> ") if typed else sys.stdin.readline()
         except EOFError:
@@ -130,6 +136,7 @@ def lines(typed: bool):
             continue
         if not typed and not line:
             return
+        line = mended(line, f"Line {number} of the input")
         if not typed:
             print(f"> {escaped(line.rstrip())}", flush=True)
         yield line.strip()
