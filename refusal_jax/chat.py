@@ -115,7 +115,8 @@ class Chat:
     def ids(self, text: str, special: bool = False) -> list[int]:
         """Token ids of rendered text, whose special tokens the template wrote; `special` adds the tokenizer's own.
 
-        Lone surrogates become U+FFFD: no tokenizer takes them, and a harness or a template may bring some. Raises UserError for a token that the model has no embedding for.
+        Lone surrogates become U+FFFD: no tokenizer takes them, and a harness or a template may bring some. Raises
+        UserError for a token that the model has no embedding for.
         """
         text = mended(text, "Text for the tokenizer")
         ids = self.tokenizer(text, add_special_tokens=special).input_ids

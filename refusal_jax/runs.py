@@ -80,6 +80,7 @@ class Run:
             yield cls(folder, manifest, new, ToldFiles(folder))
             return
         storage = open_storage(folder)
+        folder = storage.path
         others = [name for name in storage.names() if not name.startswith(".")]
         if others and MANIFEST not in others:
             raise UserError(

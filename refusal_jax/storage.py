@@ -246,7 +246,7 @@ class ToldFiles:
     """What process 0, who owns the folder, has told this process of it. Writing is left to process 0."""
 
     def __init__(self, folder: str | os.PathLike):
-        self.path = pathlib.PurePath(folder)
+        self.path = local_path(folder)
         self.files: dict[str, bytes] = {}
 
     def exists(self, name: str) -> bool:

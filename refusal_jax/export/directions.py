@@ -94,8 +94,8 @@ def read_directions(
     count = sum(len(one.raw_kd) for one in each)
     if count > 1 and layer is not None and not any(one.chosen for one in each):
         raise UserError(
-            f"--layer={layer} says at which layer one direction was read, and these are {count}, which are taken out everywhere as "
-            "the subspace that they span. Leave out --layer, or name one direction."
+            f"--layer={layer} says at which layer one direction was read, and these are {count}, which are taken out everywhere "
+            "as the subspace that they span. Leave out --layer, or name one direction."
         )
     if len({one.raw_kd.shape[1] for one in each}) > 1:
         raise UserError(
@@ -170,7 +170,9 @@ def _taken(file: pathlib.Path, values: np.ndarray, position, layer, n_layers, su
             f"--subspace takes all {len(rows_kd)} rows of {file}, and --layer={layer} one of them. Leave out one of the two."
         )
     if not subspace and _row_per_layer(file, len(rows_kd), layer, n_layers, subspace is not None):
-        return Taken(file, rows_kd[layer][None], layer, True, f"{file.name}: row {layer} of {len(rows_kd)}, counted from 0")
+        return Taken(
+            file, rows_kd[layer][None], layer, True, f"{file.name}: row {layer} of {len(rows_kd)}, counted from 0"
+        )
     return Taken(file, rows_kd, None, False, f"{file.name}: all {len(rows_kd)} rows")
 
 
@@ -181,8 +183,7 @@ def _row_per_layer(file, count: int, layer: int | None, n_layers: int | None, se
     if not per_layer and layer is not None:
         raise UserError(
             f"--layer={layer} was given, but {file} has {count} rows and the model has {n_layers} layers: they are not one "
-            "direction a layer. "
-            + ("Leave it out to take the subspace that they span." if several else ONE_ONLY)
+            "direction a layer. " + ("Leave it out to take the subspace that they span." if several else ONE_ONLY)
         )
     if per_layer and layer is None:
         raise UserError(

@@ -106,8 +106,9 @@ def read_arguments(
     pretrained: folder of an HF checkpoint; default, the model of the study that the edit comes from, and with no edit the
     embedded one. ablate, add: folder of a study or file of a direction, to take out or to add. scale: how much to add, or with
     `ablate` alone which part to take out. layer: where to add, default the direction's own; with position, which one of a file of
-    mean differences, and alone which row of a file with one for each layer. data, fsdp, model: devices along each axis of the mesh. The others: as in a study's config. Raises
-    UserError for directions or settings that cannot be used.
+    mean differences, and alone which row of a file with one for each layer. data, fsdp, model: devices along each axis of the
+    mesh. The others: as in a study's config. A leading ~ of paths is expanded. Raises UserError for directions or settings that
+    cannot be used.
     """
     paths = [local_path(str(path)) for path in (ablate, add) if path]
     studies = [Study.read(path, 1) for path in paths if path.is_dir() and not pretrained]
@@ -153,9 +154,7 @@ def model_of(paths: Sequence[pathlib.Path], studies: Sequence[Study]) -> pathlib
     return studies[0].model
 
 
-def one_each(
-    paths: Sequence[pathlib.Path], layer: int | None, position: int | None, n_layers: int
-) -> list[Directions]:
+def one_each(paths: Sequence[pathlib.Path], layer: int | None, position: int | None, n_layers: int) -> list[Directions]:
     """The one direction of each study or file, read as `read_each` does. Raises UserError for none or several in one."""
     each = read_each(paths, position, layer, n_layers, subspace=None)
     for path, one in zip(paths, each, strict=True):

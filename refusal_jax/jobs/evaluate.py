@@ -16,7 +16,6 @@ OUT gets NAME_evaluations.json in the published format with a column for each ju
 """
 
 import hashlib
-import pathlib
 
 from absl import flags
 
@@ -27,7 +26,7 @@ from refusal_jax.models.mirror import checkpoint_folder
 from refusal_jax.report.text import rates_table
 from refusal_jax.runs import Ledger, to_json
 from refusal_jax.sharding import make_mesh
-from refusal_jax.storage import DiskFolder
+from refusal_jax.storage import DiskFolder, local_path
 from refusal_jax.study.artifacts import jailbreakbench_artifact, read_completions, split_name
 from refusal_jax.study.evaluation import tables, tidy_csv
 from refusal_jax.study.judge_models import ModelJudge, judge_all, parse_judges
@@ -53,8 +52,7 @@ def main(arguments) -> None:
             raise UserError(
                 f"--{flag.name} is missing. Example: refusal-jax evaluate --completions=runs/mine/completions --out=judged."
             )
-    path = pathlib.Path(COMPLETIONS.value)
-    completions = read_completions(path)
+    completions = read_completions(local_path(COMPLETIONS.value))
     mesh = make_mesh(model=MODEL_AXIS.value) if MODEL_AXIS.value > 1 else None
     judges = parse_judges(JUDGES.value, BATCH_SIZE.value, DTYPE.value, mesh)
     chat = None

@@ -97,7 +97,9 @@ def _completion(row, where: str) -> dict:
     if not isinstance(response, str):
         raise UserError(f"{where}: {answer} is a {type(response).__name__}, expected text.")
     judged = ("is_jailbreak_", "probability_")  # what judges said before
-    kept = {key: row[key] for key in row if not key.startswith(judged) and key.strip().lower() not in (answer, "category")}
+    kept = {
+        key: row[key] for key in row if not key.startswith(judged) and key.strip().lower() not in (answer, "category")
+    }
     return {"category": category_of(low), **kept, "prompt": prompt, "response": response}
 
 

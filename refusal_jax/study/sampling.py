@@ -66,7 +66,8 @@ def _shared_out(splits: Sequence[str], rows: list[dict], data, source: str, note
     note(
         f"{', '.join(splits)} come from the same prompts ({source}, {len(different)} different ones), so that they were drawn "
         f"apart: {', '.join(map(str, counts))} (asked for: {', '.join(map(str, asked))})."
-        + " What is called harmful and what harmless differs by chance only: name files of their own." * mixed
+        + " What is called harmful and what harmless differs by chance only: name files of their own."
+        * mixed
     )
     return {split: pool[end - count : end] for split, count, end in zip(splits, counts, ends, strict=True)}
 
@@ -128,13 +129,19 @@ def overlaps(prompts: Mapping[str, Sequence[dict]]) -> list[dict]:
 
 def overlap_warning(found: Mapping) -> str:
     """Returns an entry of `overlaps` as a sentence, with what to do about it."""
-    split, other, of = found["split"], found["other"], f"{found['count']} of the {found['of']} prompts of {found['split']}"
+    split, other, of = (
+        found["split"],
+        found["other"],
+        f"{found['count']} of the {found['of']} prompts of {found['split']}",
+    )
     if split == other:
         return f"{of} repeat another one of the set: they count twice. Remove the repeats from its file."
     if _side(split) != _side(other):
         return f"{of} are in {other} too, so the same prompt counts as harmful and as harmless. Correct the files of both sets."
     stage = STAGES[_stage(other)]
-    harm = "the results on them say nothing about unseen prompts" if _stage(split) == 2 else "they cannot check the choice"
+    harm = (
+        "the results on them say nothing about unseen prompts" if _stage(split) == 2 else "they cannot check the choice"
+    )
     use = "trained on" if stage == "train" else "used to choose the direction"
     return f"{of} are in {other} too: they were {use}, so {harm}. Take them out of one of the two files."
 
