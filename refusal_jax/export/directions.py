@@ -140,7 +140,7 @@ def read_each(
     None: where the model is not known, so that `layer` alone tells which of both it is. Raises UserError for what holds no
     direction, can be read both ways, or does not go with `position`, `layer` or `subspace`.
     """
-    files = [path / DIRECTION if path.is_dir() else path for path in paths]
+    files = [direction_file(path) for path in paths]
     values = [_read(file) for file in files]
     if position is not None and not any(array.ndim == 3 for array in values):
         shapes = ", ".join(f"{f.name} {list(array.shape)}" for f, array in zip(files, values, strict=True))
@@ -201,6 +201,18 @@ def _check_layer(layer: int, n_layers: int) -> None:
         raise UserError(f"There is no layer {layer}: the layers are 0 to {n_layers - 1}. Correct --layer.")
 
 
+def direction_file(path: pathlib.Path) -> pathlib.Path:
+    """Returns the file of a direction: `path`, or the one in the folder of a study. Raises UserError if there is none."""
+    file = path / DIRECTION if path.is_dir() else path
+    if file.suffix not in READERS:
+        raise UserError(
+            f"{file} is no direction: give the folder of a finished study, or a file that ends in {', '.join(READERS)}."
+        )
+    if not file.is_file():
+        raise UserError(f"{file} is not a file. Check the path of the direction.")
+    return file
+
+
 def read_metadata(file: pathlib.Path) -> dict:
     """What is said of a direction in the folder of its file, or the one above as in published runs: "pos" and "layer"."""
     for folder in (file.parent, file.parent.parent):
@@ -232,14 +244,7 @@ def _candidate(file, values_pld, told: dict, position: int | None, layer: int | 
 
 def _read(file: pathlib.Path) -> np.ndarray:
     """The array in a file, float64, of one to three axes."""
-    readers = {".npy": _read_npy, ".safetensors": _read_safetensors, ".pt": _read_pt}
-    if file.suffix not in readers:
-        raise UserError(
-            f"{file} is no direction: give the folder of a finished study, or a file that ends in {', '.join(readers)}."
-        )
-    if not file.is_file():
-        raise UserError(f"{file} is not a file. Check the path of the direction.")
-    values = np.asarray(readers[file.suffix](file))
+    values = np.asarray(READERS[file.suffix](file))
     if values.dtype.kind not in "fiuV" or values.ndim not in (1, 2, 3):
         raise UserError(
             f"{file} holds an array of shape {list(values.shape)} and type {values.dtype}: a direction is numbers of shape "
@@ -285,3 +290,6 @@ def _read_pt(file: pathlib.Path) -> np.ndarray:
             f"{file} holds no plain tensor ({reason}). Only tensors are read, because other pickles can run code: save the "
             "direction alone, with torch.save(direction, FILE)."
         ) from None
+
+
+READERS = {".npy": _read_npy, ".safetensors": _read_safetensors, ".pt": _read_pt}

@@ -14,7 +14,7 @@ from refusal_jax.chat import bucket
 from refusal_jax.chat_model import ChatModel, demo_model_path, load_model
 from refusal_jax.edits import Edits
 from refusal_jax.errors import UserError
-from refusal_jax.export.directions import Directions, read_each
+from refusal_jax.export.directions import Directions, direction_file, read_each
 from refusal_jax.export.study import Study
 from refusal_jax.models.config import load_config
 from refusal_jax.models.mirror import checkpoint_folder
@@ -145,6 +145,8 @@ def model_of(paths: Sequence[pathlib.Path], studies: Sequence[Study]) -> pathlib
     if not paths:
         return demo_model_path()
     if not studies:
+        for path in paths:
+            direction_file(path)
         raise UserError("The model is missing: a direction from a file does not tell which model it belongs to.")
     if checkpoint_fingerprint(studies[0].model) != studies[0].fingerprint:
         raise UserError(

@@ -29,7 +29,7 @@ import shlex
 from absl import flags
 
 from refusal_jax.errors import UserError, VerificationError
-from refusal_jax.export.directions import read_directions
+from refusal_jax.export.directions import direction_file, read_directions
 from refusal_jax.export.edit import WEIGHT_SITES
 from refusal_jax.export.hf import TIED
 from refusal_jax.export.hub import push
@@ -116,6 +116,8 @@ def read_request(argv) -> Request:
     folders = [path for path in paths if path.is_dir() or not path.suffix]
     study = Study.read(folders[0], PROMPTS.value) if folders else Study.none(PROMPTS.value, CHAT_TEMPLATE.value)
     if not MODEL.value and not study.model:
+        for path in paths:
+            direction_file(path)
         raise UserError("--model is missing: a direction from a file does not tell which model it belongs to.")
     source = local_path(MODEL.value) if MODEL.value else study.model
     if study.model and checkpoint_fingerprint(source) != study.fingerprint:
