@@ -124,11 +124,11 @@ TORN_CSV = {
     ),
     "goal\nbake, eat\n": r"row 1 \(line 2\) has 2 fields and the header has 1 \(goal\)",
     "goal,category\nx\n": r"row 1 \(line 2\) has 1 field and the header has 2 \(goal, category\), so a field is missing",
-    'goal,category\n"bake,x\n"fry",x\n': r"row 1 \(line 2\) is not readable CSV: ',' expected after '\"'\. Put a field",
+    'goal,category\n"bake,x\n"fry",x\n': r"row 1 \(line 2\) is not readable CSV: text follows a closing quote, .*\. Put a field",
     'goal,category\nx,"y\nz"\n"bake,x\nfry,x\n': (
         r"row 2 \(line 4\) is not readable CSV: a quote is opened and never closed"
     ),
-    'goal,category\n"a" b,c\n': r"row 1 \(line 2\) is not readable CSV: ',' expected after",
+    'goal,category\n"a" b,c\n': r"row 1 \(line 2\) is not readable CSV: text follows a closing quote",
     '"goal,category\nx,y\n': r"header \(line 1\) is not readable CSV: a quote is opened and never closed",
     "Goal,goal \na,b\n": r"a\.csv has two columns that are called 'goal'\. Rename one of them",
     "goal,\nbake,eat\n": r"row 1 \(line 2\) has 'eat' in a column without a name, where it would be lost",

@@ -75,35 +75,17 @@ def test_bad_models_and_folders(tmp_path):
 
 
 def test_home_folders_in_flags(tmp_path):
-    """~ is expanded in whatever names a file or folder, and a user that is not known makes no folder."""
+    """~ is expanded in whatever names a file or folder, and a user who is not known makes no folder."""
     shutil.copy(ROOT / "configs" / "demo.py", tmp_path / "demo.py")
     (tmp_path / "rows.json").write_text(json.dumps([{"prompt": "p", "response": "I cannot"}]))
-
-    def asked(*args):
-        return command(*args, env={"HOME": str(tmp_path)})
-
-    assert asked("evaluate", "--completions=~/rows.json", "--out=~/judged").returncode == 0
+    home = {"env": {"HOME": str(tmp_path)}}
+    assert command("evaluate", "--completions=~/rows.json", "--out=~/judged", **home).returncode == 0
     assert (tmp_path / "judged" / "statistics.csv").is_file()
-    gone = tmp_path / "gone"
-    for args in (
-        ("study", "--config=~/demo.py", "--workdir=~/run", "--model=~/gone"),
-        ("study", "--workdir=~/run", "--config.data.harmful_val=~/gone.csv"),
-        ("study", "--workdir=~/run", "--config.loss.text_files=('~/gone.txt',)"),
-        ("study", "--workdir=~/run", "--config.chat_template=~/gone.jinja"),
-        ("study", "--workdir=~/run", "--config.judges=('llm=~/gone',)"),
-        ("evaluate", "--completions=~/rows.json", "--out=~/judged", "--judges=llm=~/gone@~/ask.txt"),
-        ("evaluate", "--completions=~/rows.json", "--out=~/judged", "--tokenizer=~/gone"),
-        ("export", "--check=~/gone"),
-        ("data", "fetch", "--from=~/gone", "--folder=~/data"),
-        ("chat", "--direction=~/gone"),
-    ):
-        (tmp_path / "ask.txt").write_text("{prompt} {response}")
-        refused(asked(*args), str(gone))
-    for flag in ("--workdir", "--config"):
-        refused(
-            asked("study", "--workdir=x", f"{flag}=~nosuchuser/x"), "~nosuchuser/x: this machine knows no home folder"
-        )
-    refused(asked("evaluate", "--completions=~/rows.json", "--out=~nosuchuser/x"), "no home folder for ~nosuchuser")
+    gone = ("study", "--config=~/demo.py", "--workdir=~/run", "--model=~/gone")
+    refused(command(*gone, **home), f"{tmp_path}/gone is not a folder")
+    refused(command("data", "fetch", "--from=~/gone", "--folder=~/data", **home), f"{tmp_path}/gone is not a folder")
+    refused(command("study", "--workdir=~nosuchuser/x"), "~nosuchuser/x: this machine knows no home folder")
+    refused(command("study", "--workdir=x", "--config=~nosuchuser/x.py"), "knows no home folder for ~nosuchuser")
     assert not (tmp_path / "run").exists() and not [p for p in ROOT.iterdir() if p.name.startswith("~")]
 
 

@@ -18,6 +18,10 @@ INSTRUCTION_KEYS = ("instruction", "goal", "prompt", "behavior", "forbidden_prom
 CATEGORY_KEYS = ("category", "semanticcategory", "type")
 USE_JSONL = "Repair it, or use .jsonl for one object a line."
 OTHER_SEPARATORS = {";": "semicolons", "\t": "tabs", "|": "vertical bars"}
+FAULTS = {  # in our words, by what is in Python's
+    "unexpected end": "a quote is opened and never closed",
+    "expected after": "text follows a closing quote, so that one is not doubled or one before is not closed",
+}
 QUOTING = (
     "Put a field that holds commas, quotes or line ends in double quotes and double the quotes inside it, or use .jsonl (for "
     "prompts alone also .txt, one a line)."
@@ -113,8 +117,8 @@ def _parsed(text: str, where: str, advice: str):
 
     def whole(pairs: list[tuple[str, object]]) -> dict:
         keys = [joined(key) for key, _ in pairs]
-        twice = next((key for i, key in enumerate(keys) if key in keys[:i]), None)
-        if twice is not None:
+        if len(set(keys)) < len(keys):
+            twice = next(key for key in keys if keys.count(key) > 1)
             raise UserError(
                 f"{where} has the key {twice!r} twice in one object, so one of its two values would be lost. Rename or remove "
                 "one of them."
@@ -184,7 +188,7 @@ def _records(text: str, path) -> Iterator[tuple[str, list[str], str]]:
         try:
             fields = next(reader, None)
         except csv.Error as error:
-            fault = "a quote is opened and never closed" if "unexpected end" in str(error) else str(error)
+            fault = next((words for mark, words in FAULTS.items() if mark in str(error)), str(error))
             raise UserError(f"{path}, {where} is not readable CSV: {fault}. {QUOTING}") from None
         if fields is None:
             return
