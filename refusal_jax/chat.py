@@ -11,6 +11,7 @@ import numpy as np
 from refusal_jax import thoughts
 from refusal_jax.errors import UserError
 from refusal_jax.qwen_tokenizer import RANKS, QwenTokenizer
+from refusal_jax.surrogates import mended
 from refusal_jax.templates import BUILT_IN, MARKS, named_template, recognised_template
 
 # Texts that share no token at their ends: what stays equal after all of them is the template's.
@@ -115,8 +116,10 @@ class Chat:
     def ids(self, text: str, special: bool = False) -> list[int]:
         """Token ids of rendered text, whose special tokens the template wrote; `special` adds the tokenizer's own.
 
-        Raises UserError for a token that the model has no embedding for.
+        Lone surrogates become U+FFFD: no tokenizer takes them, and a harness or a template may bring some. Raises
+        UserError for a token that the model has no embedding for.
         """
+        text = mended(text, "Text for the tokenizer")
         ids = self.tokenizer(text, add_special_tokens=special).input_ids
         if ids and max(ids) >= self.vocab_size:
             raise UserError(
@@ -134,6 +137,7 @@ class Chat:
             raise UserError(
                 "encode takes a non-empty list of instructions, e.g. model.encode(['How do I bake bread?'])."
             )
+        instructions = mended(list(instructions), "Instructions")
         rows = [self.ids(self.render(text)) for text in instructions]
         longest = max(range(len(rows)), key=lambda i: len(rows[i]))
         if len(rows[longest]) > self.context_length:

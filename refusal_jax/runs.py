@@ -32,7 +32,7 @@ PACKAGES = ("refusal-jax", "jax", "flax", "transformers", "numpy", "safetensors"
 
 
 def to_json(value) -> bytes:
-    # A lone surrogate, which JSON can carry but UTF-8 cannot, must not cost the run.
+    # Texts are whole where they come in, but a path may hold bytes that are not UTF-8, as lone surrogates.
     return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode("utf-8", "replace")
 
 
@@ -79,6 +79,7 @@ class Run:
             yield cls(folder, manifest, new, ToldFiles(folder))
             return
         storage = open_storage(folder)
+        folder = storage.path
         others = [name for name in storage.names() if not name.startswith(".")]
         if others and MANIFEST not in others:
             raise UserError(

@@ -44,6 +44,24 @@ def cannot_write(path: pathlib.Path, error: OSError) -> UserError:
     )
 
 
+def local_path(path: str | os.PathLike) -> pathlib.Path:
+    """Returns a path of this machine with a leading ~ or ~USER expanded; what a shell would leave alone stays as it is.
+
+    Raises UserError for a user who is not known here.
+    """
+    text = os.fspath(path)
+    full = os.path.expanduser(text)
+    if full.startswith("~"):
+        name = text.partition("/")[0]
+        raise UserError(
+            f"{text}: this machine knows no home folder for {name}. Write the whole path, or ./{text} for a file or folder "
+            "whose name begins so."
+        )
+    found = pathlib.Path(full)
+    # pathlib drops "./", and a second look would take what is left for a home folder.
+    return found.absolute() if str(found).startswith("~") else found
+
+
 def open_storage(folder: str | os.PathLike) -> "DiskFolder | ObjectFolder":
     """The folder of a path or of a gs:// address. Raises UserError for other addresses, and without the store's client."""
     scheme, separator, _ = os.fspath(folder).partition("://")
@@ -61,7 +79,7 @@ class DiskFolder:
     """A local folder: files are replaced by renaming, ledgers grow line by line, and a lock keeps other runs out."""
 
     def __init__(self, folder: str | os.PathLike):
-        self.path = pathlib.Path(folder)
+        self.path = local_path(folder)
 
     def names(self) -> list[str]:
         """What is directly in the folder; empty if there is none. Raises UserError if it is a file."""
@@ -228,7 +246,7 @@ class ToldFiles:
     """What process 0, who owns the folder, has told this process of it. Writing is left to process 0."""
 
     def __init__(self, folder: str | os.PathLike):
-        self.path = pathlib.PurePath(folder)
+        self.path = local_path(folder)
         self.files: dict[str, bytes] = {}
 
     def exists(self, name: str) -> bool:

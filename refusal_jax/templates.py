@@ -5,11 +5,11 @@ tokenizer's own, rendered in the same sandbox. What ends in a line end writes it
 the last line end of a template.
 """
 
-import pathlib
 from collections.abc import Collection
 
 from refusal_jax.data.prompts import read_text
 from refusal_jax.errors import UserError
+from refusal_jax.storage import local_path
 
 CHATML = "<|im_start|>user\n{{ messages[0]['content'] }}<|im_end|>\n<|im_start|>assistant{{ '\\n' }}"
 GEMMA = "{{ bos_token }}<start_of_turn>user\n{{ messages[0]['content'] }}<end_of_turn>\n<start_of_turn>model{{ '\\n' }}"
@@ -46,10 +46,11 @@ def named_template(setting: str) -> tuple[str, str]:
             f"there is no chat template {setting!r}. Set --config.chat_template to one of {', '.join(BUILT_IN)}, to "
             "the path of a .jinja file, or to '' for the tokenizer's own."
         )
-    text = read_text(pathlib.Path(setting))
+    path = local_path(setting)
+    text = read_text(path)
     if not text.strip():
-        raise UserError(f"the chat template {setting} is empty. Put a jinja template into it, or name another.")
-    return text, setting
+        raise UserError(f"the chat template {path} is empty. Put a jinja template into it, or name another.")
+    return text, str(path)
 
 
 def recognised_template(special_tokens: Collection[str]) -> tuple[str, str] | None:

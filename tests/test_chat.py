@@ -96,6 +96,16 @@ def test_encode_needs_a_list(instructions, chat):
         chat.encode(instructions)
 
 
+def test_half_a_character_is_replaced(model, tmp_path, capsys):
+    whole, half = ["a \ufffd", "b \U0001f600"], ["a \ud800", "b \ud83d\ude00"]
+    np.testing.assert_array_equal(model.encode(half).tokens, model.encode(whole).tokens)
+    assert "Instructions: 1 text holds half of a surrogate pair" in capsys.readouterr().err
+    assert model.generate(half, 4) == model.generate(whole, 4)
+    assert model.chat.opener_ids(["\udfff"]) == model.chat.opener_ids(["\ufffd"])
+    chat = make_chat(tmp_path, tiny.TEMPLATE + r"{{ '\ud800' }}")  # jinja knows the escape
+    assert chat.tokenizer.decode(chat.post_instruction_ids).endswith("\ufffd")
+
+
 def test_refusal_openers(chat):
     first = chat.ids("I")[0]
     assert chat.opener_ids(("I",)) == (first,)

@@ -240,5 +240,22 @@ def test_the_command_on_another_model(llama, tmp_path):
     np.save(tmp_path / "r.npy", np.ones(32))
     file = f"--direction={tmp_path / 'r.npy'}"
     refused(command("chat", file), "The model is missing: a direction from a file does not")
+    refused(
+        command("chat", f"--direction={tmp_path / 'gone.npy'}"),
+        "gone.npy is not a file. Check the path of the direction",
+    )
+    bytes_too = {"input": "/abate\udcff\n", "errors": "surrogateescape"}
+    refused(
+        command("chat", file, f"--model={llama}", "--layer=1", **bytes_too),
+        "Line 1 of the input: 1 text holds half of .* a byte that is not UTF-8.*/abate\ufffd is not a command",
+    )
+    np.save(tmp_path / "rows.npy", np.eye(32)[:3])
+    rows = f"--direction={tmp_path / 'rows.npy'}"
+    refused(
+        command("chat", rows, f"--model={llama}"),
+        "has 3 rows and the model has 3 layers: they may be one direction for",
+    )
+    done = command("chat", rows, f"--model={llama}", "--layer=1", input="/quit\n")
+    assert done.returncode == 0 and "The edits use 1 direction (rows.npy: row 1 of 3, counted from 0)." in done.stdout
     done = command("chat", file, f"--model={llama}", "--layer=1", input="/off\n/quit\n/abate\n")
     assert done.returncode == 0 and "no edit" in done.stdout and "abate" not in done.stdout

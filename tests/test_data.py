@@ -96,6 +96,90 @@ def test_csv_that_the_parser_gives_up_on(tmp_path):
         read_prompts(write(tmp_path, "huge.csv", "goal\n" + "x" * 200_000 + "\n"))
 
 
+WHOLE_CSV = {
+    'goal,category\n\n"a\n\nb, ""c""",d\n': ('a\n\nb, "c"', "d"),
+    '\ufeffgoal,category\r\n"a\r\nb",d\r\n': ("a\nb", "d"),
+    '\n\ngoal,category\n5" pipe, wide,d\n'.replace(", wide", ""): ('5" pipe', "d"),
+    'goal, category\n"bake, eat", "food, x"\n': ("bake, eat", "food, x"),
+    '"goal","category"\n"bake", food\n': ("bake", " food"),
+    "goal,category,\nbake,food,\n": ("bake", "food"),
+    ",Goal,category\n0,bake,food\n": ("bake", "food"),
+    "goal,category\nbake,0\n": ("bake", "0"),
+}
+
+
+@pytest.mark.parametrize("text", WHOLE_CSV)
+def test_csv_that_loses_nothing(text, tmp_path):
+    instruction, category = WHOLE_CSV[text]
+    path = write(tmp_path, "a.csv", text)
+    assert read_prompts(path) == [{"instruction": instruction, "category": category}]
+
+
+TORN_CSV = {
+    "goal,category\nx,y\n\nHow do I bake the bread, the cake and the pie?,food\n": (
+        r"a\.csv, row 2 \(line 4\) has 3 fields and the header has 2 \(goal, category\), so part of it would be lost\. Put a "
+        r"field that holds commas, quotes or line ends in double quotes .* or use \.jsonl \(for prompts alone also \.txt"
+    ),
+    "goal,category\nHow do I bake the bread, the cake and the pie?\n": (
+        r"row 1 \(line 2\) has ' the cake and the pie\?' as its category, after 'How do I bake the bread': it begins with a space"
+    ),
+    "goal\nbake, eat\n": r"row 1 \(line 2\) has 2 fields and the header has 1 \(goal\)",
+    "goal,category\nx\n": r"row 1 \(line 2\) has 1 field and the header has 2 \(goal, category\), so a field is missing",
+    'goal,category\n"bake,x\n"fry",x\n': r"row 1 \(line 2\) is not readable CSV: text follows a closing quote, .*\. Put a field",
+    'goal,category\nx,"y\nz"\n"bake,x\nfry,x\n': (
+        r"row 2 \(line 4\) is not readable CSV: a quote is opened and never closed"
+    ),
+    'goal,category\n"a" b,c\n': r"row 1 \(line 2\) is not readable CSV: text follows a closing quote",
+    '"goal,category\nx,y\n': r"header \(line 1\) is not readable CSV: a quote is opened and never closed",
+    "Goal,goal \na,b\n": r"a\.csv has two columns that are called 'goal'\. Rename one of them",
+    "goal,\nbake,eat\n": r"row 1 \(line 2\) has 'eat' in a column without a name, where it would be lost",
+    "goal;category\na;b\n": r"a\.csv seems to be separated by semicolons: its header is 'goal;category'\. Save it with commas",
+    '"goal"\t"category"\n"a, b"\t"c"\n': r"seems to be separated by tabs",
+    "\n\n": r"a\.csv holds no prompts",
+}
+
+
+@pytest.mark.parametrize("text", TORN_CSV)
+def test_csv_that_would_lose_text(text, tmp_path):
+    with pytest.raises(UserError, match=TORN_CSV[text]):
+        read_prompts(write(tmp_path, "a.csv", text))
+
+
+def test_values_that_json_readers_drop(tmp_path):
+    twice = r"a\.json has the key 'goal' twice in one object, so one of its two values would be lost"
+    for text, message in (
+        ('[{"goal": "a", "goal": "b"}]', twice),
+        ('[{"Goal": "a", "goal": "b"}]', "entry 0 has the field 'goal' in two spellings with two values"),
+        ('[{"goal": "a", "x\\ud800": 1, "x\\ud801": 2}]', "has the key 'x\ufffd' twice"),
+        ("[" * 100_000, "is not valid JSON"),
+    ):
+        with pytest.raises(UserError, match=message):
+            read_prompts(write(tmp_path, "a.json", text))
+    assert read_prompts(write(tmp_path, "b.json", '[{"goal": "a", "category": 0}]'))[0]["category"] == "0"
+
+
+def test_half_a_character_is_replaced_and_said(tmp_path, capsys):
+    rows = r'["a\ud800b", {"prompt": "\ud83d\ude00", "category": "\ude00\ud83d", "key\udfff": 1}]'
+    path = write(tmp_path, "a.json", rows)
+    wanted = [
+        {"instruction": "a\ufffdb", "category": None},
+        {"instruction": "\U0001f600", "category": "\ufffd\ufffd"},
+    ]
+    assert read_prompts(path) == read_prompts(path) == wanted
+    said = capsys.readouterr().err
+    assert said.count(f"{path}: 3 texts hold half of a surrogate pair") == 1
+    lines = write(tmp_path, "a.jsonl", r'"a\ud800"' + "\n" + r'"b\ud83d\ude00"')
+    assert [p["instruction"] for p in read_prompts(lines)] == ["a\ufffd", "b\U0001f600"]
+    assert f"{lines}: 1 text holds half" in capsys.readouterr().err
+
+
+def test_home_folders_in_sources(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert resolve("~/a.csv", "harmful_test") == tmp_path / "a.csv"
+    with pytest.raises(UserError, match=r"~nosuchuser/a\.csv: this machine knows no home folder for ~nosuchuser"):
+        resolve("~nosuchuser/a.csv", "harmful_test")
+
+
 def test_prompt_file_that_is_not_there(tmp_path):
     (tmp_path / "folder.json").mkdir()
     for name in ("gone.json", "folder.json"):

@@ -183,6 +183,22 @@ def test_jailbreakbench_artifacts(tmp_path):
     assert name == "x_ablation" and [row["response"] for row in read] == ["I cannot"] * 2
 
 
+def test_columns_of_completions_in_any_spelling(tmp_path):
+    (tmp_path / "a.csv").write_text("Category, Goal ,Response\nfood,p,I cannot\n")
+    (row,) = read_completions(tmp_path / "a.csv")["a"]
+    assert (row["category"], row["prompt"], row["response"]) == ("food", "p", "I cannot")
+    (tmp_path / "b.json").write_text(json.dumps({"completions": [row]}))
+    assert read_completions(tmp_path / "b.json")["b"] == [row]
+
+
+def test_half_a_character_in_completions(tmp_path, capsys):
+    path = tmp_path / "a.json"
+    path.write_text(r'{"jailbreaks": [{"prompt": "p\ud800", "response": "\ud83d\ude00 \ude00", "category": "\ud800"}]}')
+    wanted = {"category": "\ufffd", "prompt": "p\ufffd", "response": "\U0001f600 \ufffd"}
+    assert read_completions(path) == {"a": [wanted]}
+    assert "3 texts hold half of a surrogate pair" in capsys.readouterr().err
+
+
 BAD = {
     "a.json": ("{}", r"a\.json holds no completions: expected a list, an object with 'completions'.*its keys are none"),
     "b.json": ("[", r"b\.json is not valid JSON"),
@@ -194,6 +210,13 @@ BAD = {
     ),
     "f.csv": ("prompt,text\np,q\n", r"f\.csv, row 1 is no completion: its fields are prompt, text, expected a prompt"),
     "g.json": ('[{"prompt": "p", "response": 5}]', r"g\.json, entry 0: response is a int, expected text"),
+    "i.csv": ("prompt,response\np,Sure, here it is,x\n", r"i\.csv, row 1 \(line 2\) has 4 fields and the header has 2"),
+    "j.csv": ("prompt,response\np,Sure, here it is\n", r"row 1 \(line 2\) has 3 fields"),
+    "k.csv": (
+        'prompt,response\np,"Sure\nq,No\n',
+        r"row 1 \(line 2\) is not readable CSV: a quote is opened and never closed",
+    ),
+    "l.json": ('{"completions": [{"prompt": "p", "response": "a", "response": "b"}]}', "has the key 'response' twice"),
     "h.txt": ("p\n", r"h\.txt, line 1 is a str, expected an object with a prompt"),
 }
 

@@ -86,6 +86,70 @@ def test_every_kind_of_file(tmp_path):
         read_directions([tmp_path / "a.npy"])
 
 
+ROWS = np.random.default_rng(2).normal(size=(4, 32))
+
+
+@pytest.mark.parametrize("form", ["npy", "safetensors", "pt"])
+def test_a_file_with_a_row_for_each_layer(form, tmp_path):
+    """`layer` chooses the row, of as many rows as the model has layers or one more; without it, nobody guesses."""
+    file = tmp_path / f"rows.{form}"
+    for count, n_layers in ((4, 4), (4, 3)):
+        if form == "npy":
+            np.save(file, ROWS[:count])
+        elif form == "pt":
+            torch.save(torch.tensor(ROWS[:count]), file)
+        else:
+            save_file({"rows": ROWS[:count]}, file)
+        for layer in (0, 2):
+            found = read_directions([file], layer=layer, n_layers=n_layers)
+            np.testing.assert_array_equal(found.raw_kd, ROWS[[layer]])
+            assert found.layer == layer and found.summary == (
+                f"1 direction (rows.{form}: row {layer} of 4, counted from 0)"
+            )
+        message = (
+            rf"rows\.{form} has 4 rows and the model has {n_layers} layers: they may be one direction for each layer, or 4 "
+            rf"directions that span a subspace\. Say which: --layer=N \(0 to {n_layers - 1}\) takes .*; --subspace takes all"
+        )
+        (tmp_path / "direction_metadata.json").write_text('{"pos": -1, "layer": 2}')  # tells of another file
+        with pytest.raises(UserError, match=message):
+            read_directions([file], n_layers=n_layers)
+        (tmp_path / "direction_metadata.json").unlink()
+        whole = read_directions([file], n_layers=n_layers, subspace=True)
+        np.testing.assert_array_equal(whole.raw_kd, ROWS)
+        assert whole.layer is None
+        assert whole.summary == f"4 directions, as the subspace that they span (rows.{form}: all 4 rows)"
+        for wrong in (-1, n_layers):
+            with pytest.raises(UserError, match=rf"There is no layer {wrong}: the layers are 0 to {n_layers - 1}"):
+                read_directions([file], layer=wrong, n_layers=n_layers)
+
+
+def test_what_does_not_go_with_the_shape_of_a_file(tmp_path):
+    np.save(tmp_path / "d.npy", DIRECTION)
+    np.save(tmp_path / "one.npy", ROWS[:1])
+    np.save(tmp_path / "rows.npy", ROWS)
+    np.save(tmp_path / "means.npy", MEANS)
+    one, rows, means = (tmp_path / f"{name}.npy" for name in ("one", "rows", "means"))
+
+    def refused(message, *paths, **more):
+        with pytest.raises(UserError, match=message):
+            read_directions(paths, n_layers=6, **more)
+
+    refused(r"--layer=1 was given, but .*rows\.npy has 4 rows and the model has 6 layers.*Leave it out", rows, layer=1)
+    refused("There is no layer 6: the layers are 0 to 5", one, layer=6)
+    refused(r"--position=-1 chooses among mean differences, .* there are none: rows\.npy \[4, 32\]", rows, position=-1)
+    refused("--position=-1 chooses among mean differences", one, position=-1)
+    refused("--subspace takes all 4 rows of .*, and --layer=1 one of them", rows, layer=1, subspace=True)
+    refused("holds mean differences, .*--subspace takes all rows of a file", means, subspace=True)
+    refused("--layer=1 says at which layer one direction was read, and these are 2", one, tmp_path / "d.npy", layer=1)
+    assert len(read_directions([rows], n_layers=6).raw_kd) == 4
+    found = read_directions([one], layer=5, n_layers=6)
+    assert found.raw_kd.shape == (1, 32) and found.layer == 5 and found.summary == "1 direction (one.npy)"
+    both = read_directions([means, one], -1, 2, n_layers=6)
+    np.testing.assert_array_equal(both.raw_kd, [MEANS[-1, 2], ROWS[0]])
+    assert both.layer is None and both.taken == ("means.npy: position -1, layer 2", "one.npy")
+    np.testing.assert_array_equal(read_directions([rows, one], layer=3, n_layers=4).raw_kd, ROWS[[3, 0]])
+
+
 def test_files_that_hold_no_direction(tmp_path, monkeypatch):
     def refused(name, message, **settings):
         with pytest.raises(UserError, match=message):
@@ -237,6 +301,23 @@ def test_the_job_on_tied_embeddings_behind_norms(tmp_path, capsys):
     assert "The embedding is tied: its unembedding stays as it was." in printed
     assert "  --tied=keep: 0 bytes more, max |difference|" in printed and "plain orthogonalisation: max" in printed
     assert "9 tensors edited (8 oblique, 1 orthogonal" in printed
+
+
+def test_the_job_says_how_many_directions_it_takes(llama, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    np.save(tmp_path / "rows.npy", ROWS[:3])
+    asked = [f"--model={llama}", "--direction=~/rows.npy", "--noverify"]
+    with pytest.raises(UserError, match="has 3 rows and the model has 3 layers"):
+        run_job(*asked, "--out=~/none")
+    for name, more, said in (
+        ("row", ["--layer=1"], "1 direction (rows.npy: row 1 of 3, counted from 0)"),
+        ("all", ["--subspace"], "3 directions, as the subspace that they span (rows.npy: all 3 rows)"),
+    ):
+        run_job(*asked, f"--out=~/{name}", *more)
+        assert f"Exported: {said}." in capsys.readouterr().out
+        report = json.loads((tmp_path / name / "export.json").read_text())
+        assert report["direction"]["count"] == int(said[0])
+    assert not (tmp_path / "none").exists()
 
 
 def test_what_the_job_refuses(study, llama, tmp_path, monkeypatch):

@@ -171,6 +171,33 @@ def test_edits_as_arguments(llama, model, lm, tmp_path):
         assert set(edited.get_model_info()["edits"]) == {name for name in ("ablate", "add") if f"{name}=" in arguments}
 
 
+def test_one_row_for_each_layer(llama, tmp_path, monkeypatch, capsys):
+    from refusal_jax.harness.edited import EditedModel
+
+    monkeypatch.setenv("HOME", str(tmp_path))
+    rows = np.random.default_rng(3).normal(size=(3, 32))
+    np.save(tmp_path / "rows.npy", rows)
+    np.save(tmp_path / "means.npy", rows[None])
+    for file, more in (("rows", {}), ("means", {"position": -1})):
+        named = {"ablate": f"~/{file}.npy", "add": f"~/{file}.npy", "layer": 2}
+        edited = EditedModel.load({"pretrained": str(llama), "scale": -1.0} | named | more)
+        unit = rows[2] / np.linalg.norm(rows[2])
+        np.testing.assert_allclose(edited.edits.add_rd[0], -rows[2], rtol=1e-6)
+        np.testing.assert_allclose(
+            edited.edits.ablate_rd[0] / np.linalg.norm(edited.edits.ablate_rd[0]), unit, rtol=1e-5
+        )
+        assert edited.edits.layer_r.tolist() == [2]
+    assert "add: 1 direction (rows.npy: row 2 of 3, counted from 0)" in capsys.readouterr().err
+
+
+def test_half_a_character_in_a_request(lm):
+    whole, half = "How do I bake \U0001f600 \ufffd?", "How do I bake \ud83d\ude00 \ud800?"
+    assert lm.tok_encode(half) == lm.tok_encode(whole)
+    asked = [(lm.apply_chat_template([{"role": "user", "content": text}]), " Sure") for text in (whole, half)]
+    first, second = lm.loglikelihood(requests("loglikelihood", *asked))
+    assert first == second
+
+
 def test_conversations_and_prefills(lm, theirs):
     talk = [{"role": "user", "content": "Sure?"}, {"role": "assistant", "content": "Here is"}]
     for messages, new in ((talk[:1], True), (talk * 2 + talk[:1], True), (talk, False)):
@@ -196,6 +223,17 @@ def test_a_template_that_refuses_a_conversation(tmp_path):
             {"pretrained": True, "ablate": "two.npy"},
             "two.npy holds 2 directions: an edit while the model runs takes one",
         ),
+        (
+            {"pretrained": True, "ablate": "rows.npy"},
+            r"rows.npy has 3 rows and the model has 3 layers: .*--layer=N .*Only one direction can be used here",
+        ),
+        ({"pretrained": True, "ablate": "rows.npy", "layer": 3}, "There is no layer 3: the layers are 0 to 2"),
+        (
+            {"pretrained": True, "ablate": "two.npy", "layer": 1},
+            "two.npy has 2 rows and the model has 3 layers: they are not",
+        ),
+        ({"pretrained": True, "ablate": "r.npy", "position": -1}, "--position=-1 chooses among mean differences"),
+        ({"pretrained": "~nosuchuser/m"}, "~nosuchuser/m: this machine knows no home folder for ~nosuchuser"),
         ({"pretrained": True, "add": "r.npy"}, "to be added at layer None, and the model's layers are 0 to 2"),
         ({"pretrained": True, "add": "r.npy", "layer": 3}, "to be added at layer 3, and the model's layers are 0 to 2"),
         ({"pretrained": True, "add": "r.npy", "scale": "big"}, "scale = 'big' is not a number"),
@@ -206,9 +244,9 @@ def test_arguments_that_cannot_be_used(arguments, message, llama, lm, tmp_path, 
     from refusal_jax.harness.lm_eval import RefusalJaxLM
 
     monkeypatch.chdir(tmp_path)
-    for name, shape in (("r", 32), ("two", (2, 32)), ("wide", 33)):
+    for name, shape in (("r", 32), ("two", (2, 32)), ("rows", (3, 32)), ("wide", 33)):
         np.save(f"{name}.npy", np.random.default_rng(0).normal(size=shape))
-    if arguments.get("pretrained"):
+    if arguments.get("pretrained") is True:
         arguments = arguments | {"pretrained": str(llama)}
     with pytest.raises(UserError, match=message):
         RefusalJaxLM(**arguments)

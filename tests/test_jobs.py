@@ -74,6 +74,21 @@ def test_bad_models_and_folders(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_home_folders_in_flags(tmp_path):
+    """~ is expanded in whatever names a file or folder, and a user who is not known makes no folder."""
+    shutil.copy(ROOT / "configs" / "demo.py", tmp_path / "demo.py")
+    (tmp_path / "rows.json").write_text(json.dumps([{"prompt": "p", "response": "I cannot"}]))
+    home = {"env": {"HOME": str(tmp_path)}}
+    assert command("evaluate", "--completions=~/rows.json", "--out=~/judged", **home).returncode == 0
+    assert (tmp_path / "judged" / "statistics.csv").is_file()
+    gone = ("study", "--config=~/demo.py", "--workdir=~/run", "--model=~/gone")
+    refused(command(*gone, **home), f"{tmp_path}/gone is not a folder")
+    refused(command("data", "fetch", "--from=~/gone", "--folder=~/data", **home), f"{tmp_path}/gone is not a folder")
+    refused(command("study", "--workdir=~nosuchuser/x"), "~nosuchuser/x: this machine knows no home folder")
+    refused(command("study", "--workdir=x", "--config=~nosuchuser/x.py"), "knows no home folder for ~nosuchuser")
+    assert not (tmp_path / "run").exists() and not [p for p in ROOT.iterdir() if p.name.startswith("~")]
+
+
 def test_a_damaged_checkpoint_is_refused_before_work(tmp_path):
     model = tiny.tiny_llama(tmp_path / "model")
     weights = model / "model.safetensors"

@@ -1,6 +1,7 @@
 """The whole study on a tiny random model: its folder, resuming it, and what it refuses before long work."""
 
 import json
+import types
 
 import numpy as np
 import pytest
@@ -269,3 +270,33 @@ def test_loss_files_and_conditions_are_checked_before_any_work(config, tmp_path)
     with pytest.raises(UserError, match="conditions is empty: name at least one"):
         pipeline.run_study(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("model", "~/gone"),
+        ("chat_template", "~/gone.jinja"),
+        ("data.harmful_val", "~/gone.csv"),
+        ("data.over_refusal", ("~/gone.csv",)),
+        ("loss.text_files", ("~/gone.txt",)),
+        ("loss.chat_files", ("~/gone.json",)),
+        ("judges", ("llm=~/gone",)),
+        ("judges", ("harmbench=~/gone@~/gone.txt",)),
+    ],
+)
+def test_home_folders_in_a_config(field, value, config, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    config.update_from_flattened_dict({field: value})
+    with pytest.raises(UserError, match=rf"{tmp_path}/gone\S* is not a f"):
+        pipeline.run_study(config, "~/run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_prompts_that_splits_share_are_said(config, tmp_path, capsys):
+    config.data.harmless_val = config.data.harmless_train
+    run = types.SimpleNamespace(write_json=lambda name, rows: None)
+    pipeline.Study(config, run, tmp_path).prompts(None)
+    said = capsys.readouterr().err
+    assert "Prompts: harmless_train, harmless_val come from the same prompts" in said and "3 different ones" in said
+    assert "Prompts: 2 of the 3 prompts of harmful_test are in harmful_train too: they were trained on" in said

@@ -4,6 +4,7 @@ import errno
 import fcntl
 import json
 import os
+import pathlib
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 from refusal_jax import UserError, storage
 from refusal_jax.runs import MANIFEST, Ledger, Run, to_json, versions
-from refusal_jax.storage import DiskFolder, ObjectFolder, write_atomically
+from refusal_jax.storage import DiskFolder, ObjectFolder, local_path, write_atomically
 
 CONFIG, INPUTS = {"seed": 1, "data": {"n": 3, "names": ("a", "b")}}, {"model": "abc"}
 
@@ -59,6 +60,21 @@ def test_write_under_a_file(tmp_path):
 def test_json_keeps_text_readable():
     assert to_json({"a": "é\n"}).decode() == '{\n  "a": "é\\n"\n}\n'
     assert json.loads(to_json(["lone \ud800 surrogate"])) == ["lone ? surrogate"]
+
+
+def test_home_folders(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    assert local_path("~/a") == DiskFolder("~/a").path == tmp_path / "a" and local_path("~") == tmp_path
+    assert local_path("a/~/b") == pathlib.Path("a/~/b") and local_path(tmp_path) == tmp_path
+    assert local_path(local_path("./~x")) == tmp_path / "~x"
+    for name in ("~nosuchuser", "~nosuchuser/a"):
+        with pytest.raises(UserError, match=rf"{name}: this machine knows no home folder .* or \./{name} for a file"):
+            local_path(name)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.tex").write_text("")
+    with pytest.raises(UserError, match=rf"{tmp_path}/full is not empty"), Run.open("~/full", {}, {}):
+        pass
 
 
 def test_ledger_drops_a_torn_last_line(tmp_path):

@@ -112,4 +112,4 @@ def _transfer(url: str, part: pathlib.Path, have: int) -> None:
 
 def short_hash(text: str) -> str:
     """The first 16 hex digits of a text's sha256: enough to recognise a prompt, and it does not tell the prompt."""
-    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

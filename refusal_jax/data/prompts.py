@@ -1,18 +1,30 @@
 """Prompt sets: the bundled ones, or local JSON, JSONL, CSV and TXT files."""
 
 import csv
-import io
 import json
 import os
 import pathlib
+from collections.abc import Iterator
 
 from refusal_jax.errors import UserError
+from refusal_jax.storage import local_path
+from refusal_jax.surrogates import joined, mended
 
 BUNDLED, PAPER = "bundled", "paper"
 FOLDER = pathlib.Path(__file__).parent / "bundled"
 # Columns or keys that hold the instruction, in order of preference; the public sets use all of these.
 INSTRUCTION_KEYS = ("instruction", "goal", "prompt", "behavior", "forbidden_prompt", "question", "text")
 CATEGORY_KEYS = ("category", "semanticcategory", "type")
+USE_JSONL = "Repair it, or use .jsonl for one object a line."
+OTHER_SEPARATORS = {";": "semicolons", "\t": "tabs", "|": "vertical bars"}
+FAULTS = {  # in our words, by what is in Python's
+    "unexpected end": "a quote is opened and never closed",
+    "expected after": "text follows a closing quote, so that one is not doubled or one before is not closed",
+}
+QUOTING = (
+    "Put a field that holds commas, quotes or line ends in double quotes and double the quotes inside it, or use .jsonl (for "
+    "prompts alone also .txt, one a line)."
+)
 
 
 def data_folder() -> pathlib.Path:
@@ -27,7 +39,7 @@ def resolve(source: str, split: str) -> pathlib.Path:
     fetched."""
     if source == BUNDLED:
         return FOLDER / f"{split}.json"
-    path = pathlib.Path(source)
+    path = local_path(source)
     if path.suffix or path.name != source:
         return path
     name = f"loss/{source}.jsonl" if split == "loss" else f"prompts/{source}.json"
@@ -63,11 +75,18 @@ def read_rows(path: pathlib.Path) -> list:
 
 
 def located_rows(path: pathlib.Path) -> list[tuple[str, object]]:
-    """The raw rows, each with its place in the file, in words."""
+    """The raw rows, each with its place in the file, in words. Lone surrogates in them are replaced."""
     parse = {".json": _json, ".jsonl": _jsonl, ".csv": _csv, ".txt": _txt}.get(path.suffix.lower())
     if parse is None:
         raise UserError(f"{path} is not a prompt file: its name must end in .json, .jsonl, .csv or .txt.")
-    return parse(read_text(path), path)
+    rows = parse(read_text(path), path)
+    return list(zip((where for where, _ in rows), mended([row for _, row in rows], str(path)), strict=True))
+
+
+def read_json_value(path: pathlib.Path):
+    """Returns what a .json file holds, its lone surrogates replaced. Raises UserError for a file that is no JSON, or has an
+    object with the same key twice."""
+    return mended(_parsed(read_text(path), str(path), USE_JSONL), str(path))
 
 
 def read_text(path: pathlib.Path) -> str:
@@ -86,36 +105,103 @@ def write_prompts(path: pathlib.Path, prompts: list[dict]) -> None:
     path.write_text(f"[\n{rows}\n]\n", encoding="utf-8")
 
 
-def _json(text, path):
+def _parsed(text: str, where: str, advice: str):
+    """The value of a JSON text. Of a key that an object has twice, JSON readers drop the first value: here that is an error."""
+
+    def whole(pairs: list[tuple[str, object]]) -> dict:
+        keys = [joined(key) for key, _ in pairs]
+        if len(set(keys)) < len(keys):
+            twice = next(key for key in keys if keys.count(key) > 1)
+            raise UserError(
+                f"{where} has the key {twice!r} twice in one object, so one of its two values would be lost. Rename or remove "
+                "one of them."
+            )
+        return dict(pairs)
+
     try:
-        rows = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise UserError(
-            f"{path} is not valid JSON ({error}). Repair it, or use .jsonl for one object a line."
-        ) from None
+        return json.loads(text, object_pairs_hook=whole)
+    except UserError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where} is not valid JSON ({error}). {advice}") from None
+
+
+def _json(text, path):
+    rows = _parsed(text, str(path), USE_JSONL)
     if not isinstance(rows, list):
         raise UserError(f"{path} holds a JSON {type(rows).__name__}, expected a list of instructions or objects.")
     return [(f"entry {i}", row) for i, row in enumerate(rows)]
 
 
 def _jsonl(text, path):
-    rows = []
-    for number, line in enumerate(text.split("\n"), 1):  # not splitlines: JSON strings may hold other line ends
-        if line.strip():
-            try:
-                rows.append((f"line {number}", json.loads(line)))
-            except json.JSONDecodeError as error:
-                raise UserError(
-                    f"{path}, line {number} is not valid JSON ({error}). Repair or remove the line."
-                ) from None
-    return rows
+    lines = enumerate(text.split("\n"), 1)  # not splitlines: JSON strings may hold other line ends
+    return [
+        (f"line {number}", _parsed(line, f"{path}, line {number}", "Repair or remove the line."))
+        for number, line in lines
+        if line.strip()
+    ]
 
 
 def _csv(text, path):
-    try:
-        return [(f"row {number}", row) for number, row in enumerate(csv.DictReader(io.StringIO(text)), 1)]
-    except csv.Error as error:
-        raise UserError(f"{path} is not readable CSV ({error}). Repair its quotes, or use .jsonl.") from None
+    records = _records(text, path)
+    _, names, _ = next(records, ("", [], ""))
+    names = [name.strip() for name in names]
+    folded = [name.lower() for name in names if name]
+    twice = next((name for i, name in enumerate(folded) if name in folded[:i]), None)
+    if twice is not None:
+        raise UserError(f"{path} has two columns that are called {twice!r}. Rename one of them in its header.")
+    rows = []
+    for number, (where, fields, raw) in enumerate(records, 1):
+        if len(fields) != len(names):
+            fault = "part of it would be lost" if len(fields) > len(names) else "a field is missing"
+            raise UserError(
+                f"{path}, {where} has {len(fields)} field{'s' * (len(fields) != 1)} and the header has {len(names)} "
+                f"({', '.join(names)}), so {fault}. {QUOTING}"
+            )
+        _check_fields(f"{path}, {where}", names, fields, raw)
+        rows.append((f"row {number}", {name: fields[i] for i, name in enumerate(names) if name or not i}))
+    return rows
+
+
+def _records(text: str, path) -> Iterator[tuple[str, list[str], str]]:
+    """Yields the place, the fields and the text of each record that is not blank, the header first."""
+    lines = [f"{line}\n" for line in text.split("\n")]  # not splitlines: fields may hold other line ends
+    first = next((line for line in lines if line.strip()), "")
+    other = next((name for mark, name in OTHER_SEPARATORS.items() if mark in first and "," not in first), None)
+    if other is not None:
+        raise UserError(
+            f"{path} seems to be separated by {other}: its header is {first.strip()!r}. Save it with commas between the fields, "
+            "or use .jsonl."
+        )
+    # Where the header has spaces after its commas they belong to no field, and quotes may follow them.
+    reader, row = csv.reader(lines, strict=True, skipinitialspace=", " in first), 0
+    while True:
+        start = reader.line_num
+        where = f"row {row} (line {start + 1})" if row else f"header (line {start + 1})"
+        try:
+            fields = next(reader, None)
+        except csv.Error as error:
+            fault = next((words for mark, words in FAULTS.items() if mark in str(error)), str(error))
+            raise UserError(f"{path}, {where} is not readable CSV: {fault}. {QUOTING}") from None
+        if fields is None:
+            return
+        if fields:
+            yield where, fields, "".join(lines[start : reader.line_num])
+            row += 1
+
+
+def _check_fields(where: str, names: list[str], fields: list[str], raw: str) -> None:
+    """Raises UserError for text in a column without a name, but for the first, where row numbers are; and for an unquoted
+    comma in a sentence, whose rest has become the next field."""
+    for i in range(1, len(fields)):
+        if not names[i] and fields[i].strip():
+            raise UserError(f"{where} has {fields[i]!r} in a column without a name, where it would be lost. {QUOTING}")
+        torn = fields[i].startswith(" ") and f"{fields[i - 1]},{fields[i]}" in raw
+        if torn and any(map(str.isalpha, fields[i - 1])):
+            raise UserError(
+                f"{where} has {fields[i]!r} as its {names[i]}, after {fields[i - 1]!r}: it begins with a space, as the rest of a "
+                f"sentence does after a comma. {QUOTING} If it is a field of its own, remove the space."
+            )
 
 
 def _txt(text, path):
@@ -127,7 +213,7 @@ def _prompt(row, where: str) -> dict:
         row = {"instruction": row}
     if not isinstance(row, dict):
         raise UserError(f"{where} is a {type(row).__name__}, expected an instruction or an object that holds one.")
-    low = {str(key).strip().lower(): value for key, value in row.items() if key is not None}
+    low = lowered(row, where)
     key = next((k for k in INSTRUCTION_KEYS if low.get(k) not in (None, "")), None)
     if key is None:
         raise UserError(
@@ -136,5 +222,27 @@ def _prompt(row, where: str) -> dict:
         )
     if not isinstance(low[key], str) or not low[key].strip():
         raise UserError(f"{where}: {key} is {low[key]!r}, expected text.")
-    category = next((low[k] for k in CATEGORY_KEYS if low.get(k)), None)
-    return {"instruction": low[key], "category": None if category is None else str(category)}
+    category = category_of(low)
+    return {"instruction": low[key], "category": category}
+
+
+def lowered(row: dict, where: str) -> dict:
+    """Returns the row with keys as they are looked up, stripped and in lower case.
+
+    Raises UserError for two keys that become one and have different values.
+    """
+    low, empty = {}, (None, "")
+    for key, value in row.items():
+        name = key.strip().lower()
+        if low.get(name) not in (*empty, value) and value not in empty:
+            raise UserError(
+                f"{where} has the field {name!r} in two spellings with two values, so one would be lost. Rename or remove one."
+            )
+        if low.get(name) in empty:
+            low[name] = value
+    return low
+
+
+def category_of(low: dict) -> str | None:
+    """Returns the category in a `lowered` row as text, or None where there is none."""
+    return next((str(low[key]) for key in CATEGORY_KEYS if low.get(key) not in (None, "")), None)

@@ -21,6 +21,7 @@ from refusal_jax.data.prompts import located_rows, read_text
 from refusal_jax.errors import UserError
 from refusal_jax.files import file_hash
 from refusal_jax.storage import write_atomically
+from refusal_jax.surrogates import mended
 
 MANIFEST = pathlib.Path(__file__).parent / "datasets.json"
 RECORD = "hashes.json"  # of files whose hash the manifest does not know
@@ -161,7 +162,8 @@ def stream_hub(hub: Mapping, target: pathlib.Path) -> None:
             hub["path"], split=hub["split"], revision=hub.get("revision"), streaming=True, trust_remote_code=None
         )
         for row in tqdm(stream.take(hub["rows"]), total=hub["rows"], desc=target.name, unit="row", leave=False):
-            lines.append(json.dumps({column: row[column] for column in hub["columns"]}, ensure_ascii=False))
+            kept = mended({column: row[column] for column in hub["columns"]}, hub["path"])
+            lines.append(json.dumps(kept, ensure_ascii=False))
     except Exception as error:  # of the Hub's client, of many kinds
         reason = " ".join(str(error).split())[:300]
         raise UserError(
@@ -169,7 +171,7 @@ def stream_hub(hub: Mapping, target: pathlib.Path) -> None:
             f"and HF_HUB_OFFLINE, or write its first {hub['rows']} rows into {target.name} on another machine, one JSON "
             "object a line, and name its folder with --from."
         ) from None
-    write_atomically(target, ("\n".join(lines) + "\n").encode("utf-8", "replace"))
+    write_atomically(target, ("\n".join(lines) + "\n").encode())
 
 
 def take_files(

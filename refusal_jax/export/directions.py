@@ -16,16 +16,18 @@ from refusal_jax.models.hf_attributes import read_json
 DIRECTION, METADATA, MEANS = "direction.safetensors", "direction_metadata.json", "mean_diffs"
 # The least part of a direction that must lie outside the span of those before it.
 INDEPENDENT = 1e-6
+ONE_ONLY = "Only one direction can be used here: save it in a file of its own."
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Directions:
     """raw_kd: float64 `[K, D]`, of any norms. layer: at whose input the single direction was read, if that is known.
-    files: sha256 of each file they come from, by name."""
+    files: sha256 of each file they come from, by name. taken: what was taken out of each file, in words."""
 
     raw_kd: np.ndarray
     layer: int | None = None
     files: dict[str, str] = dataclasses.field(default_factory=dict)
+    taken: tuple[str, ...] = ()
 
     def __post_init__(self):
         """Raises UserError for what is no direction: zero, not finite, or in the span of the others."""
@@ -58,6 +60,13 @@ class Directions:
         """Of their float32 values, row by row."""
         return hashlib.sha256(np.ascontiguousarray(self.raw_kd, "<f4").tobytes()).hexdigest()
 
+    @property
+    def summary(self) -> str:
+        """How many directions these are and where they come from, for people."""
+        count = len(self.raw_kd)
+        what = "1 direction" if count == 1 else f"{count} directions, as the subspace that they span"
+        return f"{what} ({'; '.join(self.taken)})" if self.taken else what
+
     def check_width(self, d_model: int) -> None:
         """Raises UserError for another width than the residual stream's."""
         if self.raw_kd.shape[1] != d_model:
@@ -67,32 +76,141 @@ class Directions:
             )
 
 
-def read_directions(paths: Sequence[pathlib.Path], position: int | None = None, layer: int | None = None) -> Directions:
+def read_directions(
+    paths: Sequence[pathlib.Path],
+    position: int | None = None,
+    layer: int | None = None,
+    n_layers: int | None = None,
+    subspace: bool | None = False,
+) -> Directions:
     """The directions of folders of studies and of .npy, .safetensors and .pt files, all together.
 
-    position, layer: which one of a file of mean differences, `[positions, layers, D]`; by default what the
-    direction_metadata.json beside it says. Raises UserError for anything that holds no direction.
+    The arguments are those of `read_each`. Raises UserError as that does, for a layer that the model does not have, and for a
+    layer that is said of several directions.
     """
-    rows, files, layers = [], {}, []
-    for path in paths:
-        file = path / DIRECTION if path.is_dir() else path
-        values = _read(file)
-        told = read_metadata(file)
-        if values.ndim == 3:
-            values, at = _candidate(file, values, told, position, layer)
-        else:
-            at = layer if layer is not None else told.get("layer")
-        rows.append(np.atleast_2d(values))
-        layers += [at] * len(rows[-1])
-        name = file.name
-        while name in files:
-            name = f"{file.resolve().parent.name}/{name}"
-        files[name] = file_hash(file)
-    if len({row.shape[1] for row in rows}) > 1:
+    if layer is not None and n_layers is not None:
+        _check_layer(layer, n_layers)
+    each = read_each(paths, position, layer, n_layers, subspace)
+    count = sum(len(one.raw_kd) for one in each)
+    if count > 1 and layer is not None and not any(one.chosen for one in each):
         raise UserError(
-            f"The directions have {', '.join(str(row.shape[1]) for row in rows)} entries: they belong to different models."
+            f"--layer={layer} says at which layer one direction was read, and these are {count}, which are taken out everywhere "
+            "as the subspace that they span. Leave out --layer, or name one direction."
         )
-    return Directions(np.concatenate(rows), layers[0] if len(layers) == 1 else None, files)
+    if len({one.raw_kd.shape[1] for one in each}) > 1:
+        raise UserError(
+            f"The directions have {', '.join(str(one.raw_kd.shape[1]) for one in each)} entries: they belong to different "
+            "models."
+        )
+    files: dict[str, str] = {}
+    for one in each:
+        name = one.file.name
+        while name in files:
+            name = f"{one.file.resolve().parent.name}/{name}"
+        files[name] = file_hash(one.file)
+    raw_kd = np.concatenate([one.raw_kd for one in each])
+    return Directions(raw_kd, each[0].layer if count == 1 else None, files, tuple(one.taken for one in each))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Taken:
+    """What was taken out of one file. raw_kd: `[K, D]`. layer: at whose input one direction was read. chosen: whether it was
+    picked from several. taken: all this in words."""
+
+    file: pathlib.Path
+    raw_kd: np.ndarray
+    layer: int | None
+    chosen: bool
+    taken: str
+
+
+def read_each(
+    paths: Sequence[pathlib.Path],
+    position: int | None = None,
+    layer: int | None = None,
+    n_layers: int | None = None,
+    subspace: bool | None = False,
+) -> list[Taken]:
+    """The directions of each folder of a study or file. This alone decides how a file's shape is read:
+
+    `[D]` and `[1, D]` are one direction, read at `layer` or where the direction_metadata.json beside it says. Of mean
+    differences, `[positions, layers, D]`, `position` and `layer` choose one, by default those of that file. `[K, D]` is one
+    direction a layer if K is the model's `n_layers` or one more, of which `layer` chooses; and K directions that span a
+    subspace if K is another number, or if `subspace` says so. subspace None: where only one direction can be used. n_layers
+    None: where the model is not known, so that `layer` alone tells which of both it is. Raises UserError for what holds no
+    direction, can be read both ways, or does not go with `position`, `layer` or `subspace`.
+    """
+    files = [direction_file(path) for path in paths]
+    values = [_read(file) for file in files]
+    if position is not None and not any(array.ndim == 3 for array in values):
+        shapes = ", ".join(f"{f.name} {list(array.shape)}" for f, array in zip(files, values, strict=True))
+        raise UserError(
+            f"--position={position} chooses among mean differences, [positions, layers, D], and there are none: {shapes}. Leave "
+            "it out, or name the file of mean differences."
+        )
+    return [_taken(f, array, position, layer, n_layers, subspace) for f, array in zip(files, values, strict=True)]
+
+
+def _taken(file: pathlib.Path, values: np.ndarray, position, layer, n_layers, subspace) -> Taken:
+    """What is taken out of one file, whose array `[D]`, `[K, D]` or `[positions, layers, D]` is `values`."""
+    told = read_metadata(file)
+    if values.ndim == 3:
+        if subspace:
+            raise UserError(
+                f"{file} holds mean differences, [positions, layers, D], of which one is taken, and --subspace takes all rows of "
+                "a file [directions, D]. Leave it out."
+            )
+        row_d, at, words = _candidate(file, values, told, position, layer)
+        return Taken(file, row_d[None], at, True, f"{file.name}: {words}")
+    rows_kd = np.atleast_2d(values)
+    if len(rows_kd) == 1:
+        return Taken(file, rows_kd, told.get("layer") if layer is None else layer, False, file.name)
+    if subspace and layer is not None:
+        raise UserError(
+            f"--subspace takes all {len(rows_kd)} rows of {file}, and --layer={layer} one of them. Leave out one of the two."
+        )
+    if not subspace and _row_per_layer(file, len(rows_kd), layer, n_layers, subspace is not None):
+        return Taken(
+            file, rows_kd[layer][None], layer, True, f"{file.name}: row {layer} of {len(rows_kd)}, counted from 0"
+        )
+    return Taken(file, rows_kd, None, False, f"{file.name}: all {len(rows_kd)} rows")
+
+
+def _row_per_layer(file, count: int, layer: int | None, n_layers: int | None, several: bool) -> bool:
+    """Whether the `count` rows of a file are one direction a layer, of which `layer` is to be taken. several: whether a subspace
+    can be used. Raises UserError if that cannot be told, or if `layer` asks for a row that there is not."""
+    per_layer = layer is not None if n_layers is None else count in (n_layers, n_layers + 1)
+    if not per_layer and layer is not None:
+        raise UserError(
+            f"--layer={layer} was given, but {file} has {count} rows and the model has {n_layers} layers: they are not one "
+            "direction a layer. " + ("Leave it out to take the subspace that they span." if several else ONE_ONLY)
+        )
+    if per_layer and layer is None:
+        raise UserError(
+            f"{file} has {count} rows and the model has {n_layers} layers: they may be one direction for each layer, or {count} "
+            f"directions that span a subspace. Say which: --layer=N (0 to {n_layers - 1}) takes the direction of layer N"
+            + ("; --subspace takes all of them." if several else f". {ONE_ONLY}")
+        )
+    if per_layer:
+        _check_layer(layer, n_layers or count)
+    return per_layer
+
+
+def _check_layer(layer: int, n_layers: int) -> None:
+    if not 0 <= layer < n_layers:
+        raise UserError(f"There is no layer {layer}: the layers are 0 to {n_layers - 1}. Correct --layer.")
+
+
+def direction_file(path: pathlib.Path) -> pathlib.Path:
+    """Returns the file of a direction: `path`, or the one in the folder of a study. Raises UserError if there is none."""
+    file = path / DIRECTION if path.is_dir() else path
+    if file.suffix not in READERS:
+        raise UserError(
+            f"{file} is no direction: give the folder of a finished study, or a file that ends in {', '.join(READERS)}."
+        )
+    if not file.is_file():
+        raise UserError(f"{file} is not a file. Check the path of the direction.")
+    return file
 
 
 def read_metadata(file: pathlib.Path) -> dict:
@@ -107,7 +225,7 @@ def read_metadata(file: pathlib.Path) -> dict:
 
 
 def _candidate(file, values_pld, told: dict, position: int | None, layer: int | None):
-    """One direction out of mean differences `[positions, layers, D]`, and its layer."""
+    """One direction out of mean differences `[positions, layers, D]`, its layer, and which it is, in words."""
     position = told.get("pos") if position is None else position
     layer = told.get("layer") if layer is None else layer
     positions, layers, _ = values_pld.shape
@@ -121,19 +239,12 @@ def _candidate(file, values_pld, told: dict, position: int | None, layer: int | 
             f"{file} has no direction at position {position}, layer {layer}: its positions are -{positions} to -1, its layers "
             f"0 to {layers - 1}."
         )
-    return values_pld[position, layer], layer
+    return values_pld[position, layer], layer, f"position {position - positions * (position >= 0)}, layer {layer}"
 
 
 def _read(file: pathlib.Path) -> np.ndarray:
     """The array in a file, float64, of one to three axes."""
-    readers = {".npy": _read_npy, ".safetensors": _read_safetensors, ".pt": _read_pt}
-    if file.suffix not in readers:
-        raise UserError(
-            f"{file} is no direction: give the folder of a finished study, or a file that ends in {', '.join(readers)}."
-        )
-    if not file.is_file():
-        raise UserError(f"{file} is not a file. Check the path of the direction.")
-    values = np.asarray(readers[file.suffix](file))
+    values = np.asarray(READERS[file.suffix](file))
     if values.dtype.kind not in "fiuV" or values.ndim not in (1, 2, 3):
         raise UserError(
             f"{file} holds an array of shape {list(values.shape)} and type {values.dtype}: a direction is numbers of shape "
@@ -179,3 +290,6 @@ def _read_pt(file: pathlib.Path) -> np.ndarray:
             f"{file} holds no plain tensor ({reason}). Only tensors are read, because other pickles can run code: save the "
             "direction alone, with torch.save(direction, FILE)."
         ) from None
+
+
+READERS = {".npy": _read_npy, ".safetensors": _read_safetensors, ".pt": _read_pt}

@@ -3,6 +3,7 @@
 import dataclasses
 import inspect
 import pathlib
+import sys
 from collections import defaultdict
 from collections.abc import Sequence
 
@@ -13,10 +14,13 @@ from refusal_jax.chat import bucket
 from refusal_jax.chat_model import ChatModel, demo_model_path, load_model
 from refusal_jax.edits import Edits
 from refusal_jax.errors import UserError
-from refusal_jax.export.directions import Directions, read_directions
+from refusal_jax.export.directions import Directions, direction_file, read_each
 from refusal_jax.export.study import Study
 from refusal_jax.files import checkpoint_fingerprint
+from refusal_jax.models.config import load_config
+from refusal_jax.models.mirror import checkpoint_folder
 from refusal_jax.sharding import make_mesh
+from refusal_jax.storage import local_path
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,14 +106,16 @@ def read_arguments(
     pretrained: folder of an HF checkpoint; default, the model of the study that the edit comes from, and with no edit the
     embedded one. ablate, add: folder of a study or file of a direction, to take out or to add. scale: how much to add, or with
     `ablate` alone which part to take out. layer: where to add, default the direction's own; with position, which one of a file of
-    mean differences. data, fsdp, model: devices along each axis of the mesh. The others: as in a study's config. Raises
-    UserError for directions or settings that cannot be used.
+    mean differences, and alone which row of a file with one for each layer. data, fsdp, model: devices along each axis of the
+    mesh. The others: as in a study's config. A leading ~ of paths is expanded. Raises UserError for directions or settings that
+    cannot be used.
     """
-    paths = [pathlib.Path(str(path)) for path in (ablate, add) if path]
+    paths = [local_path(str(path)) for path in (ablate, add) if path]
     studies = [Study.read(path, 1) for path in paths if path.is_dir() and not pretrained]
     told = studies[0].template if studies else {}
-    folder = pathlib.Path(str(pretrained)) if pretrained else model_of(paths, studies)
-    ablated, added = (read_direction(str(path), layer, position) if path else None for path in (ablate, add))
+    folder = checkpoint_folder(str(pretrained)) if pretrained else model_of(paths, studies)
+    found = iter(one_each(paths, layer, position, load_config(folder).n_layers))
+    ablated, added = (next(found) if path else None for path in (ablate, add))
     loaded = load_model(
         folder,
         dtype,
@@ -119,6 +125,9 @@ def read_arguments(
         thinking=told.get("thinking", False) if thinking is None else thinking,
         cache=cache,
     )
+    for name, direction in (("ablate", ablated), ("add", added)):
+        if direction is not None:
+            tqdm.write(f"{name}: {direction.summary}", file=sys.stderr)
     return EditedModel(
         loaded,
         one_edit(loaded, ablated, added, scale),
@@ -136,6 +145,8 @@ def model_of(paths: Sequence[pathlib.Path], studies: Sequence[Study]) -> pathlib
     if not paths:
         return demo_model_path()
     if not studies:
+        for path in paths:
+            direction_file(path)
         raise UserError("The model is missing: a direction from a file does not tell which model it belongs to.")
     if checkpoint_fingerprint(studies[0].model) != studies[0].fingerprint:
         raise UserError(
@@ -145,12 +156,13 @@ def model_of(paths: Sequence[pathlib.Path], studies: Sequence[Study]) -> pathlib
     return studies[0].model
 
 
-def read_direction(path: str, layer: int | None = None, position: int | None = None) -> Directions:
-    """The one direction of a study or file. Raises UserError for none or several."""
-    found = read_directions([pathlib.Path(path)], position, layer)
-    if len(found.raw_kd) > 1:
-        raise UserError(f"{path} holds {len(found.raw_kd)} directions: an edit while the model runs takes one.")
-    return found
+def one_each(paths: Sequence[pathlib.Path], layer: int | None, position: int | None, n_layers: int) -> list[Directions]:
+    """The one direction of each study or file, read as `read_each` does. Raises UserError for none or several in one."""
+    each = read_each(paths, position, layer, n_layers, subspace=None)
+    for path, one in zip(paths, each, strict=True):
+        if len(one.raw_kd) > 1:
+            raise UserError(f"{path} holds {len(one.raw_kd)} directions: an edit while the model runs takes one.")
+    return [Directions(one.raw_kd, one.layer, taken=(one.taken,)) for one in each]
 
 
 def one_edit(model: ChatModel, ablated: Directions | None, added: Directions | None, scale: float) -> Edits:

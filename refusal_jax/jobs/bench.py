@@ -30,6 +30,7 @@ import numpy as np
 from absl import app, flags
 
 from refusal_jax.errors import UserError
+from refusal_jax.storage import local_path
 
 JOBS = ("extraction_selection", "generation")
 WORK = "import sys; from refusal_jax.jobs.bench import work; work(sys.argv[1])"
@@ -76,13 +77,13 @@ def main(argv):
     if OUT.value:
         from refusal_jax.runs import to_json, write_atomically
 
-        write_atomically(pathlib.Path(OUT.value), to_json(results))
+        write_atomically(local_path(OUT.value), to_json(results))
     if not agreed:
         sys.exit(1)
 
 
 def _oracle_path() -> pathlib.Path:
-    path = pathlib.Path(ORACLE.value or pathlib.Path(__file__).parents[2] / "tests" / "oracle.py")
+    path = local_path(ORACLE.value or pathlib.Path(__file__).parents[2] / "tests" / "oracle.py")
     if not path.is_file():
         raise UserError(
             f"{path} does not exist. The benchmark compares with the PyTorch version in a checkout's tests/oracle.py: "
@@ -100,7 +101,7 @@ def _model(folder: pathlib.Path) -> pathlib.Path:
     from refusal_jax.models.config import load_config
     from refusal_jax.organism.inflate import inflate
 
-    source = pathlib.Path(MODEL.value) if MODEL.value else demo_model_path()
+    source = local_path(MODEL.value) if MODEL.value else demo_model_path()
     load_config(source)
     if INFLATE.value is False or (INFLATE.value is None and MODEL.value):
         return source

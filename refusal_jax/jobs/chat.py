@@ -20,7 +20,8 @@ conversation, unless --history is given. For other models run `refusal-jax study
 """
 
 import contextlib
-import pathlib
+import io
+import itertools
 import sys
 
 import numpy as np
@@ -31,9 +32,13 @@ from refusal_jax.data.prompts import BUNDLED, read_prompts, resolve
 from refusal_jax.errors import UserError, print_error
 from refusal_jax.export.directions import Directions
 from refusal_jax.export.study import Study
-from refusal_jax.harness.edited import model_of, read_direction
+from refusal_jax.harness.edited import model_of, one_each
+from refusal_jax.models.config import load_config
+from refusal_jax.models.mirror import checkpoint_folder
 from refusal_jax.sharding import make_mesh
+from refusal_jax.storage import local_path
 from refusal_jax.study.activations import extract
+from refusal_jax.surrogates import mended
 from refusal_jax.terminal.screen import escaped
 from refusal_jax.terminal.session import Session
 from refusal_jax.terminal.show import show_columns, show_plain
@@ -46,7 +51,9 @@ DIRECTION = flags.DEFINE_string(
     "direction", None, "Folder of a finished study, or a .npy, .safetensors or .pt file. Needed with --model."
 )
 POSITION = flags.DEFINE_integer("position", None, "Of a file of mean differences: which position, from -1 backwards.")
-LAYER = flags.DEFINE_integer("layer", None, "Where to read and to add; of a file of mean differences, which one.")
+LAYER = flags.DEFINE_integer(
+    "layer", None, "Where to read and to add; of mean differences, or of a file with a row for each layer, which one."
+)
 MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 512, "The longest reply.", lower_bound=1)
 NUMBERS = flags.DEFINE_bool("numbers", False, "Show each token's projection as a number too.")
 HISTORY = flags.DEFINE_bool(
@@ -91,15 +98,16 @@ def start() -> Session:
         model = load_model(demo_model_path(), DTYPE.value, mesh, **settings)
         direction = embedded_direction(model)
         return Session(model, direction, MAX_NEW_TOKENS.value, NUMBERS.value, bool(HISTORY.value))
-    path = pathlib.Path(DIRECTION.value)
-    directions = read_direction(str(path), LAYER.value, POSITION.value)
+    path = local_path(DIRECTION.value)
     studies = [Study.read(path, 1)] if path.is_dir() and not MODEL.value else []
     given = {"chat_template": CHAT_TEMPLATE.value, "thinking": THINKING.value}
     settings |= (studies[0].template if studies else {}) | {k: v for k, v in given.items() if v is not None}
-    folder = pathlib.Path(MODEL.value) if MODEL.value else model_of([path], studies)
+    folder = checkpoint_folder(MODEL.value) if MODEL.value else model_of([path], studies)
+    (direction,) = one_each([path], LAYER.value, POSITION.value, load_config(folder).n_layers)
+    print(f"The edits use {direction.summary}.")
     model = load_model(folder, DTYPE.value, mesh, progress=True, **settings)
     history = folder != demo_model_path() if HISTORY.value is None else HISTORY.value
-    return Session(model, directions, MAX_NEW_TOKENS.value, NUMBERS.value, history)
+    return Session(model, direction, MAX_NEW_TOKENS.value, NUMBERS.value, history)
 
 
 def embedded_direction(model: ChatModel) -> Directions:
@@ -113,11 +121,14 @@ def embedded_direction(model: ChatModel) -> Directions:
 
 
 def lines(typed: bool):
-    """The user's lines, from a terminal with editing and history, or from a file or pipe, which are shown too."""
+    """The user's lines, from a terminal with editing and history, or from a file or pipe, which are shown too. Bytes that are
+    not UTF-8 become U+FFFD."""
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")
     if typed:
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401, input() then has it
-    while True:
+    for number in itertools.count(1):
         try:
             line = input("> ") if typed else sys.stdin.readline()
         except EOFError:
@@ -130,6 +141,7 @@ def lines(typed: bool):
             continue
         if not typed and not line:
             return
+        line = mended(line, f"Line {number} of the input")
         if not typed:
             print(f"> {escaped(line.rstrip())}", flush=True)
         yield line.strip()

@@ -22,6 +22,7 @@ from absl import flags
 from refusal_jax.data.prompts import data_folder
 from refusal_jax.data.public import MANIFEST, build, fetch_set, load_manifest, status, take_files
 from refusal_jax.errors import UserError
+from refusal_jax.storage import local_path
 
 ACTIONS = ("fetch", "list", "verify")
 SETS = flags.DEFINE_list(
@@ -38,20 +39,20 @@ def main(arguments) -> None:
     action = arguments[0] if arguments else ""
     if not action:
         raise UserError(f"data needs an action: {', '.join(ACTIONS)}. Start with `refusal-jax data list`.")
-    manifest = load_manifest(pathlib.Path(MANIFEST_FILE.value))
-    folder = pathlib.Path(FOLDER.value) if FOLDER.value else data_folder()
+    manifest = load_manifest(local_path(MANIFEST_FILE.value))
+    folder = local_path(FOLDER.value) if FOLDER.value else data_folder()
     {"fetch": fetch, "list": show, "verify": verify}[action](manifest, folder)
 
 
 def fetch(manifest, folder: pathlib.Path) -> None:
     chosen = manifest.choose(SETS.value) if SETS.value else [one for one in manifest.sets.values() if not one.hub]
     if FROM.value:
-        take_files(chosen, pathlib.Path(FROM.value), folder, ACCEPT.value)
+        take_files(chosen, local_path(FROM.value), folder, ACCEPT.value)
     else:
         for one in chosen:
             fetch_set(one, folder, ACCEPT.value)
             print(f"{one.title}: {', '.join(file.name for file in one.files)}")
-    rows = build(manifest, folder, pathlib.Path(ALPACA.value) if ALPACA.value else None)
+    rows = build(manifest, folder, local_path(ALPACA.value) if ALPACA.value else None)
     for name, count in rows.items():
         print(f"{name:<34}{count:>7} rows")
     missing = [split for split in manifest.splits if f"splits/{split}.json" not in rows]

@@ -16,7 +16,6 @@ OUT gets NAME_evaluations.json in the published format with a column for each ju
 """
 
 import hashlib
-import pathlib
 
 from absl import flags
 
@@ -30,7 +29,7 @@ from refusal_jax.report.text import rates_table
 from refusal_jax.report.verdict import Concern
 from refusal_jax.runs import Ledger, to_json
 from refusal_jax.sharding import make_mesh
-from refusal_jax.storage import DiskFolder
+from refusal_jax.storage import DiskFolder, local_path
 from refusal_jax.study.artifacts import jailbreakbench_artifact, read_completions, split_name
 from refusal_jax.study.evaluation import tables, tidy_csv
 from refusal_jax.study.judge_models import ModelJudge, judge_all, parse_judges
@@ -56,8 +55,7 @@ def main(arguments) -> None:
             raise UserError(
                 f"--{flag.name} is missing. Example: refusal-jax evaluate --completions=runs/mine/completions --out=judged."
             )
-    path = pathlib.Path(COMPLETIONS.value)
-    completions = read_completions(path)
+    completions = read_completions(local_path(COMPLETIONS.value))
     mesh = make_mesh(model=MODEL_AXIS.value) if MODEL_AXIS.value > 1 else None
     judges = parse_judges(JUDGES.value, BATCH_SIZE.value, DTYPE.value, mesh)
     chat = None
@@ -76,7 +74,7 @@ def main(arguments) -> None:
         out.write("statistics.csv", tidy_csv(found).encode("utf-8", "replace"))
         out.remove([ledger.name])
     print(rates_table(found))
-    for number, concern in enumerate(concerns_of(files, [judge.name for judge in judges], str(path)), 1):
+    for number, concern in enumerate(concerns_of(files, [judge.name for judge in judges], COMPLETIONS.value), 1):
         print(f"\n({number}) {concern.text}")
     print(f"\nResults: {out.path.resolve()}")
 

@@ -2,6 +2,7 @@
 
   refusal-jax export --direction=runs/mine --out=DIR                  # the model and direction of a finished study
   refusal-jax export --model=DIR --direction=direction.pt --out=DIR   # a direction from elsewhere
+  refusal-jax export --model=DIR --direction=rows.pt --layer=12 --out=DIR    # one row of [layers, D]; --subspace: all
   refusal-jax export --direction=runs/mine --format=lora --out=DIR    # a PEFT adapter of the same edit
   refusal-jax export --direction=runs/mine --edit=add --format=gguf --out=DIR    # a control vector for llama.cpp
   refusal-jax export --check=DIR                                      # are its files still those that were verified?
@@ -28,7 +29,7 @@ import shlex
 from absl import flags
 
 from refusal_jax.errors import UserError, VerificationError
-from refusal_jax.export.directions import read_directions
+from refusal_jax.export.directions import direction_file, read_directions
 from refusal_jax.export.edit import WEIGHT_SITES
 from refusal_jax.export.hf import TIED
 from refusal_jax.export.hub import push
@@ -36,6 +37,8 @@ from refusal_jax.export.provenance import check
 from refusal_jax.export.run import FORMATS, Request, export
 from refusal_jax.export.study import Study
 from refusal_jax.files import checkpoint_fingerprint
+from refusal_jax.models.config import load_config
+from refusal_jax.storage import local_path
 
 MODEL = flags.DEFINE_string("model", None, "HF checkpoint folder. Default: the model that the study ran on.")
 DIRECTION = flags.DEFINE_list(
@@ -44,9 +47,14 @@ DIRECTION = flags.DEFINE_list(
     "Folder of a finished study, or a .npy, .safetensors or .pt file of a direction [D], of several [K, D], or of mean "
     "differences [positions, layers, D]. Several with commas between them: the subspace that they span.",
 )
+SUBSPACE = flags.DEFINE_bool(
+    "subspace", False, "Take all rows of a file [K, D], also where K is the model's number of layers."
+)
 POSITION = flags.DEFINE_integer("position", None, "Of mean differences: which position, from -1 backwards.")
 LAYER = flags.DEFINE_integer(
-    "layer", None, "The layer at whose input the direction was read; of mean differences, which one."
+    "layer",
+    None,
+    "The layer at whose input the direction was read; of mean differences, or of a file with a row for each layer, which one.",
 )
 OUT = flags.DEFINE_string("out", None, "New folder for the export.")
 FORMAT = flags.DEFINE_enum(
@@ -75,10 +83,11 @@ PUBLIC = flags.DEFINE_bool("public", False, "Upload to a public repository.")
 
 def main(argv) -> None:
     if CHECK.value:
-        record = check(pathlib.Path(CHECK.value))
-        print(f"{CHECK.value}: all {len(record['files'])} files are as they were exported and verified.")
+        folder = local_path(CHECK.value)
+        record = check(folder)
+        print(f"{folder}: all {len(record['files'])} files are as they were exported and verified.")
         if PUSH.value:
-            print(push(pathlib.Path(CHECK.value), PUSH.value, PUBLIC.value))
+            print(push(folder, PUSH.value, PUBLIC.value))
         return
     for flag in (DIRECTION, OUT):
         if not flag.value:
@@ -89,6 +98,7 @@ def main(argv) -> None:
         raise UserError("Only verified exports are pushed: leave out --noverify or --push-to-hub.")
     request = read_request(argv)
     report = export(request)
+    print(f"Exported: {request.directions.summary}.")
     print(summary(request.target, report))
     failed = report["verification"] and report["verification"]["problems"]
     if failed:
@@ -102,13 +112,14 @@ def main(argv) -> None:
 
 def read_request(argv) -> Request:
     """What the flags ask for. Raises UserError for a direction or model that is not there or does not belong together."""
-    paths = [pathlib.Path(path) for path in DIRECTION.value]
+    paths = [local_path(path) for path in DIRECTION.value]
     folders = [path for path in paths if path.is_dir() or not path.suffix]
     study = Study.read(folders[0], PROMPTS.value) if folders else Study.none(PROMPTS.value, CHAT_TEMPLATE.value)
-    directions = read_directions(paths, POSITION.value, LAYER.value)
     if not MODEL.value and not study.model:
+        for path in paths:
+            direction_file(path)
         raise UserError("--model is missing: a direction from a file does not tell which model it belongs to.")
-    source = pathlib.Path(MODEL.value) if MODEL.value else study.model
+    source = local_path(MODEL.value) if MODEL.value else study.model
     if study.model and checkpoint_fingerprint(source) != study.fingerprint:
         if not MODEL.value:
             raise UserError(
@@ -116,12 +127,14 @@ def read_request(argv) -> Request:
                 "--model if the direction should be applied all the same."
             )
         study = dataclasses.replace(study, conditions=[], losses={})  # which were measured on another model
+    n_layers = load_config(source).n_layers
+    directions = read_directions(paths, POSITION.value, LAYER.value, n_layers, SUBSPACE.value)
     edit = {"kind": EDIT.value, "sites": tuple(SITES.value), "scale": SCALE.value}
     if LAYERS.value and not (LAYERS.value == "all" and EDIT.value == "ablate"):
-        edit["layers"] = parse_layers(LAYERS.value, source)
+        edit["layers"] = parse_layers(LAYERS.value, n_layers)
     return Request(
         source,
-        pathlib.Path(OUT.value),
+        local_path(OUT.value),
         directions,
         edit,
         study,
@@ -133,12 +146,10 @@ def read_request(argv) -> Request:
     )
 
 
-def parse_layers(text: str, source: pathlib.Path) -> list[int]:
+def parse_layers(text: str, n_layers: int) -> list[int]:
     """Layers as --layers names them; `all` is what a control vector can add at. Raises UserError for anything else."""
     if text == "all":
-        from refusal_jax.models.config import load_config
-
-        return list(range(2, load_config(source).n_layers))
+        return list(range(2, n_layers))
     layers = []
     for part in text.split(","):
         found = re.fullmatch(r"(\d{1,4})(?:-(\d{1,4}))?", part.strip())

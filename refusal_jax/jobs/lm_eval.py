@@ -13,7 +13,7 @@ the model known to `lm_eval.simple_evaluate(model="refusal_jax", …)`.) Install
   ablate=RUN|FILE        take this direction out everywhere: folder of a study, or .npy, .safetensors or .pt file
   add=RUN|FILE           add this direction at its layer
   scale=X                how much to add (-1 subtracts), or which part to take out
-  layer=L, position=P    where to add; of a file of mean differences, which one
+  layer=L, position=P    where to add; of a file of mean differences, which one (layer alone: of a file with a row a layer)
   dtype=NAME             float32, bfloat16, float16; default: float32 on CPU, bfloat16 elsewhere
   data=N, fsdp=N, model=N   devices along each axis of the mesh
   chat_template=NAME|FILE, thinking=true, cache=DIR   as in a study's config

@@ -87,6 +87,14 @@ def config_error(error: Exception):
     )
 
 
+def expanded(word: str) -> str:
+    """Returns an argument, with a leading ~ of the file that --config names expanded, which absl opens itself."""
+    from refusal_jax.storage import local_path
+
+    name, _, value = word.partition("=")
+    return f"{name}={local_path(value)}" if name.lstrip("-") == "config" and value.startswith("~") else word
+
+
 def prepare_job(job: str, argv: list[str]):
     """A job's module, with its flags parsed, and its action if it has any. Raises UserError for anything wrong with them, or
     with the config file that they name."""
@@ -102,6 +110,7 @@ def prepare_job(job: str, argv: list[str]):
         raise config_error(error) from None
     if getattr(module, "PASSED_ON", False):
         return module, argv
+    argv = list(map(expanded, argv))
     try:
         left = flags.FLAGS([f"refusal-jax {job}", *argv])
         if "config" in flags.FLAGS:

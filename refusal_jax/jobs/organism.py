@@ -19,6 +19,7 @@ from refusal_jax.errors import UserError
 from refusal_jax.organism.criteria import measure, write_bundle
 from refusal_jax.organism.recipe import Recipe, train
 from refusal_jax.runs import to_json, write_atomically
+from refusal_jax.storage import local_path
 
 OUT = flags.DEFINE_string("out", None, "Folder for model and prompts; it must not exist.")
 SEEDS = flags.DEFINE_list("seeds", ["0", "1", "2", "3", "4", "5"], "Seeds to try, in this order.")
@@ -29,7 +30,7 @@ def main(argv) -> None:
         raise UserError("--out is missing: name the folder for the model, e.g. --out=organism.")
     if not all(seed.isdecimal() for seed in SEEDS.value) or not SEEDS.value:
         raise UserError(f"--seeds = {','.join(SEEDS.value)!r}, expected whole numbers such as 0,1,2.")
-    out = pathlib.Path(OUT.value)
+    out = local_path(OUT.value)
     if out.exists():
         raise UserError(f"{out} exists already. Remove it, or pass another --out.")
     out.parent.mkdir(parents=True, exist_ok=True)

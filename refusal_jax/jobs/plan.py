@@ -30,7 +30,7 @@ from refusal_jax.plan.chips import Slice
 from refusal_jax.plan.planner import MeshShape, Plan, make_plan
 from refusal_jax.plan.programs import USUAL_LENGTH, Workload
 from refusal_jax.runs import to_json
-from refusal_jax.storage import write_atomically
+from refusal_jax.storage import local_path, write_atomically
 from refusal_jax.study import config as study_config
 from refusal_jax.study.pipeline import check_numbers
 
@@ -70,7 +70,7 @@ def main(argv) -> None:
             print(table.detail(plan, name) + "\n", flush=True)
     print(table.markdown(plans) if ALL.value else table.ASSUMED)
     if OUT.value:
-        out = pathlib.Path(OUT.value)
+        out = local_path(OUT.value)
         write_atomically(out.with_name(out.name + ".md"), (table.markdown(plans) + "\n").encode())
         write_atomically(
             out.with_name(out.name + ".json"), to_json([table.as_json(name, plan) for name, plan in plans])
@@ -102,7 +102,7 @@ def named_model(known: dict) -> tuple[str, ModelConfig]:
     asked = MODEL.value or CONFIG.value.model
     if not asked:
         asked = pathlib.Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
-    path = pathlib.Path(asked)
+    path = local_path(asked)
     if path.is_dir():
         return path.resolve().name, load_config(path)
     if path.suffix == ".json":

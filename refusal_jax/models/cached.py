@@ -12,7 +12,6 @@ import gc
 import json
 import logging
 import math
-import pathlib
 import sys
 from collections.abc import Callable
 
@@ -30,6 +29,7 @@ from refusal_jax.files import checkpoint_fingerprint
 from refusal_jax.models.mirror import explained
 from refusal_jax.models.place import Place, abreast, device_sharding
 from refusal_jax.runs import to_json
+from refusal_jax.storage import local_path
 
 FORMAT = 1  # of the copies: changes when the decoder's weights or their layout do
 AT_A_TIME = 64 << 20  # bytes that a process writes at a time besides one weight
@@ -45,7 +45,7 @@ class Cached:
     @classmethod
     def of(cls, cache: str, checkpoint, dtype: str) -> "Cached":
         """The copy of a checkpoint folder's weights as `dtype`; cache: a folder or an address."""
-        root = cache if "://" in cache else pathlib.Path(cache).expanduser().absolute()
+        root = cache if "://" in cache else local_path(cache).absolute()
         return cls(epath.Path(root) / f"{checkpoint_fingerprint(checkpoint)[:24]}-{dtype}-{FORMAT}")
 
     @property

@@ -14,6 +14,7 @@ import re
 
 from refusal_jax.errors import UserError
 from refusal_jax.runs import to_json, write_atomically
+from refusal_jax.storage import local_path
 
 STUB = ".remote"
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf", ".onnx")
@@ -31,7 +32,7 @@ def checkpoint_folder(path: str | os.PathLike) -> pathlib.Path:
     """
     match = ADDRESS.fullmatch(str(path))
     if not match:
-        return pathlib.Path(path)
+        return local_path(path)
     address = f"{match[1]}://{match[2].strip('/')}"
     with explained(address):
         import fsspec  # here: a local checkpoint does without

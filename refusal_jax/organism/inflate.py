@@ -27,6 +27,7 @@ from refusal_jax.models.hf_attributes import read_json
 from refusal_jax.models.load import INDEX, SINGLE, TensorFiles, check_tensors
 from refusal_jax.models.weights import weight_table
 from refusal_jax.runs import cannot_write, to_json
+from refusal_jax.storage import local_path
 
 DTYPES = {"float32": (np.dtype(np.float32), "F32"), "bfloat16": (np.dtype(ml_dtypes.bfloat16), "BF16")}
 NORMS = ("attn_norm", "mlp_norm", "final_norm")
@@ -59,7 +60,7 @@ def inflate(
     at least). Embedding and unembedding are written apart even if the source ties them. Returns the new config. Raises
     UserError for a source that is not a Llama checkpoint, a shape that cannot hold it, or a target that exists.
     """
-    source, target = pathlib.Path(source), pathlib.Path(target)
+    source, target = local_path(source), local_path(target)
     old = load_config(source)
     if dtype not in DTYPES:
         raise UserError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}.")

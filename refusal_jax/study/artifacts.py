@@ -3,12 +3,11 @@
 All become lists of `{"category", "prompt", "response"}` with whatever else the rows hold.
 """
 
-import json
 import pathlib
 from collections.abc import Mapping, Sequence
 
 from refusal_jax import thoughts
-from refusal_jax.data.prompts import located_rows, read_text
+from refusal_jax.data.prompts import category_of, located_rows, lowered, read_json_value
 from refusal_jax.errors import UserError
 from refusal_jax.study.judges import Verdict
 
@@ -68,12 +67,7 @@ def read_completions(path: pathlib.Path) -> dict[str, list[dict]]:
 def _read_file(path: pathlib.Path) -> list[dict]:
     rows = None
     if path.suffix.lower() == ".json":
-        try:
-            content = json.loads(read_text(path))
-        except json.JSONDecodeError as error:
-            raise UserError(
-                f"{path} is not valid JSON ({error}). Repair it, or use .jsonl for one object a line."
-            ) from None
+        content = read_json_value(path)
         if isinstance(content, dict):
             key = next((key for key in ("completions", "jailbreaks") if isinstance(content.get(key), list)), None)
             if key is None:
@@ -93,20 +87,23 @@ def _completion(row, where: str) -> dict:
     null, as of a query that failed, is an empty one."""
     if not isinstance(row, dict):
         raise UserError(f"{where} is a {type(row).__name__}, expected an object with a prompt and a response.")
-    prompt = next((row[key] for key in PROMPT_KEYS if row.get(key)), None)
-    answer = next((key for key in RESPONSE_KEYS if key in row), None)
+    low = lowered(row, where)
+    prompt = next((low[key] for key in PROMPT_KEYS if low.get(key)), None)
+    answer = next((key for key in RESPONSE_KEYS if key in low), None)
     if not isinstance(prompt, str) or answer is None:
         raise UserError(
-            f"{where} is no completion: its fields are {', '.join(map(str, row)) or 'none'}, expected a prompt (one of "
+            f"{where} is no completion: its fields are {', '.join(row) or 'none'}, expected a prompt (one of "
             f"{', '.join(PROMPT_KEYS)}) and a response (one of {', '.join(RESPONSE_KEYS)})."
         )
-    response = "" if row[answer] is None else row[answer]
+    response = "" if low[answer] is None else low[answer]
     if not isinstance(response, str):
         raise UserError(f"{where}: {answer} is a {type(response).__name__}, expected text.")
     judged = ("is_jailbreak_", "probability_")  # what judges said before
-    kept = {key: value for key, value in row.items() if not str(key).startswith(judged) and key not in (answer, None)}
+    kept = {
+        key: row[key] for key in row if not key.startswith(judged) and key.strip().lower() not in (answer, "category")
+    }
     said = {"response": response} if isinstance(row.get("thought"), str) else thoughts.split(response).row
-    return {"category": row.get("category"), **kept, "prompt": prompt, **said}
+    return {"category": category_of(low), **kept, "prompt": prompt, **said}
 
 
 def jailbreakbench_artifact(

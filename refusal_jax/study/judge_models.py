@@ -31,6 +31,7 @@ from refusal_jax.models.config import load_config
 from refusal_jax.models.decoder import Decoder
 from refusal_jax.models.mirror import checkpoint_folder
 from refusal_jax.sharding import replicate
+from refusal_jax.storage import local_path
 from refusal_jax.study.judges import TEXT_JUDGES, Judge, Verdict
 from refusal_jax.thoughts import is_unfinished
 
@@ -120,7 +121,7 @@ def _template(name: str, path: str) -> str:
             f"the judge {name!r} needs the prompt template that its model was trained with: put it in a text file with "
             f"{{prompt}} and {{response}} where they belong, and write {name}=FOLDER@FILE.txt."
         )
-    text = read_text(pathlib.Path(path)) if path else kind.template
+    text = read_text(local_path(path)) if path else kind.template
     found = set(PLACEHOLDER.findall(text))
     if not found & set(REQUEST) or not found & set(RESPONSE):
         raise UserError(

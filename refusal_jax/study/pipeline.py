@@ -42,7 +42,7 @@ from refusal_jax.study.judge_models import REFUSAL_SCORE, ModelJudge, judge_all,
 from refusal_jax.study.judges import evaluate_completions
 from refusal_jax.study.loss import loss_datasets, measure_kl, measure_loss, read_chat_pairs
 from refusal_jax.study.refusal_tokens import Opening, measure_openings, refusal_openings
-from refusal_jax.study.sampling import SPLITS, over_refusal_names, sample_prompts
+from refusal_jax.study.sampling import SPLITS, over_refusal_names, overlap_warning, overlaps, sample_prompts
 from refusal_jax.study.selection import Rule, evaluate_candidates, pick
 from refusal_jax.taps import Taps
 from refusal_jax.templates import named_template
@@ -260,7 +260,13 @@ class Study:
         return self.run.read_tensors(DIRECTION)["direction"], self.run.read_json(METADATA)["layer"]
 
     def prompts(self, ledger: Ledger) -> None:
-        self.run.write_json(PROMPTS, sample_prompts(self.config.data))
+        def note(text: str) -> None:
+            tqdm.write(f"Prompts: {text}", file=sys.stderr)
+
+        drawn = sample_prompts(self.config.data, note)
+        for found in overlaps(drawn):
+            note(overlap_warning(found))
+        self.run.write_json(PROMPTS, drawn)
 
     def refusal_tokens(self) -> tuple[tuple[int, ...], list[Opening]]:
         """The ids of the refusal tokens and, where the config leaves them open, the openings they were chosen from."""

@@ -1,32 +1,149 @@
-"""Which prompts a study uses: the paper's seeded draws, in the paper's order, from one stream."""
+"""Which prompts a study uses: the paper's seeded draws, in the paper's order, from one stream; and prompts that splits share."""
 
+import itertools
 import random
+from collections.abc import Callable, Mapping, Sequence
 
 from refusal_jax.data.prompts import dataset_name, read_prompts, resolve
 from refusal_jax.errors import UserError
 
 SPLITS = ("harmful_train", "harmless_train", "harmful_val", "harmless_val", "harmful_test", "harmless_test")
+STAGES = ("train", "val", "test")
 
 
-def sample_prompts(data) -> dict[str, list[dict]]:
+def sample_prompts(data, note: Callable[[str], None] = lambda text: None) -> dict[str, list[dict]]:
     """`{split: [{"instruction", "category"}]}` for a config's `data`.
 
     As in the published runs: seed once, draw train and val of each side, and later the harmless test prompts from the
     same stream; the harmful test set is used whole, cut to `n_test` in file order if longer. A set smaller than asked
     for is used whole. Sets of `over_refusal` follow by name, drawn from streams of their own, so that they change none of
-    the paper's draws. Raises UserError as `read_prompts` does.
+    the paper's draws. Splits whose files hold the same prompts share them out (`_shared_out`), which `note` is told.
+    Raises UserError as `read_prompts` does, and for a file with fewer different prompts than splits.
     """
     rng = random.Random(data.seed)
-    sets = {split: read_prompts(resolve(data[split], split)) for split in SPLITS}
-    counts = {"train": data.n_train, "val": data.n_val, "test": data.n_test}
+    sources = {split: data[split] for split in SPLITS}
+    sources |= {f"{name}_test": source for name, source in over_refusal_names(data).items()}
+    sets = {s: read_prompts(resolve(f, s if s in SPLITS else "harmless_test")) for s, f in sources.items()}
     drawn = {}
-    for split in SPLITS:
-        count = min(counts[split.split("_")[1]], len(sets[split]))
-        drawn[split] = sets[split][:count] if split == "harmful_test" else rng.sample(sets[split], count)
-    for name, source in over_refusal_names(data).items():
-        rows = read_prompts(resolve(source, "harmless_test"))
-        drawn[f"{name}_test"] = random.Random(data.seed).sample(rows, min(data.n_test, len(rows)))
+    for split, rows in sets.items():
+        count = min(data[f"n_{split.rpartition('_')[2]}"], len(rows))
+        stream = rng if split in SPLITS else random.Random(data.seed)
+        drawn[split] = rows[:count] if split == "harmful_test" else stream.sample(rows, count)
+    for group in _of_one_file(sets):
+        drawn |= _shared_out(group, sets[group[0]], data, sources[group[0]], note)
     return drawn
+
+
+def _of_one_file(sets: Mapping[str, list[dict]]) -> list[list[str]]:
+    """The groups of splits whose files hold the same prompts. Harmless test sets alone may be the same: none is trained on."""
+    groups: list[list[str]] = []
+    for split, rows in sets.items():
+        group = next((group for group in groups if sets[group[0]] == rows), None)
+        if group is None:
+            groups.append([split])
+        else:
+            group.append(split)
+    return [g for g in groups if len(g) > 1 and any(_stage(s) < 2 or _side(s) == "harmful" for s in g)]
+
+
+def _shared_out(splits: Sequence[str], rows: list[dict], data, source: str, note) -> dict[str, list[dict]]:
+    """Draws for splits that share a file, no prompt in two of them, from a stream of their own.
+
+    Too few prompts for all counts are shared out in proportion to these, at least one each. Raises UserError for fewer
+    different prompts than splits.
+    """
+    different = list({_normal(row): row for row in reversed(rows)}.values())[::-1]  # the first of each
+    if len(different) < len(splits):
+        raise UserError(
+            f"{source} serves {', '.join(splits)}, which must not share prompts, and has only {len(different)} different ones. "
+            "Put more prompts into it, or name another file for each (--config.data)."
+        )
+    asked = [data[f"n_{split.rpartition('_')[2]}"] for split in splits]
+    counts = _shares(asked, len(different))
+    pool = random.Random(data.seed).sample(different, sum(counts))
+    ends = list(itertools.accumulate(counts))
+    mixed = len({_side(split) for split in splits}) > 1
+    note(
+        f"{', '.join(splits)} come from the same prompts ({source}, {len(different)} different ones), so that they were drawn "
+        f"apart: {', '.join(map(str, counts))} (asked for: {', '.join(map(str, asked))})."
+        + " What is called harmful and what harmless differs by chance only: name files of their own."
+        * mixed
+    )
+    return {split: pool[end - count : end] for split, count, end in zip(splits, counts, ends, strict=True)}
+
+
+def _shares(asked: Sequence[int], available: int) -> list[int]:
+    """Counts in proportion to those asked for, at least 1 each, that make up `available`; what is asked for if that is enough."""
+    total = sum(asked)
+    if total <= available:
+        return list(asked)
+    exact = [count * available / total for count in asked]
+    found = [max(1, int(share)) for share in exact]
+    while (missing := available - sum(found)) != 0:
+        step = 1 if missing > 0 else -1
+        free = [i for i in range(len(found)) if step > 0 or found[i] > 1]
+        found[max(free, key=lambda i: step * (exact[i] - found[i]))] += step
+    return found
+
+
+def _normal(row: dict) -> str:
+    """A prompt as it is compared: without its case and with single spaces."""
+    return " ".join(row["instruction"].split()).casefold()
+
+
+def _side(split: str) -> str:
+    return "harmful" if split in SPLITS and split.startswith("harmful") else "harmless"
+
+
+def _stage(split: str) -> int:
+    """0 for train, 1 for val, 2 for test."""
+    return STAGES.index(split.rpartition("_")[2])
+
+
+def overlaps(prompts: Mapping[str, Sequence[dict]]) -> list[dict]:
+    """Returns which splits have prompts in common, whatever their case and white space.
+
+    prompts: `{split: [{"instruction", …}]}`, as in a run's prompts.json; splits that are not of SPLITS are over-refusal sets,
+    which count as harmless tests. Each entry is `{"split", "other", "count", "of"}`: `count` of the `of` prompts of `split`
+    also occur in `other`. Compared are each later stage with each earlier one of its side (train, val, test), and all harmful
+    with all harmless splits, of which `split` is the one of the later stage. Where `other` is `split` itself, `count` of its
+    prompts repeat an earlier one. Pairs with nothing in common are left out.
+    """
+    texts = {split: [_normal(row) for row in rows] for split, rows in prompts.items()}
+    found = []
+    for split in texts:
+        for other in texts:
+            later = _stage(other) < _stage(split)
+            equal = _stage(other) == _stage(split) and _side(other) == "harmful" != _side(split)
+            if split == other:
+                count = len(texts[split]) - len(set(texts[split]))
+            elif later or equal:
+                known = set(texts[other])
+                count = sum(text in known for text in texts[split])
+            else:
+                continue
+            if count:
+                found.append({"split": split, "other": other, "count": count, "of": len(texts[split])})
+    return found
+
+
+def overlap_warning(found: Mapping) -> str:
+    """Returns an entry of `overlaps` as a sentence, with what to do about it."""
+    split, other, of = (
+        found["split"],
+        found["other"],
+        f"{found['count']} of the {found['of']} prompts of {found['split']}",
+    )
+    if split == other:
+        return f"{of} repeat another one of the set: they count twice. Remove the repeats from its file."
+    if _side(split) != _side(other):
+        return f"{of} are in {other} too, so the same prompt counts as harmful and as harmless. Correct the files of both sets."
+    stage = STAGES[_stage(other)]
+    harm = (
+        "the results on them say nothing about unseen prompts" if _stage(split) == 2 else "they cannot check the choice"
+    )
+    use = "trained on" if stage == "train" else "used to choose the direction"
+    return f"{of} are in {other} too: they were {use}, so {harm}. Take them out of one of the two files."
 
 
 def over_refusal_names(data) -> dict[str, str]:
