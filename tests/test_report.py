@@ -17,6 +17,7 @@ from refusal_jax.report.concerns import (
     other_judges,
     score_disagreement,
     selection_disagreement,
+    shared_prompts,
     unfinished_thoughts,
     weak_separation,
 )
@@ -29,6 +30,7 @@ from refusal_jax.study.config import get_config
 from refusal_jax.study.evaluation import tables
 from refusal_jax.study.judge_models import judge_all
 from refusal_jax.study.judges import EXTENDED, TEXT_JUDGES, Verdict, evaluate_completions
+from refusal_jax.study.sampling import SPLITS
 from refusal_jax.study.selection import Rule, pick
 from refusal_jax.study.statistics import mean_interval, wilson_interval
 from refusal_jax.thoughts import split
@@ -107,6 +109,7 @@ def make_run(folder, layers=6, positions=5, width=16, n_val=32, full_grid=False,
     setup |= {"chat_template": "/home/<b>me</b>.jinja", "thinking": False, "bundled_prompts": []}
     setup |= {"refusal_tokens_from": "data", "openings": openings}
     run.write_json("setup.json", setup)
+    run.write_json("prompts.json", {split: [{"instruction": split, "category": None}] for split in SPLITS})
     scores = {"harmful": rng.normal(6, 3, n_val), "harmless": rng.normal(-8, 3, n_val)}
     kept = {"harmful": scores["harmful"] > 0, "harmless": scores["harmless"] < 0}
     splits = [f"{side}_{split}" for split in ("train", "val") for side in ("harmful", "harmless")]
@@ -459,6 +462,21 @@ def test_a_direction_that_separates_nothing_is_noticed():
     along = {"harmful_val": rng.normal(size=(200, 3)), "harmless_val": rng.normal(size=(200, 3))}
     assert "hardly tells the two apart" in weak_separation(along, 1)[0].text
     assert not weak_separation(along | {"harmful_val": along["harmful_val"] + 3}, 1)
+
+
+def test_shared_prompts_are_noticed():
+    conditions = conditions_of(base=97, ablated=2, plain=1, added=98)
+    prompts = {split: [{"instruction": f"{split} {i}"} for i in range(12)] for split in SPLITS}
+    inputs = {split: split for split in SPLITS}
+    assert shared_prompts(conditions, prompts, inputs) == []
+    prompts["harmful_test"] = [{"instruction": f"  Harmful_TRAIN   {i}"} for i in range(12)]
+    (concern,) = shared_prompts(conditions, prompts, inputs)
+    assert concern.text.startswith(
+        "12 of the 12 prompts of harmful_test are in harmful_train too: they were trained on"
+    )
+    assert concern.about == (("h", "baseline"), ("h", "ablation"))
+    (same,) = shared_prompts(conditions, {}, dict.fromkeys(SPLITS, "one file"))
+    assert same.decisive and "come from the same file" in same.text
 
 
 def test_unfinished_thoughts_are_counted_apart():

@@ -6,7 +6,7 @@ import pytest
 from test_data import paper_draws, settings
 
 from refusal_jax import UserError
-from refusal_jax.study.sampling import SPLITS, overlap_warning, overlaps, sample_prompts
+from refusal_jax.study.sampling import SPLITS, overlap_in_words, overlaps, sample_prompts
 
 
 def test_splits_of_one_file_are_drawn_apart(tmp_path):
@@ -82,15 +82,13 @@ def test_prompts_that_splits_share():
         ("more_test", "harmless_val", 1, 3),
         ("more_test", "harmful_test", 1, 3),
     ]
-    words = dict(
-        zip([entry["split"] + " " + entry["other"] for entry in found], map(overlap_warning, found), strict=True)
-    )
+    words = {f"{entry['split']} {entry['other']}": " ".join(overlap_in_words(entry)) for entry in found}
     assert words["harmful_train harmful_train"].startswith("1 of the 3 prompts of harmful_train repeat another one")
     assert (
-        "2 of the 4 prompts of harmful_test are in harmful_train too: they were trained on, so the results"
+        "2 of the 4 prompts of harmful_test are in harmful_train too: they were trained on, so that the results"
         in (words["harmful_test harmful_train"])
     )
     assert "used to choose the direction" in words["harmful_test harmful_val"]
-    assert "trained on, so they cannot check the choice" in words["harmless_val harmless_train"]
+    assert "trained on, so that they cannot check the choice" in words["harmless_val harmless_train"]
     assert "counts as harmful and as harmless" in words["more_test harmful_train"]
     assert overlaps({split: rows(split) for split in SPLITS}) == []

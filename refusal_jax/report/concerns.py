@@ -16,6 +16,7 @@ from refusal_jax.report.verdict import Concern, percents, strength_of
 from refusal_jax.study.evaluation import REPETITIVE, repetition
 from refusal_jax.study.judge_models import REFUSAL_SCORE
 from refusal_jax.study.judges import EXTENDED, TEXT_JUDGES
+from refusal_jax.study.sampling import SPLITS, overlap_in_words, overlaps
 from refusal_jax.study.statistics import mcnemar, wilson_interval
 from refusal_jax.thoughts import is_unfinished
 
@@ -221,6 +222,31 @@ def weak_separation(along: Mapping[str, np.ndarray], layer: int) -> list[Concern
     return [Concern(claim, "Check that the prompt sets are what they should be, and use more prompts.")]
 
 
+def shared_prompts(conditions: Sequence[Condition], prompts: Mapping, inputs: Mapping) -> list[Concern]:
+    """Returns which splits have prompts in common, and whether harmful and harmless prompts come from the same file.
+
+    prompts: as in prompts.json. inputs: hashes of the splits' files, as in the manifest.
+    """
+    found = []
+    for entry in overlaps(prompts):
+        tested = entry["split"].removesuffix("_test")
+        about = [c for c in conditions if tested == (c.dataset if c.harmless else "harmful")]
+        found.append(Concern(*overlap_in_words(entry), tuple((c.dataset, c.intervention) for c in about)))
+    sides = [
+        {inputs.get(split) for split in SPLITS if split.startswith(side)} - {None} for side in ("harmful", "harmless")
+    ]
+    if sides[0] & sides[1]:
+        claim = (
+            "Harmful and harmless prompts come from the same file, so that the two differ by the draw, and by what the "
+            "filter made of it, only."
+        )
+        remedy = (
+            "Name one file of harmful and one of harmless prompts (data.harmful_train, data.harmless_train, and so on)."
+        )
+        found.append(Concern(claim, remedy, tuple((c.dataset, c.intervention) for c in conditions), True))
+    return found
+
+
 def auc(above: np.ndarray, below: np.ndarray) -> float | None:
     """Returns how often a value of `above` exceeds one of `below`, ties half; None if one of them is empty."""
     if not above.size or not below.size:
@@ -234,6 +260,7 @@ def find_concerns(run, conditions: Sequence[Condition], judges: Sequence[str]) -
     judge = next((judge for judge in judges if judge in REFUSAL_JUDGES), None)
     picked, folder = run.read_json("direction_metadata.json"), str(run.path("completions"))
     found = [unfinished_thoughts(conditions), *broken_completions(conditions)]
+    found += shared_prompts(conditions, run.read_json("prompts.json"), run.manifest["inputs"])
     found += weak_separation(run.read_tensors("projections.safetensors"), picked["layer"])
     if judge is not None:
         rows = run.read_json("direction_evaluations.json")

@@ -42,7 +42,7 @@ from refusal_jax.study.judge_models import REFUSAL_SCORE, ModelJudge, judge_all,
 from refusal_jax.study.judges import evaluate_completions
 from refusal_jax.study.loss import loss_datasets, measure_kl, measure_loss, read_chat_pairs
 from refusal_jax.study.refusal_tokens import Opening, measure_openings, refusal_openings
-from refusal_jax.study.sampling import SPLITS, over_refusal_names, overlap_warning, overlaps, sample_prompts
+from refusal_jax.study.sampling import SPLITS, over_refusal_names, overlap_in_words, overlaps, sample_prompts
 from refusal_jax.study.selection import Rule, evaluate_candidates, pick
 from refusal_jax.taps import Taps
 from refusal_jax.templates import named_template
@@ -265,7 +265,7 @@ class Study:
 
         drawn = sample_prompts(self.config.data, note)
         for found in overlaps(drawn):
-            note(overlap_warning(found))
+            note(" ".join(overlap_in_words(found)))
         self.run.write_json(PROMPTS, drawn)
 
     def refusal_tokens(self) -> tuple[tuple[int, ...], list[Opening]]:

@@ -127,23 +127,19 @@ def overlaps(prompts: Mapping[str, Sequence[dict]]) -> list[dict]:
     return found
 
 
-def overlap_warning(found: Mapping) -> str:
-    """Returns an entry of `overlaps` as a sentence, with what to do about it."""
-    split, other, of = (
-        found["split"],
-        found["other"],
-        f"{found['count']} of the {found['of']} prompts of {found['split']}",
-    )
+def overlap_in_words(found: Mapping) -> tuple[str, str]:
+    """Returns an entry of `overlaps` as a sentence, and what to do about it as another."""
+    split, other = found["split"], found["other"]
+    of = f"{found['count']} of the {found['of']} prompts of {split}"
     if split == other:
-        return f"{of} repeat another one of the set: they count twice. Remove the repeats from its file."
+        return f"{of} repeat another one of the set, so that they count twice.", "Remove the repeats from its file."
     if _side(split) != _side(other):
-        return f"{of} are in {other} too, so the same prompt counts as harmful and as harmless. Correct the files of both sets."
-    stage = STAGES[_stage(other)]
-    harm = (
-        "the results on them say nothing about unseen prompts" if _stage(split) == 2 else "they cannot check the choice"
-    )
-    use = "trained on" if stage == "train" else "used to choose the direction"
-    return f"{of} are in {other} too: they were {use}, so {harm}. Take them out of one of the two files."
+        claim = f"{of} are in {other} too, so that the same prompt counts as harmful and as harmless."
+        return claim, "Correct the files of both sets."
+    use = "trained on" if _stage(other) == 0 else "used to choose the direction"
+    test = "the results on them say nothing about unseen prompts"
+    harm = test if _stage(split) == 2 else "they cannot check the choice"
+    return f"{of} are in {other} too: they were {use}, so that {harm}.", "Take them out of one of the two files."
 
 
 def over_refusal_names(data) -> dict[str, str]:
