@@ -170,11 +170,11 @@ class ModelJudge:
         if self.kind.form == "guard":
             turns = [{"role": "user", "content": request}, {"role": "assistant", "content": response}]
             try:
-                return chat.tokenizer.apply_chat_template(turns, tokenize=False)
-            except Exception as error:  # jinja errors, or a template's own raise_exception
+                return chat.render_messages(turns, reply=False)
+            except UserError as error:
                 raise UserError(
-                    f"the chat template of the judge {self.folder} failed on a request and a completion ({error}). It is no "
-                    "guard model's, or was changed: copy its tokenizer files again."
+                    f"the judge {self.folder} cannot be asked about a request and a completion. {error} If its template is no guard "
+                    f"model's, choose another kind of judge than {self.name!r} or another folder."
                 ) from None
         parts = dict.fromkeys(REQUEST, request) | dict.fromkeys(RESPONSE, response)
         # In one go: a response may hold "{prompt}" itself.
