@@ -104,31 +104,25 @@ class Chat:
 
     def _check_tokens(self, folder: pathlib.Path) -> None:
         """Raises UserError for a tokenizer that is not usable although it loads, or whatever a damaged one raises."""
-        for probe in PROBES:
-            ids = self.tokenizer(self.render(probe), add_special_tokens=False).input_ids
+        for text in (*PROBES, *map(self.render, PROBES)):
+            ids = self.tokenizer(text, add_special_tokens=False).input_ids
             if not ids or not all(isinstance(i, int) for i in ids) or not isinstance(self.tokenizer.decode(ids), str):
                 raise UserError(
-                    f"The tokenizer of {folder} turns a prompt into no tokens: its vocabulary of {len(self.tokenizer)} tokens is "
-                    "incomplete. Take its tokenizer files, all of them, from the original checkpoint."
+                    f"The tokenizer of {folder} turns {text[:60]!r} into no tokens: its vocabulary of {len(self.tokenizer)} "
+                    "tokens is incomplete. Take its tokenizer files, all of them, from the original checkpoint."
                 )
 
     def render(self, instruction: str, response: str = "") -> str:
         """The text of a one-turn conversation up to and including the start of the reply, without a system prompt."""
         return self.render_messages([{"role": "user", "content": instruction}]) + response
 
-    def render_messages(self, messages: Sequence[dict[str, str]], reply: bool = True) -> str:
+    def render_messages(self, messages: Sequence[dict[str, str]]) -> str:
         """The text of a conversation, `{"role", "content"}` each, up to and including the start of the next reply.
 
-        reply: False leaves that start out. Raises UserError if the template refuses the messages or never ends.
+        Raises UserError if the template refuses the messages or never ends.
         """
-        switches = dict.fromkeys(("enable_thinking", "thinking"), self.thinking)
-        try:  # families call the switch by either name, and templates without it ignore both
-            with templates.within(templates.RENDER_SECONDS):
-                text = self.tokenizer.apply_chat_template(
-                    list(messages), tokenize=False, add_generation_prompt=reply, **switches
-                )
-            text.encode()  # half a surrogate pair is no text
-            return text
+        try:
+            return self.rendered(messages)
         except Exception as error:  # jinja errors, or a template's own raise_exception
             roles = [message["role"] for message in messages]
             what = "a single user message" if roles == ["user"] else f"messages of {', '.join(roles)}"
@@ -137,6 +131,16 @@ class Chat:
                 "set --config.chat_template to another: a name or a .jinja file. The tokenizer is that of "
                 f"{self.tokenizer.name_or_path}."
             ) from None
+
+    def rendered(self, messages: Sequence[dict[str, str]], reply: bool = True) -> str:
+        """As `render_messages`; reply: False leaves out the start of the next reply. Raises whatever a template raises."""
+        switches = dict.fromkeys(("enable_thinking", "thinking"), self.thinking)  # by either name; others ignore both
+        with templates.within(templates.RENDER_SECONDS):
+            text = self.tokenizer.apply_chat_template(
+                list(messages), tokenize=False, add_generation_prompt=reply, **switches
+            )
+        text.encode()  # half a surrogate pair is no text
+        return text
 
     @property
     def opened_thought(self) -> str:

@@ -35,7 +35,7 @@ def read_ranks(path: pathlib.Path) -> dict[bytes, int]:
     """
 
     def damaged(found: str) -> UserError:
-        return damaged_file(path, f"is no list of tiktoken's ranks: {found}")
+        return damaged_file(path, f"is damaged: {found}")
 
     ranks: dict[bytes, int] = {}
     lines = read_bytes(path).splitlines()

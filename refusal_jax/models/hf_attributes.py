@@ -73,7 +73,10 @@ def damaged(path: pathlib.Path, found: str) -> UserError:
             "It is a web page, as servers send it instead of a file: log in (`hf auth login`) and download it again."
         )
     else:
-        advice = "If it was edited by hand, repair it; else it is truncated or damaged: download it again."
+        advice = (
+            "If it was edited by hand, repair it; else it is truncated or damaged: download it again from the original "
+            "checkpoint."
+        )
     return UserError(f"{path} {found}. {advice}")
 
 

@@ -125,8 +125,8 @@ class TensorFiles:
 
 def _unreadable(path: pathlib.Path, error: OSError) -> UserError:
     return UserError(
-        f"{path} could not be read ({error.strerror or error}). Check that it is a file, that you may read it, that its disk is "
-        "well and that nothing else changes it; if all are so, download it again."
+        f"{path} could not be read ({error.strerror or error}). Check that you may read it and that nothing else changes it; "
+        "if both are so, the file or its disk is damaged: download it again, to another disk if that fails."
     )
 
 

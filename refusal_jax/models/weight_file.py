@@ -97,7 +97,7 @@ def read_header(file) -> Header:
             raise ValueError(f"its tensors end at byte {end:,}")
         return Header(text, metadata, tensors)
     except (ValueError, RecursionError) as error:
-        found = f"is not a readable safetensors file of {file.size:,} bytes ({str(error)[:500]})"
+        found = f"is not a readable safetensors file ({str(error)[:500]}; it has {file.size:,} bytes)"
         raise damaged(file.path, found) from None
 
 

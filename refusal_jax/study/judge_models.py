@@ -170,11 +170,11 @@ class ModelJudge:
         if self.kind.form == "guard":
             turns = [{"role": "user", "content": request}, {"role": "assistant", "content": response}]
             try:
-                return chat.render_messages(turns, reply=False)
-            except UserError as error:
+                return chat.rendered(turns, reply=False)
+            except Exception as error:  # jinja errors, or a template's own raise_exception
                 raise UserError(
-                    f"the judge {self.folder} cannot be asked about a request and a completion. {error} If its template is no guard "
-                    f"model's, choose another kind of judge than {self.name!r} or another folder."
+                    f"the chat template of the judge {self.folder} failed on a request and a completion ({error}). It is no "
+                    "guard model's, or was changed: pass a guard model's folder, with the tokenizer files that it came with."
                 ) from None
         parts = dict.fromkeys(REQUEST, request) | dict.fromkeys(RESPONSE, response)
         # In one go: a response may hold "{prompt}" itself.
