@@ -1,19 +1,26 @@
 """Chat prompts: the template, the tokens it puts after the instruction, and how replies end."""
 
+import contextlib
 import dataclasses
 import functools
+import importlib.util
 import json
+import os
 import pathlib
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from refusal_jax import thoughts
+from refusal_jax import templates, thoughts
 from refusal_jax.errors import UserError
+from refusal_jax.models.hf_attributes import check_file, damaged, read_bytes, read_json
 from refusal_jax.qwen_tokenizer import RANKS, QwenTokenizer
 from refusal_jax.surrogates import mended
-from refusal_jax.templates import BUILT_IN, MARKS, named_template, recognised_template
+from refusal_jax.templates import BUILT_IN, MARKS, named_template, processor_template, recognised_template
 
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+SENTENCEPIECE = "tokenizer.model"
 # Texts that share no token at their ends: what stays equal after all of them is the template's.
 PROBES = ("a", "7", "zz?", "the end.", ")", "é")
 
@@ -72,9 +79,11 @@ class Chat:
         no readable tokenizer, no chat template, one that leaves the instruction out, or no end-of-reply token.
         """
         folder = pathlib.Path(folder)
-        tokenizer = _load_tokenizer(folder)
-        origin = _set_template(tokenizer, chat_template, folder)
-        eos = _eos_ids(folder, tokenizer)
+        with _explained(folder):
+            tokenizer = _load_tokenizer(folder)
+            tokenizer.name_or_path = str(folder)
+            origin = _set_template(tokenizer, chat_template, folder)
+            eos = _eos_ids(folder, tokenizer)
         if not eos:
             raise UserError(
                 f"{folder} names no end-of-sequence token, neither in generation_config.json nor in its "
@@ -84,12 +93,27 @@ class Chat:
         # Some checkpoints add these tokens to the tokenizer and not to the embedding; any id does, as pads are masked.
         usable = (i for i in (tokenizer.pad_token_id, *eos) if i is not None and 0 <= i < vocab_size)
         chat = cls(tokenizer, context_length, vocab_size, eos, next(usable, 0), origin, thinking)
-        if not all(probe in chat.render(probe) for probe in PROBES):
+        with templates.within(templates.RENDER_SECONDS):  # not later: tracing slows rendering down
+            whole = all(probe in chat.render(probe) for probe in PROBES)
+        if not whole:
             raise UserError(
                 f"The chat template ({origin}) leaves the instruction out. It may accept messages as lists of parts "
-                "only, or only with a system prompt. Set --config.chat_template to another: a name or a .jinja file."
+                "only, or only with a system prompt. Set --config.chat_template to another: a name or a .jinja file. The "
+                f"tokenizer is that of {folder}."
             )
+        with _explained(folder):
+            chat._check_tokens(folder)
         return chat
+
+    def _check_tokens(self, folder: pathlib.Path) -> None:
+        """Raises UserError for a tokenizer that is not usable although it loads, or whatever a damaged one raises."""
+        for text in (*PROBES, *map(self.render, PROBES)):
+            ids = self.tokenizer(text, add_special_tokens=False).input_ids
+            if not ids or not all(isinstance(i, int) for i in ids) or not isinstance(self.tokenizer.decode(ids), str):
+                raise UserError(
+                    f"The tokenizer of {folder} turns {text[:60]!r} into no tokens: its vocabulary of {len(self.tokenizer)} "
+                    "tokens is incomplete. Take its tokenizer files, all of them, from the original checkpoint."
+                )
 
     def render(self, instruction: str, response: str = "") -> str:
         """The text of a one-turn conversation up to and including the start of the reply, without a system prompt."""
@@ -98,20 +122,27 @@ class Chat:
     def render_messages(self, messages: Sequence[dict[str, str]]) -> str:
         """The text of a conversation, `{"role", "content"}` each, up to and including the start of the next reply.
 
-        Raises UserError if the template refuses them.
+        Raises UserError if the template refuses the messages or never ends.
         """
-        thinking = self.thinking
-        try:  # families call the switch by either name, and templates without it ignore both
-            return self.tokenizer.apply_chat_template(
-                list(messages), tokenize=False, add_generation_prompt=True, enable_thinking=thinking, thinking=thinking
-            )
+        try:
+            return self.rendered(messages)
         except Exception as error:  # jinja errors, or a template's own raise_exception
             roles = [message["role"] for message in messages]
             what = "a single user message" if roles == ["user"] else f"messages of {', '.join(roles)}"
             raise UserError(
                 f"The chat template ({self.template_origin}) failed on {what} ({error}). Repair it, or "
-                "set --config.chat_template to another: a name or a .jinja file."
+                "set --config.chat_template to another: a name or a .jinja file. The tokenizer is that of "
+                f"{self.tokenizer.name_or_path}."
             ) from None
+
+    def rendered(self, messages: Sequence[dict[str, str]], reply: bool = True) -> str:
+        """As `render_messages`; reply: False leaves out the start of the next reply. Raises whatever a template raises."""
+        switches = dict.fromkeys(("enable_thinking", "thinking"), self.thinking)  # by either name; others ignore both
+        text = self.tokenizer.apply_chat_template(
+            list(messages), tokenize=False, add_generation_prompt=reply, **switches
+        )
+        text.encode()  # half a surrogate pair is no text
+        return text
 
     def ids(self, text: str, special: bool = False) -> list[int]:
         """Token ids of rendered text, whose special tokens the template wrote; `special` adds the tokenizer's own.
@@ -124,7 +155,8 @@ class Chat:
         if ids and max(ids) >= self.vocab_size:
             raise UserError(
                 f"'{text[:60]}…' contains {self.tokenizer.decode([max(ids)])!r}, token {max(ids)} of the tokenizer, but the "
-                f"model's vocabulary has {self.vocab_size} tokens. Remove it, or use the tokenizer that belongs to the model."
+                f"model's vocabulary has {self.vocab_size} tokens. Remove it, or use the tokenizer that belongs to the model: "
+                f"this one is that of {self.tokenizer.name_or_path}."
             )
         return ids
 
@@ -167,7 +199,8 @@ class Chat:
         if not shared:
             raise UserError(
                 "The chat template puts no tokens after the instruction, so there is no position to read a "
-                "direction from. Use a template with an assistant header or an end-of-turn token."
+                "direction from. Use a template with an assistant header or an end-of-turn token. The tokenizer is that of "
+                f"{self.tokenizer.name_or_path}."
             )
         return tuple(rows[0][-shared:])
 
@@ -208,7 +241,7 @@ class Chat:
     @functools.cached_property
     def opened_thought(self) -> str:
         """The end of every prompt from a mark on that opens a thought, for templates that open one for the model, or ""."""
-        return thoughts.opened_by(self.render(PROBES[0]))
+        return thoughts.opened_by(self.render(PROBES[3]).rpartition(PROBES[3])[2])
 
     @functools.cached_property
     def _mark_tokens(self) -> dict[int, str]:
@@ -234,31 +267,96 @@ class Chat:
 
 
 def _load_tokenizer(folder: pathlib.Path):
-    """The tokenizer of a checkpoint. Raises UserError if its files are missing or damaged."""
-    names = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
-    if (folder / RANKS).is_file() and not (folder / names[0]).exists():
+    """The tokenizer of a checkpoint. Raises UserError if its files are missing or damaged, or need a package."""
+    if (folder / RANKS).is_file() and not os.path.lexists(folder / TOKENIZER_FILES[0]):
         return QwenTokenizer.load(folder)
-    if not any((folder / name).exists() for name in names):
+    if not any(os.path.lexists(folder / name) for name in (*TOKENIZER_FILES[:2], SENTENCEPIECE)):
         raise UserError(
             f"{folder} has no tokenizer files (tokenizer.json, tokenizer_config.json). Copy them from the "
             "original checkpoint."
         )
+    if not os.path.lexists(folder / TOKENIZER_FILES[0]) and os.path.lexists(folder / SENTENCEPIECE):
+        _check_sentencepiece(folder / SENTENCEPIECE)
+    for name in (*TOKENIZER_FILES, "chat_template.jinja", "generation_config.json"):
+        if os.path.lexists(folder / name):
+            check_file(folder / name)  # transformers takes such a file for a missing one
     from transformers import AutoTokenizer  # here: its import takes seconds and weight-only jobs do without
 
+    return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+
+
+def _check_sentencepiece(path: pathlib.Path) -> None:
+    """Raises UserError for a tokenizer.model that is neither SentencePiece's nor tiktoken's, or that needs a package."""
+    data = read_bytes(path)
+    if re.match(rb"[A-Za-z0-9+/]+=* \d+\n", data):  # tiktoken's ranks
+        return
+    if not data.startswith(b"\n"):  # the tag of the first piece, in every file of SentencePiece
+        raise damaged(path, "is neither a SentencePiece model nor a list of tiktoken's ranks")
+    missing = [name for name, module in PACKAGES.items() if not _installed(module)]
+    if missing:
+        raise UserError(
+            f"{path.parent} has no tokenizer.json, and its {SENTENCEPIECE} is read with {' and '.join(missing)}, which "
+            f"{'is' if len(missing) == 1 else 'are'} not installed. Run: pip install {' '.join(missing)}. Or copy a "
+            "tokenizer.json of the same model into the folder."
+        )
+
+
+PACKAGES = {"sentencepiece": "sentencepiece", "protobuf": "google.protobuf"}  # that transformers reads such a file with
+
+
+def _installed(module: str) -> bool:
     try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    except Exception as error:  # transformers raises many kinds, all meaning the same to the user
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # of the package around it
+        return False
+
+
+@contextlib.contextmanager
+def _explained(folder: pathlib.Path) -> Iterator[None]:
+    """Turns what a tokenizer raises into a UserError that names the file, if one of its files is found to be damaged."""
+    try:
+        yield
+    except (UserError, KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # of many kinds, and panics of Rust code are no Exception
+        there = [folder / name for name in TOKENIZER_FILES if os.path.lexists(folder / name)]
+        for path in there:
+            read_json(path)
+        if there[:1] != [folder / TOKENIZER_FILES[0]] and (folder / SENTENCEPIECE).is_file():
+            raise damaged(
+                folder / SENTENCEPIECE, "could not be read as a SentencePiece model or tiktoken's ranks"
+            ) from None
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
-            f"The tokenizer of {folder} could not be loaded ({reason[:300]}). Copy its tokenizer files "
-            "again from the original checkpoint."
+            f"The tokenizer of {folder} could not be loaded ({reason[:300]}). {_tokenizer_advice(folder, error)}"
         ) from None
+
+
+def _tokenizer_advice(folder: pathlib.Path, error: BaseException) -> str:
+    """What to do about a tokenizer whose files are whole, as far as their formats tell."""
+    if isinstance(error, ImportError):
+        return "Install the package that it asks for."
+    if "trust_remote_code" in str(error):
+        return "It is code of the checkpoint's own, which is never run: use a checkpoint with a tokenizer.json."
+    import tokenizers
+    import transformers
+
+    return (
+        f"A file was edited or is incomplete: copy {', '.join(TOKENIZER_FILES[:2])} from the original checkpoint. If they are "
+        f"whole, they may need newer packages than transformers {transformers.__version__} and tokenizers "
+        f"{tokenizers.__version__}: pip install -U transformers tokenizers."
+    )
 
 
 def _set_template(tokenizer, setting: str, folder: pathlib.Path) -> str:
     """Gives the tokenizer the template that the setting `chat_template` asks for; where that came from, in words."""
     if not setting and tokenizer.chat_template:
+        tokenizer.chat_template = templates.single_template(tokenizer.chat_template, f"the tokenizer of {folder}")
         return "tokenizer"
+    found = None if setting else processor_template(folder)
+    if found:
+        tokenizer.chat_template, origin = found
+        return origin
     known = getattr(tokenizer, "get_vocab", tokenizer.get_added_vocab)()
     found = named_template(setting) if setting else recognised_template(known)
     if found is None:

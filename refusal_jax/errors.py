@@ -5,8 +5,13 @@ says what failed, what was found, what was expected and what to do next. Jobs pr
 traceback therefore always means a bug of ours.
 """
 
+import reprlib
 import sys
 import textwrap
+
+_short = reprlib.Repr()
+_short.maxstring = _short.maxother = 120
+_short.maxlevel, _short.maxlist, _short.maxdict = 3, 12, 12
 
 
 class UserError(ValueError):
@@ -21,7 +26,16 @@ class VerificationError(UserError):
     exit_code = 3
 
 
+def shown(value) -> str:
+    """Returns the `repr` of a value from a file, shortened: a message stays readable, however large or deep the value is."""
+    return _short.repr(value)
+
+
 def print_error(message: str, file=None) -> None:
-    """Prints a paragraph for the user, by default to stderr."""
-    text = textwrap.fill(f"error: {message}", 100, break_long_words=False, break_on_hyphens=False)
+    """Prints a paragraph for the user, by default to stderr. Indented lines are code to be copied and stay as they are."""
+    lines = f"error: {message}".split("\n")
+    text = "\n".join(
+        line if line.startswith("    ") else textwrap.fill(line, 100, break_long_words=False, break_on_hyphens=False)
+        for line in lines
+    )
     print(f"\n{text}", file=file or sys.stderr, flush=True)

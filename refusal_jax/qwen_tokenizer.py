@@ -16,6 +16,8 @@ import tiktoken
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from refusal_jax.errors import UserError
+from refusal_jax.models.hf_attributes import damaged as damaged_file
+from refusal_jax.models.hf_attributes import read_bytes
 
 RANKS = "qwen.tiktoken"
 END_OF_TEXT = "<|endoftext|>"
@@ -33,10 +35,10 @@ def read_ranks(path: pathlib.Path) -> dict[bytes, int]:
     """
 
     def damaged(found: str) -> UserError:
-        return UserError(f"{path} is damaged: {found}. Fetch the file again from the original checkpoint.")
+        return damaged_file(path, f"is damaged: {found}")
 
     ranks: dict[bytes, int] = {}
-    lines = path.read_bytes().splitlines()
+    lines = read_bytes(path).splitlines()
     for number, line in enumerate(lines, 1):
         try:
             text, rank = line.split()

@@ -5,10 +5,16 @@ tokenizer's own, rendered in the same sandbox. What ends in a line end writes it
 the last line end of a template.
 """
 
-from collections.abc import Collection
+import contextlib
+import os
+import pathlib
+import sys
+import time
+from collections.abc import Collection, Iterator
 
 from refusal_jax.data.prompts import read_text
-from refusal_jax.errors import UserError
+from refusal_jax.errors import UserError, shown
+from refusal_jax.models.hf_attributes import damaged, read_json
 from refusal_jax.storage import local_path
 
 CHATML = "<|im_start|>user\n{{ messages[0]['content'] }}<|im_end|>\n<|im_start|>assistant{{ '\\n' }}"
@@ -31,6 +37,9 @@ MARKS = {
     "llama-3": ("<|start_header_id|>", "<|eot_id|>"),
     "gemma": ("<start_of_turn>", "<end_of_turn>"),
 }
+# Where processors of multimodal models keep their template, which a tokenizer alone does not read, in order of preference.
+PROCESSOR_FILES = ("chat_template.json", "processor_config.json", "preprocessor_config.json")
+RENDER_SECONDS = 10.0  # after which a template counts as one that never ends
 
 
 def named_template(setting: str) -> tuple[str, str]:
@@ -57,3 +66,60 @@ def recognised_template(special_tokens: Collection[str]) -> tuple[str, str] | No
     """The template that a tokenizer with these special tokens was made for, and its origin; None if they don't tell."""
     names = [name for name, marks in MARKS.items() if all(mark in special_tokens for mark in marks)]
     return named_template(names[0]) if names else None
+
+
+def processor_template(folder: pathlib.Path) -> tuple[str, str] | None:
+    """Returns the template that a checkpoint keeps in one of PROCESSOR_FILES, and the file's name; None if there is none.
+
+    Raises UserError for a file that is damaged or holds no text as its template.
+    """
+    for name in PROCESSOR_FILES:
+        if os.path.lexists(folder / name):
+            value = read_json(folder / name).get("chat_template")
+            if value is not None:
+                return single_template(value, folder / name), name
+            if name == PROCESSOR_FILES[0]:
+                raise damaged(folder / name, "holds no chat_template")
+    return None
+
+
+def single_template(value, where) -> str:
+    """Returns the template for plain conversations: `value` itself or, of several by name, the default.
+
+    value: text, `{name: text}`, or a list of `{"name": …, "template": …}`. where: the file, for messages. Raises UserError
+    for anything else, for several without a default, and for a template without content.
+    """
+    if isinstance(value, list) and all(isinstance(entry, dict) for entry in value):
+        value = {entry.get("name"): entry.get("template") for entry in value}
+    if isinstance(value, dict):
+        if "default" not in value:
+            raise UserError(
+                f"The chat templates of {where} are {', '.join(map(shown, value)) or 'none'}, and none is called 'default'. Copy "
+                "the one for conversations into a .jinja file and set --config.chat_template to it."
+            )
+        value = value["default"]
+    if not isinstance(value, str) or not value.strip():
+        raise UserError(
+            f"The chat template of {where} is {shown(value)}, expected a jinja template. Repair it, or set "
+            f"--config.chat_template to another: one of {', '.join(BUILT_IN)}, or a .jinja file."
+        )
+    return value
+
+
+@contextlib.contextmanager
+def within(seconds: float) -> Iterator[None]:
+    """Raises TimeoutError in Python code of the block, such as a rendered template, that runs for longer: jinja's sandbox
+    bounds each loop, and not loops in loops."""
+    end = time.monotonic() + seconds
+
+    def check(frame, event, arg):
+        if time.monotonic() > end:
+            raise TimeoutError(f"it runs for more than {seconds:g} seconds")
+        return check
+
+    before = sys.gettrace()
+    sys.settrace(check)
+    try:
+        yield
+    finally:
+        sys.settrace(before)

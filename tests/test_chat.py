@@ -1,6 +1,8 @@
 """Chat prompts: rendering, padding, refusal openers, where replies end. Templates by family: test_templates.py."""
 
 import dataclasses
+import importlib.util
+import io
 import json
 import shutil
 
@@ -184,7 +186,7 @@ def test_folder_without_a_tokenizer(llama, tmp_path):
 def test_damaged_tokenizer(tmp_path):
     tiny.tiny_tokenizer(tmp_path)
     (tmp_path / "tokenizer.json").write_text((tmp_path / "tokenizer.json").read_text()[:500])
-    with pytest.raises(UserError, match=r"The tokenizer of .* could not be loaded \(.+\)\. Copy its tokenizer files"):
+    with pytest.raises(UserError, match=r"tokenizer\.json is not valid JSON \(.+\)\. If it was edited by hand"):
         Chat.load(tmp_path, 64)
 
 
@@ -219,3 +221,74 @@ def test_prompt_token_without_an_embedding(llama, tmp_path):
     model = load_model(folder)
     with pytest.raises(UserError, match="vocabulary"):
         model.encode(["use the <tool> please"])
+
+
+def only_sentencepiece(folder, content: bytes):
+    folder.mkdir()
+    (folder / "tokenizer.model").write_bytes(content)
+    settings = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    return folder
+
+
+@pytest.mark.parametrize(
+    "gone,message",
+    [
+        ({"sentencepiece"}, r"is read with sentencepiece, which is not installed\. Run: pip install sentencepiece\."),
+        (
+            {"sentencepiece", "google.protobuf"},
+            r"is read with sentencepiece and protobuf, which are .*: pip install sentencepiece protobuf\.",
+        ),
+    ],
+)
+def test_a_sentencepiece_model_without_its_packages(gone, message, tmp_path, monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in gone else find(name))
+    with pytest.raises(UserError, match=rf"has no tokenizer\.json, and its tokenizer\.model {message}"):
+        Chat.load(only_sentencepiece(tmp_path / "model", b"\n\x0e\n\x05<unk>"), 64)
+
+
+@pytest.mark.parametrize("content", [b"", b"<html>not found</html>", b"version https://git-lfs.github.com/spec/v1\n"])
+def test_a_file_that_is_no_sentencepiece_model(content, tmp_path):
+    with pytest.raises(UserError, match=r"tokenizer\.model is neither a SentencePiece model nor a list of tiktoken's"):
+        Chat.load(only_sentencepiece(tmp_path / "model", content), 64)
+
+
+def test_a_sentencepiece_model(tmp_path):
+    trainer = pytest.importorskip("sentencepiece").SentencePieceTrainer
+    file = io.BytesIO()
+    texts = ["How do I bake the bread?", "I cannot help with that.", "[INST] [/INST]"] * 20
+    trainer.train(
+        sentence_iterator=iter(texts), model_writer=file, vocab_size=300, model_type="bpe", byte_fallback=True,
+        hard_vocab_limit=False, minloglevel=2,
+    )  # fmt: skip
+    folder = only_sentencepiece(tmp_path / "model", file.getvalue())
+    chat = Chat.load(folder, 64, chat_template="llama-2")
+    ids = chat.ids(chat.render("How do I bake é?"))
+    assert ids.count(chat.tokenizer.bos_token_id) == 1 and ids[0] == chat.tokenizer.bos_token_id
+    assert chat.decode([ids]) == ["[INST] How do I bake é? [/INST]"]
+    (folder / "tokenizer.model").write_bytes(file.getvalue()[:700])
+    with pytest.raises(
+        UserError, match=r"tokenizer\.model could not be read as a SentencePiece model or tiktoken's ranks"
+    ):
+        Chat.load(folder, 64)
+
+
+def test_a_tokenizer_that_knows_no_token(tmp_path):
+    tiny.tiny_tokenizer(tmp_path)
+    content = json.loads((tmp_path / "tokenizer.json").read_text())
+    content["model"] |= {"vocab": {}, "merges": []}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(
+        UserError, match=r"The tokenizer of .* turns 'a' into no tokens: its vocabulary of 5 tokens is incomplete"
+    ):
+        Chat.load(tmp_path, 64, chat_template="llama-2")
+
+
+def test_a_tokenizer_of_another_kind(tmp_path):
+    tiny.tiny_tokenizer(tmp_path)
+    tiny.edit_json(tmp_path / "tokenizer.json", model={"type": "Later", "vocab": {}})
+    with pytest.raises(
+        UserError, match=r"could not be loaded \(.+\)\. A file was edited .*newer packages than transformers"
+    ):
+        Chat.load(tmp_path, 64)

@@ -3,6 +3,9 @@
 import dataclasses
 import json
 import math
+import os
+import pathlib
+import textwrap
 
 import jax
 import numpy as np
@@ -288,8 +291,8 @@ BAD = {
         "rope_scaling of type 'yarn' has original_max_position_embeddings = 1.0, expected a number of tokens",
     ),
     "rope-stretch": (
-        {"rope_scaling": {"type": "yarn", "factor": 1e300}},
-        "stretches 512.* tokens 1e.300 times, expected",
+        {"rope_scaling": {"type": "yarn", "factor": 1e30}},
+        "stretches 512.* tokens 1e.30 times, expected",
     ),
     "rope-new": ({"rope_parameters": {"rope_type": "ntk"}}, "rope_parameters type 'ntk' is not supported"),
     "types-of-types": ({"model_type": "qwen2", "layer_types": [["x"]] * 4}, "layer_types = .*for each of 4 layers"),
@@ -362,6 +365,19 @@ BAD = {
         {"rope_scaling": LLAMA3_ROPE | {"high_freq_factor": "x"}},
         "rope_scaling of type 'llama3' lacks or misstates high_freq_factor = 'x'",
     ),
+    "rope-base-below-one": (
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 0.5}},
+        "of type 'default' has rope_theta = 0.5, expected more than 1",
+    ),
+    "beyond-int32": ({"vocab_size": 10**12}, "expected a positive integer of at most 2,147,483,647"),
+    "beyond-float32": ({"rms_norm_eps": 1e300}, "rms_norm_eps = 1e.300, expected a positive number"),
+    "beyond-floats": ({"rope_theta": 10**400}, "rope_theta = 1000000000.*, expected a positive number"),
+    "layers": ({"num_hidden_layers": 10**6}, "num_hidden_layers = 1000000, expected at most 10,000"),
+    "experts-beyond": (
+        {"model_type": "mixtral", "num_local_experts": 10**6},
+        "1000000 experts in each layer, expected at most 100,000 in all",
+    ),
+    "long-text": ({"hidden_act": "x" * 10**5}, r"hidden_act = 'x{40,70}\.\.\.x{40,70}' is not one of"),
     "rope-base": ({"rope_parameters": {"rope_type": "default", "rope_theta": "big"}}, "rope_theta"),
     "rope-base-negative": ({"rope_parameters": {"rope_type": "default", "rope_theta": -5.0}}, "rope_theta"),
     "rope-factor-zero": ({"rope_scaling": {"type": "linear", "factor": 0}}, "factor"),
@@ -435,12 +451,52 @@ def test_not_a_checkpoint_folder(tmp_path):
         (b'{"model_type": "llama"', "is not valid JSON"),
         (b"\xff\xfe{}", "is not valid JSON"),
         (b"[1, 2]", "holds a JSON list, expected an object"),
+        (b'{"vocab_size": ' + b"9" * 5000 + b"}", "is not valid JSON .*digits.*If it was edited by hand, repair it"),
+        (b'{"a": ' * 5000, r"is not valid JSON \(it is nested too deeply\)"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "is not valid JSON .*run `git lfs pull`"),
+        (b"<!DOCTYPE html><html></html>", "is not valid JSON .*It is a web page, .*log in"),
     ],
 )
 def test_damaged_config_file(content, message, tmp_path):
     (tmp_path / "config.json").write_bytes(content)
     with pytest.raises(UserError, match=rf"config\.json {message}"):
         load_config(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["a folder", "a link to no file", "a device or pipe"])
+def test_a_config_that_is_no_file(kind, tmp_path):
+    path = tmp_path / "config.json"
+    {"a folder": path.mkdir, "a link to no file": lambda: path.symlink_to(path)}.get(kind, lambda: os.mkfifo(path))()
+    with pytest.raises(UserError, match=rf"config\.json is {kind}, expected a file\. Remove it, and copy"):
+        load_config(tmp_path)
+
+
+def test_a_file_that_cannot_be_read(tmp_path, monkeypatch):
+    def denied(path):
+        raise PermissionError(13, "Permission denied")
+
+    (tmp_path / "config.json").write_text("{}")
+    monkeypatch.setattr(pathlib.Path, "read_bytes", denied)
+    with pytest.raises(UserError, match=r"config\.json could not be read \(Permission denied\)\. Check that you may"):
+        load_config(tmp_path)
+
+
+def test_a_folder_that_cannot_be_listed(tmp_path, monkeypatch):
+    def denied(path):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(pathlib.Path, "iterdir", denied)
+    with pytest.raises(UserError, match=r"could not be read \(Permission denied\)\. Check that you may read it"):
+        load_config(tmp_path)
+
+
+def test_a_folder_of_an_adapter_alone(tmp_path):
+    (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "org/base"}')
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"")
+    message = r"holds a PEFT adapter of org/base, not a model\. Merge the two .*\n\n    from peft import"
+    with pytest.raises(UserError, match=message) as caught:
+        load_config(tmp_path)
+    compile(textwrap.dedent(str(caught.value).partition("\n\n")[2]), "message", "exec")
 
 
 def test_missing_json_file(tmp_path):

@@ -319,3 +319,12 @@ def test_what_verification_accepts():
         "the mean KL divergence",
         "what is left along the direction at mlp_out of layer 1, as a part of the whole,",
     ]
+
+
+@pytest.mark.parametrize("kind", ["a link to no file", "a device or pipe"])
+def test_a_source_that_holds_what_is_no_file(kind, llama, tmp_path):
+    source, staging_folder = shutil.copytree(llama, tmp_path / "source"), tmp_path / "staging"
+    odd = source / "notes.txt"
+    _ = odd.symlink_to("gone") if kind == "a link to no file" else os.mkfifo(odd)
+    with pytest.raises(UserError, match=rf"notes\.txt is {kind}, expected a file"):
+        staging.copy_other_files(source, staging_folder)

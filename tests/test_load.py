@@ -1,7 +1,9 @@
 """Checkpoints: what loads, on one device and on a mesh, and every way in which one can be broken."""
 
 import json
+import os
 import shutil
+import textwrap
 
 import jax
 import ml_dtypes
@@ -316,4 +318,84 @@ def test_fp8_weights_without_scales(folder):
         tensors | {name: tensors[name].astype(ml_dtypes.float8_e4m3fn)}, folder / SINGLE, metadata={"format": "pt"}
     )
     with pytest.raises(UserError, match=r"are quantised \(fp8: it holds model.*F8_E4M3\)"):
+        load_decoder(folder)
+
+
+PREFIXES = {
+    "data parallel": (lambda name: f"module.{name}", "'module.' where none is expected"),
+    "compiled": (lambda name: f"_orig_mod.{name}", "'_orig_mod.' where none is expected"),
+    "merged in memory": (lambda name: f"base_model.model.{name}", "'base_model.model.' where none is expected"),
+    "without the head": (lambda name: name.removeprefix("model."), "missing where 'model.' is expected"),
+    "multimodal, 4": (lambda name: f"language_model.{name}", "'language_model.' where none is expected"),
+    "multimodal, 5": (
+        lambda name: name.replace("model.", "model.language_model.", 1),
+        r"'model\.language_model\.' where 'model\.' is expected",
+    ),
+    "one layer": (lambda name: f"module.{name}" if ".2." in name else name, r"9 tensors are called otherwise"),
+    "inside": (lambda name: name.replace("layers.0.", "layers.0._orig_mod."), r"layers\.0\._orig_mod\.\S+, expected"),
+}
+
+
+@pytest.mark.parametrize("sharded_too", [False, True])
+@pytest.mark.parametrize("case", PREFIXES)
+def test_names_that_differ_by_a_prefix(case, sharded_too, folder, shards, sharded, llama):
+    """The error names the prefix, and its code makes a copy that loads."""
+    rename, message = PREFIXES[case]
+    source, whole = (shards, sharded) if sharded_too else (folder, llama)
+    for path in source.glob("*.safetensors"):
+        save_file({rename(n): t for n, t in load_file(path).items()}, path, metadata={"format": "pt"})
+    if sharded_too:
+        index = json.loads((source / INDEX).read_text())
+        index["weight_map"] = {rename(n): file for n, file in index["weight_map"].items()}
+        (source / INDEX).write_text(json.dumps(index))
+    with pytest.raises(UserError, match=message) as caught:
+        load_decoder(source)
+    assert "missing:" not in str(caught.value) and "unknown:" not in str(caught.value)
+    exec(textwrap.dedent(str(caught.value).partition("\n\n")[2]), {})
+    same_weights(load_decoder(f"{source}-renamed"), load_decoder(whole))
+
+
+def test_names_with_a_prefix_and_a_tensor_missing(folder):
+    tensors = load_file(folder / SINGLE)
+    save_file({f"module.{n}": t for n, t in tensors.items() if n != NORM}, folder / SINGLE)
+    with pytest.raises(UserError, match=rf"1 missing: {NORM}\. \d+ tensors are called otherwise"):
+        load_decoder(folder)
+
+
+def test_an_adapter_that_is_not_merged(folder):
+    tensors = {f"base_model.model.{n}": t for n, t in load_file(folder / SINGLE).items()}
+    tensors[f"base_model.model.{Q0}".replace("weight", "base_layer.weight")] = tensors.pop(f"base_model.model.{Q0}")
+    tensors[f"base_model.model.{Q0}".replace("weight", "lora_A.default.weight")] = np.zeros((2, 32), np.float32)
+    save_file(tensors, folder / SINGLE)
+    with pytest.raises(UserError, match=r"saved from a PEFT model whose adapter is not merged: 2 tensors .*merge_and"):
+        load_decoder(folder)
+
+
+def test_an_adapter_in_place_of_weights(folder):
+    (folder / SINGLE).unlink()
+    (folder / "adapter_config.json").write_text("{}")
+    with pytest.raises(UserError, match="holds a PEFT adapter of a base model, not a model"):
+        load_decoder(folder)
+
+
+def test_a_model_without_its_head(folder):
+    change(folder, lm_head__weight=None)
+    with pytest.raises(
+        UserError, match=r"1 missing: lm_head\.weight\. .*config\.json must say tie_word_embeddings: true"
+    ):
+        load_decoder(folder)
+
+
+@pytest.mark.parametrize("kind", ["folder", "pipe", "nothing"])
+def test_weights_that_are_no_file(kind, folder):
+    path = folder / SINGLE
+    path.unlink()
+    {"folder": path.mkdir, "pipe": lambda: os.mkfifo(path), "nothing": lambda: path.symlink_to("gone")}[kind]()
+    with pytest.raises(UserError, match=r"model\.safetensors could not be read \("):
+        load_decoder(folder)
+
+
+def test_weights_that_are_a_pointer_to_them(folder):
+    (folder / SINGLE).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    with pytest.raises(UserError, match=r"not a readable safetensors file .*run `git lfs pull`"):
         load_decoder(folder)

@@ -1,6 +1,7 @@
 """Refusal tokens from data: which tokens are candidates, their probabilities, and which are chosen."""
 
 import dataclasses
+import textwrap
 
 import numpy as np
 import pytest
@@ -90,22 +91,48 @@ def test_only_a_sample_is_measured(model):
         (0.0, 0.0, False),
     ],
 )
-def test_what_is_chosen(harmful, harmless, chosen):
+def test_what_is_chosen(harmful, harmless, chosen, model):
     opening = Opening(40, "I", harmful, harmless)
     assert opening.chosen is chosen
     other = Opening(7, "As", 0.2, 0.0)
-    assert refusal_openings([opening, other]) == ((7, 40) if chosen else (7,))
+    assert refusal_openings([opening, other], model.chat) == ((7, 40) if chosen else (7,))
 
 
-def test_nothing_is_chosen():
+def test_nothing_is_chosen(model):
     rows = [Opening(i, f"T{i}", 0.3 - i / 100, 0.2) for i in range(9)]
     message = (
         r"No usual beginning of a reply tells harmful .*: 'T0' 0\.300 and 0\.200, .*'T4' 0\.260 and 0\.200\. "
-        r"The model may not refuse, .*set --config\.refusal_tokens.*--config\.chat_template, .*--config\.thinking"
+        r"The model may not refuse, .*set --config\.refusal_tokens.*--config\.chat_template\."
     )
     with pytest.raises(UserError, match=message) as caught:
-        refusal_openings(rows)
+        refusal_openings(rows, model.chat)
     assert "T5" not in str(caught.value)
+
+
+@pytest.mark.parametrize("thinking", [False, True])
+def test_a_template_that_always_opens_a_thought(thinking, tmp_path, monkeypatch):
+    """The error's code makes a template that opens none, and refusal is read at the reply's first token again."""
+    monkeypatch.chdir(tmp_path)
+    always = tiny.TEMPLATE.replace("\n\n{% endif %}", "\n\n<think>\n{% endif %}")
+    tiny.tiny_tokenizer(tmp_path, always, ("<think>", "</think>"))
+    chat = Chat.load(tmp_path, 64, thinking=thinking)
+    assert chat.opened_thought == "<think>\n"
+    message = r"\(tokenizer\) ends its prompts in '<think>\\n': .*--config\.thinking does not change that\. Close"
+    with pytest.raises(UserError, match=message) as caught:
+        refusal_openings([Opening(40, "I", 0.2, 0.2)], chat)
+    exec(textwrap.dedent(str(caught.value).partition("\n\n")[2]), {})
+    closed = Chat.load(tmp_path, 64, chat_template="closed.jinja", thinking=thinking)
+    assert closed.render("hi") == f"{chat.render('hi')}\n</think>\n\n" and closed.opened_thought == ""
+    with pytest.raises(UserError, match=r"The model may not refuse"):
+        refusal_openings([Opening(40, "I", 0.2, 0.2)], closed)
+
+
+def test_a_template_that_opens_a_thought_when_asked_to(tmp_path):
+    asked = tiny.TEMPLATE.replace("\n\n{% endif %}", "\n\n{% if thinking %}<think>{% endif %}{% endif %}")
+    tiny.tiny_tokenizer(tmp_path, asked, ("<think>", "</think>"))
+    assert Chat.load(tmp_path, 64).opened_thought == ""
+    with pytest.raises(UserError, match=r"Set --config\.thinking=False, with which this template opens none"):
+        refusal_openings([Opening(40, "I", 0.2, 0.2)], Chat.load(tmp_path, 64, thinking=True))
 
 
 def test_the_embedded_model_refuses_with_i():
@@ -113,6 +140,6 @@ def test_the_embedded_model_refuses_with_i():
     drawn = sample_prompts(get_config().data)
     sides = ([row["instruction"] for row in drawn[f"{side}_train"]] for side in ("harmful", "harmless"))
     openings = measure_openings(model, *sides, 32)
-    assert refusal_openings(openings) == model.chat.opener_ids(("I",))
+    assert refusal_openings(openings, model.chat) == model.chat.opener_ids(("I",))
     first = dataclasses.asdict(openings[0])
     assert first["text"] == "I" and first["harmful"] > 0.9 and first["harmless"] < 0.01

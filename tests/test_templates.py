@@ -1,5 +1,6 @@
 """Chat templates: layouts of well-known families, the built-in ones, and the tokens after the instruction."""
 
+import json
 import re
 
 import pytest
@@ -7,7 +8,7 @@ import tiny
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from refusal_jax import UserError, load_model
+from refusal_jax import UserError, load_model, templates
 from refusal_jax.chat import Chat
 from refusal_jax.templates import BUILT_IN, MARKS, named_template
 
@@ -249,3 +250,57 @@ def test_a_template_whose_marks_the_tokenizer_does_not_know(name, mark, tmp_path
     )
     with pytest.raises(UserError, match=message):
         Chat.load(tmp_path, 256, chat_template=name)
+
+
+@pytest.mark.parametrize("name", ["chat_template.json", "processor_config.json"])
+def test_a_template_in_a_processors_file(name, tmp_path):
+    """A tokenizer alone does not read it; its own template comes first."""
+    tiny.tiny_tokenizer(tmp_path, None)
+    (tmp_path / name).write_text(json.dumps({"chat_template": "Q: {{ messages[0]['content'] }} A:"}))
+    chat = Chat.load(tmp_path, 64)
+    assert chat.template_origin == name and chat.render("hi") == "Q: hi A:"
+    (tmp_path / "chat_template.jinja").write_text(tiny.TEMPLATE)
+    assert Chat.load(tmp_path, 64).template_origin == "tokenizer"
+
+
+def test_damaged_processor_files(tmp_path):
+    tiny.tiny_tokenizer(tmp_path, None)
+    for content, message in (
+        ("{", "is not valid JSON"),
+        ("{}", r"holds no chat_template\. If it was"),
+        ('{"chat_template": 3}', "is 3, expected a jinja template"),
+    ):
+        (tmp_path / "chat_template.json").write_text(content)
+        with pytest.raises(UserError, match=rf"chat_template\.json {message}"):
+            Chat.load(tmp_path, 64)
+
+
+NAMED = [{"name": "tool_use", "template": "tools"}, {"name": "default", "template": "Q: {{ messages[0].content }} A:"}]
+
+
+@pytest.mark.parametrize("place", ["tokenizer_config.json", "chat_template.json", "additional_chat_templates"])
+def test_several_templates_by_name(place, tmp_path):
+    tiny.tiny_tokenizer(tmp_path, None)
+    if place == "tokenizer_config.json":
+        tiny.edit_json(tmp_path / place, chat_template=NAMED)
+    elif place == "chat_template.json":
+        (tmp_path / place).write_text(json.dumps({"chat_template": NAMED}))
+    else:
+        (tmp_path / place).mkdir()
+        (tmp_path / place / "tool_use.jinja").write_text("tools")
+        (tmp_path / "chat_template.jinja").write_text(NAMED[1]["template"])
+    assert Chat.load(tmp_path, 64).render("hi") == "Q: hi A:"
+
+
+def test_several_templates_without_a_default(tmp_path):
+    tiny.tiny_tokenizer(tmp_path, None)
+    tiny.edit_json(tmp_path / "tokenizer_config.json", chat_template=NAMED[:1])
+    with pytest.raises(UserError, match=r"are 'tool_use', and none is called 'default'\. Copy the one"):
+        Chat.load(tmp_path, 64)
+
+
+def test_a_template_that_never_ends(tmp_path, monkeypatch):
+    monkeypatch.setattr(templates, "RENDER_SECONDS", 0.2)
+    endless = "{% for i in range(99999) %}{% for j in range(99999) %}{{ i }}{% endfor %}{% endfor %}"
+    with pytest.raises(UserError, match=r"failed on a single user message \(it runs for more than 0\.2 seconds\)"):
+        make_chat(tmp_path, endless)

@@ -93,8 +93,10 @@ def read_text(path: pathlib.Path) -> str:
     """A UTF-8 file's text; raises UserError if it is missing or of another encoding."""
     try:
         return path.read_text(encoding="utf-8-sig")
-    except (FileNotFoundError, IsADirectoryError):
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
         raise UserError(f"{path} is not a file. Check the path.") from None
+    except OSError as error:
+        raise UserError(f"{path} could not be read ({error.strerror or error}). Check the path.") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 text ({error}). Convert it, e.g. with iconv.") from None
 

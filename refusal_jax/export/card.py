@@ -39,7 +39,7 @@ def read_card(folder: pathlib.Path) -> tuple[dict, str]:
         return {}, text
     try:
         metadata = yaml.safe_load(found[1])
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError, TypeError, OverflowError, RecursionError):  # such as the 99th of a month
         metadata = None
     return metadata if isinstance(metadata, dict) else {}, text[found.end() :]
 

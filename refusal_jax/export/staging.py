@@ -7,6 +7,7 @@ import pathlib
 import shutil
 
 from refusal_jax.errors import UserError
+from refusal_jax.models.hf_attributes import check_file
 
 PROVENANCE, UNVERIFIED = "refusal_jax.json", ".unverified"
 # Weights in other files than those edited would be the unedited ones, and indexes of such files name nothing.
@@ -103,11 +104,12 @@ def sync_files(folder: pathlib.Path) -> None:
 
 def copy_other_files(source: pathlib.Path, staging: pathlib.Path) -> None:
     """Copies all files but the weights, contents of links instead of links; hidden files and other weight formats stay
-    behind."""
+    behind. Raises UserError for what is neither a file nor a folder."""
     for path in sorted(source.rglob("*")):
         relative = path.relative_to(source)
         hidden = any(part.startswith(".") for part in relative.parts)
         if path.is_dir() or hidden or path.name.endswith(WEIGHTS) or path.name == PROVENANCE:
             continue
+        check_file(path)
         (staging / relative).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, staging / relative)

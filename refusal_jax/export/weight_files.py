@@ -84,8 +84,9 @@ class Stored:
             suspect = block if dtype.itemsize == 4 or dtype.kind == "V" else stored  # the cast to float16 may overflow
             if not np.isfinite(suspect).all():
                 raise UserError(
-                    f"{self.name} holds NaN or infinite values, or gets them by the edit, as {self.dtype}. The checkpoint is "
-                    "damaged: download it again."
+                    f"{self.name} holds NaN or infinite values, or gets them by the edit, as {self.dtype}. If the model loads "
+                    "(`refusal-jax chat`), the edit is too large for this dtype: lower its scale, or export from a bfloat16 or "
+                    "float32 checkpoint. If not, the checkpoint is damaged: download it again."
                 )
             yield first * width, stored.data.cast("B") if dtype.kind == "f" else stored.view(np.uint8).data
 

@@ -2,11 +2,12 @@
 config that we compute correctly."""
 
 import dataclasses
+import os
 import pathlib
 from functools import partial
 
-from refusal_jax.errors import UserError
-from refusal_jax.models.hf_attributes import Reader, read_json
+from refusal_jax.errors import UserError, shown
+from refusal_jax.models.hf_attributes import MOST_EXPERTS, MOST_LAYERS, Reader, read_json
 from refusal_jax.models.rope import SPAN, Rope
 
 QUANTISATION = "quantization_config"
@@ -98,11 +99,14 @@ def _sizes(read: Reader, defaults: dict | None = None, **names: str) -> dict:
         sizes[field] = read.take(names.get(field, name), defaults.get(field), kind, required=field not in defaults)
     if sizes["activation"] not in ACTIVATIONS:
         name = names.get("activation", "hidden_act")
-        read.problems.append(f"{name} = {sizes['activation']!r} is not one of {', '.join(ACTIVATIONS)}")
+        read.problems.append(f"{name} = {shown(sizes['activation'])} is not one of {', '.join(ACTIVATIONS)}")
     missing = [field for field in SIZES if sizes[field] is None and field not in defaults]
     if missing:  # which is reported; the reading goes on with what fits, to report everything at once
         sizes |= {field: 64 for field in missing}
         return sizes | {"n_kv_heads": sizes["n_heads"], "head_dim": 64}
+    if sizes["n_layers"] > MOST_LAYERS:
+        read.problems.append(f"num_hidden_layers = {sizes['n_layers']}, expected at most {MOST_LAYERS:,}")
+        sizes["n_layers"] = 1
     sizes["n_kv_heads"] = sizes["n_kv_heads"] or sizes["n_heads"]
     sizes["head_dim"] = sizes["head_dim"] or max(sizes["d_model"] // sizes["n_heads"], 1)
     if sizes["n_heads"] % sizes["n_kv_heads"]:
@@ -130,6 +134,8 @@ def _config(
 ) -> ModelConfig:
     """windows: each layer's. local_rope: that of layers with a window, if it differs. switches: fields of `ModelConfig`."""
     rope = rope or _rope(read, sizes)
+    if sizes["n_layers"] * switches.get("n_experts", 0) > MOST_EXPERTS:
+        read.problems.append(f"{switches['n_experts']} experts in each layer, expected at most {MOST_EXPERTS:,} in all")
     layers = [AttentionKind((w and local_rope) or rope, w) for w in windows or [None] * sizes["n_layers"]]
     kinds = tuple(dict.fromkeys(layers))
     stretched = int(rope.factor * rope.original_context) if rope.kind in ("yarn", "dynamic") else 0
@@ -232,7 +238,7 @@ def _gemma3(read: Reader, family: str = "gemma3_text") -> ModelConfig:
     windows = read.windows(sizes["n_layers"], window, lambda layer: (layer + 1) % every)
     ropes = read.take("rope_parameters", {}, dict)
     unknown = sorted(set(ropes) - {"full_attention", "sliding_attention"})
-    read.problems += [f"rope_parameters.{name} = {ropes[name]!r} is not supported" for name in unknown]
+    read.problems += [f"rope_parameters.{name} = {shown(ropes[name])} is not supported" for name in unknown]
     wide, narrow = ropes.get("full_attention") or {}, ropes.get("sliding_attention") or {}
     if isinstance(wide, dict):
         wide = wide | read.take("rope_scaling", {}, dict)
@@ -360,13 +366,13 @@ def from_hf(hf: dict, where: str = "config.json") -> ModelConfig:
     model_type = hf.get("model_type")
     if not isinstance(model_type, str) or model_type not in READERS:
         raise UserError(
-            f"{where} says model_type = {model_type!r}, which is not supported. Supported: "
+            f"{where} says model_type = {shown(model_type)}, which is not supported. Supported: "
             f"{', '.join(sorted(READERS))}. Use a checkpoint of one of these architectures, or add this one: README, "
             '"Adding a family".'
         )
     if hf.get(QUANTISATION):
         raise UserError(
-            f"{where} describes weights quantised with {_quantisation(hf[QUANTISATION])!r}, which cannot be edited "
+            f"{where} describes weights quantised with {shown(_quantisation(hf[QUANTISATION]))}, which cannot be edited "
             "exactly. Use the original float16, bfloat16 or float32 checkpoint of the model."
         )
     hf, beside = _text_part(hf, where) if model_type in MULTIMODAL else (hf, {})
@@ -390,7 +396,8 @@ def _text_part(hf: dict, where: str) -> tuple[dict, dict]:
     if kind != f"{hf['model_type']}_text":
         raise UserError(
             f"{where} has no text_config of model_type {hf['model_type']}_text, which a {hf['model_type']} checkpoint "
-            "describes its text model by. Fetch config.json again from the original checkpoint."
+            "describes its text model by. Take config.json from the original checkpoint; one that a tool has written for the "
+            f"text model alone must say model_type {hf['model_type']}_text."
         )
     beside = {k: v for k, v in hf.items() if k not in MULTIMODAL[hf["model_type"]] | {"text_config"}}
     # Whether the embeddings are tied is said here for the whole model, and what the text part says does not count.
@@ -413,8 +420,16 @@ def load_config(folder: str | pathlib.Path) -> ModelConfig:
             f"{folder} is not a folder. Pass the folder of a Hugging Face checkpoint (config.json, "
             "*.safetensors, tokenizer files); download one with `hf download NAME --local-dir DIR`."
         )
-    if not (folder / "config.json").exists():
-        found = ", ".join(sorted(p.name for p in folder.iterdir())[:8]) or "nothing"
+    if not os.path.lexists(folder / "config.json"):
+        from refusal_jax.models.tensor_names import adapter_advice  # here: it imports this module
+
+        adapter = adapter_advice(folder)
+        if adapter:
+            raise UserError(adapter)
+        try:
+            found = ", ".join(sorted(p.name for p in folder.iterdir())[:8]) or "nothing"
+        except OSError as error:
+            raise UserError(f"{folder} could not be read ({error.strerror}). Check that you may read it.") from None
         raise UserError(
             f"{folder} is not a Hugging Face checkpoint: it has no config.json (found: {found}). Pass the "
             "folder that holds config.json, *.safetensors and the tokenizer files."

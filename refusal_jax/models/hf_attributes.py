@@ -1,15 +1,15 @@
-"""Reading the attributes of an HF config by allow-list.
+"""Reading the small files of a checkpoint, and the attributes of an HF config by allow-list.
 
 Every attribute is either handled (it changes `ModelConfig`), inert (it cannot change what inference computes), or
 unsupported: then any value but the one that means "off" is an error that names the attribute.
 """
 
 import json
-import math
+import os
 import pathlib
 
-from refusal_jax.errors import UserError
-from refusal_jax.models.rope import Rope, rope_from_hf
+from refusal_jax.errors import UserError, shown
+from refusal_jax.models.rope import Rope, is_number, rope_from_hf
 
 # Attributes that cannot change the logits of inference: bookkeeping, training, and the defaults of `generate`.
 INERT = frozenset(
@@ -32,18 +32,65 @@ INERT = frozenset(
 )
 
 
-def read_json(path: pathlib.Path) -> dict:
-    """A JSON object from `path`; raises UserError that names the file if it is missing or is not one."""
+MOST = 2**31 - 1  # of integers: sizes, counts and ids are int32 on the devices
+MOST_LAYERS, MOST_EXPERTS = 10_000, 100_000  # the latter in all layers together: each is several tensors to look for
+
+
+def check_file(path: pathlib.Path) -> None:
+    """Raises UserError that names the path if it is missing or no file, such as a folder or a link to nothing."""
+    if not os.path.isfile(path):
+        if not os.path.lexists(path):
+            raise UserError(f"{path} does not exist. Point to a Hugging Face checkpoint folder, which holds it.")
+        kind = (
+            "a folder" if os.path.isdir(path) else "a link to no file" if os.path.islink(path) else "a device or pipe"
+        )
+        raise UserError(f"{path} is {kind}, expected a file. Remove it, and copy the original checkpoint's file there.")
+
+
+def read_bytes(path: pathlib.Path) -> bytes:
+    """Returns the content of a checkpoint's file. Raises UserError that names it if it is missing, no file or unreadable."""
+    check_file(path)
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist. Point to a Hugging Face checkpoint folder, which holds it.") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(
-            f"{path} is not valid JSON ({error}). The download is probably damaged: fetch it again."
-        ) from None
+        return path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path} could not be read ({error.strerror or error}). Check that you may read it.") from None
+
+
+def damaged(path: pathlib.Path, found: str) -> UserError:
+    """Returns the error for a file of a checkpoint that is not what its name says.
+
+    found: what is wrong, to follow the path. Its beginning tells what can help: a pointer of Git LFS or a web page lies
+    where the file should be, or the file was cut or edited.
+    """
+    start = b""
+    if os.path.isfile(path):
+        with open(path, "rb") as file:
+            start = file.read(200).lstrip().lower()
+    if start.startswith(b"version https://git-lfs"):
+        advice = "It is a pointer of Git LFS to the file: run `git lfs pull` in its folder, or use `hf download`."
+    elif start.startswith((b"<!doctype", b"<html")):
+        advice = (
+            "It is a web page, as servers send it instead of a file: log in (`hf auth login`) and download it again."
+        )
+    else:
+        advice = (
+            "If it was edited by hand, repair it; else it is truncated or damaged: download it again from the original "
+            "checkpoint."
+        )
+    return UserError(f"{path} {found}. {advice}")
+
+
+def read_json(path: pathlib.Path) -> dict:
+    """Returns the JSON object in `path`. Raises UserError that names the file if it is missing or is not one."""
+    data = read_bytes(path)
+    try:
+        value = json.loads(data.decode())
+    except RecursionError:
+        raise damaged(path, "is not valid JSON (it is nested too deeply)") from None
+    except ValueError as error:  # of JSON, of UTF-8, or of an integer with thousands of digits
+        raise damaged(path, f"is not valid JSON ({error})") from None
     if not isinstance(value, dict):
-        raise UserError(f"{path} holds a JSON {type(value).__name__}, expected an object. Fetch the file again.")
+        raise damaged(path, f"holds a JSON {type(value).__name__}, expected an object")
     return value
 
 
@@ -62,20 +109,19 @@ class Reader:
             if required:
                 self.problems.append(f"{name} is missing")
             return default
-        if kind is int and (not isinstance(value, int) or isinstance(value, bool) or value < least):
+        if kind is int and (not isinstance(value, int) or isinstance(value, bool) or not least <= value <= MOST):
             kind_of = "a positive integer" if least == 1 else f"an integer from {least} up"
-            self.problems.append(f"{name} = {value!r}, expected {kind_of}")
+            limit = f" of at most {MOST:,}" if isinstance(value, int) and value > MOST else ""
+            self.problems.append(f"{name} = {shown(value)}, expected {kind_of}{limit}")
             return default
-        if kind is float and (
-            isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf
-        ):
-            self.problems.append(f"{name} = {value!r}, expected a positive number")
+        if kind is float and not is_number(value):
+            self.problems.append(f"{name} = {shown(value)}, expected a positive number")
             return default
         if kind is dict and not isinstance(value, dict):
-            self.problems.append(f"{name} = {value!r}, expected an object")
+            self.problems.append(f"{name} = {shown(value)}, expected an object")
             return default
         if kind is bool and not isinstance(value, bool):
-            self.problems.append(f"{name} = {value!r}, expected true or false")
+            self.problems.append(f"{name} = {shown(value)}, expected true or false")
             return default
         return value
 
@@ -91,13 +137,14 @@ class Reader:
         """An attribute of which just one value is computed here."""
         self.fixed.add(name)
         if self.hf.get(name) not in (None, value):
-            self.problems.append(f"{name} = {self.hf[name]!r} is not supported (only {value!r} is)")
+            self.problems.append(f"{name} = {shown(self.hf[name])} is not supported (only {value!r} is)")
 
     def same(self, *names):
         """Attributes that mean the same thing, of which transformers' versions read one or the other."""
         values = {name: self.hf[name] for name in names if self.hf.get(name) is not None}
         if len({str(value) for value in values.values()}) > 1:
-            self.problems.append(" and ".join(f"{name} = {value!r}" for name, value in values.items()) + " disagree")
+            found = " and ".join(f"{name} = {shown(value)}" for name, value in values.items())
+            self.problems.append(f"{found} disagree")
 
     def finish(self, beside: dict):
         """Raises UserError if there is any problem. beside: what surrounds these attributes in a multimodal config.
@@ -109,7 +156,7 @@ class Reader:
         } | beside
         for name, value in sorted(left.items()):
             if name not in INERT and value not in (None, False, {}, []):
-                self.problems.append(f"{name} = {value!r} is not supported")
+                self.problems.append(f"{name[:80]} = {shown(value)} is not supported")
         if self.problems:
             raise UserError(
                 f"{self.where} cannot be run faithfully: {'; '.join(self.problems)}. Nothing was loaded, because "
@@ -121,7 +168,7 @@ class Reader:
         """`rope_from_hf` of the attribute `name`, whose error becomes one of the problems."""
         try:
             if not isinstance(spec, dict):
-                raise ValueError(f" = {spec!r}, expected an object")
+                raise ValueError(f" = {shown(spec)}, expected an object")
             return rope_from_hf(spec, context=context, **settings)
         except ValueError as error:
             self.problems.append(f"{name}{error}")
@@ -135,7 +182,7 @@ class Reader:
         known = isinstance(types, list) and all(kind in ("full_attention", "sliding_attention") for kind in types)
         if not known or len(types) != n_layers:
             self.problems.append(
-                f"layer_types = {types!r}, expected 'full_attention' or 'sliding_attention' for each of {n_layers} layers"
+                f"layer_types = {shown(types)}, expected 'full_attention' or 'sliding_attention' for each of {n_layers} layers"
             )
         elif window is None and "sliding_attention" in types:
             self.problems.append("sliding_window is null, but there are layers of type 'sliding_attention'")

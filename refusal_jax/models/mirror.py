@@ -13,6 +13,7 @@ import pathlib
 import re
 
 from refusal_jax.errors import UserError
+from refusal_jax.models.hf_attributes import read_json
 from refusal_jax.runs import to_json, write_atomically
 from refusal_jax.storage import local_path
 
@@ -74,7 +75,7 @@ def mirrors() -> pathlib.Path:
 
 def _read_known(folder: pathlib.Path) -> dict:
     """What was known of the store's files when the mirror was last brought up to date."""
-    with contextlib.suppress(OSError, ValueError):
+    with contextlib.suppress(OSError, ValueError, RecursionError):
         known = json.loads((folder / ".mirror.json").read_text(encoding="utf-8"))
         return known if isinstance(known, dict) else {}
     return {}
@@ -88,7 +89,7 @@ def stub_of(path: pathlib.Path) -> pathlib.Path | None:
 
 def is_there(path: pathlib.Path) -> bool:
     """Whether a file is in its folder, or in the store that the folder mirrors."""
-    return path.exists() or stub_of(path) is not None
+    return os.path.exists(path) or stub_of(path) is not None
 
 
 class RemoteFile:
@@ -96,8 +97,12 @@ class RemoteFile:
 
     def __init__(self, path: pathlib.Path):
         """Raises UserError if support for its kind of address is not installed."""
-        stub = json.loads(stub_of(path).read_text(encoding="utf-8"))
-        self.path, self.size = stub["address"], stub["size"]
+        stub = read_json(stub_of(path))
+        self.path, self.size = stub.get("address"), stub.get("size")
+        if not isinstance(self.path, str) or not isinstance(self.size, int):
+            raise UserError(
+                f"{stub_of(path)} is damaged: it lacks address and size. Remove its folder: it is made anew."
+            )
         with explained(self.path):
             import fsspec
 

@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from refusal_jax.errors import shown
+
 # Keys of an HF rope specification by kind, beyond those that every kind may have.
 COMMON_KEYS = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
 SPAN = "original_max_position_embeddings"
@@ -24,6 +26,12 @@ KEYS = {
 }
 MOST_CONTEXT = 1 << 40  # tokens; beyond any model, within what numbers hold
 RENAMED = {"su": "longrope"}
+FLOATS = (1e-37, 1e37)  # what float32 holds
+
+
+def is_number(value) -> bool:
+    """Returns whether a JSON value is a positive number that float32 holds."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and FLOATS[0] <= value <= FLOATS[1]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,17 +124,19 @@ def rope_from_hf(
     kind = spec.get("rope_type") or spec.get("type") or "default"
     kind = RENAMED.get(kind, kind) if isinstance(kind, str) else kind
     if not isinstance(kind, str) or kind not in KEYS:
-        raise ValueError(f" type {kind!r} is not supported ({', '.join(KEYS)} are)")
+        raise ValueError(f" type {shown(kind)} is not supported ({', '.join(KEYS)} are)")
     unknown = sorted(k for k in set(spec) - COMMON_KEYS - KEYS[kind] if spec[k] is not None)
     if unknown:
-        found = "".join(f".{k} = {spec[k]!r}" if i == 0 else f", {k} = {spec[k]!r}" for i, k in enumerate(unknown))
+        found = "." + ", ".join(f"{k} = {shown(spec[k])}" for k in unknown)
         raise ValueError(f"{found} is not supported with type {kind!r}")
 
     def number(name, default=None):
         value = spec.get(name)
         value = default if value is None else value
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-            raise ValueError(f" of type {kind!r} lacks or misstates {name} = {value!r} (must be a positive number)")
+        if not is_number(value):
+            raise ValueError(
+                f" of type {kind!r} lacks or misstates {name} = {shown(value)} (must be a positive number)"
+            )
         return float(value)
 
     share = number("partial_rotary_factor", partial or 1.0)
@@ -135,7 +145,10 @@ def rope_from_hf(
     dims = int(head_dim * share)
     if dims % 2 or not 0 < dims <= head_dim or (kind == "dynamic" and dims == 2):
         raise ValueError(f" rotates {dims} of head_dim = {head_dim} entries, rotary embeddings need pairs")
-    rope = Rope(number("rope_theta", theta), dims, kind, original_context=context, **settings)
+    theta = number("rope_theta", theta)
+    if theta <= 1:
+        raise ValueError(f" of type {kind!r} has rope_theta = {theta}, expected more than 1")
+    rope = Rope(theta, dims, kind, original_context=context, **settings)
     if kind == "default":
         return dataclasses.replace(rope, original_context=0)
     span = number(SPAN, context) if SPAN in KEYS[kind] else context
@@ -178,7 +191,7 @@ def _longrope(rope: Rope, spec: dict, number) -> Rope:
     for name in ("short_factor", "long_factor"):
         values = spec.get(name)
         right = isinstance(values, list) and len(values) == rope.dims // 2
-        if not right or not all(isinstance(v, int | float) and v > 0 for v in values):
+        if not right or not all(map(is_number, values)):
             raise ValueError(
                 f" of type 'longrope' lacks or misstates {name} (must be {rope.dims // 2} positive numbers)"
             )

@@ -5,6 +5,7 @@ is one error that lists everything wrong at once. Only safetensors are read; pic
 """
 
 import dataclasses
+import os
 import pathlib
 import threading
 
@@ -14,8 +15,9 @@ import numpy as np
 from refusal_jax.errors import UserError
 from refusal_jax.models.config import ModelConfig
 from refusal_jax.models.families import TABLES, hf_shapes, is_spare
-from refusal_jax.models.hf_attributes import read_json
+from refusal_jax.models.hf_attributes import damaged, read_json
 from refusal_jax.models.mirror import STUB, RemoteFile, is_there, stub_of
+from refusal_jax.models.tensor_names import adapter_advice, rename_advice, renamed, unmerged_advice
 from refusal_jax.models.weight_file import Header, LocalFile, read_header, segments
 
 INDEX = "model.safetensors.index.json"
@@ -63,8 +65,8 @@ class TensorFiles:
                 problems.append(f"{INDEX} places {name} in {file}, which does not hold it")
         if problems:
             raise UserError(
-                f"The weight files of {folder} contradict each other: {listed(problems)}. Download the "
-                "checkpoint again."
+                f"The weight files of {folder} contradict each other: {listed(problems)}. They may come from two checkpoints "
+                f"or a save that was interrupted: remove *.safetensors and {INDEX}, and get them all from one place."
             )
         return opened
 
@@ -124,7 +126,7 @@ class TensorFiles:
 def _unreadable(path: pathlib.Path, error: OSError) -> UserError:
     return UserError(
         f"{path} could not be read ({error.strerror or error}). Check that you may read it and that nothing else changes it; "
-        "if both are so, download it again."
+        "if both are so, the file or its disk is damaged: download it again, to another disk if that fails."
     )
 
 
@@ -133,10 +135,10 @@ def checkpoint_files(folder: pathlib.Path) -> tuple[list[pathlib.Path], dict[str
 
     Raises UserError if there are none, if the index is malformed, or if it names files outside the folder.
     """
-    if (folder / INDEX).exists():
+    if os.path.lexists(folder / INDEX):
         weight_map = read_json(folder / INDEX).get("weight_map")
         if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
-            raise UserError(f"{folder / INDEX} has no usable weight_map. Download the file again.")
+            raise damaged(folder / INDEX, "has no usable weight_map, the file of each tensor by name")
         names = sorted(set(weight_map.values()))
         if is_there(folder / SINGLE) and SINGLE not in names:
             raise UserError(
@@ -156,8 +158,11 @@ def checkpoint_files(folder: pathlib.Path) -> tuple[list[pathlib.Path], dict[str
                 f"{listed(missing)}. The download is incomplete: resume it."
             )
         return [folder / n for n in names], weight_map
-    if is_there(folder / SINGLE):
+    if is_there(folder / SINGLE) or os.path.islink(folder / SINGLE):
         return [folder / SINGLE], {}
+    adapter = adapter_advice(folder)
+    if adapter:
+        raise UserError(adapter)
     pickled = [n for n in (p.name.removesuffix(STUB) for p in folder.iterdir()) if n.endswith((".bin", ".pt"))]
     hint = (
         f" It holds pickled weights ({listed(sorted(pickled))}), which can run code when opened and are never "
@@ -170,7 +175,7 @@ def checkpoint_files(folder: pathlib.Path) -> tuple[list[pathlib.Path], dict[str
 
 def listed(items: list[str], most: int = 6) -> str:
     """The first few of many, for an error message."""
-    shown = "; ".join(str(item) for item in items[:most])
+    shown = "; ".join(item if len(item) <= 200 else f"{item[:200]}…" for item in map(str, items[:most]))
     return shown if len(items) <= most else f"{shown}; and {len(items) - most} more"
 
 
@@ -183,12 +188,16 @@ def check_tensors(cfg: ModelConfig, files: TensorFiles, share: tuple[int, int] =
     shapes = hf_shapes(cfg)
     missing = sorted(set(shapes) - set(files.file_of))
     extra = sorted(n for n in set(files.file_of) - set(shapes) if not is_spare(cfg, n))
+    names = renamed(cfg, extra, missing)
+    missing = [n for n in missing if n not in names.values()]
+    extra = [n for n in extra if n not in names]
+    holding = {n: n for n in shapes if n in files.file_of} | {new: n for n, new in names.items() if new in shapes}
     wrong = [
-        f"{n} is {list(files.shapes[n])}, expected {list(shape)}"
-        for n, shape in shapes.items()
-        if n in files.shapes and files.shapes[n] != shape
+        f"{n} is {list(files.shapes[n])}, expected {list(shapes[new])}"
+        for new, n in holding.items()
+        if files.shapes[n] != shapes[new]
     ]
-    kinds = [f"{n} is {files.dtypes[n]}" for n in shapes if n in files.dtypes and files.dtypes[n] not in STORED]
+    kinds = [f"{n} is {files.dtypes[n]}" for n in holding.values() if files.dtypes[n] not in STORED]
     problems = [
         f"{len(group)} {what}: {listed(group)}"
         for what, group in (
@@ -199,10 +208,16 @@ def check_tensors(cfg: ModelConfig, files: TensorFiles, share: tuple[int, int] =
         )
         if group
     ]
-    if problems:
+    advice = unmerged_advice(extra) or (rename_advice(files.folder, names) if names else "")
+    if not advice and not extra and missing == [TABLES[cfg.family]["unembed"]]:
+        advice = (
+            "If the model's embedding is its unembedding too, config.json must say tie_word_embeddings: true. Else it was saved "
+            "without its head: save it again from the AutoModelForCausalLM."
+        )
+    if advice or problems:
         raise UserError(
-            f"The tensors of {files.folder} do not fit its config.json: {'. '.join(problems)}. Check that "
-            "config.json and the weights belong together, or download both again."
+            f"The tensors of {files.folder} do not fit its config.json: {'. '.join(problems)}{'. ' * bool(problems)}"
+            + (advice or "Check that config.json and the weights belong together, or download both again.")
         )
     _check_tied(cfg, files, share)
 

@@ -13,7 +13,8 @@ import weakref
 
 import numpy as np
 
-from refusal_jax.errors import UserError
+from refusal_jax.errors import shown
+from refusal_jax.models.hf_attributes import damaged
 
 HEADER_LIMIT = 100_000_000  # bytes, as in the safetensors library
 BITS = {
@@ -32,6 +33,8 @@ class LocalFile:
     def __init__(self, path: pathlib.Path):
         """Raises OSError if the file cannot be opened."""
         self.path = path
+        if not os.path.isfile(path) and os.path.exists(path) and not os.path.isdir(path):
+            raise OSError("it is a device or a pipe, no file")  # opening one may wait forever
         self.number = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         weakref.finalize(self, os.close, self.number)
         self.size = os.fstat(self.number).st_size
@@ -94,10 +97,8 @@ def read_header(file) -> Header:
             raise ValueError(f"its tensors end at byte {end:,}")
         return Header(text, metadata, tensors)
     except (ValueError, RecursionError) as error:
-        raise UserError(
-            f"{file.path} is not a readable safetensors file ({error}). It is truncated or damaged "
-            f"({file.size:,} bytes): download it again."
-        ) from None
+        found = f"is not a readable safetensors file ({str(error)[:500]}; it has {file.size:,} bytes)"
+        raise damaged(file.path, found) from None
 
 
 def _header_text(file) -> bytes:
@@ -130,11 +131,11 @@ def _extent(name: str, entry, base: int) -> Extent:
         raise ValueError(f"the entry of {name} lacks dtype, shape or data_offsets, or has more")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in BITS:
-        raise ValueError(f"{name} is of an unknown dtype, {dtype!r}")
+        raise ValueError(f"{name} is of an unknown dtype, {shown(dtype)}")
     if not numbers(shape) or not numbers(offsets) or len(offsets) != 2:
-        raise ValueError(f"{name} has the shape {shape!r} and the offsets {offsets!r}")
+        raise ValueError(f"{name} has the shape {shown(shape)} and the offsets {shown(offsets)}")
     if math.prod(shape) * BITS[dtype] != (offsets[1] - offsets[0]) * 8:
-        raise ValueError(f"{name}, {dtype} {shape}, cannot have {offsets[1] - offsets[0]:,} bytes")
+        raise ValueError(f"{name}, {dtype} {shown(shape)}, cannot have {offsets[1] - offsets[0]:,} bytes")
     return Extent(dtype, tuple(shape), base + offsets[0], base + offsets[1])
 
 

@@ -172,11 +172,11 @@ class ModelJudge:
         if self.kind.form == "guard":
             turns = [{"role": "user", "content": request}, {"role": "assistant", "content": response}]
             try:
-                return chat.tokenizer.apply_chat_template(turns, tokenize=False)
+                return chat.rendered(turns, reply=False)
             except Exception as error:  # jinja errors, or a template's own raise_exception
                 raise UserError(
                     f"the chat template of the judge {self.folder} failed on a request and a completion ({error}). It is no "
-                    "guard model's, or was changed: copy its tokenizer files again."
+                    "guard model's, or was changed: pass a guard model's folder, with the tokenizer files that it came with."
                 ) from None
         parts = dict.fromkeys(REQUEST, request) | dict.fromkeys(RESPONSE, response)
         # In one go: a response may hold "{prompt}" itself.

@@ -274,7 +274,7 @@ class Study:
             return self.model.chat.opener_ids(self.config.refusal_tokens), []
         harmful, harmless = (self.instructions(f"{side}_train", kept_only=False) for side in ("harmful", "harmless"))
         openings = measure_openings(self.model, harmful, harmless, self.sizes.forward)
-        return refusal_openings(openings), openings
+        return refusal_openings(openings, self.model.chat), openings
 
     def setup(self, positions: int, refusal_ids: tuple[int, ...], openings: list[Opening]) -> dict:
         """What of model, template and refusal tokens the results rest on."""

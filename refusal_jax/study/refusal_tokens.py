@@ -5,6 +5,7 @@ measured instead: a refusal token is one that the model puts first after harmful
 """
 
 import dataclasses
+import pathlib
 from collections.abc import Sequence
 from functools import partial
 
@@ -17,6 +18,7 @@ from refusal_jax.chat_model import ChatModel
 from refusal_jax.errors import UserError
 from refusal_jax.sharding import replicate
 from refusal_jax.study.activations import length_batches
+from refusal_jax.thoughts import MARKS
 
 OPENERS = (
     "I I'm I’m I'll As Sorry Unfortunately Apologies No Not Cannot Can My We You Your It It's This That There The If "
@@ -77,18 +79,48 @@ def measure_openings(model: ChatModel, harmful: list[str], harmless: list[str], 
     return sorted((Opening(*row) for row in rows), key=lambda o: (o.harmless - o.harmful, o.id))
 
 
-def refusal_openings(openings: Sequence[Opening]) -> tuple[int, ...]:
-    """The ids of the chosen openings, sorted. Raises UserError, with the best candidates, if there are none."""
+def refusal_openings(openings: Sequence[Opening], chat: Chat) -> tuple[int, ...]:
+    """The ids of the chosen openings, sorted. Raises UserError, with the best candidates, if there are none; it tells what
+    to do where the chat template opens a thought, of which the openings then are."""
     chosen = tuple(sorted(o.id for o in openings if o.chosen))
     if not chosen:
         best = ", ".join(f"{o.text!r} {o.harmful:.3f} and {o.harmless:.3f}" for o in openings[:SHOWN])
         raise UserError(
             "No usual beginning of a reply tells harmful prompts from harmless ones. The best, with mean probability "
-            f"after harmful and after harmless prompts: {best}. The model may not refuse, or refuses with other words: "
-            "look at its replies and set --config.refusal_tokens=\"('I',)\" to how refusals begin. Otherwise check "
-            "--config.chat_template, and that --config.thinking is off if replies begin with thoughts."
+            f"after harmful and after harmless prompts: {best}. {_thought_advice(chat) or NO_THOUGHT}"
         )
     return chosen
+
+
+NO_THOUGHT = (
+    "The model may not refuse, or refuses with other words: look at its replies and set --config.refusal_tokens=\"('I',)\" to "
+    "how refusals begin. Otherwise check --config.chat_template."
+)
+
+
+def _thought_advice(chat: Chat) -> str:
+    """What to do about a template that opens a thought at the prompt's end, "" if it opens none."""
+    opened = chat.opened_thought
+    if not opened:
+        return ""
+    advice = (
+        f"The chat template ({chat.template_origin}) ends its prompts in {opened!r}: what was measured begins the model's "
+        "thought, not its reply. "
+    )
+    if chat.thinking and not dataclasses.replace(chat, thinking=False).opened_thought:
+        return advice + "Set --config.thinking=False, with which this template opens none."
+    close = next(close for mark, close in MARKS if opened.startswith(mark))
+    ending = "\\n" * opened.endswith("\n") + close + r"\n\n"  # as templates write an empty thought
+    source = f"Chat.load({str(chat.tokenizer.name_or_path)!r}, 1).tokenizer.chat_template"
+    if chat.template_origin.endswith(".jinja") and pathlib.Path(chat.template_origin).is_file():
+        source = f"pathlib.Path({chat.template_origin!r}).read_text()"
+    return (
+        f"{advice}--config.thinking does not change that. Close the thought at the end of a copy of the template, here "
+        "closed.jinja, and set --config.chat_template=closed.jinja:\n\n"
+        "    import pathlib\n    from refusal_jax.chat import Chat\n\n"
+        f"    template = {source}\n    end = r\"{{% if add_generation_prompt %}}{{{{ '{ending}' }}}}{{% endif %}}\"\n"
+        "    pathlib.Path('closed.jinja').write_text(template + end)\n"
+    )
 
 
 def _mean_probabilities(model: ChatModel, instructions: list[str], ids: Sequence[int], batch_size: int) -> np.ndarray:

@@ -1,0 +1,128 @@
+"""What tensor names that do not fit tell about how a checkpoint was saved, and what to do about it.
+
+Wrappers of a model (PEFT, torch.compile, data parallelism, a multimodal model around a text model) put prefixes before the
+names of its tensors, and saving a part of a model leaves them out. Nothing is renamed here: an export writes the names
+that it has read.
+"""
+
+import os
+import pathlib
+import re
+from collections.abc import Collection
+
+from refusal_jax.models.config import ModelConfig
+from refusal_jax.models.families import is_spare
+
+PREFIX = re.compile(r"^(?:(?:model|language_model|base_model|module|_orig_mod|transformer|text_model|llm)\.)+")
+WRAPPER = re.compile(
+    r"(?<=\.)(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
+)  # around a part of a model
+UNMERGED = re.compile(
+    r"\.(?:lora_[AB]|lora_embedding_[AB]|lora_magnitude_vector|base_layer|modules_to_save|original_module)\b"
+)
+ADAPTER = "adapter_config.json"
+MERGE = """
+
+    from peft import AutoPeftModelForCausalLM
+    from transformers import AutoTokenizer
+
+    model = AutoPeftModelForCausalLM.from_pretrained({folder!r}, dtype="auto").merge_and_unload()
+    model.save_pretrained({target!r})
+    AutoTokenizer.from_pretrained({base}).save_pretrained({target!r})
+"""
+RENAME = """
+
+    import json, pathlib, re, shutil
+    from safetensors.numpy import load_file, save_file
+
+    folder = pathlib.Path(shutil.copytree({folder!r}, {target!r}))
+
+    def new(name):
+{steps}
+        return name
+
+    for file in folder.glob("*.safetensors"):
+        save_file({{new(name): tensor for name, tensor in load_file(file).items()}}, file, {{"format": "pt"}})
+    for file in folder.glob("*.safetensors.index.json"):
+        index = json.loads(file.read_text())
+        index["weight_map"] = {{new(name): where for name, where in index["weight_map"].items()}}
+        file.write_text(json.dumps(index))
+"""
+
+
+def core(name: str) -> str:
+    """Returns a tensor's name without the prefixes that wrappers put before it or before a part of it."""
+    return PREFIX.sub("", WRAPPER.sub("", name))
+
+
+def renamed(cfg: ModelConfig, unknown: Collection[str], missing: Collection[str]) -> dict[str, str]:
+    """Returns the unknown names that are those of missing or spare tensors but for known prefixes, each with the name that
+    is expected. A name that two tensors would get is not among them."""
+    wanted = {core(name): name for name in missing}
+    found = {}
+    for name in unknown:
+        new = wanted.get(core(name)) or (core(name) if is_spare(cfg, core(name)) else None)
+        if new and new != name:
+            found.setdefault(new, []).append(name)
+    return {names[0]: new for new, names in found.items() if len(names) == 1}
+
+
+def rename_advice(folder: pathlib.Path, names: dict[str, str]) -> str:
+    """Returns what is wrong with the names of `renamed` and code that mends it, for a message."""
+    steps, pairs = [], {}
+    if any(WRAPPER.search(name) for name in names):
+        steps.append(f'name = re.sub(r"{WRAPPER.pattern}", "", name)')
+    for old, new in names.items():
+        old, rest = WRAPPER.sub("", old), core(old)
+        pair = old.removesuffix(rest), new.removesuffix(rest)
+        if pair[0] != pair[1]:
+            pairs.setdefault(pair, set()).add(rest.split(".")[0])
+    for (before, after), firsts in pairs.items():
+        pattern = f"^{re.escape(before)}(?=(?:{'|'.join(sorted(firsts))})\\.)"
+        steps.append(f'name = re.sub(r"{pattern}", "{after}", name)')
+    told = dict.fromkeys(
+        f"{repr(found) if found else 'missing'} where {repr(expected) if expected else 'none'} is expected"
+        for found, expected in map(_differing, pairs)
+    )
+    old, new = next(iter(names.items()))
+    code = RENAME.format(
+        folder=str(folder), target=f"{folder}-renamed", steps="\n".join(" " * 8 + step for step in steps)
+    )
+    return (
+        f"{len(names)} tensors are called otherwise, such as {old}, expected {new}"
+        f"{': the prefix is ' + ', and '.join(told) if told else ''}. The checkpoint was saved from a wrapped model or from a "
+        f"part of one. Save it again from the model itself with save_pretrained, or make a copy with the expected names:{code}"
+    )
+
+
+def _differing(pair: tuple[str, str]) -> tuple[str, str]:
+    """Returns two prefixes without the parts that both end in."""
+    found, expected = (prefix.split(".")[:-1] for prefix in pair)
+    while found and expected and found[-1] == expected[-1]:
+        found, expected = found[:-1], expected[:-1]
+    return tuple("".join(f"{part}." for part in parts) for parts in (found, expected))
+
+
+def unmerged_advice(names: Collection[str]) -> str:
+    """Returns what to do about tensors of a PEFT adapter among a model's, "" if there are none."""
+    found = sorted(name for name in names if UNMERGED.search(name))
+    if not found:
+        return ""
+    return (
+        f"It was saved from a PEFT model whose adapter is not merged: {len(found)} tensors are the adapter's or wrapped by it, "
+        f"such as {found[0]}. Load the model as it was saved, then call model = model.merge_and_unload() and "
+        "model.save_pretrained(FOLDER)."
+    )
+
+
+def adapter_advice(folder: pathlib.Path) -> str:
+    """Returns what to do about a folder that holds a PEFT adapter and no model, "" if it holds none."""
+    from refusal_jax.models.hf_attributes import read_json
+
+    if not os.path.lexists(folder / ADAPTER):
+        return ""
+    base = read_json(folder / ADAPTER).get("base_model_name_or_path")
+    code = MERGE.format(
+        folder=str(folder), target=f"{folder}-merged", base=repr(base if isinstance(base, str) else "BASE")
+    )
+    return f"{folder} holds a PEFT adapter of {base or 'a base model'}, not a model. Merge the two and use the result:{code}"
