@@ -109,7 +109,7 @@ def _thought_advice(chat: Chat) -> str:
     )
     if chat.thinking and not dataclasses.replace(chat, thinking=False).opened_thought:
         return advice + "Set --config.thinking=False, with which this template opens none."
-    close = next(close for mark, close in MARKS if opened.startswith(mark))
+    close = next(close for mark, close in MARKS if opened.lower().startswith(mark.lower()))
     ending = "\\n" * opened.endswith("\n") + close + r"\n\n"  # as templates write an empty thought
     source = f"Chat.load({str(chat.tokenizer.name_or_path)!r}, 1).tokenizer.chat_template"
     if chat.template_origin.endswith(".jinja") and pathlib.Path(chat.template_origin).is_file():
