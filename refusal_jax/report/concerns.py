@@ -49,9 +49,11 @@ def judge_disagreement(conditions: Sequence[Condition], judge: str, folder: str)
             differing.append((condition, sum(known.values()), sum(found.values()), len(known)))
     if not differing:
         return None
-    counts = "; ".join(f"{c.dataset}, {c.label}: {few} and {many} of {n}" for c, few, many, n in differing)
+    counts = "; ".join(f"{c.name}: {few} and {many} of {n}" for c, few, many, n in differing)
     curly = sum("’" in c["response"] for condition, *_ in differing for c in condition.completions)
-    typographic = f" {curly} of these completions hold the apostrophe ’, which {judge} does not know." if curly else ""
+    typographic = (
+        f" The apostrophe ’, which {judge} does not know, is in {curly} of these completions." if curly else ""
+    )
     return Concern(
         f"The judge {judge}, which looks for the paper's phrases, and the judge {EXTENDED.name}, which knows more phrases "
         f"and apostrophes, count different numbers of refusals ({counts}).{typographic}",
@@ -75,7 +77,7 @@ def unfinished_thoughts(conditions: Sequence[Condition]) -> Concern | None:
     cut = [c for c in conditions if c.unfinished]
     if not cut:
         return None
-    counts = "; ".join(f"{c.dataset}, {c.label}: {c.unfinished} of {len(c.completions)}" for c in cut)
+    counts = "; ".join(f"{c.name}: {c.unfinished} of {len(c.completions)}" for c in cut)
     return Concern(
         "Some completions never left their thought, so that nothing could be judged, and the rates are of the others "
         f"({counts}).",
@@ -173,7 +175,7 @@ def broken_completions(conditions: Sequence[Condition]) -> list[Concern]:
         if not (plain.n and rate.n) or rate.rate < BROKEN or rate.interval[0] <= plain.interval[1]:
             continue
         claim = (
-            f"{rate} of the completions of {condition.dataset}, {condition.label}, are empty or repetitive "
+            f"{rate} of the completions of {condition.name}, are empty or repetitive "
             f"({percents(rate.interval)}, n = {rate.n}), at baseline {plain}: a model that is broken does not refuse either."
         )
         remedy = "Read the completions and the change of the loss before you take missing refusals for an effect."

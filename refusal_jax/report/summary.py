@@ -66,6 +66,11 @@ class Condition:
         return {"actadd": "+ addition" if self.harmless else "− addition"}.get(self.intervention, self.intervention)
 
     @property
+    def name(self) -> str:
+        """Returns the data set and the intervention, if there is one, in words."""
+        return f"{self.dataset}, {self.label}" if self.label else self.dataset
+
+    @property
     def unfinished(self) -> int:
         """Returns how many completions never left their thought, so that no judge saw them."""
         return sum(map(is_unfinished, self.completions))
