@@ -405,6 +405,6 @@ def test_names_that_are_code_are_not_part_of_what_users_copy(folder):
     tensors = load_file(folder / SINGLE)
     tensors = {f"module.{n}": t for n, t in tensors.items()} | {'module.x"); evil(".rotary_emb.inv_freq': np.ones(2)}
     save_file(tensors, folder / SINGLE)
-    with pytest.raises(UserError, match=r"1 unknown: module\.x.*are called otherwise") as caught:
+    with pytest.raises(UserError, match="tensors are called otherwise") as caught:
         load_decoder(folder)
     assert "evil" not in str(caught.value).partition("\n\n")[2]

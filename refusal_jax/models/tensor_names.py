@@ -127,4 +127,4 @@ def adapter_advice(folder: pathlib.Path) -> str:
     code = MERGE.format(
         folder=str(folder), target=f"{folder}-merged", base=repr(base if isinstance(base, str) else "BASE")
     )
-    return f"{folder} holds a PEFT adapter of {shown(base or 'a base model')}, not a model. Merge the two and use the result:{code}"
+    return f"{folder} holds a PEFT adapter of {shown(base or 'a base model')}, not a model. Merge the two:{code}"
