@@ -35,7 +35,7 @@ setup(
         "flax>=0.12,<0.13",
         "fsspec>=2024.2",
         "jax>=0.10,<0.12",
-        "jinja2>=3.1",  # chat templates and the report
+        "jinja2>=3.1.6",  # chat templates, which transformers asks it for, and the report
         "matplotlib>=3.9",  # the report's figures
         "ml_collections>=1.0",
         "ml_dtypes>=0.5",
@@ -64,6 +64,7 @@ setup(
             "torch==2.13.0",
             "gguf>=0.17",
             "peft>=0.19",
+            "sentencepiece>=0.2",  # a tokenizer.model alone
             "lm_eval>=0.4.13,<0.5",
             "inspect-ai>=0.3.285",
             "ruff>=0.9",

@@ -493,7 +493,7 @@ def test_a_folder_that_cannot_be_listed(tmp_path, monkeypatch):
 def test_a_folder_of_an_adapter_alone(tmp_path):
     (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "org/base"}')
     (tmp_path / "adapter_model.safetensors").write_bytes(b"")
-    message = r"holds a PEFT adapter of org/base, not a model\. Merge the two .*\n\n    from peft import"
+    message = r"holds a PEFT adapter of 'org/base', not a model\. Merge the two:\n\n    from peft import"
     with pytest.raises(UserError, match=message) as caught:
         load_config(tmp_path)
     compile(textwrap.dedent(str(caught.value).partition("\n\n")[2]), "message", "exec")

@@ -382,3 +382,10 @@ def test_evaluations_have_the_published_format():
         "substring_matching_per_category": {"None": 0.0, "arms": 1.0, "fraud": 0.5},
         "completions": [{**r, "is_jailbreak_substring_matching": v} for r, v in zip(rows, (0, 1, 1, 0), strict=True)],
     }
+
+
+def test_a_file_that_the_system_refuses(tmp_path):
+    loop = tmp_path / "loop.txt"
+    loop.symlink_to(loop)
+    with pytest.raises(UserError, match=r"loop\.txt could not be read \(.+\)\. Check the path"):
+        read_prompts(loop)

@@ -374,7 +374,7 @@ def test_an_adapter_that_is_not_merged(folder):
 def test_an_adapter_in_place_of_weights(folder):
     (folder / SINGLE).unlink()
     (folder / "adapter_config.json").write_text("{}")
-    with pytest.raises(UserError, match="holds a PEFT adapter of a base model, not a model"):
+    with pytest.raises(UserError, match="holds a PEFT adapter of 'a base model', not a model"):
         load_decoder(folder)
 
 
@@ -399,3 +399,12 @@ def test_weights_that_are_a_pointer_to_them(folder):
     (folder / SINGLE).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
     with pytest.raises(UserError, match=r"not a readable safetensors file .*run `git lfs pull`"):
         load_decoder(folder)
+
+
+def test_names_that_are_code_are_not_part_of_what_users_copy(folder):
+    tensors = load_file(folder / SINGLE)
+    tensors = {f"module.{n}": t for n, t in tensors.items()} | {'module.x"); evil(".rotary_emb.inv_freq': np.ones(2)}
+    save_file(tensors, folder / SINGLE)
+    with pytest.raises(UserError, match="tensors are called otherwise") as caught:
+        load_decoder(folder)
+    assert "evil" not in str(caught.value).partition("\n\n")[2]

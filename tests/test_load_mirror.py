@@ -170,3 +170,12 @@ def test_addresses_of_nothing(store):
         load_model("memory://bucket/models")
     with pytest.raises(UserError, match=r"gopher://x/y could not be used \(ValueError: Protocol not known"):
         load_model("gopher://x/y")
+
+
+def test_a_damaged_stub(store):
+    folder = checkpoint_folder(ADDRESS)
+    (folder / f"{SINGLE}.remote").write_text("{}")
+    with pytest.raises(
+        UserError, match=r"safetensors\.remote is damaged: it lacks address and size\. Remove its folder"
+    ):
+        TensorFiles.open(folder)

@@ -10,6 +10,7 @@ import pathlib
 import re
 from collections.abc import Collection
 
+from refusal_jax.errors import shown
 from refusal_jax.models.config import ModelConfig
 from refusal_jax.models.families import is_spare
 
@@ -20,6 +21,7 @@ WRAPPER = re.compile(
 UNMERGED = re.compile(
     r"\.(?:lora_[AB]|lora_embedding_[AB]|lora_magnitude_vector|base_layer|modules_to_save|original_module)\b"
 )
+PLAIN = re.compile(r"[\w.]+")  # the names that a checkpoint's code for users may hold
 ADAPTER = "adapter_config.json"
 MERGE = """
 
@@ -60,7 +62,7 @@ def renamed(cfg: ModelConfig, unknown: Collection[str], missing: Collection[str]
     is expected. A name that two tensors would get is not among them."""
     wanted = {core(name): name for name in missing}
     found = {}
-    for name in unknown:
+    for name in filter(PLAIN.fullmatch, unknown):
         new = wanted.get(core(name)) or (core(name) if is_spare(cfg, core(name)) else None)
         if new and new != name:
             found.setdefault(new, []).append(name)
@@ -125,4 +127,4 @@ def adapter_advice(folder: pathlib.Path) -> str:
     code = MERGE.format(
         folder=str(folder), target=f"{folder}-merged", base=repr(base if isinstance(base, str) else "BASE")
     )
-    return f"{folder} holds a PEFT adapter of {base or 'a base model'}, not a model. Merge the two and use the result:{code}"
+    return f"{folder} holds a PEFT adapter of {shown(base or 'a base model')}, not a model. Merge the two:{code}"
