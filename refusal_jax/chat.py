@@ -138,11 +138,9 @@ class Chat:
     def rendered(self, messages: Sequence[dict[str, str]], reply: bool = True) -> str:
         """As `render_messages`; reply: False leaves out the start of the next reply. Raises whatever a template raises."""
         switches = dict.fromkeys(("enable_thinking", "thinking"), self.thinking)  # by either name; others ignore both
-        text = self.tokenizer.apply_chat_template(
+        return self.tokenizer.apply_chat_template(
             list(messages), tokenize=False, add_generation_prompt=reply, **switches
         )
-        text.encode()  # half a surrogate pair is no text
-        return text
 
     def ids(self, text: str, special: bool = False) -> list[int]:
         """Token ids of rendered text, whose special tokens the template wrote; `special` adds the tokenizer's own.

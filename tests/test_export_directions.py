@@ -162,6 +162,8 @@ def test_files_that_hold_no_direction(tmp_path, monkeypatch):
     refused("objects.npy", "is not a readable .npy file")
     np.save(tmp_path / "wide.npy", np.ones((1, 1, 1, 1)))
     refused("wide.npy", r"an array of shape \[1, 1, 1, 1\] and type float64")
+    np.save(tmp_path / "none.npy", np.ones((0, 32)))
+    refused("none.npy", r"an array of shape \[0, 32\]")
     save_file({"x": DIRECTION, "y": DIRECTION}, tmp_path / "two.safetensors")
     refused("two.safetensors", r"holds 2 tensors \(x, y\): call the one that counts 'direction'")
     (tmp_path / "torn.safetensors").write_bytes(b"12345678")

@@ -245,7 +245,7 @@ def _candidate(file, values_pld, told: dict, position: int | None, layer: int | 
 def _read(file: pathlib.Path) -> np.ndarray:
     """The array in a file, float64, of one to three axes."""
     values = np.asarray(READERS[file.suffix](file))
-    if values.dtype.kind not in "fiuV" or values.ndim not in (1, 2, 3):
+    if values.dtype.kind not in "fiuV" or values.ndim not in (1, 2, 3) or not values.size:
         raise UserError(
             f"{file} holds an array of shape {list(values.shape)} and type {values.dtype}: a direction is numbers of shape "
             "[D], several are [directions, D], mean differences are [positions, layers, D]."
