@@ -138,9 +138,10 @@ class Chat:
     def rendered(self, messages: Sequence[dict[str, str]], reply: bool = True) -> str:
         """As `render_messages`; reply: False leaves out the start of the next reply. Raises whatever a template raises."""
         switches = dict.fromkeys(("enable_thinking", "thinking"), self.thinking)  # by either name; others ignore both
-        return self.tokenizer.apply_chat_template(
+        text = self.tokenizer.apply_chat_template(
             list(messages), tokenize=False, add_generation_prompt=reply, **switches
         )
+        return mended(text, "A rendered chat template")
 
     def ids(self, text: str, special: bool = False) -> list[int]:
         """Token ids of rendered text, whose special tokens the template wrote; `special` adds the tokenizer's own.
