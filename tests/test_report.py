@@ -423,7 +423,11 @@ def test_refusals_that_begin_otherwise_are_noticed():
     conditions = conditions_of(base=97, ablated=2)
     filtered = {"harmful_train": {"scores": [-6.0] * 128}}
     (concern,) = score_disagreement(conditions, JUDGE, filtered, ["Sure"], "x")
-    assert "set refusal_tokens" in concern.text and "evaluate" not in concern.text
+    assert (
+        'Refused replies begin with "I\'m" (97). If these are not the refusal tokens, set refusal_tokens'
+        in concern.text
+    )
+    assert "evaluate" not in concern.text and not concern.decisive  # the rates are right: the verdict stands
 
 
 def test_scores_of_the_selection_are_held_against_the_judge():

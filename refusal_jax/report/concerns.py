@@ -6,7 +6,9 @@ prompts, and whether test prompts were trained on. Where these disagree, the rea
 """
 
 import dataclasses
+import json
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -119,12 +121,21 @@ def score_disagreement(
             f"tokens also begin other replies. {judging(folder)} A judge model reads any language."
         )
         more = (
-            "The refusals begin with other words than the refusal tokens, or come later in the reply. Read the "
-            "completions, and set refusal_tokens in the study's config to how refusals begin."
+            f"Refused replies begin with {first_words(condition, judge)}. If these are not the refusal tokens, set "
+            "refusal_tokens in the study's config to them; if they are, the model gives them less than one half of the "
+            "probability even where it refuses, so that the filter keeps few harmful prompts: config.filter=False keeps all."
         )
-        remedy = fewer if judged.rate < scored.rate else more
-        found.append(Concern(said, remedy, ((condition.dataset, "baseline"),), not condition.harmless))
+        missed = judged.rate < scored.rate
+        about = ((condition.dataset, "baseline"),)
+        found.append(Concern(said, fewer if missed else more, about, missed and not condition.harmless))
     return found
+
+
+def first_words(condition: Condition, judge: str, most: int = 3) -> str:
+    """Returns with which words the refused replies of a condition begin most often, and how many, as text for a terminal."""
+    refused = (condition.completions[i]["response"].split() for i, label in condition.refusals(judge).items() if label)
+    counts = Counter(words[0][:20] for words in refused if words).most_common(most)
+    return ", ".join(f"{json.dumps(word, ensure_ascii=False)} ({count})" for word, count in counts)
 
 
 def selection_disagreement(conditions: Sequence[Condition], judge: str, picked: Mapping) -> list[Concern]:
