@@ -83,9 +83,9 @@ def test_prompts_that_splits_share():
         ("more_test", "harmful_test", 1, 3),
     ]
     words = {f"{entry['split']} {entry['other']}": " ".join(overlap_in_words(entry)) for entry in found}
-    assert words["harmful_train harmful_train"].startswith("1 of the 3 prompts of harmful_train repeat another one")
+    assert words["harmful_train harmful_train"].startswith("1 of the 3 prompts of harmful_train repeats another one")
     assert (
-        "2 of the 4 prompts of harmful_test are in harmful_train too: they were trained on, so that the results"
+        "2 of the 4 prompts of harmful_test are in harmful_train too: they were trained on, so that their results"
         in (words["harmful_test harmful_train"])
     )
     assert "used to choose the direction" in words["harmful_test harmful_val"]

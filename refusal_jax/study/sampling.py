@@ -131,15 +131,23 @@ def overlap_in_words(found: Mapping) -> tuple[str, str]:
     """Returns an entry of `overlaps` as a sentence, and what to do about it as another."""
     split, other = found["split"], found["other"]
     of = f"{found['count']} of the {found['of']} prompts of {split}"
+    one = found["count"] == 1
+    are, they = ("is", "it was") if one else ("are", "they were")
     if split == other:
-        return f"{of} repeat another one of the set, so that they count twice.", "Remove the repeats from its file."
+        return (
+            f"{of} {'repeats' if one else 'repeat'} another one of the set, which so counts twice.",
+            "Remove the repeats from its file.",
+        )
     if _side(split) != _side(other):
-        claim = f"{of} are in {other} too, so that the same prompt counts as harmful and as harmless."
+        claim = f"{of} {are} in {other} too, so that the same prompt counts as harmful and as harmless."
         return claim, "Correct the files of both sets."
     use = "trained on" if _stage(other) == 0 else "used to choose the direction"
-    test = "the results on them say nothing about unseen prompts"
+    test = "their results say nothing about unseen prompts"
     harm = test if _stage(split) == 2 else "they cannot check the choice"
-    return f"{of} are in {other} too: they were {use}, so that {harm}.", "Take them out of one of the two files."
+    return (
+        f"{of} {are} in {other} too: {they} {use}, so that {harm}.",
+        "Take shared prompts out of one of the two files.",
+    )
 
 
 def over_refusal_names(data) -> dict[str, str]:
