@@ -96,14 +96,15 @@ def read_arguments(
     chat_template: str = "",
     thinking: bool | None = None,
     cache: str = "",
+    generation_from_checkpoint: bool = False,
 ) -> EditedModel:
     """A model with edits, from what can be written on a command line.
 
     pretrained: folder of an HF checkpoint; default, the model of the study that the edit comes from, and with no edit the
     embedded one. ablate, add: folder of a study or file of a direction, to take out or to add. scale: how much to add, or with
     `ablate` alone which part to take out. layer: where to add, default the direction's own; with position, which one of a file of
-    mean differences. data, fsdp, model: devices along each axis of the mesh. The others: as in a study's config. Raises
-    UserError for directions or settings that cannot be used.
+    mean differences. data, fsdp, model: devices along each axis of the mesh. generation_from_checkpoint: as in
+    `load_model`. The others: as in a study's config. Raises UserError for directions or settings that cannot be used.
     """
     paths = [pathlib.Path(str(path)) for path in (ablate, add) if path]
     studies = [Study.read(path, 1) for path in paths if path.is_dir() and not pretrained]
@@ -118,6 +119,7 @@ def read_arguments(
         chat_template=chat_template or told.get("chat_template", ""),
         thinking=told.get("thinking", False) if thinking is None else thinking,
         cache=cache,
+        generation_from_checkpoint=generation_from_checkpoint,
     )
     return EditedModel(
         loaded,

@@ -33,7 +33,7 @@ INERT = frozenset(
 
 
 def read_json(path: pathlib.Path) -> dict:
-    """A JSON object from `path`; raises UserError that names the file if it is missing or is not one."""
+    """A JSON object from `path`; raises UserError that names the file if it is missing, cannot be read or is not one."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -42,6 +42,8 @@ def read_json(path: pathlib.Path) -> dict:
         raise UserError(
             f"{path} is not valid JSON ({error}). The download is probably damaged: fetch it again."
         ) from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}). Fetch the file again.") from None
     if not isinstance(value, dict):
         raise UserError(f"{path} holds a JSON {type(value).__name__}, expected an object. Fetch the file again.")
     return value

@@ -25,6 +25,7 @@ from refusal_jax.report.summary import (
     signed,
     verdict_in_words,
 )
+from refusal_jax.report.text import decoding_line
 from refusal_jax.study.judge_models import REFUSAL_SCORE
 from refusal_jax.study.judges import TEXT_JUDGES
 from refusal_jax.study.refusal_tokens import LEAST_DIFFERENCE, LEAST_RATIO
@@ -94,6 +95,7 @@ def page_context(run, verdicts: Sequence[str]) -> dict:
     latest = max(stages.values(), key=lambda record: record.get("finished", ""), default={})
     return {
         "setup": setup,
+        "decoding": decoding_line(setup),
         "model_name": pathlib.PurePath(setup["model"]).name or setup["model"],
         "finished": latest.get("finished", "").replace("T", " ").replace("Z", " UTC"),
         "strength": strength,
