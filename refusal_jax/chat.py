@@ -10,6 +10,7 @@ import numpy as np
 
 from refusal_jax.errors import UserError
 from refusal_jax.models.decoding import end_ids
+from refusal_jax.models.hf_attributes import read_json
 from refusal_jax.qwen_tokenizer import RANKS, QwenTokenizer
 from refusal_jax.templates import BUILT_IN, MARKS, named_template, recognised_template
 
@@ -248,7 +249,14 @@ def _set_template(tokenizer, setting: str, folder: pathlib.Path) -> str:
 def _eos_ids(folder: pathlib.Path, tokenizer) -> tuple[int, ...]:
     """The ids that end a reply: those that the checkpoint names, the tokenizer's, and ends of turns that some checkpoints do
     not name. Of the tokenizer's, only tokens beside the ordinary ones count. Raises UserError as `end_ids` does."""
-    added = tokenizer.get_added_vocab()
+    named, added = end_ids(folder), tokenizer.get_added_vocab()
     turns = [added.get(end_of_turn) for _, end_of_turn in MARKS.values()]
-    more = [i for i in (tokenizer.eos_token_id, *turns) if i in added.values()]
-    return tuple(dict.fromkeys([*end_ids(folder), *more]))
+    more = [i for i in (tokenizer.eos_token_id, *turns) if i is not None and i not in named]
+    if (
+        more and (folder / "tokenizer.json").is_file()
+    ):  # what transformers was told is a special token may be none there
+        special = {entry["id"] for entry in read_json(folder / "tokenizer.json").get("added_tokens", [])}
+        settings = folder / "tokenizer_config.json"
+        declared = read_json(settings).get("added_tokens_decoder", {}) if settings.is_file() else {}
+        more = [i for i in more if i in special or str(i) in declared]
+    return tuple(dict.fromkeys([*named, *more]))

@@ -169,6 +169,14 @@ def test_end_tokens_that_are_no_token_ids(file, value, tmp_path):
         make_chat(tmp_path)
 
 
+def test_an_ordinary_token_of_the_tokenizer_does_not_end_replies(tmp_path):
+    tokenizer = tiny.tiny_tokenizer(tmp_path)
+    word = tokenizer.convert_ids_to_tokens(tokenizer("I", add_special_tokens=False).input_ids)[0]
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": 9}')
+    tiny.edit_json(tmp_path / "tokenizer_config.json", eos_token=word)
+    assert Chat.load(tmp_path, 64).eos_ids == (9, tokenizer.convert_tokens_to_ids("<|eot_id|>"))
+
+
 def test_an_ordinary_token_of_config_json_does_not_end_replies(llama, model, tmp_path):
     plain = model.generate_ids(model.encode(["help"]), 12)
     folder = shutil.copytree(llama, tmp_path / "model")
