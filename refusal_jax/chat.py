@@ -14,6 +14,7 @@ import numpy as np
 
 from refusal_jax import templates, thoughts
 from refusal_jax.errors import UserError
+from refusal_jax.models.decoding import end_ids
 from refusal_jax.models.hf_attributes import check_file, damaged, read_bytes, read_json
 from refusal_jax.qwen_tokenizer import RANKS, QwenTokenizer
 from refusal_jax.surrogates import mended
@@ -86,8 +87,8 @@ class Chat:
             eos = _eos_ids(folder, tokenizer)
         if not eos:
             raise UserError(
-                f"{folder} names no end-of-sequence token, neither in generation_config.json nor in its "
-                "tokenizer, so replies would never end. Add eos_token_id to generation_config.json."
+                f"{folder} names no end-of-sequence token, neither in generation_config.json nor in "
+                "config.json nor in its tokenizer, so replies would never end. Add eos_token_id to generation_config.json."
             )
         vocab_size = vocab_size or len(tokenizer)
         # Some checkpoints add these tokens to the tokenizer and not to the embedding; any id does, as pads are masked.
@@ -376,16 +377,16 @@ def _set_template(tokenizer, setting: str, folder: pathlib.Path) -> str:
 
 
 def _eos_ids(folder: pathlib.Path, tokenizer) -> tuple[int, ...]:
-    """The ids that end a reply: generation_config.json's (one or a list), the tokenizer's, and ends of turns that some
-    checkpoints do not name."""
-    found = []
-    for name in ("generation_config.json", "config.json"):
-        if (folder / name).exists():
-            try:
-                value = json.loads((folder / name).read_text(encoding="utf-8")).get("eos_token_id")
-            except (ValueError, AttributeError) as error:
-                raise UserError(f"{folder / name} is not valid JSON ({error}). Fetch the file again.") from None
-            found += value if isinstance(value, list) else [value]
-    added = tokenizer.get_added_vocab()
+    """The ids that end a reply: those that the checkpoint names, the tokenizer's, and ends of turns that some checkpoints do
+    not name. Of the tokenizer's, only tokens beside the ordinary ones count. Raises UserError as `end_ids` does."""
+    named, added = end_ids(folder), tokenizer.get_added_vocab()
     turns = [added.get(end_of_turn) for _, end_of_turn in MARKS.values()]
-    return tuple(dict.fromkeys(i for i in [*found, tokenizer.eos_token_id, *turns] if isinstance(i, int)))
+    more = [i for i in (tokenizer.eos_token_id, *turns) if i is not None and i not in named]
+    if (
+        more and (folder / "tokenizer.json").is_file()
+    ):  # what transformers was told is a special token may be none there
+        special = {entry["id"] for entry in read_json(folder / "tokenizer.json").get("added_tokens", [])}
+        settings = folder / "tokenizer_config.json"
+        declared = read_json(settings).get("added_tokens_decoder", {}) if settings.is_file() else {}
+        more = [i for i in more if i in special or str(i) in declared]
+    return tuple(dict.fromkeys([*named, *more]))

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from refusal_jax.chat import Chat, TokenBatch
@@ -17,10 +18,12 @@ from refusal_jax.errors import UserError
 from refusal_jax.models.attention import Context
 from refusal_jax.models.config import ModelConfig, load_config
 from refusal_jax.models.decoder import Decoder
+from refusal_jax.models.decoding import Decoding, GenerationSettings
+from refusal_jax.models.finite import check_finite
 from refusal_jax.models.generate import admit, admitted_rows, decode, empty
 from refusal_jax.models.load import load_decoder
 from refusal_jax.models.mirror import checkpoint_folder
-from refusal_jax.sharding import batch_sharding, put
+from refusal_jax.sharding import batch_sharding, put, replicate
 from refusal_jax.taps import NO_TAPS, Taps
 
 CHECK_EVERY = 16  # tokens, after which replies are asked whether they are over
@@ -39,11 +42,17 @@ class Growth:
 
 @dataclasses.dataclass(frozen=True)
 class ChatModel:
-    """A decoder on its devices and its chat tokenizer; made by `load_model`."""
+    """A decoder on its devices and its chat tokenizer; made by `load_model`.
+
+    settings: the checkpoint's generation settings. decoding: those that replies are decoded with; None is plain greedy
+    decoding.
+    """
 
     decoder: Decoder
     chat: Chat
     path: pathlib.Path
+    settings: GenerationSettings = dataclasses.field(default_factory=GenerationSettings)
+    decoding: Decoding | None = None
 
     @property
     def mesh(self) -> jax.sharding.Mesh | None:
@@ -64,20 +73,49 @@ class ChatModel:
     def logits(self, tokens, mask, edits: Edits | None = None, positions: str = "last") -> jax.Array:
         """Float32 logits: `[B, V]` at the last token, or `[B, T, V]` for positions="all".
 
-        Raises ValueError for other `positions` or edits that do not fit the batch or the model.
+        Raises ValueError for other `positions` or edits that do not fit the batch or the model, UserError for values that
+        are not finite at tokens that the mask marks.
         """
         if positions not in ("last", "all"):
             raise ValueError(f"positions must be 'last' or 'all', not {positions!r}")
-        return _forward(self.decoder, *self.put(tokens, mask, edits), taps=NO_TAPS, last=positions == "last")[0]
+        return self._checked(tokens, mask, edits, NO_TAPS, positions == "last")[0]
 
     def taps(self, tokens, mask, taps: Taps, edits: Edits | None = None) -> dict[str, jax.Array]:
         """The residual stream as `taps` asks: `{site: [L, B, P, D]}`. Raises ValueError as `logits` does."""
-        return _forward(self.decoder, *self.put(tokens, mask, edits), taps=taps, last=True)[1]
+        return self._checked(tokens, mask, edits, taps, True)[1]
 
-    def generate(self, instructions: Sequence[str], max_new_tokens: int = 64, edits: Edits | None = None) -> list[str]:
-        """Greedy replies to the instructions, as one batch. Raises UserError if they do not fit the context."""
+    def _checked(self, tokens, mask, edits: Edits | None, taps: Taps, last: bool):
+        logits, tapped, finite_b = _forward(self.decoder, *self.put(tokens, mask, edits), taps=taps, last=last)
+        check_finite(finite_b, self.decoder.dtype, "The forward pass failed", edits is not None and edits.in_force_r)
+        return logits, tapped
+
+    def generate(
+        self,
+        instructions: Sequence[str],
+        max_new_tokens: int = 64,
+        edits: Edits | None = None,
+        *,
+        generation_from_checkpoint: bool | None = None,
+    ) -> list[str]:
+        """Greedy replies to the instructions, as one batch.
+
+        generation_from_checkpoint: as in `load_model`; None is what the model was loaded with. Raises UserError if prompts
+        and replies do not fit the context, for generation settings as `load_model` does, and for values that are not finite.
+        """
+        if generation_from_checkpoint is not None:
+            return self.decoded(generation_from_checkpoint).generate(instructions, max_new_tokens, edits)
         batch = self.encode(instructions)
         return self.chat.decode(self.generate_ids(batch, max_new_tokens, edits))
+
+    def decoded(self, from_checkpoint: bool, **more) -> "ChatModel":
+        """The model with replies decoded by the checkpoint's generation settings, or plainly, and by the settings `more`.
+
+        Raises UserError for settings that are not computed.
+        """
+        values = (self.settings.values if from_checkpoint else {}) | more
+        where = f"the task, or {self.settings.where}," if more else self.settings.where
+        settings = dataclasses.replace(self.settings, where=where, values=values)
+        return dataclasses.replace(self, decoding=settings.decoding(self.chat.eos_ids, self.config.vocab_size))
 
     def generate_ids(self, batch: TokenBatch, max_new_tokens: int, edits: Edits | None = None) -> np.ndarray:
         """Greedy replies as ids, int32 `[B, max_new_tokens]`. Raises UserError if they do not fit the context.
@@ -85,10 +123,10 @@ class ChatModel:
         Where a "longrope" changes its angles on the way, the text so far is read again, as transformers does for Phi 3.
         """
         longest = self._check_room(batch, max_new_tokens)
-        kept = self._kept_angles(longest)
+        kept, decoding = self._kept_angles(longest), self._decoding(max_new_tokens)
         if max_new_tokens <= kept:
-            return self._greedy(batch, max_new_tokens, edits)
-        first = np.asarray(self._greedy(batch, kept, edits))
+            return self._greedy(batch, max_new_tokens, edits, decoding)
+        first = np.asarray(self._greedy(batch, kept, edits, decoding))
         ended = np.isin(first, self.chat.eos_ids).any(axis=1)
         # Ended rows stay in the mask: they too count as the longest, as in transformers.
         grown = TokenBatch(
@@ -97,7 +135,9 @@ class ChatModel:
         )
         rest = np.full((len(first), max_new_tokens - kept), self.chat.pad_id, np.int32)
         if not ended.all():
-            rest = np.where(ended[:, None], rest, np.asarray(self._greedy(grown, max_new_tokens - kept, edits)))
+            later = None if decoding is None else decoding.after(kept)
+            grown_ids = np.asarray(self._greedy(grown, max_new_tokens - kept, edits, later))
+            rest = np.where(ended[:, None], rest, grown_ids)
         return np.concatenate([first, rest], axis=1)
 
     def _check_room(self, batch: TokenBatch, max_new_tokens: int) -> int:
@@ -144,14 +184,20 @@ class ChatModel:
         if any(longest + 3 * max_new_tokens > rope.original_context for rope in ropes):
             yield from self._reply_in_batches(batch, max_new_tokens, edits, rows)
             return
-        yield from self._reply_ids(batch, max_new_tokens, edits, rows, admitted_rows(rows, self.mesh), over)
+        refill, decoding = admitted_rows(rows, self.mesh), self._decoding(max_new_tokens)
+        yield from self._reply_ids(batch, max_new_tokens, edits, rows, refill, decoding, over)
 
-    def _reply_ids(self, batch: TokenBatch, max_new_tokens: int, edits: Edits, rows: int, refill: int, over=None):
+    def _decoding(self, max_new_tokens: int) -> Decoding | None:
+        """How replies of at most `max_new_tokens` are decoded."""
+        return None if self.decoding is None else self.decoding.of_length(max_new_tokens)
+
+    def _reply_ids(self, batch: TokenBatch, max_new_tokens: int, edits: Edits, rows, refill: int, decoding, over=None):
         """As `reply_ids`, for ropes that allow it; edits: one row a prompt; refill: prompts that are admitted together."""
         waiting, owners = deque(range(len(batch.tokens))), [None] * rows
         ending = {"eos_ids": self.chat.eos_ids}
         pad, length = self.chat.pad_id, batch.tokens.shape[1]
-        state = empty(self.decoder, rows=rows, length=length, max_new_tokens=max_new_tokens, pad_id=pad)
+        sizes = {"rows": rows, "length": length, "max_new_tokens": max_new_tokens, "remembered": decoding is not None}
+        state = empty(self.decoder, pad_id=pad, **sizes)
         while waiting or any(owner is not None for owner in owners):
             free = [row for row, owner in enumerate(owners) if owner is None]
             while waiting and free:
@@ -162,11 +208,14 @@ class ChatModel:
                     owners[row], source[row] = prompt, number
                 index += index[-1:] * (refill - len(index))
                 part = self.put(batch.tokens[index], batch.mask[index], edits.take(index))
-                state = admit(self.decoder, state, *part, source, pad_id=pad, **ending)
+                state = admit(self.decoder, state, *part, source, decoding=decoding, pad_id=pad, **ending)
             least = sum(owner is not None for owner in owners) - refill + 1 if waiting else 1
             steps = max_new_tokens if over is None else CHECK_EVERY
-            state, *results = decode(self.decoder, state, max(least, 1), steps, **ending)
-            active, out, counts = map(np.array, results)
+            state, *results = decode(self.decoder, state, max(least, 1), steps, decoding, **ending)
+            active, out, counts, finite = map(np.array, results)
+            bad = [owner for row, owner in enumerate(owners) if owner is not None and not finite[row]]
+            if bad:
+                check_finite(np.zeros(len(bad), bool), self.decoder.dtype, "Generation failed", edits.in_force_r[bad])
             if over is not None:
                 for row in np.flatnonzero(active):
                     if owners[row] is None or over(owners[row], out[row, : counts[row]].tolist()):
@@ -199,28 +248,31 @@ class ChatModel:
         probe_bd = put(np.tile(unit.astype(np.float32), (count, 1)), batch_sharding(self.mesh, count))
         ending, pad = {"eos_ids": self.chat.eos_ids}, self.chat.pad_id
         sizes = {"length": batch.tokens.shape[1], "max_new_tokens": min(max_new_tokens, self._kept_angles(longest))}
+        decoding = self._decoding(max_new_tokens)
         rows, part = np.arange(count, dtype=np.int32), self.put(batch.tokens, batch.mask, edits)
-        state = empty(self.decoder, rows=count, pad_id=pad, probed=True, **sizes)
-        state = admit(self.decoder, state, *part, rows, probe_bd, pad_id=pad, **ending)
+        state = empty(self.decoder, rows=count, pad_id=pad, probed=True, remembered=decoding is not None, **sizes)
+        state = admit(self.decoder, state, *part, rows, probe_bd, decoding, pad_id=pad, **ending)
         while True:
-            active, counts = np.array(state.active_b), np.array(state.count_b)
-            out = np.array(state.out_bn).tolist()
-            ids = [self.chat.before_end(row[:n]) for row, n in zip(out, counts, strict=True)]
-            yield Growth(ids, active, np.array(state.along_bln))
+            found = state.active_b, state.count_b, state.out_bn, state.along_bln, state.finite_b
+            active, counts, out, along, finite = map(np.array, jax.device_get(found))
+            check_finite(finite, self.decoder.dtype, "Generation failed", edits is not None and edits.in_force_r)
+            ids = [self.chat.before_end(row[:n]) for row, n in zip(out.tolist(), counts, strict=True)]
+            yield Growth(ids, active, along)
             if not active.any():
                 return
-            state = decode(self.decoder, state, 1, steps, **ending)[0]
+            state = decode(self.decoder, state, 1, steps, decoding, **ending)[0]
 
     def _kept_angles(self, longest: int) -> float:
         """How many tokens can be generated after `longest` before "longrope" changes the angles of all tokens."""
         spans = (kind.rope.original_context for kind in self.config.kinds if kind.rope.kind == "longrope")
         return min((span - longest + 1 for span in spans if span >= longest), default=math.inf)
 
-    def _greedy(self, batch: TokenBatch, max_new_tokens: int, edits: Edits | None) -> np.ndarray:
+    def _greedy(self, batch: TokenBatch, max_new_tokens: int, edits: Edits | None, decoding) -> np.ndarray:
         rows, cfg = len(batch.tokens), self.config
         edits = (edits or Edits.none(cfg.d_model)).for_batch(rows, cfg.n_layers, cfg.d_model)
         ids = np.zeros((rows, max_new_tokens), np.int32)
-        for done, part in self._reply_ids(batch, max_new_tokens, edits, rows, refill=rows):  # whose angles go together
+        # All begin together, as their angles go together.
+        for done, part in self._reply_ids(batch, max_new_tokens, edits, rows, rows, decoding):
             ids[done] = part
         return ids
 
@@ -233,10 +285,18 @@ class ChatModel:
 
 
 @partial(jax.jit, static_argnames=("taps", "last"))
-def _forward(decoder: Decoder, tokens_bt, mask_bt, edits: Edits, *, taps: Taps, last: bool):
+def _forward(decoder: Decoder, tokens_bt, whole_mask_bt, edits: Edits, *, taps: Taps, last: bool):
+    """Returns logits, taps, and whether each row's are finite where it has tokens, bool `[B]`."""
+    mask_bt = whole_mask_bt
     x, tapped, _ = decoder.run(decoder.embed_tokens(tokens_bt), Context.of_prompt(decoder.cfg, mask_bt), edits, taps)
-    logits = decoder.logits(x[:, -1:])[:, 0] if last else decoder.logits(x)
-    return logits[..., : decoder.cfg.vocab_size], tapped
+    x, mask_bt = (x[:, -1:], mask_bt[:, -1:]) if last else (x, mask_bt)
+    logits = decoder.logits(x)
+    finite_b = jnp.all(decoder.finite(x, logits) | ~mask_bt, axis=1)
+    for tapped_lbpd in tapped.values():
+        real_bp = whole_mask_bt[:, -tapped_lbpd.shape[2] :]
+        finite_b &= jnp.all(jnp.isfinite(tapped_lbpd).all(axis=(0, 3)) | ~real_bp, axis=1)
+    logits = (logits[:, 0] if last else logits)[..., : decoder.cfg.vocab_size]
+    return logits, tapped, replicate(decoder.mesh, finite_b)
 
 
 def load_model(
@@ -248,19 +308,25 @@ def load_model(
     chat_template: str = "",
     thinking: bool = False,
     cache: str = "",
+    generation_from_checkpoint: bool = False,
 ) -> ChatModel:
     """A chat model from an HF checkpoint folder, or from an address of one such as gs://bucket/folder.
 
     dtype: what the weights are cast to, "float32", "bfloat16" or "float16"; "auto" is float32 on CPU and bfloat16
     elsewhere. mesh: from `sharding.make_mesh`; None is the first device. chat_template: a name of
     `templates.BUILT_IN` or a .jinja file; "" is the tokenizer's own or, if it has none, the one that its special tokens
-    tell. thinking: whether models that can think before the reply are asked to. cache: as in `load_decoder`. Raises
-    UserError for anything wrong with the folder or the template, before or while loading.
+    tell. thinking: whether models that can think before the reply are asked to. cache: as in `load_decoder`.
+    generation_from_checkpoint: whether replies are decoded by what generation_config.json says of greedy decoding, as in
+    transformers' `generate(do_sample=False)`; by default greedy decoding is plain, as in the paper. Raises UserError for
+    anything wrong with the folder or the template, and for generation settings that are asked for and not computed, before
+    or while loading.
     """
     path = checkpoint_folder(path)
     dtype, config = weights_dtype(dtype), load_config(path)
     chat = Chat.load(path, config.context_length, config.vocab_size, chat_template, thinking)
-    return ChatModel(load_decoder(path, dtype, mesh, progress, cache), chat, path)
+    settings = GenerationSettings.read(path)
+    decoding = settings.decoding(chat.eos_ids, config.vocab_size) if generation_from_checkpoint else None
+    return ChatModel(load_decoder(path, dtype, mesh, progress, cache), chat, path, settings, decoding)
 
 
 def weights_dtype(dtype: str) -> str:

@@ -100,6 +100,11 @@ class Edits:
     def rows(self) -> int:
         return self.layer_r.shape[0]
 
+    @property
+    def in_force_r(self) -> np.ndarray:
+        """Whether each row edits anything, bool `[R]`."""
+        return (np.asarray(self.layer_r) >= 0) | (np.asarray(self.gate_rls) != 0).any(axis=(1, 2))
+
     def take(self, rows) -> "Edits":
         """The rows of the given indices, repeats allowed."""
         rows = np.asarray(rows)

@@ -4,6 +4,7 @@ import dataclasses
 import importlib.util
 import io
 import json
+import re
 import shutil
 
 import numpy as np
@@ -149,6 +150,55 @@ def test_end_tokens_of_all_files(tmp_path):
     assert Chat.load(tmp_path, 64).eos_ids == (9, 5, tokenizer.eos_token_id)
 
 
+@pytest.mark.parametrize(
+    ("generation", "config", "found"),
+    [
+        ({"eos_token_id": 9}, {"eos_token_id": 5}, (9,)),  # 5 may be an ordinary token, at which transformers goes on
+        ({"eos_token_id": [9, None, 10]}, {"eos_token_id": 5}, (9, 10)),
+        ({"eos_token_id": None}, {"eos_token_id": 5}, (5,)),
+        ({"eos_token_id": []}, {"eos_token_id": [5, 6]}, (5, 6)),
+        ({"eos_token_id": -1}, {"eos_token_id": [5, -1]}, (5,)),
+        ({"eos_token_id": 10**6}, {"eos_token_id": 5}, (10**6,)),  # beyond the vocabulary, where it does no harm
+        (None, {"eos_token_id": 5, "text_config": {"eos_token_id": 6}}, (5,)),
+        (None, {"eos_token_id": None, "text_config": {"eos_token_id": [6, 7]}}, (6, 7)),
+        ({}, {"text_config": {"eos_token_id": 6}}, (6,)),
+        (None, {}, ()),
+    ],
+)
+def test_end_tokens_of_the_file_that_counts(generation, config, found, tmp_path):
+    tokenizer = tiny.tiny_tokenizer(tmp_path)
+    for name, values in (("generation_config.json", generation), ("config.json", config)):
+        if values is not None:
+            (tmp_path / name).write_text(json.dumps(values))
+    assert Chat.load(tmp_path, 64).eos_ids == (*found, tokenizer.eos_token_id)
+
+
+@pytest.mark.parametrize("file", ["generation_config.json", "config.json"])
+@pytest.mark.parametrize("value", [True, "5", 2.5, 1000000000000, [9, 1000000000000], {"id": 3}])
+def test_end_tokens_that_are_no_token_ids(file, value, tmp_path):
+    (tmp_path / file).write_text(json.dumps({"eos_token_id": value}))
+    with pytest.raises(UserError, match=rf"{file} sets eos_token_id = {re.escape(repr(value))}, expected a token id"):
+        make_chat(tmp_path)
+
+
+def test_an_ordinary_token_of_the_tokenizer_does_not_end_replies(tmp_path):
+    tokenizer = tiny.tiny_tokenizer(tmp_path)
+    word = tokenizer.convert_ids_to_tokens(tokenizer("I", add_special_tokens=False).input_ids)[0]
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": 9}')
+    tiny.edit_json(tmp_path / "tokenizer_config.json", eos_token=word)
+    assert Chat.load(tmp_path, 64).eos_ids == (9, tokenizer.convert_tokens_to_ids("<|eot_id|>"))
+
+
+def test_an_ordinary_token_of_config_json_does_not_end_replies(llama, model, tmp_path):
+    plain = model.generate_ids(model.encode(["help"]), 12)
+    folder = shutil.copytree(llama, tmp_path / "model")
+    tiny.edit_json(folder / "config.json", eos_token_id=int(plain[0, 4]))
+    np.testing.assert_array_equal(load_model(folder).generate_ids(model.encode(["help"]), 12), plain)
+    (folder / "generation_config.json").unlink()  # then transformers, too, takes it from there
+    ended = load_model(folder)
+    assert ended.chat.before_end(ended.generate_ids(model.encode(["help"]), 12)[0]) == plain[0, :4].tolist()
+
+
 def test_ends_of_turns_end_replies_even_if_no_file_says_so(tmp_path):
     """First releases of Gemma and Llama 3 name only the end of the text, and would go on to talk to themselves."""
     extra = ("<end_of_turn>", "<eos>")
@@ -159,14 +209,24 @@ def test_ends_of_turns_end_replies_even_if_no_file_says_so(tmp_path):
 
 def test_no_end_token(tmp_path, monkeypatch):
     monkeypatch.setattr(tiny, "SPECIAL", ("<a>", "<b>", "<c>", "<d>", "<e>"))
-    with pytest.raises(UserError, match="names no end-of-sequence token, neither in generation_config.json nor"):
+    with pytest.raises(
+        UserError, match="names no end-of-sequence token, neither in generation_config.json nor in config.json nor"
+    ):
         make_chat(tmp_path, eos_token=None)
 
 
-@pytest.mark.parametrize("content", ["{", "[]"])
-def test_damaged_generation_config(content, tmp_path):
-    (tmp_path / "generation_config.json").write_text(content)
-    with pytest.raises(UserError, match=r"generation_config\.json is not valid JSON .*Fetch the file again"):
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", r"is not valid JSON .*fetch it again"),
+        ("[]", "holds a JSON list"),
+        (None, "cannot be read .*Fetch the file again"),
+    ],
+)
+def test_damaged_generation_config(content, message, tmp_path):
+    path = tmp_path / "generation_config.json"
+    path.mkdir() if content is None else path.write_text(content)
+    with pytest.raises(UserError, match=rf"generation_config\.json {message}"):
         make_chat(tmp_path)
 
 

@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import shutil
 import sys
 
 import numpy as np
@@ -259,6 +260,35 @@ def test_a_study_whose_model_has_changed(llama):
     study = Study(llama, "another", [], [], {}, [], {})
     with pytest.raises(UserError, match="is not the checkpoint that the study was made from: it has changed since"):
         model_of([llama], [study])
+
+
+def test_generation_settings_count_as_for_the_harness_hf_model(llama, tmp_path):
+    pytest.importorskip("lm_eval", reason="the extra lm_eval is not installed")
+    from lm_eval.models.huggingface import HFLM
+
+    from refusal_jax.harness.lm_eval import RefusalJaxLM
+
+    folder = shutil.copytree(llama, tmp_path / "model")
+    tiny.edit_json(folder / "generation_config.json", repetition_penalty=1.8)
+    ours, other = (
+        RefusalJaxLM(pretrained=str(folder), batch_size=4),
+        HFLM(pretrained=str(folder), device="cpu", batch_size=1),
+    )
+    plain = RefusalJaxLM(pretrained=str(folder), batch_size=4, generation_from_checkpoint=False)
+    settings = {"until": ["#"], "max_gen_toks": 12}
+    asked = [(text, settings) for text in TEXTS]
+    asked += [(text, settings | {"repetition_penalty": 1.0, "no_repeat_ngram_size": 2}) for text in TEXTS]
+    replies = [model.generate_until(requests("generate_until", *asked)) for model in (ours, other, plain)]
+    assert replies[0] == replies[1] != replies[2]
+    assert ours.get_model_info()["generation_settings"]["applied"] == {"repetition_penalty": 1.8}
+    assert plain.get_model_info()["generation_settings"]["left_out"] == {"repetition_penalty": 1.8}
+    tiny.edit_json(folder / "generation_config.json", num_beams=3)
+    beams = RefusalJaxLM(pretrained=str(folder), batch_size=4)
+    assert beams.loglikelihood(requests("loglikelihood", ("a", "b")))  # which nothing is decoded for
+    with pytest.raises(UserError, match=r"generation_config\.json sets num_beams = 3, which may change greedy replies"):
+        beams.generate_until(requests("generate_until", *asked[:1]))
+    with pytest.raises(UserError, match="generation_from_checkpoint = 'no', expected true or false"):
+        RefusalJaxLM(pretrained=str(folder), generation_from_checkpoint="no")
 
 
 def test_settings_that_cannot_be_obeyed(lm):

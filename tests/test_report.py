@@ -242,6 +242,14 @@ def test_template_and_refusal_tokens_are_told(run_and_page, tmp_path):
     assert "How the refusal tokens were found" not in page_of(run, verdicts)
     assert setup_lines(setup)[0].startswith("Chat template: /home/<b>me</b>.jinja, thinking on. ")
     assert setup_lines(setup)[1] == "Refusal tokens, from config: I"
+    left_out = {"file": "generation_config.json", "left_out": {"repetition_penalty": 1.3}, "applied": {}}
+    run.write_json("setup.json", setup | {"decoding": left_out})
+    line = (
+        "Decoding: plain greedy, as in the paper; generation_config.json also sets repetition_penalty = 1.3, which is left "
+        "out (--config.generation.from_checkpoint=True applies it)."
+    )
+    assert setup_lines(run.read_json("setup.json"))[2] == line
+    assert line in " ".join(Elements(page_of(run, verdicts)).text.split())
 
 
 def test_two_writes_give_the_same_bytes_even_after_the_report_is_recorded(run_and_page):

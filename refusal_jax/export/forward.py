@@ -210,4 +210,6 @@ def read_logits(stream: Stream, rows: np.ndarray, columns: np.ndarray, whole: in
 
 @jax.jit
 def _logits(ends: Decoder, x_btd) -> jax.Array:
-    return ends.logits(x_btd)[0]
+    """Logits `[T, V]`, NaN of tokens whose values are not finite."""
+    logits_1tv = ends.logits(x_btd)
+    return jnp.where(ends.finite(x_btd, logits_1tv)[..., None], logits_1tv, jnp.nan)[0]

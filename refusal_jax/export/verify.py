@@ -18,6 +18,7 @@ from refusal_jax.export.lora import ADAPTER, AdaptedWeights
 from refusal_jax.export.tensor_edits import projection, tensor_edits
 from refusal_jax.export.weight_files import Checkpoint
 from refusal_jax.models.families import TABLES, WRITER_BIASES, WRITERS, pieces
+from refusal_jax.models.finite import check_finite
 from refusal_jax.study.loss import LossRow, chat_rows, text_rows
 from refusal_jax.study.scores import kl_divergence
 
@@ -76,7 +77,8 @@ def verify(checkpoint: Checkpoint, folder: pathlib.Path, edit: Edit, written: Wr
     W - r r^T W whatever norms follow, where they do): max_logit_difference and mean_logit_difference from the reference,
     absolute, and mean_kl, nats, both at the prompts' last tokens; ce_loss and perplexity of the harmless texts; projection,
     `{site: [of each layer]}`, the largest |x . r| / |x| over all tokens. tied: what each choice costs, in bytes and against
-    the reference. problems: why the export fails, if it does. Raises UserError for an export that does not load.
+    the reference. problems: why the export fails, if it does. Raises UserError for an export that does not load, and for an
+    original whose values, with the edit or without, are not finite.
     """
     streams = make_streams(checkpoint, folder, edit, written)
     batch = sample.batch()
@@ -87,6 +89,9 @@ def verify(checkpoint: Checkpoint, folder: pathlib.Path, edit: Edit, written: Wr
     found = {}
     for name, stream in streams.items():
         readings = base if name == "reference" else read_logits(stream, rows, columns, len(sample.prompts), targets)
+        if name in ("original", "reference"):
+            finite = [np.isfinite(readings.logits_pv).all(), np.isfinite(readings.nll_n).all()]
+            check_finite(finite, "float32", f"The {name} cannot be compared with", name == "reference")
         found[name] = differences(base, readings) | {"projection": stream.projection()}
     result = {"prompts": len(sample.prompts), "texts": len(sample.texts), "text_tokens": len(targets)}
     result |= {name: numbers for name, numbers in found.items() if name not in TIED}

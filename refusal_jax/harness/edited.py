@@ -100,6 +100,7 @@ def read_arguments(
     chat_template: str = "",
     thinking: bool | None = None,
     cache: str = "",
+    generation_from_checkpoint: bool = False,
 ) -> EditedModel:
     """A model with edits, from what can be written on a command line.
 
@@ -107,8 +108,8 @@ def read_arguments(
     embedded one. ablate, add: folder of a study or file of a direction, to take out or to add. scale: how much to add, or with
     `ablate` alone which part to take out. layer: where to add, default the direction's own; with position, which one of a file of
     mean differences, and alone which row of a file with one for each layer. data, fsdp, model: devices along each axis of the
-    mesh. The others: as in a study's config. A leading ~ of paths is expanded. Raises UserError for directions or settings that
-    cannot be used.
+    mesh. generation_from_checkpoint: as in `load_model`. The others: as in a study's config. A leading ~ of paths is expanded.
+    Raises UserError for directions or settings that cannot be used.
     """
     paths = [local_path(str(path)) for path in (ablate, add) if path]
     studies = [Study.read(path, 1) for path in paths if path.is_dir() and not pretrained]
@@ -124,6 +125,7 @@ def read_arguments(
         chat_template=chat_template or told.get("chat_template", ""),
         thinking=told.get("thinking", False) if thinking is None else thinking,
         cache=cache,
+        generation_from_checkpoint=generation_from_checkpoint,
     )
     for name, direction in (("ablate", ablated), ("add", added)):
         if direction is not None:

@@ -81,6 +81,14 @@ class RefusalJaxAPI(ModelAPI):
         self.waiting: list[Asked] = []
         self.free = anyio.Lock()
 
+    @property
+    def about(self) -> dict:
+        """What the log says of a reply: the edits, and the checkpoint's settings that it was or was not decoded with."""
+        model = self.edited.model
+        record = model.settings.record(model.decoding is not None)
+        settings = {"generation_settings": record} if record["applied"] or record["left_out"] else {}
+        return ({"edits": self.edited.about} if self.edited.about else {}) | settings
+
     def max_tokens(self) -> int:
         return MAX_TOKENS
 
@@ -118,7 +126,7 @@ class RefusalJaxAPI(ModelAPI):
             choices=[choice],
             usage=usage,
             time=time.monotonic() - started,
-            metadata={"edits": self.edited.about} if self.edited.about else None,
+            metadata=self.about or None,
         )
 
     async def _answered(self, asked: Asked) -> Reply:

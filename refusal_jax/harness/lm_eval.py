@@ -3,6 +3,7 @@
 Importing this module registers the model; the harness has no plugins that it would find by itself.
 """
 
+import dataclasses
 import math
 from collections import defaultdict
 from collections.abc import Sequence
@@ -23,6 +24,8 @@ from refusal_jax.files import checkpoint_fingerprint
 from refusal_jax.harness.edited import EditedModel, progress
 from refusal_jax.models.attention import Context
 from refusal_jax.models.decoder import Decoder
+from refusal_jax.models.decoding import COMPUTED
+from refusal_jax.models.finite import check_finite
 from refusal_jax.sharding import replicate
 
 AUTO_BATCH = 32  # rows for --batch_size auto
@@ -32,8 +35,9 @@ OBEYED, POINTLESS = ("until", "max_gen_toks", "do_sample", "temperature"), ("top
 
 @partial(jax.jit, static_argnames="n")
 def score_batch(decoder: Decoder, tokens_bt, mask_bt, edits: Edits, last_bk, *, n: int):
-    """Log-probabilities, float32, at the last n tokens of each row: `[B, n - 1]` of the tokens themselves after the first, and
-    `[B, K]` of the K candidates for what comes after the row; and the most probable next tokens, int32 `[B, n]`.
+    """Log-probabilities, float32, NaN where values are not finite, at the last n tokens of each row: `[B, n - 1]` of the
+    tokens themselves after the first, and `[B, K]` of the K candidates for what comes after the row; and the most probable
+    next tokens, int32 `[B, n]`.
 
     A scan over rows keeps one row's logits alive at a time instead of `[B, n, V]`.
     """
@@ -41,10 +45,15 @@ def score_batch(decoder: Decoder, tokens_bt, mask_bt, edits: Edits, last_bk, *, 
 
     def row(_, inputs):
         x_nd, tokens_n, last_k = inputs
-        logits_nv = decoder.logits(x_nd[None])[0]
+        logits_1nv = decoder.logits(x_nd[None])
+        logits_nv, finite_n = logits_1nv[0], decoder.finite(x_nd[None], logits_1nv)[0]
         logp_nv = jax.nn.log_softmax(logits_nv, axis=-1)
         inner_n = jnp.take_along_axis(logp_nv[:-1], tokens_n[1:, None], axis=-1)[:, 0]
-        return None, (inner_n, logp_nv[-1, last_k], jnp.argmax(logits_nv, axis=-1).astype(jnp.int32))
+        inner_n, last_k = (
+            jnp.where(finite, values, jnp.nan)
+            for finite, values in ((finite_n[:-1], inner_n), (finite_n[-1], logp_nv[-1, last_k]))
+        )
+        return None, (inner_n, last_k, jnp.argmax(logits_nv, axis=-1).astype(jnp.int32))
 
     return replicate(decoder.mesh, jax.lax.scan(row, None, (x[:, -n:], tokens_bt[:, -n:], last_bk))[1])
 
@@ -61,12 +70,17 @@ class RefusalJaxLM(TemplateLM):
         max_length=None,
         max_gen_toks=256,
         add_bos_token=None,
+        generation_from_checkpoint=True,
         **edited,
     ):
         """batch_size: rows, or auto. device: the harness's default is cuda:0, so it says nothing. max_length: of context and
         continuation, default the model's. max_gen_toks: where a task does not say. add_bos_token: default, as the tokenizer
-        does. edited: of `edited.read_arguments`. Raises UserError for anything that cannot be used."""
+        does. generation_from_checkpoint: whether generation_config.json counts for replies, as it does for the harness's hf
+        model. edited: of `edited.read_arguments`. Raises UserError for anything that cannot be used."""
         super().__init__()
+        if not isinstance(generation_from_checkpoint, bool):
+            raise UserError(f"generation_from_checkpoint = {generation_from_checkpoint!r}, expected true or false.")
+        self.generation_from_checkpoint = generation_from_checkpoint
         self.batch_size = _rows(batch_size, max_batch_size)
         self.edited = EditedModel.load(edited)
         self.model, self.tokenizer = self.edited.model, self.edited.model.chat.tokenizer
@@ -95,6 +109,7 @@ class RefusalJaxLM(TemplateLM):
             "model_dtype": str(self.model.decoder.dtype),
             "model_sha": checkpoint_fingerprint(self.model.path),
             "edits": self.edited.about,
+            "generation_settings": self.model.settings.record(self.generation_from_checkpoint),
         }
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
@@ -152,6 +167,7 @@ class RefusalJaxLM(TemplateLM):
         for row, group in enumerate(asked):
             for k, (request, count, token) in enumerate(group):
                 total = inner_bn[row, n - count :].sum(dtype=np.float64) + last_bk[row, k]
+                check_finite([np.isfinite(total)], model.decoder.dtype, "A score failed", self.edited.edits.in_force_r)
                 wanted = [*batch.tokens[row, length - count + 1 :], token]
                 results[request] = float(total), bool(np.array_equal(best_bn[row, n - count :], wanted))
 
@@ -173,7 +189,7 @@ class RefusalJaxLM(TemplateLM):
     def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
         """Greedy replies, cut before the first of the task's `until`; contexts that are too long lose their beginning."""
         groups = defaultdict(list)
-        stops, prompts = [], []
+        stops, prompts, decoded = [], [], {}
         for i, request in enumerate(requests):
             settings = greedy_settings(request.args[1], self.max_gen_toks)
             room = self.max_length - settings["max_gen_toks"]
@@ -184,12 +200,16 @@ class RefusalJaxLM(TemplateLM):
                 )
             prompts.append(self.tok_encode(request.args[0])[-room:])
             stops.append(settings["until"])
-            groups[settings["max_gen_toks"]].append(i)
+            more = {name: value for name, value in settings.items() if name in COMPUTED}
+            groups[settings["max_gen_toks"], repr(sorted(more.items()))].append(i)
+            decoded[repr(sorted(more.items()))] = more
         texts = [""] * len(requests)
         with progress(len(requests), "generate_until", disable_tqdm) as bar:
-            for tokens, index in groups.items():
+            for (tokens, key), index in groups.items():
+                model = self.model.decoded(self.generation_from_checkpoint, **decoded[key])
+                edited = dataclasses.replace(self.edited, model=model)
                 part = [prompts[i] for i in index], tokens, [stops[i] for i in index], self.batch_size, bar
-                for i, reply in zip(index, self.edited.replies(*part), strict=True):
+                for i, reply in zip(index, edited.replies(*part), strict=True):
                     texts[i] = reply.text
                     self.cache_hook.add_partial("generate_until", requests[i].args, reply.text)
         return texts
@@ -203,11 +223,11 @@ def greedy_settings(gen_kwargs: dict, max_gen_toks: int) -> dict:
             "The task samples its replies, and this model decodes greedily. Add --gen_kwargs do_sample=false,temperature=0 if "
             "the greedy reply serves as well."
         )
-    more = sorted(set(settings) - {*OBEYED, *POINTLESS})
+    more = sorted(set(settings) - {*OBEYED, *POINTLESS, *COMPUTED})
     if more:
         raise UserError(
             f"The generation settings {', '.join(more)} would change replies, and this model decodes greedily: it knows "
-            f"{', '.join(OBEYED)}."
+            f"{', '.join([*OBEYED, *COMPUTED])}."
         )
     return settings
 

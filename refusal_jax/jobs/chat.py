@@ -7,7 +7,8 @@
 
 Both columns get the same messages, and each goes on with its own replies. The left one is the model as it is, the right one is
 edited: the direction is ablated, and commands change that while you chat, such as /add 1, /add -1, /off, /layer 12 and /help.
-Ctrl-C stops a reply, Ctrl-D or /quit ends the chat. Decoding is greedy.
+Ctrl-C stops a reply, Ctrl-D or /quit ends the chat. Decoding is greedy; --generation_from_checkpoint
+applies the settings of generation_config.json that change greedy replies.
 
 Each token's colour is how far the residual stream at that token lies along the direction, at the input of the direction's layer
 (/layer N: of another): red along it, blue against it; /numbers shows the value too. A token is coloured once the model has read
@@ -34,6 +35,7 @@ from refusal_jax.export.directions import Directions
 from refusal_jax.export.study import Study
 from refusal_jax.harness.edited import model_of, one_each
 from refusal_jax.models.config import load_config
+from refusal_jax.models.decoding import in_words
 from refusal_jax.models.mirror import checkpoint_folder
 from refusal_jax.sharding import make_mesh
 from refusal_jax.storage import local_path
@@ -65,12 +67,20 @@ DTYPE = flags.DEFINE_string("dtype", "auto", "float32, bfloat16 or float16; auto
 DEVICES = flags.DEFINE_integer("devices", 1, "Devices to spread the model over.", lower_bound=1)
 CHAT_TEMPLATE = flags.DEFINE_string("chat_template", None, "As in a study's config. Default: the study's.")
 THINKING = flags.DEFINE_bool("thinking", None, "Ask models that can think to do so. Default: as the study did.")
+FROM_CHECKPOINT = flags.DEFINE_bool(
+    "generation_from_checkpoint",
+    False,
+    "Decode by what the checkpoint's generation_config.json says of greedy decoding, such as repetition_penalty.",
+)
 
 
 def main(argv) -> None:
     del argv
     session = start()
     on_screen = sys.stdout.isatty()
+    record = session.model.settings.record(FROM_CHECKPOINT.value)
+    if record["applied"] or record["left_out"]:
+        print(in_words(record, "--generation_from_checkpoint"))
     print(f"{session.command('/ablate')}\n/help explains the commands.\n", flush=True)
     for line in lines(sys.stdin.isatty()):
         if line.strip() in ("/quit", "/exit"):
@@ -94,6 +104,7 @@ def start() -> Session:
         )
     mesh = make_mesh(model=DEVICES.value) if DEVICES.value > 1 else None
     settings = {"chat_template": CHAT_TEMPLATE.value or "", "thinking": bool(THINKING.value)}
+    settings["generation_from_checkpoint"] = FROM_CHECKPOINT.value
     if not DIRECTION.value:
         model = load_model(demo_model_path(), DTYPE.value, mesh, **settings)
         direction = embedded_direction(model)

@@ -18,6 +18,8 @@ the model known to `lm_eval.simple_evaluate(model="refusal_jax", …)`.) Install
   data=N, fsdp=N, model=N   devices along each axis of the mesh
   chat_template=NAME|FILE, thinking=true, cache=DIR   as in a study's config
   max_length=N, max_gen_toks=N, add_bos_token=false   as for the harness's hf model
+  generation_from_checkpoint=false   plain greedy decoding; by default, what generation_config.json says of greedy decoding
+                         (such as repetition_penalty) counts, as for the harness's hf model
 
 Decoding is greedy: tasks that sample are refused, unless --gen_kwargs do_sample=false,temperature=0 is given. Give a --batch_size
 (or auto, 32): the harness's default is 1. JAX picks the devices (JAX_PLATFORMS=cpu the CPU), not --device.

@@ -202,10 +202,20 @@ class Decoder(nnx.Module):
         precision = "highest" if x.dtype == jnp.float32 else None
         logits = jnp.einsum("btd,vd->btv", x, table[...], precision=precision, preferred_element_type=jnp.float32)
         logits = constrain(self.mesh, logits / cfg.logit_divisor, "batch", None, "vocab")
-        if cfg.logit_softcap is not None:
-            logits = cfg.logit_softcap * jnp.tanh(logits / cfg.logit_softcap)
+        if cfg.logit_softcap is not None:  # which must not hide that something overflowed
+            capped = cfg.logit_softcap * jnp.tanh(logits / cfg.logit_softcap)
+            logits = jnp.where(jnp.isfinite(logits), capped, logits)
         beyond = table[...].shape[0] > cfg.vocab_size
         return jnp.where(jnp.arange(logits.shape[-1]) < cfg.vocab_size, logits, -jnp.inf) if beyond else logits
+
+    def finite(self, x_btd, logits_btv):
+        """Returns whether each token's residual, which `logits` was given, and logits are finite, bool `[B, T]`.
+
+        A residual whose square overflows counts as infinite: the norm makes zeros of it.
+        """
+        beyond_v = jnp.arange(logits_btv.shape[-1]) >= self.cfg.vocab_size
+        square_bt = jnp.sum(jnp.square(x_btd.astype(jnp.float32)), axis=-1)
+        return jnp.isfinite(square_bt) & jnp.all(jnp.isfinite(logits_btv) | beyond_v, axis=-1)
 
     def layers(self, edits: Edits):
         """What the blocks are run over: their weights, and what else differs between layers; leading axis L."""

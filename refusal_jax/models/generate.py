@@ -14,6 +14,7 @@ from refusal_jax.edits import Edits
 from refusal_jax.models.attention import Context
 from refusal_jax.models.cache import Cache
 from refusal_jax.models.decoder import Decoder, unstacked
+from refusal_jax.models.decoding import Decoding
 from refusal_jax.sharding import RULES, constrain, replicate
 from refusal_jax.taps import NO_TAPS, Taps
 
@@ -34,6 +35,8 @@ class Generation:
     count_b: jax.Array  # int32 [B], tokens of the reply so far
     active_b: jax.Array  # bool [B], whether the reply goes on
     out_bn: jax.Array  # int32 [B, N], the replies, padded
+    finite_b: jax.Array  # bool [B], whether all that the reply was chosen by is finite; a row that is not has ended
+    prompt_bt: jax.Array | None = None  # int32 [B, T], the prompts' tokens, -1 for padding, if decoding looks at them
     probe_bd: jax.Array | None = None  # float32 [B, D], unit directions that tokens are projected on, if wanted
     # float32 [B, L, 1 + N]: projections at block inputs, of the prompt's last token and then the reply's; NaN where a
     # token has not been read
@@ -48,8 +51,19 @@ class Generation:
         )
         return dataclasses.replace(rest, cache=dataclasses.replace(small, kv=kv))
 
+    def chosen(self, decoder: Decoder, x_btd, eos_ids: tuple[int, ...], decoding: Decoding | None) -> "Generation":
+        """With one more token in every active row, the most probable by the last token's residual in `x_btd`."""
+        x_b1d = x_btd[:, -1:]
+        logits_b1v = decoder.logits(x_b1d)
+        finite_b, logits_bv = decoder.finite(x_b1d, logits_b1v)[:, 0], logits_b1v[:, 0]
+        if decoding is not None:
+            logits_bv = decoding.applied(logits_bv, self.prompt_bt, self.out_bn, self.count_b)
+        token_b = constrain(decoder.mesh, jnp.argmax(logits_bv, axis=-1).astype(jnp.int32), "batch")
+        finite_b = constrain(decoder.mesh, self.finite_b & (finite_b | ~self.active_b), "batch")
+        return dataclasses.replace(self, finite_b=finite_b).written(token_b, eos_ids)
+
     def written(self, token_b: jax.Array, eos_ids: tuple[int, ...]) -> "Generation":
-        """With one more token in every active row; a row ends with an end token or when it is full."""
+        """With one more token in every active row; a row ends with an end token, when it is full or no longer finite."""
         n = self.out_bn.shape[1]
         here_bn = self.active_b[:, None] & (jnp.arange(n) == self.count_b[:, None])
         count_b = self.count_b + self.active_b
@@ -57,7 +71,7 @@ class Generation:
             self,
             token_b=token_b,
             count_b=count_b,
-            active_b=self.active_b & (count_b < n) & ~jnp.isin(token_b, jnp.asarray(eos_ids)),
+            active_b=self.active_b & self.finite_b & (count_b < n) & ~jnp.isin(token_b, jnp.asarray(eos_ids)),
             out_bn=jnp.where(here_bn, token_b[:, None], self.out_bn),
         )
 
@@ -78,24 +92,29 @@ def admitted_rows(rows: int, mesh) -> int:
     return min(-(-max(rows // 4, 1) // ways) * ways, rows)
 
 
-def _pick(decoder: Decoder, x_btd) -> jax.Array:
-    """The most probable next token of each row, int32 `[B]`."""
-    return constrain(decoder.mesh, jnp.argmax(decoder.logits(x_btd[:, -1:])[:, 0], axis=-1).astype(jnp.int32), "batch")
-
-
 def _unrolled(decoder: Decoder) -> bool:
     platform = decoder.mesh.devices.flat[0].platform if decoder.mesh else jax.default_backend()
     return platform == "cpu" and decoder.cfg.n_layers <= CPU_UNROLL
 
 
 # The decoder's arrays are kept, though unused: they say on which devices the state is.
-@partial(jax.jit, static_argnames=("rows", "length", "max_new_tokens", "pad_id", "probed"), keep_unused=True)
+@partial(
+    jax.jit, static_argnames=("rows", "length", "max_new_tokens", "pad_id", "probed", "remembered"), keep_unused=True
+)
 def empty(
-    decoder: Decoder, *, rows: int, length: int, max_new_tokens: int, pad_id: int, probed: bool = False
+    decoder: Decoder,
+    *,
+    rows: int,
+    length: int,
+    max_new_tokens: int,
+    pad_id: int,
+    probed: bool = False,
+    remembered: bool = False,
 ) -> Generation:
     """`rows` rows that write nothing, for prompts padded to `length` tokens and replies of at most `max_new_tokens`.
 
-    probed: whether the prompts come with directions to project their tokens on.
+    probed: whether the prompts come with directions to project their tokens on. remembered: whether the prompts' tokens are
+    kept, as decoding needs that is not plain.
     """
     cfg, slots = decoder.cfg, length + max_new_tokens
     side = jnp.zeros((rows, cfg.n_kv_heads, slots, cfg.head_dim), decoder.dtype)
@@ -109,6 +128,8 @@ def empty(
         none_b,
         jnp.zeros(rows, bool),
         jnp.full((rows, max_new_tokens), pad_id, jnp.int32),
+        jnp.ones(rows, bool),
+        jnp.full((rows, length), -1, jnp.int32) if remembered else None,
         jnp.zeros((rows, cfg.d_model), jnp.float32) if probed else None,
         jnp.full((rows, cfg.n_layers, 1 + max_new_tokens), jnp.nan, jnp.float32) if probed else None,
     ).placed(decoder.mesh)
@@ -123,6 +144,7 @@ def admit(
     edits: Edits,
     source_b,
     probe_rd=None,
+    decoding: Decoding | None = None,
     *,
     eos_ids: tuple[int, ...],
     pad_id: int,
@@ -130,7 +152,8 @@ def admit(
     """Reads R prompts, picks the first token of their replies, and gives them rows of the batch.
 
     source_b: int32 `[B]`, which of the R prompts row b takes, -1 for a row that goes on with what it has. Prompts are padded
-    to the length that `state` was made for. probe_rd: of `Generation`, if `state` was made for one.
+    to the length that `state` was made for. probe_rd: of `Generation`, if `state` was made for one. decoding:
+    what replies are chosen by besides their probability, if `state` was made to remember prompts.
     """
     ctx = Context.of_prompt(decoder.cfg, mask_rt)
     taps = NO_TAPS if probe_rd is None else READ
@@ -148,10 +171,12 @@ def admit(
         none_r,
         jnp.ones(rows, bool),
         jnp.full((rows, state.out_bn.shape[1]), pad_id, jnp.int32),
+        jnp.ones(rows, bool),
+        None if state.prompt_bt is None else jnp.where(mask_rt, tokens_rt, -1),
         probe_rd,
         along,
     )
-    fresh = fresh.read(tapped, probe_rd).written(_pick(decoder, x), eos_ids)
+    fresh = fresh.read(tapped, probe_rd).chosen(decoder, x, eos_ids, decoding)
     return _merged(state, fresh, source_b).placed(decoder.mesh)
 
 
@@ -180,14 +205,22 @@ def _merged(state: Generation, fresh: Generation, source_b) -> Generation:
 
 
 @partial(jax.jit, static_argnames="eos_ids", donate_argnames="state")
-def decode(decoder: Decoder, state: Generation, least_active, most_steps, *, eos_ids: tuple[int, ...]):
+def decode(
+    decoder: Decoder,
+    state: Generation,
+    least_active,
+    most_steps,
+    decoding: Decoding | None = None,
+    *,
+    eos_ids: tuple[int, ...],
+):
     """Decodes until fewer than `least_active` rows are active, or for `most_steps` steps; both are traced integers.
 
-    Returns the state, and for the host, on every device, its `active_b`, `out_bn` and `count_b`. The cache is donated and
-    changed in place. Edits apply to generated tokens as to the prompt's.
+    decoding: as in `admit`. Returns the state, and for the host, on every device, its `active_b`, `out_bn`, `count_b`
+    and `finite_b`. The cache is donated and changed in place. Edits apply to generated tokens as to the prompt's.
     """
     one = jnp.ones((len(state.token_b), 1), bool)
-    edits, probe_bd = state.edits, state.probe_bd
+    edits, probe_bd, prompt_bt = state.edits, state.probe_bd, state.prompt_bt
     taps = NO_TAPS if probe_bd is None else READ
     layers = decoder.layers(edits)
     if _unrolled(decoder):
@@ -203,9 +236,11 @@ def decode(decoder: Decoder, state: Generation, least_active, most_steps, *, eos
         ctx = Context.build(decoder.cfg, cache.position_b[:, None], one, cache)
         embedded = decoder.embed_tokens(state.token_b[:, None])
         x, tapped, new = decoder.run(embedded, ctx, edits, taps, cache=cache, layers=layers)
-        state = dataclasses.replace(state.read(tapped, probe_bd), cache=cache.append(new, one))
-        return step + 1, state.written(_pick(decoder, x), eos_ids)
+        state = dataclasses.replace(state.read(tapped, probe_bd), cache=cache.append(new, one), prompt_bt=prompt_bt)
+        state = state.chosen(decoder, x, eos_ids, decoding)
+        return step + 1, dataclasses.replace(state, prompt_bt=None)
 
-    _, state = jax.lax.while_loop(going, step, (jnp.int32(0), dataclasses.replace(state, edits=None, probe_bd=None)))
-    state = dataclasses.replace(state, edits=edits, probe_bd=probe_bd).placed(decoder.mesh)
-    return state, *replicate(decoder.mesh, (state.active_b, state.out_bn, state.count_b))
+    constant = dict.fromkeys(("edits", "probe_bd", "prompt_bt"))
+    _, state = jax.lax.while_loop(going, step, (jnp.int32(0), dataclasses.replace(state, **constant)))
+    state = dataclasses.replace(state, edits=edits, probe_bd=probe_bd, prompt_bt=prompt_bt).placed(decoder.mesh)
+    return state, *replicate(decoder.mesh, (state.active_b, state.out_bn, state.count_b, state.finite_b))

@@ -27,6 +27,7 @@ from refusal_jax.report.summary import (
     read_losses,
     signed,
 )
+from refusal_jax.report.text import decoding_line
 from refusal_jax.report.verdict import verdict_in_words
 from refusal_jax.study.refusal_tokens import LEAST_DIFFERENCE, LEAST_RATIO
 from refusal_jax.study.selection import Rule
@@ -101,6 +102,7 @@ def page_context(run, verdicts: Sequence[str]) -> dict:
     latest = max(stages.values(), key=lambda record: record.get("finished", ""), default={})
     return {
         "setup": setup,
+        "decoding": decoding_line(setup),
         "model_name": pathlib.PurePath(setup["model"]).name or setup["model"],
         "finished": latest.get("finished", "").replace("T", " ").replace("Z", " UTC"),
         "strength": strength,

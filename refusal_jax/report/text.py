@@ -1,5 +1,6 @@
 """The tables that a finished study prints: the report's numbers, for a terminal."""
 
+from refusal_jax.models.decoding import in_words
 from refusal_jax.report.concerns import find_concerns
 from refusal_jax.report.summary import (
     REFUSAL_JUDGE,
@@ -16,8 +17,14 @@ from refusal_jax.runs import Run
 COLUMNS = ("baseline", "ablation", "actadd")
 
 
+def decoding_line(setup: dict) -> str:
+    """How replies were decoded, in words; empty for a run that did not record it."""
+    record = setup.get("decoding")
+    return in_words(record, "--config.generation.from_checkpoint=True") if record else ""
+
+
 def setup_lines(setup: dict) -> list[str]:
-    """The chat template, what it puts after the instruction, and the refusal tokens with where they came from."""
+    """The chat template, what it puts after the instruction, the refusal tokens with where they came from, and decoding."""
     openings = {row["id"]: row for row in setup["openings"]}
     tokens = []
     for token in setup["refusal_tokens"]:
@@ -33,6 +40,7 @@ def setup_lines(setup: dict) -> list[str]:
         f"tokens: {' '.join(token['text'] for token in setup['post_instruction_tokens'])}",
         f"Refusal tokens, from {setup['refusal_tokens_from']}"
         f"{' (mean probability after harmful and harmless prompts)' if openings else ''}: {', '.join(tokens)}",
+        *filter(None, [decoding_line(setup)]),
     ]
 
 

@@ -14,6 +14,7 @@ from refusal_jax.edits import Edits
 from refusal_jax.errors import UserError
 from refusal_jax.models.attention import Context
 from refusal_jax.models.decoder import Decoder
+from refusal_jax.models.finite import check_finite
 from refusal_jax.sharding import replicate
 from refusal_jax.study.scores import refusal_score
 from refusal_jax.taps import Taps
@@ -44,19 +45,22 @@ def length_batches(model: ChatModel, instructions: list[str], size: int):
 
 @partial(jax.jit, static_argnames="taps")
 def extract_batch(decoder: Decoder, tokens_bt, mask_bt, edits: Edits, valid_b, sign, refusal_ids, taps: Taps):
-    """Scores `[B]`, which rows are kept `[B]`, and of those the residual sums, float32 `[L, P, D]`.
+    """Scores `[B]`, which rows are kept `[B]`, of those the residual sums, float32 `[L, P, D]`, the first row's residual, and
+    whether each row's values are finite `[B]`.
 
-    Sums are of differences to the batch's first row, which comes back too: positions where all prompts agree (the
+    Sums are of differences to the batch's first row: positions where all prompts agree (the
     template's tokens at layer 0) then cancel exactly instead of leaving rounding noise.
     sign: +1 keeps scores above 0, -1 those below, 0 keeps all valid rows.
     """
     x, tapped, _ = decoder.run(decoder.embed_tokens(tokens_bt), Context.of_prompt(decoder.cfg, mask_bt), edits, taps)
-    scores_b = refusal_score(decoder.logits(x[:, -1:])[:, 0], refusal_ids)
+    logits_b1v = decoder.logits(x[:, -1:])
+    scores_b = refusal_score(logits_b1v[:, 0], refusal_ids)
     kept_b = valid_b & jnp.where(sign == 0, True, sign * scores_b > 0)
     resid_lbpd = tapped["resid_pre"].astype(jnp.float32)
-    first_lpd = jnp.where(jnp.isfinite(resid_lbpd[:, 0]), resid_lbpd[:, 0], 0.0)  # of a row that may not be kept
+    finite_b = decoder.finite(x[:, -1:], logits_b1v)[:, 0] & jnp.all(jnp.isfinite(resid_lbpd), axis=(0, 2, 3))
+    first_lpd = resid_lbpd[:, 0]
     offsets = jnp.where(kept_b[None, :, None, None], resid_lbpd - first_lpd[:, None], 0.0)
-    return replicate(decoder.mesh, (scores_b, kept_b, jnp.sum(offsets, axis=1), first_lpd))
+    return replicate(decoder.mesh, (scores_b, kept_b, jnp.sum(offsets, axis=1), first_lpd, finite_b))
 
 
 def extract(
@@ -64,7 +68,7 @@ def extract(
 ) -> Extraction:
     """Scores, filter and mean residuals of one prompt set; sign as in `extract_batch`. Means end in NumPy float64.
 
-    Raises UserError if the filter keeps no prompt.
+    Raises UserError if the filter keeps no prompt, and for values that are not finite.
     """
     n, cfg = len(instructions), model.config
     scores, kept = np.zeros(n), np.zeros(n, bool)
@@ -74,7 +78,8 @@ def extract(
     for index, batch in batches:
         valid = np.arange(batch_size) < len(index)
         out = extract_batch(model.decoder, *model.put(batch.tokens, batch.mask), valid, sign, ids, taps)
-        scores_b, kept_b, offsets, first = (np.asarray(a) for a in jax.device_get(out))
+        scores_b, kept_b, offsets, first, finite_b = (np.asarray(a) for a in jax.device_get(out))
+        check_finite(finite_b[: len(index)], model.decoder.dtype, f"No residuals can be read from '{title}'")
         scores[index], kept[index] = scores_b[: len(index)], kept_b[: len(index)]
         total += offsets.astype(np.float64) + kept_b.sum() * first.astype(np.float64)
     if not kept.any():

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Collection, Sequence
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
@@ -12,6 +13,7 @@ from refusal_jax.edits import Edits
 from refusal_jax.errors import UserError
 from refusal_jax.models.attention import Context
 from refusal_jax.models.decoder import Decoder
+from refusal_jax.models.finite import check_finite
 from refusal_jax.sharding import replicate
 from refusal_jax.study.activations import length_batches
 from refusal_jax.study.scores import refusal_score
@@ -97,16 +99,20 @@ def score_replies(
     refusal_ids: Sequence[int],
     batch_size: int,
 ) -> dict[str, list[float]]:
-    """The refusal score of each prompt under each condition, as `complete` has them: what the first token would be."""
+    """The refusal score of each prompt under each condition, as `complete` has them: what the first token would be.
+
+    Raises UserError for values that are not finite.
+    """
     scores, ids = {}, np.asarray(refusal_ids, np.int32)
     for condition in conditions:
         edits = intervention_edits(model, condition, direction_d, layer, prompts)
         texts = [p["instruction"] for p in prompts[parse_condition(condition, prompts)[0]]]
         found = np.zeros(len(texts))
         for index, batch in length_batches(model, texts, batch_size):
-            found[index] = np.asarray(_scores(model.decoder, *model.put(batch.tokens, batch.mask, edits), ids))[
-                : len(index)
-            ]
+            scores_b = np.asarray(_scores(model.decoder, *model.put(batch.tokens, batch.mask, edits), ids))
+            found[index] = scores_b[: len(index)]
+            what = f"There are no refusal scores of {condition}"
+            check_finite(np.isfinite(found[index]), model.decoder.dtype, what, edits.in_force_r)
         scores[condition] = found.tolist()
     return scores
 
@@ -114,4 +120,6 @@ def score_replies(
 @jax.jit
 def _scores(decoder: Decoder, tokens_bt, mask_bt, edits: Edits, refusal_ids) -> jax.Array:
     x, _, _ = decoder.run(decoder.embed_tokens(tokens_bt), Context.of_prompt(decoder.cfg, mask_bt), edits)
-    return replicate(decoder.mesh, refusal_score(decoder.logits(x[:, -1:])[:, 0], refusal_ids))
+    logits_b1v = decoder.logits(x[:, -1:])
+    finite_b = decoder.finite(x[:, -1:], logits_b1v)[:, 0]
+    return replicate(decoder.mesh, jnp.where(finite_b, refusal_score(logits_b1v[:, 0], refusal_ids), jnp.nan))

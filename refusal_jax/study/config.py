@@ -52,6 +52,9 @@ def get_config() -> ConfigDict:
     config.generation = ConfigDict(
         {
             "max_new_tokens": 512,
+            # True: greedy decoding under the checkpoint's generation_config.json (such as its repetition_penalty), as in
+            # transformers; False: plain greedy decoding, as for the paper's numbers
+            "from_checkpoint": False,
             "batch_size": 0,  # rows that are decoded together
             "conditions": (
                 "harmful_baseline",

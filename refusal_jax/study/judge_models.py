@@ -29,6 +29,7 @@ from refusal_jax.files import checkpoint_fingerprint
 from refusal_jax.models.attention import Context
 from refusal_jax.models.config import load_config
 from refusal_jax.models.decoder import Decoder
+from refusal_jax.models.finite import check_finite
 from refusal_jax.models.mirror import checkpoint_folder
 from refusal_jax.sharding import replicate
 from refusal_jax.storage import local_path
@@ -256,6 +257,8 @@ class ModelJudge:
                     batch = chat.pad(texts, length).padded_to(self.batch_size)
                     out = label_probabilities(model.decoder, *model.put(batch.tokens, batch.mask), members)
                     mass, best = (np.asarray(a, np.float64)[: len(index)] for a in jax.device_get(out))
+                    finite = np.isfinite(mass).all(axis=1)
+                    check_finite(finite, model.decoder.dtype, f"The judge {self.name!r} gives no probabilities")
                     blank = [not chat.tokenizer.decode([int(token)]).strip() for token in best]
                     blank = [b and int(t) not in chat.eos_ids for b, t in zip(blank, best, strict=True)]
                     if attempt == SPACES or not any(blank):
@@ -294,11 +297,17 @@ def label_ids(chat: Chat, labels: Mapping[str, float], name: str) -> list[list[i
 
 @jax.jit
 def label_probabilities(decoder: Decoder, tokens_bt, mask_bt, edits: Edits, members_gv) -> tuple[jax.Array, jax.Array]:
-    """Of the next token, float32: the probability of each group of tokens `[B, G]`, and the most probable one `[B]`."""
+    """Of the next token, float32: the probability of each group of tokens `[B, G]`, and the most probable one `[B]`.
+
+    Probabilities of rows whose values are not finite are NaN.
+    """
     x, _, _ = decoder.run(decoder.embed_tokens(tokens_bt), Context.of_prompt(decoder.cfg, mask_bt), edits)
-    logits_bv = decoder.logits(x[:, -1:])[:, 0, : decoder.cfg.vocab_size].astype(jnp.float32)
+    logits_b1v = decoder.logits(x[:, -1:])
+    finite_b = decoder.finite(x[:, -1:], logits_b1v)[:, 0]
+    logits_bv = logits_b1v[:, 0, : decoder.cfg.vocab_size].astype(jnp.float32)
     p_bv = jax.nn.softmax(logits_bv, axis=-1)
     mass_bg = jnp.einsum("bv,gv->bg", p_bv, members_gv.astype(jnp.float32), precision="highest")
+    mass_bg = jnp.where(finite_b[:, None], mass_bg, jnp.nan)
     return replicate(decoder.mesh, (mass_bg, jnp.argmax(logits_bv, axis=-1)))
 
 

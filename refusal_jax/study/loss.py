@@ -17,6 +17,7 @@ from refusal_jax.edits import Edits
 from refusal_jax.errors import UserError
 from refusal_jax.models.attention import Context
 from refusal_jax.models.decoder import Decoder
+from refusal_jax.models.finite import check_finite
 from refusal_jax.sharding import replicate
 from refusal_jax.study.statistics import mean_interval
 
@@ -68,15 +69,18 @@ def read_chat_pairs(path: pathlib.Path) -> list[tuple[str, str]]:
 def loss_batch(decoder: Decoder, tokens_bt, mask_bt, edits: Edits, counted_bt) -> tuple[jax.Array, jax.Array]:
     """Summed cross-entropy (nats) and number of counted tokens of each row; `counted_bt` marks predicted tokens.
 
-    A scan over rows keeps one row's logits alive at a time instead of `[B, T, V]`.
+    The sum of a row whose values are not finite is NaN. A scan over rows keeps one row's logits alive at a time instead of
+    `[B, T, V]`.
     """
     x, _, _ = decoder.run(decoder.embed_tokens(tokens_bt), Context.of_prompt(decoder.cfg, mask_bt), edits)
 
     def row(_, inputs):
         x_td, tokens_t, counted_t = inputs
-        logp = jax.nn.log_softmax(decoder.logits(x_td[None, :-1])[0], axis=-1)
+        logits_1tv = decoder.logits(x_td[None, :-1])
+        logp = jax.nn.log_softmax(logits_1tv[0], axis=-1)
         nll = -jnp.take_along_axis(logp, tokens_t[1:, None], axis=-1)[:, 0]
-        return None, (jnp.sum(nll * counted_t[1:]), jnp.sum(counted_t[1:], dtype=jnp.int32))
+        nll = jnp.where(decoder.finite(x_td[None, :-1], logits_1tv)[0], nll, jnp.nan)
+        return None, (jnp.sum(jnp.where(counted_t[1:], nll, 0.0)), jnp.sum(counted_t[1:], dtype=jnp.int32))
 
     return replicate(decoder.mesh, jax.lax.scan(row, None, (x, tokens_bt, counted_bt))[1])
 
@@ -100,10 +104,15 @@ def _batches(model: ChatModel, rows: Sequence[LossRow], batch_size: int, title: 
 
 
 def measure_loss(model: ChatModel, rows: Sequence[LossRow], edits: Edits, batch_size: int, title: str) -> dict:
-    """`{"ce_loss", "perplexity", "n_tokens"}` of the rows, as published. Raises UserError if no token counts."""
+    """`{"ce_loss", "perplexity", "n_tokens"}` of the rows, as published.
+
+    Raises UserError if no token counts, and for values that are not finite.
+    """
     total, count = 0.0, 0
-    for _, batch, counted in _batches(model, rows, batch_size, title):
+    for n, batch, counted in _batches(model, rows, batch_size, title):
         sums, counts = jax.device_get(loss_batch(model.decoder, *model.put(batch.tokens, batch.mask, edits), counted))
+        what = f"The loss of '{title}' cannot be measured"
+        check_finite(np.isfinite(sums[:n]), model.decoder.dtype, what, edits.in_force_r)
         total, count = total + float(np.sum(sums, dtype=np.float64)), count + int(counts.sum())
     return {"ce_loss": total / count, "perplexity": math.exp(min(total / count, 700.0)), "n_tokens": count}
 
@@ -119,12 +128,13 @@ def kl_batch(decoder: Decoder, tokens_bt, mask_bt, edits: Edits, counted_bt) -> 
 
     def row(_, inputs):
         base_td, edited_td, counted_t = inputs
-        logp, logq = (
-            jax.nn.log_softmax(decoder.logits(x_td[None, :-1])[0].astype(jnp.float32), axis=-1)
-            for x_td in (base_td, edited_td)
-        )
+        both = base_td[None, :-1], edited_td[None, :-1]
+        logits = [decoder.logits(x_1td) for x_1td in both]
+        logp, logq = (jax.nn.log_softmax(logits_1tv[0].astype(jnp.float32), axis=-1) for logits_1tv in logits)
         terms = jnp.where(logp == -jnp.inf, 0.0, jnp.exp(logp) * (logp - logq))  # padded columns of the vocabulary
-        return None, (jnp.sum(terms.sum(axis=-1) * counted_t[1:]), jnp.sum(counted_t[1:], dtype=jnp.int32))
+        finite_t = jnp.stack([decoder.finite(*pair)[0] for pair in zip(both, logits, strict=True)]).all(axis=0)
+        kl_t = jnp.where(finite_t, terms.sum(axis=-1), jnp.nan)
+        return None, (jnp.sum(jnp.where(counted_t[1:], kl_t, 0.0)), jnp.sum(counted_t[1:], dtype=jnp.int32))
 
     return replicate(decoder.mesh, jax.lax.scan(row, None, (base, edited, counted_bt))[1])
 
@@ -132,12 +142,14 @@ def kl_batch(decoder: Decoder, tokens_bt, mask_bt, edits: Edits, counted_bt) -> 
 def measure_kl(model: ChatModel, rows: Sequence[LossRow], edits: Edits, batch_size: int, title: str) -> dict:
     """How far the edits move the model on the rows: `{"kl_per_token", "n_tokens", "per_row": mean and interval over rows}`.
 
-    KL(baseline ‖ edited), nats, of each counted token's distribution. Raises UserError if no token counts.
+    KL(baseline ‖ edited), nats, of each counted token's distribution. Raises UserError if no token counts, and for values that
+    are not finite.
     """
     total, count, means = 0.0, 0, []
     for n, batch, counted in _batches(model, rows, batch_size, title):
         out = jax.device_get(kl_batch(model.decoder, *model.put(batch.tokens, batch.mask, edits), counted))
         sums, counts = (np.asarray(a, np.float64)[:n] for a in out)
+        check_finite(np.isfinite(sums), model.decoder.dtype, f"'{title}' cannot be measured", edits.in_force_r)
         total, count, means = total + sums.sum(), count + int(counts.sum()), [*means, *(sums / counts).tolist()]
     return {"kl_per_token": float(total / count), "n_tokens": count, "per_row": mean_interval(means)}
 

@@ -27,6 +27,7 @@ from refusal_jax.files import checkpoint_fingerprint, file_hash
 from refusal_jax.models.attention import Context
 from refusal_jax.models.config import load_config
 from refusal_jax.models.decoder import Decoder
+from refusal_jax.models.finite import check_finite
 from refusal_jax.models.mirror import checkpoint_folder
 from refusal_jax.plan.planner import ON_CPU, run_mesh, run_sizes
 from refusal_jax.plan.programs import USUAL_LENGTH, Sizes, Workload
@@ -220,6 +221,7 @@ class Study:
             chat_template=self.config.chat_template,
             thinking=self.config.thinking,
             cache=self.config.cache,
+            generation_from_checkpoint=self.config.generation.from_checkpoint,
         )
         room = self.config.generation.max_new_tokens
         for split, rows in self.run.read_json(PROMPTS).items():
@@ -292,6 +294,7 @@ class Study:
             "bundled_prompts": [split for split in SPLITS if self.config.model and self.config.data[split] == BUNDLED],
             "chat_template": chat.template_origin,
             "thinking": chat.thinking,
+            "decoding": self.model.settings.record(self.config.generation.from_checkpoint),
             "positions": positions,
             "post_instruction_tokens": named(chat.post_instruction_ids),
             "refusal_tokens": named(refusal_ids),
@@ -368,6 +371,8 @@ class Study:
             for index, batch in length_batches(self.model, texts, self.sizes.forward):
                 values = project(self.model.decoder, *self.model.put(batch.tokens, batch.mask), unit)
                 along[split][index] = np.asarray(values)[: len(index)]
+                finite = np.isfinite(along[split][index]).all(axis=1)
+                check_finite(finite, self.model.decoder.dtype, f"The projections of {split} cannot be read")
         self.run.write_tensors(PROJECTIONS, along)
 
     def completions(self, ledger: Ledger) -> None:

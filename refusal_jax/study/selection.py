@@ -20,6 +20,7 @@ from refusal_jax.edits import Edits
 from refusal_jax.errors import UserError
 from refusal_jax.models.attention import Context
 from refusal_jax.models.decoder import Decoder
+from refusal_jax.models.finite import check_finite
 from refusal_jax.sharding import constrain, put, replicate, sharding_of
 from refusal_jax.study.activations import length_batches
 from refusal_jax.study.scores import kl_divergence, refusal_score
@@ -99,9 +100,11 @@ def _for_each(edits: Edits, tree, prompts: int):
 
 @jax.jit
 def last_logits(decoder: Decoder, tokens_bt, mask_bt, edits: Edits):
-    """Logits at the last token, float32 `[B, V]`, V as stored."""
+    """Logits at the last token, float32 `[B, V]`, V as stored, and whether they are finite, bool `[B]`."""
     x, _, _ = decoder.run(decoder.embed_tokens(tokens_bt), Context.of_prompt(decoder.cfg, mask_bt), edits)
-    return constrain(decoder.mesh, decoder.logits(x[:, -1:])[:, 0], "batch", "vocab")
+    logits_b1v = decoder.logits(x[:, -1:])
+    finite_b = replicate(decoder.mesh, decoder.finite(x[:, -1:], logits_b1v)[:, 0])
+    return constrain(decoder.mesh, logits_b1v[:, 0], "batch", "vocab"), finite_b
 
 
 @jax.jit
@@ -109,7 +112,7 @@ def score_edits(decoder: Decoder, tokens_bt, mask_bt, edits: Edits, base_bv, ref
     """Refusal scores and KLs against the baseline logits `base_bv` of B prompts under R edits, two `[R, B]`."""
     shape = edits.rows, len(tokens_bt)
     edits, (tokens, mask, base) = _for_each(edits, (tokens_bt, mask_bt, base_bv), len(tokens_bt))
-    logits = last_logits(decoder, constrain(decoder.mesh, tokens, "batch"), mask, edits)
+    logits, _ = last_logits(decoder, constrain(decoder.mesh, tokens, "batch"), mask, edits)
     scores = refusal_score(logits, refusal_ids), kl_divergence(base, logits)
     return replicate(decoder.mesh, tuple(x.reshape(shape) for x in scores))
 
@@ -148,11 +151,16 @@ class PromptScorer:
 
     @classmethod
     def build(cls, model: ChatModel, instructions: list[str], refusal_ids, batch_size: int) -> "PromptScorer":
-        batches, ids = [], np.asarray(refusal_ids, np.int32)
+        """Raises UserError if baseline logits are not finite."""
+        batches, finite, ids = [], [], np.asarray(refusal_ids, np.int32)
         size = min(batch_size, -(-len(instructions) // 8) * 8)
         for index, batch in length_batches(model, instructions, size):
             placed = model.put(batch.tokens, batch.mask)
-            batches.append((len(index), *placed, last_logits(model.decoder, *placed)))
+            logits, finite_b = last_logits(model.decoder, *placed)
+            batches.append((len(index), *placed, logits))
+            finite.append(finite_b)
+        # Of the last batch, the rows beyond the prompts are repeats of the last.
+        check_finite(np.concatenate(jax.device_get(finite)), model.decoder.dtype, "Selection has no baseline")
         return cls(model, batches, ids, max(batch_size // size, 1))
 
     def _means(self, edits: Edits, at_once: int, score: Callable[[Edits, int], object]):
