@@ -218,9 +218,9 @@ def test_no_end_token(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("{", r"is not valid JSON .*fetch it again"),
+        ("{", r"is not valid JSON .*download it again"),
         ("[]", "holds a JSON list"),
-        (None, "cannot be read .*Fetch the file again"),
+        (None, "is a folder, expected a file"),
     ],
 )
 def test_damaged_generation_config(content, message, tmp_path):
@@ -339,6 +339,7 @@ def test_a_tokenizer_that_knows_no_token(tmp_path):
     content = json.loads((tmp_path / "tokenizer.json").read_text())
     content["model"] |= {"vocab": {}, "merges": []}
     (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": 4}')
     with pytest.raises(
         UserError, match=r"The tokenizer of .* turns 'a' into no tokens: its vocabulary of 5 tokens is incomplete"
     ):

@@ -246,7 +246,7 @@ def test_what_is_said_of_decoding():
     assert line.startswith(
         "Decoding: plain greedy, as in the paper; generation_config.json also sets repetition_penalty = 1.3"
     )
-    assert line.endswith("…, which is left out (--x=True applies it).") and len(line) < 250
+    assert line.endswith("11, ...], which is left out (--x=True applies it).") and len(line) < 250
     assert in_words(GenerationSettings().record(False), "") == "Decoding: plain greedy, as in the paper."
     applied = GenerationSettings(FILE, {"repetition_penalty": 1.3}).record(True)
     assert in_words(applied, "") == "Decoding: greedy with repetition_penalty = 1.3, from generation_config.json."
