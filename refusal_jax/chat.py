@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import json
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -44,6 +44,7 @@ class Chat:
     tokenizer: a transformers tokenizer or a QwenTokenizer. context_length: the model's, in tokens. vocab_size: rows of
     its embedding, which may be fewer than the tokenizer's tokens. eos_ids: the ids that end a reply. template_origin:
     where the chat template came from, in words. thinking: whether templates that can ask for thoughts do so.
+    template_arguments: more names that the template sees; one that is called as a switch of thinking wins over it.
     """
 
     tokenizer: object
@@ -53,6 +54,7 @@ class Chat:
     pad_id: int
     template_origin: str
     thinking: bool = False
+    template_arguments: Mapping = dataclasses.field(default_factory=dict)
 
     @classmethod
     def load(
@@ -82,11 +84,8 @@ class Chat:
         # Some checkpoints add these tokens to the tokenizer and not to the embedding; any id does, as pads are masked.
         usable = (i for i in (tokenizer.pad_token_id, *eos) if i is not None and 0 <= i < vocab_size)
         chat = cls(tokenizer, context_length, vocab_size, eos, next(usable, 0), origin, thinking)
-        if not all(probe in chat.render(probe) for probe in PROBES):
-            raise UserError(
-                f"The chat template ({origin}) leaves the instruction out. It may accept messages as lists of parts "
-                "only, or only with a system prompt. Set --config.chat_template to another: a name or a .jinja file."
-            )
+        for probe in PROBES:
+            chat.render(probe)
         return chat
 
     def render(self, instruction: str, response: str = "") -> str:
@@ -96,20 +95,29 @@ class Chat:
     def render_messages(self, messages: Sequence[dict[str, str]]) -> str:
         """The text of a conversation, `{"role", "content"}` each, up to and including the start of the next reply.
 
-        Raises UserError if the template refuses them.
+        Raises UserError if the template refuses them, or leaves out what the user says.
         """
-        thinking = self.thinking
-        try:  # families call the switch by either name, and templates without it ignore both
-            return self.tokenizer.apply_chat_template(
-                list(messages), tokenize=False, add_generation_prompt=True, enable_thinking=thinking, thinking=thinking
+        switches = dict.fromkeys(("enable_thinking", "thinking"), self.thinking)  # families have one or the other
+        roles = [message["role"] for message in messages]
+        try:
+            if roles != ["user"] and self.template_origin.startswith("built in"):
+                raise ValueError("it takes one user message only")
+            text = self.tokenizer.apply_chat_template(
+                list(messages), tokenize=False, add_generation_prompt=True, **switches | dict(self.template_arguments)
             )
         except Exception as error:  # jinja errors, or a template's own raise_exception
-            roles = [message["role"] for message in messages]
             what = "a single user message" if roles == ["user"] else f"messages of {', '.join(roles)}"
             raise UserError(
                 f"The chat template ({self.template_origin}) failed on {what} ({error}). Repair it, or "
                 "set --config.chat_template to another: a name or a .jinja file."
             ) from None
+        if not all(message["content"].strip() in text for message in messages if message["role"] == "user"):
+            raise UserError(
+                f"The chat template ({self.template_origin}) leaves the instruction out. It may accept messages as lists of "
+                "parts only, one user message only, or only with a system prompt. Set --config.chat_template to another: a name "
+                "or a .jinja file."
+            )
+        return text
 
     def ids(self, text: str, special: bool = False) -> list[int]:
         """Token ids of rendered text, whose special tokens the template wrote; `special` adds the tokenizer's own.

@@ -1,10 +1,12 @@
 """A chat model with edits as evaluation harnesses use it: made from their plain arguments, greedy replies with stop strings."""
 
 import dataclasses
+import functools
 import inspect
+import logging
 import pathlib
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from tqdm import tqdm
@@ -18,15 +20,26 @@ from refusal_jax.export.study import Study
 from refusal_jax.runs import checkpoint_fingerprint
 from refusal_jax.sharding import make_mesh
 
+THOUGHTS = {"<think>": "</think>", "[THINK]": "[/THINK]", "<thought>": "</thought>"}  # what thoughts begin and end with
+MARKS = frozenset({*THOUGHTS, *THOUGHTS.values()})
+
+
+@functools.cache
+def warn_once(message: str) -> None:
+    """Logs a warning the first time that a process has it."""
+    logging.getLogger(__name__).warning(message)
+
 
 @dataclasses.dataclass(frozen=True)
 class Reply:
-    """A reply's text, up to any stop string and without special tokens; how many tokens were generated for it; and whether
-    it ended, rather than being cut."""
+    """A reply's text, up to any stop string; how many tokens were generated for it; and whether it ended, rather than being
+    cut. thinking: whether the end of a thought was asked for and did not come. marked: whether marks of a thought are in it."""
 
     text: str
     tokens: int
     ended: bool
+    thinking: bool
+    marked: bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,39 +60,90 @@ class EditedModel:
         return read_arguments(**arguments)
 
     def replies(
-        self, prompts: Sequence[Sequence[int]], max_new_tokens: int, stops: Sequence[Sequence[str]], rows: int, bar=None
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: int,
+        stops: Sequence[Sequence[str]],
+        rows: int,
+        bar=None,
+        thought_end: str | int | None = None,
+        show_marks: bool = False,
     ) -> list[Reply]:
         """Greedy replies to prompts of token ids, each with its own stop strings; bar: a progress bar to move, if any.
 
-        Prompts of like length share programs. Raises UserError for a prompt that does not fit the context with its reply.
+        Prompts of like length share programs. thought_end, show_marks: as for `cut`; before the end of a thought, stop
+        strings end nothing. Raises UserError for a prompt that does not fit the context with its reply.
         """
         replies: list[Reply | None] = [None] * len(prompts)
         for index, length in like_lengths(prompts):
             batch = self.model.chat.pad([prompts[i] for i in index], length)
 
             def over(number: int, ids: list[int], index=index) -> bool:
-                return self.cut(ids, stops[index[number]]).ended
+                reply = self.cut(ids, stops[index[number]], thought_end, show_marks)
+                return reply.ended and not reply.thinking
 
             found = self.model.reply_ids(
                 batch, max_new_tokens, self.edits, rows=rows, over=over if any(stops) else None
             )
             for numbers, ids in found:
                 for number, row in zip(numbers, ids.tolist(), strict=True):
-                    replies[index[number]] = self.cut(row, stops[index[number]])
+                    replies[index[number]] = self.cut(row, stops[index[number]], thought_end, show_marks)
                 if bar is not None:
                     bar.update(len(numbers))
         return replies
 
-    def cut(self, row: Sequence[int], stops: Sequence[str]) -> Reply:
-        """The reply of generated ids, which ends at an end token or before the first of the stop strings."""
+    def cut(
+        self, row: Sequence[int], stops: Sequence[str], thought_end: str | int | None = None, show_marks: bool = False
+    ) -> Reply:
+        """The reply of generated ids, which ends at an end token or before the first of the stop strings.
+
+        thought_end: a token's id, or a text, after whose last appearance the reply begins; None if thoughts stay in it.
+        show_marks: whether the text has the marks of thoughts, where they are special tokens too.
+        """
         chat = self.model.chat
         added = chat.tokenizer.get_added_vocab()
         marks = {added[stop] for stop in stops if stop in added}  # which the text does not show
-        ids = chat.before_end(row)
-        ids = ids[: next((i for i, token in enumerate(ids) if token in marks), len(ids))]
-        text = chat.tokenizer.decode(ids, skip_special_tokens=True)
+        ids, mark = chat.before_end(row), added.get(thought_end, thought_end)
+        start = max((i + 1 for i, token in enumerate(ids) if token == mark), default=0)
+        stop = next((i for i in range(start, len(ids)) if ids[i] in marks), len(ids))
+        text, thinking = self.decode(ids[start:stop], show_marks), thought_end is not None and not start
+        if isinstance(thought_end, str):
+            thinking, text = thinking and thought_end not in text, text.split(thought_end)[-1]
+        if thought_end is not None:
+            text = text.lstrip()
         end = min((at for stop in stops if stop and (at := text.find(stop)) >= 0), default=None)
-        return Reply(text[:end], len(ids), end is not None or len(ids) < len(row))
+        marked = not self.special_marks.isdisjoint(ids[start:stop]) or any(mark in text[:end] for mark in MARKS)
+        return Reply(text[:end], stop, end is not None or stop < len(row), thinking, marked)
+
+    def decode(self, ids: Sequence[int], show_marks: bool = False) -> str:
+        """The text of ids without special tokens, but for the marks of thoughts if they are to be shown."""
+        tokenizer = self.model.chat.tokenizer
+        if not show_marks or not self.special_marks:
+            return tokenizer.decode(ids, skip_special_tokens=True)
+        hidden = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special} - self.special_marks
+        return tokenizer.decode([i for i in ids if i not in hidden], skip_special_tokens=False)
+
+    @functools.cached_property
+    def special_marks(self) -> frozenset[int]:
+        """The ids of marks of thoughts that are special tokens, which decoding leaves out."""
+        known = getattr(self.model.chat.tokenizer, "added_tokens_decoder", {})
+        return frozenset(i for i, token in known.items() if token.special and str(token) in MARKS)
+
+
+def split_thought(text: str, prompt: str = "") -> tuple[str, str]:
+    """The thought of a reply, "" if it has none, and the rest; a thought without an end is all there is.
+
+    prompt: what the reply goes on from, which may end in the mark that begins the thought.
+    """
+    for begin, end in THOUGHTS.items():
+        before, _, inside = text.partition(begin)
+        if prompt.rstrip().endswith(begin) or (end in text and end not in inside):  # the prompt holds the beginning
+            before, inside = "", text
+        elif begin not in text or (before.strip() and end not in inside):
+            continue
+        thought, _, after = inside.partition(end)
+        return thought.strip(), (before + after).lstrip()
+    return "", text
 
 
 def read_arguments(
@@ -96,15 +160,24 @@ def read_arguments(
     chat_template: str = "",
     thinking: bool | None = None,
     cache: str = "",
+    enable_thinking: bool | None = None,
+    chat_template_args: Mapping | None = None,
 ) -> EditedModel:
     """A model with edits, from what can be written on a command line.
 
     pretrained: folder of an HF checkpoint; default, the model of the study that the edit comes from, and with no edit the
     embedded one. ablate, add: folder of a study or file of a direction, to take out or to add. scale: how much to add, or with
     `ablate` alone which part to take out. layer: where to add, default the direction's own; with position, which one of a file of
-    mean differences. data, fsdp, model: devices along each axis of the mesh. The others: as in a study's config. Raises
+    mean differences. data, fsdp, model: devices along each axis of the mesh. enable_thinking: another name of thinking.
+    chat_template_args: more names for the chat template, which win over thinking. The others: as in a study's config. Raises
     UserError for directions or settings that cannot be used.
     """
+    thinking = asked_thinking(thinking, enable_thinking)
+    if not isinstance(chat_template_args or {}, Mapping):
+        raise UserError(
+            f"chat_template_args = {chat_template_args!r} is not a mapping of names to values. Give one, such as "
+            '{"enable_thinking": false}: on a command line, in a file or JSON object of all model arguments.'
+        )
     paths = [pathlib.Path(str(path)) for path in (ablate, add) if path]
     studies = [Study.read(path, 1) for path in paths if path.is_dir() and not pretrained]
     told = studies[0].template if studies else {}
@@ -119,6 +192,8 @@ def read_arguments(
         thinking=told.get("thinking", False) if thinking is None else thinking,
         cache=cache,
     )
+    chat = dataclasses.replace(loaded.chat, template_arguments=dict(chat_template_args or {}))
+    loaded = dataclasses.replace(loaded, chat=chat)
     return EditedModel(
         loaded,
         one_edit(loaded, ablated, added, scale),
@@ -129,6 +204,18 @@ def read_arguments(
             if direction is not None
         },
     )
+
+
+def asked_thinking(thinking: bool | None, enable_thinking: bool | None) -> bool | None:
+    """The value of the switch that has two names. Raises UserError for no booleans, and if they contradict each other."""
+    given = {"thinking": thinking, "enable_thinking": enable_thinking}
+    for name, value in given.items():
+        if value not in (None, True, False):
+            raise UserError(f"{name} = {value!r} is neither true nor false.")
+    values = {bool(value) for value in given.values() if value is not None}
+    if len(values) > 1:
+        raise UserError("thinking and enable_thinking are two names of one switch and contradict each other: give one.")
+    return next(iter(values), None)
 
 
 def model_of(paths: Sequence[pathlib.Path], studies: Sequence[Study]) -> pathlib.Path:
