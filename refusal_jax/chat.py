@@ -10,7 +10,7 @@ import numpy as np
 
 from refusal_jax.errors import UserError
 from refusal_jax.qwen_tokenizer import RANKS, QwenTokenizer
-from refusal_jax.templates import BUILT_IN, MARKS, named_template, recognised_template
+from refusal_jax.templates import CHOICES, MARKS, advice, named_template, recognised_template
 
 # Texts that share no token at their ends: what stays equal after all of them is the template's.
 PROBES = ("a", "7", "zz?", "the end.", ")", "é")
@@ -109,13 +109,13 @@ class Chat:
             what = "a single user message" if roles == ["user"] else f"messages of {', '.join(roles)}"
             raise UserError(
                 f"The chat template ({self.template_origin}) failed on {what} ({error}). Repair it, or "
-                "set --config.chat_template to another: a name or a .jinja file."
+                f"{advice('another: a name or a .jinja file')}"
             ) from None
         if not all(message["content"].strip() in text for message in messages if message["role"] == "user"):
             raise UserError(
                 f"The chat template ({self.template_origin}) leaves the instruction out. It may accept messages as lists of "
-                "parts only, one user message only, or only with a system prompt. Set --config.chat_template to another: a name "
-                "or a .jinja file."
+                "parts only, one user message only, or only with a system prompt. Repair it, or "
+                f"{advice('another: a name or a .jinja file')}"
             )
         return text
 
@@ -193,7 +193,7 @@ class Chat:
                 )
             found.add(ids[0])
         if not found:
-            raise UserError("no refusal tokens: give at least one opener, e.g. refusal_tokens=('I',).")
+            raise UserError("no refusal tokens: give at least one opener, such as 'I'.")
         return tuple(sorted(found))
 
     def decode(self, rows) -> list[str]:
@@ -238,15 +238,13 @@ def _set_template(tokenizer, setting: str, folder: pathlib.Path) -> str:
     if found is None:
         raise UserError(
             f"The tokenizer of {folder} has no chat template, and its special tokens do not tell which it was made "
-            f"for. Set --config.chat_template=NAME, one of {', '.join(BUILT_IN)}, or to the path of a .jinja file. A base "
-            "model has none: use its chat or instruct version."
+            f"for. For a chat model, {advice('its own: ' + CHOICES)} A base model has none: use its chat or instruct version."
         )
     unknown = [mark for mark in MARKS.get(setting.removesuffix("-published"), ()) if mark not in known]
     if unknown:
         raise UserError(
             f"The tokenizer of {folder} does not know {' and '.join(unknown)}, which the chat template {setting!r} writes: "
-            f"they would be read as plain text. Set --config.chat_template to what the model was trained with: one of "
-            f"{', '.join(BUILT_IN)}, or the path of a .jinja file."
+            f"they would be read as plain text. Instead, {advice('what the model was trained with: ' + CHOICES)}"
         )
     tokenizer.chat_template, origin = found
     return origin

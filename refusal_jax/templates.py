@@ -9,7 +9,7 @@ import pathlib
 from collections.abc import Collection
 
 from refusal_jax.data.prompts import read_text
-from refusal_jax.errors import UserError
+from refusal_jax.errors import UserError, setting
 
 CHATML = "<|im_start|>user\n{{ messages[0]['content'] }}<|im_end|>\n<|im_start|>assistant{{ '\\n' }}"
 GEMMA = "{{ bos_token }}<start_of_turn>user\n{{ messages[0]['content'] }}<end_of_turn>\n<start_of_turn>model{{ '\\n' }}"
@@ -25,6 +25,7 @@ BUILT_IN = {
     "llama-3": LLAMA_3,
     "llama-3-published": '{{ bos_token }}"' + LLAMA_3,  # of the published runs: a stray quote, and BOS twice
 }
+CHOICES = f"one of {', '.join(BUILT_IN)}, or the path of a .jinja file"
 # The special tokens that tell which template a tokenizer was made for. The second ends a turn, and so a reply.
 MARKS = {
     "chatml": ("<|im_start|>", "<|im_end|>"),
@@ -33,23 +34,28 @@ MARKS = {
 }
 
 
-def named_template(setting: str) -> tuple[str, str]:
+def advice(wanted: str) -> str:
+    """What to do about a chat template, as the end of a sentence; wanted: what the setting, if there is one, is to be."""
+    name = setting("chat_template")
+    return f"set {name} to {wanted}." if name else "write a fitting one to chat_template.jinja in the model's folder."
+
+
+def named_template(name: str) -> tuple[str, str]:
     """The template that the setting `chat_template` names, and where it came from, in words.
 
-    setting: a key of BUILT_IN, or the path of a .jinja file. Raises UserError for anything else, and for a file that
+    name: a key of BUILT_IN, or the path of a .jinja file. Raises UserError for anything else, and for a file that
     is missing, empty or not UTF-8.
     """
-    if setting in BUILT_IN:
-        return BUILT_IN[setting], f"built in: {setting}"
-    if not setting.endswith(".jinja"):
+    if name in BUILT_IN:
+        return BUILT_IN[name], f"built in: {name}"
+    if not name.endswith(".jinja"):
         raise UserError(
-            f"there is no chat template {setting!r}. Set --config.chat_template to one of {', '.join(BUILT_IN)}, to "
-            "the path of a .jinja file, or to '' for the tokenizer's own."
+            f"there is no chat template {name!r}. Instead, " + advice(f"{CHOICES}, or '' for the tokenizer's own")
         )
-    text = read_text(pathlib.Path(setting))
+    text = read_text(pathlib.Path(name))
     if not text.strip():
-        raise UserError(f"the chat template {setting} is empty. Put a jinja template into it, or name another.")
-    return text, setting
+        raise UserError(f"the chat template {name} is empty. Put a jinja template into it, or name another.")
+    return text, name
 
 
 def recognised_template(special_tokens: Collection[str]) -> tuple[str, str] | None:

@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from refusal_jax.data.prompts import file_hash
-from refusal_jax.errors import UserError
+from refusal_jax.errors import UserError, setting
 from refusal_jax.models.hf_attributes import read_json
 
 DIRECTION, METADATA, MEANS = "direction.safetensors", "direction_metadata.json", "mean_diffs"
@@ -114,7 +114,7 @@ def _candidate(file, values_pld, told: dict, position: int | None, layer: int | 
     if position is None or layer is None:
         raise UserError(
             f"{file} holds {positions} positions x {layers} layers of mean differences and no {METADATA} lies beside it. Say "
-            f"which direction to take with --position (-{positions} to -1) and --layer (0 to {layers - 1})."
+            f"which direction to take with {setting('position')} (-{positions} to -1) and {setting('layer')} (0 to {layers - 1})."
         )
     if not -positions <= position < positions or not 0 <= layer < layers:
         raise UserError(

@@ -53,10 +53,9 @@ class EditedModel:
     @classmethod
     def load(cls, arguments: dict) -> "EditedModel":
         """From the arguments that `read_arguments` explains, by name. Raises UserError for unknown ones."""
-        known = tuple(inspect.signature(read_arguments).parameters)
-        unknown = sorted(set(arguments) - set(known))
+        unknown = sorted(set(arguments) - set(ARGUMENTS))
         if unknown:
-            raise UserError(f"unknown model argument {', '.join(unknown)}: the arguments are {', '.join(known)}.")
+            raise UserError(f"unknown model argument {', '.join(unknown)}: the arguments are {', '.join(ARGUMENTS)}.")
         return read_arguments(**arguments)
 
     def replies(
@@ -204,6 +203,9 @@ def read_arguments(
             if direction is not None
         },
     )
+
+
+ARGUMENTS = tuple(inspect.signature(read_arguments).parameters)
 
 
 def asked_thinking(thinking: bool | None, enable_thinking: bool | None) -> bool | None:

@@ -29,8 +29,8 @@ from inspect_ai.model import (
 )
 from inspect_ai.tool import ToolChoice, ToolInfo
 
-from refusal_jax.errors import UserError
-from refusal_jax.harness.edited import EditedModel, Reply, split_thought
+from refusal_jax.errors import UserError, spelt
+from refusal_jax.harness.edited import ARGUMENTS, EditedModel, Reply, split_thought
 
 OF_THE_STUDY = "study"
 MAX_TOKENS = 512  # of a reply, where the task does not say
@@ -80,7 +80,8 @@ class RefusalJaxAPI(ModelAPI):
             raise UserError(f"batch_size = {batch_size}: give a number of rows.")
         if model_name != OF_THE_STUDY:
             edited = {"pretrained": model_name} | edited
-        self.batch_size, self.edited = batch_size, EditedModel.load(edited)
+        with spelt(model_argument):
+            self.batch_size, self.edited = batch_size, EditedModel.load(edited)
         self.waiting: list[Asked] = []
         self.free = anyio.Lock()
 
@@ -105,7 +106,8 @@ class RefusalJaxAPI(ModelAPI):
             )
         refuse_sampling(config)
         chat = self.edited.model.chat
-        prompt = chat.render_messages([as_text(message) for message in input])
+        with spelt(model_argument):
+            prompt = chat.render_messages([as_text(message) for message in input])
         ids = chat.ids(prompt)
         room = chat.context_length - len(ids)
         if room < 1:
@@ -154,6 +156,11 @@ class RefusalJaxAPI(ModelAPI):
             answers = [error] * len(batch)
         for asked, answer in zip(batch, answers, strict=True):
             asked.answer = answer
+
+
+def model_argument(name: str) -> str | None:
+    """Spells settings as Inspect takes them, for `errors.spelt`."""
+    return f"-M {name}=" if name in ARGUMENTS else None
 
 
 def refuse_sampling(config: GenerateConfig) -> None:

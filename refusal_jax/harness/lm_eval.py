@@ -17,8 +17,8 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from refusal_jax.chat import bucket
 from refusal_jax.edits import Edits
-from refusal_jax.errors import UserError
-from refusal_jax.harness.edited import EditedModel, progress, warn_once
+from refusal_jax.errors import UserError, spelt
+from refusal_jax.harness.edited import ARGUMENTS, EditedModel, progress, warn_once
 from refusal_jax.models.attention import Context
 from refusal_jax.models.decoder import Decoder
 from refusal_jax.runs import checkpoint_fingerprint
@@ -100,7 +100,8 @@ class RefusalJaxLM(TemplateLM):
                 "enable_thinking needs think_end_token, the text or token id that ends a thought, such as "
                 "think_end_token=</think>: else thoughts would be scored as replies."
             )
-        self.edited = EditedModel.load(edited)
+        with spelt(model_argument):
+            self.edited = EditedModel.load(edited)
         self.model, self.tokenizer = self.edited.model, self.edited.model.chat.tokenizer
         if add_bos_token not in (None, True, False):
             raise UserError(f"add_bos_token = {add_bos_token!r} is neither true nor false.")
@@ -150,17 +151,21 @@ class RefusalJaxLM(TemplateLM):
         if not add_generation_prompt:
             return self.apply_chat_template(chat_history[:-1]) + chat_history[-1]["content"]
         try:
-            return self.model.chat.render_messages(chat_history)
+            return self._rendered(chat_history)
         except UserError as error:
             rest = [message for message in chat_history if message["role"] != "system"]
             if len(rest) == len(chat_history):
                 raise
-            text = self.model.chat.render_messages(rest)
+            text = self._rendered(rest)
             warn_once(
                 f"{error} Here the system message is left out instead, as the harness's hf model does: descriptions of tasks and "
-                "--system_instruction do not reach the model."
+                "system instructions do not reach the model."
             )
             return text
+
+    def _rendered(self, messages: list[dict[str, str]]) -> str:
+        with spelt(model_argument):
+            return self.model.chat.render_messages(messages)
 
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, left_truncate_len: int | None = None, **_
@@ -258,7 +263,7 @@ class RefusalJaxLM(TemplateLM):
             if room < 1:
                 raise UserError(
                     f"max_gen_toks = {settings['max_gen_toks']} leaves no room for a prompt in the {self.max_length} tokens that "
-                    "the model takes. Lower it with --gen_kwargs max_gen_toks=N."
+                    "the model takes. Lower it with gen_kwargs max_gen_toks=N."
                 )
             text, bos = request.args[0], getattr(self.tokenizer, "bos_token", None)
             ids = self._ids(text, special=bos is None or not text.startswith(bos))
@@ -277,12 +282,17 @@ class RefusalJaxLM(TemplateLM):
         return texts
 
 
+def model_argument(name: str) -> str | None:
+    """Spells settings as the harness takes them, for `errors.spelt`."""
+    return f"the model argument {name}=" if name in ARGUMENTS else None
+
+
 def greedy_settings(gen_kwargs: dict, max_gen_toks: int) -> dict:
     """A request's generation settings in one form, "until" and "max_gen_toks" among them. Raises UserError for sampling."""
     settings = normalize_gen_kwargs(gen_kwargs, max_gen_toks)
     if settings["do_sample"] and settings.get("temperature") != 0:
         raise UserError(
-            "The task samples its replies, and this model decodes greedily. Add --gen_kwargs do_sample=false,temperature=0 if "
+            "The task samples its replies, and this model decodes greedily. Add gen_kwargs do_sample=false,temperature=0 if "
             "the greedy reply serves as well."
         )
     more = sorted(set(settings) - {*OBEYED, *POINTLESS})

@@ -23,7 +23,7 @@ the model known to `lm_eval.simple_evaluate(model="refusal_jax", …)`.) Install
 
 Decoding is greedy: tasks that sample are refused, unless --gen_kwargs do_sample=false,temperature=0 is given. Give a --batch_size
 (or auto, 32): the harness's default is 1. A model that thinks needs think_end_token=</think> or what else ends its thoughts, or
-they are scored with the reply; stop strings do not end a thought. JAX picks the devices (JAX_PLATFORMS=cpu the CPU), not --device.
+they are scored with the reply; stop strings do not end a thought. JAX picks the devices (JAX_PLATFORMS=cpu: the CPU).
 """
 
 import importlib.util

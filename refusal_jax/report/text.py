@@ -1,5 +1,6 @@
 """The tables that a finished study prints: the report's numbers, for a terminal."""
 
+from refusal_jax.errors import field
 from refusal_jax.report.summary import (
     REFUSAL_JUDGE,
     judges_of,
@@ -23,7 +24,7 @@ def setup_lines(setup: dict) -> list[str]:
     bundled = setup["bundled_prompts"]
     warning = (
         f"Prompts: bundled ({', '.join(bundled)}). They are made for the embedded model, and results on another mean "
-        "little: give all six sets, --config.data.harmful_train=FILE and so on."
+        f"little: give all six sets, {field('data.harmful_train', 'FILE')} and so on."
     )
     return [warning] * bool(bundled) + [
         f"Chat template: {setup['chat_template']}, thinking {'on' if setup['thinking'] else 'off'}. Post-instruction "

@@ -14,7 +14,7 @@ import numpy as np
 
 from refusal_jax.chat import PROBES, Chat
 from refusal_jax.chat_model import ChatModel
-from refusal_jax.errors import UserError
+from refusal_jax.errors import UserError, field
 from refusal_jax.sharding import replicate
 from refusal_jax.study.activations import length_batches
 
@@ -85,8 +85,8 @@ def refusal_openings(openings: Sequence[Opening]) -> tuple[int, ...]:
         raise UserError(
             "No usual beginning of a reply tells harmful prompts from harmless ones. The best, with mean probability "
             f"after harmful and after harmless prompts: {best}. The model may not refuse, or refuses with other words: "
-            "look at its replies and set --config.refusal_tokens=\"('I',)\" to how refusals begin. Otherwise check "
-            "--config.chat_template, and that --config.thinking is off if replies begin with thoughts."
+            f"look at its replies and set {field('refusal_tokens')} to how refusals begin, such as ('I',). Otherwise check "
+            f"{field('chat_template')}, and that {field('thinking')} is off if replies begin with thoughts."
         )
     return chosen
 
