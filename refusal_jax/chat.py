@@ -8,7 +8,7 @@ import json
 import os
 import pathlib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -18,7 +18,7 @@ from refusal_jax.models.decoding import end_ids
 from refusal_jax.models.hf_attributes import check_file, damaged, read_bytes, read_json
 from refusal_jax.qwen_tokenizer import RANKS, QwenTokenizer
 from refusal_jax.surrogates import mended
-from refusal_jax.templates import BUILT_IN, MARKS, named_template, processor_template, recognised_template
+from refusal_jax.templates import CHOICES, MARKS, advice, named_template, processor_template, recognised_template
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 SENTENCEPIECE = "tokenizer.model"
@@ -54,6 +54,7 @@ class Chat:
     tokenizer: a transformers tokenizer or a QwenTokenizer. context_length: the model's, in tokens. vocab_size: rows of
     its embedding, which may be fewer than the tokenizer's tokens. eos_ids: the ids that end a reply. template_origin:
     where the chat template came from, in words. thinking: whether templates that can ask for thoughts do so.
+    template_arguments: more names that the template sees; one that is called as a switch of thinking wins over it.
     """
 
     tokenizer: object
@@ -63,6 +64,7 @@ class Chat:
     pad_id: int
     template_origin: str
     thinking: bool = False
+    template_arguments: Mapping = dataclasses.field(default_factory=dict)
 
     @classmethod
     def load(
@@ -97,11 +99,7 @@ class Chat:
         with templates.within(templates.RENDER_SECONDS):  # not later: tracing slows rendering down
             whole = all(probe in chat.render(probe) for probe in PROBES)
         if not whole:
-            raise UserError(
-                f"The chat template ({origin}) leaves the instruction out. It may accept messages as lists of parts "
-                "only, or only with a system prompt. Set --config.chat_template to another: a name or a .jinja file. The "
-                f"tokenizer is that of {folder}."
-            )
+            raise chat._leaves_out()
         with _explained(folder):
             chat._check_tokens(folder)
         return chat
@@ -123,24 +121,36 @@ class Chat:
     def render_messages(self, messages: Sequence[dict[str, str]]) -> str:
         """The text of a conversation, `{"role", "content"}` each, up to and including the start of the next reply.
 
-        Raises UserError if the template refuses the messages or never ends.
+        Raises UserError if the template refuses the messages, or leaves out what the user says.
         """
+        roles = [message["role"] for message in messages]
         try:
-            return self.rendered(messages)
+            if roles != ["user"] and self.template_origin.startswith("built in"):
+                raise ValueError("it takes one user message only")
+            text = self.rendered(messages)
         except Exception as error:  # jinja errors, or a template's own raise_exception
-            roles = [message["role"] for message in messages]
             what = "a single user message" if roles == ["user"] else f"messages of {', '.join(roles)}"
             raise UserError(
                 f"The chat template ({self.template_origin}) failed on {what} ({error}). Repair it, or "
-                "set --config.chat_template to another: a name or a .jinja file. The tokenizer is that of "
-                f"{self.tokenizer.name_or_path}."
+                f"{advice('another: a name or a .jinja file')} The tokenizer is that of {self.tokenizer.name_or_path}."
             ) from None
+        # Of a single message, `load` has seen that templates take it in; some change its text.
+        if len(messages) > 1 and not all(m["content"].strip() in text for m in messages if m["role"] == "user"):
+            raise self._leaves_out()
+        return text
+
+    def _leaves_out(self) -> UserError:
+        return UserError(
+            f"The chat template ({self.template_origin}) leaves the instruction out. It may accept messages as lists of parts "
+            "only, one user message only, or only with a system prompt. Repair it, or "
+            f"{advice('another: a name or a .jinja file')} The tokenizer is that of {self.tokenizer.name_or_path}."
+        )
 
     def rendered(self, messages: Sequence[dict[str, str]], reply: bool = True) -> str:
         """As `render_messages`; reply: False leaves out the start of the next reply. Raises whatever a template raises."""
         switches = dict.fromkeys(("enable_thinking", "thinking"), self.thinking)  # by either name; others ignore both
         text = self.tokenizer.apply_chat_template(
-            list(messages), tokenize=False, add_generation_prompt=reply, **switches
+            list(messages), tokenize=False, add_generation_prompt=reply, **switches | dict(self.template_arguments)
         )
         return mended(text, "A rendered chat template")
 
@@ -223,7 +233,7 @@ class Chat:
                 )
             found.add(ids[0])
         if not found:
-            raise UserError("no refusal tokens: give at least one opener, e.g. refusal_tokens=('I',).")
+            raise UserError("no refusal tokens: give at least one opener, such as 'I'.")
         return tuple(sorted(found))
 
     def decode(self, rows) -> list[str]:
@@ -234,7 +244,7 @@ class Chat:
     def replies(self, rows) -> list[thoughts.Reply]:
         """Returns the replies of generated ids `[B, N]`, each up to its first end token, with its thought split off."""
         return [
-            thoughts.split(self._with_marks(self.before_end(row)), self.opened_thought)
+            thoughts.split(self.decode_with_marks(self.before_end(row)), self.opened_thought)
             for row in np.asarray(rows).tolist()
         ]
 
@@ -244,19 +254,19 @@ class Chat:
         return thoughts.opened_by(self.render(PROBES[3]).rpartition(PROBES[3])[2])
 
     @functools.cached_property
-    def _mark_tokens(self) -> dict[int, str]:
+    def mark_tokens(self) -> dict[int, str]:
         """Special tokens that marks of thoughts are written with, which decoding would leave out."""
         added = getattr(self.tokenizer, "added_tokens_decoder", {})
         marks = "\n".join(mark for pair in thoughts.MARKS for mark in pair)
         return {i: token.content for i, token in added.items() if token.special and token.content in marks}
 
-    def _with_marks(self, ids: Sequence[int]) -> str:
-        """The text of ids without special tokens, but for those of `_mark_tokens`."""
+    def decode_with_marks(self, ids: Sequence[int]) -> str:
+        """The text of ids without special tokens, but for those of `mark_tokens`."""
         parts, start = [], 0
         for end, token in enumerate([*ids, None]):
-            if token is None or token in self._mark_tokens:
+            if token is None or token in self.mark_tokens:
                 parts.append(self.tokenizer.decode(ids[start:end], skip_special_tokens=True))
-                parts.append(self._mark_tokens.get(token, ""))
+                parts.append(self.mark_tokens.get(token, ""))
                 start = end + 1
         return "".join(parts)
 
@@ -362,15 +372,13 @@ def _set_template(tokenizer, setting: str, folder: pathlib.Path) -> str:
     if found is None:
         raise UserError(
             f"The tokenizer of {folder} has no chat template, and its special tokens do not tell which it was made "
-            f"for. Set --config.chat_template=NAME, one of {', '.join(BUILT_IN)}, or to the path of a .jinja file. A base "
-            "model has none: use its chat or instruct version."
+            f"for. For a chat model, {advice('its own: ' + CHOICES)} A base model has none: use its chat or instruct version."
         )
     unknown = [mark for mark in MARKS.get(setting.removesuffix("-published"), ()) if mark not in known]
     if unknown:
         raise UserError(
             f"The tokenizer of {folder} does not know {' and '.join(unknown)}, which the chat template {setting!r} writes: "
-            f"they would be read as plain text. Set --config.chat_template to what the model was trained with: one of "
-            f"{', '.join(BUILT_IN)}, or the path of a .jinja file."
+            f"they would be read as plain text. Instead, {advice('what the model was trained with: ' + CHOICES)}"
         )
     tokenizer.chat_template, origin = found
     return origin

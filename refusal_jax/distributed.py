@@ -21,7 +21,7 @@ from functools import partialmethod
 import jax
 from tqdm import tqdm
 
-from refusal_jax.errors import UserError, print_error
+from refusal_jax.errors import UserError, print_error, setting
 
 AGAIN = "Start the same command again in every process: finished work is kept."
 GONE = "stopped without a word: it was killed (kill -9, out of memory, a preemption) or its host cannot be reached."
@@ -106,10 +106,10 @@ def start(
             return
         given = {}  # JAX finds them out
     elif missing:
-        flags = " and ".join(f"--{name}" for name in missing).replace("_address", "")
+        flags = " and ".join(setting(name.removesuffix("_address"), "").removesuffix("=") for name in missing)
         raise UserError(
-            f"{flags} missing: several processes need --coordinator=HOST:PORT (of process 0), --num_processes=N and "
-            "--process_id=I, each its own from 0 to N-1."
+            f"{flags} missing: several processes need {setting('coordinator', 'HOST:PORT')} (of process 0), "
+            f"{setting('num_processes', 'N')} and {setting('process_id', 'I')}, each its own from 0 to N-1."
         )
     else:
         _check(coordinator, num_processes, process_id)
@@ -120,12 +120,12 @@ def _check(coordinator: str, num_processes: int, process_id: int) -> None:
     host, _, port = coordinator.rpartition(":")
     if not host or not port.isdecimal() or not 0 < int(port) < 65536:
         raise UserError(
-            f"--coordinator={coordinator} is not HOST:PORT: name the host of process 0 and a free port of it."
+            f"{setting('coordinator', coordinator)} is not HOST:PORT: name the host of process 0 and a free port of it."
         )
     if not 0 <= process_id < num_processes:
         raise UserError(
-            f"--process_id={process_id} is not among --num_processes={num_processes}: the processes are numbered from 0 to "
-            f"{num_processes - 1}."
+            f"{setting('process_id', process_id)} is not among {setting('num_processes', num_processes)}: the processes are "
+            f"numbered from 0 to {num_processes - 1}."
         )
 
 
@@ -147,13 +147,13 @@ def _join(given: dict, join_seconds: int, heartbeat_seconds: int) -> None:
     if given:
         where, who = f"at {given['coordinator_address']}", f"process {given['process_id']} of {given['num_processes']}"
         advice = (
-            "for every process, with the same --coordinator and --num_processes and each with its own --process_id, and "
+            "for every process, with the same coordinator and number of processes and each with its own process id, and "
             "check that the port is free on the host of process 0 and that the others reach it"
         )
         print(f"{who}: waiting for the others {where}, at most {join_seconds} seconds", file=sys.stderr, flush=True)
     else:
         where, who = "of this TPU slice", "one of them"
-        advice = "on every host of the slice, or use this host alone with --num_processes=1"
+        advice = f"on every host of the slice, or use this host alone with {setting('num_processes', 1)}"
     apart = f"The processes {where} did not meet within {join_seconds} seconds (this is {who}). Start the same command {advice}."
     try:
         with _explained(apart, 2):

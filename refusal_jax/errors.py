@@ -5,9 +5,11 @@ says what failed, what was found, what was expected and what to do next. Jobs pr
 traceback therefore always means a bug of ours.
 """
 
+import contextlib
 import reprlib
 import sys
 import textwrap
+from collections.abc import Callable, Iterator
 
 _short = reprlib.Repr()
 _short.maxstring = _short.maxother = 120
@@ -29,6 +31,40 @@ class VerificationError(UserError):
 def shown(value) -> str:
     """Returns the `repr` of a value from a file, shortened: a message stays readable, however large or deep the value is."""
     return _short.repr(value)
+
+
+def _in_python(name: str) -> str:
+    return name if name.startswith("config.") else f"{name}="
+
+
+_spelling: Callable[[str], str | None] = _in_python
+
+
+@contextlib.contextmanager
+def spelt(spelling: Callable[[str], str | None]) -> Iterator[None]:
+    """Makes messages name settings as `spelling` does, which returns None for a setting that the user cannot give.
+
+    Without it they are named as in Python: `chat_template=`, or `config.positions` for a field of a study's config.
+    """
+    global _spelling  # and no context variable: threads that a job starts see it too
+    before, _spelling = _spelling, spelling
+    try:
+        yield
+    finally:
+        _spelling = before
+
+
+def setting(name: str, value: object = None) -> str | None:
+    """Returns how the user gives a setting, such as "--chat_template" or, with a value, "--chat_template=VALUE"; None if what
+    runs has no such setting. name: a keyword argument, or a field of a study's config with "config." before it."""
+    found = _spelling(name)
+    return found if found is None or value is None else f"{found.removesuffix('=')}={value}"
+
+
+def field(name: str, value: object = None) -> str:
+    """Returns how the user gives a field of a study's config, such as "--config.positions"; "config.positions" where it is
+    code that makes the config."""
+    return setting(f"config.{name}", value) or f"config.{name}" + ("" if value is None else f"={value}")
 
 
 def print_error(message: str, file=None) -> None:

@@ -22,7 +22,7 @@ from safetensors.numpy import load, save
 
 from refusal_jax import distributed
 from refusal_jax.errors import UserError
-from refusal_jax.storage import DiskFolder, ObjectFolder, ToldFiles, open_storage
+from refusal_jax.storage import DiskFolder, ObjectFolder, ToldFiles, named_by, open_storage
 from refusal_jax.storage import cannot_write as cannot_write
 from refusal_jax.storage import write_atomically as write_atomically
 
@@ -84,7 +84,7 @@ class Run:
         if others and MANIFEST not in others:
             raise UserError(
                 f"{folder} is not empty ({', '.join(others[:5])}) and holds no {MANIFEST}, so it is not a run's "
-                "folder. Pass a new folder as --workdir."
+                f"folder. Pass a new folder{named_by()}."
             )
         with storage.held():
             new = not storage.exists(MANIFEST)
@@ -217,7 +217,7 @@ def _parsed_manifest(path, data: bytes) -> dict:
             return manifest
     except (ValueError, KeyError, TypeError):
         pass
-    raise UserError(f"{path} is damaged, so the run in its folder cannot be continued. Pass a new folder as --workdir.")
+    raise UserError(f"{path} is damaged, so the run in its folder cannot be continued. Pass a new folder{named_by()}.")
 
 
 def check_same(folder, old: dict, new: dict) -> None:
@@ -225,8 +225,8 @@ def check_same(folder, old: dict, new: dict) -> None:
     changed = _differences(old, new, "{} was {!r}, is now {!r}")
     if changed:
         raise UserError(
-            f"{folder} holds a run of another study: {changed}. Pass a new --workdir, or the old settings to continue that "
-            "run."
+            f"{folder} holds a run of another study: {changed}. Pass a new folder{named_by()}, or the old settings to "
+            "continue that run."
         )
 
 

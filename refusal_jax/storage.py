@@ -11,7 +11,7 @@ import pathlib
 import time
 from collections.abc import Iterator, Sequence
 
-from refusal_jax.errors import UserError
+from refusal_jax.errors import UserError, setting
 
 STORES = ("gs", "s3")
 PART_SECONDS = 10.0  # an object store gets the rows of a ledger at most this often, each time as a new object
@@ -75,6 +75,12 @@ def open_storage(folder: str | os.PathLike) -> "DiskFolder | ObjectFolder":
     return ObjectFolder(folder)
 
 
+def named_by() -> str:
+    """Returns " as --workdir", or the other words that name what runs keeps its results by, to follow "a folder"."""
+    name = setting("workdir") or setting("out")
+    return f" as {name}" if name else ""
+
+
 class DiskFolder:
     """A local folder: files are replaced by renaming, ledgers grow line by line, and a lock keeps other runs out."""
 
@@ -84,7 +90,7 @@ class DiskFolder:
     def names(self) -> list[str]:
         """What is directly in the folder; empty if there is none. Raises UserError if it is a file."""
         if self.path.exists() and not self.path.is_dir():
-            raise UserError(f"{self.path} is a file. Pass a folder as --workdir.")
+            raise UserError(f"{self.path} is a file. Pass a folder{named_by()}.")
         return sorted(p.name for p in self.path.iterdir()) if self.path.is_dir() else []
 
     @contextlib.contextmanager
@@ -104,7 +110,7 @@ class DiskFolder:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise UserError(
-                    f"Another process is working in {self.path}. Wait for it, or choose another --workdir."
+                    f"Another process is working in {self.path}. Wait for it, or choose another folder{named_by()}."
                 ) from None
             for leftover in self.path.rglob(".*.tmp-*"):
                 leftover.unlink(missing_ok=True)

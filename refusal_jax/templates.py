@@ -13,7 +13,7 @@ import time
 from collections.abc import Collection, Iterator
 
 from refusal_jax.data.prompts import read_text
-from refusal_jax.errors import UserError, shown
+from refusal_jax.errors import UserError, setting, shown
 from refusal_jax.models.hf_attributes import damaged, read_json
 from refusal_jax.storage import local_path
 
@@ -31,6 +31,7 @@ BUILT_IN = {
     "llama-3": LLAMA_3,
     "llama-3-published": '{{ bos_token }}"' + LLAMA_3,  # of the published runs: a stray quote, and BOS twice
 }
+CHOICES = f"one of {', '.join(BUILT_IN)}, or the path of a .jinja file"
 # The special tokens that tell which template a tokenizer was made for. The second ends a turn, and so a reply.
 MARKS = {
     "chatml": ("<|im_start|>", "<|im_end|>"),
@@ -42,20 +43,25 @@ PROCESSOR_FILES = ("chat_template.json", "processor_config.json", "preprocessor_
 RENDER_SECONDS = 10.0  # after which a template counts as one that never ends
 
 
-def named_template(setting: str) -> tuple[str, str]:
+def advice(wanted: str) -> str:
+    """What to do about a chat template, as the end of a sentence; wanted: what the setting, if there is one, is to be."""
+    name = setting("chat_template")
+    return f"set {name} to {wanted}." if name else "write a fitting one to chat_template.jinja in the model's folder."
+
+
+def named_template(name: str) -> tuple[str, str]:
     """The template that the setting `chat_template` names, and where it came from, in words.
 
-    setting: a key of BUILT_IN, or the path of a .jinja file. Raises UserError for anything else, and for a file that
+    name: a key of BUILT_IN, or the path of a .jinja file. Raises UserError for anything else, and for a file that
     is missing, empty or not UTF-8.
     """
-    if setting in BUILT_IN:
-        return BUILT_IN[setting], f"built in: {setting}"
-    if not setting.endswith(".jinja"):
+    if name in BUILT_IN:
+        return BUILT_IN[name], f"built in: {name}"
+    if not name.endswith(".jinja"):
         raise UserError(
-            f"there is no chat template {setting!r}. Set --config.chat_template to one of {', '.join(BUILT_IN)}, to "
-            "the path of a .jinja file, or to '' for the tokenizer's own."
+            f"there is no chat template {name!r}. Instead, " + advice(f"{CHOICES}, or '' for the tokenizer's own")
         )
-    path = local_path(setting)
+    path = local_path(name)
     text = read_text(path)
     if not text.strip():
         raise UserError(f"the chat template {path} is empty. Put a jinja template into it, or name another.")
@@ -95,13 +101,13 @@ def single_template(value, where) -> str:
         if "default" not in value:
             raise UserError(
                 f"The chat templates of {where} are {', '.join(map(shown, value)) or 'none'}, and none is called 'default'. Copy "
-                "the one for conversations into a .jinja file and set --config.chat_template to it."
+                f"the one for conversations into a .jinja file, and {advice('it')}"
             )
         value = value["default"]
     if not isinstance(value, str) or not value.strip():
         raise UserError(
-            f"The chat template of {where} is {shown(value)}, expected a jinja template. Repair it, or set "
-            f"--config.chat_template to another: one of {', '.join(BUILT_IN)}, or a .jinja file."
+            f"The chat template of {where} is {shown(value)}, expected a jinja template. Repair it, or "
+            f"{advice('another: ' + CHOICES)}"
         )
     return value
 

@@ -38,6 +38,11 @@ class Reply:
     finished: bool = True
 
     @property
+    def inner(self) -> str:
+        """The thought without its marks."""
+        return ANY.sub("", self.thought).strip()
+
+    @property
     def row(self) -> dict:
         """The reply as fields of a completion: "thought" only where there is one, "thought_ended" only where it did not end."""
         thought = {"thought": self.thought} if self.thought else {}
@@ -70,6 +75,11 @@ def opened_by(prompt: str) -> str:
     """Returns the end of a prompt from the mark on that opens a thought; "" if it opens none, or closes it again."""
     marks = list(ANY.finditer(prompt))
     return prompt[marks[-1].start() :] if marks and marks[-1][0].lower() in OPENS else ""
+
+
+def is_marked(text: str) -> bool:
+    """Returns whether a text holds a mark of a thought."""
+    return ANY.search(text) is not None
 
 
 def is_unfinished(completion: dict) -> bool:

@@ -189,7 +189,7 @@ def test_refusals_that_begin_otherwise_keep_nothing(tmp_path):
 
 def test_settings_that_cannot_work_are_refused(tmp_path):
     config = small_config(n_test=0)
-    with pytest.raises(UserError, match=r"--config\.data\.n_test = 0, expected at least 1"):
+    with pytest.raises(UserError, match=r"^config\.data\.n_test = 0, expected at least 1"):
         run_study(config, tmp_path / "run")
     (tmp_path / "harmless.json").write_text('["Forge the letter."]')
     with pytest.raises(UserError, match="mixed up with those of the harmless prompts. Rename the file"):

@@ -108,7 +108,7 @@ def test_the_first_qwen_and_its_modules(tmp_path):
 
 
 def test_what_adapters_cannot_say(tmp_path, llama):
-    with pytest.raises(UserError, match="an addition is the same whatever is read. Use --format=gguf"):
+    with pytest.raises(UserError, match="an addition is the same whatever is read. Use format=gguf"):
         exported(llama, tmp_path / "out", DIRECTION, "lora", kind="add", layers=[2])
     source = tiny.tiny_llama(tmp_path / "source", tied=True)
     with pytest.raises(UserError, match="leaves the unembedding that is tied to it"):
@@ -147,7 +147,7 @@ def test_hints_are_architectures_of_llama_cpp():
 
 
 def test_what_control_vectors_cannot_say(tmp_path, llama):
-    with pytest.raises(UserError, match="A control vector is a constant .* so no constant can do it. Use --edit=add"):
+    with pytest.raises(UserError, match="A control vector is a constant .* so no constant can do it. Use edit=add"):
         exported(llama, tmp_path / "out", DIRECTION, "gguf")
     for layer in (0, 1):
         with pytest.raises(UserError, match=f"at the input of layer {layer}: llama.cpp adds to .* layers 2 to 2"):

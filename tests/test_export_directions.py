@@ -61,9 +61,7 @@ def test_every_kind_of_file(tmp_path):
         assert found.layer is None and found.files == {name: file_hash(tmp_path / name)}
     assert read_directions([tmp_path / "a.npy"], layer=2).layer == 2
     for name in ("mean_diffs.pt", "e.safetensors"):
-        with pytest.raises(
-            UserError, match=r"2 positions x 3 layers .* --position \(-2 to -1\) and --layer \(0 to 2\)"
-        ):
+        with pytest.raises(UserError, match=r"2 positions x 3 layers .* position= \(-2 to -1\) and layer= \(0 to 2\)"):
             read_directions([tmp_path / name], position=-1)
         found = read_directions([tmp_path / name], -2, 1)
         np.testing.assert_array_equal(found.raw_kd[0], MEANS[-2, 1])
@@ -188,11 +186,11 @@ def test_what_cannot_be_asked_of_an_edit(llama):
             Edit.of(cfg, Directions.of(values), **settings)
 
     refused("has 7 entries, the model's residual stream has 32", np.ones(7))
-    refused("--layers names layer 3; the model's layers are 0 to 2", layers=[1, 3])
-    refused("--layers names layer none", layers=[])
-    refused("--scale = 0 leaves nothing", scale=0)
-    refused("--scale = nan leaves nothing", scale=float("nan"))
-    refused("--sites = resid_pre: what weights write is embed, attn_out, mlp_out", sites=("resid_pre",))
+    refused("The edit is at layer 3, and the model's layers are 0 to 2. Choose layers= among these", layers=[1, 3])
+    refused("The edit is at no layer", layers=[])
+    refused("scale=0 leaves nothing", scale=0)
+    refused("scale=nan leaves nothing", scale=float("nan"))
+    refused("sites=resid_pre: what weights write is embed, attn_out, mlp_out", sites=("resid_pre",))
     refused("does not tell at which layer to add it", kind="add")
     refused("takes one direction, these are 2", np.stack([DIRECTION, MEANS[0, 0]]), kind="add")
 
@@ -334,7 +332,7 @@ def test_what_the_job_refuses(study, llama, tmp_path, monkeypatch):
     refused("--model is missing: a direction from a file does not tell", file, out)
     refused("Only verified exports are pushed", file, out, "--noverify", "--push-to-hub=me/x")
     refused("--layers = 1-x: write numbers and ranges", file, out, f"--model={llama}", "--layers=1-x")
-    refused("--layers names layer 3", file, out, f"--model={llama}", "--layers=0,2-5")
+    refused("The edit is at layer 3", file, out, f"--model={llama}", "--layers=0,2-5")
     monkeypatch.setattr("refusal_jax.export.verify.MOST_KL", -1.0)
     refused("The verification of .* failed: the mean KL", f"--direction={study}", out, error=VerificationError)
     other = families.tiny_model(tmp_path / "other", "llama", seed=1)

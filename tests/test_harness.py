@@ -1,5 +1,6 @@
 """The models of two evaluation harnesses: equal to their own on tiny models, and errors for what they cannot do."""
 
+import inspect
 import json
 import pathlib
 import shutil
@@ -8,6 +9,7 @@ import sys
 import numpy as np
 import pytest
 import tiny
+from tokenizers import processors
 
 from refusal_jax import Edits, UserError
 from refusal_jax.chat import Chat
@@ -49,6 +51,13 @@ def requests(kind, *arguments):
 def same_scores(ours, theirs):
     ours, theirs = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
     np.testing.assert_allclose(ours, theirs, rtol=1e-6, atol=1e-4)
+
+
+@pytest.fixture(autouse=True)
+def unwarned():
+    from refusal_jax.harness.edited import warn_once
+
+    warn_once.cache_clear()
 
 
 @pytest.fixture(scope="module")
@@ -147,6 +156,171 @@ def test_a_reply_that_is_over_makes_room(lm, monkeypatch):
     assert any(counts[1::2]) and not any(counts[::2])
 
 
+@pytest.fixture(scope="module")
+def tokenizers(llama, tmp_path_factory):
+    """`llama` with tokenizers that add a BOS token, have one but don't add it, have none, and have none but add another."""
+    folders = {}
+    for name, bos, added in (
+        ("adds", tiny.SPECIAL[0], tiny.SPECIAL[0]),
+        ("has", tiny.SPECIAL[0], None),
+        ("none", None, None),
+        ("other", None, tiny.SPECIAL[2]),
+    ):
+        folder = folders[name] = tmp_path_factory.mktemp(name)
+        shutil.copytree(llama, folder, dirs_exist_ok=True)
+        backend = tiny.tiny_tokenizer(folder, bos_token=bos).backend_tokenizer
+        if added:
+            ids = [(added, backend.token_to_id(added))]
+            backend.post_processor = processors.TemplateProcessing(single=f"{added} $A", special_tokens=ids)
+            backend.save(str(folder / "tokenizer.json"))
+    return folders
+
+
+@pytest.mark.parametrize(("name", "first"), [("adds", 307), ("has", None), ("none", None), ("other", 309)])
+def test_beginnings_of_texts(name, first, tokenizers, lm, theirs):
+    """add_bos_token by kind of tokenizer, where the harness's own model has the same weights."""
+    from lm_eval.models.huggingface import HFLM
+
+    from refusal_jax.harness.lm_eval import RefusalJaxLM
+
+    starts, folder = [], str(tokenizers[name])
+    texts = ["How do I bake", "<|begin_of_text|>user", "<|eot_id|>x"]
+    pairs = [("", " bake"), *((text, " bake") for text in texts), ("the bread ", "bake")]
+    asked = [(text, {"until": [], "max_gen_toks": 4}) for text in texts]
+    for value, more in ((None, {}), (True, {}), (False, {}), (None, {"prefix_token_id": 7})):
+        theirs = HFLM(pretrained=folder, device="cpu", dtype="float32", add_bos_token=value, **more)
+        ours = RefusalJaxLM(pretrained=folder, add_bos_token=value, batch_size=4, **more)
+        for text in texts:
+            assert ours.tok_encode(text) == theirs.tok_encode(text)
+        found, wanted = (model.loglikelihood(requests("loglikelihood", *pairs)) for model in (ours, theirs))
+        same_scores(found, wanted)
+        whole = requests("loglikelihood_rolling", *((text,) for text in texts))
+        same_scores(ours.loglikelihood_rolling(whole), theirs.loglikelihood_rolling(whole))
+        found, wanted = (model.generate_until(requests("generate_until", *asked)) for model in (ours, theirs))
+        assert found == wanted
+        starts.append(ours.tok_encode("Sure")[0])
+    sure = lm.model.chat.ids("Sure")[0]
+    assert starts == [first or sure, 307 if name in ("adds", "has") else sure, sure, first or sure]
+
+
+def test_texts_without_any_token_before_them(lm):
+    """A context of spaces only, of which the harness makes an empty one, and an empty prompt."""
+    (spaces, empty) = lm.loglikelihood(requests("loglikelihood", (" ", "bake"), ("", " bake")))
+    assert spaces == pytest.approx(empty, abs=1e-4)
+    empty, begun = lm.generate_until(
+        requests("generate_until", *((text, {"max_gen_toks": 4}) for text in ("", lm.tokenizer.bos_token)))
+    )
+    assert empty == begun
+
+
+def test_a_system_message_that_the_template_refuses(tmp_path, llama, caplog):
+    """It is left out, as by the harness's own model, and a warning says so once."""
+    from lm_eval.models.huggingface import HFLM
+
+    from refusal_jax.harness.lm_eval import RefusalJaxLM
+
+    shutil.copytree(llama, tmp_path, dirs_exist_ok=True)
+    refusing = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+    tiny.tiny_tokenizer(tmp_path, refusing + "{% if messages | length == 4 %}{{ 1 / 0 }}{% endif %}" + tiny.TEMPLATE)
+    ours, theirs = RefusalJaxLM(pretrained=str(tmp_path)), HFLM(pretrained=str(tmp_path), device="cpu")
+    talk = [{"role": "system", "content": "a"}, {"role": "user", "content": "b"}, {"role": "assistant", "content": "c"}]
+    for messages, new in ((talk[:2], True), (talk, False), (talk[1:], False)):
+        assert ours.apply_chat_template(messages, new) == theirs.apply_chat_template(messages, new)
+    warned = [record.message for record in caplog.records if record.name.startswith("refusal_jax")]
+    assert (
+        len(warned) == 1 and "(no system)" in warned[0] and "--system_instruction do not reach the model" in warned[0]
+    )
+    with pytest.raises(UserError, match=r"failed on messages of user, user, user, user"):
+        ours.apply_chat_template([talk[0], *talk[1:2] * 4])
+    named = RefusalJaxLM(pretrained=str(tmp_path), chat_template="llama-3")  # which knows one user message only
+    assert named.apply_chat_template(talk[:2]) == named.apply_chat_template(talk[1:2])
+    with pytest.raises(
+        UserError, match=r"\(built in: llama-3\) failed on messages of user, assistant, user \(it takes one"
+    ):
+        named.apply_chat_template([*talk[1:], {"role": "user", "content": "further"}])
+
+
+@pytest.mark.parametrize("end", ["</think>", "[/THINK]"])
+def test_thoughts_before_replies(end, tmp_path):
+    """What ends a thought is a text, or a special token that decoding leaves out; stop strings do not end a thought."""
+    from lm_eval.models.utils import postprocess_generated_text
+
+    from refusal_jax.harness.lm_eval import RefusalJaxLM
+
+    special = end == "[/THINK]"
+    lm = RefusalJaxLM(pretrained=str(tiny.tiny_llama(tmp_path, extra=(end,) if special else (), layers=1)))
+    ids, edited = lm.model.chat.ids, lm.edited
+    text = f"I cannot # help{end} Sure{end}\n\nhere is # how"
+    row, hash_id = ids(text), ids(" #")[0]
+    for mark in (end, ids(end)[0]) if special else (end,):
+        reply = edited.cut(row, ["#", "\n\n"], mark)
+        assert reply.text == "here is " == postprocess_generated_text(text, ["#"], end) and reply.ended
+        assert edited.cut(row[: row.index(hash_id) + 1], ["#"], mark).thinking and not reply.thinking
+    kept = edited.cut(row, ["#"])
+    assert kept.text == "I cannot "
+    assert edited.cut(row, []).marked and edited.cut(row, [], show_marks=True).text == text
+    assert (end in edited.cut(row, []).text) is not special
+
+
+def test_thoughts_end_as_in_the_harness(llama, lm, caplog, monkeypatch):
+    from lm_eval.models.huggingface import HFLM
+
+    from refusal_jax.harness.lm_eval import THOUGHTS_STAY, RefusalJaxLM
+
+    asked = requests("generate_until", *((text, {"until": [], "max_gen_toks": 12}) for text in rendered(lm)))
+    whole = lm.generate_until(asked)
+    ids = next(row for _, row in lm.model.reply_ids(lm.model.encode(TEXTS), 12, rows=5))[0].tolist()
+    for mark in (ids[4], whole[0][2]):
+        theirs = HFLM(pretrained=str(llama), device="cpu", dtype="float32", think_end_token=mark)
+        ours = RefusalJaxLM(pretrained=str(llama), batch_size=4, think_end_token=mark)
+        found = ours.generate_until(asked)
+        assert found == theirs.generate_until(asked) and found != whole
+    monkeypatch.setattr("refusal_jax.harness.edited.MARKS", frozenset(whole[0][2]))
+    assert lm.generate_until(asked) == whole and ours.generate_until(asked) == found
+    assert [record.message for record in caplog.records if record.name.startswith("refusal_jax")] == [THOUGHTS_STAY]
+
+
+def test_thinking_by_the_names_of_the_harness(tmp_path, lm):
+    from lm_eval.models.huggingface import HFLM
+
+    from refusal_jax.harness.lm_eval import RefusalJaxLM
+
+    template = tiny.TEMPLATE + "{% if enable_thinking %}<think>{{ effort }}{% else %}</think>{% endif %}"
+    tiny.tiny_llama(tmp_path, template=template, layers=1)
+    talk, end = [{"role": "user", "content": "b"}], {"think_end_token": "</think>"}
+    for settings in (
+        {"enable_thinking": True} | end,
+        {"enable_thinking": False, "chat_template_args": {"effort": "low"}},
+        {"chat_template_args": {"effort": "low", "enable_thinking": True}},
+    ):
+        ours = RefusalJaxLM(pretrained=str(tmp_path), **settings)
+        theirs = HFLM(pretrained=str(tmp_path), device="cpu", **settings)
+        assert ours.apply_chat_template(talk) == theirs.apply_chat_template(talk)
+    ours = RefusalJaxLM(pretrained=str(tmp_path), enable_thinking=True, **end)
+    with pytest.raises(UserError, match=r"enable_thinking goes with tasks that generate, and this one scores"):
+        ours.loglikelihood(requests("loglikelihood", ("a", "b")))
+    assert RefusalJaxLM(pretrained=str(tmp_path), thinking=True).apply_chat_template(talk).endswith("<think>")
+
+
+def test_what_the_hf_model_takes_and_this_one_does_not(llama, caplog):
+    """No argument of the harness's own model is ignored in silence."""
+    from lm_eval.models.huggingface import HFLM
+
+    from refusal_jax.harness import edited, lm_eval
+
+    ours = {*lm_eval.ONLY, *lm_eval.OF_TORCH, "logits_cache", *inspect.signature(edited.read_arguments).parameters}
+    ours |= set(inspect.signature(lm_eval.RefusalJaxLM).parameters)
+    assert set(inspect.signature(HFLM).parameters) - {"kwargs"} <= ours
+    nothing = {name: values[0] for name, values in lm_eval.ONLY.items() if values} | {"logits_cache": False}
+    for _ in range(2):
+        lm_eval.RefusalJaxLM(pretrained=str(llama), **nothing, device="cuda:0", parallelize=True)
+    (said,) = [record.message for record in caplog.records if record.name.startswith("refusal_jax")]
+    assert said.startswith("device, parallelize: without a meaning here. JAX chooses the devices")
+    for name in lm_eval.ONLY:
+        with pytest.raises(UserError, match=rf"hf model takes {name} = 'x'; this one can do nothing of the kind"):
+            lm_eval.RefusalJaxLM(pretrained=str(llama), **{name: "x"})
+
+
 def test_edits_as_arguments(llama, model, lm, tmp_path):
     from refusal_jax.harness.lm_eval import RefusalJaxLM
 
@@ -219,6 +393,20 @@ def test_a_template_that_refuses_a_conversation(tmp_path):
     [
         ({"pretraind": "x"}, "unknown model argument pretraind: the arguments are pretrained, ablate, add"),
         ({"batch_size": "many"}, "batch_size = many: give a number of rows, or auto"),
+        ({"enable_thinking": True}, "enable_thinking needs think_end_token, the text or token id that ends a thought"),
+        ({"enable_thinking": False, "thinking": True}, "are two names of one switch and contradict each other"),
+        ({"thinking": "often"}, "thinking = 'often' is neither true nor false"),
+        ({"chat_template_args": "low"}, "chat_template_args = 'low' is not a mapping of names to values"),
+        ({"add_bos_token": "often"}, "add_bos_token = 'often' is neither true nor false"),
+        (
+            {"pretrained": True, "max_length": 257},
+            "max_length = 257: give a number of tokens, at most the model's context",
+        ),
+        (
+            {"pretrained": True, "prefix_token_id": 312},
+            "prefix_token_id = 312 is no token id of the model, which are 0 to",
+        ),
+        ({"pretrained": True, "think_end_token": True}, "think_end_token = True is no token id of the model"),
         ({"ablate": "r.npy"}, "The model is missing: a direction from a file does not tell"),
         (
             {"pretrained": True, "ablate": "two.npy"},
@@ -388,12 +576,27 @@ def test_what_inspect_asks(provider, monkeypatch):
     with pytest.raises(UserError, match="batch_size = 0: give a number of rows"):
         type(provider.api)("study", batch_size=0)
 
-    def broken(*_):
+    def broken(*_, **__):
         raise UserError("the model broke")
 
     monkeypatch.setattr(type(provider.api.edited), "replies", broken)
     with pytest.raises(UserError, match="the model broke"):
         ask(provider)
+
+
+def test_thoughts_become_reasoning_in_inspect(provider, monkeypatch):
+    from inspect_ai.model import ChatMessageAssistant, ContentReasoning, ContentText
+
+    from refusal_jax.harness.edited import EditedModel, Reply
+    from refusal_jax.harness.inspect import as_text
+
+    reply = Reply("<think>why</think>\n\nSure", 9, True, False, True)
+    monkeypatch.setattr(EditedModel, "replies", lambda self, prompts, *_, show_marks: [reply] * len(prompts))
+    output = ask(provider)
+    assert output.completion == "Sure"
+    assert output.message.content == [ContentReasoning(reasoning="why"), ContentText(text="Sure")]
+    assert as_text(output.message)["content"] == "<think>\nwhy\n</think>\n\nSure"
+    assert as_text(ChatMessageAssistant(content="Sure")) == {"role": "assistant", "content": "Sure"}
 
 
 def test_inspect_finds_the_provider():

@@ -226,7 +226,7 @@ def test_bad_settings_leave_no_folder(change, config, tmp_path):
 )
 def test_settings_that_are_too_small(name, value, least, config, tmp_path):
     config.update_from_flattened_dict({name: value})
-    with pytest.raises(UserError, match=rf"--config\.{name} = {value}, expected at least {least}"):
+    with pytest.raises(UserError, match=rf"^config\.{name} = {value}, expected at least {least}"):
         pipeline.run_study(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
@@ -240,7 +240,7 @@ def test_harmful_prompts_in_a_file_called_harmless(config, tmp_path):
 @pytest.mark.parametrize("positions", [6, -1])
 def test_more_positions_than_the_template_has(positions, config, tmp_path):
     config.positions = positions
-    message = rf"--config\.positions = {positions}, but the chat template puts 5 tokens after the .*Choose 1 to 5"
+    message = rf"^config\.positions = {positions}, but the chat template puts 5 tokens after the .*Choose 1 to 5"
     with pytest.raises(UserError, match=message):
         pipeline.run_study(config, tmp_path / "run")
 
@@ -248,7 +248,7 @@ def test_more_positions_than_the_template_has(positions, config, tmp_path):
 def test_completions_that_do_not_fit_are_refused_before_any_long_work(config, tmp_path):
     config.generation.max_new_tokens = 250
     with pytest.raises(
-        UserError, match=r"--config\.generation\.max_new_tokens = 250 does not fit: the longest prompt of harm"
+        UserError, match=r"^config\.generation\.max_new_tokens = 250 does not fit: the longest prompt of harm"
     ):
         pipeline.run_study(config, tmp_path / "run")
     assert not (tmp_path / "run" / pipeline.SETUP).exists()

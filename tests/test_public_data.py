@@ -267,7 +267,7 @@ def test_alpaca_as_parquet_and_other_alpacas(files, tmp_path):
     (tmp_path / "b.parquet").write_text("no parquet")
     with pytest.raises(UserError, match=r"b\.parquet is not readable Parquet"):
         build(manifest, tmp_path / "other", tmp_path / "b.parquet")
-    with pytest.raises(UserError, match=r"gone\.json is not a file\. Check --alpaca"):
+    with pytest.raises(UserError, match=r"gone\.json is not a file\. Name Alpaca's, or leave it out"):
         build(manifest, tmp_path / "other", tmp_path / "gone.json")
     with pytest.raises(UserError, match="holds no complete set, so there is nothing to build"):
         build(manifest, tmp_path / "other")
@@ -275,7 +275,7 @@ def test_alpaca_as_parquet_and_other_alpacas(files, tmp_path):
 
 def test_files_that_cannot_be_taken(files, tmp_path):
     source, manifest = files[0], load_manifest(files[1])
-    with pytest.raises(UserError, match=r"gone is not a folder\. Name the folder that holds the files with --from"):
+    with pytest.raises(UserError, match=r"gone is not a folder\. Name the folder that holds the files\."):
         take_files(manifest.choose(["xstest"]), tmp_path / "gone", tmp_path / "data")
     (source / "xstest_prompts.csv").write_text("other")
     with pytest.raises(
@@ -310,7 +310,9 @@ def test_the_hub_is_streamed_and_an_unknown_hash_recorded(files, tmp_path, monke
     files[1].write_text(json.dumps(content))
     manifest, data = load_manifest(files[1]), tmp_path / "data"
     (pile,) = manifest.choose(["pile"])
-    with pytest.raises(UserError, match=r"the sha256 of pile\.jsonl is not known.*Add --accept_new_hash.*hashes\.json"):
+    with pytest.raises(
+        UserError, match=r"the sha256 of pile\.jsonl is not known.*fetch --accept_new_hash.*hashes\.json"
+    ):
         fetch_set(pile, data)
     (tmp_path / "from").mkdir(exist_ok=True)
     (tmp_path / "from" / "pile.jsonl").write_text('{"text": "mine"}\n')

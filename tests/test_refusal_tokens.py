@@ -102,7 +102,7 @@ def test_nothing_is_chosen(model):
     rows = [Opening(i, f"T{i}", 0.3 - i / 100, 0.2) for i in range(9)]
     message = (
         r"No usual beginning of a reply tells harmful .*: 'T0' 0\.300 and 0\.200, .*'T4' 0\.260 and 0\.200\. "
-        r"The model may not refuse, .*set --config\.refusal_tokens.*--config\.chat_template\."
+        r"The model may not refuse, .*set config\.refusal_tokens.*check config\.chat_template\."
     )
     with pytest.raises(UserError, match=message) as caught:
         refusal_openings(rows, model.chat)

@@ -211,7 +211,10 @@ def test_another_study_in_the_folder(tmp_path):
         pass
     assert "extra was None, is now True; input model was 'abc', is now 'x'; seed was 1, is now 2." in str(error.value)
     many = {str(i): i for i in range(9)}
-    with pytest.raises(UserError, match="; and 7 more. Pass a new --workdir"), Run.open(tmp_path, many, INPUTS):
+    with (
+        pytest.raises(UserError, match="; and 7 more. Pass a new folder as workdir="),
+        Run.open(tmp_path, many, INPUTS),
+    ):
         pass
 
 
@@ -226,7 +229,7 @@ def test_folder_of_something_else(tmp_path):
         pass
     assert names(tmp_path) == ["thesis.tex"]
     with (
-        pytest.raises(UserError, match=r"thesis\.tex is a file\. Pass a folder as --workdir"),
+        pytest.raises(UserError, match=r"thesis\.tex is a file\. Pass a folder as workdir="),
         Run.open(tmp_path / "thesis.tex", CONFIG, INPUTS),
     ):
         pass

@@ -216,7 +216,7 @@ def test_tokenizers_without_a_template_are_recognised(name, tmp_path, monkeypatc
 def test_tokenizers_that_nothing_tells_about(tmp_path, monkeypatch):
     monkeypatch.setattr(tiny, "SPECIAL", ("<s>", "</s>", "<|im_start|>", "<d>", "<e>"))
     message = (
-        r"has no chat template, and its special tokens do not tell .*--config\.chat_template=NAME, one of chatml, "
+        r"has no chat template, and its special tokens do not tell .*set chat_template= to its own: one of chatml, "
     )
     with pytest.raises(UserError, match=message):
         make_chat(tmp_path, None)
@@ -232,7 +232,8 @@ def test_a_template_file(llama, tmp_path):
 
 def test_template_settings_that_name_nothing(tmp_path):
     with pytest.raises(
-        UserError, match=r"there is no chat template 'vicuna'\. Set .*chatml, gemma, llama-2, .*\.jinja"
+        UserError,
+        match=r"there is no chat template 'vicuna'\. Instead, set chat_template= to .*chatml, gemma, llama-2, .*\.jinja",
     ):
         named_template("vicuna")
     with pytest.raises(UserError, match=r"gone\.jinja is not a file"):

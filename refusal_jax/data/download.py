@@ -52,19 +52,19 @@ def download(url: str, target: pathlib.Path, known: Collection[str]) -> str:
             raise UserError(
                 f"{url} is not the file that was expected: its sha256 is {found}, expected {' or '.join(sorted(known))}. It "
                 "has changed, or a proxy answered in its place. Nothing was kept; try again, or get the file elsewhere and "
-                "name its folder with --from."
+                "name its folder: `refusal-jax data fetch --from=FOLDER`."
             )
         os.replace(part, target)
     except urllib.error.HTTPError as error:
         raise UserError(
             f"{url} could not be fetched: the server answered {error.code} ({error.reason}). If it stays so, get the file "
-            f"elsewhere, call it {target.name}, and name its folder with --from."
+            f"elsewhere, call it {target.name}, and name its folder: `refusal-jax data fetch --from=FOLDER`."
         ) from None
     except (urllib.error.URLError, TimeoutError, ConnectionError, CutShort) as error:
         raise UserError(
             f"{url} could not be fetched ({getattr(error, 'reason', error)}). Without a network, get the file on another "
-            f"machine, call it {target.name}, and name its folder with --from. Behind a proxy, set HTTPS_PROXY. What has "
-            "arrived is kept, and the same command continues."
+            f"machine, call it {target.name}, and name its folder: `refusal-jax data fetch --from=FOLDER`. Behind a proxy, set "
+            "HTTPS_PROXY. What has arrived is kept, and the same command continues."
         ) from None
     except OSError as error:
         raise cannot_write(target, error) from None

@@ -138,8 +138,8 @@ def _checkable(file: RawFile, folder: pathlib.Path, accept_new: bool) -> frozens
     known = expected(file, folder)
     if not known and not accept_new:
         raise UserError(
-            f"the sha256 of {file.name} is not known, so it could not be checked. Add --accept_new_hash to take it as it is "
-            f"once; its hash is then recorded in {folder / RECORD} and holds from there on."
+            f"the sha256 of {file.name} is not known, so it could not be checked. To take it as it is once: "
+            f"`refusal-jax data fetch --accept_new_hash`; its hash is then recorded in {folder / RECORD} and holds from there on."
         )
     return known
 
@@ -169,7 +169,7 @@ def stream_hub(hub: Mapping, target: pathlib.Path) -> None:
         raise UserError(
             f"the Hub data set {hub['path']} could not be streamed ({type(error).__name__}: {reason}). Check the network "
             f"and HF_HUB_OFFLINE, or write its first {hub['rows']} rows into {target.name} on another machine, one JSON "
-            "object a line, and name its folder with --from."
+            "object a line, and name its folder: `refusal-jax data fetch --from=FOLDER`."
         ) from None
     write_atomically(target, ("\n".join(lines) + "\n").encode())
 
@@ -183,7 +183,7 @@ def take_files(
     than expected or of an unknown hash.
     """
     if not source.is_dir():
-        raise UserError(f"{source} is not a folder. Name the folder that holds the files with --from.")
+        raise UserError(f"{source} is not a folder. Name the folder that holds the files.")
     complete = []
     for one in chosen:
         there = [file for file in one.files if (source / file.name).is_file()]
@@ -304,7 +304,7 @@ def build(manifest: Manifest, folder: pathlib.Path, alpaca: pathlib.Path | None 
         if all(path.is_file() for path in paths):
             sets[one.name] = read_set(one, paths)
         elif one.name == "alpaca" and alpaca is not None:
-            raise UserError(f"{alpaca} is not a file. Check --alpaca.")
+            raise UserError(f"{alpaca} is not a file. Name Alpaca's, or leave it out.")
     splits = build_splits(sets, manifest.advbench_train)
     for split in HARMLESS:
         if split in splits and (found := _hash(splits[split])) != manifest.splits[split]["sha256"]:

@@ -9,7 +9,7 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
-from refusal_jax.errors import UserError
+from refusal_jax.errors import UserError, setting
 from refusal_jax.files import file_hash
 from refusal_jax.models.hf_attributes import read_json
 
@@ -94,8 +94,8 @@ def read_directions(
     count = sum(len(one.raw_kd) for one in each)
     if count > 1 and layer is not None and not any(one.chosen for one in each):
         raise UserError(
-            f"--layer={layer} says at which layer one direction was read, and these are {count}, which are taken out everywhere "
-            "as the subspace that they span. Leave out --layer, or name one direction."
+            f"{setting('layer', layer)} says at which layer one direction was read, and these are {count}, which are taken "
+            f"out everywhere as the subspace that they span. Leave out {setting('layer')}, or name one direction."
         )
     if len({one.raw_kd.shape[1] for one in each}) > 1:
         raise UserError(
@@ -145,8 +145,8 @@ def read_each(
     if position is not None and not any(array.ndim == 3 for array in values):
         shapes = ", ".join(f"{f.name} {list(array.shape)}" for f, array in zip(files, values, strict=True))
         raise UserError(
-            f"--position={position} chooses among mean differences, [positions, layers, D], and there are none: {shapes}. Leave "
-            "it out, or name the file of mean differences."
+            f"{setting('position', position)} chooses among mean differences, [positions, layers, D], and there are none: "
+            f"{shapes}. Leave it out, or name the file of mean differences."
         )
     return [_taken(f, array, position, layer, n_layers, subspace) for f, array in zip(files, values, strict=True)]
 
@@ -157,8 +157,8 @@ def _taken(file: pathlib.Path, values: np.ndarray, position, layer, n_layers, su
     if values.ndim == 3:
         if subspace:
             raise UserError(
-                f"{file} holds mean differences, [positions, layers, D], of which one is taken, and --subspace takes all rows of "
-                "a file [directions, D]. Leave it out."
+                f"{file} holds mean differences, [positions, layers, D], of which one is taken, and {setting('subspace')} "
+                "takes all rows of a file [directions, D]. Leave it out."
             )
         row_d, at, words = _candidate(file, values, told, position, layer)
         return Taken(file, row_d[None], at, True, f"{file.name}: {words}")
@@ -167,7 +167,8 @@ def _taken(file: pathlib.Path, values: np.ndarray, position, layer, n_layers, su
         return Taken(file, rows_kd, told.get("layer") if layer is None else layer, False, file.name)
     if subspace and layer is not None:
         raise UserError(
-            f"--subspace takes all {len(rows_kd)} rows of {file}, and --layer={layer} one of them. Leave out one of the two."
+            f"{setting('subspace')} takes all {len(rows_kd)} rows of {file}, and {setting('layer', layer)} one of them. "
+            "Leave out one of the two."
         )
     if not subspace and _row_per_layer(file, len(rows_kd), layer, n_layers, subspace is not None):
         return Taken(
@@ -182,14 +183,15 @@ def _row_per_layer(file, count: int, layer: int | None, n_layers: int | None, se
     per_layer = layer is not None if n_layers is None else count in (n_layers, n_layers + 1)
     if not per_layer and layer is not None:
         raise UserError(
-            f"--layer={layer} was given, but {file} has {count} rows and the model has {n_layers} layers: they are not one "
+            f"{setting('layer', layer)} was given, but {file} has {count} rows and the model has {n_layers} layers: they "
+            "are not one "
             "direction a layer. " + ("Leave it out to take the subspace that they span." if several else ONE_ONLY)
         )
     if per_layer and layer is None:
         raise UserError(
-            f"{file} has {count} rows and the model has {n_layers} layers: they may be one direction for each layer, or {count} "
-            f"directions that span a subspace. Say which: --layer=N (0 to {n_layers - 1}) takes the direction of layer N"
-            + ("; --subspace takes all of them." if several else f". {ONE_ONLY}")
+            f"{file} has {count} rows and the model has {n_layers} layers: they may be one direction for each layer, or "
+            f"{count} directions that span a subspace. Say which: {setting('layer', 'N')} (0 to {n_layers - 1}) takes the "
+            "direction of layer N" + (f"; {setting('subspace')} takes all of them." if several else f". {ONE_ONLY}")
         )
     if per_layer:
         _check_layer(layer, n_layers or count)
@@ -231,13 +233,14 @@ def _candidate(file, values_pld, told: dict, position: int | None, layer: int | 
     positions, layers, _ = values_pld.shape
     if position is None or layer is None:
         raise UserError(
-            f"{file} holds {positions} positions x {layers} layers of mean differences and no {METADATA} lies beside it. Say "
-            f"which direction to take with --position (-{positions} to -1) and --layer (0 to {layers - 1})."
+            f"{file} holds {positions} positions x {layers} layers of mean differences and no {METADATA} lies beside it. "
+            f"Say which direction to take with {setting('position')} (-{positions} to -1) and {setting('layer')} (0 to "
+            f"{layers - 1})."
         )
     if not -positions <= position < positions or not 0 <= layer < layers:
         raise UserError(
-            f"{file} has no direction at position {position}, layer {layer}: its positions are -{positions} to -1, its layers "
-            f"0 to {layers - 1}."
+            f"{file} has no direction at position {position}, layer {layer}: its positions are -{positions} to -1, its "
+            f"layers 0 to {layers - 1}."
         )
     return values_pld[position, layer], layer, f"position {position - positions * (position >= 0)}, layer {layer}"
 

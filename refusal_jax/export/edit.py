@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from refusal_jax.edits import SITES
-from refusal_jax.errors import UserError
+from refusal_jax.errors import UserError, setting
 from refusal_jax.export.directions import Directions
 from refusal_jax.models.config import ModelConfig
 
@@ -44,12 +44,12 @@ class Edit:
         """
         directions.check_width(cfg.d_model)
         if not np.isfinite(scale) or scale == 0:
-            raise UserError(f"--scale = {scale} leaves nothing to do: give a number that is not zero.")
+            raise UserError(f"{setting('scale', scale)} leaves nothing to do: give a number that is not zero.")
         unknown = [site for site in sites if site not in WEIGHT_SITES]
         if unknown or not sites:
             raise UserError(
-                f"--sites = {','.join(sites) or 'nothing'}: what weights write is {', '.join(WEIGHT_SITES)}. A block's input "
-                "is what all writers before it wrote, so edit those."
+                f"{setting('sites', ','.join(sites) or 'nothing')}: what weights write is {', '.join(WEIGHT_SITES)}. A block's "
+                "input is what all writers before it wrote, so edit those."
             )
         if kind == "add":
             if len(directions.raw_kd) > 1:
@@ -58,14 +58,15 @@ class Edit:
                 )
             if layers is None and directions.layer is None:
                 raise UserError(
-                    "The direction does not tell at which layer to add it. Say so with --layers, such as --layers=12."
+                    f"The direction does not tell at which layer to add it. Say so, such as with {setting('layers', 12)}."
                 )
             layers = (directions.layer,) if layers is None else layers
         layers = tuple(sorted(set(range(cfg.n_layers) if layers is None else layers)))
         outside = [layer for layer in layers if not 0 <= layer < cfg.n_layers]
         if outside or not layers:
             raise UserError(
-                f"--layers names layer {outside[0] if outside else 'none'}; the model's layers are 0 to {cfg.n_layers - 1}."
+                f"The edit is at {f'layer {outside[0]}' if outside else 'no layer'}, and the model's layers are 0 to "
+                f"{cfg.n_layers - 1}. Choose {setting('layers')} among these."
             )
         whole = kind == "ablate" and len(layers) == cfg.n_layers and set(sites) == set(WEIGHT_SITES) and scale == 1
         return cls(kind, directions, layers, tuple(WEIGHT_SITES[site] for site in sites), float(scale), whole)

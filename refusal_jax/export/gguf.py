@@ -10,7 +10,7 @@ import struct
 
 import numpy as np
 
-from refusal_jax.errors import UserError
+from refusal_jax.errors import UserError, setting
 from refusal_jax.export.edit import Edit
 from refusal_jax.export.hf import Written
 from refusal_jax.models.config import ModelConfig
@@ -34,14 +34,14 @@ def check_expressible(cfg: ModelConfig, edit: Edit) -> None:
     if edit.kind != "add":
         raise UserError(
             "A control vector is a constant that llama.cpp adds to the residual stream. Ablation removes what is there "
-            "along the direction, which differs from token to token, so no constant can do it. Use --edit=add, or "
-            "--format=hf or lora for the ablation."
+            "along the direction, which differs from token to token, so no constant can do it. Use "
+            f"{setting('edit', 'add')}, or {setting('format', 'hf')} or lora for the ablation."
         )
     early = [layer for layer in edit.layers if layer < 2]
     if early:
         raise UserError(
             f"A control vector cannot add at the input of layer {early[0]}: llama.cpp adds to the outputs of blocks from 1 "
-            f"on, which are the inputs of layers 2 to {cfg.n_layers - 1}. Choose --layers among these."
+            f"on, which are the inputs of layers 2 to {cfg.n_layers - 1}. Choose {setting('layers')} among these."
         )
 
 

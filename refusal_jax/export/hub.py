@@ -2,7 +2,7 @@
 
 import pathlib
 
-from refusal_jax.errors import UserError
+from refusal_jax.errors import UserError, setting
 from refusal_jax.export.provenance import check
 
 
@@ -28,8 +28,8 @@ def push(folder: pathlib.Path, repository: str, public: bool = False, api=None) 
         raise cannot_push(folder, repository, error) from None
     if seen and not public:
         raise UserError(
-            f"{repository} is a public repository, so nothing was uploaded. Pass --public if everyone may have the export, or "
-            "another name."
+            f"{repository} is a public repository, so nothing was uploaded. Pass {setting('public')} if everyone may have the "
+            "export, or another name."
         )
     try:
         api.upload_folder(
@@ -47,6 +47,6 @@ def cannot_push(folder: pathlib.Path, repository: str, error: Exception) -> User
     reason = " ".join(str(error).split())[:300] or type(error).__name__
     return UserError(
         f"The export is whole in {folder}, but could not be pushed to {repository} ({reason}). Log in with `hf auth login`, or "
-        f"set HF_TOKEN to a token that may write, check name and network, and push it again: refusal-jax export "
-        f"--check={folder} --push-to-hub={repository}"
+        f"set HF_TOKEN to a token that may write, check name and network, and push it again: `refusal-jax export "
+        f"--check={folder} --push-to-hub={repository}`"
     )

@@ -14,7 +14,7 @@ import numpy as np
 from safetensors.numpy import load_file, save
 from tqdm import tqdm
 
-from refusal_jax.errors import UserError
+from refusal_jax.errors import UserError, setting
 from refusal_jax.export.edit import Edit
 from refusal_jax.export.hf import THREADS, Written
 from refusal_jax.export.tensor_edits import Projection, wanted_edits
@@ -41,12 +41,13 @@ def check_expressible(cfg: ModelConfig, edit: Edit, tied: str) -> None:
     if edit.kind == "add":
         raise UserError(
             "A LoRA adapter changes weights by products with what they read; an addition is the same whatever is read. Use "
-            "--format=gguf, a control vector, or --format=hf, a bias."
+            f"{setting('format', 'gguf')}, a control vector, or {setting('format', 'hf')}, a bias."
         )
     if cfg.tied_embeddings and tied == "keep":
         raise UserError(
             "A LoRA adapter changes what the embedding writes and leaves the unembedding that is tied to it, which is "
-            "--tied=untie. Only merging it into tied weights changes both. Use --tied=untie, --tied=skip or --format=hf."
+            f"{setting('tied', 'untie')}. Only merging it into tied weights changes both. Use {setting('tied', 'untie')}, "
+            f"{setting('tied', 'skip')} or {setting('format', 'hf')}."
         )
 
 

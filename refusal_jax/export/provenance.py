@@ -51,9 +51,7 @@ def check(folder: pathlib.Path) -> dict:
     changed or new.
     """
     if not (folder / PROVENANCE).is_file():
-        raise UserError(
-            f"{folder} holds no {PROVENANCE}, so it is no export of ours. Pass the folder of one to --check."
-        )
+        raise UserError(f"{folder} holds no {PROVENANCE}, so it is no export of ours. Pass the folder of one.")
     record = read_json(folder / PROVENANCE)
     files = record.get("files")
     usable = isinstance(files, dict) and all(isinstance(value, str) for value in files.values())

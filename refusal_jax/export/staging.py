@@ -20,12 +20,12 @@ def check_target(source: pathlib.Path, target: pathlib.Path) -> None:
     if (target / PROVENANCE).is_file():
         raise UserError(
             f"{target} exists already, an export of ours. Check it with `refusal-jax export --check={target}`, remove it, or "
-            "pass another --out."
+            "pass another folder."
         )
     if os.path.lexists(target):
-        raise UserError(f"{target} exists already and is no export of ours. Pass another --out.")
+        raise UserError(f"{target} exists already and is no export of ours. Pass another folder.")
     if source.resolve() in target.resolve().parents:
-        raise UserError(f"{target} lies inside the source checkpoint. Pass an --out elsewhere.")
+        raise UserError(f"{target} lies inside the source checkpoint. Pass a folder elsewhere.")
 
 
 @contextlib.contextmanager
@@ -41,7 +41,7 @@ def staged(target: pathlib.Path, size: int = 0):
         free = shutil.disk_usage(target.parent).free
         if size > free:
             raise UserError(
-                f"{target} needs {size:,} bytes, its disk has {free:,} free. Free space, or pass an --out on another disk."
+                f"{target} needs {size:,} bytes, its disk has {free:,} free. Free space, or pass a folder on another disk."
             )
         lock = _locked(staging)
     except OSError as error:
@@ -63,7 +63,7 @@ def staged(target: pathlib.Path, size: int = 0):
 
 def _refused(target: pathlib.Path, error: OSError) -> UserError:
     return UserError(
-        f"{target} could not be written: {error.strerror or error}. Free space, or pass an --out on a disk that you may write "
+        f"{target} could not be written: {error.strerror or error}. Free space, or pass a folder on a disk that you may write "
         "to, and run the same command again; nothing was left behind."
     )
 
@@ -79,7 +79,7 @@ def _locked(staging: pathlib.Path) -> int:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             os.close(lock)
-            raise UserError(f"Another process is writing {staging}. Wait for it, or pass another --out.") from None
+            raise UserError(f"Another process is writing {staging}. Wait for it, or pass another folder.") from None
         if not any(staging.iterdir()):
             return lock
         shutil.rmtree(staging)  # of a process that was killed

@@ -18,7 +18,7 @@ from collections import Counter
 
 import numpy as np
 
-from refusal_jax.errors import UserError
+from refusal_jax.errors import UserError, setting
 from refusal_jax.export.edit import Edit
 from refusal_jax.export.weight_files import Checkpoint
 from refusal_jax.models.config import ModelConfig
@@ -158,8 +158,8 @@ def wanted_edits(checkpoint: Checkpoint, edit: Edit, tied: str | None) -> dict[s
         edits.pop(TABLES[checkpoint.cfg.family]["embed"])
     if not edits:
         raise UserError(
-            "Nothing is left to edit: at these --sites no weight writes in these --layers (the embedding belongs to layer 0, and "
-            "--tied=skip leaves it). Name more of them."
+            "Nothing is left to edit: at these sites no weight writes in these layers (the embedding belongs to layer 0, and "
+            f"{setting('tied', 'skip')} leaves it). Name more of them."
         )
     return edits
 
@@ -176,12 +176,12 @@ def bias_additions(cfg: ModelConfig, edit: Edit) -> dict[str, Addition]:
     if not cfg.mlp_bias and cfg.family not in BIAS_SWITCHES:
         raise UserError(
             f"The MLP of a {cfg.family} model has no bias, so an addition cannot be written into its weights. Use "
-            "--format=gguf, a control vector for llama.cpp, or add at inference time with refusal_jax.Edits.add."
+            f"{setting('format', 'gguf')}, a control vector for llama.cpp, or add at inference time with refusal_jax.Edits.add."
         )
     if 0 in edit.layers:
         raise UserError(
-            "No block comes before layer 0 whose bias could hold an addition at its input. Choose --layers from 1 to "
-            f"{cfg.n_layers - 1}."
+            "No block comes before layer 0 whose bias could hold an addition at its input. Choose "
+            f"{setting('layers')} from 1 to {cfg.n_layers - 1}."
         )
     name, vector_d = TABLES[cfg.family]["blocks.down_bias"], edit.vector_d / cfg.residual_scale
     return {name.format(l=layer - 1): Addition(vector_d) for layer in edit.layers}

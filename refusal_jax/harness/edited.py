@@ -1,11 +1,13 @@
 """A chat model with edits as evaluation harnesses use it: made from their plain arguments, greedy replies with stop strings."""
 
 import dataclasses
+import functools
 import inspect
+import logging
 import pathlib
 import sys
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from tqdm import tqdm
@@ -21,16 +23,25 @@ from refusal_jax.models.config import load_config
 from refusal_jax.models.mirror import checkpoint_folder
 from refusal_jax.sharding import make_mesh
 from refusal_jax.storage import local_path
+from refusal_jax.thoughts import is_marked
+
+
+@functools.cache
+def warn_once(message: str) -> None:
+    """Logs a warning the first time that a process has it."""
+    logging.getLogger(__name__).warning(message)
 
 
 @dataclasses.dataclass(frozen=True)
 class Reply:
-    """A reply's text, up to any stop string and without special tokens; how many tokens were generated for it; and whether
-    it ended, rather than being cut."""
+    """A reply's text, up to any stop string; how many tokens were generated for it; and whether it ended, rather than being
+    cut. thinking: whether the end of a thought was asked for and did not come. marked: whether marks of a thought are in it."""
 
     text: str
     tokens: int
     ended: bool
+    thinking: bool
+    marked: bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,46 +55,67 @@ class EditedModel:
     @classmethod
     def load(cls, arguments: dict) -> "EditedModel":
         """From the arguments that `read_arguments` explains, by name. Raises UserError for unknown ones."""
-        known = tuple(inspect.signature(read_arguments).parameters)
-        unknown = sorted(set(arguments) - set(known))
+        unknown = sorted(set(arguments) - set(ARGUMENTS))
         if unknown:
-            raise UserError(f"unknown model argument {', '.join(unknown)}: the arguments are {', '.join(known)}.")
+            raise UserError(f"unknown model argument {', '.join(unknown)}: the arguments are {', '.join(ARGUMENTS)}.")
         return read_arguments(**arguments)
 
     def replies(
-        self, prompts: Sequence[Sequence[int]], max_new_tokens: int, stops: Sequence[Sequence[str]], rows: int, bar=None
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: int,
+        stops: Sequence[Sequence[str]],
+        rows: int,
+        bar=None,
+        thought_end: str | int | None = None,
+        show_marks: bool = False,
     ) -> list[Reply]:
         """Greedy replies to prompts of token ids, each with its own stop strings; bar: a progress bar to move, if any.
 
-        Prompts of like length share programs. Raises UserError for a prompt that does not fit the context with its reply.
+        Prompts of like length share programs. thought_end, show_marks: as for `cut`; before the end of a thought, stop
+        strings end nothing. Raises UserError for a prompt that does not fit the context with its reply.
         """
         replies: list[Reply | None] = [None] * len(prompts)
         for index, length in like_lengths(prompts):
             batch = self.model.chat.pad([prompts[i] for i in index], length)
 
             def over(number: int, ids: list[int], index=index) -> bool:
-                return self.cut(ids, stops[index[number]]).ended
+                reply = self.cut(ids, stops[index[number]], thought_end, show_marks)
+                return reply.ended and not reply.thinking
 
             found = self.model.reply_ids(
                 batch, max_new_tokens, self.edits, rows=rows, over=over if any(stops) else None
             )
             for numbers, ids in found:
                 for number, row in zip(numbers, ids.tolist(), strict=True):
-                    replies[index[number]] = self.cut(row, stops[index[number]])
+                    replies[index[number]] = self.cut(row, stops[index[number]], thought_end, show_marks)
                 if bar is not None:
                     bar.update(len(numbers))
         return replies
 
-    def cut(self, row: Sequence[int], stops: Sequence[str]) -> Reply:
-        """The reply of generated ids, which ends at an end token or before the first of the stop strings."""
+    def cut(
+        self, row: Sequence[int], stops: Sequence[str], thought_end: str | int | None = None, show_marks: bool = False
+    ) -> Reply:
+        """The reply of generated ids, which ends at an end token or before the first of the stop strings.
+
+        thought_end: a token's id, or a text, after whose last appearance the reply begins; None if thoughts stay in it.
+        show_marks: whether the text has the marks of thoughts, where they are special tokens too.
+        """
         chat = self.model.chat
         added = chat.tokenizer.get_added_vocab()
         marks = {added[stop] for stop in stops if stop in added}  # which the text does not show
-        ids = chat.before_end(row)
-        ids = ids[: next((i for i, token in enumerate(ids) if token in marks), len(ids))]
-        text = chat.tokenizer.decode(ids, skip_special_tokens=True)
+        ids, mark = chat.before_end(row), added.get(thought_end, thought_end)
+        start = max((i + 1 for i, token in enumerate(ids) if token == mark), default=0)
+        stop = next((i for i in range(start, len(ids)) if ids[i] in marks), len(ids))
+        shown, thinking = ids[start:stop], thought_end is not None and not start
+        text = chat.decode_with_marks(shown) if show_marks else chat.tokenizer.decode(shown, skip_special_tokens=True)
+        if isinstance(thought_end, str):
+            thinking, text = thinking and thought_end not in text, text.split(thought_end)[-1]
+        if thought_end is not None:
+            text = text.lstrip()
         end = min((at for stop in stops if stop and (at := text.find(stop)) >= 0), default=None)
-        return Reply(text[:end], len(ids), end is not None or len(ids) < len(row))
+        marked = is_marked(text[:end]) or not chat.mark_tokens.keys().isdisjoint(ids[start:stop])
+        return Reply(text[:end], stop, end is not None or stop < len(row), thinking, marked)
 
 
 def read_arguments(
@@ -101,6 +133,8 @@ def read_arguments(
     thinking: bool | None = None,
     cache: str = "",
     generation_from_checkpoint: bool = False,
+    enable_thinking: bool | None = None,
+    chat_template_args: Mapping | None = None,
 ) -> EditedModel:
     """A model with edits, from what can be written on a command line.
 
@@ -108,9 +142,16 @@ def read_arguments(
     embedded one. ablate, add: folder of a study or file of a direction, to take out or to add. scale: how much to add, or with
     `ablate` alone which part to take out. layer: where to add, default the direction's own; with position, which one of a file of
     mean differences, and alone which row of a file with one for each layer. data, fsdp, model: devices along each axis of the
-    mesh. generation_from_checkpoint: as in `load_model`. The others: as in a study's config. A leading ~ of paths is expanded.
+    mesh. generation_from_checkpoint: as in `load_model`. enable_thinking: another name of thinking. chat_template_args: more
+    names for the chat template, which win over thinking. The others: as in a study's config. A leading ~ of paths is expanded.
     Raises UserError for directions or settings that cannot be used.
     """
+    thinking = asked_thinking(thinking, enable_thinking)
+    if not isinstance(chat_template_args or {}, Mapping):
+        raise UserError(
+            f"chat_template_args = {chat_template_args!r} is not a mapping of names to values. Give one, such as "
+            '{"enable_thinking": false}: on a command line, in a file or JSON object of all model arguments.'
+        )
     paths = [local_path(str(path)) for path in (ablate, add) if path]
     studies = [Study.read(path, 1) for path in paths if path.is_dir() and not pretrained]
     told = studies[0].template if studies else {}
@@ -130,6 +171,8 @@ def read_arguments(
     for name, direction in (("ablate", ablated), ("add", added)):
         if direction is not None:
             tqdm.write(f"{name}: {direction.summary}", file=sys.stderr)
+    chat = dataclasses.replace(loaded.chat, template_arguments=dict(chat_template_args or {}))
+    loaded = dataclasses.replace(loaded, chat=chat)
     return EditedModel(
         loaded,
         one_edit(loaded, ablated, added, scale),
@@ -140,6 +183,21 @@ def read_arguments(
             if direction is not None
         },
     )
+
+
+ARGUMENTS = tuple(inspect.signature(read_arguments).parameters)
+
+
+def asked_thinking(thinking: bool | None, enable_thinking: bool | None) -> bool | None:
+    """The value of the switch that has two names. Raises UserError for no booleans, and if they contradict each other."""
+    given = {"thinking": thinking, "enable_thinking": enable_thinking}
+    for name, value in given.items():
+        if value not in (None, True, False):
+            raise UserError(f"{name} = {value!r} is neither true nor false.")
+    values = {bool(value) for value in given.values() if value is not None}
+    if len(values) > 1:
+        raise UserError("thinking and enable_thinking are two names of one switch and contradict each other: give one.")
+    return next(iter(values), None)
 
 
 def model_of(paths: Sequence[pathlib.Path], studies: Sequence[Study]) -> pathlib.Path:

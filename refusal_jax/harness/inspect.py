@@ -4,7 +4,8 @@
 
 DIR is the folder of an HF checkpoint (an absolute one after two slashes), or `study` for the model that the study of the edit ran
 on and, with no edit, the embedded one. -M takes the arguments of `edited.read_arguments` and batch_size. Samples that Inspect
-evaluates at the same time (--max-connections, default the batch size) are answered in batches.
+evaluates at the same time (--max-connections, default the batch size) are answered in batches. A thought before the reply becomes
+a reasoning part of the message, so scorers see the reply alone.
 """
 
 import dataclasses
@@ -18,6 +19,8 @@ from inspect_ai.model import (
     ChatCompletionChoice,
     ChatMessage,
     ChatMessageAssistant,
+    ContentReasoning,
+    ContentText,
     GenerateConfig,
     ModelAPI,
     ModelOutput,
@@ -26,8 +29,9 @@ from inspect_ai.model import (
 )
 from inspect_ai.tool import ToolChoice, ToolInfo
 
-from refusal_jax.errors import UserError
-from refusal_jax.harness.edited import EditedModel, Reply
+from refusal_jax import thoughts
+from refusal_jax.errors import UserError, spelt
+from refusal_jax.harness.edited import ARGUMENTS, EditedModel, Reply
 
 OF_THE_STUDY = "study"
 MAX_TOKENS = 512  # of a reply, where the task does not say
@@ -77,7 +81,8 @@ class RefusalJaxAPI(ModelAPI):
             raise UserError(f"batch_size = {batch_size}: give a number of rows.")
         if model_name != OF_THE_STUDY:
             edited = {"pretrained": model_name} | edited
-        self.batch_size, self.edited = batch_size, EditedModel.load(edited)
+        with spelt(model_argument):
+            self.batch_size, self.edited = batch_size, EditedModel.load(edited)
         self.waiting: list[Asked] = []
         self.free = anyio.Lock()
 
@@ -110,7 +115,10 @@ class RefusalJaxAPI(ModelAPI):
             )
         refuse_sampling(config)
         chat = self.edited.model.chat
-        ids = chat.ids(chat.render_messages([as_text(message) for message in input]))
+        with spelt(model_argument):
+            messages = [as_text(message) for message in input]
+            prompt = chat.render_messages(messages)
+        ids = chat.ids(prompt)
         room = chat.context_length - len(ids)
         if room < 1:
             return ModelOutput.from_content(
@@ -118,7 +126,12 @@ class RefusalJaxAPI(ModelAPI):
             )
         asked = Asked(ids, min(config.max_tokens or MAX_TOKENS, room), config.stop_seqs or ())
         reply = await self._answered(asked)
-        message = ChatMessageAssistant(content=reply.text, model=self.model_name, source="generate")
+        opened = thoughts.opened_by(prompt.rpartition(messages[-1]["content"].strip())[2])
+        parts = thoughts.split(reply.text, opened)
+        content = parts.text
+        if parts.inner:
+            content = [ContentReasoning(reasoning=parts.inner), ContentText(text=parts.text)]
+        message = ChatMessageAssistant(content=content, model=self.model_name, source="generate")
         choice = ChatCompletionChoice(message=message, stop_reason="stop" if reply.ended else "max_tokens")
         usage = ModelUsage(input_tokens=len(ids), output_tokens=reply.tokens, total_tokens=len(ids) + reply.tokens)
         return ModelOutput(
@@ -151,11 +164,16 @@ class RefusalJaxAPI(ModelAPI):
         """Sets the answers of a batch, in a thread of its own so that Inspect goes on."""
         part = [asked.ids for asked in batch], batch[0].max_tokens, [asked.stops for asked in batch]
         try:
-            answers: Sequence = self.edited.replies(*part, self.batch_size)
+            answers: Sequence = self.edited.replies(*part, self.batch_size, show_marks=True)
         except Exception as error:  # which all of them are told
             answers = [error] * len(batch)
         for asked, answer in zip(batch, answers, strict=True):
             asked.answer = answer
+
+
+def model_argument(name: str) -> str | None:
+    """Spells settings as Inspect takes them, for `errors.spelt`."""
+    return f"-M {name}=" if name in ARGUMENTS else None
 
 
 def refuse_sampling(config: GenerateConfig) -> None:
@@ -167,7 +185,8 @@ def refuse_sampling(config: GenerateConfig) -> None:
 
 
 def as_text(message: ChatMessage) -> dict[str, str]:
-    """A message as chat templates take it. Raises UserError for anything but text."""
+    """A message as chat templates take it, with thoughts in <think> and </think>, which templates know to leave out of earlier
+    turns. Raises UserError for anything but text."""
     kinds = (
         []
         if isinstance(message.content, str)
@@ -176,4 +195,7 @@ def as_text(message: ChatMessage) -> dict[str, str]:
     if kinds or message.role == "tool":
         what = " and ".join(kinds) or "a tool's result"
         raise UserError(f"A message of the task holds {what}: this provider reads text only. Use another task.")
-    return {"role": message.role, "content": message.text}
+    if isinstance(message.content, str):
+        return {"role": message.role, "content": message.content}
+    parts = (part.text if part.type == "text" else f"<think>\n{part.reasoning}\n</think>\n" for part in message.content)
+    return {"role": message.role, "content": "\n".join(parts)}

@@ -4,7 +4,6 @@ Importing this module registers the model; the harness has no plugins that it wo
 """
 
 import dataclasses
-import math
 from collections import defaultdict
 from collections.abc import Sequence
 from functools import partial
@@ -19,9 +18,9 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from refusal_jax.chat import bucket
 from refusal_jax.edits import Edits
-from refusal_jax.errors import UserError
+from refusal_jax.errors import UserError, spelt
 from refusal_jax.files import checkpoint_fingerprint
-from refusal_jax.harness.edited import EditedModel, progress
+from refusal_jax.harness.edited import ARGUMENTS, EditedModel, progress, warn_once
 from refusal_jax.models.attention import Context
 from refusal_jax.models.decoder import Decoder
 from refusal_jax.models.decoding import COMPUTED
@@ -31,6 +30,29 @@ from refusal_jax.sharding import replicate
 AUTO_BATCH = 32  # rows for --batch_size auto
 # Of generation settings those that greedy decoding obeys, and those that it makes pointless.
 OBEYED, POINTLESS = ("until", "max_gen_toks", "do_sample", "temperature"), ("top_p", "top_k")
+# Arguments of the harness's hf model that this one can only do without, with the values that ask for nothing.
+ONLY = {
+    "backend": ("default", "causal"),
+    "revision": ("main",),
+    "subfolder": (),
+    "tokenizer": (),
+    "truncation": (False,),
+    "softmax_dtype": ("float32",),
+    "mixed_precision_dtype": (),
+    "use_fast_tokenizer": (True,),
+    "peft": (),
+    "delta": (),
+    "autogptq": (False,),
+    "gptqmodel": (False,),
+    "gguf_file": (),
+}
+# Those that say how PyTorch is to run the model or load it, which is otherwise here.
+OF_TORCH = ("device", "parallelize", "max_memory_per_gpu", "max_cpu_memory", "offload_folder", "tp_plan", "device_map")
+OF_TORCH += ("attn_implementation", "low_cpu_mem_usage", "trust_remote_code")
+THOUGHTS_STAY = (
+    "Replies hold thoughts, which are scored with them. Give the model argument think_end_token, such as "
+    "think_end_token=</think>, to score what follows it."
+)
 
 
 @partial(jax.jit, static_argnames="n")
@@ -66,26 +88,49 @@ class RefusalJaxLM(TemplateLM):
         self,
         batch_size=1,
         max_batch_size=None,
-        device=None,
         max_length=None,
         max_gen_toks=256,
         add_bos_token=None,
+        prefix_token_id=None,
+        think_end_token=None,
         generation_from_checkpoint=True,
-        **edited,
+        **more,
     ):
-        """batch_size: rows, or auto. device: the harness's default is cuda:0, so it says nothing. max_length: of context and
-        continuation, default the model's. max_gen_toks: where a task does not say. add_bos_token: default, as the tokenizer
-        does. generation_from_checkpoint: whether generation_config.json counts for replies, as it does for the harness's hf
-        model. edited: of `edited.read_arguments`. Raises UserError for anything that cannot be used."""
+        """batch_size: rows, or auto. max_length: of context and continuation, default the model's. max_gen_toks: where a task
+        does not say. add_bos_token: whether texts get a BOS token, default as the tokenizer does. prefix_token_id: what stands
+        before a text without a context, default BOS or else the end of text. think_end_token: a text or token id after which
+        the reply begins; what comes before is dropped. generation_from_checkpoint: whether generation_config.json counts for
+        replies, as it does for the harness's hf model. more: of `edited.read_arguments`, and what else the harness's hf model
+        takes. Raises UserError for anything that cannot be used."""
         super().__init__()
         if not isinstance(generation_from_checkpoint, bool):
             raise UserError(f"generation_from_checkpoint = {generation_from_checkpoint!r}, expected true or false.")
         self.generation_from_checkpoint = generation_from_checkpoint
         self.batch_size = _rows(batch_size, max_batch_size)
-        self.edited = EditedModel.load(edited)
+        edited = _without_hf_arguments(more)
+        self.enable_thinking = bool(edited.get("enable_thinking"))
+        if self.enable_thinking and think_end_token in (None, ""):
+            raise UserError(
+                "enable_thinking needs think_end_token, the text or token id that ends a thought, such as "
+                "think_end_token=</think>: else thoughts would be scored as replies."
+            )
+        with spelt(model_argument):
+            self.edited = EditedModel.load(edited)
         self.model, self.tokenizer = self.edited.model, self.edited.model.chat.tokenizer
+        if add_bos_token not in (None, True, False):
+            raise UserError(f"add_bos_token = {add_bos_token!r} is neither true nor false.")
+        vocab_size, context = self.model.chat.vocab_size, self.model.config.context_length
         self.add_bos_token, self.max_gen_toks = add_bos_token, max_gen_toks
-        self.max_length = min(max_length or math.inf, self.model.config.context_length)
+        self.custom_prefix_token_id = _token_id("prefix_token_id", prefix_token_id, vocab_size)
+        text = isinstance(think_end_token, str) and not think_end_token.isdecimal()
+        self.think_end_token = (
+            think_end_token or None if text else _token_id("think_end_token", think_end_token, vocab_size)
+        )
+        self.max_length = max_length or context
+        if not isinstance(self.max_length, int) or not 1 <= self.max_length <= context:
+            raise UserError(
+                f"max_length = {max_length}: give a number of tokens, at most the model's context of {context}."
+            )
 
     @property
     def eot_token_id(self) -> int:
@@ -94,6 +139,8 @@ class RefusalJaxLM(TemplateLM):
     @property
     def prefix_token_id(self) -> int:
         """What stands before a text without a context."""
+        if self.custom_prefix_token_id is not None:
+            return self.custom_prefix_token_id
         bos = getattr(self.tokenizer, "bos_token_id", None)
         return self.eot_token_id if bos is None else bos
 
@@ -114,17 +161,51 @@ class RefusalJaxLM(TemplateLM):
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """The conversation as text up to the start of the next reply or, without add_generation_prompt, to the end of the
-        last message, which the model is to go on with. Raises UserError if the template refuses it."""
-        if add_generation_prompt:
-            return self.model.chat.render_messages(chat_history)
-        return self.model.chat.render_messages(chat_history[:-1]) + chat_history[-1]["content"]
+        last message, which the model is to go on with. Where the template refuses a system message, it is left out, as by the
+        harness's hf model. Raises UserError if the template refuses the rest too."""
+        if not add_generation_prompt:
+            return self.apply_chat_template(chat_history[:-1]) + chat_history[-1]["content"]
+        try:
+            return self._rendered(chat_history)
+        except UserError as error:
+            rest = [message for message in chat_history if message["role"] != "system"]
+            if len(rest) == len(chat_history):
+                raise
+            text = self._rendered(rest)
+            warn_once(
+                f"{error} Here the system message is left out instead, as the harness's hf model does: descriptions of tasks and "
+                "system instructions do not reach the model."
+            )
+            return text
 
-    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_) -> list[int]:
-        """Token ids; a text that begins with the prefix token gets no other."""
+    def _rendered(self, messages: list[dict[str, str]]) -> str:
+        with spelt(model_argument):
+            return self.model.chat.render_messages(messages)
+
+    def tok_encode(
+        self, string: str, add_special_tokens: bool | None = None, left_truncate_len: int | None = None, **_
+    ) -> list[int]:
+        """Token ids; a text that begins with the prefix token gets no other, unless add_special_tokens says so."""
         if add_special_tokens is None:
-            begun = string.startswith(self.tokenizer.decode([self.prefix_token_id]))
-            add_special_tokens = not begun and self.add_bos_token is not False
-        return self.model.chat.ids(string, special=add_special_tokens)
+            add_special_tokens = not string.startswith(self.tokenizer.decode([self.prefix_token_id]))
+        ids = self._ids(string, add_special_tokens)
+        return ids[-left_truncate_len:] if left_truncate_len else ids
+
+    def _ids(self, text: str, special: bool) -> list[int]:
+        """Token ids. special: with BOS as add_bos_token says, by default with all that the tokenizer adds by itself."""
+        ids = self.model.chat.ids(text, special=special and self.add_bos_token is None)
+        bos = getattr(self.tokenizer, "bos_token_id", None)
+        return [bos, *ids] if special and self.add_bos_token and bos is not None else ids
+
+    def loglikelihood(self, requests, disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """As the harness defines it. Raises UserError with enable_thinking, after which no continuation comes at once."""
+        if self.enable_thinking:
+            tasks = ", ".join(sorted({request.task_name for request in requests if request.task_name}))
+            raise UserError(
+                f"enable_thinking goes with tasks that generate, and {tasks or 'this one'} scores given continuations, before "
+                "which the model would have to think. Leave out enable_thinking or the task."
+            )
+        return super().loglikelihood(requests, disable_tqdm)
 
     def _loglikelihood_tokens(self, requests, disable_tqdm: bool = False, **_) -> list[tuple[float, bool]]:
         """(sum of log-probabilities, whether greedy decoding gives just this) of each (key, context ids, continuation ids).
@@ -139,7 +220,8 @@ class RefusalJaxLM(TemplateLM):
                     f"A continuation has {len(continuation)} tokens, the model takes {self.max_length}. Raise max_length or "
                     "leave out the task."
                 )
-            ids = (list(context) + list(continuation))[-(self.max_length + 1) :]
+            context = list(context) or [self.prefix_token_id]  # of spaces only, without BOS
+            ids = (context + list(continuation))[-(self.max_length + 1) :]
             if continuation:
                 groups[tuple(ids[:-1])].append((i, len(continuation), ids[-1]))
         order = sorted(groups, key=len, reverse=True)
@@ -187,7 +269,8 @@ class RefusalJaxLM(TemplateLM):
         return totals.tolist()
 
     def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
-        """Greedy replies, cut before the first of the task's `until`; contexts that are too long lose their beginning."""
+        """Greedy replies, cut before the first of the task's `until`; contexts that are too long lose their beginning. With
+        think_end_token they are what follows it, and `until` does not end a thought."""
         groups = defaultdict(list)
         stops, prompts, decoded = [], [], {}
         for i, request in enumerate(requests):
@@ -196,9 +279,11 @@ class RefusalJaxLM(TemplateLM):
             if room < 1:
                 raise UserError(
                     f"max_gen_toks = {settings['max_gen_toks']} leaves no room for a prompt in the {self.max_length} tokens that "
-                    "the model takes. Lower it with --gen_kwargs max_gen_toks=N."
+                    "the model takes. Lower it with gen_kwargs max_gen_toks=N."
                 )
-            prompts.append(self.tok_encode(request.args[0])[-room:])
+            text, bos = request.args[0], getattr(self.tokenizer, "bos_token", None)
+            ids = self._ids(text, special=bos is None or not text.startswith(bos))
+            prompts.append(ids[-room:] or [self.prefix_token_id])
             stops.append(settings["until"])
             more = {name: value for name, value in settings.items() if name in COMPUTED}
             groups[settings["max_gen_toks"], repr(sorted(more.items()))].append(i)
@@ -209,10 +294,17 @@ class RefusalJaxLM(TemplateLM):
                 model = self.model.decoded(self.generation_from_checkpoint, **decoded[key])
                 edited = dataclasses.replace(self.edited, model=model)
                 part = [prompts[i] for i in index], tokens, [stops[i] for i in index], self.batch_size, bar
-                for i, reply in zip(index, edited.replies(*part), strict=True):
+                for i, reply in zip(index, edited.replies(*part, self.think_end_token), strict=True):
+                    if self.think_end_token is None and reply.marked:
+                        warn_once(THOUGHTS_STAY)
                     texts[i] = reply.text
                     self.cache_hook.add_partial("generate_until", requests[i].args, reply.text)
         return texts
+
+
+def model_argument(name: str) -> str | None:
+    """Spells settings as the harness takes them, for `errors.spelt`."""
+    return f"the model argument {name}=" if name in ARGUMENTS else None
 
 
 def greedy_settings(gen_kwargs: dict, max_gen_toks: int) -> dict:
@@ -220,7 +312,7 @@ def greedy_settings(gen_kwargs: dict, max_gen_toks: int) -> dict:
     settings = normalize_gen_kwargs(gen_kwargs, max_gen_toks)
     if settings["do_sample"] and settings.get("temperature") != 0:
         raise UserError(
-            "The task samples its replies, and this model decodes greedily. Add --gen_kwargs do_sample=false,temperature=0 if "
+            "The task samples its replies, and this model decodes greedily. Add gen_kwargs do_sample=false,temperature=0 if "
             "the greedy reply serves as well."
         )
     more = sorted(set(settings) - {*OBEYED, *POINTLESS, *COMPUTED})
@@ -239,4 +331,37 @@ def _rows(batch_size, max_batch_size) -> int:
         return min(AUTO_BATCH, int(max_batch_size or AUTO_BATCH))
     if not text.isdecimal() or int(text) < 1:
         raise UserError(f"batch_size = {batch_size}: give a number of rows, or auto.")
+    return int(text)
+
+
+def _without_hf_arguments(given: dict) -> dict:
+    """The arguments that are not of the harness's hf model alone. Raises UserError for those that ask for what this model
+    cannot do, and says of those that mean nothing here that they don't."""
+    wrong = [
+        f"{name} = {given[name]!r}"
+        for name, values in ONLY.items()
+        if name in given and given[name] not in (None, "", *values)
+    ]
+    if wrong:
+        raise UserError(
+            f"The harness's hf model takes {', '.join(wrong)}; this one can do nothing of the kind. Leave it out, or make a "
+            "checkpoint folder of what it names and give that as pretrained."
+        )
+    idle = [name for name in OF_TORCH if given.get(name)]
+    if idle:
+        warn_once(
+            f"{', '.join(idle)}: without a meaning here. JAX chooses the devices (JAX_PLATFORMS=cpu: the CPU), data, fsdp and "
+            "model spread the model over several, and code of a checkpoint is never run."
+        )
+    # Rows with one context are always scored together, so logits_cache is obeyed and denied alike.
+    return {name: value for name, value in given.items() if name not in (*ONLY, *OF_TORCH, "logits_cache")}
+
+
+def _token_id(name: str, value, vocab_size: int) -> int | None:
+    """A token id, if one is given, as a number or in digits. Raises UserError for anything that is none."""
+    if value in (None, ""):
+        return None
+    text = str(value)
+    if isinstance(value, bool) or not text.isdecimal() or int(text) >= vocab_size:
+        raise UserError(f"{name} = {value!r} is no token id of the model, which are 0 to {vocab_size - 1}.")
     return int(text)

@@ -29,7 +29,7 @@ import time
 import numpy as np
 from absl import app, flags
 
-from refusal_jax.errors import UserError
+from refusal_jax.errors import UserError, spelt
 from refusal_jax.storage import local_path
 
 JOBS = ("extraction_selection", "generation")
@@ -155,15 +155,17 @@ def _run_oracle(oracle: pathlib.Path, task: dict, folder: pathlib.Path) -> dict:
 def work(file: str) -> None:
     """One job with refusal_jax, alone in a process: reads the task from `file` and writes the result to it."""
     from refusal_jax.chat_model import load_model
+    from refusal_jax.jobs.main import as_flags
 
     path = pathlib.Path(file)
     task = json.loads(path.read_text())
     start = time.perf_counter()
-    model = load_model(task["model"], "float32")
-    load = time.perf_counter() - start
-    job = _generation if task["job"] == "generation" else _extraction_selection
-    first, _ = job(model, task)
-    seconds, result = job(model, task)
+    with spelt(as_flags("bench")):
+        model = load_model(task["model"], "float32")
+        load = time.perf_counter() - start
+        job = _generation if task["job"] == "generation" else _extraction_selection
+        first, _ = job(model, task)
+        seconds, result = job(model, task)
     path.write_text(json.dumps({"load": load, "first_seconds": first, "seconds": seconds, **result}))
 
 

@@ -17,12 +17,15 @@ the model known to `lm_eval.simple_evaluate(model="refusal_jax", …)`.) Install
   dtype=NAME             float32, bfloat16, float16; default: float32 on CPU, bfloat16 elsewhere
   data=N, fsdp=N, model=N   devices along each axis of the mesh
   chat_template=NAME|FILE, thinking=true, cache=DIR   as in a study's config
-  max_length=N, max_gen_toks=N, add_bos_token=false   as for the harness's hf model
+  max_length=N, add_bos_token=true|false, prefix_token_id=ID, think_end_token=TEXT|ID, enable_thinking=true|false,
+  chat_template_args={...}   as for the harness's hf model; its other arguments are refused, or said to mean nothing here
+  max_gen_toks=N         the longest reply, where the task does not say
   generation_from_checkpoint=false   plain greedy decoding; by default, what generation_config.json says of greedy decoding
                          (such as repetition_penalty) counts, as for the harness's hf model
 
 Decoding is greedy: tasks that sample are refused, unless --gen_kwargs do_sample=false,temperature=0 is given. Give a --batch_size
-(or auto, 32): the harness's default is 1. JAX picks the devices (JAX_PLATFORMS=cpu the CPU), not --device.
+(or auto, 32): the harness's default is 1. A model that thinks needs think_end_token=</think> or what else ends its thoughts, or
+they are scored with the reply; stop strings do not end a thought. JAX picks the devices (JAX_PLATFORMS=cpu: the CPU).
 """
 
 import importlib.util

@@ -8,6 +8,7 @@ import os
 import pathlib
 import sys
 import textwrap
+from collections.abc import Callable
 
 JOBS = ("study", "plan", "export", "chat", "data", "evaluate", "lm_eval", "bench", "organism")
 DISK_ERRORS = (errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EPERM, errno.EDQUOT)
@@ -127,6 +128,25 @@ def prepare_job(job: str, argv: list[str]):
     return module, left[1:]
 
 
+def as_flags(job: str) -> Callable[[str], str | None]:
+    """How a job's flags spell settings, for `errors.spelt`: by a flag of that name or, where the job takes a study's config, by
+    the field of it. A field is also spelt by a flag that has its last name."""
+    from absl import flags
+
+    names = {flag.name for flag in flags.FLAGS.get_key_flags_for_module(f"refusal_jax.jobs.{job}")}
+
+    def spelling(name: str) -> str | None:
+        path = name.removeprefix("config.")
+        if path in names:
+            return f"--{path}"
+        if "config" in names and (path != name or path in flags.FLAGS["config"].value):
+            return f"--config.{path}"
+        last = path.rpartition(".")[2]
+        return f"--{last}" if path != name and last in names else None
+
+    return spelling
+
+
 def verdict(error: BaseException) -> tuple[int, str]:
     """The exit code and the user's paragraph that an exception comes to."""
     from refusal_jax.errors import UserError
@@ -146,13 +166,15 @@ def verdict(error: BaseException) -> tuple[int, str]:
 def run_job(job: str, argv: list[str]) -> int:
     """Runs a job with its flags; the exit code."""
     from refusal_jax import distributed
+    from refusal_jax.errors import spelt
 
     if any(arg in ("--help", "-h", "-help", "--helpfull") for arg in argv):
         print(help_text(job))
         return 0
     try:
         module, arguments = prepare_job(job, argv)
-        module.main(arguments)
+        with spelt(as_flags(job)):
+            module.main(arguments)
         distributed.finish()
         return 0
     except (Exception, KeyboardInterrupt) as error:

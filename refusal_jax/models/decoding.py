@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from refusal_jax.errors import UserError, shown
+from refusal_jax.errors import UserError, field, setting, shown
 from refusal_jax.models.hf_attributes import read_json
 
 FILE, CONFIG = "generation_config.json", "config.json"
@@ -194,9 +194,10 @@ class GenerationSettings:
         ]
         if unknown or several:
             raise UserError(
-                f"{self.where} sets {', '.join([*unknown, *several])}, which may change greedy replies and is not computed here. "
-                "Decode plainly, as in the paper (generation_from_checkpoint and --config.generation.from_checkpoint off, "
-                "which is a study's default), or take it out."
+                f"{self.where} sets {', '.join([*unknown, *several])}, which may change greedy replies and is not computed "
+                "here. Decode plainly, as in the paper "
+                f"({setting('generation_from_checkpoint', False) or field('generation.from_checkpoint', False)}), or take "
+                "it out."
             )
         return Values(self.where, changing, self.eos_ids, vocab_size).decoding(ends) if changing else None
 
@@ -310,8 +311,8 @@ def end_ids(folder: pathlib.Path) -> tuple[int, ...]:
         ids = [i for i in (value if isinstance(value, list) else [value]) if i is not None]
         if not all(_integer(i) and i <= LARGEST for i in ids):
             raise UserError(
-                f"{folder / name} sets eos_token_id = {shown(value)}, expected a token id, or a list of them, up to {LARGEST}. "
-                "Set it to the id of the token that ends replies."
+                f"{folder / name} sets eos_token_id = {shown(value)}, expected a token id, or a list of them, up to "
+                f"{LARGEST}. Set it to the id of the token that ends replies."
             )
         if found := tuple(dict.fromkeys(i for i in ids if i >= 0)):
             return found

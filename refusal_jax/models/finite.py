@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from refusal_jax.errors import UserError
+from refusal_jax.errors import UserError, setting
 
 
 def check_finite(finite_r, dtype, what: str, edited_r=False) -> None:
@@ -15,8 +15,8 @@ def check_finite(finite_r, dtype, what: str, edited_r=False) -> None:
     if not bad_r.any():
         return
     advice = {
-        "float16": "float16 holds no number over 65504: use bfloat16 or float32 (--config.dtype, --dtype or dtype=).",
-        "bfloat16": "Use float32 (--config.dtype, --dtype or dtype=); if that fails too, the checkpoint is damaged.",
+        "float16": f"float16 holds no number over 65504: use bfloat16 or float32 ({setting('dtype') or 'dtype'}).",
+        "bfloat16": f"Use float32 ({setting('dtype') or 'dtype'}); if that fails too, the checkpoint is damaged.",
     }.get(str(dtype), "The checkpoint is damaged: fetch its weights again.")
     if (bad_r & edited_r).any():
         advice = (

@@ -1,5 +1,6 @@
 """The tables that a finished study prints: the report's numbers, for a terminal."""
 
+from refusal_jax.errors import field
 from refusal_jax.models.decoding import in_words
 from refusal_jax.report.concerns import find_concerns
 from refusal_jax.report.summary import (
@@ -20,7 +21,7 @@ COLUMNS = ("baseline", "ablation", "actadd")
 def decoding_line(setup: dict) -> str:
     """How replies were decoded, in words; empty for a run that did not record it."""
     record = setup.get("decoding")
-    return in_words(record, "--config.generation.from_checkpoint=True") if record else ""
+    return in_words(record, field("generation.from_checkpoint", True)) if record else ""
 
 
 def setup_lines(setup: dict) -> list[str]:
@@ -33,7 +34,7 @@ def setup_lines(setup: dict) -> list[str]:
     bundled = setup["bundled_prompts"]
     warning = (
         f"Prompts: bundled ({', '.join(bundled)}). They are made for the embedded model, and results on another mean "
-        "little: give all six sets, --config.data.harmful_train=FILE and so on."
+        f"little: give all six sets, {field('data.harmful_train', 'FILE')} and so on."
     )
     return [warning] * bool(bundled) + [
         f"Chat template: {setup['chat_template']}, thinking {'on' if setup['thinking'] else 'off'}. Post-instruction "

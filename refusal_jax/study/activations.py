@@ -11,7 +11,7 @@ from tqdm import tqdm
 from refusal_jax.chat import bucket
 from refusal_jax.chat_model import ChatModel
 from refusal_jax.edits import Edits
-from refusal_jax.errors import UserError
+from refusal_jax.errors import UserError, setting
 from refusal_jax.models.attention import Context
 from refusal_jax.models.decoder import Decoder
 from refusal_jax.models.finite import check_finite
@@ -83,11 +83,17 @@ def extract(
         scores[index], kept[index] = scores_b[: len(index)], kept_b[: len(index)]
         total += offsets.astype(np.float64) + kept_b.sum() * first.astype(np.float64)
     if not kept.any():
+        settable = setting("config.refusal_tokens"), setting("config.filter", False)
+        ways = (
+            [f"set {settable[0]}", f"switch the filter off with {settable[1]}"]
+            if all(settable)
+            else ["take another model"]
+        )
+        ways.append("check the prompts")
         side, why = ("harmful", "is refused") if sign > 0 else ("harmless", "is complied with")
         raise UserError(
             f"The filter kept none of the {n} prompts of '{title}': no {side} prompt {why} (scores from "
             f"{scores.min():.2f} to {scores.max():.2f}, the {side} side needs {'> 0' if sign > 0 else '< 0'}). The model "
-            "may not refuse at all, or refuses with other words: set --config.refusal_tokens, check the prompts, or "
-            "switch the filter off with --config.filter=False."
+            f"may not refuse at all, or refuses with other words: {' or '.join(ways)}."
         )
     return Extraction(scores, kept, total / kept.sum())

@@ -24,7 +24,7 @@ from refusal_jax.chat import Chat, bucket
 from refusal_jax.chat_model import ChatModel, load_model
 from refusal_jax.data.prompts import read_text
 from refusal_jax.edits import Edits
-from refusal_jax.errors import UserError
+from refusal_jax.errors import UserError, spelt
 from refusal_jax.files import checkpoint_fingerprint
 from refusal_jax.models.attention import Context
 from refusal_jax.models.config import load_config
@@ -132,6 +132,10 @@ def _template(name: str, path: str) -> str:
     return text
 
 
+def not_asked(name: str) -> None:
+    """Spells settings of judges, which nobody can give."""
+
+
 @dataclasses.dataclass(frozen=True)
 class ModelJudge:
     """A checkpoint that judges; it is loaded by `judge` and released before that returns."""
@@ -154,7 +158,8 @@ class ModelJudge:
     def check(self) -> None:
         """Raises UserError if the folder cannot be a judge of this kind, from its config and tokenizer."""
         config = load_config(self.folder)
-        chat = Chat.load(self.folder, config.context_length, config.vocab_size, self.chat_template)
+        with spelt(not_asked):
+            chat = Chat.load(self.folder, config.context_length, config.vocab_size, self.chat_template)
         label_ids(chat, self.kind.labels, self.name)
         self.fitted(chat, "a request", "a completion")
         text = self.text(chat, "a request", "a completion")

@@ -14,7 +14,7 @@ from refusal_jax.chat import Chat, bucket
 from refusal_jax.chat_model import ChatModel
 from refusal_jax.data.prompts import read_prompts, read_rows, resolve
 from refusal_jax.edits import Edits
-from refusal_jax.errors import UserError
+from refusal_jax.errors import UserError, field
 from refusal_jax.models.attention import Context
 from refusal_jax.models.decoder import Decoder
 from refusal_jax.models.finite import check_finite
@@ -92,7 +92,7 @@ def _batches(model: ChatModel, rows: Sequence[LossRow], batch_size: int, title: 
     if not order:
         raise UserError(
             f"'{title}' has no token to measure the loss on: every row is empty or cut before its response. "
-            "Raise --config.loss.text_tokens or drop the file."
+            f"Raise {field('loss.text_tokens')} or drop the file."
         )
     for start in tqdm(range(0, len(order), batch_size), desc=f"loss, {title}", unit="batch", leave=False):
         part = order[start : start + batch_size]

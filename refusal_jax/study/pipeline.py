@@ -22,7 +22,7 @@ from refusal_jax.chat import Chat
 from refusal_jax.chat_model import ChatModel, demo_model_path, load_model, weights_dtype
 from refusal_jax.data.prompts import BUNDLED, dataset_name, read_prompts, resolve
 from refusal_jax.edits import EPS, Edits
-from refusal_jax.errors import UserError
+from refusal_jax.errors import UserError, field
 from refusal_jax.files import checkpoint_fingerprint, file_hash
 from refusal_jax.models.attention import Context
 from refusal_jax.models.config import load_config
@@ -92,7 +92,7 @@ def check_settings(config: ConfigDict) -> list:
     if config.chat_template:
         named_template(config.chat_template)
     if not config.generation.conditions:
-        raise UserError("--config.generation.conditions is empty: name at least one, such as harmful_baseline.")
+        raise UserError(f"{field('generation.conditions')} is empty: name at least one, such as harmful_baseline.")
     stems = ["on_distribution"]
     for read, files in ((read_prompts, config.loss.text_files), (read_chat_pairs, config.loss.chat_files)):
         for file in (resolve(file, "loss") for file in files):
@@ -125,7 +125,7 @@ def check_numbers(config: ConfigDict) -> None:
     for name, value in numbers.items():
         least = 0 if name.endswith("batch_size") or name.startswith("mesh") else 1
         if value < least:
-            raise UserError(f"--config.{name} = {value}, expected at least {least}.")
+            raise UserError(f"{field(name)} = {value}, expected at least {least}.")
 
 
 def study_judges(config: ConfigDict, mesh=None) -> list:
@@ -210,8 +210,8 @@ class Study:
         if distributed.several() and (mesh is None or mesh.size != jax.device_count()):
             raise UserError(
                 f"The mesh has {1 if mesh is None else mesh.size} of the {jax.device_count()} devices of the "
-                f"{jax.process_count()} processes, which must all take part. Make the product of --config.mesh.data, "
-                f"--config.mesh.fsdp and --config.mesh.model {jax.device_count()}, or leave them all 0."
+                f"{jax.process_count()} processes, which must all take part. Make the product of "
+                f"{field('mesh.data')}, {field('mesh.fsdp')} and {field('mesh.model')} {jax.device_count()}, or leave them all 0."
             )
         model = load_model(
             self.folder,
@@ -229,7 +229,7 @@ class Study:
             most = model.config.context_length - longest
             if split.endswith("test") and room > most:
                 raise UserError(
-                    f"--config.generation.max_new_tokens = {room} does not fit: the longest prompt of {split} has {longest} "
+                    f"{field('generation.max_new_tokens')} = {room} does not fit: the longest prompt of {split} has {longest} "
                     f"tokens and the model's context is {model.config.context_length}. Set it to at most {most}, or drop "
                     "the longest prompts."
                 )
@@ -312,7 +312,7 @@ class Study:
         positions = len(template) if config.positions is None else config.positions
         if not 1 <= positions <= len(template):
             raise UserError(
-                f"--config.positions = {positions}, but the chat template puts {len(template)} tokens after the "
+                f"{field('positions')} = {positions}, but the chat template puts {len(template)} tokens after the "
                 f"instruction ({' '.join(chat.token_names(template))}). Choose 1 to {len(template)}."
             )
         refusal_ids, openings = self.refusal_tokens()

@@ -15,7 +15,7 @@ import numpy as np
 
 from refusal_jax.chat import PROBES, Chat
 from refusal_jax.chat_model import ChatModel
-from refusal_jax.errors import UserError
+from refusal_jax.errors import UserError, field
 from refusal_jax.sharding import replicate
 from refusal_jax.study.activations import length_batches
 from refusal_jax.thoughts import MARKS
@@ -87,15 +87,17 @@ def refusal_openings(openings: Sequence[Opening], chat: Chat) -> tuple[int, ...]
         best = ", ".join(f"{o.text!r} {o.harmful:.3f} and {o.harmless:.3f}" for o in openings[:SHOWN])
         raise UserError(
             "No usual beginning of a reply tells harmful prompts from harmless ones. The best, with mean probability "
-            f"after harmful and after harmless prompts: {best}. {_thought_advice(chat) or NO_THOUGHT}"
+            f"after harmful and after harmless prompts: {best}. {_thought_advice(chat) or _other_advice()}"
         )
     return chosen
 
 
-NO_THOUGHT = (
-    "The model may not refuse, or refuses with other words: look at its replies and set --config.refusal_tokens=\"('I',)\" to "
-    "how refusals begin. Otherwise check --config.chat_template."
-)
+def _other_advice() -> str:
+    """What to do about a model whose replies begin without a thought."""
+    return (
+        f"The model may not refuse, or refuses with other words: look at its replies and set {field('refusal_tokens')} to how "
+        f"refusals begin, such as ('I',). Otherwise check {field('chat_template')}."
+    )
 
 
 def _thought_advice(chat: Chat) -> str:
@@ -108,15 +110,15 @@ def _thought_advice(chat: Chat) -> str:
         "thought, not its reply. "
     )
     if chat.thinking and not dataclasses.replace(chat, thinking=False).opened_thought:
-        return advice + "Set --config.thinking=False, with which this template opens none."
+        return advice + f"Set {field('thinking', False)}, with which this template opens none."
     close = next(close for mark, close in MARKS if opened.lower().startswith(mark.lower()))
     ending = "\\n" * opened.endswith("\n") + close + r"\n\n"  # as templates write an empty thought
     source = f"Chat.load({str(chat.tokenizer.name_or_path)!r}, 1).tokenizer.chat_template"
     if chat.template_origin.endswith(".jinja") and pathlib.Path(chat.template_origin).is_file():
         source = f"pathlib.Path({chat.template_origin!r}).read_text()"
     return (
-        f"{advice}--config.thinking does not change that. Close the thought at the end of a copy of the template, here "
-        "closed.jinja, and set --config.chat_template=closed.jinja:\n\n"
+        f"{advice}{field('thinking')} does not change that. Close the thought at the end of a copy of the template, here "
+        f"closed.jinja, and set {field('chat_template', 'closed.jinja')}:\n\n"
         "    import pathlib\n    from refusal_jax.chat import Chat\n\n"
         f"    template = {source}\n    end = r\"{{% if add_generation_prompt %}}{{{{ '{ending}' }}}}{{% endif %}}\"\n"
         "    pathlib.Path('closed.jinja').write_text(template + end)\n"

@@ -5,7 +5,7 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 
 from refusal_jax.data.prompts import dataset_name, read_prompts, resolve
-from refusal_jax.errors import UserError
+from refusal_jax.errors import UserError, field
 
 SPLITS = ("harmful_train", "harmless_train", "harmful_val", "harmless_val", "harmful_test", "harmless_test")
 STAGES = ("train", "val", "test")
@@ -56,7 +56,7 @@ def _shared_out(splits: Sequence[str], rows: list[dict], data, source: str, note
     if len(different) < len(splits):
         raise UserError(
             f"{source} serves {', '.join(splits)}, which must not share prompts, and has only {len(different)} different ones. "
-            "Put more prompts into it, or name another file for each (--config.data)."
+            f"Put more prompts into it, or name another file for each ({field('data')})."
         )
     asked = [data[f"n_{split.rpartition('_')[2]}"] for split in splits]
     counts = _shares(asked, len(different))

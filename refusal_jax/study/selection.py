@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from refusal_jax.chat_model import ChatModel
 from refusal_jax.edits import Edits
-from refusal_jax.errors import UserError
+from refusal_jax.errors import UserError, field, setting
 from refusal_jax.models.attention import Context
 from refusal_jax.models.decoder import Decoder
 from refusal_jax.models.finite import check_finite
@@ -83,12 +83,13 @@ def pick(rows: list[dict], rule: Rule) -> dict:
             + "."
         )
     )
+    grid = setting("config.select.full_grid", True)
     raise UserError(
         f"No candidate direction passes the filter: of {len(rows)}, {counts['layer']} are at layer {rule.layer_limit} "
         f"or above, {counts['nan']} have NaN scores, {counts['induce']} have an induce score under "
         f"{rule.induce_threshold}, {counts['kl']} of the rest a KL over {rule.kl_threshold}.{nearby} This model's refusal "
-        "may not be a single direction; to look further, raise --config.select.kl_threshold, lower "
-        "--config.select.induce_threshold, or see all scores with --config.select.full_grid=True."
+        f"may not be a single direction; to look further, raise {field('select.kl_threshold')} or lower "
+        f"{field('select.induce_threshold')}{f', or see all scores with {grid}' if grid else ''}."
     )
 
 

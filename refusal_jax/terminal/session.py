@@ -7,7 +7,7 @@ import numpy as np
 
 from refusal_jax.chat_model import ChatModel
 from refusal_jax.edits import Edits
-from refusal_jax.errors import UserError
+from refusal_jax.errors import UserError, setting
 from refusal_jax.export.directions import Directions
 from refusal_jax.terminal.screen import Piece, escaped
 
@@ -69,8 +69,8 @@ class Session:
         directions.check_width(model.config.d_model)
         if directions.layer is None:
             raise UserError(
-                "The file does not tell at which layer its direction was read. Give --layer, counted from 0, or the folder of a "
-                "study."
+                f"The file does not tell at which layer its direction was read. Give {setting('layer')}, counted from 0, "
+                "or the folder of a study."
             )
         self.model, self.raw_d = model, directions.raw_kd[0]
         self.max_new_tokens, self.numbers, self.history = max_new_tokens, numbers, history

@@ -1,0 +1,156 @@
+"""Messages name settings as what runs takes them: flags of the running job, a harness's arguments, or Python's keywords."""
+
+import ast
+import json
+import pathlib
+import re
+import subprocess
+import sys
+
+import pytest
+import tiny
+
+from refusal_jax import UserError
+from refusal_jax.chat import Chat
+from refusal_jax.errors import field, setting, spelt
+from refusal_jax.jobs.main import JOBS
+from refusal_jax.study.config import get_config
+from refusal_jax.templates import named_template
+
+PACKAGE = pathlib.Path(__file__).parents[1] / "refusal_jax"
+MODULES = sorted(PACKAGE.rglob("*.py"))
+FLAG = re.compile(r"(?<![\w-])--([a-z][\w.-]*\w)")
+DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+ANY_JOB = PACKAGE / "jobs" / "main.py"  # which speaks of flags as such
+
+
+def parsed(path: pathlib.Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+def flags_of(job: str) -> set[str]:
+    """The flags that a job defines or adopts, read from its source: jobs that share flags cannot be imported together."""
+    tree = parsed(PACKAGE / "jobs" / f"{job}.py")
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)]
+    found = {call.args[0].value for call in calls if call.func.attr.startswith("DEFINE_")}
+    adopts = any(call.func.attr == "adopt_module_key_flags" for call in calls)
+    return found | (flags_of("processes") if adopts else set())
+
+
+def texts(path: pathlib.Path) -> list[str]:
+    """The strings of a module that can reach a user, but for docstrings: values in f-strings are left out."""
+    tree, found = parsed(path), []
+    inside = {part for node in ast.walk(tree) if isinstance(node, ast.JoinedStr) for part in ast.walk(node)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.JoinedStr):
+            found.append("".join(part.value if isinstance(part, ast.Constant) else "X" for part in node.values))
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and node not in inside:
+            found.append(node.value)
+    documents = {ast.get_docstring(node, clean=False) for node in ast.walk(tree) if isinstance(node, DOCUMENTED)}
+    return [text for text in found if text not in documents]
+
+
+def is_field(name: str) -> bool:
+    node = get_config()
+    for part in name.split("."):
+        if part not in node:
+            return False
+        node = node[part]
+    return True
+
+
+def has(job: str, flag: str) -> bool:
+    """Whether a job takes a flag, of its own or of the config; placeholders such as --config.FIELD stand for any."""
+    flags, name = flags_of(job), flag.removeprefix("config.")
+    if name != flag:
+        return "config" in flags and (name.isupper() or is_field(name))
+    return flag in flags or flag.removeprefix("no") in flags or flag == "help"
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_flags_in_messages(path):
+    """Outside of whole commands only a job's own module names flags, and all flags are those of the job that they are for."""
+    if path in (PACKAGE / "__init__.py", ANY_JOB):  # the former's string is for the TPU's compiler
+        return
+    job = path.stem if path.parent.name == "jobs" and path.stem in JOBS else None
+    wrong = []
+    for text in texts(path):
+        for command in re.findall(r"refusal-jax (\w+ [^`]*)", text):
+            asked, _, rest = command.partition(" ")
+            wrong += [(command, flag) for flag in FLAG.findall(rest) if asked in JOBS and not has(asked, flag)]
+        rest = FLAG.sub("", text, 1) if text.startswith("--") and " " not in text else re.sub(r"`[^`]*`", "", text)
+        rest = re.sub(r"refusal-jax \w+ .*", "", rest)  # an example at the end
+        wrong += [(text, flag) for flag in FLAG.findall(rest) if not (job and has(job, flag))]
+    assert not wrong
+
+
+def test_settings_that_messages_name():
+    """Each is a field of the config where one is meant, and else a flag of some job."""
+    flags, named = set().union(*map(flags_of, JOBS)), {"setting": set(), "field": set()}
+    for path in MODULES:
+        for node in ast.walk(parsed(path)):
+            if isinstance(node, ast.Call) and getattr(node.func, "id", "") in named:
+                named[node.func.id] |= {arg.value for arg in node.args[:1] if isinstance(arg, ast.Constant)}
+    assert {"chat_template", "workdir", "layer", "sites"} <= named["setting"] and "positions" in named["field"]
+    for name in named["field"] | {n.removeprefix("config.") for n in named["setting"] if n.startswith("config.")}:
+        assert is_field(name), name
+    for name in named["setting"]:
+        assert name.startswith("config.") or name in flags, name
+
+
+# What a process of each job says, of a template and of a folder for results.
+SAYS = """
+import importlib, json, sys
+from refusal_jax.errors import field, setting, spelt
+from refusal_jax.jobs.main import as_flags
+from refusal_jax.storage import named_by
+from refusal_jax.templates import advice
+importlib.import_module(f"refusal_jax.jobs.{sys.argv[1]}")
+with spelt(as_flags(sys.argv[1])):
+    print(json.dumps([advice("X"), named_by(), setting("thinking", True), field("select.kl_threshold", 1)]))
+"""
+OWN_FILE = "write a fitting one to chat_template.jinja in the model's folder."
+THRESHOLD = "config.select.kl_threshold=1"
+
+
+@pytest.mark.parametrize(
+    ("job", "said"),
+    [
+        (
+            "study",
+            ["set --config.chat_template to X.", " as --workdir", "--config.thinking=True", f"--{THRESHOLD}"],
+        ),
+        ("plan", ["set --config.chat_template to X.", " as --out", "--config.thinking=True", f"--{THRESHOLD}"]),
+        ("chat", ["set --chat_template to X.", "", "--thinking=True", THRESHOLD]),
+        ("export", ["set --chat_template to X.", " as --out", None, THRESHOLD]),
+        ("evaluate", [OWN_FILE, " as --out", None, THRESHOLD]),
+        ("bench", [OWN_FILE, " as --out", None, "--kl_threshold=1"]),
+        ("lm_eval", [OWN_FILE, "", None, THRESHOLD]),
+    ],
+)
+def test_what_jobs_say(job, said):
+    done = subprocess.run([sys.executable, "-c", SAYS, job], capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout) == said
+
+
+def test_what_others_say(tmp_path, llama):
+    """Python, the harnesses, and judges, whose templates nobody can set."""
+    with pytest.raises(
+        UserError, match=r"there is no chat template 'x'\. Instead, set chat_template= to one of chatml"
+    ):
+        named_template("x")
+    assert (field("positions"), setting("scale", 2), setting("public")) == ("config.positions", "scale=2", "public=")
+    tiny.tiny_tokenizer(tmp_path, "{{ raise_exception('no') }}")
+    with spelt(lambda name: None), pytest.raises(UserError, match=rf"message \(no\)\. Repair it, or {OWN_FILE}"):
+        Chat.load(tmp_path, 64)
+    assert setting("scale") == "scale="  # as before
+    pytest.importorskip("lm_eval")
+    from refusal_jax.harness.lm_eval import RefusalJaxLM
+
+    with pytest.raises(UserError, match=r"set the model argument chat_template= to one of chatml"):
+        RefusalJaxLM(pretrained=str(llama), chat_template="x")
+    pytest.importorskip("inspect_ai")
+    from refusal_jax.harness.inspect import RefusalJaxAPI
+
+    with pytest.raises(UserError, match=r"set -M chat_template= to one of chatml"):
+        RefusalJaxAPI(str(llama), chat_template="x")
