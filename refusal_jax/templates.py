@@ -35,7 +35,8 @@ MARKS = {
 
 
 def advice(wanted: str) -> str:
-    """What to do about a chat template, as the end of a sentence; wanted: what the setting, if there is one, is to be."""
+    """Returns the end of a sentence, which says how to get another chat template. wanted: what the setting, if there is one, is
+    to be set to."""
     name = setting("chat_template")
     return f"set {name} to {wanted}." if name else "write a fitting one to chat_template.jinja in the model's folder."
 

@@ -94,7 +94,7 @@ class EditedModel:
     def cut(
         self, row: Sequence[int], stops: Sequence[str], thought_end: str | int | None = None, show_marks: bool = False
     ) -> Reply:
-        """The reply of generated ids, which ends at an end token or before the first of the stop strings.
+        """Returns the reply of generated ids, which ends at an end token or before the first of the stop strings.
 
         thought_end: a token's id, or a text, after whose last appearance the reply begins; None if thoughts stay in it.
         show_marks: whether the text has the marks of thoughts, where they are special tokens too.
@@ -115,7 +115,7 @@ class EditedModel:
         return Reply(text[:end], stop, end is not None or stop < len(row), thinking, marked)
 
     def decode(self, ids: Sequence[int], show_marks: bool = False) -> str:
-        """The text of ids without special tokens, but for the marks of thoughts if they are to be shown."""
+        """Returns the text of ids without special tokens; show_marks keeps those that are marks of thoughts."""
         tokenizer = self.model.chat.tokenizer
         if not show_marks or not self.special_marks:
             return tokenizer.decode(ids, skip_special_tokens=True)
@@ -124,13 +124,13 @@ class EditedModel:
 
     @functools.cached_property
     def special_marks(self) -> frozenset[int]:
-        """The ids of marks of thoughts that are special tokens, which decoding leaves out."""
+        """Finds the ids of marks of thoughts that are special tokens, which decoding leaves out."""
         known = getattr(self.model.chat.tokenizer, "added_tokens_decoder", {})
         return frozenset(i for i, token in known.items() if token.special and str(token) in MARKS)
 
 
 def split_thought(text: str, prompt: str = "") -> tuple[str, str]:
-    """The thought of a reply, "" if it has none, and the rest; a thought without an end is all there is.
+    """Returns the thought of a reply, "" if it has none, and the rest, which is "" if the thought has no end.
 
     prompt: what the reply goes on from, which may end in the mark that begins the thought.
     """
@@ -209,7 +209,8 @@ ARGUMENTS = tuple(inspect.signature(read_arguments).parameters)
 
 
 def asked_thinking(thinking: bool | None, enable_thinking: bool | None) -> bool | None:
-    """The value of the switch that has two names. Raises UserError for no booleans, and if they contradict each other."""
+    """Returns the value of the switch that has two names, None if neither is given. Raises UserError for
+    no booleans, and if they contradict each other."""
     given = {"thinking": thinking, "enable_thinking": enable_thinking}
     for name, value in given.items():
         if value not in (None, True, False):
