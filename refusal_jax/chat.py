@@ -125,8 +125,6 @@ class Chat:
         """
         roles = [message["role"] for message in messages]
         try:
-            if roles != ["user"] and self.template_origin.startswith("built in"):
-                raise ValueError("it takes one user message only")
             text = self.rendered(messages)
         except Exception as error:  # jinja errors, or a template's own raise_exception
             what = "a single user message" if roles == ["user"] else f"messages of {', '.join(roles)}"

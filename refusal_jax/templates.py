@@ -1,4 +1,4 @@
-"""Chat templates for tokenizers that bring none: the paper's (appendix C.3), for one user message and no system prompt.
+"""Chat templates for tokenizers that bring none: the paper's (appendix C.3), and for more turns their models' own forms.
 
 Older checkpoints (Qwen 1, Yi, first releases of Gemma and Llama) hold no template. Each of these is jinja text like a
 tokenizer's own, rendered in the same sandbox. What ends in a line end writes it as a jinja string, because jinja drops
@@ -17,12 +17,23 @@ from refusal_jax.errors import UserError, setting, shown
 from refusal_jax.models.hf_attributes import damaged, read_json
 from refusal_jax.storage import local_path
 
-CHATML = "<|im_start|>user\n{{ messages[0]['content'] }}<|im_end|>\n<|im_start|>assistant{{ '\\n' }}"
-GEMMA = "{{ bos_token }}<start_of_turn>user\n{{ messages[0]['content'] }}<end_of_turn>\n<start_of_turn>model{{ '\\n' }}"
-LLAMA_2 = "{{ bos_token }}[INST] {{ messages[0]['content'] }} [/INST] "
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant{{ '\\n' }}{% endif %}"
+)
+GEMMA = (
+    "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('it has no system role') }}{% endif %}"
+    "<start_of_turn>{{ 'user' if m['role'] == 'user' else 'model' }}\n{{ m['content'] }}<end_of_turn>\n{% endfor %}"
+    "{% if add_generation_prompt %}<start_of_turn>model{{ '\\n' }}{% endif %}"
+)
+LLAMA_2 = (
+    "{% for m in messages %}{% if m['role'] == 'user' %}{{ bos_token }}[INST] {% if loop.index0 == 1 and messages[0]['role'] == "
+    "'system' %}<<SYS>>\n{{ messages[0]['content'] }}\n<</SYS>>\n\n{% endif %}{{ m['content'] }} [/INST] "
+    "{% elif m['role'] == 'assistant' %}{{ m['content'] }} {{ eos_token }}{% endif %}{% endfor %}"
+)
 LLAMA_3 = (
-    "{{ bos_token }}<|start_header_id|>user<|end_header_id|>\n\n{{ messages[0]['content'] }}<|eot_id|>"
-    "<|start_header_id|>assistant<|end_header_id|>{{ '\\n\\n' }}"
+    "{{ bos_token }}{% for m in messages %}<|start_header_id|>{{ m['role'] }}<|end_header_id|>\n\n{{ m['content'] }}<|eot_id|>"
+    "{% endfor %}{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>{{ '\\n\\n' }}{% endif %}"
 )
 BUILT_IN = {
     "chatml": CHATML,  # Qwen, Yi
@@ -44,7 +55,8 @@ RENDER_SECONDS = 10.0  # after which a template counts as one that never ends
 
 
 def advice(wanted: str) -> str:
-    """What to do about a chat template, as the end of a sentence; wanted: what the setting, if there is one, is to be."""
+    """Returns the end of a sentence, which says how to get another chat template. wanted: what the setting, if there is one, is
+    to be set to."""
     name = setting("chat_template")
     return f"set {name} to {wanted}." if name else "write a fitting one to chat_template.jinja in the model's folder."
 

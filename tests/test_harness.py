@@ -227,9 +227,7 @@ def test_a_system_message_that_the_template_refuses(tmp_path, llama, caplog):
     for messages, new in ((talk[:2], True), (talk, False), (talk[1:], False)):
         assert ours.apply_chat_template(messages, new) == theirs.apply_chat_template(messages, new)
     warned = [record.message for record in caplog.records if record.name.startswith("refusal_jax")]
-    assert (
-        len(warned) == 1 and "(no system)" in warned[0] and "--system_instruction do not reach the model" in warned[0]
-    )
+    assert len(warned) == 1 and "(no system)" in warned[0] and "system instructions do not reach the model" in warned[0]
     with pytest.raises(UserError, match=r"failed on messages of user, user, user, user"):
         ours.apply_chat_template([talk[0], *talk[1:2] * 4])
     named = RefusalJaxLM(pretrained=str(tmp_path), chat_template="llama-3")  # which knows one user message only

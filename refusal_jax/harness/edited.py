@@ -96,7 +96,7 @@ class EditedModel:
     def cut(
         self, row: Sequence[int], stops: Sequence[str], thought_end: str | int | None = None, show_marks: bool = False
     ) -> Reply:
-        """The reply of generated ids, which ends at an end token or before the first of the stop strings.
+        """Returns the reply of generated ids, which ends at an end token or before the first of the stop strings.
 
         thought_end: a token's id, or a text, after whose last appearance the reply begins; None if thoughts stay in it.
         show_marks: whether the text has the marks of thoughts, where they are special tokens too.
@@ -189,7 +189,8 @@ ARGUMENTS = tuple(inspect.signature(read_arguments).parameters)
 
 
 def asked_thinking(thinking: bool | None, enable_thinking: bool | None) -> bool | None:
-    """The value of the switch that has two names. Raises UserError for no booleans, and if they contradict each other."""
+    """Returns the value of the switch that has two names, None if neither is given. Raises UserError for
+    no booleans, and if they contradict each other."""
     given = {"thinking": thinking, "enable_thinking": enable_thinking}
     for name, value in given.items():
         if value not in (None, True, False):

@@ -198,7 +198,8 @@ class RefusalJaxLM(TemplateLM):
         return [bos, *ids] if special and self.add_bos_token and bos is not None else ids
 
     def loglikelihood(self, requests, disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        """As the harness defines it. Raises UserError with enable_thinking, after which no continuation comes at once."""
+        """Scores continuations, as the harness defines it. Raises UserError if the model was asked to think, since no given
+        continuation follows the prompt then."""
         if self.enable_thinking:
             tasks = ", ".join(sorted({request.task_name for request in requests if request.task_name}))
             raise UserError(

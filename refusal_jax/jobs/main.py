@@ -129,8 +129,8 @@ def prepare_job(job: str, argv: list[str]):
 
 
 def as_flags(job: str) -> Callable[[str], str | None]:
-    """How a job's flags spell settings, for `errors.spelt`: by a flag of that name or, where the job takes a study's config, by
-    the field of it. A field is also spelt by a flag that has its last name."""
+    """Returns how a job's flags spell settings, for `errors.spelt`: by a flag of that name or, where the job takes a study's
+    config, by the field of it. A field is also spelt by a flag that has its last name."""
     from absl import flags
 
     names = {flag.name for flag in flags.FLAGS.get_key_flags_for_module(f"refusal_jax.jobs.{job}")}
