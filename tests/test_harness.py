@@ -230,11 +230,11 @@ def test_a_system_message_that_the_template_refuses(tmp_path, llama, caplog):
     assert len(warned) == 1 and "(no system)" in warned[0] and "system instructions do not reach the model" in warned[0]
     with pytest.raises(UserError, match=r"failed on messages of user, user, user, user"):
         ours.apply_chat_template([talk[0], *talk[1:2] * 4])
-    named = RefusalJaxLM(pretrained=str(tmp_path), chat_template="llama-3")  # which knows one user message only
+    named = RefusalJaxLM(pretrained=str(tmp_path), chat_template="gemma")  # which has no system role
     assert named.apply_chat_template(talk[:2]) == named.apply_chat_template(talk[1:2])
-    with pytest.raises(
-        UserError, match=r"\(built in: llama-3\) failed on messages of user, assistant, user \(it takes one"
-    ):
+    (tmp_path / "first.jinja").write_text("{{ messages[0]['content'] }}\n")
+    named = RefusalJaxLM(pretrained=str(tmp_path), chat_template=str(tmp_path / "first.jinja"))
+    with pytest.raises(UserError, match=r"first\.jinja\) leaves the instruction out"):
         named.apply_chat_template([*talk[1:], {"role": "user", "content": "further"}])
 
 

@@ -117,7 +117,7 @@ def test_a_template_that_always_opens_a_thought(thinking, tmp_path, monkeypatch)
     tiny.tiny_tokenizer(tmp_path, always, ("<think>", "</think>"))
     chat = Chat.load(tmp_path, 64, thinking=thinking)
     assert chat.opened_thought == "<think>\n"
-    message = r"\(tokenizer\) ends its prompts in '<think>\\n': .*--config\.thinking does not change that\. Close"
+    message = r"\(tokenizer\) ends its prompts in '<think>\\n': .*config\.thinking does not change that\. Close"
     with pytest.raises(UserError, match=message) as caught:
         refusal_openings([Opening(40, "I", 0.2, 0.2)], chat)
     exec(textwrap.dedent(str(caught.value).partition("\n\n")[2]), {})
@@ -131,7 +131,7 @@ def test_a_template_that_opens_a_thought_when_asked_to(tmp_path):
     asked = tiny.TEMPLATE.replace("\n\n{% endif %}", "\n\n{% if thinking %}<think>{% endif %}{% endif %}")
     tiny.tiny_tokenizer(tmp_path, asked, ("<think>", "</think>"))
     assert Chat.load(tmp_path, 64).opened_thought == ""
-    with pytest.raises(UserError, match=r"Set --config\.thinking=False, with which this template opens none"):
+    with pytest.raises(UserError, match=r"Set config\.thinking=False, with which this template opens none"):
         refusal_openings([Opening(40, "I", 0.2, 0.2)], Chat.load(tmp_path, 64, thinking=True))
 
 

@@ -198,6 +198,33 @@ def test_built_in_templates(name, tmp_path):
     check_every_prompt_ends_in(chat, BUILT_IN_TEXTS[name].partition("hi")[2])
 
 
+TALKS = {
+    "chatml": "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\nb<|im_end|>\n<|im_start|>user\nc<|im_end|>\n"
+    "<|im_start|>assistant\n",
+    "gemma": "{bos}<start_of_turn>user\na<end_of_turn>\n<start_of_turn>model\nb<end_of_turn>\n<start_of_turn>user\nc<end_of_turn>"
+    "\n<start_of_turn>model\n",
+    "llama-2": "{bos}[INST] a [/INST] b {eos}{bos}[INST] c [/INST] ",
+    "llama-3": "{bos}<|start_header_id|>user<|end_header_id|>\n\na<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\nb"
+    "<|eot_id|><|start_header_id|>user<|end_header_id|>\n\nc<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n",
+}
+
+
+@pytest.mark.parametrize("name", TALKS)
+def test_built_in_templates_take_conversations(name, tmp_path):
+    """Each turn is there, in its order, and a system prompt where the model knows one."""
+    chat = make_chat(tmp_path, None, IM + TURN, name)
+    talk = [{"role": role, "content": text} for role, text in zip(("user", "assistant", "user"), "abc", strict=True)]
+    marks = {"bos": chat.tokenizer.bos_token, "eos": chat.tokenizer.eos_token}
+    assert chat.render_messages(talk) == TALKS[name].format(**marks)
+    assert not chat.rendered(talk, reply=False).endswith(BUILT_IN_TEXTS[name][-12:]) or name == "llama-2"
+    system = [{"role": "system", "content": "be kind"}, *talk]
+    if name == "gemma":
+        with pytest.raises(UserError, match="it has no system role"):
+            chat.render_messages(system)
+    else:
+        assert "be kind" in chat.render_messages(system)
+
+
 def test_the_published_llama_3_prompt_begins_with_a_quote_between_two_bos(tmp_path):
     chat = make_chat(tmp_path, None, chat_template="llama-3-published")
     bos = chat.tokenizer.bos_token_id

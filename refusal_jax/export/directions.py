@@ -200,7 +200,7 @@ def _row_per_layer(file, count: int, layer: int | None, n_layers: int | None, se
 
 def _check_layer(layer: int, n_layers: int) -> None:
     if not 0 <= layer < n_layers:
-        raise UserError(f"There is no layer {layer}: the layers are 0 to {n_layers - 1}. Correct --layer.")
+        raise UserError(f"There is no layer {layer}: the layers are 0 to {n_layers - 1}. Correct {setting('layer')}.")
 
 
 def direction_file(path: pathlib.Path) -> pathlib.Path:
