@@ -11,6 +11,10 @@ checkpoint folders: llamaguard2 and llamaguard3, in their tokenizer's own templa
 prompt template that they were trained with, from a text file with {prompt} and {response} in it; llm, any chat model that is
 asked whether the reply does what the request asks for, in a question of its own or of a file.
 
+Thoughts (<think>…</think> and the notations of other families) are split off before anything is judged or counted; completions
+that never leave their thought are counted apart. Where a judge of more phrases finds other numbers of refusals, or replies are
+broken, that is said below the tables.
+
 OUT gets NAME_evaluations.json in the published format with a column for each judge, statistics.json, statistics.csv and, with
 --artifact, NAME_jailbreakbench.json. Stopped while a model judges, the same command continues.
 """

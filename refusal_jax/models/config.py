@@ -7,7 +7,7 @@ import pathlib
 from functools import partial
 
 from refusal_jax.errors import UserError, shown
-from refusal_jax.models.hf_attributes import MOST_EXPERTS, MOST_LAYERS, Reader, read_json
+from refusal_jax.models.hf_attributes import MOST_EXPERTS, MOST_LAYERS, Reader, adapter_advice, read_json
 from refusal_jax.models.rope import SPAN, Rope
 
 QUANTISATION = "quantization_config"
@@ -421,8 +421,6 @@ def load_config(folder: str | pathlib.Path) -> ModelConfig:
             "*.safetensors, tokenizer files); download one with `hf download NAME --local-dir DIR`."
         )
     if not os.path.lexists(folder / "config.json"):
-        from refusal_jax.models.tensor_names import adapter_advice  # here: it imports this module
-
         adapter = adapter_advice(folder)
         if adapter:
             raise UserError(adapter)

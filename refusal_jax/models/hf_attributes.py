@@ -32,6 +32,16 @@ INERT = frozenset(
 )
 
 
+ADAPTER = "adapter_config.json"
+MERGE = """
+
+    from peft import AutoPeftModelForCausalLM
+    from transformers import AutoTokenizer
+
+    model = AutoPeftModelForCausalLM.from_pretrained({folder!r}, dtype="auto").merge_and_unload()
+    model.save_pretrained({target!r})
+    AutoTokenizer.from_pretrained({base}).save_pretrained({target!r})
+"""
 MOST = 2**31 - 1  # of integers: sizes, counts and ids are int32 on the devices
 MOST_LAYERS, MOST_EXPERTS = 10_000, 100_000  # the latter in all layers together: each is several tensors to look for
 
@@ -92,6 +102,17 @@ def read_json(path: pathlib.Path) -> dict:
     if not isinstance(value, dict):
         raise damaged(path, f"holds a JSON {type(value).__name__}, expected an object")
     return value
+
+
+def adapter_advice(folder: pathlib.Path) -> str:
+    """Returns what to do about a folder that holds a PEFT adapter and no model, "" if it holds none."""
+    if not os.path.lexists(folder / ADAPTER):
+        return ""
+    base = read_json(folder / ADAPTER).get("base_model_name_or_path")
+    code = MERGE.format(
+        folder=str(folder), target=f"{folder}-merged", base=repr(base if isinstance(base, str) else "BASE")
+    )
+    return f"{folder} holds a PEFT adapter of {shown(base or 'a base model')}, not a model. Merge the two:{code}"
 
 
 class Reader:

@@ -5,12 +5,10 @@ names of its tensors, and saving a part of a model leaves them out. Nothing is r
 that it has read.
 """
 
-import os
 import pathlib
 import re
 from collections.abc import Collection
 
-from refusal_jax.errors import shown
 from refusal_jax.models.config import ModelConfig
 from refusal_jax.models.families import is_spare
 
@@ -22,16 +20,6 @@ UNMERGED = re.compile(
     r"\.(?:lora_[AB]|lora_embedding_[AB]|lora_magnitude_vector|base_layer|modules_to_save|original_module)\b"
 )
 PLAIN = re.compile(r"[\w.]+")  # the names that a checkpoint's code for users may hold
-ADAPTER = "adapter_config.json"
-MERGE = """
-
-    from peft import AutoPeftModelForCausalLM
-    from transformers import AutoTokenizer
-
-    model = AutoPeftModelForCausalLM.from_pretrained({folder!r}, dtype="auto").merge_and_unload()
-    model.save_pretrained({target!r})
-    AutoTokenizer.from_pretrained({base}).save_pretrained({target!r})
-"""
 RENAME = """
 
     import json, pathlib, re, shutil
@@ -115,16 +103,3 @@ def unmerged_advice(names: Collection[str]) -> str:
         f"such as {found[0]}. Load the model as it was saved, then call model = model.merge_and_unload() and "
         "model.save_pretrained(FOLDER)."
     )
-
-
-def adapter_advice(folder: pathlib.Path) -> str:
-    """Returns what to do about a folder that holds a PEFT adapter and no model, "" if it holds none."""
-    from refusal_jax.models.hf_attributes import read_json
-
-    if not os.path.lexists(folder / ADAPTER):
-        return ""
-    base = read_json(folder / ADAPTER).get("base_model_name_or_path")
-    code = MERGE.format(
-        folder=str(folder), target=f"{folder}-merged", base=repr(base if isinstance(base, str) else "BASE")
-    )
-    return f"{folder} holds a PEFT adapter of {shown(base or 'a base model')}, not a model. Merge the two:{code}"
