@@ -341,7 +341,7 @@ def _explained(folder: pathlib.Path) -> Iterator[None]:
 
 
 def _tokenizer_advice(folder: pathlib.Path, error: BaseException) -> str:
-    """What to do about a tokenizer whose files are whole, as far as their formats tell."""
+    """Returns what to do about a tokenizer whose files are whole, as far as their formats tell."""
     if isinstance(error, ImportError):
         return "Install the package that it asks for."
     if "trust_remote_code" in str(error):

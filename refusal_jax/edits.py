@@ -102,7 +102,7 @@ class Edits:
 
     @property
     def in_force_r(self) -> np.ndarray:
-        """Whether each row edits anything, bool `[R]`."""
+        """Returns whether each row edits anything, bool `[R]`."""
         return (np.asarray(self.layer_r) >= 0) | (np.asarray(self.gate_rls) != 0).any(axis=(1, 2))
 
     def take(self, rows) -> "Edits":

@@ -114,8 +114,8 @@ def read_directions(
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Taken:
-    """What was taken out of one file. raw_kd: `[K, D]`. layer: at whose input one direction was read. chosen: whether it was
-    picked from several. taken: all this in words."""
+    """The directions that were taken out of one file. raw_kd: `[K, D]`. layer: at whose input one direction was read. chosen:
+    whether it was picked from several. taken: all this in words."""
 
     file: pathlib.Path
     raw_kd: np.ndarray
@@ -152,7 +152,7 @@ def read_each(
 
 
 def _taken(file: pathlib.Path, values: np.ndarray, position, layer, n_layers, subspace) -> Taken:
-    """What is taken out of one file, whose array `[D]`, `[K, D]` or `[positions, layers, D]` is `values`."""
+    """Returns what is taken out of one file, whose array `[D]`, `[K, D]` or `[positions, layers, D]` is `values`."""
     told = read_metadata(file)
     if values.ndim == 3:
         if subspace:
@@ -178,8 +178,8 @@ def _taken(file: pathlib.Path, values: np.ndarray, position, layer, n_layers, su
 
 
 def _row_per_layer(file, count: int, layer: int | None, n_layers: int | None, several: bool) -> bool:
-    """Whether the `count` rows of a file are one direction a layer, of which `layer` is to be taken. several: whether a subspace
-    can be used. Raises UserError if that cannot be told, or if `layer` asks for a row that there is not."""
+    """Returns whether the `count` rows of a file are one direction a layer, of which `layer` is taken. several: whether a
+    subspace can be used. Raises UserError if that cannot be told, or if `layer` asks for a row that there is not."""
     per_layer = layer is not None if n_layers is None else count in (n_layers, n_layers + 1)
     if not per_layer and layer is not None:
         raise UserError(

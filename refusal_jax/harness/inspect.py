@@ -88,7 +88,7 @@ class RefusalJaxAPI(ModelAPI):
 
     @property
     def about(self) -> dict:
-        """What the log says of a reply: the edits, and the checkpoint's settings that it was or was not decoded with."""
+        """Returns what the log says of a reply: the edits, and the checkpoint's settings that it was or was not decoded with."""
         model = self.edited.model
         record = model.settings.record(model.decoding is not None)
         settings = {"generation_settings": record} if record["applied"] or record["left_out"] else {}

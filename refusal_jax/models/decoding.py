@@ -285,7 +285,7 @@ def _integer(value) -> bool:
 
 
 def _several(values: dict, name: str) -> bool:
-    """Whether a setting has a word of several tokens."""
+    """Returns whether a setting has a word of several tokens."""
     listed = values.get(name) if isinstance(values.get(name), list) else []
     words = [entry[0] if name == "sequence_bias" and isinstance(entry, list) and entry else entry for entry in listed]
     return any(isinstance(word, list) and len(word) > 1 for word in words)

@@ -1,4 +1,4 @@
-"""What tensor names that do not fit tell about how a checkpoint was saved, and what to do about it.
+"""Tensor names that do not fit tell how a checkpoint was saved, and what to do about it.
 
 Wrappers of a model (PEFT, torch.compile, data parallelism, a multimodal model around a text model) put prefixes before the
 names of its tensors, and saving a part of a model leaves them out. Nothing is renamed here: an export writes the names

@@ -93,7 +93,7 @@ def refusal_openings(openings: Sequence[Opening], chat: Chat) -> tuple[int, ...]
 
 
 def _other_advice() -> str:
-    """What to do about a model whose replies begin without a thought."""
+    """Returns what to do about a model whose replies begin without a thought."""
     return (
         f"The model may not refuse, or refuses with other words: look at its replies and set {field('refusal_tokens')} to how "
         f"refusals begin, such as ('I',). Otherwise check {field('chat_template')}."
@@ -101,7 +101,7 @@ def _other_advice() -> str:
 
 
 def _thought_advice(chat: Chat) -> str:
-    """What to do about a template that opens a thought at the prompt's end, "" if it opens none."""
+    """Returns what to do about a template that opens a thought at the prompt's end, "" if it opens none."""
     opened = chat.opened_thought
     if not opened:
         return ""
