@@ -285,15 +285,14 @@ class ChatModel:
 
 
 @partial(jax.jit, static_argnames=("taps", "last"))
-def _forward(decoder: Decoder, tokens_bt, whole_mask_bt, edits: Edits, *, taps: Taps, last: bool):
+def _forward(decoder: Decoder, tokens_bt, mask_bt, edits: Edits, *, taps: Taps, last: bool):
     """Returns logits, taps, and whether each row's are finite where it has tokens, bool `[B]`."""
-    mask_bt = whole_mask_bt
     x, tapped, _ = decoder.run(decoder.embed_tokens(tokens_bt), Context.of_prompt(decoder.cfg, mask_bt), edits, taps)
-    x, mask_bt = (x[:, -1:], mask_bt[:, -1:]) if last else (x, mask_bt)
+    x, real_bt = (x[:, -1:], mask_bt[:, -1:]) if last else (x, mask_bt)
     logits = decoder.logits(x)
-    finite_b = jnp.all(decoder.finite(x, logits) | ~mask_bt, axis=1)
+    finite_b = jnp.all(decoder.finite(x, logits) | ~real_bt, axis=1)
     for tapped_lbpd in tapped.values():
-        real_bp = whole_mask_bt[:, -tapped_lbpd.shape[2] :]
+        real_bp = mask_bt[:, -tapped_lbpd.shape[2] :]
         finite_b &= jnp.all(jnp.isfinite(tapped_lbpd).all(axis=(0, 3)) | ~real_bp, axis=1)
     logits = (logits[:, 0] if last else logits)[..., : decoder.cfg.vocab_size]
     return logits, tapped, replicate(decoder.mesh, finite_b)

@@ -1,10 +1,12 @@
 """The terminal chat: projections of growing replies, commands, two columns on a small terminal, untrusted text."""
 
 import re
+import shutil
 import types
 
 import numpy as np
 import pytest
+import tiny
 from test_jobs import command, refused
 
 from refusal_jax import Edits, Taps, UserError
@@ -242,3 +244,19 @@ def test_the_command_on_another_model(llama, tmp_path):
     refused(command("chat", file), "The model is missing: a direction from a file does not")
     done = command("chat", file, f"--model={llama}", "--layer=1", input="/off\n/quit\n/abate\n")
     assert done.returncode == 0 and "no edit" in done.stdout and "abate" not in done.stdout
+    folder = shutil.copytree(llama, tmp_path / "model")
+    tiny.edit_json(folder / "generation_config.json", repetition_penalty=1.9)
+    texts = []
+    for more, line in (
+        (
+            [],
+            "plain greedy, as in the paper; generation_config.json also sets repetition_penalty = 1.9, which is left out",
+        ),
+        (["--generation_from_checkpoint"], "greedy with repetition_penalty = 1.9, from generation_config.json."),
+    ):
+        asked = command(
+            "chat", file, f"--model={folder}", "--layer=1", "--max_new_tokens=16", *more, input="/off\nhelp\n"
+        )
+        assert f"Decoding: {line}" in asked.stdout, asked.stderr
+        texts.append(asked.stdout.partition("> help")[2])
+    assert texts[0] != texts[1]

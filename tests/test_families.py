@@ -52,7 +52,8 @@ def case(request, tmp_path_factory):
     kinds = Edits.concat([Edits.none(ours.cfg.d_model), Edits.ablate(direction), Edits.add(direction, ADDED_AT)])
     edits = kinds.take(np.repeat(range(3), len(LENGTHS))).for_batch(12, ours.cfg.n_layers, ours.cfg.d_model)
     out = _forward(ours, np.tile(tokens, (3, 1)), np.tile(mask, (3, 1)), edits, taps=Taps(TAP_SITES), last=False)
-    logits, taps = jax.tree.map(np.asarray, out)
+    logits, taps, finite = jax.tree.map(np.asarray, out)
+    assert finite.all()
     yield Case(folder, ours, families.reference(folder), tokens, mask, direction, logits, taps)
     jax.clear_caches()  # see conftest.py; no program serves two cases
 

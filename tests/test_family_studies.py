@@ -54,7 +54,7 @@ def test_a_mesh_changes_nothing(family, variant, tmp_path):
         direction = np.random.default_rng(0).normal(size=decoder.cfg.d_model)
         edits = Edits.ablate(direction).for_batch(4, decoder.cfg.n_layers, decoder.cfg.d_model)
         batch = jax.device_put((tokens, mask, edits), batch_sharding(mesh, 4))
-        logits, taps = _forward(decoder, *batch, taps=Taps(("mlp_out",), 3), last=True)
+        logits, taps, _ = _forward(decoder, *batch, taps=Taps(("mlp_out",), 3), last=True)
         outputs.append((np.asarray(logits), np.asarray(taps["mlp_out"])))
     for other in outputs[1:]:
         for a, b in zip(outputs[0], other, strict=True):

@@ -321,6 +321,19 @@ def test_an_evaluation_by_inspect(provider, model, tmp_path):
     )
 
 
+def test_inspect_with_the_generation_settings_of_the_checkpoint(llama, tmp_path):
+    pytest.importorskip("inspect_ai", reason="the extra inspect is not installed")
+    from inspect_ai.model import get_model
+
+    folder = shutil.copytree(llama, tmp_path / "model")
+    tiny.edit_json(folder / "generation_config.json", repetition_penalty=1.8)
+    outputs = []
+    for more, key in (({}, "left_out"), ({"generation_from_checkpoint": True}, "applied")):
+        outputs.append(ask(get_model(f"refusal_jax/{folder}", dtype="float32", memoize=False, **more), max_tokens=12))
+        assert outputs[-1].metadata["generation_settings"][key] == {"repetition_penalty": 1.8}
+    assert outputs[0].completion != outputs[1].completion
+
+
 def ask(provider, text="Sure", tools=(), **config):
     import asyncio
 

@@ -1,11 +1,13 @@
 """The whole study on a tiny random model: its folder, resuming it, and what it refuses before long work."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
+import tiny
 
-from refusal_jax import UserError
+from refusal_jax import UserError, load_model
 from refusal_jax.study import pipeline
 from refusal_jax.study.config import get_config
 from refusal_jax.study.judges import Verdict
@@ -178,6 +180,30 @@ def test_no_refusal_tokens_in_the_data(config, tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"No usual beginning of a reply tells .*'I' 0\.200 and 0\.200"):
         pipeline.run_study(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_generation_settings_of_the_checkpoint(config, llama, tmp_path):
+    folder = shutil.copytree(llama, tmp_path / "model")
+    tiny.edit_json(folder / "generation_config.json", repetition_penalty=1.9, top_k=3)
+    config.update(model=str(folder))
+    config.generation.update(max_new_tokens=12, conditions=("harmful_baseline", "harmless_baseline"))
+    replies, file = {}, "generation_config.json"
+    for asked, key, other in ((False, "left_out", "applied"), (True, "applied", "left_out")):
+        config.generation.from_checkpoint = asked
+        run = pipeline.run_study(config, tmp_path / key)
+        record = {"file": file, key: {"repetition_penalty": 1.9}, other: {}}
+        assert run.read_json(pipeline.SETUP)["decoding"] == record
+        rows = run.read_json("completions/harmful_test_baseline_completions.json")
+        replies[asked] = [row["response"] for row in rows]
+        model = load_model(folder, generation_from_checkpoint=asked)
+        assert replies[asked] == model.generate([row["prompt"] for row in rows], 12)
+    assert replies[True] != replies[False]
+    tiny.edit_json(folder / file, num_beams=2)
+    with pytest.raises(
+        UserError, match=rf"{file} sets num_beams = 2, which may change greedy replies .*from_checkpoint"
+    ):
+        pipeline.run_study(config, tmp_path / "beams")
+    assert not (tmp_path / "beams").exists()
 
 
 def test_chat_template_and_thinking(config, tmp_path):

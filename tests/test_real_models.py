@@ -122,7 +122,7 @@ def test_the_forward_pass_of_real_models_has_the_right_shapes(name):
     decoder = jax.eval_shape(lambda key: Decoder.init(cfg, key, jnp.bfloat16), jax.random.key(0))
     tokens, mask = jax.ShapeDtypeStruct((2, 16), jnp.int32), jax.ShapeDtypeStruct((2, 16), bool)
     edits = Edits.none(cfg.d_model).for_batch(2, cfg.n_layers, cfg.d_model)
-    logits, taps = jax.eval_shape(
+    logits, taps, _ = jax.eval_shape(
         lambda *args: _forward(*args, taps=Taps(TAP_SITES, 5), last=True), decoder, tokens, mask, edits
     )
     assert logits.shape == (2, cfg.vocab_size) and logits.dtype == jnp.float32
