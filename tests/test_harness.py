@@ -221,7 +221,9 @@ def test_a_system_message_that_the_template_refuses(tmp_path, llama, caplog):
 
     shutil.copytree(llama, tmp_path, dirs_exist_ok=True)
     refusing = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
-    tiny.tiny_tokenizer(tmp_path, refusing + "{% if messages | length == 4 %}{{ 1 / 0 }}{% endif %}" + tiny.TEMPLATE)
+    turns = ("<start_of_turn>", "<end_of_turn>")  # which the built-in template writes
+    failing = "{% if messages | length == 4 %}{{ 1 / 0 }}{% endif %}"
+    tiny.tiny_tokenizer(tmp_path, refusing + failing + tiny.TEMPLATE, turns)
     ours, theirs = RefusalJaxLM(pretrained=str(tmp_path)), HFLM(pretrained=str(tmp_path), device="cpu")
     talk = [{"role": "system", "content": "a"}, {"role": "user", "content": "b"}, {"role": "assistant", "content": "c"}]
     for messages, new in ((talk[:2], True), (talk, False), (talk[1:], False)):
@@ -273,7 +275,7 @@ def test_thoughts_end_as_in_the_harness(llama, lm, caplog, monkeypatch):
         ours = RefusalJaxLM(pretrained=str(llama), batch_size=4, think_end_token=mark)
         found = ours.generate_until(asked)
         assert found == theirs.generate_until(asked) and found != whole
-    monkeypatch.setattr("refusal_jax.harness.edited.MARKS", frozenset(whole[0][2]))
+    monkeypatch.setattr("refusal_jax.harness.edited.is_marked", lambda text: whole[0][2] in text)
     assert lm.generate_until(asked) == whole and ours.generate_until(asked) == found
     assert [record.message for record in caplog.records if record.name.startswith("refusal_jax")] == [THOUGHTS_STAY]
 
@@ -412,14 +414,14 @@ def test_a_template_that_refuses_a_conversation(tmp_path):
         ),
         (
             {"pretrained": True, "ablate": "rows.npy"},
-            r"rows.npy has 3 rows and the model has 3 layers: .*--layer=N .*Only one direction can be used here",
+            r"rows.npy has 3 rows and the model has 3 layers: .*layer=N .*Only one direction can be used here",
         ),
         ({"pretrained": True, "ablate": "rows.npy", "layer": 3}, "There is no layer 3: the layers are 0 to 2"),
         (
             {"pretrained": True, "ablate": "two.npy", "layer": 1},
             "two.npy has 2 rows and the model has 3 layers: they are not",
         ),
-        ({"pretrained": True, "ablate": "r.npy", "position": -1}, "--position=-1 chooses among mean differences"),
+        ({"pretrained": True, "ablate": "r.npy", "position": -1}, "the model argument position=-1 chooses among mean differences"),
         ({"pretrained": "~nosuchuser/m"}, "~nosuchuser/m: this machine knows no home folder for ~nosuchuser"),
         ({"pretrained": True, "add": "r.npy"}, "to be added at layer None, and the model's layers are 0 to 2"),
         ({"pretrained": True, "add": "r.npy", "layer": 3}, "to be added at layer 3, and the model's layers are 0 to 2"),
