@@ -421,7 +421,10 @@ def test_a_template_that_refuses_a_conversation(tmp_path):
             {"pretrained": True, "ablate": "two.npy", "layer": 1},
             "two.npy has 2 rows and the model has 3 layers: they are not",
         ),
-        ({"pretrained": True, "ablate": "r.npy", "position": -1}, "the model argument position=-1 chooses among mean differences"),
+        (
+            {"pretrained": True, "ablate": "r.npy", "position": -1},
+            "argument position=-1 chooses among mean differences",
+        ),
         ({"pretrained": "~nosuchuser/m"}, "~nosuchuser/m: this machine knows no home folder for ~nosuchuser"),
         ({"pretrained": True, "add": "r.npy"}, "to be added at layer None, and the model's layers are 0 to 2"),
         ({"pretrained": True, "add": "r.npy", "layer": 3}, "to be added at layer 3, and the model's layers are 0 to 2"),
