@@ -19,13 +19,29 @@ MARKS = (
     ("◁think▷", "◁/think▷"),
     ("<|begin_of_thought|>", "<|end_of_thought|>"),
     ("<|channel|>analysis<|message|>", "<|channel|>final<|message|>"),
-    ("<|channel|>analysis<|message|>", "assistantfinal"),  # what decoding without special tokens leaves of it
     ("<|channel>thought", "<channel|>"),
     ("<unused94>thought", "<unused95>"),
     ("Here is my thought process:", "Here is my response:"),
 )
-OPENS = frozenset(opening.lower() for opening, _ in MARKS)
-ANY = re.compile("|".join(re.escape(mark) for marks in MARKS for mark in marks), re.IGNORECASE)
+STRIPPED = ("analysis", "assistantfinal")  # what decoding without special tokens leaves of gpt-oss's marks
+OPENS = frozenset([STRIPPED[0], *(opening.lower() for opening, _ in MARKS)])
+
+
+def _pattern(mark: str) -> str:
+    """Returns a regular expression for a mark. The channel of gpt-oss may name a format before its message."""
+    return re.escape(mark).replace(re.escape("final<|message|>"), r"final(?:[^<]|<\|constrain\|>)*<\|message\|>")
+
+
+ANY = re.compile(
+    "|".join(
+        [rf"(?-i:\A{STRIPPED[0]}(?=[A-Z])|{STRIPPED[1]})", *(_pattern(mark) for marks in MARKS for mark in marks)]
+    ),
+    re.IGNORECASE,
+)
+# What may stand before a mark, or after a reply, where special tokens were decoded too.
+SPECIAL = r"<\|[^|<>]*\|>|</?s>|<bos>|<eos>|<(?:start|end)_of_turn>"
+NOTHING = re.compile(rf"(?:{SPECIAL}|assistant|model|\s)*")
+ENDS = re.compile(rf"(?:\s*(?:{SPECIAL}))+\Z")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,28 +69,35 @@ def split(generated: str, opened: str = "") -> Reply:
     """Splits the thought from generated text, which is stripped of white space at both ends.
 
     opened: what the prompt had opened already (`opened_by`), which is put before the text. A thought begins with an opening mark
-    at the start or the end of a line and ends with the next closing mark; marks within a line are only talked about. A closing
-    mark that nothing opened ends a thought too, as templates that open one leave no trace of it in the reply.
+    at the start or the end of a line and ends with the next closing mark; marks within a line are only talked about. Words close
+    what words opened, tags what tags opened. A closing tag that nothing opened ends a thought too, as templates that open one
+    leave no trace of it in the reply.
     """
-    whole = (opened + generated).strip()
-    said, inside, mentioned = 0, False, False  # said: where what is said begins
+    whole = ENDS.sub("", (opened + generated).strip())
+    said, inside, mentioned = 0, "", False  # said: where what is said begins; inside: the mark that opened the thought
     for mark in ANY.finditer(whole):
         if mark[0].lower() in OPENS:
-            first = not whole[said : mark.start()].rpartition("\n")[2].strip()
-            inside = inside or first or whole.startswith("\n", mark.end())
-            mentioned = not inside
-        elif inside or not (said or mentioned):
-            said, inside = mark.end(), False
+            first = NOTHING.fullmatch(whole[said : mark.start()].rpartition("\n")[2])
+            real = first or whole.startswith("\n", mark.end())
+            inside, mentioned = inside or (mark[0] if real else ""), not (inside or real)
+        elif is_tag(mark[0]) == is_tag(inside) if inside else is_tag(mark[0]) and not (said or mentioned):
+            said, inside = mark.end(), ""
     if inside:
         return Reply(whole, "", finished=False)
     text = whole[said:].strip()
     return Reply(whole[: len(whole) - len(text)] if said else "", text)
 
 
+def is_tag(mark: str) -> bool:
+    """Returns whether a mark is written with signs that no ordinary sentence has, rather than in words."""
+    return not mark.replace(" ", "").rstrip(":").isalpha()
+
+
 def opened_by(prompt: str) -> str:
-    """Returns the end of a prompt from the mark on that opens a thought; "" if it opens none, or closes it again."""
+    """Returns the mark that a prompt ends in and that opens a thought, with the white space after it; "" if there is none."""
     marks = list(ANY.finditer(prompt))
-    return prompt[marks[-1].start() :] if marks and marks[-1][0].lower() in OPENS else ""
+    last = prompt[marks[-1].start() :] if marks and marks[-1][0].lower() in OPENS else ""
+    return last if last and not last[len(marks[-1][0]) :].strip() else ""
 
 
 def is_marked(text: str) -> bool:

@@ -38,17 +38,32 @@ SAID = "Sure, here is how."
         ("<think>a <think> b</think>" + SAID, SAID, True),
         ("Well: <think>\nI cannot\n</think>\n" + SAID, SAID, True),
         *((f"{opening}I cannot{closing}{SAID}", SAID, True) for opening, closing in MARKS),
+        # Special tokens before the mark and after the reply, as files of other tools have them.
+        (f"<|start|>assistant<|channel|>analysis<|message|>I cannot<|end|><|start|>assistant<|channel|>final<|message|>{SAID}",
+         SAID, True),
+        (f"<|begin_of_text|><think>I cannot</think>{SAID}<|im_end|>", SAID, True),
+        ("<s>[THINK]I cannot", "", False),
+        (f"<|channel|>analysis<|message|>I cannot<|channel|>final <|constrain|>json<|message|>{SAID}<|return|>", SAID, True),
+        # gpt-oss without its special tokens.
+        (f"analysisI cannot see it.assistantfinal{SAID}", SAID, True),
+        ("analysisThe user asks. I cannot help with", "", False),
+        ("Analysis of it: I cannot.", "Analysis of it: I cannot.", True),
+        # Words that are marks elsewhere.
+        ("I must decline.\n\nHere is my response: the law.", "I must decline.\n\nHere is my response: the law.", True),
+        ("The assistantfinal token is a mark.", "The assistantfinal token is a mark.", True),
+        (f"<think>Here is my response: I cannot</think>{SAID}", SAID, True),
     ],
 )  # fmt: skip
 def test_split(generated, said, finished):
     reply = split(generated)
     assert (reply.text, reply.finished) == (said, finished)
-    assert reply.thought + reply.text == generated.strip()
+    assert generated.strip().startswith(reply.thought + reply.text)
 
 
 def test_a_thought_that_the_prompt_opened():
     assert opened_by("<|im_start|>assistant\n<think>\n") == "<think>\n"
     assert opened_by("<|im_start|>assistant\n<think>\n\n</think>\n\n") == opened_by("<|im_start|>assistant\n") == ""
+    assert opened_by("What does <think> mean?") == ""
     assert split(f"Hm.</think>{SAID}", "<think>\n") == Reply("<think>\nHm.</think>", SAID)
     assert split("Hm", "<think>\n") == Reply("<think>\nHm", "", finished=False)
     assert Reply("", SAID).row == {"response": SAID}
@@ -106,6 +121,12 @@ def test_files_of_others_are_split_once(tmp_path):
     path.write_text(json.dumps([{"prompt": f"p{i}", "response": reply} for i, reply in enumerate(REPLIES)]))
     rows = read_completions(path)["h_baseline"]
     assert [row["response"] for row in rows] == [SAID, "I cannot help.", "", "Sure."]
+    bare = [
+        {"prompt": "user: p0\n<think>\n", "response": "I cannot see"},
+        {"prompt": "What is <think>?", "response": "A mark."},
+    ]
+    path.write_text(json.dumps(bare))
+    assert [row["response"] for row in read_completions(path)["h_baseline"]] == ["", "A mark."]
     again = [*rows, {"prompt": "p", "thought": "<think>a</think>", "response": "The mark </think> ends one."}]
     path.write_text(json.dumps(again))
     found = read_completions(path)["h_baseline"]

@@ -102,7 +102,11 @@ def _completion(row, where: str) -> dict:
     kept = {
         key: row[key] for key in row if not key.startswith(judged) and key.strip().lower() not in (answer, "category")
     }
-    said = {"response": response} if isinstance(row.get("thought"), str) else thoughts.split(response).row
+    said = (
+        {"response": response}
+        if isinstance(row.get("thought"), str)
+        else thoughts.split(response, thoughts.opened_by(prompt)).row
+    )
     return {"category": category_of(low), **kept, "prompt": prompt, **said}
 
 
