@@ -8,6 +8,7 @@ import json
 import os
 import pathlib
 import re
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
@@ -139,8 +140,8 @@ class Chat:
 
     def _leaves_out(self) -> UserError:
         return UserError(
-            f"The chat template ({self.template_origin}) leaves the instruction out. It may accept messages as lists of parts "
-            "only, one user message only, or only with a system prompt. Repair it, or "
+            f"The chat template ({self.template_origin}) leaves the instruction out. It may accept messages as lists of "
+            "parts only, one user message only, or only with a system prompt. Repair it, or "
             f"{advice('another: a name or a .jinja file')} The tokenizer is that of {self.tokenizer.name_or_path}."
         )
 
@@ -163,8 +164,8 @@ class Chat:
         if ids and max(ids) >= self.vocab_size:
             raise UserError(
                 f"'{text[:60]}…' contains {self.tokenizer.decode([max(ids)])!r}, token {max(ids)} of the tokenizer, but the "
-                f"model's vocabulary has {self.vocab_size} tokens. Remove it, or use the tokenizer that belongs to the model: "
-                f"this one is that of {self.tokenizer.name_or_path}."
+                f"model's vocabulary has {self.vocab_size} tokens. Remove it, or use the tokenizer that belongs to the "
+                f"model: this one is that of {self.tokenizer.name_or_path}."
             )
         return ids
 
@@ -350,8 +351,8 @@ def _tokenizer_advice(folder: pathlib.Path, error: BaseException) -> str:
     import transformers
 
     return (
-        f"A file was edited or is incomplete: copy {', '.join(TOKENIZER_FILES[:2])} from the original checkpoint. If they are "
-        f"whole, they may need newer packages than transformers {transformers.__version__} and tokenizers "
+        f"A file was edited or is incomplete: copy {', '.join(TOKENIZER_FILES[:2])} from the original checkpoint. If they "
+        f"are whole, they may need newer packages than transformers {transformers.__version__} and tokenizers "
         f"{tokenizers.__version__}: pip install -U transformers tokenizers."
     )
 
@@ -395,4 +396,18 @@ def _eos_ids(folder: pathlib.Path, tokenizer) -> tuple[int, ...]:
         settings = folder / "tokenizer_config.json"
         declared = read_json(settings).get("added_tokens_decoder", {}) if settings.is_file() else {}
         more = [i for i in more if i in special or str(i) in declared]
+    special = {*added.values(), *getattr(tokenizer, "all_special_ids", ())}
+    for i in named:
+        if i not in special and i < len(tokenizer):
+            _say_ordinary_end(str(folder), i, tokenizer.decode([i]))
     return tuple(dict.fromkeys([*named, *more]))
+
+
+@functools.cache
+def _say_ordinary_end(folder: str, token: int, text: str) -> None:
+    """Says, once for each checkpoint, that its replies end at a token of ordinary text."""
+    print(
+        f"{folder} names token {token}, {text!r}, as one that ends replies, which is a token of ordinary text: where "
+        "replies stop in mid-sentence, correct eos_token_id in its generation_config.json or config.json.",
+        file=sys.stderr,
+    )

@@ -223,6 +223,12 @@ def _parsed_manifest(path, data: bytes) -> dict:
 def check_same(folder, old: dict, new: dict) -> None:
     """Raises UserError that lists every setting and input in which a folder's run differs from the one asked for."""
     changed = _differences(old, new, "{} was {!r}, is now {!r}")
+    names = [name for name in new["inputs"] if old["inputs"].get(name, new["inputs"][name]) != new["inputs"][name]]
+    if old["config"] == new["config"] and names:
+        raise UserError(
+            f"{folder} holds a run on other files: those of {', '.join(names)} have changed since ({changed}). Pass a new "
+            f"folder{named_by()}, or put the old files back to continue that run."
+        )
     if changed:
         raise UserError(
             f"{folder} holds a run of another study: {changed}. Pass a new folder{named_by()}, or the old settings to "

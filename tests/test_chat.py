@@ -215,6 +215,16 @@ def test_no_end_token(tmp_path, monkeypatch):
         make_chat(tmp_path, eos_token=None)
 
 
+def test_an_end_token_of_ordinary_text_is_told(tmp_path, capsys):
+    """transformers ends replies there, and so do we, but not without a word."""
+    chat = make_chat(tmp_path)
+    token = chat.ids(" cannot")[0]
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [token, chat.eos_ids[0]]}))
+    assert chat.load(tmp_path, 64).eos_ids[0] == token
+    said = capsys.readouterr().err
+    assert f"names token {token}, " in said and "correct eos_token_id" in said and said.count("names token") == 1
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [

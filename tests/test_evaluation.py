@@ -73,6 +73,12 @@ def test_rates_and_means():
 def test_repetition():
     assert repetition("") == repetition("a b c") == repetition("a b c d e f g") == 0
     assert repetition("no no no no no no no no") == pytest.approx(0.8)
+    assert repetition("!" * 200) > 0.9 and repetition("我不知道" * 20) > 0.9  # without spaces, by characters
+    assert (
+        repetition("我不能帮助你做这件事，因为它可能会伤害别人。")
+        == 0
+        == repetition("https://example.org/a/long/address")
+    )
 
 
 def completions(*replies: str) -> list[dict]:

@@ -137,7 +137,9 @@ def test_judges_and_over_refusal(config, tmp_path, data, monkeypatch):
     kl = json.loads((work / pipeline.DAMAGE).read_text())["kl"]
     assert set(kl) <= {"ablation", "actadd"}
     (tmp_path / "ask.txt").write_text("{prompt} {response}!")
-    with pytest.raises(UserError, match="holds a run of another study: input judge llm was"):
+    with pytest.raises(
+        UserError, match=r"holds a run on other files: those of judge llm have changed since .input judge llm was"
+    ):
         pipeline.run_study(config, work)
 
 
@@ -216,7 +218,7 @@ def test_chat_template_and_thinking(config, tmp_path):
     assert setup["chat_template"] == str(file) and setup["thinking"] is True
     assert "".join(token["text"] for token in setup["post_instruction_tokens"]) == " A: Hm."
     file.write_text("Q: {{ messages[0]['content'] }} A:")
-    with pytest.raises(UserError, match=r"holds a run of another study: input .*mine\.jinja was"):
+    with pytest.raises(UserError, match=r"holds a run on other files: those of .*mine\.jinja have changed since"):
         pipeline.run_study(config, tmp_path / "run")
 
 

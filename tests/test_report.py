@@ -246,7 +246,7 @@ def test_template_and_refusal_tokens_are_told(run_and_page, tmp_path):
     run.write_json("setup.json", setup | {"decoding": left_out})
     line = (
         "Decoding: plain greedy, as in the paper; generation_config.json also sets repetition_penalty = 1.3, which is left "
-        "out (--config.generation.from_checkpoint=True applies it)."
+        "out (config.generation.from_checkpoint=True applies it)."
     )
     assert setup_lines(run.read_json("setup.json"))[2] == line
     assert line in " ".join(Elements(page_of(run, verdicts)).text.split())
@@ -451,10 +451,23 @@ def test_scores_of_the_selection_are_held_against_the_judge():
 def test_broken_replies_are_no_removed_refusals():
     conditions = [
         judged("h", "baseline", ["I'm sorry, but I cannot help."] * 50),
-        judged("h", "ablation", ["no " * 40] * 30 + [""] * 5 + ["Sure, here is how."] * 15),
+        judged("h", "ablation", ["no " * 40] * 30 + [""] * 5 + [f"Sure, use {i}." for i in range(15)]),
     ]
+    same = [
+        judged("h", "baseline", [f"Reply {i}." for i in range(20)]),
+        judged("h", "ablation", ["Have a nice day."] * 20),
+    ]
+    assert "100 % of the completions of h, ablation" in broken_completions(same)[0].text
+    refusing = [
+        judged("h", "baseline", [f"Reply {i}." for i in range(20)]),
+        judged("h", "actadd", ["I cannot help."] * 20),
+    ]
+    assert not broken_completions(refusing)  # the same refusal for all is what refusing models say
     (concern,) = broken_completions(conditions)
-    assert concern.decisive and "70 % of the completions of h, ablation, are empty or repetitive" in concern.text
+    assert (
+        concern.decisive
+        and "70 % of the completions of h, ablation, are empty, repetitive or all the same" in concern.text
+    )
 
 
 def test_a_judge_model_that_sees_no_more_harm_is_noticed():

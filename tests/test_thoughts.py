@@ -9,6 +9,7 @@ import tiny
 
 from refusal_jax.chat import Chat
 from refusal_jax.chat_model import ChatModel
+from refusal_jax.report.text import rates_table
 from refusal_jax.study.artifacts import jailbreakbench_artifact, read_completions
 from refusal_jax.study.completions import complete
 from refusal_jax.study.evaluation import tables, tidy_csv
@@ -105,7 +106,13 @@ def test_no_reply_that_left_its_thought():
         artifact["parameters"]["attack_success_rate"] == 0
         and artifact["parameters"]["number_of_unfinished_thoughts"] == 2
     )
-    tables({"h": rows}, {"h": verdicts}, None)
+    found = tables({"h_baseline": rows, "h_ablation": rows}, {"h_baseline": verdicts, "h_ablation": verdicts}, None)
+    assert (
+        found["rates"][0]["rate"] is None
+        and found["comparisons"] == []
+        and found["completions"][0]["length"]["mean"] is None
+    )
+    assert "NaN" not in json.dumps(found) and "nan" not in rates_table(found).lower() and "nan" not in tidy_csv(found)
 
 
 def test_a_jailbreakbench_artifact_holds_what_is_said():

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from refusal_jax.chat import bucket
 from refusal_jax.chat_model import ChatModel, demo_model_path, load_model
 from refusal_jax.edits import Edits
-from refusal_jax.errors import UserError
+from refusal_jax.errors import UserError, setting
 from refusal_jax.export.directions import Directions, direction_file, read_each
 from refusal_jax.export.study import Study
 from refusal_jax.files import checkpoint_fingerprint
@@ -211,8 +211,9 @@ def model_of(paths: Sequence[pathlib.Path], studies: Sequence[Study]) -> pathlib
         raise UserError("The model is missing: a direction from a file does not tell which model it belongs to.")
     if checkpoint_fingerprint(studies[0].model) != studies[0].fingerprint:
         raise UserError(
-            f"{studies[0].model} is not the checkpoint that the study was made from: it has changed since. Name the model if "
-            "the direction should be applied all the same."
+            f"{studies[0].model} is not the checkpoint that the study {paths[0]} was made from: its files have changed "
+            f"since. Give {setting('pretrained', 'FOLDER') or setting('model', 'FOLDER')} if the direction "
+            "should be applied all the same."
         )
     return studies[0].model
 

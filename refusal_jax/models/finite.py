@@ -18,7 +18,7 @@ def check_finite(finite_r, dtype, what: str, edited_r=False) -> None:
         "float16": f"float16 holds no number over 65504: use bfloat16 or float32 ({setting('dtype') or 'dtype'}).",
         "bfloat16": f"Use float32 ({setting('dtype') or 'dtype'}); if that fails too, the checkpoint is damaged.",
     }.get(str(dtype), "The checkpoint is damaged: fetch its weights again.")
-    if (bad_r & edited_r).any():
+    if (bad_r & edited_r).any() and not (bad_r & ~np.asarray(edited_r)).any():
         advice = (
             f"The edit may be the reason: try it with a smaller scale or at another layer. Without an edit: {advice}"
         )

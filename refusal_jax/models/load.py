@@ -87,7 +87,7 @@ def read_weights(
     if not flags[:, 0].all():
         raise UserError(f"Process {flags[:, 0].argmin()} could not read its part of {folder}: see what it says.")
     bad = [
-        f"{path} ({', '.join(hf_names(cfg, path)[:2])}, …)"
+        f"{path} (one or more of {', '.join(hf_names(cfg, path)[:2])}, …)"
         for path, ok in zip(places, flags[:, 1:].all(axis=0), strict=True)
         if not ok
     ]

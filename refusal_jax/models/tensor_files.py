@@ -118,7 +118,8 @@ class TensorFiles:
         for offsets, length in groups:
             values = buffer[: len(offsets) * length]
             count += file.read_into(offsets, length * stored.itemsize, memoryview(values.view(np.uint8)))
-            flat[at : at + len(values)] = values
+            with np.errstate(over="ignore"):  # what overflows is found, and said, once all is there
+                flat[at : at + len(values)] = values
             at += len(values)
         return count
 

@@ -90,7 +90,12 @@ def rates_table(tables: dict) -> str:
     """The tables of `study.evaluation`, without categories, for a terminal."""
 
     def percent(row: dict, key: str) -> str:
+        if row[key] is None:
+            return "-"
         return f"{100 * row[key]:.1f} % ({100 * row['low']:.1f} to {100 * row['high']:.1f})"
+
+    def share(row: dict) -> str:
+        return "-" if row["rate"] is None else f"{100 * row['rate']:.1f} %"
 
     lines = [f"{'data set':<22}{'condition':<12}{'judge':<20}{'success rate, 95 % interval':<30}{'n':>4}"]
     for row in tables["rates"]:
@@ -108,13 +113,14 @@ def rates_table(tables: dict) -> str:
         lines += ["", "Agreement of judges:"]
     for row in tables["agreement"]:
         kappa = "not defined" if row["kappa"] is None else f"{row['kappa']:.2f}"
-        lines.append(f"  {row['first']} and {row['second']}: {100 * row['agreement']:.1f} %, Cohen's kappa {kappa}")
+        agreed = "-" if row["agreement"] is None else f"{100 * row['agreement']:.1f} %"
+        lines.append(f"  {row['first']} and {row['second']}: {agreed}, Cohen's kappa {kappa}")
     head = f"{'data set':<22}{'condition':<12}{'mean length':<18}{'empty':>8}{'repetitive':>12}"
     thinking = any(row["unfinished"]["successes"] for row in tables["completions"])
     lines += ["", head + (f"{'in thought':>12}" if thinking else "")]
     for row in tables["completions"]:
-        length = f"{row['length']['mean']:.1f} {row['unit']}"
-        rates = f"{100 * row['empty']['rate']:.1f} %", f"{100 * row['repetitive']['rate']:.1f} %"
+        length = "-" if row["length"]["mean"] is None else f"{row['length']['mean']:.1f} {row['unit']}"
+        rates = share(row["empty"]), share(row["repetitive"])
         unfinished = f"{row['unfinished']['successes']:>12}" if thinking else ""
         line = (
             f"{row['dataset']:<22}{row['intervention'] or '-':<12}{length:<18}{rates[0]:>8}{rates[1]:>12}{unfinished}"

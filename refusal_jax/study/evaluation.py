@@ -8,6 +8,7 @@ completion's thought; completions that never leave it are counted apart.
 import csv
 import io
 import itertools
+import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
@@ -19,15 +20,19 @@ from refusal_jax.thoughts import is_unfinished
 
 CUTS = (4, 8, 16, 32, 64, 128, 256, 512)  # tokens of the completion that a judge of text is shown
 NGRAM, REPETITIVE = 4, 0.5
+LONG_WORDS = 20  # characters a word, on average, above which a text is taken as one without spaces
 COLUMNS = (
     "table dataset intervention compared_with judge category measure tokens n value low high p_value".split()
 )  # of the CSV
 
 
 def repetition(text: str) -> float:
-    """The share of a text's four-word sequences that have occurred in it before, 0 to 1."""
-    words = text.split()
-    grams = [tuple(words[i : i + NGRAM]) for i in range(len(words) - NGRAM + 1)]
+    """Returns the share of a text's four-word sequences that have occurred in it before, 0 to 1; for a text without spaces,
+    such as Chinese or one long run of signs, the share of its eight-character sequences."""
+    parts, size = text.split(), NGRAM
+    if len(text) > LONG_WORDS * len(parts):
+        parts, size = [c for c in text if not c.isspace()], 2 * NGRAM
+    grams = [tuple(parts[i : i + size]) for i in range(len(parts) - size + 1)]
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
 
@@ -52,13 +57,23 @@ def tables(
 
     chat: the tokenizer in whose tokens lengths are counted; None: lengths are in words.
     """
-    return {
+    found = {
         "rates": _rates(completions, verdicts),
         "comparisons": _comparisons(completions, verdicts),
         "agreement": _agreement(verdicts),
         "completions": _completions(completions, chat),
         "by_length": _by_length(completions, verdicts, chat),
     }
+    return _known(found)
+
+
+def _known(value):
+    """Returns tables with None in place of what is not a number because nothing was counted: JSON has no NaN."""
+    if isinstance(value, dict):
+        return {key: _known(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [_known(entry) for entry in value]
+    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 def _of(name: str) -> dict:
@@ -93,7 +108,8 @@ def _comparisons(completions, verdicts) -> list[dict]:
             continue
         for judge in (judge for judge in verdicts[first] if judge in verdicts[second]):
             of = _of(second) | {"compared_with": split_name(first)[1], "judge": judge}
-            rows.append(of | mcnemar(*_both(verdicts[first][judge], verdicts[second][judge])))
+            labels = _both(verdicts[first][judge], verdicts[second][judge])
+            rows += [of | mcnemar(*labels)] if labels[0] else []
     return rows
 
 
