@@ -106,7 +106,7 @@ def test_a_file_with_a_row_for_each_layer(form, tmp_path):
             )
         message = (
             rf"rows\.{form} has 4 rows and the model has {n_layers} layers: they may be one direction for each layer, or 4 "
-            rf"directions that span a subspace\. Say which: --layer=N \(0 to {n_layers - 1}\) takes .*; --subspace takes all"
+            rf"directions that span a subspace\. Say which: layer=N \(0 to {n_layers - 1}\) takes .*; subspace= takes all"
         )
         (tmp_path / "direction_metadata.json").write_text('{"pos": -1, "layer": 2}')  # tells of another file
         with pytest.raises(UserError, match=message):
@@ -132,13 +132,13 @@ def test_what_does_not_go_with_the_shape_of_a_file(tmp_path):
         with pytest.raises(UserError, match=message):
             read_directions(paths, n_layers=6, **more)
 
-    refused(r"--layer=1 was given, but .*rows\.npy has 4 rows and the model has 6 layers.*Leave it out", rows, layer=1)
+    refused(r"layer=1 was given, but .*rows\.npy has 4 rows and the model has 6 layers.*Leave it out", rows, layer=1)
     refused("There is no layer 6: the layers are 0 to 5", one, layer=6)
-    refused(r"--position=-1 chooses among mean differences, .* there are none: rows\.npy \[4, 32\]", rows, position=-1)
-    refused("--position=-1 chooses among mean differences", one, position=-1)
-    refused("--subspace takes all 4 rows of .*, and --layer=1 one of them", rows, layer=1, subspace=True)
-    refused("holds mean differences, .*--subspace takes all rows of a file", means, subspace=True)
-    refused("--layer=1 says at which layer one direction was read, and these are 2", one, tmp_path / "d.npy", layer=1)
+    refused(r"position=-1 chooses among mean differences, .* there are none: rows\.npy \[4, 32\]", rows, position=-1)
+    refused("position=-1 chooses among mean differences", one, position=-1)
+    refused("subspace= takes all 4 rows of .*, and layer=1 one of them", rows, layer=1, subspace=True)
+    refused("holds mean differences, .*subspace= takes all rows of a file", means, subspace=True)
+    refused("layer=1 says at which layer one direction was read, and these are 2", one, tmp_path / "d.npy", layer=1)
     assert len(read_directions([rows], n_layers=6).raw_kd) == 4
     found = read_directions([one], layer=5, n_layers=6)
     assert found.raw_kd.shape == (1, 32) and found.layer == 5 and found.summary == "1 direction (one.npy)"
