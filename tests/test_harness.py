@@ -449,7 +449,10 @@ def test_a_study_whose_model_has_changed(llama):
     from refusal_jax.harness.edited import model_of
 
     study = Study(llama, "another", [], [], {}, [], {})
-    with pytest.raises(UserError, match="is not the checkpoint that the study was made from: it has changed since"):
+    with pytest.raises(
+        UserError,
+        match=r"is not the checkpoint that the study .* was made from: its files have changed since\. Give pretrained=",
+    ):
         model_of([llama], [study])
 
 

@@ -156,7 +156,7 @@ def test_weights_that_are_not_finite(value, folder):
     down[3, 4] = value
     change(folder, model__layers__2__mlp__down_proj__weight=down)
     with pytest.raises(
-        UserError, match=r"holds NaN or infinite weights \(as float32\): blocks\.down \(model\.layers\.0"
+        UserError, match=r"holds NaN or infinite weights \(as float32\): blocks\.down \(one or more of model\.layers\.0"
     ):
         load_decoder(folder)
 

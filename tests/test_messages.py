@@ -13,6 +13,7 @@ import tiny
 from refusal_jax import UserError
 from refusal_jax.chat import Chat
 from refusal_jax.errors import field, setting, spelt
+from refusal_jax.harness.edited import ARGUMENTS
 from refusal_jax.jobs.main import JOBS
 from refusal_jax.study.config import get_config
 from refusal_jax.templates import named_template
@@ -85,7 +86,7 @@ def test_flags_in_messages(path):
 
 
 def test_settings_that_messages_name():
-    """Each is a field of the config where one is meant, and else a flag of some job."""
+    """Each is a field of the config where one is meant, and else a flag of some job or an argument of the harnesses."""
     flags, named = set().union(*map(flags_of, JOBS)), {"setting": set(), "field": set()}
     for path in MODULES:
         for node in ast.walk(parsed(path)):
@@ -95,7 +96,7 @@ def test_settings_that_messages_name():
     for name in named["field"] | {n.removeprefix("config.") for n in named["setting"] if n.startswith("config.")}:
         assert is_field(name), name
     for name in named["setting"]:
-        assert name.startswith("config.") or name in flags, name
+        assert name.startswith("config.") or name in flags or name in ARGUMENTS, name
 
 
 # What a process of each job says, of a template and of a folder for results.
