@@ -1,4 +1,4 @@
-"""Where the thoughts of a reply end: models that reason write their thoughts between marks, before what they say to the user.
+"""Thoughts and what follows them: models that reason write thoughts between marks, before what they say to the user.
 
 Refusals, lengths and damage are about what is said, so thoughts are split off once, where replies are made or read.
 """
@@ -46,7 +46,7 @@ ENDS = re.compile(rf"(?:\s*(?:{SPECIAL}))+\Z")
 
 @dataclasses.dataclass(frozen=True)
 class Reply:
-    """What a model generated, in two parts: `thought`, with its marks, is empty where there was none, and `text` is what follows
+    """A generated reply in two parts: `thought`, with its marks, is empty where there was none, and `text` is what follows
     it. finished: whether the thought ended; if it did not, there is no text."""
 
     thought: str

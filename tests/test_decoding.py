@@ -121,7 +121,7 @@ def test_growing_replies(model, hf, vector):
 
 
 def test_the_rest_of_a_reply_that_is_continued(model):
-    """Where angles change on the way, the reply so far is read again as a part of the prompt."""
+    """A reply whose angles change on the way is read again as a part of the prompt."""
     values = {"repetition_penalty": 1.5, "min_new_tokens": 9, "begin_suppress_tokens": [4], "forced_eos_token_id": 311}
     batch = model.encode(PROMPTS)
     plain = model.generate_ids(batch, STEPS)

@@ -87,7 +87,7 @@ def test_no_overflow_in_other_dtypes(dtype, folder):
 
 
 def test_overflow_on_a_mesh(folder):
-    """Where the vocabulary has padded columns of -inf, which are no overflow."""
+    """The padded columns of a vocabulary hold -inf, which is no overflow."""
     mesh = make_mesh(data=2, model=4)
     with pytest.raises(UserError, match=OVERFLOWS.format("Generation failed")):
         load_model(folder, "float16", mesh).generate(PROMPTS, 3)

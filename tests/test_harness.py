@@ -242,7 +242,7 @@ def test_a_system_message_that_the_template_refuses(tmp_path, llama, caplog):
 
 @pytest.mark.parametrize("end", ["</think>", "[/THINK]"])
 def test_thoughts_before_replies(end, tmp_path):
-    """What ends a thought is a text, or a special token that decoding leaves out; stop strings do not end a thought."""
+    """A text ends a thought, or a special token that decoding leaves out; stop strings do not."""
     from lm_eval.models.utils import postprocess_generated_text
 
     from refusal_jax.harness.lm_eval import RefusalJaxLM
@@ -313,7 +313,7 @@ def test_what_the_hf_model_takes_and_this_one_does_not(llama, caplog):
     assert set(inspect.signature(HFLM).parameters) - {"kwargs"} <= ours
     nothing = {name: values[0] for name, values in lm_eval.ONLY.items() if values} | {"logits_cache": False}
     for _ in range(2):
-        lm_eval.RefusalJaxLM(pretrained=str(llama), **nothing, device="cuda:0", parallelize=True)
+        lm_eval.RefusalJaxLM(pretrained=str(llama), **nothing, device="cuda:1", parallelize=True)
     (said,) = [record.message for record in caplog.records if record.name.startswith("refusal_jax")]
     assert said.startswith("device, parallelize: without a meaning here. JAX chooses the devices")
     for name in lm_eval.ONLY:

@@ -61,7 +61,7 @@ def is_field(name: str) -> bool:
 
 
 def has(job: str, flag: str) -> bool:
-    """Whether a job takes a flag, of its own or of the config; placeholders such as --config.FIELD stand for any."""
+    """Returns whether a job takes a flag, of its own or of the config; placeholders such as --config.FIELD stand for any."""
     flags, name = flags_of(job), flag.removeprefix("config.")
     if name != flag:
         return "config" in flags and (name.isupper() or is_field(name))

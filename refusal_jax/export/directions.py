@@ -184,8 +184,8 @@ def _row_per_layer(file, count: int, layer: int | None, n_layers: int | None, se
     if not per_layer and layer is not None:
         raise UserError(
             f"{setting('layer', layer)} was given, but {file} has {count} rows and the model has {n_layers} layers: they "
-            "are not one "
-            "direction a layer. " + ("Leave it out to take the subspace that they span." if several else ONE_ONLY)
+            "are not one direction a layer. "
+            + ("Leave it out to take the subspace that they span." if several else ONE_ONLY)
         )
     if per_layer and layer is None:
         raise UserError(

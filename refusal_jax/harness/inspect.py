@@ -116,8 +116,7 @@ class RefusalJaxAPI(ModelAPI):
         refuse_sampling(config)
         chat = self.edited.model.chat
         with spelt(model_argument):
-            messages = [as_text(message) for message in input]
-            prompt = chat.render_messages(messages)
+            prompt = chat.render_messages([as_text(message) for message in input])
         ids = chat.ids(prompt)
         room = chat.context_length - len(ids)
         if room < 1:
@@ -126,8 +125,7 @@ class RefusalJaxAPI(ModelAPI):
             )
         asked = Asked(ids, min(config.max_tokens or MAX_TOKENS, room), config.stop_seqs or ())
         reply = await self._answered(asked)
-        opened = thoughts.opened_by(prompt.rpartition(messages[-1]["content"].strip())[2])
-        parts = thoughts.split(reply.text, opened)
+        parts = thoughts.split(reply.text, thoughts.opened_by(prompt))
         content = parts.text
         if parts.inner:
             content = [ContentReasoning(reasoning=parts.inner), ContentText(text=parts.text)]

@@ -49,6 +49,7 @@ ONLY = {
 # Those that say how PyTorch is to run the model or load it, which is otherwise here.
 OF_TORCH = ("device", "parallelize", "max_memory_per_gpu", "max_cpu_memory", "offload_folder", "tp_plan", "device_map")
 OF_TORCH += ("attn_implementation", "low_cpu_mem_usage", "trust_remote_code")
+HARNESS_DEVICE = ("device", "cuda:0")  # which the harness gives by itself
 THOUGHTS_STAY = (
     "Replies hold thoughts, which are scored with them. Give the model argument think_end_token, such as "
     "think_end_token=</think>, to score what follows it."
@@ -348,7 +349,7 @@ def _without_hf_arguments(given: dict) -> dict:
             f"The harness's hf model takes {', '.join(wrong)}; this one can do nothing of the kind. Leave it out, or make a "
             "checkpoint folder of what it names and give that as pretrained."
         )
-    idle = [name for name in OF_TORCH if given.get(name)]
+    idle = [name for name in OF_TORCH if given.get(name) and (name, given[name]) != HARNESS_DEVICE]
     if idle:
         warn_once(
             f"{', '.join(idle)}: without a meaning here. JAX chooses the devices (JAX_PLATFORMS=cpu: the CPU), data, fsdp and "

@@ -1,4 +1,4 @@
-"""What a run's refusal rates amount to, in one sentence with its numbers: how many prompts, intervals, and a paired test.
+"""The verdict on a run's refusal rates, in one sentence with its numbers: how many prompts, intervals, and a paired test.
 
 The sentence at the top of the page is all that many readers take away. So it claims what the intervals allow and no more, says
 when the prompts are too few to carry a verdict, and gives none where other evidence of the same run contradicts it.

@@ -302,7 +302,7 @@ def label_ids(chat: Chat, labels: Mapping[str, float], name: str) -> list[list[i
 
 @jax.jit
 def label_probabilities(decoder: Decoder, tokens_bt, mask_bt, edits: Edits, members_gv) -> tuple[jax.Array, jax.Array]:
-    """Of the next token, float32: the probability of each group of tokens `[B, G]`, and the most probable one `[B]`.
+    """Returns the probability of each group of tokens as the next, float32 `[B, G]`, and the most probable token `[B]`.
 
     Probabilities of rows whose values are not finite are NaN.
     """
