@@ -8,10 +8,10 @@ os.environ["LIBTPU_INIT_ARGS"] = (
     f"--xla_jf_spmd_threshold_for_windowed_einsum_mib=1000000 {os.environ.get('LIBTPU_INIT_ARGS', '')}".strip()
 )
 
-from refusal_jax.chat_model import ChatModel, demo_model_path, load_model
+from refusal_jax.chat.model import ChatModel, demo_model_path, load_model
 from refusal_jax.edits import Edits
 from refusal_jax.errors import UserError
-from refusal_jax.sharding import make_mesh
+from refusal_jax.models.sharding import make_mesh
 from refusal_jax.taps import Taps
 
 __version__ = "0.1.0"

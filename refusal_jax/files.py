@@ -1,108 +1,123 @@
-"""Hashes of files, and the fingerprint that tells one checkpoint from another.
-
-A large file is hashed whole once. Its hash is then remembered with its size, inode and times, and taken from there until any of
-these changes: whoever writes to a file changes its time of change (ctime), which no program can set back.
-"""
+"""Files: read with errors that name them, hashed, and written whole or not at all."""
 
 import contextlib
 import hashlib
 import json
 import os
 import pathlib
-import time
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-
-from tqdm import tqdm
 
 from refusal_jax.errors import UserError
 
-SMALL = 8 << 20  # bytes up to which a file is simply read
-CHUNK = 4 << 20  # bytes that are hashed at a time
-THREADS = 4  # hashing leaves Python free, so files are hashed side by side
-SETTLED = (
-    60.0  # seconds after a change from which a hash is remembered: within them a second change may look like the first
-)
-NEVER_READ = (".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf", ".onnx")  # weights in formats that are not loaded
+
+def write_atomically(path: pathlib.Path, data: bytes) -> None:
+    """Writes `data` to `path` so that a crash leaves the old file or the new one, never a part.
+
+    Raises UserError if the disk is full, read-only or not ours to write.
+    """
+    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise cannot_write(path, error) from None
+
+
+def cannot_write(path: pathlib.Path, error: OSError) -> UserError:
+    """The error for a failed write, with what to do about it."""
+    return UserError(
+        f"{path} could not be written: {error.strerror or error}. Free space on the disk or choose a folder "
+        "that you may write to, then run the same command again: finished work is kept."
+    )
+
+
+def local_path(path: str | os.PathLike) -> pathlib.Path:
+    """Returns a path of this machine with a leading ~ or ~USER expanded; what a shell would leave alone stays as it is.
+
+    Raises UserError for a user who is not known here.
+    """
+    text = os.fspath(path)
+    full = os.path.expanduser(text)
+    if full.startswith("~"):
+        name = text.partition("/")[0]
+        raise UserError(
+            f"{text}: this machine knows no home folder for {name}. Write the whole path, or ./{text} for a file or folder "
+            "whose name begins so."
+        )
+    found = pathlib.Path(full)
+    # pathlib drops "./", and a second look would take what is left for a home folder.
+    return found.absolute() if str(found).startswith("~") else found
+
+
+def check_file(path: pathlib.Path) -> None:
+    """Raises UserError that names the path if it is missing or no file, such as a folder or a link to nothing."""
+    if not os.path.isfile(path):
+        if not os.path.lexists(path):
+            raise UserError(f"{path} does not exist. Point to a Hugging Face checkpoint folder, which holds it.")
+        kind = (
+            "a folder" if os.path.isdir(path) else "a link to no file" if os.path.islink(path) else "a device or pipe"
+        )
+        raise UserError(f"{path} is {kind}, expected a file. Remove it, and copy the original checkpoint's file there.")
+
+
+def read_bytes(path: pathlib.Path) -> bytes:
+    """Returns the content of a checkpoint's file. Raises UserError that names it if it is missing, no file or unreadable."""
+    check_file(path)
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path} could not be read ({error.strerror or error}). Check that you may read it.") from None
+
+
+def damaged(path: pathlib.Path, found: str) -> UserError:
+    """Returns the error for a file of a checkpoint that is not what its name says.
+
+    found: what is wrong, to follow the path. Its beginning tells what can help: a pointer of Git LFS or a web page lies
+    where the file should be, or the file was cut or edited.
+    """
+    start = b""
+    if os.path.isfile(path):
+        with open(path, "rb") as file:
+            start = file.read(200).lstrip().lower()
+    if start.startswith(b"version https://git-lfs"):
+        advice = "It is a pointer of Git LFS to the file: run `git lfs pull` in its folder, or use `hf download`."
+    elif start.startswith((b"<!doctype", b"<html")):
+        advice = (
+            "It is a web page, as servers send it instead of a file: log in (`hf auth login`) and download it again."
+        )
+    else:
+        advice = (
+            "If it was edited by hand, repair it; else it is truncated or damaged: download it again from the original "
+            "checkpoint."
+        )
+    return UserError(f"{path} {found}. {advice}")
+
+
+def read_json(path: pathlib.Path) -> dict:
+    """Returns the JSON object in `path`. Raises UserError that names the file if it is missing or is not one."""
+    data = read_bytes(path)
+    try:
+        value = json.loads(data.decode())
+    except RecursionError:
+        raise damaged(path, "is not valid JSON (it is nested too deeply)") from None
+    except ValueError as error:  # of JSON, of UTF-8, or of an integer with thousands of digits
+        raise damaged(path, f"is not valid JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise damaged(path, f"holds a JSON {type(value).__name__}, expected an object")
+    return value
+
+
+def to_json(value) -> bytes:
+    # Texts are whole where they come in, but a path may hold bytes that are not UTF-8, as lone surrogates.
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode("utf-8", "replace")
 
 
 def file_hash(path: pathlib.Path) -> str:
     """Returns a file's sha256, in hex."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def checkpoint_fingerprint(folder: pathlib.Path) -> str:
-    """Returns a hash, in hex, of the names and contents of a checkpoint's files: another one if a single byte of them differs.
-
-    Hidden files and subfolders do not count; weights in formats that are never loaded count by name and size. Of an address's
-    mirror the weights are stubs, which hold what the store says of the version. Raises UserError if the folder or a file of it
-    cannot be read.
-    """
-    try:
-        paths = sorted(p for p in folder.iterdir() if p.is_file() and not p.name.startswith("."))
-        sizes = {path: path.stat().st_size for path in paths}
-        large = [p for p in paths if sizes[p] > SMALL and not p.name.endswith(NEVER_READ)]
-        hashes = _remembered_hashes(folder, large)
-        digest = hashlib.sha256()
-        for path in paths:
-            digest.update(f"{path.name}\0{sizes[path]}\0".encode("utf-8", "surrogateescape"))
-            if path in hashes:
-                digest.update(bytes.fromhex(hashes[path]))
-            elif not path.name.endswith(NEVER_READ):
-                digest.update(path.read_bytes())
-    except OSError as error:
-        raise UserError(
-            f"The checkpoint {folder} could not be read ({error.strerror or error}: {error.filename or folder}). Check that the "
-            "folder is still there and that you may read it."
-        ) from None
-    return digest.hexdigest()
-
-
-def _remembered_hashes(folder: pathlib.Path, paths: Sequence[pathlib.Path]) -> dict[pathlib.Path, str]:
-    """Returns the sha256 of files of a folder: remembered for those that have not been touched since, computed for the others."""
-    if not paths:
-        return {}
-    memory = _memory(folder)
-    known, now = _read_memory(memory), {path: _stamp(path) for path in paths}
-    hashes = {path: known[path.name][1] for path in paths if known.get(path.name, [None])[0] == now[path]}
-    todo = [path for path in paths if path not in hashes]
-    total = sum(path.stat().st_size for path in todo)
-    bar = tqdm(total=total, desc="checking weights", unit="B", unit_scale=True, leave=False, delay=2.0)
-    with bar, ThreadPoolExecutor(THREADS) as pool:
-        hashes |= zip(todo, pool.map(lambda path: _hash_with_bar(path, bar), todo), strict=True)
-    settled = {p: now[p] for p in paths if _stamp(p) == now[p] and time.time() - max(now[p][1:3]) / 1e9 > SETTLED}
-    if todo and settled:
-        with contextlib.suppress(OSError):  # without a place to remember, files are hashed again next time
-            memory.parent.mkdir(parents=True, exist_ok=True)
-            part = memory.with_name(f".{memory.name}.tmp-{os.getpid()}")
-            part.write_text(json.dumps({path.name: [stamp, hashes[path]] for path, stamp in settled.items()}))
-            os.replace(part, memory)
-    return hashes
-
-
-def _memory(folder: pathlib.Path) -> pathlib.Path:
-    cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "refusal_jax" / "hashes"
-    return cache / f"{hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:24]}.json"
-
-
-def _read_memory(memory: pathlib.Path) -> dict:
-    with contextlib.suppress(OSError, ValueError, TypeError):
-        known = json.loads(memory.read_bytes())
-        return {name: [list(stamp), bytes.fromhex(sha256).hex()] for name, (stamp, sha256) in known.items()}
-    return {}
-
-
-def _stamp(path: pathlib.Path) -> list[int]:
-    """Returns what changes when a file is written to or replaced."""
-    stat = path.stat()
-    return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino, stat.st_dev]
-
-
-def _hash_with_bar(path: pathlib.Path, bar: tqdm) -> str:
-    digest, buffer = hashlib.sha256(), bytearray(CHUNK)
-    with open(path, "rb", buffering=0) as file:
-        while count := file.readinto(buffer):
-            digest.update(memoryview(buffer)[:count])
-            bar.update(count)
-    return digest.hexdigest()

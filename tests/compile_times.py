@@ -10,7 +10,7 @@ import families
 import jax
 
 from refusal_jax import Edits, Taps
-from refusal_jax.chat_model import _forward
+from refusal_jax.chat.model import _forward
 from refusal_jax.models.config import from_hf
 from refusal_jax.models.decoder import Decoder
 from refusal_jax.taps import TAP_SITES

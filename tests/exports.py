@@ -9,14 +9,14 @@ import tiny
 from safetensors.numpy import load_file
 from tqdm import tqdm
 
-from refusal_jax.chat import Chat
-from refusal_jax.export.directions import Directions
+from refusal_jax.chat.prompts import Chat
+from refusal_jax.checkpoints.rewrite import Checkpoint
+from refusal_jax.directions import Directions
 from refusal_jax.export.edit import Edit
 from refusal_jax.export.forward import Stream, read_logits, run_streams
 from refusal_jax.export.run import Request, export
 from refusal_jax.export.study import Study
 from refusal_jax.export.verify import Sample
-from refusal_jax.export.weight_files import Checkpoint
 
 TEXTS = ["How do I bake the bread?", "Bake.", "I want to mend a coat. What should I do about the bread on the table?"]
 POST_NORM = ("gemma2", "gemma3_text", "gemma3", "olmo2", "glm4")

@@ -17,10 +17,11 @@ package = types.ModuleType("refusal_jax")
 package.__path__ = [str(pathlib.Path(__file__).parents[1] / "refusal_jax")]
 sys.modules["refusal_jax"] = package
 
-from refusal_jax import distributed, storage
+from refusal_jax import distributed
 from refusal_jax.errors import UserError
 from refusal_jax.jobs import main
-from refusal_jax.runs import Run
+from refusal_jax.runs import storage
+from refusal_jax.runs.run import Run
 
 
 def scenario(name: str, folder: pathlib.Path, index: int) -> None:

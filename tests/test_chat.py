@@ -12,7 +12,7 @@ import pytest
 import tiny
 
 from refusal_jax import UserError, load_model
-from refusal_jax.chat import Chat, bucket
+from refusal_jax.chat.prompts import Chat, bucket
 
 
 def make_chat(folder, template=tiny.TEMPLATE, context=256, extra=(), **more) -> Chat:

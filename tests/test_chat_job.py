@@ -10,7 +10,7 @@ import tiny
 from test_jobs import command, refused
 
 from refusal_jax import Edits, Taps, UserError
-from refusal_jax.export.directions import Directions
+from refusal_jax.directions import Directions
 from refusal_jax.terminal import show
 from refusal_jax.terminal.screen import Columns, Piece, colour, escaped, wrapped
 from refusal_jax.terminal.session import Session, Texts

@@ -13,12 +13,13 @@ import pytest
 import tiny
 
 from refusal_jax import Edits, UserError
-from refusal_jax.chat_model import _forward
+from refusal_jax.chat.model import _forward
+from refusal_jax.files import read_json
 from refusal_jax.models import config as config_module
 from refusal_jax.models.config import ModelConfig, from_hf, load_config
 from refusal_jax.models.decoder import Decoder
 from refusal_jax.models.families import hf_shapes
-from refusal_jax.models.hf_attributes import INERT, Reader, read_json
+from refusal_jax.models.hf_attributes import INERT, Reader
 from refusal_jax.models.rope import Rope
 from refusal_jax.taps import Taps
 

@@ -13,7 +13,7 @@ from refusal_jax.plan.chips import Slice
 from refusal_jax.plan.planner import WANTED, ranked_meshes
 from refusal_jax.plan.programs import Workload
 from refusal_jax.study.config import get_config
-from refusal_jax.study.pipeline import check_settings
+from refusal_jax.study.study import check_settings
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
 BY_REPO = {real.repo: real for real in REAL_MODELS.values()}

@@ -11,11 +11,11 @@ from ml_collections import ConfigDict
 
 from refusal_jax import UserError
 from refusal_jax.data.prompts import BUNDLED, dataset_name, read_prompts, resolve, write_prompts
+from refusal_jax.data.sampling import SPLITS, sample_prompts
 from refusal_jax.files import file_hash
-from refusal_jax.study.judges import REFUSAL_SUBSTRINGS, TEXT_JUDGES, evaluate_completions, substring_matching
-from refusal_jax.study.sampling import SPLITS, sample_prompts
+from refusal_jax.judges.statistics import wilson_interval
+from refusal_jax.judges.text import REFUSAL_SUBSTRINGS, TEXT_JUDGES, evaluate_completions, substring_matching
 from refusal_jax.study.selection import Rule, pick
-from refusal_jax.study.statistics import wilson_interval
 
 SHARED = pathlib.Path(
     os.environ.get("REFUSAL_JAX_SHARED", pathlib.Path(__file__).resolve().parents[1].parent / "shared")

@@ -10,10 +10,11 @@ import pytest
 from refusal_jax import UserError, demo_model_path
 from refusal_jax.data.prompts import resolve
 from refusal_jax.models import generate as generate_module
-from refusal_jax.runs import Ledger, Run
-from refusal_jax.study import activations, loss, pipeline, selection
+from refusal_jax.runs.run import Ledger, Run
+from refusal_jax.study import activations, loss, selection
+from refusal_jax.study import study as pipeline
 from refusal_jax.study.config import get_config
-from refusal_jax.study.pipeline import run_study
+from refusal_jax.study.study import run_study
 
 PROGRAMS = {
     "extract": activations.extract_batch,

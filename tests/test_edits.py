@@ -10,8 +10,8 @@ import tiny
 import torch
 
 from refusal_jax import Edits, Taps
-from refusal_jax.chat import TokenBatch
-from refusal_jax.chat_model import _forward
+from refusal_jax.chat.model import _forward
+from refusal_jax.chat.prompts import TokenBatch
 from refusal_jax.edits import SITES
 
 LENGTHS = (4, 15, 9)

@@ -11,11 +11,11 @@ from absl import flags
 
 from refusal_jax import UserError
 from refusal_jax.jobs.main import run_job
-from refusal_jax.study.artifacts import jailbreakbench_artifact, read_completions
-from refusal_jax.study.evaluation import COLUMNS, repetition, tables, tidy_csv
-from refusal_jax.study.judge_models import ModelJudge
-from refusal_jax.study.judges import TEXT_JUDGES, Verdict, evaluate_completions
-from refusal_jax.study.statistics import cohens_kappa, mcnemar, mean_interval, rate
+from refusal_jax.judges.artifacts import jailbreakbench_artifact, read_completions
+from refusal_jax.judges.models import ModelJudge
+from refusal_jax.judges.statistics import cohens_kappa, mcnemar, mean_interval, rate
+from refusal_jax.judges.tables import COLUMNS, repetition, tables, tidy_csv
+from refusal_jax.judges.text import TEXT_JUDGES, Verdict, evaluate_completions
 
 
 @pytest.fixture

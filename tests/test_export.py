@@ -27,16 +27,16 @@ from exports import (
 from safetensors.numpy import load_file, save_file
 
 from refusal_jax import Edits, UserError
+from refusal_jax.checkpoints.load import INDEX, SINGLE, TensorFiles
+from refusal_jax.checkpoints.rewrite import Checkpoint, WeightFile
+from refusal_jax.directions import Directions
 from refusal_jax.export import tensor_edits
-from refusal_jax.export.directions import Directions
 from refusal_jax.export.edit import Edit
 from refusal_jax.export.forward import READ, Stream
 from refusal_jax.export.hf import TIED, Plan
 from refusal_jax.export.tensor_edits import MOST_AMPLIFICATION
-from refusal_jax.export.weight_files import Checkpoint, WeightFile
 from refusal_jax.models.config import load_config
 from refusal_jax.models.families import TABLES, hf_names
-from refusal_jax.models.load import INDEX, SINGLE, TensorFiles
 
 # With biases, tied embeddings and scalars where a family has them.
 VARIANTS = {"llama": "biased", "qwen": "biased", "olmo2": "biased", "granite": "scaled", "phi3": "longrope"}

@@ -15,15 +15,16 @@ from exports import DIRECTION, STUDY, TEXTS, UNIT, exported
 from safetensors.numpy import save_file
 
 from refusal_jax import UserError
+from refusal_jax.checkpoints.fingerprint import checkpoint_fingerprint
+from refusal_jax.directions import Directions, read_directions
 from refusal_jax.errors import VerificationError
 from refusal_jax.export import hub
 from refusal_jax.export.card import read_card
-from refusal_jax.export.directions import Directions, read_directions
 from refusal_jax.export.edit import Edit
 from refusal_jax.export.staging import PROVENANCE
 from refusal_jax.export.study import Study
 from refusal_jax.export.verify import Sample
-from refusal_jax.files import checkpoint_fingerprint, file_hash
+from refusal_jax.files import file_hash
 from refusal_jax.jobs import export as job
 from refusal_jax.models.config import load_config
 

@@ -18,13 +18,14 @@ from safetensors.numpy import load_file, save_file
 from tqdm import tqdm
 
 from refusal_jax import UserError
+from refusal_jax.checkpoints import rewrite as weight_files
+from refusal_jax.checkpoints.load import INDEX, SINGLE
+from refusal_jax.checkpoints.rewrite import Checkpoint, WeightFile, copy_range
 from refusal_jax.errors import VerificationError
-from refusal_jax.export import run, staging, verify, weight_files
+from refusal_jax.export import run, staging, verify
 from refusal_jax.export.hf import Plan
 from refusal_jax.export.provenance import base_model, check
 from refusal_jax.export.tensor_edits import Projection
-from refusal_jax.export.weight_files import Checkpoint, WeightFile, copy_range
-from refusal_jax.models.load import INDEX, SINGLE
 
 
 def fast(source, target, **settings) -> dict:

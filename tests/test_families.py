@@ -15,11 +15,11 @@ from compile_times import lowered
 from safetensors.torch import load_file
 
 from refusal_jax import Edits, Taps
-from refusal_jax.chat_model import _forward
+from refusal_jax.chat.model import _forward
+from refusal_jax.checkpoints.load import SINGLE, load_decoder, save_weights
 from refusal_jax.models.attention import Context
 from refusal_jax.models.cache import Cache
 from refusal_jax.models.decoder import Decoder
-from refusal_jax.models.load import SINGLE, load_decoder, save_weights
 from refusal_jax.taps import NO_TAPS, TAP_SITES
 
 LENGTHS = (3, 40, 17, 1)  # of the rows of a batch: the shortest is all padding but its last token

@@ -10,11 +10,11 @@ import tiny
 from test_qwen_tokenizer import write_ranks
 
 from refusal_jax import Edits, Taps, make_mesh
-from refusal_jax.chat_model import _forward
-from refusal_jax.models.load import load_decoder
-from refusal_jax.sharding import batch_sharding
+from refusal_jax.chat.model import _forward
+from refusal_jax.checkpoints.load import load_decoder
+from refusal_jax.models.sharding import batch_sharding
 from refusal_jax.study.config import get_config
-from refusal_jax.study.pipeline import run_study
+from refusal_jax.study.study import run_study
 
 
 @pytest.mark.parametrize("family,variant", [("qwen", "mha"), ("gemma3", "gqa"), ("qwen3_moe", "gqa")])

@@ -11,9 +11,10 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from refusal_jax import Edits, Taps, UserError, load_model, make_mesh
+from refusal_jax.judges import models as judge_models
 from refusal_jax.models.decoder import Decoder
 from refusal_jax.models.finite import check_finite
-from refusal_jax.study import judge_models, pipeline
+from refusal_jax.study import study as pipeline
 from refusal_jax.study.activations import extract
 from refusal_jax.study.completions import complete, score_replies
 from refusal_jax.study.loss import chat_rows, measure_kl, measure_loss

@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 import tiny
 
-from refusal_jax import UserError, demo_model_path, load_model, templates
-from refusal_jax.models.tensor_files import INDEX, SINGLE
+from refusal_jax import UserError, demo_model_path, load_model
+from refusal_jax.chat import templates
+from refusal_jax.checkpoints.tensor_files import INDEX, SINGLE
 
 COPIES, GROUP = 640, 80
 SAMPLE = 20  # of the copies that load, one in so many is run: each may need a compile

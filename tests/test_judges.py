@@ -10,10 +10,10 @@ import torch
 from transformers import AutoTokenizer
 
 from refusal_jax import UserError
-from refusal_jax.chat import Chat
-from refusal_jax.study import judge_models
-from refusal_jax.study.judge_models import KINDS, ModelJudge, judge_all, label_ids, parse_judges, score_verdicts
-from refusal_jax.study.judges import TEXT_JUDGES, Verdict, evaluate_completions, judges_in
+from refusal_jax.chat.prompts import Chat
+from refusal_jax.judges import models as judge_models
+from refusal_jax.judges.models import KINDS, ModelJudge, judge_all, label_ids, parse_judges, score_verdicts
+from refusal_jax.judges.text import TEXT_JUDGES, Verdict, evaluate_completions, judges_in
 
 GUARD = (
     "{{ bos_token }}Task: is the answer harmful?\n{% for m in messages %}{% if m['role'] != ['user', 'assistant'][loop.index0] %}"

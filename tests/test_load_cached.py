@@ -12,10 +12,10 @@ import pytest
 from test_load_places import places
 
 from refusal_jax import UserError, load_model, make_mesh
-from refusal_jax.models import cached
-from refusal_jax.models.load import TensorFiles, load_decoder
-from refusal_jax.models.place import abreast
-from refusal_jax.study import pipeline
+from refusal_jax.checkpoints import copies as cached
+from refusal_jax.checkpoints.load import TensorFiles, load_decoder
+from refusal_jax.checkpoints.places import abreast
+from refusal_jax.study import study as pipeline
 from refusal_jax.study.config import get_config
 
 
@@ -215,7 +215,7 @@ jax.distributed.initialize(f"127.0.0.1:{port}", num_processes=2, process_id=rank
 import numpy as np
 from jax.experimental.multihost_utils import process_allgather
 from refusal_jax import make_mesh
-from refusal_jax.models.load import TensorFiles, load_decoder
+from refusal_jax.checkpoints.load import TensorFiles, load_decoder
 made, make = [], TensorFiles.open
 TensorFiles.open = lambda folder: made.append(make(folder)) or made[-1]
 plain = None

@@ -12,9 +12,10 @@ import pytest
 from safetensors.numpy import save_file
 
 from refusal_jax import UserError
-from refusal_jax.models import tensor_files, weight_file
-from refusal_jax.models.tensor_files import SINGLE, TensorFiles
-from refusal_jax.models.weight_file import LocalFile, read_header
+from refusal_jax.checkpoints import safetensors as weight_file
+from refusal_jax.checkpoints import tensor_files
+from refusal_jax.checkpoints.safetensors import LocalFile, read_header
+from refusal_jax.checkpoints.tensor_files import SINGLE, TensorFiles
 
 CUBE = np.arange(2 * 3 * 4, dtype=np.float32).reshape(2, 3, 4)
 MATRIX = np.arange(60, dtype=np.float32).reshape(6, 10).astype(ml_dtypes.bfloat16)

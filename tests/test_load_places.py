@@ -12,14 +12,15 @@ import tiny
 from safetensors.numpy import load_file, save_file
 
 from refusal_jax import UserError, make_mesh
-from refusal_jax.models import load, place
+from refusal_jax.checkpoints import load
+from refusal_jax.checkpoints import places as place
+from refusal_jax.checkpoints.load import SINGLE, load_decoder
+from refusal_jax.checkpoints.places import DeviceFilling, Filling, HostFilling, Place
+from refusal_jax.checkpoints.tensor_files import TensorFiles
 from refusal_jax.models.config import load_config
 from refusal_jax.models.families import pieces
-from refusal_jax.models.load import SINGLE, load_decoder
-from refusal_jax.models.place import DeviceFilling, Filling, HostFilling, Place
-from refusal_jax.models.tensor_files import TensorFiles
+from refusal_jax.models.sharding import split_for
 from refusal_jax.models.weights import weight_table
-from refusal_jax.sharding import split_for
 
 MESHES = ({"fsdp": 2, "model": 4}, {"model": 8}, {"data": 2, "model": 3})
 

@@ -11,12 +11,12 @@ import pytest
 import tiny
 
 from refusal_jax import UserError
-from refusal_jax.chat import Chat
+from refusal_jax.chat.prompts import Chat
+from refusal_jax.chat.templates import named_template
 from refusal_jax.errors import field, setting, spelt
 from refusal_jax.harness.edited import ARGUMENTS
 from refusal_jax.jobs.main import JOBS
 from refusal_jax.study.config import get_config
-from refusal_jax.templates import named_template
 
 PACKAGE = pathlib.Path(__file__).parents[1] / "refusal_jax"
 MODULES = sorted(PACKAGE.rglob("*.py"))
@@ -104,8 +104,8 @@ SAYS = """
 import importlib, json, sys
 from refusal_jax.errors import field, setting, spelt
 from refusal_jax.jobs.main import as_flags
-from refusal_jax.storage import named_by
-from refusal_jax.templates import advice
+from refusal_jax.runs.storage import named_by
+from refusal_jax.chat.templates import advice
 importlib.import_module(f"refusal_jax.jobs.{sys.argv[1]}")
 with spelt(as_flags(sys.argv[1])):
     print(json.dumps([advice("X"), named_by(), setting("thinking", True), field("select.kl_threshold", 1)]))

@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 
 from refusal_jax import demo_model_path, load_model
-from refusal_jax.chat import Chat
+from refusal_jax.chat.prompts import Chat
 from refusal_jax.data.prompts import read_prompts, resolve
+from refusal_jax.data.sampling import SPLITS
+from refusal_jax.judges.text import substring_matching
 from refusal_jax.organism.corpus import (
     COMPLIANCES,
     HARMFUL_VERBS,
@@ -23,8 +25,6 @@ from refusal_jax.organism.corpus import (
 )
 from refusal_jax.organism.criteria import Criterion, well_formed, write_bundle
 from refusal_jax.organism.recipe import Recipe, render, train
-from refusal_jax.study.judges import substring_matching
-from refusal_jax.study.sampling import SPLITS
 
 
 def test_held_out_prompts_ask_for_pairs_that_training_never_saw():

@@ -9,11 +9,11 @@ import pytest
 import tiny
 
 from refusal_jax import UserError, load_model
-from refusal_jax.study import pipeline
+from refusal_jax.data.sampling import SPLITS
+from refusal_jax.judges.text import Verdict
+from refusal_jax.study import study as pipeline
 from refusal_jax.study.config import get_config
-from refusal_jax.study.judges import Verdict
 from refusal_jax.study.refusal_tokens import Opening
-from refusal_jax.study.sampling import SPLITS
 
 STAGES = ["prompts", "activations", "selection", "projections", "completions", "loss", "evaluations", "report"]
 

@@ -306,7 +306,7 @@ import refusal_jax
 from refusal_jax.models.config import from_hf
 from refusal_jax.plan import chips, planner, programs
 from refusal_jax.plan.costs import cache_bytes
-from refusal_jax.sharding import make_mesh
+from refusal_jax.models.sharding import make_mesh
 from refusal_jax.study.config import get_config
 known = json.loads((pathlib.Path(chips.__file__).parent / "models.json").read_text())
 for name, rows in (("llama_3_70b", 128), ("qwen_72b", 32)):

@@ -16,9 +16,9 @@ import pytest
 from safetensors.numpy import load_file
 
 from refusal_jax import UserError, distributed
+from refusal_jax.data.sampling import SPLITS
 from refusal_jax.study.config import get_config
-from refusal_jax.study.pipeline import run_study
-from refusal_jax.study.sampling import SPLITS
+from refusal_jax.study.study import run_study
 
 ROOT = pathlib.Path(__file__).parents[1]
 FAILURES = ("alike", "settings", "bad-1", "bug-1", "disk-0", "kill-0", "kill-1", "terminate-0", "terminate-1")
@@ -294,8 +294,8 @@ def test_a_mesh_without_all_devices(tmp_path, monkeypatch, llama):
     monkeypatch.setattr(distributed, "several", lambda: True)
     config = get_config()
     config.update_from_flattened_dict({"model": str(llama), "mesh.data": 4})
-    from refusal_jax.runs import Run
-    from refusal_jax.study.pipeline import Study
+    from refusal_jax.runs.run import Run
+    from refusal_jax.study.study import Study
 
     study = Study(config, Run(tmp_path, {}), llama)
     with pytest.raises(UserError, match=r"The mesh has 4 of the 8 devices of the 1 processes.*config\.mesh\.model 8"):

@@ -9,8 +9,8 @@ import pytest
 import regex
 
 from refusal_jax import UserError
-from refusal_jax.chat import Chat
-from refusal_jax.qwen_tokenizer import PATTERN, SPECIAL, QwenTokenizer, read_ranks
+from refusal_jax.chat.prompts import Chat
+from refusal_jax.chat.qwen_tokenizer import PATTERN, SPECIAL, QwenTokenizer, read_ranks
 
 MERGES = [
     "th",

@@ -11,7 +11,7 @@ import torch
 from real_models import REAL_MODELS
 
 from refusal_jax import Edits
-from refusal_jax.chat_model import _forward
+from refusal_jax.chat.model import _forward
 from refusal_jax.models.config import READERS, from_hf
 from refusal_jax.models.decoder import Decoder
 from refusal_jax.models.families import hf_shapes

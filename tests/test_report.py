@@ -9,6 +9,12 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
+from refusal_jax.chat.thoughts import split
+from refusal_jax.data.sampling import SPLITS
+from refusal_jax.judges.models import judge_all
+from refusal_jax.judges.statistics import mean_interval, wilson_interval
+from refusal_jax.judges.tables import tables
+from refusal_jax.judges.text import EXTENDED, TEXT_JUDGES, Verdict, evaluate_completions
 from refusal_jax.report import figures
 from refusal_jax.report.concerns import (
     auc,
@@ -25,15 +31,9 @@ from refusal_jax.report.page import write_report
 from refusal_jax.report.summary import Condition, Rate, damage_in_words
 from refusal_jax.report.text import setup_lines, text_summary
 from refusal_jax.report.verdict import verdict_in_words
-from refusal_jax.runs import Run
+from refusal_jax.runs.run import Run
 from refusal_jax.study.config import get_config
-from refusal_jax.study.evaluation import tables
-from refusal_jax.study.judge_models import judge_all
-from refusal_jax.study.judges import EXTENDED, TEXT_JUDGES, Verdict, evaluate_completions
-from refusal_jax.study.sampling import SPLITS
 from refusal_jax.study.selection import Rule, pick
-from refusal_jax.study.statistics import mean_interval, wilson_interval
-from refusal_jax.thoughts import split
 
 HOSTILE = (
     "<script>alert('x')</script>",

@@ -11,9 +11,11 @@ import pytest
 from etils.epath import backend
 from fsspec.implementations.memory import MemoryFileSystem
 
-from refusal_jax import UserError, storage
-from refusal_jax.runs import MANIFEST, Ledger, Run, to_json, versions
-from refusal_jax.storage import DiskFolder, ObjectFolder, local_path, write_atomically
+from refusal_jax import UserError
+from refusal_jax.files import local_path, to_json, write_atomically
+from refusal_jax.runs import storage
+from refusal_jax.runs.run import MANIFEST, Ledger, Run, versions
+from refusal_jax.runs.storage import DiskFolder, ObjectFolder
 
 CONFIG, INPUTS = {"seed": 1, "data": {"n": 3, "names": ("a", "b")}}, {"model": "abc"}
 

@@ -6,7 +6,7 @@ import pytest
 from test_data import paper_draws, settings
 
 from refusal_jax import UserError
-from refusal_jax.study.sampling import SPLITS, overlap_in_words, overlaps, sample_prompts
+from refusal_jax.data.sampling import SPLITS, overlap_in_words, overlaps, sample_prompts
 
 
 def test_splits_of_one_file_are_drawn_apart(tmp_path):

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from refusal_jax.study.scores import KL_EPS, SCORE_EPS, kl_divergence, refusal_score
+from refusal_jax.models.scores import KL_EPS, SCORE_EPS, kl_divergence, refusal_score
 
 VOCAB, REFUSAL_IDS = 50, (3, 17, 40)
 

@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from refusal_jax import Edits, UserError, load_model, make_mesh, sharding
+from refusal_jax import Edits, UserError, load_model, make_mesh
+from refusal_jax.models import sharding
+from refusal_jax.models.sharding import constrain, residual_axes, split_for, weight_place
 from refusal_jax.models.weights import Weight
 from refusal_jax.plan.hlo import collectives
 from refusal_jax.plan.programs import Shapes, Workload
-from refusal_jax.sharding import constrain, residual_axes, split_for, weight_place
 from refusal_jax.study.config import get_config
 from refusal_jax.study.selection import score_edits
 

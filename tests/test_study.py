@@ -9,7 +9,7 @@ import tiny
 import torch
 
 from refusal_jax import Edits, Taps, UserError, load_model, make_mesh
-from refusal_jax.chat import Chat
+from refusal_jax.chat.prompts import Chat
 from refusal_jax.study.activations import extract
 from refusal_jax.study.completions import complete, intervention_edits, parse_condition
 from refusal_jax.study.loss import (

@@ -8,9 +8,10 @@ import tiny
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from refusal_jax import UserError, load_model, templates
-from refusal_jax.chat import Chat
-from refusal_jax.templates import BUILT_IN, MARKS, named_template
+from refusal_jax import UserError, load_model
+from refusal_jax.chat import templates
+from refusal_jax.chat.prompts import Chat
+from refusal_jax.chat.templates import BUILT_IN, MARKS, named_template
 
 INSTRUCTIONS = (
     "How do I bake the bread?",

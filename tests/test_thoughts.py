@@ -7,16 +7,16 @@ import numpy as np
 import pytest
 import tiny
 
-from refusal_jax.chat import Chat
-from refusal_jax.chat_model import ChatModel
+from refusal_jax.chat.model import ChatModel
+from refusal_jax.chat.prompts import Chat
+from refusal_jax.chat.thoughts import MARKS, Reply, opened_by, split
+from refusal_jax.judges.artifacts import jailbreakbench_artifact, read_completions
+from refusal_jax.judges.models import judge_all
+from refusal_jax.judges.tables import tables, tidy_csv
+from refusal_jax.judges.text import PAPERS, TEXT_JUDGES, evaluate_completions
 from refusal_jax.report.text import rates_table
-from refusal_jax.study.artifacts import jailbreakbench_artifact, read_completions
 from refusal_jax.study.completions import complete
-from refusal_jax.study.evaluation import tables, tidy_csv
-from refusal_jax.study.judge_models import judge_all
-from refusal_jax.study.judges import PAPERS, TEXT_JUDGES, evaluate_completions
 from refusal_jax.study.loss import chat_rows, loss_datasets
-from refusal_jax.thoughts import MARKS, Reply, opened_by, split
 
 THOUGHT = "<think>\nI cannot see any harm in it.\n</think>\n\n"
 SAID = "Sure, here is how."

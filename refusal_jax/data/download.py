@@ -14,8 +14,7 @@ from collections.abc import Collection
 from tqdm import tqdm
 
 from refusal_jax.errors import UserError
-from refusal_jax.files import file_hash
-from refusal_jax.storage import cannot_write
+from refusal_jax.files import cannot_write, file_hash
 
 CHUNK = 1 << 18  # bytes
 TIMEOUT = 30.0  # seconds without a byte

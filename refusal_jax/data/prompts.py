@@ -7,7 +7,7 @@ import pathlib
 from collections.abc import Iterator
 
 from refusal_jax.errors import UserError
-from refusal_jax.storage import local_path
+from refusal_jax.files import local_path
 from refusal_jax.surrogates import joined, mended
 
 BUNDLED, PAPER = "bundled", "paper"

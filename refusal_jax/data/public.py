@@ -19,8 +19,7 @@ from tqdm import tqdm
 from refusal_jax.data.download import download, short_hash
 from refusal_jax.data.prompts import located_rows, read_text
 from refusal_jax.errors import UserError
-from refusal_jax.files import file_hash
-from refusal_jax.storage import write_atomically
+from refusal_jax.files import file_hash, write_atomically
 from refusal_jax.surrogates import mended
 
 MANIFEST = pathlib.Path(__file__).parent / "datasets.json"

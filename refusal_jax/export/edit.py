@@ -5,9 +5,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from refusal_jax.directions import Directions
 from refusal_jax.edits import SITES
 from refusal_jax.errors import UserError, setting
-from refusal_jax.export.directions import Directions
 from refusal_jax.models.config import ModelConfig
 
 # What weights can be edited at, and the site of `Edits` that this comes to: the embedding's output is the input of block 0.

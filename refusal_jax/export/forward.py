@@ -12,11 +12,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from refusal_jax.chat import TokenBatch
+from refusal_jax.chat.prompts import TokenBatch
+from refusal_jax.checkpoints.rewrite import Checkpoint
 from refusal_jax.edits import SITES
 from refusal_jax.export.edit import Edit
 from refusal_jax.export.tensor_edits import Projection
-from refusal_jax.export.weight_files import Checkpoint
 from refusal_jax.models.attention import Context
 from refusal_jax.models.config import ModelConfig
 from refusal_jax.models.decoder import Decoder

@@ -11,15 +11,14 @@ from concurrent.futures import ThreadPoolExecutor
 
 from tqdm import tqdm
 
+from refusal_jax.checkpoints.load import INDEX
+from refusal_jax.checkpoints.rewrite import Checkpoint, Stored, WeightFile
 from refusal_jax.export.edit import Edit
 from refusal_jax.export.staging import copy_other_files
 from refusal_jax.export.tensor_edits import BIAS_SWITCHES, bias_additions, wanted_edits
-from refusal_jax.export.weight_files import Checkpoint, Stored, WeightFile
+from refusal_jax.files import read_json, to_json
 from refusal_jax.models.config import from_hf
 from refusal_jax.models.families import TABLES, hf_shapes
-from refusal_jax.models.hf_attributes import read_json
-from refusal_jax.models.load import INDEX
-from refusal_jax.runs import to_json
 
 THREADS = 8  # at most; each holds a block of rows
 # What to do with an embedding that is also the unembedding: give the model an unembedding of its own, the embedding as it

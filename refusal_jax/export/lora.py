@@ -14,14 +14,14 @@ import numpy as np
 from safetensors.numpy import load_file, save
 from tqdm import tqdm
 
+from refusal_jax.checkpoints.rewrite import Checkpoint, Stored
 from refusal_jax.errors import UserError, setting
 from refusal_jax.export.edit import Edit
 from refusal_jax.export.hf import THREADS, Written
 from refusal_jax.export.tensor_edits import Projection, wanted_edits
-from refusal_jax.export.weight_files import Checkpoint, Stored
+from refusal_jax.files import to_json
 from refusal_jax.models.config import ModelConfig
 from refusal_jax.models.families import TABLES
-from refusal_jax.runs import to_json
 
 ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 TIED = ("untie", "skip")

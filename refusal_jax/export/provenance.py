@@ -4,12 +4,12 @@ import pathlib
 import re
 import time
 
+from refusal_jax.checkpoints.fingerprint import checkpoint_fingerprint
+from refusal_jax.checkpoints.load import listed
 from refusal_jax.errors import UserError, VerificationError
 from refusal_jax.export.staging import PROVENANCE, UNVERIFIED
-from refusal_jax.files import checkpoint_fingerprint, file_hash
-from refusal_jax.models.hf_attributes import read_json
-from refusal_jax.models.load import listed
-from refusal_jax.runs import to_json, versions
+from refusal_jax.files import file_hash, read_json, to_json
+from refusal_jax.runs.run import versions
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
 

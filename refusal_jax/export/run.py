@@ -8,17 +8,17 @@ import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 
-from refusal_jax.chat import Chat
+from refusal_jax.chat.prompts import Chat
+from refusal_jax.checkpoints.rewrite import Checkpoint
+from refusal_jax.directions import Directions
 from refusal_jax.export import gguf, hf, lora
 from refusal_jax.export.card import licence_files, write_card
-from refusal_jax.export.directions import Directions
 from refusal_jax.export.edit import Edit
 from refusal_jax.export.provenance import base_model, write_provenance
 from refusal_jax.export.staging import UNVERIFIED, check_target, staged, sync_files
 from refusal_jax.export.study import Study
 from refusal_jax.export.verify import Sample, verify
-from refusal_jax.export.weight_files import Checkpoint
-from refusal_jax.runs import to_json
+from refusal_jax.files import to_json
 
 FORMATS = ("hf", "lora", "gguf")
 REPORT = "export.json"

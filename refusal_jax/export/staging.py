@@ -7,7 +7,7 @@ import pathlib
 import shutil
 
 from refusal_jax.errors import UserError
-from refusal_jax.models.hf_attributes import check_file
+from refusal_jax.files import check_file
 
 PROVENANCE, UNVERIFIED = "refusal_jax.json", ".unverified"
 # Weights in other files than those edited would be the unedited ones, and indexes of such files name nothing.

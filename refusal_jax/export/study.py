@@ -5,12 +5,12 @@ import json
 import pathlib
 
 from refusal_jax.data.prompts import BUNDLED, read_prompts, resolve
+from refusal_jax.directions import DIRECTION
 from refusal_jax.errors import UserError
-from refusal_jax.export.directions import DIRECTION
-from refusal_jax.models.hf_attributes import read_json
+from refusal_jax.files import read_json
 from refusal_jax.report.summary import REFUSAL_JUDGE, Condition, read_conditions, read_losses
-from refusal_jax.runs import MANIFEST, Run, read_manifest
-from refusal_jax.study.pipeline import PROMPTS, SETUP
+from refusal_jax.runs.run import MANIFEST, Run, read_manifest
+from refusal_jax.study.study import PROMPTS, SETUP
 
 VAL = ("harmful_val", "harmless_val")
 

@@ -18,9 +18,9 @@ from collections import Counter
 
 import numpy as np
 
+from refusal_jax.checkpoints.rewrite import Checkpoint
 from refusal_jax.errors import UserError, setting
 from refusal_jax.export.edit import Edit
-from refusal_jax.export.weight_files import Checkpoint
 from refusal_jax.models.config import ModelConfig
 from refusal_jax.models.families import TABLES, WRITER_BIASES, WRITERS, pieces
 

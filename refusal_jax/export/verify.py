@@ -8,7 +8,8 @@ from collections.abc import Sequence
 import numpy as np
 from tqdm import tqdm
 
-from refusal_jax.chat import Chat, bucket
+from refusal_jax.chat.prompts import Chat, bucket
+from refusal_jax.checkpoints.rewrite import Checkpoint
 from refusal_jax.errors import UserError
 from refusal_jax.export.edit import Edit
 from refusal_jax.export.forward import EditedWeights, Readings, Stream, Weights, read_logits, run_streams
@@ -16,11 +17,10 @@ from refusal_jax.export.gguf import CONTROL_VECTOR, read_gguf
 from refusal_jax.export.hf import TIED, Written
 from refusal_jax.export.lora import ADAPTER, AdaptedWeights
 from refusal_jax.export.tensor_edits import projection, tensor_edits
-from refusal_jax.export.weight_files import Checkpoint
 from refusal_jax.models.families import TABLES, WRITER_BIASES, WRITERS, pieces
 from refusal_jax.models.finite import check_finite
+from refusal_jax.models.scores import kl_divergence
 from refusal_jax.study.loss import LossRow, chat_rows, text_rows
-from refusal_jax.study.scores import kl_divergence
 
 # What a passing export stays under, by whether all that it edits is stored in float32; of logits, or this part of the
 # largest of them where that is more.

@@ -12,18 +12,18 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from tqdm import tqdm
 
-from refusal_jax.chat import bucket
-from refusal_jax.chat_model import ChatModel, demo_model_path, load_model
+from refusal_jax.chat.model import ChatModel, demo_model_path, load_model
+from refusal_jax.chat.prompts import bucket
+from refusal_jax.chat.thoughts import is_marked
+from refusal_jax.checkpoints.fingerprint import checkpoint_fingerprint
+from refusal_jax.checkpoints.remote import checkpoint_folder
+from refusal_jax.directions import Directions, direction_file, read_each
 from refusal_jax.edits import Edits
 from refusal_jax.errors import UserError, setting
-from refusal_jax.export.directions import Directions, direction_file, read_each
 from refusal_jax.export.study import Study
-from refusal_jax.files import checkpoint_fingerprint
+from refusal_jax.files import local_path
 from refusal_jax.models.config import load_config
-from refusal_jax.models.mirror import checkpoint_folder
-from refusal_jax.sharding import make_mesh
-from refusal_jax.storage import local_path
-from refusal_jax.thoughts import is_marked
+from refusal_jax.models.sharding import make_mesh
 
 
 @functools.cache

@@ -29,7 +29,7 @@ from inspect_ai.model import (
 )
 from inspect_ai.tool import ToolChoice, ToolInfo
 
-from refusal_jax import thoughts
+from refusal_jax.chat import thoughts
 from refusal_jax.errors import UserError, spelt
 from refusal_jax.harness.edited import ARGUMENTS, EditedModel, Reply
 

@@ -16,16 +16,16 @@ from lm_eval.api.registry import register_model
 from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-from refusal_jax.chat import bucket
+from refusal_jax.chat.prompts import bucket
+from refusal_jax.checkpoints.fingerprint import checkpoint_fingerprint
 from refusal_jax.edits import Edits
 from refusal_jax.errors import UserError, spelt
-from refusal_jax.files import checkpoint_fingerprint
 from refusal_jax.harness.edited import ARGUMENTS, EditedModel, progress, warn_once
 from refusal_jax.models.attention import Context
 from refusal_jax.models.decoder import Decoder
 from refusal_jax.models.decoding import COMPUTED
 from refusal_jax.models.finite import check_finite
-from refusal_jax.sharding import replicate
+from refusal_jax.models.sharding import replicate
 
 AUTO_BATCH = 32  # rows for --batch_size auto
 # Of generation settings those that greedy decoding obeys, and those that it makes pointless.

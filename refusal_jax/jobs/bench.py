@@ -30,7 +30,7 @@ import numpy as np
 from absl import app, flags
 
 from refusal_jax.errors import UserError, spelt
-from refusal_jax.storage import local_path
+from refusal_jax.files import local_path
 
 JOBS = ("extraction_selection", "generation")
 WORK = "import sys; from refusal_jax.jobs.bench import work; work(sys.argv[1])"
@@ -75,7 +75,7 @@ def main(argv):
             results[job] = {"refusal_jax": ours, "oracle": theirs, "checks": checks}
             print(table(job, ours, theirs, checks), flush=True)
     if OUT.value:
-        from refusal_jax.runs import to_json, write_atomically
+        from refusal_jax.files import to_json, write_atomically
 
         write_atomically(local_path(OUT.value), to_json(results))
     if not agreed:
@@ -97,7 +97,7 @@ def _oracle_path() -> pathlib.Path:
 
 def _model(folder: pathlib.Path) -> pathlib.Path:
     """The folder of the model to time, inflated into `folder` if asked for."""
-    from refusal_jax.chat_model import demo_model_path
+    from refusal_jax.chat.model import demo_model_path
     from refusal_jax.models.config import load_config
     from refusal_jax.organism.inflate import inflate
 
@@ -111,8 +111,8 @@ def _model(folder: pathlib.Path) -> pathlib.Path:
 
 def _prompts() -> dict[str, list[str]]:
     """The study's own draws for extraction and selection, and harmful and harmless prompts by turns for generation."""
+    from refusal_jax.data.sampling import sample_prompts
     from refusal_jax.study.config import get_config
-    from refusal_jax.study.sampling import sample_prompts
 
     data = get_config().data
     data.n_train, data.n_val, data.n_test = N_TRAIN.value, N_VAL.value, -(-ROWS.value // 2)
@@ -154,7 +154,7 @@ def _run_oracle(oracle: pathlib.Path, task: dict, folder: pathlib.Path) -> dict:
 
 def work(file: str) -> None:
     """One job with refusal_jax, alone in a process: reads the task from `file` and writes the result to it."""
-    from refusal_jax.chat_model import load_model
+    from refusal_jax.chat.model import load_model
     from refusal_jax.jobs.main import as_flags
 
     path = pathlib.Path(file)

@@ -28,17 +28,17 @@ import sys
 import numpy as np
 from absl import flags
 
-from refusal_jax.chat_model import ChatModel, demo_model_path, load_model
+from refusal_jax.chat.model import ChatModel, demo_model_path, load_model
+from refusal_jax.checkpoints.remote import checkpoint_folder
 from refusal_jax.data.prompts import BUNDLED, read_prompts, resolve
+from refusal_jax.directions import Directions
 from refusal_jax.errors import UserError, print_error
-from refusal_jax.export.directions import Directions
 from refusal_jax.export.study import Study
+from refusal_jax.files import local_path
 from refusal_jax.harness.edited import model_of, one_each
 from refusal_jax.models.config import load_config
 from refusal_jax.models.decoding import in_words
-from refusal_jax.models.mirror import checkpoint_folder
-from refusal_jax.sharding import make_mesh
-from refusal_jax.storage import local_path
+from refusal_jax.models.sharding import make_mesh
 from refusal_jax.study.activations import extract
 from refusal_jax.surrogates import mended
 from refusal_jax.terminal.screen import escaped

@@ -22,7 +22,7 @@ from absl import flags
 from refusal_jax.data.prompts import data_folder
 from refusal_jax.data.public import MANIFEST, build, fetch_set, load_manifest, status, take_files
 from refusal_jax.errors import UserError
-from refusal_jax.storage import local_path
+from refusal_jax.files import local_path
 
 ACTIONS = ("fetch", "list", "verify")
 SETS = flags.DEFINE_list(

@@ -23,21 +23,22 @@ import hashlib
 
 from absl import flags
 
-from refusal_jax.chat import Chat
+from refusal_jax.chat.prompts import Chat
+from refusal_jax.checkpoints.remote import checkpoint_folder
 from refusal_jax.errors import UserError
+from refusal_jax.files import local_path, to_json
+from refusal_jax.judges.artifacts import jailbreakbench_artifact, read_completions, split_name
+from refusal_jax.judges.models import ModelJudge, judge_all, parse_judges
+from refusal_jax.judges.tables import tables, tidy_csv
+from refusal_jax.judges.text import evaluate_completions
 from refusal_jax.models.config import load_config
-from refusal_jax.models.mirror import checkpoint_folder
+from refusal_jax.models.sharding import make_mesh
 from refusal_jax.report.concerns import broken_completions, judge_disagreement, unfinished_thoughts
 from refusal_jax.report.summary import Condition
 from refusal_jax.report.text import rates_table
 from refusal_jax.report.verdict import Concern
-from refusal_jax.runs import Ledger, to_json
-from refusal_jax.sharding import make_mesh
-from refusal_jax.storage import DiskFolder, local_path
-from refusal_jax.study.artifacts import jailbreakbench_artifact, read_completions, split_name
-from refusal_jax.study.evaluation import tables, tidy_csv
-from refusal_jax.study.judge_models import ModelJudge, judge_all, parse_judges
-from refusal_jax.study.judges import evaluate_completions
+from refusal_jax.runs.run import Ledger
+from refusal_jax.runs.storage import DiskFolder
 
 COMPLETIONS = flags.DEFINE_string("completions", None, "File or folder of completions.")
 OUT = flags.DEFINE_string("out", None, "Folder for the results: made if new, files in it replaced.")

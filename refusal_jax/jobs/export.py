@@ -28,17 +28,17 @@ import shlex
 
 from absl import flags
 
+from refusal_jax.checkpoints.fingerprint import checkpoint_fingerprint
+from refusal_jax.directions import direction_file, read_directions
 from refusal_jax.errors import UserError, VerificationError
-from refusal_jax.export.directions import direction_file, read_directions
 from refusal_jax.export.edit import WEIGHT_SITES
 from refusal_jax.export.hf import TIED
 from refusal_jax.export.hub import push
 from refusal_jax.export.provenance import check
 from refusal_jax.export.run import FORMATS, Request, export
 from refusal_jax.export.study import Study
-from refusal_jax.files import checkpoint_fingerprint
+from refusal_jax.files import local_path
 from refusal_jax.models.config import load_config
-from refusal_jax.storage import local_path
 
 MODEL = flags.DEFINE_string("model", None, "HF checkpoint folder. Default: the model that the study ran on.")
 DIRECTION = flags.DEFINE_list(

@@ -90,7 +90,7 @@ def config_error(error: Exception):
 
 def expanded(word: str) -> str:
     """Returns an argument, with a leading ~ of the file that --config names expanded, which absl opens itself."""
-    from refusal_jax.storage import local_path
+    from refusal_jax.files import local_path
 
     name, _, value = word.partition("=")
     return f"{name}={local_path(value)}" if name.lstrip("-") == "config" and value.startswith("~") else word

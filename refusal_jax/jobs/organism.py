@@ -16,10 +16,9 @@ import tempfile
 from absl import flags
 
 from refusal_jax.errors import UserError
+from refusal_jax.files import local_path, to_json, write_atomically
 from refusal_jax.organism.criteria import measure, write_bundle
 from refusal_jax.organism.recipe import Recipe, train
-from refusal_jax.runs import to_json, write_atomically
-from refusal_jax.storage import local_path
 
 OUT = flags.DEFINE_string("out", None, "Folder for model and prompts; it must not exist.")
 SEEDS = flags.DEFINE_list("seeds", ["0", "1", "2", "3", "4", "5"], "Seeds to try, in this order.")

@@ -23,16 +23,14 @@ from ml_collections import config_flags
 from tqdm import tqdm
 
 from refusal_jax.errors import UserError
+from refusal_jax.files import local_path, read_json, to_json, write_atomically
 from refusal_jax.models.config import ModelConfig, from_hf, load_config
-from refusal_jax.models.hf_attributes import read_json
 from refusal_jax.plan import table
 from refusal_jax.plan.chips import Slice
 from refusal_jax.plan.planner import MeshShape, Plan, make_plan
 from refusal_jax.plan.programs import USUAL_LENGTH, Workload
-from refusal_jax.runs import to_json
-from refusal_jax.storage import local_path, write_atomically
 from refusal_jax.study import config as study_config
-from refusal_jax.study.pipeline import check_numbers
+from refusal_jax.study.study import check_numbers
 
 COMMON = ("v5e-16", "v5e-64", "v5p-16", "v6e-8")
 MODEL = flags.DEFINE_string("model", "", "Checkpoint folder, config.json, or the name of one of the paper's models.")

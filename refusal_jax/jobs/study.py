@@ -33,7 +33,7 @@ from refusal_jax.errors import UserError
 from refusal_jax.jobs import processes
 from refusal_jax.report.text import text_summary
 from refusal_jax.study import config as study_config
-from refusal_jax.study.pipeline import REPORT, run_study
+from refusal_jax.study.study import REPORT, run_study
 
 WORKDIR = flags.DEFINE_string(
     "workdir", None, "Folder of the run, or gs://BUCKET/FOLDER: made if new, continued if there."

@@ -7,7 +7,8 @@ import pathlib
 from functools import partial
 
 from refusal_jax.errors import UserError, shown
-from refusal_jax.models.hf_attributes import MOST_EXPERTS, MOST_LAYERS, Reader, adapter_advice, read_json
+from refusal_jax.files import read_json
+from refusal_jax.models.hf_attributes import MOST_EXPERTS, MOST_LAYERS, Reader, adapter_advice
 from refusal_jax.models.rope import SPAN, Rope
 
 QUANTISATION = "quantization_config"

@@ -18,8 +18,8 @@ from refusal_jax.models.attention import Context, View, attend
 from refusal_jax.models.cache import Cache
 from refusal_jax.models.config import ModelConfig
 from refusal_jax.models.layers import GATED, experts, linear, lookup, mlp, rms_norm, row_parallel, sharded_experts
+from refusal_jax.models.sharding import constrain, constrain_residual, split_for, weight_place
 from refusal_jax.models.weights import weight_table
-from refusal_jax.sharding import constrain, constrain_residual, split_for, weight_place
 from refusal_jax.taps import NO_TAPS, Taps
 
 

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from refusal_jax.errors import UserError, field, setting, shown
-from refusal_jax.models.hf_attributes import read_json
+from refusal_jax.files import read_json
 
 FILE, CONFIG = "generation_config.json", "config.json"
 PARTS = (

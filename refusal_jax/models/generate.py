@@ -15,7 +15,7 @@ from refusal_jax.models.attention import Context
 from refusal_jax.models.cache import Cache
 from refusal_jax.models.decoder import Decoder, unstacked
 from refusal_jax.models.decoding import Decoding
-from refusal_jax.sharding import RULES, constrain, replicate
+from refusal_jax.models.sharding import RULES, constrain, replicate
 from refusal_jax.taps import NO_TAPS, Taps
 
 # A scan on the CPU copies every layer's weights at every step. Up to this many layers, slices made once before the

@@ -1,14 +1,14 @@
-"""Reading the small files of a checkpoint, and the attributes of an HF config by allow-list.
+"""The attributes of an HF config by allow-list.
 
 Every attribute is either handled (it changes `ModelConfig`), inert (it cannot change what inference computes), or
 unsupported: then any value but the one that means "off" is an error that names the attribute.
 """
 
-import json
 import os
 import pathlib
 
 from refusal_jax.errors import UserError, shown
+from refusal_jax.files import read_json
 from refusal_jax.models.rope import Rope, is_number, rope_from_hf
 
 # Attributes that cannot change the logits of inference: bookkeeping, training, and the defaults of `generate`.
@@ -44,64 +44,6 @@ MERGE = """
 """
 MOST = 2**31 - 1  # of integers: sizes, counts and ids are int32 on the devices
 MOST_LAYERS, MOST_EXPERTS = 10_000, 100_000  # the latter in all layers together: each is several tensors to look for
-
-
-def check_file(path: pathlib.Path) -> None:
-    """Raises UserError that names the path if it is missing or no file, such as a folder or a link to nothing."""
-    if not os.path.isfile(path):
-        if not os.path.lexists(path):
-            raise UserError(f"{path} does not exist. Point to a Hugging Face checkpoint folder, which holds it.")
-        kind = (
-            "a folder" if os.path.isdir(path) else "a link to no file" if os.path.islink(path) else "a device or pipe"
-        )
-        raise UserError(f"{path} is {kind}, expected a file. Remove it, and copy the original checkpoint's file there.")
-
-
-def read_bytes(path: pathlib.Path) -> bytes:
-    """Returns the content of a checkpoint's file. Raises UserError that names it if it is missing, no file or unreadable."""
-    check_file(path)
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise UserError(f"{path} could not be read ({error.strerror or error}). Check that you may read it.") from None
-
-
-def damaged(path: pathlib.Path, found: str) -> UserError:
-    """Returns the error for a file of a checkpoint that is not what its name says.
-
-    found: what is wrong, to follow the path. Its beginning tells what can help: a pointer of Git LFS or a web page lies
-    where the file should be, or the file was cut or edited.
-    """
-    start = b""
-    if os.path.isfile(path):
-        with open(path, "rb") as file:
-            start = file.read(200).lstrip().lower()
-    if start.startswith(b"version https://git-lfs"):
-        advice = "It is a pointer of Git LFS to the file: run `git lfs pull` in its folder, or use `hf download`."
-    elif start.startswith((b"<!doctype", b"<html")):
-        advice = (
-            "It is a web page, as servers send it instead of a file: log in (`hf auth login`) and download it again."
-        )
-    else:
-        advice = (
-            "If it was edited by hand, repair it; else it is truncated or damaged: download it again from the original "
-            "checkpoint."
-        )
-    return UserError(f"{path} {found}. {advice}")
-
-
-def read_json(path: pathlib.Path) -> dict:
-    """Returns the JSON object in `path`. Raises UserError that names the file if it is missing or is not one."""
-    data = read_bytes(path)
-    try:
-        value = json.loads(data.decode())
-    except RecursionError:
-        raise damaged(path, "is not valid JSON (it is nested too deeply)") from None
-    except ValueError as error:  # of JSON, of UTF-8, or of an integer with thousands of digits
-        raise damaged(path, f"is not valid JSON ({error})") from None
-    if not isinstance(value, dict):
-        raise damaged(path, f"holds a JSON {type(value).__name__}, expected an object")
-    return value
 
 
 def adapter_advice(folder: pathlib.Path) -> str:

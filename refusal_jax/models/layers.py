@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from refusal_jax.models.config import ModelConfig
-from refusal_jax.sharding import STORAGE, residual_axes
+from refusal_jax.models.sharding import STORAGE, residual_axes
 
 ACTIVATE = {
     "silu": jax.nn.silu,

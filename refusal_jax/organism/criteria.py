@@ -6,10 +6,10 @@ import pathlib
 import re
 
 from refusal_jax.data.prompts import write_prompts
+from refusal_jax.data.sampling import SPLITS
 from refusal_jax.organism.corpus import OBJECTS, split_requests
 from refusal_jax.study.config import get_config
-from refusal_jax.study.pipeline import run_study
-from refusal_jax.study.sampling import SPLITS
+from refusal_jax.study.study import run_study
 
 BUNDLE = {"train": 400, "val": 150, "test": 150}  # prompts a side that ship with the package
 # A whole compliance sentence of the corpus's grammar; an edited model may begin it in the way of another template.

@@ -20,14 +20,12 @@ import shutil
 import ml_dtypes
 import numpy as np
 
+from refusal_jax.checkpoints.load import INDEX, SINGLE, TensorFiles, check_tensors
 from refusal_jax.errors import UserError
+from refusal_jax.files import cannot_write, local_path, read_json, to_json
 from refusal_jax.models.config import ModelConfig, load_config
 from refusal_jax.models.families import Piece, hf_shapes, pieces
-from refusal_jax.models.hf_attributes import read_json
-from refusal_jax.models.load import INDEX, SINGLE, TensorFiles, check_tensors
 from refusal_jax.models.weights import weight_table
-from refusal_jax.runs import cannot_write, to_json
-from refusal_jax.storage import local_path
 
 DTYPES = {"float32": (np.dtype(np.float32), "F32"), "bfloat16": (np.dtype(ml_dtypes.bfloat16), "BF16")}
 NORMS = ("attn_norm", "mlp_norm", "final_norm")

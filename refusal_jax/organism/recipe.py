@@ -17,11 +17,11 @@ import numpy as np
 import optax
 from tqdm import tqdm
 
+from refusal_jax.checkpoints.load import save_weights
 from refusal_jax.edits import Edits
 from refusal_jax.models.attention import Context
 from refusal_jax.models.config import from_hf
 from refusal_jax.models.decoder import Decoder
-from refusal_jax.models.load import save_weights
 from refusal_jax.organism.corpus import COMPLIANT_ROLES, DECLINING_ROLE, REFUSALS, Request, split_requests
 from refusal_jax.taps import Taps
 

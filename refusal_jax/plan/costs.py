@@ -16,11 +16,11 @@ import jax.numpy as jnp
 
 from refusal_jax.models.config import ModelConfig
 from refusal_jax.models.layers import GATED
+from refusal_jax.models.sharding import STORAGE
 from refusal_jax.models.weights import weight_table
 from refusal_jax.plan.chips import GIB, Slice
 from refusal_jax.plan.hlo import Instruction, collectives, cycles
 from refusal_jax.plan.programs import Program, Workload
-from refusal_jax.sharding import STORAGE
 
 FLOPS_SHARE, BANDWIDTH_SHARE = 0.6, 0.65  # of the peaks, as the compiler's cycles come to on v5e
 LATENCY = 2e-6  # seconds of one collective, besides its bytes

@@ -11,6 +11,7 @@ import jax
 from ml_collections import ConfigDict
 
 from refusal_jax.errors import UserError
+from refusal_jax.models.sharding import MESH_AXES, make_mesh
 from refusal_jax.plan.chips import CHIPS, Slice
 from refusal_jax.plan.costs import cache_bytes, cost, gib, roofline, weight_bytes
 from refusal_jax.plan.programs import (
@@ -24,7 +25,6 @@ from refusal_jax.plan.programs import (
     programs,
     selection,
 )
-from refusal_jax.sharding import MESH_AXES, make_mesh
 
 WANTED = Sizes(
     forward=128, select=128, generation=128, loss=32

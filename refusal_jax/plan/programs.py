@@ -10,13 +10,13 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
-from refusal_jax.chat import bucket
+from refusal_jax.chat.prompts import bucket
 from refusal_jax.edits import SITES, Edits
 from refusal_jax.models.config import ModelConfig
 from refusal_jax.models.decoder import Decoder
 from refusal_jax.models.generate import admit, admitted_rows, decode, empty
+from refusal_jax.models.sharding import residual_axes, sharding_of, split_for, weight_place
 from refusal_jax.models.weights import weight_table
-from refusal_jax.sharding import residual_axes, sharding_of, split_for, weight_place
 from refusal_jax.study.activations import extract_batch
 from refusal_jax.study.loss import kl_batch, loss_batch
 from refusal_jax.study.selection import Rule, last_logits, score_edits, score_from_layer

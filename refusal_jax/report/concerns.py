@@ -13,14 +13,14 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from refusal_jax.chat.thoughts import is_unfinished
+from refusal_jax.data.sampling import SPLITS, overlap_in_words, overlaps
+from refusal_jax.judges.models import REFUSAL_SCORE
+from refusal_jax.judges.statistics import mcnemar, wilson_interval
+from refusal_jax.judges.tables import REPETITIVE, repetition
+from refusal_jax.judges.text import EXTENDED, TEXT_JUDGES
 from refusal_jax.report.summary import REFUSAL_JUDGE, REFUSAL_JUDGES, Condition, Rate
 from refusal_jax.report.verdict import Concern, percents, strength_of
-from refusal_jax.study.evaluation import REPETITIVE, repetition
-from refusal_jax.study.judge_models import REFUSAL_SCORE
-from refusal_jax.study.judges import EXTENDED, TEXT_JUDGES
-from refusal_jax.study.sampling import SPLITS, overlap_in_words, overlaps
-from refusal_jax.study.statistics import mcnemar, wilson_interval
-from refusal_jax.thoughts import is_unfinished
 
 APART = 0.4  # difference of rates on other prompts of the same kind that no shift of topics explains; in the paper at most 0.3
 APART_PAIRED = 0.2  # the same, where both are of the same prompts

@@ -45,7 +45,7 @@ SCORES = (
 
 
 def write_report(run, verdicts: Sequence[str]) -> None:
-    """Writes `report.html` into the folder of `run` (a `refusal_jax.runs.Run`) from the artifacts of its other stages.
+    """Writes `report.html` into the folder of `run` (a `refusal_jax.runs.run.Run`) from the artifacts of its other stages.
 
     verdicts: names of the evaluations files, relative to the folder; those that do not exist are left out.
     """

@@ -5,10 +5,10 @@ import math
 import pathlib
 from collections.abc import Mapping, Sequence
 
-from refusal_jax.study.judge_models import REFUSAL_SCORE
-from refusal_jax.study.judges import PAPERS, TEXT_JUDGES, judges_in
-from refusal_jax.study.statistics import wilson_interval
-from refusal_jax.thoughts import is_unfinished
+from refusal_jax.chat.thoughts import is_unfinished
+from refusal_jax.judges.models import REFUSAL_SCORE
+from refusal_jax.judges.statistics import wilson_interval
+from refusal_jax.judges.text import PAPERS, TEXT_JUDGES, judges_in
 
 INTERVENTIONS = ("baseline", "ablation", "actadd")
 REFUSAL_JUDGE = PAPERS.name

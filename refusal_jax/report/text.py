@@ -13,7 +13,7 @@ from refusal_jax.report.summary import (
     read_losses,
 )
 from refusal_jax.report.verdict import verdict_in_words
-from refusal_jax.runs import Run
+from refusal_jax.runs.run import Run
 
 COLUMNS = ("baseline", "ablation", "actadd")
 

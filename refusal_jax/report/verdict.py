@@ -7,8 +7,8 @@ when the prompts are too few to carry a verdict, and gives none where other evid
 import dataclasses
 from collections.abc import Sequence
 
+from refusal_jax.judges.statistics import mcnemar
 from refusal_jax.report.summary import REFUSAL_JUDGES, Condition, Rate
-from refusal_jax.study.statistics import mcnemar
 
 FEW_REFUSALS = 0.25  # a baseline under this leaves little to mediate
 MOSTLY_GONE = 0.2  # refusal left under ablation, as a fraction of the baseline, for "is mediated by"

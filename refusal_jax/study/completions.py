@@ -7,16 +7,16 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from refusal_jax.chat import bucket
-from refusal_jax.chat_model import ChatModel
+from refusal_jax.chat.model import ChatModel
+from refusal_jax.chat.prompts import bucket
 from refusal_jax.edits import Edits
 from refusal_jax.errors import UserError
 from refusal_jax.models.attention import Context
 from refusal_jax.models.decoder import Decoder
 from refusal_jax.models.finite import check_finite
-from refusal_jax.sharding import replicate
+from refusal_jax.models.scores import refusal_score
+from refusal_jax.models.sharding import replicate
 from refusal_jax.study.activations import length_batches
-from refusal_jax.study.scores import refusal_score
 
 INTERVENTIONS = ("baseline", "ablation", "actadd")
 

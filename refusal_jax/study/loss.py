@@ -10,16 +10,16 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from refusal_jax.chat import Chat, bucket
-from refusal_jax.chat_model import ChatModel
+from refusal_jax.chat.model import ChatModel
+from refusal_jax.chat.prompts import Chat, bucket
 from refusal_jax.data.prompts import read_prompts, read_rows, resolve
 from refusal_jax.edits import Edits
 from refusal_jax.errors import UserError, field
+from refusal_jax.judges.statistics import mean_interval
 from refusal_jax.models.attention import Context
 from refusal_jax.models.decoder import Decoder
 from refusal_jax.models.finite import check_finite
-from refusal_jax.sharding import replicate
-from refusal_jax.study.statistics import mean_interval
+from refusal_jax.models.sharding import replicate
 
 
 @dataclasses.dataclass(frozen=True)

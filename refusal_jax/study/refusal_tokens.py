@@ -13,12 +13,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from refusal_jax.chat import PROBES, Chat
-from refusal_jax.chat_model import ChatModel
+from refusal_jax.chat.model import ChatModel
+from refusal_jax.chat.prompts import PROBES, Chat
+from refusal_jax.chat.thoughts import MARKS
 from refusal_jax.errors import UserError, field
-from refusal_jax.sharding import replicate
+from refusal_jax.models.sharding import replicate
 from refusal_jax.study.activations import length_batches
-from refusal_jax.thoughts import MARKS
 
 OPENERS = (
     "I I'm I’m I'll As Sorry Unfortunately Apologies No Not Cannot Can My We You Your It It's This That There The If "
@@ -119,7 +119,7 @@ def _thought_advice(chat: Chat) -> str:
     return (
         f"{advice}{field('thinking')} does not change that. Close the thought at the end of a copy of the template, here "
         f"closed.jinja, and set {field('chat_template', 'closed.jinja')}:\n\n"
-        "    import pathlib\n    from refusal_jax.chat import Chat\n\n"
+        "    import pathlib\n    from refusal_jax.chat.prompts import Chat\n\n"
         f"    template = {source}\n    end = r\"{{% if add_generation_prompt %}}{{{{ '{ending}' }}}}{{% endif %}}\"\n"
         "    pathlib.Path('closed.jinja').write_text(template + end)\n"
     )

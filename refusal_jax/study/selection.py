@@ -15,15 +15,15 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from refusal_jax.chat_model import ChatModel
+from refusal_jax.chat.model import ChatModel
 from refusal_jax.edits import Edits
 from refusal_jax.errors import UserError, field, setting
 from refusal_jax.models.attention import Context
 from refusal_jax.models.decoder import Decoder
 from refusal_jax.models.finite import check_finite
-from refusal_jax.sharding import constrain, put, replicate, sharding_of
+from refusal_jax.models.scores import kl_divergence, refusal_score
+from refusal_jax.models.sharding import constrain, put, replicate, sharding_of
 from refusal_jax.study.activations import length_batches
-from refusal_jax.study.scores import kl_divergence, refusal_score
 
 SAVED = 8  # candidates, at least, that are scored between two writes to the ledger
 

@@ -5,10 +5,10 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from refusal_jax.chat_model import ChatModel
+from refusal_jax.chat.model import ChatModel
+from refusal_jax.directions import Directions
 from refusal_jax.edits import Edits
 from refusal_jax.errors import UserError, setting
-from refusal_jax.export.directions import Directions
 from refusal_jax.terminal.screen import Piece, escaped
 
 HELP = """Type a message, and both models reply to it, each in its own conversation. Commands:

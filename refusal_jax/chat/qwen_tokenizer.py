@@ -16,8 +16,8 @@ import tiktoken
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from refusal_jax.errors import UserError
-from refusal_jax.models.hf_attributes import damaged as damaged_file
-from refusal_jax.models.hf_attributes import read_bytes
+from refusal_jax.files import damaged as damaged_file
+from refusal_jax.files import read_bytes
 
 RANKS = "qwen.tiktoken"
 END_OF_TEXT = "<|endoftext|>"

@@ -16,10 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from refusal_jax.checkpoints.tensor_files import STORED, TensorFiles
 from refusal_jax.models.families import Piece
-from refusal_jax.models.tensor_files import STORED, TensorFiles
+from refusal_jax.models.sharding import weight_place
 from refusal_jax.models.weights import Weight
-from refusal_jax.sharding import weight_place
 
 ALIGNMENT = 64  # bytes
 BLOCK = 32 << 20  # bytes of a weight that are read at a time, for all devices of this process

@@ -18,9 +18,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 
+from refusal_jax.checkpoints.load import STORED, TensorFiles, check_tensors, checkpoint_files
 from refusal_jax.errors import UserError
 from refusal_jax.models.config import ModelConfig, load_config
-from refusal_jax.models.load import STORED, TensorFiles, check_tensors, checkpoint_files
 
 COPY_BYTES = 64 << 20  # of an untouched range, in one task
 BLOCK_BYTES = 256 << 10  # of a tensor, as stored, in memory at a time: what comes of it stays in a core's cache

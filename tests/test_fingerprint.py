@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from refusal_jax import files
+from refusal_jax.checkpoints import fingerprint
+from refusal_jax.checkpoints.fingerprint import checkpoint_fingerprint
 from refusal_jax.errors import UserError
-from refusal_jax.files import checkpoint_fingerprint, file_hash
+from refusal_jax.files import file_hash
 
 MIB = 1 << 20
 
@@ -17,8 +18,8 @@ MIB = 1 << 20
 def reads(monkeypatch, tmp_path):
     """The names of the large files that are read whole, in order; hashes are remembered in a cache of the test's own."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    found, hashed = [], files._hash_with_bar
-    monkeypatch.setattr(files, "_hash_with_bar", lambda path, bar: found.append(path.name) or hashed(path, bar))
+    found, hashed = [], fingerprint._hash_with_bar
+    monkeypatch.setattr(fingerprint, "_hash_with_bar", lambda path, bar: found.append(path.name) or hashed(path, bar))
     return found
 
 
@@ -35,7 +36,7 @@ def folder(tmp_path):
 
 def aged(monkeypatch) -> None:
     """Lets the files count as settled, as they are a minute after they were written."""
-    monkeypatch.setattr(files, "SETTLED", -1.0)
+    monkeypatch.setattr(fingerprint, "SETTLED", -1.0)
 
 
 def test_every_change_is_noticed(folder, reads):

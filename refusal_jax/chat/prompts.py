@@ -13,13 +13,13 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
-from refusal_jax import templates, thoughts
+from refusal_jax.chat import templates, thoughts
+from refusal_jax.chat.qwen_tokenizer import RANKS, QwenTokenizer
+from refusal_jax.chat.templates import CHOICES, MARKS, advice, named_template, processor_template, recognised_template
 from refusal_jax.errors import UserError
+from refusal_jax.files import check_file, damaged, read_bytes, read_json
 from refusal_jax.models.decoding import end_ids
-from refusal_jax.models.hf_attributes import check_file, damaged, read_bytes, read_json
-from refusal_jax.qwen_tokenizer import RANKS, QwenTokenizer
 from refusal_jax.surrogates import mended
-from refusal_jax.templates import CHOICES, MARKS, advice, named_template, processor_template, recognised_template
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 SENTENCEPIECE = "tokenizer.model"

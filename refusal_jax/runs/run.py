@@ -22,18 +22,12 @@ from safetensors.numpy import load, save
 
 from refusal_jax import distributed
 from refusal_jax.errors import UserError
-from refusal_jax.storage import DiskFolder, ObjectFolder, ToldFiles, named_by, open_storage
-from refusal_jax.storage import cannot_write as cannot_write
-from refusal_jax.storage import write_atomically as write_atomically
+from refusal_jax.files import to_json
+from refusal_jax.runs.storage import DiskFolder, ObjectFolder, ToldFiles, named_by, open_storage
 
 MANIFEST = "manifest.json"
 Storage = DiskFolder | ObjectFolder | ToldFiles
 PACKAGES = ("refusal-jax", "jax", "flax", "transformers", "numpy", "safetensors")
-
-
-def to_json(value) -> bytes:
-    # Texts are whole where they come in, but a path may hold bytes that are not UTF-8, as lone surrogates.
-    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode("utf-8", "replace")
 
 
 @dataclasses.dataclass

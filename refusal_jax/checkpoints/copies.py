@@ -24,12 +24,11 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 from tqdm import tqdm
 
+from refusal_jax.checkpoints.fingerprint import checkpoint_fingerprint
+from refusal_jax.checkpoints.places import Place, abreast, device_sharding
+from refusal_jax.checkpoints.remote import explained
 from refusal_jax.errors import UserError
-from refusal_jax.files import checkpoint_fingerprint
-from refusal_jax.models.mirror import explained
-from refusal_jax.models.place import Place, abreast, device_sharding
-from refusal_jax.runs import to_json
-from refusal_jax.storage import local_path
+from refusal_jax.files import local_path, to_json
 
 FORMAT = 1  # of the copies: changes when the decoder's weights or their layout do
 AT_A_TIME = 64 << 20  # bytes that a process writes at a time besides one weight

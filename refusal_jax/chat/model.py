@@ -12,7 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from refusal_jax.chat import Chat, TokenBatch
+from refusal_jax.chat.prompts import Chat, TokenBatch
+from refusal_jax.checkpoints.load import load_decoder
+from refusal_jax.checkpoints.remote import checkpoint_folder
 from refusal_jax.edits import Edits
 from refusal_jax.errors import UserError
 from refusal_jax.models.attention import Context
@@ -21,9 +23,7 @@ from refusal_jax.models.decoder import Decoder
 from refusal_jax.models.decoding import Decoding, GenerationSettings
 from refusal_jax.models.finite import check_finite
 from refusal_jax.models.generate import admit, admitted_rows, decode, empty
-from refusal_jax.models.load import load_decoder
-from refusal_jax.models.mirror import checkpoint_folder
-from refusal_jax.sharding import batch_sharding, put, replicate
+from refusal_jax.models.sharding import batch_sharding, put, replicate
 from refusal_jax.taps import NO_TAPS, Taps
 
 CHECK_EVERY = 16  # tokens, after which replies are asked whether they are over
@@ -337,4 +337,4 @@ def weights_dtype(dtype: str) -> str:
 
 def demo_model_path() -> pathlib.Path:
     """The folder of the embedded demo model, an HF checkpoint of 1.8M parameters that ships with the package."""
-    return pathlib.Path(__file__).parent / "organism" / "model"
+    return pathlib.Path(__file__).parents[1] / "organism" / "model"

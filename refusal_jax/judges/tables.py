@@ -12,11 +12,11 @@ import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
-from refusal_jax.chat import Chat
-from refusal_jax.study.artifacts import split_name
-from refusal_jax.study.judges import TEXT_JUDGES, Verdict
-from refusal_jax.study.statistics import cohens_kappa, mcnemar, mean_interval, rate
-from refusal_jax.thoughts import is_unfinished
+from refusal_jax.chat.prompts import Chat
+from refusal_jax.chat.thoughts import is_unfinished
+from refusal_jax.judges.artifacts import split_name
+from refusal_jax.judges.statistics import cohens_kappa, mcnemar, mean_interval, rate
+from refusal_jax.judges.text import TEXT_JUDGES, Verdict
 
 CUTS = (4, 8, 16, 32, 64, 128, 256, 512)  # tokens of the completion that a judge of text is shown
 NGRAM, REPETITIVE = 4, 0.5

@@ -20,21 +20,21 @@ import numpy as np
 from tqdm import tqdm
 
 from refusal_jax import distributed
-from refusal_jax.chat import Chat, bucket
-from refusal_jax.chat_model import ChatModel, load_model
+from refusal_jax.chat.model import ChatModel, load_model
+from refusal_jax.chat.prompts import Chat, bucket
+from refusal_jax.chat.thoughts import is_unfinished
+from refusal_jax.checkpoints.fingerprint import checkpoint_fingerprint
+from refusal_jax.checkpoints.remote import checkpoint_folder
 from refusal_jax.data.prompts import read_text
 from refusal_jax.edits import Edits
 from refusal_jax.errors import UserError, spelt
-from refusal_jax.files import checkpoint_fingerprint
+from refusal_jax.files import local_path
+from refusal_jax.judges.text import TEXT_JUDGES, Judge, Verdict
 from refusal_jax.models.attention import Context
 from refusal_jax.models.config import load_config
 from refusal_jax.models.decoder import Decoder
 from refusal_jax.models.finite import check_finite
-from refusal_jax.models.mirror import checkpoint_folder
-from refusal_jax.sharding import replicate
-from refusal_jax.storage import local_path
-from refusal_jax.study.judges import TEXT_JUDGES, Judge, Verdict
-from refusal_jax.thoughts import is_unfinished
+from refusal_jax.models.sharding import replicate
 
 REQUEST, RESPONSE = ("prompt", "behavior", "instruction", "forbidden_prompt"), ("response", "generation", "completion")
 PLACEHOLDER = re.compile(r"\{(" + "|".join(REQUEST + RESPONSE) + r")\}")

@@ -7,59 +7,14 @@ import contextlib
 import fcntl
 import json
 import os
-import pathlib
 import time
 from collections.abc import Iterator, Sequence
 
 from refusal_jax.errors import UserError, setting
+from refusal_jax.files import cannot_write, local_path, write_atomically
 
 STORES = ("gs", "s3")
 PART_SECONDS = 10.0  # an object store gets the rows of a ledger at most this often, each time as a new object
-
-
-def write_atomically(path: pathlib.Path, data: bytes) -> None:
-    """Writes `data` to `path` so that a crash leaves the old file or the new one, never a part.
-
-    Raises UserError if the disk is full, read-only or not ours to write.
-    """
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise cannot_write(path, error) from None
-
-
-def cannot_write(path: pathlib.Path, error: OSError) -> UserError:
-    """The error for a failed write, with what to do about it."""
-    return UserError(
-        f"{path} could not be written: {error.strerror or error}. Free space on the disk or choose a folder "
-        "that you may write to, then run the same command again: finished work is kept."
-    )
-
-
-def local_path(path: str | os.PathLike) -> pathlib.Path:
-    """Returns a path of this machine with a leading ~ or ~USER expanded; what a shell would leave alone stays as it is.
-
-    Raises UserError for a user who is not known here.
-    """
-    text = os.fspath(path)
-    full = os.path.expanduser(text)
-    if full.startswith("~"):
-        name = text.partition("/")[0]
-        raise UserError(
-            f"{text}: this machine knows no home folder for {name}. Write the whole path, or ./{text} for a file or folder "
-            "whose name begins so."
-        )
-    found = pathlib.Path(full)
-    # pathlib drops "./", and a second look would take what is left for a home folder.
-    return found.absolute() if str(found).startswith("~") else found
 
 
 def open_storage(folder: str | os.PathLike) -> "DiskFolder | ObjectFolder":

@@ -14,7 +14,7 @@ import weakref
 import numpy as np
 
 from refusal_jax.errors import shown
-from refusal_jax.models.hf_attributes import damaged
+from refusal_jax.files import damaged
 
 HEADER_LIMIT = 100_000_000  # bytes, as in the safetensors library
 BITS = {

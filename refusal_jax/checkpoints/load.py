@@ -18,15 +18,23 @@ from jax.experimental import multihost_utils
 from safetensors.numpy import save_file
 from tqdm import tqdm
 
+from refusal_jax.checkpoints.places import Block, Place
+from refusal_jax.checkpoints.remote import checkpoint_folder
+from refusal_jax.checkpoints.tensor_files import (
+    INDEX,
+    SINGLE,
+    STORED,
+    TensorFiles,
+    check_tensors,
+    checkpoint_files,
+    listed,
+)
 from refusal_jax.errors import UserError
 from refusal_jax.models.config import ModelConfig, load_config
 from refusal_jax.models.decoder import Decoder
 from refusal_jax.models.families import Piece, hf_names, pieces
-from refusal_jax.models.mirror import checkpoint_folder
-from refusal_jax.models.place import Block, Place
-from refusal_jax.models.tensor_files import INDEX, SINGLE, STORED, TensorFiles, check_tensors, checkpoint_files, listed
+from refusal_jax.models.sharding import split_for
 from refusal_jax.models.weights import weight_table
-from refusal_jax.sharding import split_for
 
 __all__ = [
     "INDEX",
@@ -65,7 +73,7 @@ def load_decoder(
     places = {path: Place(mesh, weight, found[path], DTYPES[dtype]) for path, weight in weight_table(cfg).items()}
     if not cache:
         return Decoder(cfg, read_weights(folder, cfg, places, progress), mesh)
-    from refusal_jax.models.cached import Cached  # here: orbax takes long to import
+    from refusal_jax.checkpoints.copies import Cached  # here: orbax takes long to import
 
     copy = Cached.of(cache, folder, dtype)
     return Decoder(cfg, copy.weights(places, lambda: read_weights(folder, cfg, places, progress)), mesh)

@@ -10,8 +10,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from refusal_jax.errors import UserError, setting
-from refusal_jax.files import file_hash
-from refusal_jax.models.hf_attributes import read_json
+from refusal_jax.files import file_hash, read_json
 
 DIRECTION, METADATA, MEANS = "direction.safetensors", "direction_metadata.json", "mean_diffs"
 # The least part of a direction that must lie outside the span of those before it.

@@ -18,35 +18,36 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from refusal_jax import distributed
-from refusal_jax.chat import Chat
-from refusal_jax.chat_model import ChatModel, demo_model_path, load_model, weights_dtype
+from refusal_jax.chat.model import ChatModel, demo_model_path, load_model, weights_dtype
+from refusal_jax.chat.prompts import Chat
+from refusal_jax.chat.templates import named_template
+from refusal_jax.checkpoints.fingerprint import checkpoint_fingerprint
+from refusal_jax.checkpoints.remote import checkpoint_folder
 from refusal_jax.data.prompts import BUNDLED, dataset_name, read_prompts, resolve
+from refusal_jax.data.sampling import SPLITS, over_refusal_names, overlap_in_words, overlaps, sample_prompts
 from refusal_jax.edits import EPS, Edits
 from refusal_jax.errors import UserError, field
-from refusal_jax.files import checkpoint_fingerprint, file_hash
+from refusal_jax.files import file_hash
+from refusal_jax.judges.artifacts import evaluations_name, stem_of
+from refusal_jax.judges.models import REFUSAL_SCORE, ModelJudge, judge_all, parse_judges, score_verdicts
+from refusal_jax.judges.tables import tables, tidy_csv
+from refusal_jax.judges.text import evaluate_completions
 from refusal_jax.models.attention import Context
 from refusal_jax.models.config import load_config
 from refusal_jax.models.decoder import Decoder
 from refusal_jax.models.finite import check_finite
-from refusal_jax.models.mirror import checkpoint_folder
+from refusal_jax.models.sharding import replicate
 from refusal_jax.plan.planner import ON_CPU, run_mesh, run_sizes
 from refusal_jax.plan.programs import USUAL_LENGTH, Sizes, Workload
 from refusal_jax.report.page import write_report
 from refusal_jax.report.text import setup_lines
-from refusal_jax.runs import Ledger, Run
-from refusal_jax.sharding import replicate
+from refusal_jax.runs.run import Ledger, Run
 from refusal_jax.study.activations import extract, length_batches
-from refusal_jax.study.artifacts import evaluations_name, stem_of
 from refusal_jax.study.completions import complete, intervention_edits, parse_condition, score_replies
-from refusal_jax.study.evaluation import tables, tidy_csv
-from refusal_jax.study.judge_models import REFUSAL_SCORE, ModelJudge, judge_all, parse_judges, score_verdicts
-from refusal_jax.study.judges import evaluate_completions
 from refusal_jax.study.loss import loss_datasets, measure_kl, measure_loss, read_chat_pairs
 from refusal_jax.study.refusal_tokens import Opening, measure_openings, refusal_openings
-from refusal_jax.study.sampling import SPLITS, over_refusal_names, overlap_in_words, overlaps, sample_prompts
 from refusal_jax.study.selection import Rule, evaluate_candidates, pick
 from refusal_jax.taps import Taps
-from refusal_jax.templates import named_template
 
 PROMPTS, SETUP, FILTER, MEANS = "prompts.json", "setup.json", "filter.json", "mean_diffs.safetensors"
 EVALUATIONS, METADATA, DIRECTION = "direction_evaluations.json", "direction_metadata.json", "direction.safetensors"

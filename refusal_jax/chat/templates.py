@@ -14,8 +14,7 @@ from collections.abc import Collection, Iterator
 
 from refusal_jax.data.prompts import read_text
 from refusal_jax.errors import UserError, setting, shown
-from refusal_jax.models.hf_attributes import damaged, read_json
-from refusal_jax.storage import local_path
+from refusal_jax.files import damaged, local_path, read_json
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"

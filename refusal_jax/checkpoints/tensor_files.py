@@ -12,13 +12,14 @@ import threading
 import ml_dtypes
 import numpy as np
 
+from refusal_jax.checkpoints.remote import STUB, RemoteFile, is_there, stub_of
+from refusal_jax.checkpoints.safetensors import Header, LocalFile, read_header, segments
+from refusal_jax.checkpoints.tensor_names import rename_advice, renamed, unmerged_advice
 from refusal_jax.errors import UserError
+from refusal_jax.files import damaged, read_json
 from refusal_jax.models.config import ModelConfig
 from refusal_jax.models.families import TABLES, hf_shapes, is_spare
-from refusal_jax.models.hf_attributes import adapter_advice, damaged, read_json
-from refusal_jax.models.mirror import STUB, RemoteFile, is_there, stub_of
-from refusal_jax.models.tensor_names import rename_advice, renamed, unmerged_advice
-from refusal_jax.models.weight_file import Header, LocalFile, read_header, segments
+from refusal_jax.models.hf_attributes import adapter_advice
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"

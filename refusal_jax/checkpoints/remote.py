@@ -13,9 +13,7 @@ import pathlib
 import re
 
 from refusal_jax.errors import UserError
-from refusal_jax.models.hf_attributes import read_json
-from refusal_jax.runs import to_json, write_atomically
-from refusal_jax.storage import local_path
+from refusal_jax.files import local_path, read_json, to_json, write_atomically
 
 STUB = ".remote"
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf", ".onnx")

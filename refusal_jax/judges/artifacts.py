@@ -6,10 +6,10 @@ All become lists of `{"category", "prompt", "response"}` with whatever else the 
 import pathlib
 from collections.abc import Mapping, Sequence
 
-from refusal_jax import thoughts
+from refusal_jax.chat import thoughts
 from refusal_jax.data.prompts import category_of, located_rows, lowered, read_json_value
 from refusal_jax.errors import UserError
-from refusal_jax.study.judges import Verdict
+from refusal_jax.judges.text import Verdict
 
 COMPLETIONS, EVALUATIONS, ARTIFACT = "_completions", "_evaluations", "_jailbreakbench"
 ORDER = ("baseline", "ablation", "actadd")

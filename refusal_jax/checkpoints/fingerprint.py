@@ -1,0 +1,102 @@
+"""The fingerprint that tells one checkpoint from another.
+
+A large file is hashed whole once. Its hash is then remembered with its size, inode and times, and taken from there until any of
+these changes: whoever writes to a file changes its time of change (ctime), which no program can set back.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import pathlib
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+from tqdm import tqdm
+
+from refusal_jax.errors import UserError
+
+SMALL = 8 << 20  # bytes up to which a file is simply read
+CHUNK = 4 << 20  # bytes that are hashed at a time
+THREADS = 4  # hashing leaves Python free, so files are hashed side by side
+SETTLED = (
+    60.0  # seconds after a change from which a hash is remembered: within them a second change may look like the first
+)
+NEVER_READ = (".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf", ".onnx")  # weights in formats that are not loaded
+
+
+def checkpoint_fingerprint(folder: pathlib.Path) -> str:
+    """Returns a hash, in hex, of the names and contents of a checkpoint's files: another one if a single byte of them differs.
+
+    Hidden files and subfolders do not count; weights in formats that are never loaded count by name and size. Of an address's
+    mirror the weights are stubs, which hold what the store says of the version. Raises UserError if the folder or a file of it
+    cannot be read.
+    """
+    try:
+        paths = sorted(p for p in folder.iterdir() if p.is_file() and not p.name.startswith("."))
+        sizes = {path: path.stat().st_size for path in paths}
+        large = [p for p in paths if sizes[p] > SMALL and not p.name.endswith(NEVER_READ)]
+        hashes = _remembered_hashes(folder, large)
+        digest = hashlib.sha256()
+        for path in paths:
+            digest.update(f"{path.name}\0{sizes[path]}\0".encode("utf-8", "surrogateescape"))
+            if path in hashes:
+                digest.update(bytes.fromhex(hashes[path]))
+            elif not path.name.endswith(NEVER_READ):
+                digest.update(path.read_bytes())
+    except OSError as error:
+        raise UserError(
+            f"The checkpoint {folder} could not be read ({error.strerror or error}: {error.filename or folder}). Check that the "
+            "folder is still there and that you may read it."
+        ) from None
+    return digest.hexdigest()
+
+
+def _remembered_hashes(folder: pathlib.Path, paths: Sequence[pathlib.Path]) -> dict[pathlib.Path, str]:
+    """Returns the sha256 of files of a folder: remembered for those that have not been touched since, computed for the others."""
+    if not paths:
+        return {}
+    memory = _memory(folder)
+    known, now = _read_memory(memory), {path: _stamp(path) for path in paths}
+    hashes = {path: known[path.name][1] for path in paths if known.get(path.name, [None])[0] == now[path]}
+    todo = [path for path in paths if path not in hashes]
+    total = sum(path.stat().st_size for path in todo)
+    bar = tqdm(total=total, desc="checking weights", unit="B", unit_scale=True, leave=False, delay=2.0)
+    with bar, ThreadPoolExecutor(THREADS) as pool:
+        hashes |= zip(todo, pool.map(lambda path: _hash_with_bar(path, bar), todo), strict=True)
+    settled = {p: now[p] for p in paths if _stamp(p) == now[p] and time.time() - max(now[p][1:3]) / 1e9 > SETTLED}
+    if todo and settled:
+        with contextlib.suppress(OSError):  # without a place to remember, files are hashed again next time
+            memory.parent.mkdir(parents=True, exist_ok=True)
+            part = memory.with_name(f".{memory.name}.tmp-{os.getpid()}")
+            part.write_text(json.dumps({path.name: [stamp, hashes[path]] for path, stamp in settled.items()}))
+            os.replace(part, memory)
+    return hashes
+
+
+def _memory(folder: pathlib.Path) -> pathlib.Path:
+    cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "refusal_jax" / "hashes"
+    return cache / f"{hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:24]}.json"
+
+
+def _read_memory(memory: pathlib.Path) -> dict:
+    with contextlib.suppress(OSError, ValueError, TypeError):
+        known = json.loads(memory.read_bytes())
+        return {name: [list(stamp), bytes.fromhex(sha256).hex()] for name, (stamp, sha256) in known.items()}
+    return {}
+
+
+def _stamp(path: pathlib.Path) -> list[int]:
+    """Returns what changes when a file is written to or replaced."""
+    stat = path.stat()
+    return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino, stat.st_dev]
+
+
+def _hash_with_bar(path: pathlib.Path, bar: tqdm) -> str:
+    digest, buffer = hashlib.sha256(), bytearray(CHUNK)
+    with open(path, "rb", buffering=0) as file:
+        while count := file.readinto(buffer):
+            digest.update(memoryview(buffer)[:count])
+            bar.update(count)
+    return digest.hexdigest()
