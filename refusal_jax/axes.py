@@ -1,0 +1,27 @@
+"""The axes of arrays, named once for the whole package.
+
+An array's name ends in its axes, such as `resid_btd`, and public functions annotate the same axes for jaxtyping, such as
+`Float[Array, "B T D"]`. A letter means one thing everywhere; a count that belongs to no axis of the model is a lower-case `n`.
+"""
+
+AXES = {
+    "B": "rows of a batch, which are prompts",
+    "T": "tokens, on the query side of attention",
+    "C": "cache slots, on the key side of attention",
+    "D": "d_model, the width of the residual stream",
+    "N": "query heads",
+    "K": "key/value heads",
+    "G": "query heads of one key/value head",
+    "H": "entries of one head",
+    "F": "hidden entries of an MLP",
+    "E": "experts",
+    "V": "vocabulary",
+    "L": "layers",
+    "P": "tapped positions",
+    "Q": "query positions of tapped attention patterns",
+    "S": "edit sites",
+    "R": "rows of an `Edits`: one, or one for each row of the batch",
+    "J": "directions that span a subspace",
+    "M": "candidate directions, in selection",
+    "O": "output tokens of a reply",
+}
