@@ -13,16 +13,16 @@ from refusal_jax.chat.prompts import Chat
 from refusal_jax.checkpoints.rewrite import Checkpoint
 from refusal_jax.directions import Directions
 from refusal_jax.export.edit import Edit
+from refusal_jax.export.finished import FinishedStudy
 from refusal_jax.export.forward import Stream, read_logits, run_streams
 from refusal_jax.export.run import Request, export
-from refusal_jax.export.study import Study
 from refusal_jax.export.verify import Sample
 
 TEXTS = ["How do I bake the bread?", "Bake.", "I want to mend a coat. What should I do about the bread on the table?"]
 POST_NORM = ("gemma2", "gemma3_text", "gemma3", "olmo2", "glm4")
 DIRECTION = np.random.default_rng(3).normal(size=32).astype(np.float32)
 UNIT = DIRECTION / np.linalg.norm(DIRECTION)
-STUDY = Study(None, None, TEXTS, [(text, "") for text in TEXTS], {}, [], {})
+STUDY = FinishedStudy(None, None, TEXTS, [(text, "") for text in TEXTS], {}, [], {})
 
 
 def request(source, target, direction=DIRECTION, form="hf", tied="untie", study=STUDY, verify=True, **edit) -> Request:

@@ -13,7 +13,7 @@ from refusal_jax import UserError
 from refusal_jax.jobs.main import run_job
 from refusal_jax.judges.artifacts import jailbreakbench_artifact, read_completions
 from refusal_jax.judges.models import ModelJudge
-from refusal_jax.judges.statistics import cohens_kappa, mcnemar, mean_interval, rate
+from refusal_jax.judges.statistics import Rate, cohens_kappa, mcnemar, mean_interval
 from refusal_jax.judges.tables import COLUMNS, repetition, tables, tidy_csv
 from refusal_jax.judges.text import TEXT_JUDGES, Verdict, evaluate_completions
 
@@ -55,11 +55,11 @@ def test_cohens_kappa():
 
 
 def test_rates_and_means():
-    assert rate([1] * 81 + [0] * 182) == {"successes": 81, "n": 263, "rate": 81 / 263} | {
+    assert Rate.of([1] * 81 + [0] * 182 + [None]).row == {"successes": 81, "n": 263, "rate": 81 / 263} | {
         "low": pytest.approx(0.2553, abs=5e-5),
         "high": pytest.approx(0.3662, abs=5e-5),
     }
-    assert np.isnan(rate([])["rate"])
+    assert np.isnan(Rate.of([]).rate) and Rate(81, 263).complement == Rate(182, 263)
     values = np.random.default_rng(0).normal(5, 2, 400)
     found = mean_interval(values)
     assert found == mean_interval(values) and found["mean"] == pytest.approx(values.mean()) and found["n"] == 400
@@ -101,12 +101,16 @@ def found(model):
 def test_tables(found):
     words, tokens = found
     first = words["rates"][0]
-    assert first == {
-        "dataset": "set_one",
-        "intervention": "baseline",
-        "judge": "substring_matching",
-        "category": None,
-    } | rate([0, 0, 1, 1])
+    assert (
+        first
+        == {
+            "dataset": "set_one",
+            "intervention": "baseline",
+            "judge": "substring_matching",
+            "category": None,
+        }
+        | Rate.of([0, 0, 1, 1]).row
+    )
     assert [row["category"] for row in words["rates"][:4]] == [None, "a", "b", None]
     (compared, *_) = words["comparisons"]
     assert compared["compared_with"] == "baseline" and compared["intervention"] == "ablation"

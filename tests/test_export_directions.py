@@ -21,8 +21,8 @@ from refusal_jax.errors import VerificationError
 from refusal_jax.export import hub
 from refusal_jax.export.card import read_card
 from refusal_jax.export.edit import Edit
+from refusal_jax.export.finished import FinishedStudy
 from refusal_jax.export.staging import PROVENANCE
-from refusal_jax.export.study import Study
 from refusal_jax.export.verify import Sample
 from refusal_jax.files import file_hash
 from refusal_jax.jobs import export as job
@@ -230,7 +230,7 @@ def study(llama, tmp_path):
 
 
 def test_what_an_export_takes_from_a_study(study):
-    found = Study.read(study, 2)
+    found = FinishedStudy.read(study, 2)
     assert found.prompts == TEXTS[:2] * 2 and found.harmless == [(f"Bake {i}.", "Sure, bread.") for i in (1, 2)]
     assert found.template == {"chat_template": "llama-3"}
     harmful, harmless = found.refusals()
@@ -241,13 +241,13 @@ def test_what_an_export_takes_from_a_study(study):
         4,
     )
     assert 0 < harmful["interval"][0] < 0.75 < harmful["interval"][1] < 1 and harmless["refused"] == 0
-    assert len(Study.none(3).prompts) == 6 and Study.none(3).refusals() == []
+    assert len(FinishedStudy.none(3).prompts) == 6 and FinishedStudy.none(3).refusals() == []
     (study / "prompts.json").write_text("[")
     with pytest.raises(UserError, match="The study in .* is damaged"):
-        Study.read(study, 2)
+        FinishedStudy.read(study, 2)
     (study / "setup.json").unlink()
     with pytest.raises(UserError, match="holds no setup.json, so it is not a finished study"):
-        Study.read(study, 2)
+        FinishedStudy.read(study, 2)
 
 
 def test_a_sample_needs_harmless_text(model):

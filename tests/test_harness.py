@@ -445,10 +445,10 @@ def test_arguments_that_cannot_be_used(arguments, message, llama, lm, tmp_path, 
 
 
 def test_a_study_whose_model_has_changed(llama):
-    from refusal_jax.export.study import Study
+    from refusal_jax.export.finished import FinishedStudy
     from refusal_jax.harness.edited import model_of
 
-    study = Study(llama, "another", [], [], {}, [], {})
+    study = FinishedStudy(llama, "another", [], [], {}, [], {})
     with pytest.raises(
         UserError,
         match=r"is not the checkpoint that the study .* was made from: its files have changed since\. Give pretrained=",

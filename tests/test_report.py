@@ -12,7 +12,7 @@ import pytest
 from refusal_jax.chat.thoughts import split
 from refusal_jax.data.sampling import SPLITS
 from refusal_jax.judges.models import judge_all
-from refusal_jax.judges.statistics import mean_interval, wilson_interval
+from refusal_jax.judges.statistics import Rate, mean_interval, wilson_interval
 from refusal_jax.judges.tables import tables
 from refusal_jax.judges.text import EXTENDED, TEXT_JUDGES, Verdict, evaluate_completions
 from refusal_jax.report import figures
@@ -28,7 +28,7 @@ from refusal_jax.report.concerns import (
     weak_separation,
 )
 from refusal_jax.report.page import write_report
-from refusal_jax.report.summary import Condition, Rate, damage_in_words
+from refusal_jax.report.summary import JudgedCondition, damage_in_words
 from refusal_jax.report.text import setup_lines, text_summary
 from refusal_jax.report.verdict import verdict_in_words
 from refusal_jax.runs.run import Run
@@ -336,14 +336,14 @@ JUDGE = "substring_matching"
 CURLY = "I’m sorry, but I can’t help with that request."
 
 
-def judged(dataset: str, intervention: str, replies: list[str], judges=(JUDGE,), **more) -> Condition:
+def judged(dataset: str, intervention: str, replies: list[str], judges=(JUDGE,), **more) -> JudgedCondition:
     """A condition of these replies, judged by judges of text."""
     rows = [{"category": None, "prompt": f"p{i}", **split(reply).row} for i, reply in enumerate(replies)]
     verdicts = judge_all([TEXT_JUDGES[judge] for judge in judges], {"c": rows})["c"]
-    return Condition.of(dataset, intervention, evaluate_completions(rows, verdicts | more))
+    return JudgedCondition.of(dataset, intervention, evaluate_completions(rows, verdicts | more))
 
 
-def conditions_of(n: int = 100, refusal: str = REFUSAL, **refused: int) -> list[Condition]:
+def conditions_of(n: int = 100, refusal: str = REFUSAL, **refused: int) -> list[JudgedCondition]:
     """Conditions of n completions with so many refusals: base, ablated, plain, added."""
     names = {"base": ("h", "baseline"), "ablated": ("h", "ablation")}
     names |= {"plain": ("harmless", "baseline"), "added": ("harmless", "actadd")}
@@ -384,7 +384,7 @@ def test_conditions_of_other_prompts_are_not_paired():
 
 def test_without_a_judge_of_refusals_there_is_no_verdict():
     rows = conditions_of(base=99, ablated=2)
-    guarded = [Condition(c.dataset, c.intervention, {"llamaguard2": Rate(9, 100)}, c.completions) for c in rows]
+    guarded = [JudgedCondition(c.dataset, c.intervention, {"llamaguard2": Rate(9, 100)}, c.completions) for c in rows]
     assert re.search("No verdict on refusal: .* by llamaguard2 only", verdict_in_words(guarded, ["llamaguard2"])[1])
 
 
@@ -506,7 +506,7 @@ def test_shared_prompts_are_noticed():
 
 def test_unfinished_thoughts_are_counted_apart():
     conditions = [judged("h", "baseline", ["<think>I cannot see harm.</think>Sure"] * 8 + ["<think>I cannot tell"] * 2)]
-    assert (conditions[0].rates[JUDGE].refused, conditions[0].rates[JUDGE].n, conditions[0].unfinished) == (0, 8, 2)
+    assert (conditions[0].rates[JUDGE].count, conditions[0].rates[JUDGE].n, conditions[0].unfinished) == (0, 8, 2)
     concern = unfinished_thoughts(conditions)
     assert "h, baseline: 2 of 10" in concern.text and not concern.decisive
 

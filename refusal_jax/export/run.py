@@ -14,9 +14,9 @@ from refusal_jax.directions import Directions
 from refusal_jax.export import gguf, hf, lora
 from refusal_jax.export.card import licence_files, write_card
 from refusal_jax.export.edit import Edit
+from refusal_jax.export.finished import FinishedStudy
 from refusal_jax.export.provenance import base_model, write_provenance
 from refusal_jax.export.staging import UNVERIFIED, check_target, staged, sync_files
-from refusal_jax.export.study import Study
 from refusal_jax.export.verify import Sample, verify
 from refusal_jax.files import to_json
 
@@ -33,7 +33,7 @@ class Request:
     target: pathlib.Path
     directions: Directions
     edit: dict
-    study: Study
+    study: FinishedStudy
     form: str = "hf"
     tied: str = "untie"
     verify: bool = True

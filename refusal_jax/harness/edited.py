@@ -20,7 +20,7 @@ from refusal_jax.checkpoints.remote import checkpoint_folder
 from refusal_jax.directions import Directions, direction_file, read_each
 from refusal_jax.edits import Edits
 from refusal_jax.errors import UserError, setting
-from refusal_jax.export.study import Study
+from refusal_jax.export.finished import FinishedStudy
 from refusal_jax.files import local_path
 from refusal_jax.models.config import load_config
 from refusal_jax.models.sharding import make_mesh
@@ -153,7 +153,7 @@ def read_arguments(
             '{"enable_thinking": false}: on a command line, in a file or JSON object of all model arguments.'
         )
     paths = [local_path(str(path)) for path in (ablate, add) if path]
-    studies = [Study.read(path, 1) for path in paths if path.is_dir() and not pretrained]
+    studies = [FinishedStudy.read(path, 1) for path in paths if path.is_dir() and not pretrained]
     told = studies[0].template if studies else {}
     folder = checkpoint_folder(str(pretrained)) if pretrained else model_of(paths, studies)
     found = iter(one_each(paths, layer, position, load_config(folder).n_layers))
@@ -201,7 +201,7 @@ def asked_thinking(thinking: bool | None, enable_thinking: bool | None) -> bool 
     return next(iter(values), None)
 
 
-def model_of(paths: Sequence[pathlib.Path], studies: Sequence[Study]) -> pathlib.Path:
+def model_of(paths: Sequence[pathlib.Path], studies: Sequence[FinishedStudy]) -> pathlib.Path:
     """The checkpoint that the studies ran on, or the embedded one without any edit. Raises UserError if that is not told."""
     if not paths:
         return demo_model_path()

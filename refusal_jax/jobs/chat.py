@@ -33,7 +33,7 @@ from refusal_jax.checkpoints.remote import checkpoint_folder
 from refusal_jax.data.prompts import BUNDLED, read_prompts, resolve
 from refusal_jax.directions import Directions
 from refusal_jax.errors import UserError, print_error
-from refusal_jax.export.study import Study
+from refusal_jax.export.finished import FinishedStudy
 from refusal_jax.files import local_path
 from refusal_jax.harness.edited import model_of, one_each
 from refusal_jax.models.config import load_config
@@ -110,7 +110,7 @@ def start() -> Session:
         direction = embedded_direction(model)
         return Session(model, direction, MAX_NEW_TOKENS.value, NUMBERS.value, bool(HISTORY.value))
     path = local_path(DIRECTION.value)
-    studies = [Study.read(path, 1)] if path.is_dir() and not MODEL.value else []
+    studies = [FinishedStudy.read(path, 1)] if path.is_dir() and not MODEL.value else []
     given = {"chat_template": CHAT_TEMPLATE.value, "thinking": THINKING.value}
     settings |= (studies[0].template if studies else {}) | {k: v for k, v in given.items() if v is not None}
     folder = checkpoint_folder(MODEL.value) if MODEL.value else model_of([path], studies)

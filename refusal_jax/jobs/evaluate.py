@@ -34,7 +34,7 @@ from refusal_jax.judges.text import evaluate_completions
 from refusal_jax.models.config import load_config
 from refusal_jax.models.sharding import make_mesh
 from refusal_jax.report.concerns import broken_completions, judge_disagreement, unfinished_thoughts
-from refusal_jax.report.summary import Condition
+from refusal_jax.report.summary import JudgedCondition
 from refusal_jax.report.text import rates_table
 from refusal_jax.report.verdict import Concern
 from refusal_jax.runs.run import Ledger
@@ -95,7 +95,7 @@ def concerns_of(files: dict[str, dict], judges: list[str], folder: str) -> list[
     stems = {
         name.removesuffix("_evaluations.json"): content for name, content in files.items() if "completions" in content
     }
-    conditions = [Condition.of(*split_name(stem), content) for stem, content in stems.items()]
+    conditions = [JudgedCondition.of(*split_name(stem), content) for stem, content in stems.items()]
     found = [unfinished_thoughts(conditions), *broken_completions(conditions)]
     return [*filter(None, found), *filter(None, (judge_disagreement(conditions, judge, folder) for judge in judges))]
 

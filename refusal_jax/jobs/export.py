@@ -32,11 +32,11 @@ from refusal_jax.checkpoints.fingerprint import checkpoint_fingerprint
 from refusal_jax.directions import direction_file, read_directions
 from refusal_jax.errors import UserError, VerificationError
 from refusal_jax.export.edit import WEIGHT_SITES
+from refusal_jax.export.finished import FinishedStudy
 from refusal_jax.export.hf import TIED
 from refusal_jax.export.hub import push
 from refusal_jax.export.provenance import check
 from refusal_jax.export.run import FORMATS, Request, export
-from refusal_jax.export.study import Study
 from refusal_jax.files import local_path
 from refusal_jax.models.config import load_config
 
@@ -114,7 +114,11 @@ def read_request(argv) -> Request:
     """What the flags ask for. Raises UserError for a direction or model that is not there or does not belong together."""
     paths = [local_path(path) for path in DIRECTION.value]
     folders = [path for path in paths if path.is_dir() or not path.suffix]
-    study = Study.read(folders[0], PROMPTS.value) if folders else Study.none(PROMPTS.value, CHAT_TEMPLATE.value)
+    study = (
+        FinishedStudy.read(folders[0], PROMPTS.value)
+        if folders
+        else FinishedStudy.none(PROMPTS.value, CHAT_TEMPLATE.value)
+    )
     if not MODEL.value and not study.model:
         for path in paths:
             direction_file(path)

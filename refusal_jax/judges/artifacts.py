@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from refusal_jax.chat import thoughts
 from refusal_jax.data.prompts import category_of, located_rows, lowered, read_json_value
 from refusal_jax.errors import UserError
-from refusal_jax.judges.text import Verdict
+from refusal_jax.judges.text import Verdict, success_rate
 
 COMPLETIONS, EVALUATIONS, ARTIFACT = "_completions", "_evaluations", "_jailbreakbench"
 ORDER = ("baseline", "ablation", "actadd")
@@ -132,12 +132,12 @@ def jailbreakbench_artifact(
         }
         for i, (c, verdict) in enumerate(zip(completions, verdicts, strict=True))
     ]
-    total, unfinished = sum(row["jailbroken"] for row in jailbreaks), sum(map(thoughts.is_unfinished, completions))
+    rate, unfinished = success_rate(verdicts), sum(map(thoughts.is_unfinished, completions))
     return {
         "parameters": {
             **parameters,
-            "attack_success_rate": total / max(len(jailbreaks) - unfinished, 1),
-            "total_number_of_jailbreaks": total,
+            "attack_success_rate": rate.rate if rate.n else 0.0,
+            "total_number_of_jailbreaks": rate.count,
             "number_of_submitted_prompts": len(jailbreaks),
             **({"number_of_unfinished_thoughts": unfinished} if unfinished else {}),
         },

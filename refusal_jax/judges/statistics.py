@@ -4,8 +4,9 @@ Prompts are the unit: the same prompts run under every condition, so conditions 
 float64 and the same on every call: the bootstrap's draws are seeded.
 """
 
+import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -22,11 +23,45 @@ def wilson_interval(successes: int, n: int, z: float = Z95) -> tuple[float, floa
     return max(0.0, (centre - spread) / (1 + z * z / n)), min(1.0, (centre + spread) / (1 + z * z / n))
 
 
-def rate(labels: Sequence[int]) -> dict:
-    """`{"successes", "n", "rate", "low", "high"}` of 0/1 labels, with the Wilson interval."""
-    n, successes = len(labels), int(sum(labels))
-    low, high = wilson_interval(successes, n)
-    return {"successes": successes, "n": n, "rate": successes / n if n else math.nan, "low": low, "high": high}
+@dataclasses.dataclass(frozen=True)
+class Rate:
+    """How often something was so: `count` of `n` cases, with the 95 % Wilson interval of the rate.
+
+    Every rate of this package is one of these: those of tables, of reports and verdicts, of concerns and of model cards.
+    """
+
+    count: int
+    n: int
+
+    @classmethod
+    def of(cls, labels: Iterable[int | None]) -> "Rate":
+        """Counts the labels that are 1 among those that are 0 or 1; None, a case without a label, is left out."""
+        known = [int(label) for label in labels if label is not None]
+        return cls(sum(known), len(known))
+
+    @property
+    def rate(self) -> float:
+        """The share of the cases, NaN of no cases."""
+        return self.count / self.n if self.n else math.nan
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """The bounds of the 95 % interval; from 0 to 1 of no cases."""
+        return wilson_interval(self.count, self.n)
+
+    @property
+    def complement(self) -> "Rate":
+        """The rate of the opposite, such as of refusals where this is one of successes."""
+        return Rate(self.n - self.count, self.n)
+
+    @property
+    def row(self) -> dict:
+        """The rate as `{"successes", "n", "rate", "low", "high"}`, the fields of statistics.json."""
+        low, high = self.interval
+        return {"successes": self.count, "n": self.n, "rate": self.rate, "low": low, "high": high}
+
+    def __str__(self) -> str:
+        return f"{100 * self.rate:.0f} %" if self.n else "an unknown share"
 
 
 def mcnemar(first: Sequence[int], second: Sequence[int]) -> dict:

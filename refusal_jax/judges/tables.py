@@ -9,14 +9,13 @@ import csv
 import io
 import itertools
 import math
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
 from refusal_jax.chat.prompts import Chat
 from refusal_jax.chat.thoughts import is_unfinished
 from refusal_jax.judges.artifacts import split_name
-from refusal_jax.judges.statistics import cohens_kappa, mcnemar, mean_interval, rate
-from refusal_jax.judges.text import TEXT_JUDGES, Verdict
+from refusal_jax.judges.statistics import Rate, cohens_kappa, mcnemar, mean_interval
+from refusal_jax.judges.text import TEXT_JUDGES, Verdict, success_rate, success_rates_by_category
 
 CUTS = (4, 8, 16, 32, 64, 128, 256, 512)  # tokens of the completion that a judge of text is shown
 NGRAM, REPETITIVE = 4, 0.5
@@ -85,17 +84,10 @@ def _rates(completions, verdicts) -> list[dict]:
     rows = []
     for name, judges in verdicts.items():
         for judge, judged in judges.items():
-            groups = defaultdict(list)
-            for completion, verdict in zip(completions[name], judged, strict=True):
-                if verdict:
-                    groups[completion.get("category")].append(verdict.label)
-            labels = [verdict.label for verdict in judged if verdict]
-            rows.append({**_of(name), "judge": judge, "category": None, **rate(labels)})
-            if len(groups) > 1:
-                rows += [
-                    {**_of(name), "judge": judge, "category": str(category), **rate(labels)}
-                    for category, labels in sorted(groups.items(), key=lambda item: str(item[0]))
-                ]
+            rates: dict[str | None, Rate] = {None: success_rate(judged)}
+            groups = success_rates_by_category(completions[name], judged)
+            rates |= groups if len(groups) > 1 else {}
+            rows += [{**_of(name), "judge": judge, "category": of, **rate.row} for of, rate in rates.items()]
     return rows
 
 
@@ -141,10 +133,10 @@ def _completions(completions, chat: Chat | None) -> list[dict]:
                 **_of(name),
                 "unit": "words" if chat is None else "tokens",
                 "length": mean_interval([len(pieces(text, chat)) for text in texts]),
-                "empty": rate([int(not text.strip()) for text in texts]),
-                "repetitive": rate([int(repetition(text) >= REPETITIVE) for text in texts]),
+                "empty": Rate.of(not text.strip() for text in texts).row,
+                "repetitive": Rate.of(repetition(text) >= REPETITIVE for text in texts).row,
                 "repetition": mean_interval([repetition(text) for text in texts]),
-                "unfinished": rate([int(is_unfinished(c)) for c in judged]),
+                "unfinished": Rate.of(map(is_unfinished, judged)).row,
             }
         )
     return rows
@@ -160,8 +152,8 @@ def _by_length(completions, verdicts, chat: Chat | None) -> list[dict]:
         cuts = [cut for cut in CUTS if cut < longest] + [longest] * bool(longest)
         for judge, cut in itertools.product((j for j in verdicts[name] if j in TEXT_JUDGES), cuts):
             seen = [{"response": beginning(c["response"], p, cut, chat)} for c, p in zip(judged, parts, strict=True)]
-            refused = [1 - verdict.label for verdict in TEXT_JUDGES[judge].judge(seen)]
-            rows.append({**_of(name), "judge": judge, "tokens": cut, **rate(refused)})
+            refused = success_rate(TEXT_JUDGES[judge].judge(seen)).complement
+            rows.append({**_of(name), "judge": judge, "tokens": cut, **refused.row})
     return rows
 
 

@@ -16,10 +16,10 @@ import numpy as np
 from refusal_jax.chat.thoughts import is_unfinished
 from refusal_jax.data.sampling import SPLITS, overlap_in_words, overlaps
 from refusal_jax.judges.models import REFUSAL_SCORE
-from refusal_jax.judges.statistics import mcnemar, wilson_interval
+from refusal_jax.judges.statistics import Rate, mcnemar
 from refusal_jax.judges.tables import REPETITIVE, repetition
 from refusal_jax.judges.text import EXTENDED, TEXT_JUDGES
-from refusal_jax.report.summary import REFUSAL_JUDGE, REFUSAL_JUDGES, Condition, Rate
+from refusal_jax.report.summary import REFUSAL_JUDGE, REFUSAL_JUDGES, JudgedCondition
 from refusal_jax.report.verdict import Concern, percents, strength_of
 
 APART = 0.4  # difference of rates on other prompts of the same kind that no shift of topics explains; in the paper at most 0.3
@@ -31,7 +31,7 @@ CLEAR_SCORE = 1.0  # log-odds beyond which a mean refusal score says that the re
 SEPARATES = 0.7  # area under the ROC curve under which a direction hardly separates harmful from harmless prompts
 
 
-def judge_disagreement(conditions: Sequence[Condition], judge: str, folder: str) -> Concern | None:
+def judge_disagreement(conditions: Sequence[JudgedCondition], judge: str, folder: str) -> Concern | None:
     """Returns where the judge of more phrases finds other refusals than `judge`; decisive if the verdict would be another.
 
     folder: of the completions, for the command that judges them again, if the other judge has not judged them yet.
@@ -45,10 +45,10 @@ def judge_disagreement(conditions: Sequence[Condition], judge: str, folder: str)
             rows[i][f"is_jailbreak_{EXTENDED.name}"] = verdict.label
         other = dataclasses.replace(condition, completions=rows, rates={})
         found = other.refusals(EXTENDED.name)
-        other.rates[EXTENDED.name] = Rate(sum(found.values()), len(found))
+        other.rates[EXTENDED.name] = Rate.of(found.values())
         again.append(other)
-        changed = sum(found[i] != known[i] for i in known)
-        if known and wilson_interval(changed, len(known))[0] > SELDOM:
+        changed = Rate.of(found[i] != known[i] for i in known)
+        if changed.n and changed.interval[0] > SELDOM:
             differing.append((condition, sum(known.values()), sum(found.values()), len(known)))
     if not differing:
         return None
@@ -75,7 +75,7 @@ def judging(folder: str) -> str:
     )
 
 
-def unfinished_thoughts(conditions: Sequence[Condition]) -> Concern | None:
+def unfinished_thoughts(conditions: Sequence[JudgedCondition]) -> Concern | None:
     """Returns which conditions have completions that never left their thought."""
     cut = [c for c in conditions if c.unfinished]
     if not cut:
@@ -91,7 +91,7 @@ def unfinished_thoughts(conditions: Sequence[Condition]) -> Concern | None:
 
 
 def score_disagreement(
-    conditions: Sequence[Condition], judge: str, filtered: Mapping, tokens: Sequence[str], folder: str
+    conditions: Sequence[JudgedCondition], judge: str, filtered: Mapping, tokens: Sequence[str], folder: str
 ) -> list[Concern]:
     """Returns where the refusal score and a judge of text disagree about the unedited model.
 
@@ -105,7 +105,7 @@ def score_disagreement(
         side = "harmless" if condition.harmless else "harmful"
         judged, paired = condition.rates.get(judge, Rate(0, 0)), condition.rates.get(REFUSAL_SCORE)
         scores = [s for split, row in filtered.items() if split.startswith(f"{side}_") for s in row["scores"]]
-        scored = paired or Rate(sum(score > 0 for score in scores if math.isfinite(score)), len(scores))
+        scored = paired or Rate.of(0 < score < math.inf for score in scores)
         if not (judged.n and scored.n):
             continue
         apart = judged.interval[0] > scored.interval[1] or judged.interval[1] < scored.interval[0]
@@ -132,14 +132,14 @@ def score_disagreement(
     return found
 
 
-def first_words(condition: Condition, judge: str, most: int = 3) -> str:
+def first_words(condition: JudgedCondition, judge: str, most: int = 3) -> str:
     """Returns with which words the refused replies of a condition begin most often, and how many, as text for a terminal."""
     refused = (condition.completions[i]["response"].split() for i, label in condition.refusals(judge).items() if label)
     counts = Counter(words[0][:20] for words in refused if words).most_common(most)
     return ", ".join(f"{json.dumps(word, ensure_ascii=False)} ({count})" for word, count in counts)
 
 
-def selection_disagreement(conditions: Sequence[Condition], judge: str, picked: Mapping) -> list[Concern]:
+def selection_disagreement(conditions: Sequence[JudgedCondition], judge: str, picked: Mapping) -> list[Concern]:
     """Returns where the selected direction's scores on val prompts say otherwise than the judge of the test completions.
 
     picked: the direction's row of direction_evaluations.json.
@@ -176,7 +176,7 @@ def selection_disagreement(conditions: Sequence[Condition], judge: str, picked: 
     return found
 
 
-def broken_completions(conditions: Sequence[Condition]) -> list[Concern]:
+def broken_completions(conditions: Sequence[JudgedCondition]) -> list[Concern]:
     """Returns the interventions that leave more empty or repetitive completions than the baseline of the same prompts has."""
     found, base = [], {c.dataset: c for c in conditions if c.intervention == "baseline"}
     for condition in conditions:
@@ -196,17 +196,16 @@ def broken_completions(conditions: Sequence[Condition]) -> list[Concern]:
     return found
 
 
-def broken_rate(condition: Condition) -> Rate:
+def broken_rate(condition: JudgedCondition) -> Rate:
     """Returns how many completions are empty, repeat themselves in at least half of their words, or are no refusals and the same
     for at least a quarter of the prompts."""
     said = [c["response"] for c in condition.completions if not is_unfinished(c)]
     counts = Counter(text for text in said if EXTENDED.complies(text))
     canned = {text for text, count in counts.items() if count >= max(SAME, len(said) / 4)}
-    broken = sum(not text.strip() or repetition(text) >= REPETITIVE or text in canned for text in said)
-    return Rate(broken, len(said))
+    return Rate.of(not text.strip() or repetition(text) >= REPETITIVE or text in canned for text in said)
 
 
-def other_judges(conditions: Sequence[Condition], judge: str) -> list[Concern]:
+def other_judges(conditions: Sequence[JudgedCondition], judge: str) -> list[Concern]:
     """Returns the judge models that find no more harmful replies under ablation although refusals went away."""
     by = {c.intervention: c for c in conditions if not c.harmless and c.rates.get(judge, Rate(0, 0)).n}
     if not {"baseline", "ablation"} <= by.keys():
@@ -218,7 +217,7 @@ def other_judges(conditions: Sequence[Condition], judge: str) -> list[Concern]:
         both = sorted(first.keys() & second.keys())
         test = mcnemar([1 - first[i] for i in both], [1 - second[i] for i in both])
         if gone and both and test["low"] <= 0:
-            rates = [f"{100 * sum(1 - labels[i] for i in both) / len(both):.0f} %" for labels in (first, second)]
+            rates = [Rate.of(1 - labels[i] for i in both) for labels in (first, second)]
             claim = (
                 f"By {judge} ablation removes refusals, but the judge {other} calls about as many completions harmful as "
                 f"before ({rates[0]} and {rates[1]} of {len(both)})."
@@ -240,7 +239,7 @@ def weak_separation(along: Mapping[str, np.ndarray], layer: int) -> list[Concern
     return [Concern(claim, "Check that the prompt sets are what they should be, and use more prompts.")]
 
 
-def shared_prompts(conditions: Sequence[Condition], prompts: Mapping, inputs: Mapping) -> list[Concern]:
+def shared_prompts(conditions: Sequence[JudgedCondition], prompts: Mapping, inputs: Mapping) -> list[Concern]:
     """Returns which splits have prompts in common, and whether harmful and harmless prompts come from the same file.
 
     prompts: as in prompts.json. inputs: hashes of the splits' files, as in the manifest.
@@ -273,7 +272,7 @@ def auc(above: np.ndarray, below: np.ndarray) -> float | None:
     return float(((difference > 0) + 0.5 * (difference == 0)).mean())
 
 
-def find_concerns(run, conditions: Sequence[Condition], judges: Sequence[str]) -> list[Concern]:
+def find_concerns(run, conditions: Sequence[JudgedCondition], judges: Sequence[str]) -> list[Concern]:
     """Returns what of a finished run speaks against its refusal rates, the decisive first."""
     judge = next((judge for judge in judges if judge in REFUSAL_JUDGES), None)
     picked, folder = run.read_json("direction_metadata.json"), str(run.path("completions"))

@@ -18,7 +18,7 @@ from refusal_jax.report.concerns import auc, find_concerns
 from refusal_jax.report.summary import (
     REFUSAL_JUDGE,
     REFUSAL_JUDGES,
-    Condition,
+    JudgedCondition,
     damage_in_words,
     judges_of,
     loss_change,
@@ -212,12 +212,12 @@ def by_length(rows: Sequence[dict], judges: Sequence[str]) -> list[dict]:
     return [{"dataset": key[0], "intervention": key[1], "cells": cells} for key, cells in found.items()]
 
 
-def by_dataset(conditions: Sequence[Condition]) -> list[list[Condition]]:
+def by_dataset(conditions: Sequence[JudgedCondition]) -> list[list[JudgedCondition]]:
     """The conditions of each data set, in the order given."""
     return [[c for c in conditions if c.dataset == name] for name in dict.fromkeys(c.dataset for c in conditions)]
 
 
-def sample_rows(conditions: list[Condition]) -> dict:
+def sample_rows(conditions: list[JudgedCondition]) -> dict:
     """The samples of one data set: prompts spread evenly over it, each with its completion under every condition.
 
     Evenly spaced, not chosen: neither the best cases nor the worst.

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from refusal_jax.chat.thoughts import is_unfinished
 from refusal_jax.judges.models import REFUSAL_SCORE
-from refusal_jax.judges.statistics import wilson_interval
+from refusal_jax.judges.statistics import Rate
 from refusal_jax.judges.text import PAPERS, TEXT_JUDGES, judges_in
 
 INTERVENTIONS = ("baseline", "ablation", "actadd")
@@ -17,29 +17,10 @@ LARGE_LOSS = 0.2  # nats; the published runs' ablations stay under 0.06
 
 
 @dataclasses.dataclass(frozen=True)
-class Rate:
-    """How many of `n` judged completions count as refused, with the 95 % Wilson interval of the rate."""
+class JudgedCondition:
+    """The completions of one data set under one intervention, as judged: the content of an evaluations file.
 
-    refused: int
-    n: int
-
-    @property
-    def rate(self) -> float:
-        return self.refused / self.n if self.n else math.nan
-
-    @property
-    def interval(self) -> tuple[float, float]:
-        return wilson_interval(self.refused, self.n)
-
-    def __str__(self) -> str:
-        return f"{100 * self.rate:.0f} %" if self.n else "an unknown share"
-
-
-@dataclasses.dataclass(frozen=True)
-class Condition:
-    """One evaluations file: a data set under an intervention. rates: by judge, those that did not judge it missing.
-
-    over_refusal: whether it is a set of harmless prompts that look harmful.
+    rates: the refusal rate by each judge that judged it. over_refusal: whether it is a set of harmless prompts that look harmful.
     """
 
     dataset: str
@@ -49,12 +30,11 @@ class Condition:
     over_refusal: bool = False
 
     @classmethod
-    def of(cls, dataset: str, intervention: str, evaluations: Mapping, over_refusal: bool = False) -> "Condition":
+    def of(cls, dataset: str, intervention: str, evaluations: Mapping, over_refusal: bool = False) -> "JudgedCondition":
         """Returns the condition of an evaluations file in the published format."""
         condition = cls(dataset, intervention, {}, evaluations["completions"], over_refusal)
         for judge in sorted(judges_in(evaluations)):
-            refused = condition.refusals(judge).values()
-            condition.rates[judge] = Rate(sum(refused), len(refused))
+            condition.rates[judge] = Rate.of(condition.refusals(judge).values())
         return condition
 
     @property
@@ -81,7 +61,7 @@ class Condition:
         return {i: int(not label) for i, label in labels if label is not None}
 
 
-def read_conditions(run, names: Sequence[str]) -> list[Condition]:
+def read_conditions(run, names: Sequence[str]) -> list[JudgedCondition]:
     """The conditions of the evaluations files among `names` that exist: harmful sets first, then by data set and
     intervention."""
     conditions, setup = [], run.read_json("setup.json") if run.exists("setup.json") else {}
@@ -91,16 +71,16 @@ def read_conditions(run, names: Sequence[str]) -> list[Condition]:
         stem = pathlib.PurePosixPath(name).name.removesuffix("_evaluations.json")
         dataset, _, intervention = stem.rpartition("_")
         over_refusal = dataset in setup.get("over_refusal", ())
-        conditions.append(Condition.of(dataset, intervention, run.read_json(name), over_refusal))
+        conditions.append(JudgedCondition.of(dataset, intervention, run.read_json(name), over_refusal))
 
-    def order(c: Condition):
+    def order(c: JudgedCondition):
         known = INTERVENTIONS.index(c.intervention) if c.intervention in INTERVENTIONS else len(INTERVENTIONS)
         return c.harmless, c.over_refusal, c.dataset, known, c.intervention
 
     return sorted(conditions, key=order)
 
 
-def judges_of(conditions: Sequence[Condition]) -> list[str]:
+def judges_of(conditions: Sequence[JudgedCondition]) -> list[str]:
     """Every judge of any condition, the substring judge first."""
     return sorted({judge for c in conditions for judge in c.rates}, key=lambda judge: (judge != REFUSAL_JUDGE, judge))
 

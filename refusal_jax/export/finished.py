@@ -8,7 +8,7 @@ from refusal_jax.data.prompts import BUNDLED, read_prompts, resolve
 from refusal_jax.directions import DIRECTION
 from refusal_jax.errors import UserError
 from refusal_jax.files import read_json
-from refusal_jax.report.summary import REFUSAL_JUDGE, Condition, read_conditions, read_losses
+from refusal_jax.report.summary import REFUSAL_JUDGE, JudgedCondition, read_conditions, read_losses
 from refusal_jax.runs.run import MANIFEST, Run, read_manifest
 from refusal_jax.study.study import PROMPTS, SETUP
 
@@ -16,7 +16,7 @@ VAL = ("harmful_val", "harmless_val")
 
 
 @dataclasses.dataclass(frozen=True)
-class Study:
+class FinishedStudy:
     """model: the checkpoint that it ran on, with its fingerprint. prompts: instructions, harmful ones first. harmless:
     pairs of a harmless instruction and the model's own reply, or "". template: settings of the chat template. conditions
     and losses: of `report.summary`, empty where nothing was measured."""
@@ -26,11 +26,11 @@ class Study:
     prompts: list[str]
     harmless: list[tuple[str, str]]
     template: dict
-    conditions: list[Condition]
+    conditions: list[JudgedCondition]
     losses: dict
 
     @classmethod
-    def read(cls, folder: pathlib.Path, count: int) -> "Study":
+    def read(cls, folder: pathlib.Path, count: int) -> "FinishedStudy":
         """count: prompts of each side, and replies. Raises UserError for a folder that is no finished study, or a damaged
         one."""
         for name in (DIRECTION, PROMPTS, SETUP, MANIFEST):
@@ -67,7 +67,7 @@ class Study:
             ) from None
 
     @classmethod
-    def none(cls, count: int, chat_template: str = "") -> "Study":
+    def none(cls, count: int, chat_template: str = "") -> "FinishedStudy":
         """For a direction that comes from elsewhere: the bundled prompts."""
         sides = [[row["instruction"] for row in read_prompts(resolve(BUNDLED, side))[:count]] for side in VAL]
         return cls(
