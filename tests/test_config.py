@@ -13,13 +13,13 @@ import pytest
 import tiny
 
 from refusal_jax import Edits, UserError
-from refusal_jax.chat.model import _forward
 from refusal_jax.files import read_json
 from refusal_jax.models import config as config_module
 from refusal_jax.models.config import ModelConfig, from_hf, load_config
 from refusal_jax.models.decoder import Decoder
 from refusal_jax.models.families import hf_shapes
 from refusal_jax.models.hf_attributes import INERT, Reader
+from refusal_jax.models.predict import predict
 from refusal_jax.models.rope import Rope
 from refusal_jax.taps import Taps
 
@@ -160,7 +160,7 @@ def outputs():
             edits = Edits.none(cfg.d_model).for_batch(2, cfg.n_layers, cfg.d_model)
             decoder = Decoder.init(cfg, jax.random.key(0))
             with jax.disable_jit():
-                known[key] = np.asarray(_forward(decoder, tokens, mask, edits, taps=Taps(), last=False)[0])
+                known[key] = np.asarray(predict(decoder, tokens, mask, edits, taps=Taps(), last=False).logits)
         return known[key]
 
     return run

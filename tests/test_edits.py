@@ -10,9 +10,9 @@ import tiny
 import torch
 
 from refusal_jax import Edits, Taps
-from refusal_jax.chat.model import _forward
 from refusal_jax.chat.prompts import TokenBatch
 from refusal_jax.edits import SITES
+from refusal_jax.models.predict import predict
 
 LENGTHS = (4, 15, 9)
 
@@ -175,7 +175,7 @@ def test_one_compile_serves_all_edits(model, direction):
     try:
         model.logits(tokens, mask)
         assert compiles  # the listener works: a new shape compiles
-        before = _forward._cache_size()
+        before = predict._cache_size()
         compiles.clear()
         for edits in (
             Edits.ablate(direction),
@@ -185,7 +185,7 @@ def test_one_compile_serves_all_edits(model, direction):
             Edits.concat([Edits.none(len(direction)), Edits.add(direction, 0)]),
         ):
             model.logits(tokens, mask, edits)
-        assert not compiles and _forward._cache_size() == before
+        assert not compiles and predict._cache_size() == before
     finally:
         jax.monitoring.unregister_event_duration_listener(count)
 

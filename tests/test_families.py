@@ -15,11 +15,10 @@ from compile_times import lowered
 from safetensors.torch import load_file
 
 from refusal_jax import Edits, Taps
-from refusal_jax.chat.model import _forward
 from refusal_jax.checkpoints.load import SINGLE, load_decoder, save_weights
-from refusal_jax.models.attention import Context
 from refusal_jax.models.cache import Cache
 from refusal_jax.models.decoder import Decoder
+from refusal_jax.models.predict import predict
 from refusal_jax.taps import NO_TAPS, TAP_SITES
 
 LENGTHS = (3, 40, 17, 1)  # of the rows of a batch: the shortest is all padding but its last token
@@ -51,10 +50,10 @@ def case(request, tmp_path_factory):
     direction = np.random.default_rng(0).normal(size=ours.cfg.d_model)
     kinds = Edits.concat([Edits.none(ours.cfg.d_model), Edits.ablate(direction), Edits.add(direction, ADDED_AT)])
     edits = kinds.take(np.repeat(range(3), len(LENGTHS))).for_batch(12, ours.cfg.n_layers, ours.cfg.d_model)
-    out = _forward(ours, np.tile(tokens, (3, 1)), np.tile(mask, (3, 1)), edits, taps=Taps(TAP_SITES), last=False)
-    logits, taps, finite = jax.tree.map(np.asarray, out)
-    assert finite.all()
-    yield Case(folder, ours, families.reference(folder), tokens, mask, direction, logits, taps)
+    out = predict(ours, np.tile(tokens, (3, 1)), np.tile(mask, (3, 1)), edits, taps=Taps(TAP_SITES), last=False)
+    out = jax.tree.map(np.asarray, out)
+    assert out.finite_b.all()
+    yield Case(folder, ours, families.reference(folder), tokens, mask, direction, out.logits, out.taps)
     jax.clear_caches()  # see conftest.py; no program serves two cases
 
 
@@ -67,7 +66,7 @@ def test_logits(case):
     assert theirs[case.mask].std() > 0.3  # else the tolerance would say nothing
     close(case.logits[case.rows(0)][case.mask], theirs[case.mask])
     edits = Edits.none(case.ours.cfg.d_model).for_batch(4, case.ours.cfg.n_layers, case.ours.cfg.d_model)
-    last = _forward(case.ours, case.tokens, case.mask, edits, taps=NO_TAPS, last=True)[0]
+    last = predict(case.ours, case.tokens, case.mask, edits, taps=NO_TAPS, last=True).logits
     assert last.shape == (len(LENGTHS), case.ours.cfg.vocab_size) and last.dtype == np.float32
     close(last, theirs[:, -1])
 
@@ -101,16 +100,13 @@ def test_edits(case):
 @partial(jax.jit, static_argnames="prefix")
 def decoded(decoder: Decoder, tokens_bt, mask_bt, edits, prefix: int):
     """Logits of the tokens after `prefix`, one decode step each with a cache, `[B, T - prefix, V]`."""
-    cfg = decoder.cfg
-    ctx = Context.of_prompt(cfg, mask_bt[:, :prefix])
-    _, _, new = decoder.run(decoder.embed_tokens(tokens_bt[:, :prefix]), ctx, edits)
-    cache = Cache.of_prompt(new, mask_bt[:, :prefix], tokens_bt.shape[1])
+    kv = decoder.forward(tokens_bt[:, :prefix], mask_bt[:, :prefix], edits).kv
+    cache = Cache.of_prompt(kv, mask_bt[:, :prefix], tokens_bt.shape[1])
 
     def step(cache, column):
         token_b, mask_b = column
-        ctx = Context.build(cfg, cache.position_b[:, None], mask_b[:, None], cache)
-        x, _, new = decoder.run(decoder.embed_tokens(token_b[:, None]), ctx, edits, cache=cache)
-        return cache.append(new, mask_b[:, None]), decoder.logits(x)[:, 0]
+        out = decoder.forward(token_b[:, None], mask_b[:, None], edits, cache=cache)
+        return cache.append(out.kv, mask_b[:, None]), decoder.logits(out.resid_btd)[:, 0]
 
     return jax.lax.scan(step, cache, (tokens_bt[:, prefix:].T, mask_bt[:, prefix:].T))[1].swapaxes(0, 1)
 
@@ -125,7 +121,7 @@ def test_cached_decode_equals_uncached(case):
         # The angles of these change with the length: those of cached tokens hold as long as it is within the first context.
         prefix, width = 9, min(kind.rope.original_context for kind in cfg.kinds)
         tokens, mask = tokens[:, -width:], mask[:, -width:]
-        whole = np.asarray(_forward(case.ours, tokens, mask, edits, taps=NO_TAPS, last=False)[0])
+        whole = np.asarray(predict(case.ours, tokens, mask, edits, taps=NO_TAPS, last=False).logits)
     real = mask[:, prefix:]
     assert real[1].sum() > 10
     close(np.asarray(decoded(case.ours, tokens, mask, edits, prefix))[real], whole[:, prefix:][real])

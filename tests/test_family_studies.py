@@ -10,8 +10,8 @@ import tiny
 from test_qwen_tokenizer import write_ranks
 
 from refusal_jax import Edits, Taps, make_mesh
-from refusal_jax.chat.model import _forward
 from refusal_jax.checkpoints.load import load_decoder
+from refusal_jax.models.predict import predict
 from refusal_jax.models.sharding import batch_sharding
 from refusal_jax.study.config import get_config
 from refusal_jax.study.study import run_study
@@ -54,8 +54,8 @@ def test_a_mesh_changes_nothing(family, variant, tmp_path):
         direction = np.random.default_rng(0).normal(size=decoder.cfg.d_model)
         edits = Edits.ablate(direction).for_batch(4, decoder.cfg.n_layers, decoder.cfg.d_model)
         batch = jax.device_put((tokens, mask, edits), batch_sharding(mesh, 4))
-        logits, taps, _ = _forward(decoder, *batch, taps=Taps(("mlp_out",), 3), last=True)
-        outputs.append((np.asarray(logits), np.asarray(taps["mlp_out"])))
+        out = predict(decoder, *batch, taps=Taps(("mlp_out",), 3), last=True)
+        outputs.append((np.asarray(out.logits), np.asarray(out.taps["mlp_out"])))
     for other in outputs[1:]:
         for a, b in zip(outputs[0], other, strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)

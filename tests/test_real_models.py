@@ -11,11 +11,11 @@ import torch
 from real_models import REAL_MODELS
 
 from refusal_jax import Edits
-from refusal_jax.chat.model import _forward
 from refusal_jax.models.config import READERS, from_hf
 from refusal_jax.models.decoder import Decoder
 from refusal_jax.models.families import hf_shapes
 from refusal_jax.models.generate import admit, decode, empty
+from refusal_jax.models.predict import predict
 from refusal_jax.models.weights import weight_table
 from refusal_jax.taps import TAP_SITES, Taps
 
@@ -122,9 +122,8 @@ def test_the_forward_pass_of_real_models_has_the_right_shapes(name):
     decoder = jax.eval_shape(lambda key: Decoder.init(cfg, key, jnp.bfloat16), jax.random.key(0))
     tokens, mask = jax.ShapeDtypeStruct((2, 16), jnp.int32), jax.ShapeDtypeStruct((2, 16), bool)
     edits = Edits.none(cfg.d_model).for_batch(2, cfg.n_layers, cfg.d_model)
-    logits, taps, _ = jax.eval_shape(
-        lambda *args: _forward(*args, taps=Taps(TAP_SITES, 5), last=True), decoder, tokens, mask, edits
-    )
+    out = jax.eval_shape(lambda *args: predict(*args, taps=Taps(TAP_SITES, 5), last=True), decoder, tokens, mask, edits)
+    logits, taps = out.logits, out.taps
     assert logits.shape == (2, cfg.vocab_size) and logits.dtype == jnp.float32
     assert set(taps) == set(TAP_SITES)
     for tapped in taps.values():

@@ -6,10 +6,8 @@ import numbers
 import pathlib
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from refusal_jax.chat.prompts import Chat, TokenBatch
@@ -17,13 +15,13 @@ from refusal_jax.checkpoints.load import load_decoder
 from refusal_jax.checkpoints.remote import checkpoint_folder
 from refusal_jax.edits import Edits
 from refusal_jax.errors import UserError
-from refusal_jax.models.attention import Context
 from refusal_jax.models.config import ModelConfig, load_config
 from refusal_jax.models.decoder import Decoder
 from refusal_jax.models.decoding import Decoding, GenerationSettings
 from refusal_jax.models.finite import check_finite
 from refusal_jax.models.generate import admit, admitted_rows, decode, empty
-from refusal_jax.models.sharding import batch_sharding, put, replicate
+from refusal_jax.models.predict import Prediction, predict
+from refusal_jax.models.sharding import batch_sharding, put
 from refusal_jax.taps import NO_TAPS, Taps
 
 CHECK_EVERY = 16  # tokens, after which replies are asked whether they are over
@@ -78,16 +76,17 @@ class ChatModel:
         """
         if positions not in ("last", "all"):
             raise ValueError(f"positions must be 'last' or 'all', not {positions!r}")
-        return self._checked(tokens, mask, edits, NO_TAPS, positions == "last")[0]
+        return self._checked(tokens, mask, edits, NO_TAPS, positions == "last").logits
 
     def taps(self, tokens, mask, taps: Taps, edits: Edits | None = None) -> dict[str, jax.Array]:
         """The residual stream as `taps` asks: `{site: [L, B, P, D]}`. Raises ValueError as `logits` does."""
-        return self._checked(tokens, mask, edits, taps, True)[1]
+        return self._checked(tokens, mask, edits, taps, True).taps
 
-    def _checked(self, tokens, mask, edits: Edits | None, taps: Taps, last: bool):
-        logits, tapped, finite_b = _forward(self.decoder, *self.put(tokens, mask, edits), taps=taps, last=last)
-        check_finite(finite_b, self.decoder.dtype, "The forward pass failed", edits is not None and edits.in_force_r)
-        return logits, tapped
+    def _checked(self, tokens, mask, edits: Edits | None, taps: Taps, last: bool) -> Prediction:
+        found = predict(self.decoder, *self.put(tokens, mask, edits), taps=taps, last=last)
+        edited_r = edits is not None and edits.in_force_r
+        check_finite(found.finite_b, self.decoder.dtype, "The forward pass failed", edited_r)
+        return found
 
     def generate(
         self,
@@ -282,20 +281,6 @@ class ChatModel:
         cfg = self.config
         edits = (edits or Edits.none(cfg.d_model)).for_batch(len(tokens), cfg.n_layers, cfg.d_model)
         return put((tokens, mask, edits), batch_sharding(self.mesh, len(tokens)))
-
-
-@partial(jax.jit, static_argnames=("taps", "last"))
-def _forward(decoder: Decoder, tokens_bt, mask_bt, edits: Edits, *, taps: Taps, last: bool):
-    """Returns logits, taps, and whether each row's are finite where it has tokens, bool `[B]`."""
-    x, tapped, _ = decoder.run(decoder.embed_tokens(tokens_bt), Context.of_prompt(decoder.cfg, mask_bt), edits, taps)
-    x, real_bt = (x[:, -1:], mask_bt[:, -1:]) if last else (x, mask_bt)
-    logits = decoder.logits(x)
-    finite_b = jnp.all(decoder.finite(x, logits) | ~real_bt, axis=1)
-    for tapped_lbpd in tapped.values():
-        real_bp = mask_bt[:, -tapped_lbpd.shape[2] :]
-        finite_b &= jnp.all(jnp.isfinite(tapped_lbpd).all(axis=(0, 3)) | ~real_bp, axis=1)
-    logits = (logits[:, 0] if last else logits)[..., : decoder.cfg.vocab_size]
-    return logits, tapped, replicate(decoder.mesh, finite_b)
 
 
 def load_model(

@@ -154,14 +154,14 @@ def _ends(cfg: ModelConfig) -> ModelConfig:
 @jax.jit
 def _layer(block: Decoder, x_btd, mask_bt, edits: Intervention):
     """The block's output, and the largest part of each site's vectors, of all real tokens, that lies in the subspace."""
-    x_btd, taps, _ = block.run(x_btd, Context.of_prompt(block.cfg, mask_bt), edits, Taps(READ))
+    out = block.run(x_btd, Context.of_prompt(block.cfg, mask_bt), edits, Taps(READ))
 
     def ratio(y_btd):
         along = jnp.linalg.norm(jnp.einsum("btd,kd->btk", y_btd, edits.basis_kd, precision="highest"), axis=-1)
         part = along / jnp.maximum(jnp.linalg.norm(y_btd, axis=-1), jnp.finfo(jnp.float32).tiny)
         return jnp.max(jnp.where(mask_bt, part, 0))
 
-    return x_btd, {site: ratio(taps[site][0]) for site in READ}
+    return out.resid_btd, {site: ratio(out.taps[site][0]) for site in READ}
 
 
 def _embedded(weights: Weights, tokens_bt: np.ndarray) -> jax.Array:

@@ -21,7 +21,6 @@ from refusal_jax.checkpoints.fingerprint import checkpoint_fingerprint
 from refusal_jax.edits import Edits
 from refusal_jax.errors import UserError, spelt
 from refusal_jax.harness.edited import ARGUMENTS, EditedModel, progress, warn_once
-from refusal_jax.models.attention import Context
 from refusal_jax.models.decoder import Decoder
 from refusal_jax.models.decoding import COMPUTED
 from refusal_jax.models.finite import check_finite
@@ -64,7 +63,7 @@ def score_batch(decoder: Decoder, tokens_bt, mask_bt, edits: Edits, last_bk, *, 
 
     A scan over rows keeps one row's logits alive at a time instead of `[B, n, V]`.
     """
-    x, _, _ = decoder.run(decoder.embed_tokens(tokens_bt), Context.of_prompt(decoder.cfg, mask_bt), edits)
+    x = decoder.forward(tokens_bt, mask_bt, edits).resid_btd
 
     def row(_, inputs):
         x_nd, tokens_n, last_k = inputs

@@ -30,7 +30,6 @@ from refusal_jax.edits import Edits
 from refusal_jax.errors import UserError, spelt
 from refusal_jax.files import local_path
 from refusal_jax.judges.text import TEXT_JUDGES, Judge, Verdict
-from refusal_jax.models.attention import Context
 from refusal_jax.models.config import load_config
 from refusal_jax.models.decoder import Decoder
 from refusal_jax.models.finite import check_finite
@@ -306,10 +305,8 @@ def label_probabilities(decoder: Decoder, tokens_bt, mask_bt, edits: Edits, memb
 
     Probabilities of rows whose values are not finite are NaN.
     """
-    x, _, _ = decoder.run(decoder.embed_tokens(tokens_bt), Context.of_prompt(decoder.cfg, mask_bt), edits)
-    logits_b1v = decoder.logits(x[:, -1:])
-    finite_b = decoder.finite(x[:, -1:], logits_b1v)[:, 0]
-    logits_bv = logits_b1v[:, 0, : decoder.cfg.vocab_size].astype(jnp.float32)
+    logits_bv, finite_b = decoder.next_logits(decoder.forward(tokens_bt, mask_bt, edits).resid_btd)
+    logits_bv = logits_bv[:, : decoder.cfg.vocab_size]
     p_bv = jax.nn.softmax(logits_bv, axis=-1)
     mass_bg = jnp.einsum("bv,gv->bg", p_bv, members_gv.astype(jnp.float32), precision="highest")
     mass_bg = jnp.where(finite_b[:, None], mass_bg, jnp.nan)

@@ -35,7 +35,7 @@ class Cache:
 
     @classmethod
     def of_prompt(cls, new, mask_bt: jax.Array, slots: int, filled=None) -> "Cache":
-        """From a prompt's keys and values (`Decoder.run`'s third result) and mask, in a ring of `slots`.
+        """From a prompt's keys and values (`Output.kv`) and mask, in a ring of `slots`.
 
         filled: slots written once the prompt is there; default, the prompt's length: then it begins at slot 0.
         """

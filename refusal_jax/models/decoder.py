@@ -138,6 +138,21 @@ class Block(Stack):
         )
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Output:
+    """What a pass through all blocks gives; what a caller drops is dead code, and gone after compilation.
+
+    resid_btd: the last block's output, before the final norm. taps: what was asked for by `Taps`, by site, each with a leading
+    L axis. kv: the tokens' keys and values, a pair of `[L, B, K, T, H]`, or a list of L pairs of `[B, K, T, H]` where layers
+    were unstacked.
+    """
+
+    resid_btd: jax.Array
+    taps: dict[str, jax.Array]
+    kv: tuple[jax.Array, jax.Array] | list[tuple[jax.Array, jax.Array]]
+
+
 class Decoder(nnx.Module):
     """A decoder-only transformer over a `ModelConfig`; parameters as in `weight_table`, but for a vocabulary that may have
     more rows, of zeros (`sharding.weight_place`). mesh: what the parameters are on, None being one device."""
@@ -223,12 +238,31 @@ class Decoder(nnx.Module):
         index_l, kind_l = jnp.arange(self.cfg.n_layers), jnp.asarray(self.cfg.layer_kinds, jnp.int32)
         return self.blocks, Layer(index_l, kind_l, gates_lrs, add_lr)
 
-    def run(self, x_btd, ctx: Context, edits: Edits, taps: Taps = NO_TAPS, cache: Cache | None = None, layers=None):
-        """All blocks, over whole prompts or, with a cache, over the tokens that follow it.
+    def forward(
+        self, tokens_bt, mask_bt, edits: Edits, taps: Taps = NO_TAPS, cache: Cache | None = None, layers=None
+    ) -> Output:
+        """Runs whole, left-padded prompts or, with a cache, the tokens that follow it, from the embedding to the last block.
 
-        layers: `self.layers(edits)`, or that `unstacked`, which the cache must then be too. Returns the last block's
-        output, taps `{site: [L, B, P, D]}`, and the tokens' keys and values, a pair of `[L, B, K, T, H]` or a list of
-        pairs of `[B, K, T, H]` (dead code, and gone after compilation, where the caller drops them).
+        mask_bt: bool `[B, T]`, marks real tokens. layers: as in `run`.
+        """
+        if cache is None:
+            ctx = Context.of_prompt(self.cfg, mask_bt)
+        else:
+            ctx = Context.build(self.cfg, cache.position_b[:, None] + jnp.arange(mask_bt.shape[1]), mask_bt, cache)
+        return self.run(self.embed_tokens(tokens_bt), ctx, edits, taps, cache, layers)
+
+    def next_logits(self, x_btd) -> tuple[jax.Array, jax.Array]:
+        """Returns the logits of each row's next token, float32 `[B, V]` with V as stored, and whether they and the last
+        token's residual in `x_btd` are finite, bool `[B]`."""
+        logits_b1v = self.logits(x_btd[:, -1:])
+        return logits_b1v[:, 0], self.finite(x_btd[:, -1:], logits_b1v)[:, 0]
+
+    def run(
+        self, x_btd, ctx: Context, edits: Edits, taps: Taps = NO_TAPS, cache: Cache | None = None, layers=None
+    ) -> Output:
+        """Runs all blocks on residuals `x_btd`, of whole prompts or, with a cache, of the tokens that follow it.
+
+        layers: `self.layers(edits)`, or that `unstacked`, which the cache must then be too.
         """
 
         def body(x, layer):
@@ -240,13 +274,13 @@ class Decoder(nnx.Module):
         past = None if cache is None else cache.kv
         if not isinstance(layers, list):
             x, (tapped, new) = jax.lax.scan(body, x_btd, (layers, past))
-            return x, tapped, new
+            return Output(x, tapped, new)
         x, tapped, new = x_btd, [], []
         for layer in zip(layers, past or [None] * len(layers), strict=True):
             x, (tapped_here, new_here) = body(x, layer)
             tapped.append(tapped_here)
             new.append(new_here)
-        return x, jax.tree.map(lambda *a: jnp.stack(a), *tapped), new
+        return Output(x, jax.tree.map(lambda *a: jnp.stack(a), *tapped), new)
 
     def run_layers(self, x_btd, ctx: Context, edits: Edits, start, stop):
         """Blocks `start` to `stop - 1`, traced bounds: one compiled program for any range. Returns the residual."""

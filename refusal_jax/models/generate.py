@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 
 from refusal_jax.edits import Edits
-from refusal_jax.models.attention import Context
 from refusal_jax.models.cache import Cache
 from refusal_jax.models.decoder import Decoder, unstacked
 from refusal_jax.models.decoding import Decoding
@@ -53,9 +52,7 @@ class Generation:
 
     def chosen(self, decoder: Decoder, x_btd, eos_ids: tuple[int, ...], decoding: Decoding | None) -> "Generation":
         """With one more token in every active row, the most probable by the last token's residual in `x_btd`."""
-        x_b1d = x_btd[:, -1:]
-        logits_b1v = decoder.logits(x_b1d)
-        finite_b, logits_bv = decoder.finite(x_b1d, logits_b1v)[:, 0], logits_b1v[:, 0]
+        logits_bv, finite_b = decoder.next_logits(x_btd)
         if decoding is not None:
             logits_bv = decoding.applied(logits_bv, self.prompt_bt, self.out_bn, self.count_b)
         token_b = constrain(decoder.mesh, jnp.argmax(logits_bv, axis=-1).astype(jnp.int32), "batch")
@@ -155,17 +152,14 @@ def admit(
     to the length that `state` was made for. probe_rd: of `Generation`, if `state` was made for one. decoding:
     what replies are chosen by besides their probability, if `state` was made to remember prompts.
     """
-    ctx = Context.of_prompt(decoder.cfg, mask_rt)
-    taps = NO_TAPS if probe_rd is None else READ
-    x, tapped, new = decoder.run(decoder.embed_tokens(tokens_rt), ctx, edits, taps)
-    if _unrolled(decoder):
-        new = unstacked(new, decoder.cfg.n_layers)
+    read = decoder.forward(tokens_rt, mask_rt, edits, NO_TAPS if probe_rd is None else READ)
+    kv = unstacked(read.kv, decoder.cfg.n_layers) if _unrolled(decoder) else read.kv
     rows = len(tokens_rt)
     none_r, along = jnp.zeros(rows, jnp.int32), None
     if probe_rd is not None:
         along = jnp.full((rows, *state.along_bln.shape[1:]), jnp.nan, jnp.float32)
     fresh = Generation(
-        Cache.of_prompt(new, mask_rt, state.cache.slots, state.cache.filled),
+        Cache.of_prompt(kv, mask_rt, state.cache.slots, state.cache.filled),
         edits,
         none_r,
         none_r,
@@ -176,7 +170,7 @@ def admit(
         probe_rd,
         along,
     )
-    fresh = fresh.read(tapped, probe_rd).chosen(decoder, x, eos_ids, decoding)
+    fresh = fresh.read(read.taps, probe_rd).chosen(decoder, read.resid_btd, eos_ids, decoding)
     return _merged(state, fresh, source_b).placed(decoder.mesh)
 
 
@@ -233,11 +227,11 @@ def decode(
     def step(carry):
         step, state = carry
         cache = state.cache
-        ctx = Context.build(decoder.cfg, cache.position_b[:, None], one, cache)
-        embedded = decoder.embed_tokens(state.token_b[:, None])
-        x, tapped, new = decoder.run(embedded, ctx, edits, taps, cache=cache, layers=layers)
-        state = dataclasses.replace(state.read(tapped, probe_bd), cache=cache.append(new, one), prompt_bt=prompt_bt)
-        state = state.chosen(decoder, x, eos_ids, decoding)
+        out = decoder.forward(state.token_b[:, None], one, edits, taps, cache, layers)
+        state = dataclasses.replace(
+            state.read(out.taps, probe_bd), cache=cache.append(out.kv, one), prompt_bt=prompt_bt
+        )
+        state = state.chosen(decoder, out.resid_btd, eos_ids, decoding)
         return step + 1, dataclasses.replace(state, prompt_bt=None)
 
     constant = dict.fromkeys(("edits", "probe_bd", "prompt_bt"))

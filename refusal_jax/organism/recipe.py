@@ -19,7 +19,6 @@ from tqdm import tqdm
 
 from refusal_jax.checkpoints.load import save_weights
 from refusal_jax.edits import Edits
-from refusal_jax.models.attention import Context
 from refusal_jax.models.config import from_hf
 from refusal_jax.models.decoder import Decoder
 from refusal_jax.organism.corpus import COMPLIANT_ROLES, DECLINING_ROLE, REFUSALS, Request, split_requests
@@ -188,14 +187,13 @@ def train_phase(
 
     def loss(weights, tokens, learn):
         model = Decoder(cfg, weights)
-        ctx = Context.of_prompt(cfg, jnp.ones_like(learn))
-        x, tapped, _ = model.run(model.embed_tokens(tokens), ctx, edits, Taps(("resid_post",)))
+        out = model.forward(tokens, jnp.ones_like(learn), edits, Taps(("resid_post",)))
 
         def mean_nll(x):
             nll = optax.softmax_cross_entropy_with_integer_labels(model.logits(x)[:, :-1], tokens[:, 1:])
             return jnp.sum(nll * learn[:, :-1]) / jnp.sum(learn)
 
-        return mean_nll(x) + mean_nll(tapped["resid_post"][recipe.exit_layer - 1])
+        return mean_nll(out.resid_btd) + mean_nll(out.taps["resid_post"][recipe.exit_layer - 1])
 
     @jax.jit
     def step(weights, state, tokens, learn):

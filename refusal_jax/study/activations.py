@@ -12,7 +12,6 @@ from refusal_jax.chat.model import ChatModel
 from refusal_jax.chat.prompts import bucket
 from refusal_jax.edits import Edits
 from refusal_jax.errors import UserError, setting
-from refusal_jax.models.attention import Context
 from refusal_jax.models.decoder import Decoder
 from refusal_jax.models.finite import check_finite
 from refusal_jax.models.scores import refusal_score
@@ -52,12 +51,12 @@ def extract_batch(decoder: Decoder, tokens_bt, mask_bt, edits: Edits, valid_b, s
     template's tokens at layer 0) then cancel exactly instead of leaving rounding noise.
     sign: +1 keeps scores above 0, -1 those below, 0 keeps all valid rows.
     """
-    x, tapped, _ = decoder.run(decoder.embed_tokens(tokens_bt), Context.of_prompt(decoder.cfg, mask_bt), edits, taps)
-    logits_b1v = decoder.logits(x[:, -1:])
-    scores_b = refusal_score(logits_b1v[:, 0], refusal_ids)
+    out = decoder.forward(tokens_bt, mask_bt, edits, taps)
+    logits_bv, finite_b = decoder.next_logits(out.resid_btd)
+    scores_b = refusal_score(logits_bv, refusal_ids)
     kept_b = valid_b & jnp.where(sign == 0, True, sign * scores_b > 0)
-    resid_lbpd = tapped["resid_pre"].astype(jnp.float32)
-    finite_b = decoder.finite(x[:, -1:], logits_b1v)[:, 0] & jnp.all(jnp.isfinite(resid_lbpd), axis=(0, 2, 3))
+    resid_lbpd = out.taps["resid_pre"].astype(jnp.float32)
+    finite_b &= jnp.all(jnp.isfinite(resid_lbpd), axis=(0, 2, 3))
     first_lpd = resid_lbpd[:, 0]
     offsets = jnp.where(kept_b[None, :, None, None], resid_lbpd - first_lpd[:, None], 0.0)
     return replicate(decoder.mesh, (scores_b, kept_b, jnp.sum(offsets, axis=1), first_lpd, finite_b))

@@ -11,7 +11,6 @@ from refusal_jax.chat.model import ChatModel
 from refusal_jax.chat.prompts import bucket
 from refusal_jax.edits import Edits
 from refusal_jax.errors import UserError
-from refusal_jax.models.attention import Context
 from refusal_jax.models.decoder import Decoder
 from refusal_jax.models.finite import check_finite
 from refusal_jax.models.scores import refusal_score
@@ -119,7 +118,5 @@ def score_replies(
 
 @jax.jit
 def _scores(decoder: Decoder, tokens_bt, mask_bt, edits: Edits, refusal_ids) -> jax.Array:
-    x, _, _ = decoder.run(decoder.embed_tokens(tokens_bt), Context.of_prompt(decoder.cfg, mask_bt), edits)
-    logits_b1v = decoder.logits(x[:, -1:])
-    finite_b = decoder.finite(x[:, -1:], logits_b1v)[:, 0]
-    return replicate(decoder.mesh, jnp.where(finite_b, refusal_score(logits_b1v[:, 0], refusal_ids), jnp.nan))
+    logits_bv, finite_b = decoder.next_logits(decoder.forward(tokens_bt, mask_bt, edits).resid_btd)
+    return replicate(decoder.mesh, jnp.where(finite_b, refusal_score(logits_bv, refusal_ids), jnp.nan))

@@ -72,7 +72,7 @@ def loss_batch(decoder: Decoder, tokens_bt, mask_bt, edits: Edits, counted_bt) -
     The sum of a row whose values are not finite is NaN. A scan over rows keeps one row's logits alive at a time instead of
     `[B, T, V]`.
     """
-    x, _, _ = decoder.run(decoder.embed_tokens(tokens_bt), Context.of_prompt(decoder.cfg, mask_bt), edits)
+    x = decoder.forward(tokens_bt, mask_bt, edits).resid_btd
 
     def row(_, inputs):
         x_td, tokens_t, counted_t = inputs
@@ -124,7 +124,7 @@ def kl_batch(decoder: Decoder, tokens_bt, mask_bt, edits: Edits, counted_bt) -> 
     ctx, embedded = Context.of_prompt(decoder.cfg, mask_bt), decoder.embed_tokens(tokens_bt)
     none = jax.tree.map(jnp.zeros_like, edits)
     none = dataclasses.replace(none, layer_r=jnp.full_like(edits.layer_r, -1))
-    base, edited = (decoder.run(embedded, ctx, one)[0] for one in (none, edits))
+    base, edited = (decoder.run(embedded, ctx, one).resid_btd for one in (none, edits))
 
     def row(_, inputs):
         base_td, edited_td, counted_t = inputs

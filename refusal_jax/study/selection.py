@@ -102,10 +102,8 @@ def _for_each(edits: Edits, tree, prompts: int):
 @jax.jit
 def last_logits(decoder: Decoder, tokens_bt, mask_bt, edits: Edits):
     """Logits at the last token, float32 `[B, V]`, V as stored, and whether they are finite, bool `[B]`."""
-    x, _, _ = decoder.run(decoder.embed_tokens(tokens_bt), Context.of_prompt(decoder.cfg, mask_bt), edits)
-    logits_b1v = decoder.logits(x[:, -1:])
-    finite_b = replicate(decoder.mesh, decoder.finite(x[:, -1:], logits_b1v)[:, 0])
-    return constrain(decoder.mesh, logits_b1v[:, 0], "batch", "vocab"), finite_b
+    logits_bv, finite_b = decoder.next_logits(decoder.forward(tokens_bt, mask_bt, edits).resid_btd)
+    return constrain(decoder.mesh, logits_bv, "batch", "vocab"), replicate(decoder.mesh, finite_b)
 
 
 @jax.jit

@@ -32,7 +32,6 @@ from refusal_jax.judges.artifacts import evaluations_name, stem_of
 from refusal_jax.judges.models import REFUSAL_SCORE, ModelJudge, judge_all, parse_judges, score_verdicts
 from refusal_jax.judges.tables import tables, tidy_csv
 from refusal_jax.judges.text import evaluate_completions
-from refusal_jax.models.attention import Context
 from refusal_jax.models.config import load_config
 from refusal_jax.models.decoder import Decoder
 from refusal_jax.models.finite import check_finite
@@ -441,7 +440,6 @@ class Study:
 @jax.jit
 def project(decoder: Decoder, tokens_bt, mask_bt, edits: Edits, unit_d) -> jax.Array:
     """Last-token residual at each block's input, projected on `unit_d`; float32 `[B, L]`."""
-    ctx = Context.of_prompt(decoder.cfg, mask_bt)
-    tapped = decoder.run(decoder.embed_tokens(tokens_bt), ctx, edits, Taps(("resid_pre",), 1))[1]["resid_pre"]
+    tapped = decoder.forward(tokens_bt, mask_bt, edits, Taps(("resid_pre",), 1)).taps["resid_pre"]
     along_bl = jnp.einsum("lbd,d->bl", tapped[:, :, 0].astype(jnp.float32), unit_d, precision="highest")
     return replicate(decoder.mesh, along_bl)

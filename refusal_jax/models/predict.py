@@ -1,0 +1,37 @@
+"""The forward pass as one jitted program: what a model predicts, and what was tapped on the way."""
+
+import dataclasses
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+from refusal_jax.edits import Edits
+from refusal_jax.models.decoder import Decoder
+from refusal_jax.models.sharding import replicate
+from refusal_jax.taps import Taps
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Prediction:
+    """Logits, float32 `[B, V]` of the next token or `[B, T, V]` of the one after each; taps by site; and whether all of them
+    are finite where a row has tokens, bool `[B]`."""
+
+    logits: jax.Array
+    taps: dict[str, jax.Array]
+    finite_b: jax.Array
+
+
+@partial(jax.jit, static_argnames=("taps", "last"))
+def predict(decoder: Decoder, tokens_bt, mask_bt, edits: Edits, *, taps: Taps, last: bool) -> Prediction:
+    """Runs left-padded prompts, of which `mask_bt` marks the real tokens. last: whether logits are of the last token only."""
+    out = decoder.forward(tokens_bt, mask_bt, edits, taps)
+    x, real_bt = (out.resid_btd[:, -1:], mask_bt[:, -1:]) if last else (out.resid_btd, mask_bt)
+    logits = decoder.logits(x)
+    finite_b = jnp.all(decoder.finite(x, logits) | ~real_bt, axis=1)
+    for tapped_lbpd in out.taps.values():
+        real_bp = mask_bt[:, -tapped_lbpd.shape[2] :]
+        finite_b &= jnp.all(jnp.isfinite(tapped_lbpd).all(axis=(0, 3)) | ~real_bp, axis=1)
+    logits = (logits[:, 0] if last else logits)[..., : decoder.cfg.vocab_size]
+    return Prediction(logits, out.taps, replicate(decoder.mesh, finite_b))
