@@ -6,12 +6,14 @@ Text is mended where it enters (files, a pipe, the Python API, requests of harne
 import functools
 import re
 import sys
+from typing import Any, TypeVar
 
 from tqdm import tqdm
 
 from refusal_jax import distributed
 
 HALF = re.compile("[\ud800-\udfff]")
+Value = TypeVar("Value")
 
 
 def joined(text: str) -> str:
@@ -19,7 +21,7 @@ def joined(text: str) -> str:
     return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace") if HALF.search(text) else text
 
 
-def mended(value, source: str):
+def mended(value: Value, source: str) -> Value:
     """Returns text, or lists and dicts that hold texts, with every text `joined`, keys included.
 
     source: where the text came from, in words. If anything was replaced, the first process says so on stderr, once for each
@@ -27,7 +29,7 @@ def mended(value, source: str):
     """
     found = 0
 
-    def mend(part):
+    def mend(part: Any) -> Any:
         nonlocal found
         if isinstance(part, str):
             whole = joined(part)

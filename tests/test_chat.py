@@ -12,6 +12,7 @@ import pytest
 import tiny
 
 from refusal_jax import UserError, load_model
+from refusal_jax.chat import prompts
 from refusal_jax.chat.prompts import Chat, bucket
 
 
@@ -51,6 +52,23 @@ def test_template_that_fails(tmp_path):
     message = r"template \(tokenizer\) failed on a single user message \(system prompt needed\)\. Repair it, or"
     with pytest.raises(UserError, match=message):
         make_chat(tmp_path, "{{ raise_exception('system prompt needed') }}")
+
+
+def test_the_ids_of_prompts_are_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr(prompts, "KEPT_PROMPTS", 2)
+    chat, rendered = make_chat(tmp_path), []
+    render = Chat.render
+    monkeypatch.setattr(Chat, "render", lambda self, text, *more: rendered.append(text) or render(self, text, *more))
+    ids = chat.prompt_ids("help")
+    assert ids == chat.ids(render(chat, "help")) and chat.prompt_ids("help") is not ids
+    assert chat.prompt_ids("help") == chat.prompt_ids("help") == ids and rendered == ["help"]
+    other = dataclasses.replace(chat, template_arguments={"more": True})
+    assert other.prompt_ids("help") == ids and rendered == ["help"] * 2
+    chat.tokenizer.chat_template += "!"
+    assert chat.prompt_ids("help") == [*ids, *chat.ids("!")] and rendered == ["help"] * 3
+    for text in ("one", "two", "help"):
+        chat.prompt_ids(text)
+    assert rendered[3:] == ["one", "two", "help"]
 
 
 def test_encode_pads_on_the_left(chat):

@@ -3,11 +3,14 @@
 import json
 import pathlib
 import shutil
+from collections import Counter
 
 import numpy as np
 import pytest
+from transformers import PreTrainedTokenizerBase
 
 from refusal_jax import UserError, demo_model_path
+from refusal_jax.chat.prompts import Chat
 from refusal_jax.data.prompts import resolve
 from refusal_jax.models import generate as generate_module
 from refusal_jax.runs.run import Ledger, Run
@@ -51,12 +54,22 @@ def compiled() -> dict[str, int]:
     return {name: program._cache_size() for name, program in PROGRAMS.items()}
 
 
+TOKENISED = Counter()  # texts that the study of `finished` gave its tokenizer
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """A finished small study: its folder, and how many programs it compiled for each purpose."""
-    before = compiled()
+    before, tokenise = compiled(), PreTrainedTokenizerBase.__call__
+
+    def counted(self, text, **settings):
+        TOKENISED.update([text])
+        return tokenise(self, text, **settings)
+
     folder = tmp_path_factory.mktemp("study") / "run"
-    run_study(small_config(), folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(PreTrainedTokenizerBase, "__call__", counted)
+        run_study(small_config(), folder)
     return folder, {name: count - before[name] for name, count in compiled().items()}
 
 
@@ -79,6 +92,15 @@ def test_directions_at_template_tokens_of_layer_zero_are_exactly_zero(finished):
     diffs = Run(finished[0], {}).read_tensors("mean_diffs.safetensors")["mean_diffs"]
     assert diffs.dtype == np.float64 and not diffs[:, 0].any()
     assert np.linalg.norm(diffs[:, 1:], axis=-1).min() > 0
+
+
+def test_each_text_is_tokenised_once(finished):
+    prompts = [
+        row["instruction"] for rows in json.loads((finished[0] / "prompts.json").read_text()).values() for row in rows
+    ]
+    chat = Chat.load(demo_model_path(), 1024)
+    assert {chat.render(text) for text in prompts} <= TOKENISED.keys()
+    assert {text: count for text, count in TOKENISED.items() if count > 1} == {}
 
 
 def test_one_compile_serves_every_candidate_and_condition(finished):

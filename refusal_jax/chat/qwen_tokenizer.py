@@ -61,7 +61,8 @@ def read_ranks(path: pathlib.Path) -> dict[bytes, int]:
 class QwenTokenizer:
     """Text to ids and back, as transformers' tokenizers do it; no BOS is ever added."""
 
-    bos_token, eos_token, chat_template = None, END_OF_TEXT, None
+    bos_token, eos_token, name_or_path = None, END_OF_TEXT, ""
+    chat_template: str | None = None
 
     def __init__(self, ranks: dict[bytes, int]):
         self.special = {token: len(ranks) + i for i, token in enumerate(SPECIAL)}

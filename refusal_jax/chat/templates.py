@@ -124,6 +124,37 @@ def single_template(value, where) -> str:
     return value
 
 
+def set_template(tokenizer, wanted: str, folder: pathlib.Path) -> str:
+    """Gives a checkpoint's tokenizer the chat template that the setting `chat_template` asks for, and returns where the template
+    came from, in words.
+
+    wanted: as in `named_template`; "" is the tokenizer's own template or, if it has none, that of its processor, or the one
+    that its special tokens tell. Raises UserError if there is none, and for one that writes tokens that the tokenizer lacks.
+    """
+    if not wanted and tokenizer.chat_template:
+        tokenizer.chat_template = single_template(tokenizer.chat_template, f"the tokenizer of {folder}")
+        return "tokenizer"
+    found = None if wanted else processor_template(folder)
+    if found:
+        tokenizer.chat_template, origin = found
+        return origin
+    known = getattr(tokenizer, "get_vocab", tokenizer.get_added_vocab)()
+    found = named_template(wanted) if wanted else recognised_template(known)
+    if found is None:
+        raise UserError(
+            f"The tokenizer of {folder} has no chat template, and its special tokens do not tell which it was made "
+            f"for. For a chat model, {advice('its own: ' + CHOICES)} A base model has none: use its chat or instruct version."
+        )
+    unknown = [mark for mark in MARKS.get(wanted.removesuffix("-published"), ()) if mark not in known]
+    if unknown:
+        raise UserError(
+            f"The tokenizer of {folder} does not know {' and '.join(unknown)}, which the chat template {wanted!r} writes: "
+            f"they would be read as plain text. Instead, {advice('what the model was trained with: ' + CHOICES)}"
+        )
+    tokenizer.chat_template, origin = found
+    return origin
+
+
 @contextlib.contextmanager
 def within(seconds: float) -> Iterator[None]:
     """Raises TimeoutError in Python code of the block, such as a rendered template, that runs for longer: jinja's sandbox

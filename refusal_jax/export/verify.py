@@ -51,7 +51,7 @@ class Sample:
         texts = [row for row in texts if len(row.ids) > row.first]
         if not texts:
             raise UserError("No harmless text is left to measure the perplexity on: all of it is empty or cut off.")
-        return cls(chat, [chat.ids(chat.render(text)) for text in instructions], texts)
+        return cls(chat, [chat.prompt_ids(text) for text in instructions], texts)
 
     def batch(self):
         """All rows, left-padded: prompts first."""

@@ -35,13 +35,14 @@ def repetition(text: str) -> float:
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
 
-def pieces(response: str, chat: Chat | None) -> list:
-    """A completion's tokens, or without a tokenizer its words."""
-    return response.split() if chat is None else chat.tokenizer(response, add_special_tokens=False).input_ids
+def pieces(completions: Mapping[str, Sequence[dict]], chat: Chat | None) -> dict[str, list]:
+    """Returns the tokens of each response, by its text, or without a tokenizer its words."""
+    texts = dict.fromkeys(c["response"] for rows in completions.values() for c in rows if not is_unfinished(c))
+    return {text: text.split() if chat is None else chat.tokenised(text) for text in texts}
 
 
 def beginning(response: str, parts: Sequence, cut: int, chat: Chat | None) -> str:
-    """The first `cut` tokens or words of a completion, whose `pieces` are `parts`."""
+    """Returns the first `cut` tokens or words of a completion, whose `pieces` are `parts`."""
     if len(parts) <= cut:
         return response
     return " ".join(parts[:cut]) if chat is None else chat.tokenizer.decode(parts[:cut], skip_special_tokens=True)
@@ -56,12 +57,13 @@ def tables(
 
     chat: the tokenizer in whose tokens lengths are counted; None: lengths are in words.
     """
+    parts = pieces(completions, chat)
     found = {
         "rates": _rates(completions, verdicts),
         "comparisons": _comparisons(completions, verdicts),
         "agreement": _agreement(verdicts),
-        "completions": _completions(completions, chat),
-        "by_length": _by_length(completions, verdicts, chat),
+        "completions": _completions(completions, parts, "words" if chat is None else "tokens"),
+        "by_length": _by_length(completions, verdicts, parts, chat),
     }
     return _known(found)
 
@@ -122,7 +124,7 @@ def _both(first: Sequence[Verdict | None], second: Sequence[Verdict | None]) -> 
     return [a for a, _ in pairs], [b for _, b in pairs]
 
 
-def _completions(completions, chat: Chat | None) -> list[dict]:
+def _completions(completions, parts: Mapping[str, list], unit: str) -> list[dict]:
     """Length, and the rates of empty and of repetitive completions, of each condition, for those completions that left their
     thought; and the rate of those that did not."""
     rows = []
@@ -131,8 +133,8 @@ def _completions(completions, chat: Chat | None) -> list[dict]:
         rows.append(
             {
                 **_of(name),
-                "unit": "words" if chat is None else "tokens",
-                "length": mean_interval([len(pieces(text, chat)) for text in texts]),
+                "unit": unit,
+                "length": mean_interval([len(parts[text]) for text in texts]),
                 "empty": Rate.of(not text.strip() for text in texts).row,
                 "repetitive": Rate.of(repetition(text) >= REPETITIVE for text in texts).row,
                 "repetition": mean_interval([repetition(text) for text in texts]),
@@ -142,16 +144,15 @@ def _completions(completions, chat: Chat | None) -> list[dict]:
     return rows
 
 
-def _by_length(completions, verdicts, chat: Chat | None) -> list[dict]:
+def _by_length(completions, verdicts, parts: Mapping[str, list], chat: Chat | None) -> list[dict]:
     """Refusal rates by judges of text that see the first tokens only: where in a completion refusals are found."""
     rows = []
     for name, found in completions.items():
-        judged = [c for c in found if not is_unfinished(c)]
-        parts = [pieces(c["response"], chat) for c in judged]
-        longest = max(map(len, parts), default=0)
+        texts = [c["response"] for c in found if not is_unfinished(c)]
+        longest = max((len(parts[text]) for text in texts), default=0)
         cuts = [cut for cut in CUTS if cut < longest] + [longest] * bool(longest)
         for judge, cut in itertools.product((j for j in verdicts[name] if j in TEXT_JUDGES), cuts):
-            seen = [{"response": beginning(c["response"], p, cut, chat)} for c, p in zip(judged, parts, strict=True)]
+            seen = [{"response": beginning(text, parts[text], cut, chat)} for text in texts]
             refused = success_rate(TEXT_JUDGES[judge].judge(seen)).complement
             rows.append({**_of(name), "judge": judge, "tokens": cut, **refused.row})
     return rows

@@ -33,7 +33,7 @@ class Extraction:
 
 def length_batches(model: ChatModel, instructions: list[str], size: int):
     """Yields (indices into `instructions`, TokenBatch of `size` rows), like lengths together, few distinct shapes."""
-    rows = [model.chat.ids(model.chat.render(text)) for text in instructions]
+    rows = [model.chat.prompt_ids(text) for text in instructions]
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
     model.chat.encode([instructions[order[-1]]])  # the longest: refuses what exceeds the context
     for start in range(0, len(order), size):

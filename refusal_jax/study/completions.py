@@ -66,7 +66,7 @@ def complete(
     side = {c: parse_condition(c, prompts)[0] for c in conditions}
     replies = {(row["condition"], row["index"]): row for row in known}
     todo = [(c, i) for c in conditions for i in range(len(prompts[side[c]])) if (c, i) not in replies]
-    ids = {name: [model.chat.ids(model.chat.render(p["instruction"])) for p in rows] for name, rows in prompts.items()}
+    ids = {name: [model.chat.prompt_ids(p["instruction"]) for p in rows] for name, rows in prompts.items()}
     longest = max(len(row) for rows in ids.values() for row in rows)
     length = min(bucket(longest), model.config.context_length)
     if todo:

@@ -34,7 +34,7 @@ def chat_rows(chat: Chat, pairs: Sequence[tuple[str, str]], max_tokens: int) -> 
     """Rows of (instruction, response): counted is the response, predicted from the last post-instruction token on."""
     rows = []
     for instruction, response in pairs:
-        ids, prompt = chat.ids(chat.render(instruction, response)), chat.ids(chat.render(instruction))
+        ids, prompt = chat.ids(chat.render(instruction, response)), chat.prompt_ids(instruction)
         # A reply may change how the prompt's end is split into tokens; it begins where the two first differ.
         first = next((i for i, (one, other) in enumerate(zip(ids, prompt, strict=False)) if one != other), len(prompt))
         rows.append(LossRow(ids[:max_tokens], first))

@@ -58,7 +58,7 @@ def candidate_ids(chat: Chat, openers: Sequence[str] = tuple(OPENERS)) -> tuple[
     with a leading space. They differ: SentencePiece puts a space before text that stands alone, and merges a space that
     ends the template with the word. A token that is no beginning of the opener's text is left out.
     """
-    prompt, found = chat.ids(chat.render(PROBES[0])), set()
+    prompt, found = chat.prompt_ids(PROBES[0]), set()
     for opener in openers:
         for text in (opener, f" {opener}"):
             after = chat.ids(chat.render(PROBES[0], text))
