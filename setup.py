@@ -31,10 +31,11 @@ setup(
     install_requires=[
         "absl-py>=2.1",
         "datasets>=3.0",
-        "etils[epath]>=1.7",  # folders in object stores
+        "filelock>=3.13",
         "flax>=0.12,<0.13",
-        "fsspec>=2024.2",
+        "fsspec>=2024.2",  # object stores
         "jax>=0.10,<0.12",
+        "jaxtyping>=0.3",
         "jinja2>=3.1.6",  # chat templates, which transformers asks it for, and the report
         "matplotlib>=3.9",  # the report's figures
         "ml_collections>=1.0",
@@ -42,6 +43,7 @@ setup(
         "numpy>=2.0",
         "optax>=0.2.4",
         "orbax-checkpoint>=0.12,<0.13",
+        "platformdirs>=4.0",  # where caches are kept
         "pyyaml>=6.0",  # the metadata of model cards
         "safetensors>=0.5",
         "tiktoken>=0.9",  # Qwen 1's tokenizer

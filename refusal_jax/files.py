@@ -6,6 +6,8 @@ import json
 import os
 import pathlib
 
+import platformdirs
+
 from refusal_jax.errors import UserError
 
 
@@ -52,6 +54,12 @@ def local_path(path: str | os.PathLike) -> pathlib.Path:
     found = pathlib.Path(full)
     # pathlib drops "./", and a second look would take what is left for a home folder.
     return found.absolute() if str(found).startswith("~") else found
+
+
+def cache_folder(name: str) -> pathlib.Path:
+    """Returns the folder for one kind of cached files, such as "xla", of this user: ~/.cache/refusal_jax/xla on Linux, or below
+    $XDG_CACHE_HOME where that is set. Nothing is made."""
+    return platformdirs.user_cache_path("refusal_jax", appauthor=False) / name
 
 
 def check_file(path: pathlib.Path) -> None:

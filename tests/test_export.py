@@ -27,8 +27,9 @@ from exports import (
 from safetensors.numpy import load_file, save_file
 
 from refusal_jax import Edits, UserError
-from refusal_jax.checkpoints.load import INDEX, SINGLE, TensorFiles
-from refusal_jax.checkpoints.rewrite import Checkpoint, WeightFile
+from refusal_jax.checkpoints.rewrite import Checkpoint
+from refusal_jax.checkpoints.safetensors import LocalFile, read_header
+from refusal_jax.checkpoints.tensor_files import INDEX, SINGLE, TensorFiles
 from refusal_jax.directions import Directions
 from refusal_jax.export import tensor_edits
 from refusal_jax.export.edit import Edit
@@ -326,7 +327,7 @@ def test_a_mixture_of_dtypes_is_kept(tmp_path):
     after = tensors_of(tmp_path / "out")
     assert {name: t.dtype for name, t in after.items() if name in tensors} == {n: t.dtype for n, t in tensors.items()}
     assert after["lm_head.weight"].dtype == ml_dtypes.bfloat16
-    assert WeightFile.read(tmp_path / "out" / SINGLE).metadata == {"format": "pt", "note": "kept"}
+    assert read_header(LocalFile(tmp_path / "out" / SINGLE)).metadata == {"format": "pt", "note": "kept"}
     found = report["verification"]
     assert found["problems"] == [] and found["export"]["mean_kl"] < 1e-3
     transformers_agrees(tmp_path / "out")

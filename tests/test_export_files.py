@@ -18,9 +18,10 @@ from safetensors.numpy import load_file, save_file
 from tqdm import tqdm
 
 from refusal_jax import UserError
-from refusal_jax.checkpoints import rewrite as weight_files
-from refusal_jax.checkpoints.load import INDEX, SINGLE
+from refusal_jax.checkpoints import rewrite
 from refusal_jax.checkpoints.rewrite import Checkpoint, WeightFile, copy_range
+from refusal_jax.checkpoints.safetensors import LocalFile, read_header
+from refusal_jax.checkpoints.tensor_files import INDEX, SINGLE
 from refusal_jax.errors import VerificationError
 from refusal_jax.export import run, staging, verify
 from refusal_jax.export.hf import Plan
@@ -38,9 +39,14 @@ def write(file: WeightFile, path) -> str:
         return file.write(path, pool, tqdm(disable=True))
 
 
+def opened(path) -> WeightFile:
+    file = LocalFile(path)
+    return WeightFile.of(file, read_header(file))
+
+
 def test_untouched_tensors_and_files_are_copied_byte_for_byte(tmp_path, monkeypatch):
     for name, size in (("COPY_BYTES", 1000), ("BLOCK_BYTES", 700), ("HASH_BYTES", 300)):
-        monkeypatch.setattr(weight_files, name, size)  # several blocks a tensor
+        monkeypatch.setattr(rewrite, name, size)  # several blocks a tensor
     source = tiny.tiny_llama(tmp_path / "source", shards="20KB", dtype="bfloat16")
     (source / "extra").mkdir()
     (source / "extra" / "note.txt").write_text("kept")
@@ -78,13 +84,16 @@ def test_copying_where_the_kernel_cannot(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "copy_file_range", refuses)
     with open(tmp_path / "target", "wb") as target:
-        copy_range(tmp_path / "source", 100, target.fileno(), 5, 2000)
+        source = LocalFile(tmp_path / "source")
+        copy_range(source, 100, target.fileno(), 5, 2000)
         assert (tmp_path / "target").read_bytes() == bytes(5) + (tmp_path / "source").read_bytes()[100:2100]
-        with pytest.raises(OSError, match="ended before its header says so"):
-            copy_range(tmp_path / "source", 100, target.fileno(), 0, 9999)
+        with pytest.raises(
+            UserError, match=r"source could not be read \(it ends at byte 2,560, before its header says so\)"
+        ):
+            copy_range(source, 100, target.fileno(), 0, 9999)
         monkeypatch.setattr(os, "copy_file_range", lambda *args: refuses_for_space())
         with pytest.raises(OSError, match="No space left"):
-            copy_range(tmp_path / "source", 0, target.fileno(), 0, 10)
+            copy_range(source, 0, target.fileno(), 0, 10)
 
 
 def refuses_for_space():
@@ -94,14 +103,14 @@ def refuses_for_space():
 def test_every_tensor_of_a_new_header_begins_at_a_multiple_of_its_size(tmp_path):
     arrays = {"a": np.ones(3, np.float16), "b": np.arange(5, dtype=np.float32)}
     save_file(arrays, tmp_path / "file")
-    file = WeightFile.read(tmp_path / "file")
+    file = opened(tmp_path / "file")
     by_name = {t.name: t for t in file.tensors}
     added, zeros = (
         dataclasses.replace(by_name["b"], **changes) for changes in ({"name": "d"}, {"name": "z", "file": None})
     )
     new = file.holding([by_name["a"], added, by_name["b"], zeros])
     assert write(new, tmp_path / "new") == digest(tmp_path / "new")
-    found = WeightFile.read(tmp_path / "new")
+    found = opened(tmp_path / "new")
     assert all(t.start % {"F16": 2, "F32": 4}[t.dtype] == 0 for t in found.tensors) and len(found.header) % 8 == 0
     back = load_file(tmp_path / "new")
     assert back["d"].tobytes() == back["b"].tobytes() == arrays["b"].tobytes() and not back["z"].any()
@@ -119,7 +128,7 @@ def test_weights_that_are_no_numbers_and_files_cut_short_are_found(llama, tmp_pa
     assert not (tmp_path / "out").exists()
     tensor = Checkpoint.open(llama).tensors["lm_head.weight"]
     late = dataclasses.replace(tensor, start=tensor.start + 10**6, stop=tensor.stop + 10**6)
-    with pytest.raises(OSError, match="a weight file ended at byte"):
+    with pytest.raises(UserError, match=r"safetensors could not be read \(it ends at byte [\d,]+, before its header"):
         late.rows()
 
 
@@ -175,9 +184,7 @@ def test_targets_that_cannot_be(llama, tmp_path):
         fast(llama, tmp_path / "file" / "out")
 
 
-@pytest.mark.parametrize(
-    "place", [(shutil, "copyfile"), (weight_files, "copy_range"), (os, "pwrite"), (run, "write_card")]
-)
+@pytest.mark.parametrize("place", [(shutil, "copyfile"), (rewrite, "copy_range"), (os, "pwrite"), (run, "write_card")])
 def test_a_full_disk_leaves_nothing_behind(llama, tmp_path, monkeypatch, place):
     monkeypatch.setattr(*place, lambda *args, **kwargs: refuses_for_space())
     with pytest.raises(UserError, match="could not be written: No space left on device"):

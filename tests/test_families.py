@@ -15,7 +15,8 @@ from compile_times import lowered
 from safetensors.torch import load_file
 
 from refusal_jax import Edits, Taps
-from refusal_jax.checkpoints.load import SINGLE, load_decoder, save_weights
+from refusal_jax.checkpoints.load import load_decoder, save_weights
+from refusal_jax.checkpoints.tensor_files import SINGLE
 from refusal_jax.models.cache import Cache
 from refusal_jax.models.decoder import Decoder
 from refusal_jax.models.predict import predict

@@ -14,7 +14,8 @@ import tiny
 from safetensors.numpy import load_file, save_file
 
 from refusal_jax import UserError, load_model, make_mesh
-from refusal_jax.checkpoints.load import INDEX, SINGLE, listed, load_decoder, save_weights
+from refusal_jax.checkpoints.load import load_decoder, save_weights
+from refusal_jax.checkpoints.tensor_files import INDEX, SINGLE, listed
 
 Q0, NORM = "model.layers.0.self_attn.q_proj.weight", "model.norm.weight"
 

@@ -1,6 +1,7 @@
 """Converted copies of checkpoints: read again onto other meshes, made again when they are not what was written."""
 
 import json
+import pathlib
 import shutil
 import socket
 import subprocess
@@ -12,9 +13,11 @@ import pytest
 from test_load_places import places
 
 from refusal_jax import UserError, load_model, make_mesh
-from refusal_jax.checkpoints import copies as cached
-from refusal_jax.checkpoints.load import TensorFiles, load_decoder
+from refusal_jax.checkpoints import copies
+from refusal_jax.checkpoints.copies import ConvertedCopy
+from refusal_jax.checkpoints.load import load_decoder
 from refusal_jax.checkpoints.places import abreast
+from refusal_jax.checkpoints.tensor_files import TensorFiles
 from refusal_jax.study import study as pipeline
 from refusal_jax.study.config import get_config
 
@@ -75,19 +78,19 @@ def test_only_whole_copies_are_left(filled):
 
 
 def test_another_dtype_or_checkpoint_is_another_copy(llama, filled, tmp_path):
-    keys = {cached.Cached.of(str(filled), llama, dtype).folder.name for dtype in ("float32", "bfloat16")}
+    keys = {ConvertedCopy.of(str(filled), llama, dtype).folder for dtype in ("float32", "bfloat16")}
     other = shutil.copytree(llama, tmp_path / "other")
     (other / "generation_config.json").write_text("{}")
-    keys.add(cached.Cached.of(str(filled), other, "float32").folder.name)
-    assert len(keys) == 3 and copy(filled).name in keys
+    keys.add(ConvertedCopy.of(str(filled), other, "float32").folder)
+    assert len(keys) == 3 and str(copy(filled)) in keys
 
 
 def test_relative_and_home_folders(llama, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path / "me"))
-    assert cached.Cached.of("here", llama, "float32").folder.parent == cached.epath.Path(tmp_path / "here")
-    assert cached.Cached.of("~/c", llama, "float32").folder.parent == cached.epath.Path(tmp_path / "me" / "c")
-    assert str(cached.Cached.of("gs://bucket/c", llama, "float32").folder).startswith("gs://bucket/c/")
+    assert ConvertedCopy.of("here", llama, "float32").cache == str(tmp_path / "here")
+    assert ConvertedCopy.of("~/c", llama, "float32").cache == str(tmp_path / "me" / "c")
+    assert ConvertedCopy.of("gs://bucket/c/", llama, "float32").cache == "gs://bucket/c"
 
 
 def truncated(cache):
@@ -132,7 +135,7 @@ def emptied(cache):
 def test_damage_is_noticed(damage, reason, llama, cache):
     damage(cache)
     converted = []
-    there = cached.Cached.of(str(cache), llama, "float32")
+    there = ConvertedCopy.of(str(cache), llama, "float32")
 
     class Stop(Exception):
         pass
@@ -150,7 +153,7 @@ def test_sums_find_a_bit(llama, cache):
     written = json.loads(record(cache).read_text())
     written["sums"]["blocks.q"] ^= 1
     record(cache).write_text(json.dumps(written))
-    there = cached.Cached.of(str(cache), llama, "float32")
+    there = ConvertedCopy.of(str(cache), llama, "float32")
     assert there._read(places(llama, None)) == (None, "its values are not those that were written")
 
 
@@ -169,7 +172,7 @@ def test_a_half_written_copy_is_made_again(llama, model, cache, capsys, monkeypa
 
 
 def copy_name(llama, cache) -> str:
-    return cached.Cached.of(str(cache), llama, "float32").folder.name
+    return pathlib.Path(ConvertedCopy.of(str(cache), llama, "float32").folder).name
 
 
 def test_a_cache_that_cannot_be_written(llama, tmp_path, monkeypatch):
@@ -182,7 +185,7 @@ def test_a_cache_that_cannot_be_written(llama, tmp_path, monkeypatch):
     def full(*args, **kwargs):
         raise ValueError("RESOURCE_EXHAUSTED: No space left on device")
 
-    monkeypatch.setattr(cached.ocp, "save", full)
+    monkeypatch.setattr(copies.ocp, "save", full)
     with pytest.raises(UserError, match="could not be written .*No space left on device.*Free space"):
         load_decoder(llama, cache=str(tmp_path / "cache"))
     assert not list((tmp_path / "cache").glob("*.json"))
@@ -201,8 +204,8 @@ def test_sums_of_devices_and_hosts_agree(dtype):
     devices = tuple(jax.devices()[:2])
     rng = np.random.default_rng(0)
     parts = [jax.device_put(rng.standard_normal((3, 5, 7)).astype(jax.numpy.dtype(dtype)), d) for d in devices]
-    on_devices = np.asarray(cached.device_sums(devices)(abreast(devices, parts)))
-    assert cached.host_sums(parts) == on_devices.tolist()
+    on_devices = np.asarray(copies.device_sums(devices)(abreast(devices, parts)))
+    assert copies.host_sums(parts) == on_devices.tolist()
 
 
 TWO = """
@@ -215,7 +218,8 @@ jax.distributed.initialize(f"127.0.0.1:{port}", num_processes=2, process_id=rank
 import numpy as np
 from jax.experimental.multihost_utils import process_allgather
 from refusal_jax import make_mesh
-from refusal_jax.checkpoints.load import TensorFiles, load_decoder
+from refusal_jax.checkpoints.load import load_decoder
+from refusal_jax.checkpoints.tensor_files import TensorFiles
 made, make = [], TensorFiles.open
 TensorFiles.open = lambda folder: made.append(make(folder)) or made[-1]
 plain = None

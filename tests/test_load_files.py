@@ -9,12 +9,11 @@ from concurrent.futures import ThreadPoolExecutor
 import ml_dtypes
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 from refusal_jax import UserError
-from refusal_jax.checkpoints import safetensors as weight_file
-from refusal_jax.checkpoints import tensor_files
-from refusal_jax.checkpoints.safetensors import LocalFile, read_header
+from refusal_jax.checkpoints import safetensors, tensor_files
+from refusal_jax.checkpoints.safetensors import LocalFile, framed, header_text, read_header, read_tensors
 from refusal_jax.checkpoints.tensor_files import SINGLE, TensorFiles
 
 CUBE = np.arange(2 * 3 * 4, dtype=np.float32).reshape(2, 3, 4)
@@ -91,7 +90,7 @@ def test_only_the_bytes_of_a_slice_are_asked_for(files, monkeypatch):
     asked = []
     preadv = os.preadv
     monkeypatch.setattr(
-        weight_file.os, "preadv", lambda fd, parts, at: asked.append((at, len(parts[0]))) or preadv(fd, parts, at)
+        safetensors.os, "preadv", lambda fd, parts, at: asked.append((at, len(parts[0]))) or preadv(fd, parts, at)
     )
     files.read("matrix", (slice(2, 5), slice(4, 7)))
     start = files.headers[files.folder / SINGLE].tensors["matrix"].start
@@ -143,7 +142,7 @@ def test_header_sizes_that_lie(size, tmp_path):
 
 
 def test_a_header_beyond_the_limit(tmp_path, monkeypatch):
-    monkeypatch.setattr(weight_file, "HEADER_LIMIT", 20)
+    monkeypatch.setattr(safetensors, "HEADER_LIMIT", 20)
     with pytest.raises(UserError, match=r"it says that its header has \d+ bytes"):
         TensorFiles.open(write(tmp_path, {"a": entry(0, 8)}, bytes(8)))
 
@@ -159,11 +158,33 @@ def test_small_dtypes(tmp_path):
     assert read_header(LocalFile(tmp_path / SINGLE)).tensors["b"].shape == (4,)
 
 
+def test_whole_files(tmp_path, files):
+    found = read_tensors(files.folder / SINGLE)
+    assert list(found) == list(files.headers[files.folder / SINGLE].tensors)
+    for name, whole in (("cube", CUBE), ("matrix", MATRIX), ("ids", np.arange(3)), ("number", np.float32(7))):
+        assert found[name].dtype == whole.dtype
+        np.testing.assert_array_equal(found[name], whole)
+    with pytest.raises(UserError, match=r"model\.safetensors holds a as F4, which cannot be read\. Save it as float32"):
+        read_tensors(write(tmp_path, {"a": entry(0, 3, [6], "F4")}, bytes(3)) / SINGLE)
+    with pytest.raises(UserError, match=r"none could not be read \(No such file or directory\)"):
+        read_tensors(tmp_path / "none")
+
+
+def test_headers_that_are_made(tmp_path):
+    data = CUBE.tobytes() + MATRIX.tobytes()
+    text = header_text([("cube", "F32", CUBE.shape), ("matrix", "BF16", MATRIX.shape)], {"format": "pt"})
+    (tmp_path / SINGLE).write_bytes(framed(text) + data)
+    assert len(text) % 8 == 0 and read_header(LocalFile(tmp_path / SINGLE)).metadata == {"format": "pt"}
+    np.testing.assert_array_equal(load_file(tmp_path / SINGLE)["matrix"], MATRIX)
+
+
 def test_a_file_that_shrinks_while_being_read(files):
     path = files.folder / SINGLE
     size = path.stat().st_size
     os.truncate(path, size - 4)
-    with pytest.raises(UserError, match=rf"could not be read \(it ends at byte {size - 4:,}, though it had {size:,}\)"):
+    with pytest.raises(
+        UserError, match=rf"could not be read \(it ends at byte {size - 4:,}, before its header says so\)"
+    ):
         for name in ("cube", "half", "matrix", "line"):
             files.read(name)
 
@@ -176,6 +197,6 @@ def test_a_file_that_cannot_be_read(tmp_path, monkeypatch):
     def denied(*args):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(weight_file.os, "open", denied)
+    monkeypatch.setattr(safetensors.os, "open", denied)
     with pytest.raises(UserError, match=r"could not be read \(Permission denied\). Check that you may read it"):
         TensorFiles.open(tmp_path)

@@ -11,9 +11,9 @@ import pytest
 from refusal_jax import UserError, load_model, make_mesh
 from refusal_jax.checkpoints import remote as mirror
 from refusal_jax.checkpoints.fingerprint import checkpoint_fingerprint
-from refusal_jax.checkpoints.load import SINGLE, load_decoder
+from refusal_jax.checkpoints.load import load_decoder
 from refusal_jax.checkpoints.remote import checkpoint_folder
-from refusal_jax.checkpoints.tensor_files import TensorFiles
+from refusal_jax.checkpoints.tensor_files import SINGLE, TensorFiles
 
 ADDRESS = "memory://bucket/models/tiny"
 

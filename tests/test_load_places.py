@@ -14,9 +14,9 @@ from safetensors.numpy import load_file, save_file
 from refusal_jax import UserError, make_mesh
 from refusal_jax.checkpoints import load
 from refusal_jax.checkpoints import places as place
-from refusal_jax.checkpoints.load import SINGLE, load_decoder
+from refusal_jax.checkpoints.load import load_decoder
 from refusal_jax.checkpoints.places import DeviceFilling, Filling, HostFilling, Place
-from refusal_jax.checkpoints.tensor_files import TensorFiles
+from refusal_jax.checkpoints.tensor_files import SINGLE, TensorFiles
 from refusal_jax.models.config import load_config
 from refusal_jax.models.families import pieces
 from refusal_jax.models.sharding import split_for
@@ -66,9 +66,9 @@ def places(folder: pathlib.Path, mesh, dtype=np.float32) -> dict[str, Place]:
 
 
 @pytest.mark.parametrize("name", ["tied", "mixed", "phi3", "qwen3_moe"])
-@pytest.mark.parametrize("block", [place.BLOCK, 1000, 1])
+@pytest.mark.parametrize("block", [place.SLAB_BYTES, 1000, 1])
 def test_values_and_bytes(name, block, checkpoints, opened, monkeypatch):
-    monkeypatch.setattr(place, "BLOCK", block)
+    monkeypatch.setattr(place, "SLAB_BYTES", block)
     expected = stored(checkpoints[name])
     for mesh in MESHES:
         weights = load_decoder(checkpoints[name], mesh=make_mesh(**mesh)).weights()
@@ -93,8 +93,8 @@ def test_a_process_reads_its_share_and_no_more(mesh, checkpoints, monkeypatch):
         files = TensorFiles.open(checkpoints["mixed"])
         for path, there in places(checkpoints["mixed"], make_mesh(**mesh)).items():
             before = files.bytes_read
-            monkeypatch.setattr(place, "BLOCK", 500)
-            ranges = list(there.blocks())
+            monkeypatch.setattr(place, "SLAB_BYTES", 500)
+            ranges = list(there.slabs())
             for block in (there.read(files, r) for r in ranges):
                 for held, part in zip(there.held.values(), block.parts, strict=True):
                     inside = tuple(
@@ -122,7 +122,7 @@ def tiny_dtype(files: TensorFiles, name: str):
 @pytest.mark.parametrize("kind", [DeviceFilling, HostFilling])
 @pytest.mark.parametrize("mesh", [None, {"fsdp": 2, "model": 4}])
 def test_both_ways_of_filling(kind, mesh, checkpoints, monkeypatch):
-    monkeypatch.setattr(place, "BLOCK", 700)
+    monkeypatch.setattr(place, "SLAB_BYTES", 700)
     monkeypatch.setattr(Filling, "of", staticmethod(kind))
     folder = checkpoints["tied"]
     weights = load_decoder(folder, "bfloat16", make_mesh(**mesh) if mesh else None).weights()
@@ -133,7 +133,7 @@ def test_both_ways_of_filling(kind, mesh, checkpoints, monkeypatch):
 def test_arrays_in_the_hosts_memory_are_not_copied(monkeypatch):
     devices = tuple(jax.devices()[:2])
     fill = Filling.of(devices, (4, 1000), np.float32)
-    fill.write(place.Block((range(4),), [np.ones((4, 1000), np.float32)] * 2, True))
+    fill.write(place.Slab((range(4),), [np.ones((4, 1000), np.float32)] * 2, True))
     assert [p.unsafe_buffer_pointer() for p in fill.parts()] == [w.ctypes.data for w in fill.whole]
 
 
@@ -142,7 +142,7 @@ def test_few_blocks_at_a_time(fail, checkpoints, monkeypatch):
     read, sizes, alive, most = Place.read, [], set(), []
     count = itertools.count()
 
-    class Watched(place.Block):
+    class Watched(place.Slab):
         def __del__(self):
             alive.discard(id(self))
 
@@ -156,7 +156,7 @@ def test_few_blocks_at_a_time(fail, checkpoints, monkeypatch):
         sizes.append(sum({id(p.base): p.nbytes for p in block.parts}.values()))
         return block
 
-    monkeypatch.setattr(place, "BLOCK", 2000)
+    monkeypatch.setattr(place, "SLAB_BYTES", 2000)
     monkeypatch.setattr(Place, "read", spy)
     try:
         load_decoder(checkpoints["qwen3_moe"], mesh=make_mesh(model=8))

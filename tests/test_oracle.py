@@ -15,7 +15,7 @@ import torch
 from oracle import Oracle
 
 from refusal_jax import Edits, UserError, demo_model_path, load_model
-from refusal_jax.checkpoints.load import INDEX
+from refusal_jax.checkpoints.tensor_files import INDEX
 from refusal_jax.data.sampling import sample_prompts
 from refusal_jax.organism.inflate import Shape, inflate, source_layers
 from refusal_jax.study.activations import extract

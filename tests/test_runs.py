@@ -6,9 +6,9 @@ import json
 import os
 import pathlib
 
+import fsspec
 import numpy as np
 import pytest
-from etils.epath import backend
 from fsspec.implementations.memory import MemoryFileSystem
 
 from refusal_jax import UserError
@@ -256,14 +256,20 @@ def forbid_writing(monkeypatch, under):
     """Opening a file of `under` for writing fails as on a read-only file system, for root too."""
     import builtins
 
-    plain = builtins.open
+    plain, plain_os = builtins.open, os.open
 
     def guarded(file, mode="r", *args, **kwargs):
         if set(mode) & set("wax+") and str(file).startswith(str(under)):
             raise OSError(errno.EROFS, os.strerror(errno.EROFS))
         return plain(file, mode, *args, **kwargs)
 
+    def guarded_os(file, flags, *args, **kwargs):
+        if flags & (os.O_WRONLY | os.O_RDWR) and str(file).startswith(str(under)):
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+        return plain_os(file, flags, *args, **kwargs)
+
     monkeypatch.setattr(builtins, "open", guarded)
+    monkeypatch.setattr(os, "open", guarded_os)
 
 
 def test_read_only_folder(tmp_path, monkeypatch):
@@ -307,7 +313,7 @@ def bucket(monkeypatch):
     """An empty object store, behind gs://bucket."""
     store = Bucket()
     store.store, store.pseudo_dirs = {}, [""]
-    monkeypatch.setattr(backend.fsspec_backend, "fs", lambda path: store)
+    monkeypatch.setattr(fsspec.core, "url_to_fs", lambda address: (store, store._strip_protocol(address)))
     monkeypatch.setattr(storage, "PART_SECONDS", 0.0)
     return store
 
@@ -354,10 +360,16 @@ def test_an_object_store_is_spared_small_writes(bucket, monkeypatch):
     [
         (
             PermissionError("Anonymous caller does not have access"),
-            r"gs://bucket/study/manifest\.json could not be used \(Perm",
+            r"gs://bucket/study/manifest\.json may not be used by you \(Perm.* Then run the same command again: finished work is",
         ),
-        (RuntimeError("503"), r"could not be used \(RuntimeError: 503\)\. Check the address, that you are logged in"),
-        (ImportError("no gcsfs"), r"needs a client of its store \(no gcsfs\)\. Run: pip install 'refusal-jax\[gcs\]'"),
+        (
+            RuntimeError("503"),
+            r"could not be used \(RuntimeError: 503\)\. Check the address and the network. Then run the same",
+        ),
+        (
+            ImportError("no gcsfs"),
+            r"cannot be used without another package \(no gcsfs\)\. .*pip install 'refusal-jax\[gcs\]'",
+        ),
     ],
 )
 def test_an_object_store_out_of_reach(error, message, bucket):

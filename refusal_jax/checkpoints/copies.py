@@ -1,7 +1,7 @@
-"""Converted copies of checkpoints, kept by orbax: cast, stacked and in chunks, to be read again onto any mesh.
+"""Keeps converted copies of checkpoints by orbax: cast, stacked and in chunks, to be read again onto any mesh.
 
-A copy is a folder of the cache, `HASH-DTYPE`, with beside it a record, `HASH-DTYPE.json`: the sizes of its files and the
-sum of every weight's bits. The record is written last, so that without it a copy counts for nothing. Both must agree
+A copy is a folder of the cache, `HASH-DTYPE-FORMAT`. Beside it is a record, `HASH-DTYPE-FORMAT.json`, of the sizes of its files
+and the sum of every weight's bits. The record is written last, so that without it a copy counts for nothing. Both must agree
 with what is there, else the copy is made again.
 """
 
@@ -12,23 +12,22 @@ import gc
 import json
 import logging
 import math
+import pathlib
 import sys
 from collections.abc import Callable
 
-import fsspec
 import jax
 import jax.numpy as jnp
 import numpy as np
-from etils import epath
 from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 from tqdm import tqdm
 
 from refusal_jax.checkpoints.fingerprint import checkpoint_fingerprint
 from refusal_jax.checkpoints.places import Place, abreast, device_sharding
-from refusal_jax.checkpoints.remote import explained
 from refusal_jax.errors import UserError
 from refusal_jax.files import local_path, to_json
+from refusal_jax.stores import explained, is_in_store, open_store
 
 FORMAT = 1  # of the copies: changes when the decoder's weights or their layout do
 AT_A_TIME = 64 << 20  # bytes that a process writes at a time besides one weight
@@ -36,30 +35,38 @@ CHUNK = 32 << 20  # bytes that are stored together
 
 
 @dataclasses.dataclass(frozen=True)
-class Cached:
-    """The place of one checkpoint's copy in a cache, whether it is there or not."""
+class ConvertedCopy:
+    """The copy of one checkpoint in a cache, whether it is there or not. folder: its path or address."""
 
-    folder: epath.Path
+    folder: str
 
     @classmethod
-    def of(cls, cache: str, checkpoint, dtype: str) -> "Cached":
-        """The copy of a checkpoint folder's weights as `dtype`; cache: a folder or an address."""
-        root = cache if "://" in cache else local_path(cache).absolute()
-        return cls(epath.Path(root) / f"{checkpoint_fingerprint(checkpoint)[:24]}-{dtype}-{FORMAT}")
+    def of(cls, cache: str, checkpoint: pathlib.Path, dtype: str) -> "ConvertedCopy":
+        """Names the copy of a checkpoint folder's weights as `dtype`. cache: a folder or an address."""
+        root = cache.rstrip("/") if "://" in cache else str(local_path(cache).absolute())
+        return cls(f"{root}/{checkpoint_fingerprint(checkpoint)[:24]}-{dtype}-{FORMAT}")
 
     @property
-    def record(self) -> epath.Path:
-        return self.folder.parent / f"{self.folder.name}.json"
+    def cache(self) -> str:
+        """The folder or address of the cache."""
+        return self.folder.rpartition("/")[0]
+
+    @property
+    def record(self) -> str:
+        """The path or address of the record."""
+        return f"{self.folder}.json"
 
     def weights(self, places: dict[str, Place], convert: Callable[[], dict[str, jax.Array]]) -> dict[str, jax.Array]:
-        """The weights by path: from the copy or, if there is no good one, from `convert`, leaving a copy.
+        """Returns the weights by path: from the copy or, if there is no good one, from `convert`, leaving a copy.
 
         All processes must call this. Raises UserError if the cache cannot be written.
         """
         with self._writing():
-            self.folder.parent.mkdir(parents=True, exist_ok=True)
-        wrong = "it is not whole" if agreed(self.folder.exists()) else None
-        if agreed(self.record.exists()):
+            files, cache = open_store(self.cache)
+            files.makedirs(cache, exist_ok=True)
+            there, recorded = (is_in_store(files, open_store(path)[1]) for path in (self.folder, self.record))
+        wrong = "it is not whole" if agreed(there) else None
+        if agreed(recorded):
             weights, wrong = self._read(places)
             if weights is not None:
                 return weights
@@ -71,23 +78,24 @@ class Cached:
         return weights
 
     def _read(self, places: dict[str, Place]) -> tuple[dict[str, jax.Array] | None, str | None]:
-        """The copy's weights, or what is wrong with it."""
-        weights, record, wrong = None, {}, None
+        """Returns the copy's weights, or what is wrong with it."""
+        weights, record, wrong = {}, {}, None
         try:
-            record = json.loads(self.record.read_text())
+            files, place = open_store(self.record)
+            record = json.loads(files.cat_file(place))
             if record["files"] != self._files():
                 raise ValueError("its files are not those that were written")
             abstract = {
                 path: jax.ShapeDtypeStruct(place.shape, place.dtype, sharding=place.sharding)
                 for path, place in places.items()
             }
-            weights = dict.fromkeys(abstract)
             # One at a time, as orbax holds twice what it reads at once; large ones while little is there yet.
             for path in sorted(abstract, key=lambda path: -math.prod(abstract[path].shape)):
                 with settings():
                     weights |= ocp.load(self.folder, {path: abstract[path]})
                 jax.block_until_ready(weights[path])
                 gc.collect()  # what orbax read is part of cycles
+            weights = {path: weights[path] for path in places}
         except Exception as error:  # orbax and what is below it raise many kinds
             wrong = " ".join(str(error).split())[:200] or type(error).__name__
         if not agreed(wrong is None):
@@ -98,30 +106,31 @@ class Cached:
 
     def _write(self, weights: dict[str, jax.Array]) -> None:
         first = jax.process_index() == 0
+        files, cache = open_store(self.cache)
         if first:
-            self.record.unlink(missing_ok=True)
-            for left in self.folder.parent.glob(
-                f"{self.folder.name}.orbax-checkpoint-tmp*"
-            ):  # of a run that was killed
-                left.rmtree()
+            for path in files.ls(cache, detail=False):
+                if path.endswith(self.record.rpartition("/")[2]):
+                    files.rm_file(path)
+                elif f"{self.folder.rpartition('/')[2]}.orbax-checkpoint-tmp" in path:  # of a run that was killed
+                    files.rm(path, recursive=True)
         shares = [sum(shard.data.nbytes for shard in weight.addressable_shards) for weight in weights.values()]
         with settings(max(shares)):
             ocp.save(self.folder, weights, overwrite=True)
         sums = bit_sums(weights)
         if first:
-            self.record.write_text(to_json({"files": self._files(), "sums": sums}).decode())
+            record = to_json({"files": self._files(), "sums": sums})
+            files.pipe_file(open_store(self.record)[1], record)
 
     def _files(self) -> dict[str, int]:
-        """Sizes of the copy's files; by fsspec, as epath forgets the kind of address where it walks folders."""
-        files, place = fsspec.core.url_to_fs(str(self.folder))
-        files.invalidate_cache()
+        """Returns the sizes of the copy's files by their path in its folder."""
+        files, place = open_store(self.folder)
         return {path.removeprefix(place): entry["size"] for path, entry in files.find(place, detail=True).items()}
 
     @contextlib.contextmanager
     def _writing(self):
         """Turns what fails in the cache into a UserError."""
         try:
-            with explained(str(self.folder.parent)) if "://" in str(self.folder) else contextlib.nullcontext():
+            with explained(self.cache) if "://" in self.cache else contextlib.nullcontext():
                 yield
         except UserError:
             raise
@@ -134,8 +143,8 @@ class Cached:
 
 @contextlib.contextmanager
 def settings(largest: int = 0):
-    """Orbax within bounds of memory, and without its own reports of what it also raises. Weights do not compress; rows
-    beyond a vocabulary come and go with the mesh. largest: bytes of what is written at a time, which must fit the bounds.
+    """Keeps orbax within bounds of memory, and without its own reports of what it also raises. Weights do not compress; rows
+    beyond a vocabulary come and go with the mesh. largest: the most bytes that are written at a time, which must fit the bounds.
     """
     context = ocp.Context()
     context.memory.write_concurrent_bytes = context.memory.transfer_concurrent_bytes = largest + AT_A_TIME
@@ -155,12 +164,12 @@ def settings(largest: int = 0):
 
 
 def agreed(ok: bool) -> bool:
-    """Whether it is so for every process."""
+    """Returns whether it is so for every process."""
     return bool(multihost_utils.process_allgather(np.asarray(ok)).all())
 
 
 def bit_sums(weights: dict[str, jax.Array]) -> dict[str, int]:
-    """The sum of every weight's values, read as whole numbers, modulo 2**32: the same on every mesh, as rows of zeros add
+    """Sums every weight's values, read as whole numbers, modulo 2**32. The sum is the same on every mesh, as rows of zeros add
     nothing, and another one if any bit differs."""
     own = []
     for weight in weights.values():
@@ -175,13 +184,13 @@ def bit_sums(weights: dict[str, jax.Array]) -> dict[str, int]:
 
 
 def host_sums(parts: list[jax.Array]) -> list[int]:
-    """Of parts that are in the host's memory: XLA would copy them there, as it does not fuse sums on a CPU."""
+    """Sums parts that are in the host's memory, where XLA would copy them, as it does not fuse sums on a CPU."""
     return [np.asarray(p).view(f"u{p.dtype.itemsize}").sum(dtype=np.uint32) for p in parts]
 
 
 @functools.cache
 def device_sums(devices: tuple):
-    """The program of `bit_sums` for the parts of each device, `[devices]`."""
+    """Returns the program that sums the part of each device, `[devices]`."""
     sharding = device_sharding(devices)
 
     def total(part):

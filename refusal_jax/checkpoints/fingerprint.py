@@ -1,4 +1,4 @@
-"""The fingerprint that tells one checkpoint from another.
+"""Computes the fingerprint that tells one checkpoint from another.
 
 A large file is hashed whole once. Its hash is then remembered with its size, inode and times, and taken from there until any of
 these changes: whoever writes to a file changes its time of change (ctime), which no program can set back.
@@ -16,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from tqdm import tqdm
 
 from refusal_jax.errors import UserError
+from refusal_jax.files import cache_folder
 
 SMALL = 8 << 20  # bytes up to which a file is simply read
 CHUNK = 4 << 20  # bytes that are hashed at a time
@@ -27,11 +28,11 @@ NEVER_READ = (".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf", ".onnx")  # wei
 
 
 def checkpoint_fingerprint(folder: pathlib.Path) -> str:
-    """Returns a hash, in hex, of the names and contents of a checkpoint's files: another one if a single byte of them differs.
+    """Returns a hash, in hex, of the names and contents of a checkpoint's files, which differs if a single byte of them does.
 
-    Hidden files and subfolders do not count; weights in formats that are never loaded count by name and size. Of an address's
-    mirror the weights are stubs, which hold what the store says of the version. Raises UserError if the folder or a file of it
-    cannot be read.
+    Hidden files and subfolders do not count; weights in formats that are never loaded count by name and size. In the mirror
+    of an address the weights are stubs, which hold what the store says of the version. Raises UserError if the folder or a file
+    of it cannot be read.
     """
     try:
         paths = sorted(p for p in folder.iterdir() if p.is_file() and not p.name.startswith("."))
@@ -76,8 +77,7 @@ def _remembered_hashes(folder: pathlib.Path, paths: Sequence[pathlib.Path]) -> d
 
 
 def _memory(folder: pathlib.Path) -> pathlib.Path:
-    cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "refusal_jax" / "hashes"
-    return cache / f"{hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:24]}.json"
+    return cache_folder("hashes") / f"{hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:24]}.json"
 
 
 def _read_memory(memory: pathlib.Path) -> dict:

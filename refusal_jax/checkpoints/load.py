@@ -1,7 +1,7 @@
-"""Reading and writing HF checkpoints: streamed, sharded, total.
+"""Loads an HF checkpoint into a sharded decoder, and saves a decoder as one.
 
 Every process reads only the slices that its own devices hold, each byte once, straight onto the devices, so that no host
-ever holds the model. Whatever is wrong with a checkpoint is one error (`tensor_files`), and so are values that are not
+ever holds the model. Whatever is wrong with a checkpoint's tensors is one error (`check`), and so are values that are not
 finite.
 """
 
@@ -18,17 +18,10 @@ from jax.experimental import multihost_utils
 from safetensors.numpy import save_file
 from tqdm import tqdm
 
-from refusal_jax.checkpoints.places import Block, Place
+from refusal_jax.checkpoints.check import check_tensors
+from refusal_jax.checkpoints.places import Place, Slab
 from refusal_jax.checkpoints.remote import checkpoint_folder
-from refusal_jax.checkpoints.tensor_files import (
-    INDEX,
-    SINGLE,
-    STORED,
-    TensorFiles,
-    check_tensors,
-    checkpoint_files,
-    listed,
-)
+from refusal_jax.checkpoints.tensor_files import SINGLE, TensorFiles, listed
 from refusal_jax.errors import UserError
 from refusal_jax.models.config import ModelConfig, load_config
 from refusal_jax.models.decoder import Decoder
@@ -36,29 +29,18 @@ from refusal_jax.models.families import Piece, hf_names, pieces
 from refusal_jax.models.sharding import split_for
 from refusal_jax.models.weights import weight_table
 
-__all__ = [
-    "INDEX",
-    "SINGLE",
-    "STORED",
-    "TensorFiles",
-    "check_tensors",
-    "checkpoint_files",
-    "listed",
-    "load_decoder",
-    "save_weights",
-]
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
-READERS = 4  # threads, each with a block in hand
+READERS = 4  # threads, each with a slab in hand
 
 
 def load_decoder(
     folder: str | pathlib.Path, dtype: str = "float32", mesh=None, progress: bool = False, cache: str = ""
 ) -> Decoder:
-    """The decoder of an HF checkpoint, its weights read slice by slice straight into arrays sharded over `mesh`.
+    """Loads the decoder of an HF checkpoint, its weights read slice by slice straight into arrays sharded over `mesh`.
 
     folder: a folder, or an address such as gs://bucket/folder. dtype: "float32", "bfloat16" or "float16", what the weights
-    are cast to. cache: a folder or address of converted copies, read instead of the checkpoint if it has one, and else
-    given one; "": none. All processes must call this, with a cache that all of them see. Raises UserError for anything
+    are cast to. cache: a folder or address of converted copies, of which this checkpoint's is read instead if it is there, and
+    else is made; "": none. All processes must call this, with a cache that all of them see. Raises UserError for anything
     wrong with the folder, its config or its tensors (all tensors' problems in one error), for NaN or infinite weights, and
     for a cache that cannot be written.
     """
@@ -73,16 +55,16 @@ def load_decoder(
     places = {path: Place(mesh, weight, found[path], DTYPES[dtype]) for path, weight in weight_table(cfg).items()}
     if not cache:
         return Decoder(cfg, read_weights(folder, cfg, places, progress), mesh)
-    from refusal_jax.checkpoints.copies import Cached  # here: orbax takes long to import
+    from refusal_jax.checkpoints.copies import ConvertedCopy  # here: orbax takes long to import
 
-    copy = Cached.of(cache, folder, dtype)
+    copy = ConvertedCopy.of(cache, folder, dtype)
     return Decoder(cfg, copy.weights(places, lambda: read_weights(folder, cfg, places, progress)), mesh)
 
 
 def read_weights(
     folder: pathlib.Path, cfg: ModelConfig, places: dict[str, Place], progress: bool = False
 ) -> dict[str, jax.Array]:
-    """The decoder's weights from a checkpoint's tensors, by path. Raises UserError as `load_decoder` does."""
+    """Reads the decoder's weights from a checkpoint's tensors, by path. Raises UserError as `load_decoder` does."""
     weights, finite, error = {}, {}, None
     try:
         weights, finite = read_share(folder, cfg, places, progress)
@@ -110,11 +92,11 @@ def read_weights(
 def read_share(
     folder: pathlib.Path, cfg: ModelConfig, places: dict[str, Place], progress: bool
 ) -> tuple[dict[str, jax.Array], dict[str, bool]]:
-    """The weights, and whether this process's part of each is finite, without waiting for other processes."""
+    """Reads the weights without waiting for other processes; returns also whether this process's part of each is finite."""
     files = TensorFiles.open(folder)
     check_tensors(cfg, files, (jax.process_index(), jax.process_count()))
-    ranges = {path: list(place.blocks()) for path, place in places.items()}
-    jobs = [(places[path], block) for path, blocks in ranges.items() for block in blocks]
+    ranges = {path: list(place.slabs()) for path, place in places.items()}
+    jobs = [(places[path], slab) for path, slabs in ranges.items() for slab in slabs]
     total, before = sum(place.share(files) for place in places.values()), files.bytes_read
     finite = dict.fromkeys(places, True)
     with (
@@ -123,17 +105,17 @@ def read_share(
     ):
         stream = ahead(pool, lambda job: job[0].read(files, job[1]), jobs)
 
-        def watched(path: str) -> Iterator[Block]:
-            for block in itertools.islice(stream, len(ranges[path])):
-                finite[path] &= block.finite
+        def watched(path: str) -> Iterator[Slab]:
+            for slab in itertools.islice(stream, len(ranges[path])):
+                finite[path] &= slab.finite
                 bar.update(min(files.bytes_read - before, total) - bar.n)
-                yield block
+                yield slab
 
         return {path: place.array(watched(path)) for path, place in places.items()}, finite
 
 
 def ahead(pool: ThreadPoolExecutor, work: Callable, jobs: Iterable) -> Iterator:
-    """The results of `work` on each job, in order, with READERS jobs in hand besides the one that was yielded."""
+    """Yields the results of `work` on each job, in order, with READERS jobs in hand besides the one that was yielded."""
     waiting = deque()
     for job in jobs:
         waiting.append(pool.submit(work, job))

@@ -1,15 +1,17 @@
-"""One weight of the decoder on its way from the checkpoint to the devices of this process.
+"""Brings one weight of the decoder from the checkpoint to the devices of this process, each of which holds a part of it.
 
-A weight is a stack of the tensors that HF keeps apart (layers, experts). It is read in blocks that are whole rows of
-some of those tensors, each block by one thread; the slices that several devices need are read once, and a block that
-is on the devices is forgotten. So the host holds a few blocks, whatever the size of the model.
+A weight is a stack of the tensors that HF keeps apart (layers, experts). It is read in slabs, which are whole rows of some of
+those tensors, each slab by one thread; slices that several devices need are read once, and a slab that is on the devices is
+forgotten. So the host holds a few slabs, whatever the size of the model.
 """
 
+import abc
 import dataclasses
 import functools
 import itertools
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,14 +24,15 @@ from refusal_jax.models.sharding import weight_place
 from refusal_jax.models.weights import Weight
 
 ALIGNMENT = 64  # bytes
-BLOCK = 32 << 20  # bytes of a weight that are read at a time, for all devices of this process
+SLAB_BYTES = 32 << 20  # bytes of a weight that are read at a time, for all devices of this process
 
 
 @dataclasses.dataclass(frozen=True)
-class Block:
-    """A part of a weight, for every device that holds any of it.
+class Slab:
+    """Some rows of a weight, for every device that holds a part of it.
 
-    ranges: of the device's own part, along the stacked axes and rows. parts: an array a device, in the order of `Place.held`.
+    ranges: which rows of each device's own part these are, along the stacked axes and rows. parts: an array for each device, in
+    the order of `Place.held`. finite: whether no value is NaN or infinite.
     """
 
     ranges: tuple[range, ...]
@@ -40,13 +43,13 @@ class Block:
 class Place:
     """Where one weight goes: which part of it each of this process's devices holds.
 
-    shape, sharding: of the whole, from `weight_place`: rows beyond the weight's own are zeros that no file holds. stacked:
-    how many leading axes HF keeps apart. held: of each device, its range along every axis. bands: what is read together:
-    per stacked axes and rows, the runs of columns, each of which several devices may share.
+    shape, sharding: those of the whole weight, from `weight_place`; rows beyond the weight's own are zeros that no file holds.
+    stacked: how many leading axes HF keeps apart. held: each device's range along every axis. bands: what is read together,
+    which is, for some ranges of stacked axes and rows, runs of columns that several devices may share.
     """
 
     def __init__(self, mesh: Mesh | None, weight: Weight, pieces: dict[tuple[int, ...], Piece], dtype):
-        """pieces: by index, as in `families.pieces`. dtype: what values are cast to."""
+        """Lays out a weight. pieces: its tensors by index, as in `families.pieces`. dtype: what values are cast to."""
         self.shape, self.sharding = weight_place(mesh, weight)
         self.weight, self.pieces, self.dtype = weight, pieces, np.dtype(dtype)
         self.stacked = len(next(iter(pieces)))
@@ -54,6 +57,7 @@ class Place:
         self.held = {
             device: tuple(range(*i.indices(size)) for i, size in zip(index, self.shape, strict=True))
             for device, index in indices.items()
+            if index is not None
         }
         self.bands: dict[tuple[range, ...], list[tuple[range, ...]]] = {}
         for ranges in dict.fromkeys(self.held.values()):
@@ -61,7 +65,7 @@ class Place:
         self.bands = {leading: joined(runs) for leading, runs in self.bands.items()}
 
     def share(self, files: TensorFiles) -> int:
-        """Bytes of the files that this process needs."""
+        """Returns how many bytes of the files this process needs."""
         total = 0
         for (*outer, rows), runs in self.bands.items():
             cells = len(self.own(rows)) * sum(math.prod(map(len, run)) for run in runs)
@@ -70,25 +74,25 @@ class Place:
         return total
 
     def own(self, rows: range) -> range:
-        """Those of the rows that the weight has itself."""
+        """Returns those of the rows that the weight has itself, without the zeros after them."""
         return range(rows.start, max(min(rows.stop, self.weight.shape[self.stacked]), rows.start))
 
-    def blocks(self) -> Iterator[tuple[range, ...]]:
-        """The ranges of all blocks, in order: as many entries of an axis as fit, of the first axis of which one does."""
+    def slabs(self) -> Iterator[tuple[range, ...]]:
+        """Yields the ranges of all slabs in order: as many entries as fit of the first axis of which one entry fits."""
         if not self.held:
             return
         sizes = self.sharding.shard_shape(self.shape)[: self.stacked + 1]
         row = self.dtype.itemsize * sum(math.prod(map(len, run)) for runs in self.bands.values() for run in runs)
         entries = [row * math.prod(sizes[axis + 1 :]) for axis in range(len(sizes))]
-        axis = next((a for a, entry in enumerate(entries) if entry <= BLOCK), self.stacked)
-        step = max(BLOCK // max(entries[axis], 1), 1)
+        axis = next((a for a, entry in enumerate(entries) if entry <= SLAB_BYTES), self.stacked)
+        step = max(SLAB_BYTES // max(entries[axis], 1), 1)
         for outer in itertools.product(*map(range, sizes[:axis])):
             for start in range(0, sizes[axis], step):
                 inner = [range(start, min(start + step, sizes[axis])), *map(range, sizes[axis + 1 :])]
                 yield (*(range(i, i + 1) for i in outer), *inner)
 
-    def read(self, files: TensorFiles, ranges: tuple[range, ...]) -> Block:
-        """One block. Raises UserError if a file cannot be read."""
+    def read(self, files: TensorFiles, ranges: tuple[range, ...]) -> Slab:
+        """Reads one slab. Raises UserError if a file cannot be read."""
         found, finite = {}, True
         for leading, runs in self.bands.items():
             *outer, rows = (range(a.start + r.start, a.start + r.stop) for a, r in zip(leading, ranges, strict=True))
@@ -103,34 +107,34 @@ class Place:
                     )
                     values[at][len(own) :] = 0
                 finite = finite and all_finite(values)
-        return Block(ranges, [self._part(found, held) for held in self.held.values()], finite)
+        return Slab(ranges, [self._part(found, held) for held in self.held.values()], finite)
 
     def _part(self, found: dict, held: tuple[range, ...]) -> np.ndarray:
-        """A device's part of what was read."""
+        """Returns a device's part of what was read."""
         leading, columns = held[: self.stacked + 1], held[self.stacked + 1 :]
         run = next(run for run in self.bands[leading] if all(c.start in r for c, r in zip(columns, run, strict=True)))
         inside = tuple(slice(c.start - r.start, c.stop - r.start) for c, r in zip(columns, run, strict=True))
         return found[leading, run][(..., *inside)]
 
-    def array(self, blocks: Iterator[Block]) -> jax.Array:
-        """The weight on the devices, from its blocks, of which none is held after the next one is asked for."""
+    def array(self, slabs: Iterator[Slab]) -> jax.Array:
+        """Puts the weight on the devices, slab by slab, and holds none of them once the next one is asked for."""
         devices, part_shape = tuple(self.held), self.sharding.shard_shape(self.shape)
         fill = Filling.of(devices, part_shape, self.dtype)
         parts = []
-        for block in blocks:
-            if block.parts[0].shape == part_shape:
-                parts = jax.device_put(block.parts, list(devices))
+        for slab in slabs:
+            if slab.parts[0].shape == part_shape:
+                parts = jax.device_put(slab.parts, list(devices))
             else:
-                fill.write(block)
-            del block
-            jax.block_until_ready(parts)  # else blocks that wait pile up
+                fill.write(slab)
+            del slab
+            jax.block_until_ready(parts)  # else slabs that wait pile up
         return jax.make_array_from_single_device_arrays(
             self.shape, self.sharding, parts or fill.parts(), dtype=self.dtype
         )
 
 
 def joined(runs: list[tuple[range, ...]]) -> list[tuple[range, ...]]:
-    """Runs of columns with those that touch made one; there is at most one axis of columns."""
+    """Returns runs of columns with those that touch made one; there is at most one axis of columns."""
     merged: list[tuple[range, ...]] = []
     for run in sorted(runs, key=lambda run: [r.start for r in run]):
         if run and merged and merged[-1][0].stop == run[0].start:
@@ -141,57 +145,67 @@ def joined(runs: list[tuple[range, ...]]) -> list[tuple[range, ...]]:
 
 
 def all_finite(values: np.ndarray) -> bool:
-    """Whether floats hold no NaN and no infinity: by their exponents' bits, which is many times as fast as by value."""
+    """Returns whether floats hold no NaN and no infinity, by their exponents' bits, which is many times as fast as by value."""
     bits = values.reshape(-1).view(f"u{values.itemsize}")
     infinity = np.asarray(np.inf, values.dtype).view(bits.dtype)
     step = 1 << 18  # what is compared stays in the processor's cache
     return all((bits[i : i + step] & infinity).max() < infinity for i in range(0, len(bits), step))
 
 
-class Filling:
-    """Parts of one shape, one a device, that are written block by block."""
+class Filling(abc.ABC):
+    """Arrays of one shape, one on each device, that are written slab by slab."""
 
     def __init__(self, devices: tuple, shape: tuple[int, ...], dtype):
-        self.devices, self.shape, self.dtype, self.whole = devices, shape, dtype, None
+        self.devices, self.shape, self.dtype = devices, shape, dtype
+        self.whole: Any = None  # made at the first slab
+
+    @abc.abstractmethod
+    def write(self, slab: Slab) -> None:
+        """Writes a slab to its place in every device's array."""
+
+    @abc.abstractmethod
+    def parts(self) -> list[jax.Array]:
+        """Returns the arrays, in the order of the devices."""
 
     @staticmethod
     def of(devices: tuple, shape: tuple[int, ...], dtype) -> "Filling":
+        """Returns an empty filling of the kind that suits the devices."""
         in_host = bool(devices) and devices[0].platform == "cpu"
         return (HostFilling if in_host else DeviceFilling)(devices, shape, dtype)
 
 
 class HostFilling(Filling):
-    """Where the devices' memory is the host's: arrays that become the devices' own without a copy."""
+    """Arrays for devices whose memory is the host's, which become the devices' own without a copy."""
 
-    def write(self, block: Block) -> None:
+    def write(self, slab: Slab) -> None:
         if self.whole is None:
             self.whole = [aligned(self.shape, self.dtype) for _ in self.devices]
-        at = tuple(slice(r.start, r.stop) for r in block.ranges)
-        for whole, part in zip(self.whole, block.parts, strict=True):
+        at = tuple(slice(r.start, r.stop) for r in slab.ranges)
+        for whole, part in zip(self.whole, slab.parts, strict=True):
             whole[at] = part
 
     def parts(self) -> list[jax.Array]:
-        return jax.device_put(self.whole or [], list(self.devices) if self.whole else None)
+        return jax.device_put(self.whole, list(self.devices)) if self.whole else []
 
 
 class DeviceFilling(Filling):
-    """The parts of all devices as one array, device after device along its first axis: one program, which writes in place,
+    """The arrays of all devices as one, device after device along its first axis, so that one program, which writes in place,
     serves them all."""
 
-    def write(self, block: Block) -> None:
+    def write(self, slab: Slab) -> None:
         if self.whole is None:
             self.whole = zeros(self.devices, self.shape, self.dtype)
-        new = abreast(self.devices, jax.device_put(block.parts, list(self.devices)))
-        at = [r.start for r in block.ranges] + [0] * (len(self.shape) - len(block.ranges))
+        new = abreast(self.devices, jax.device_put(slab.parts, list(self.devices)))
+        at = [r.start for r in slab.ranges] + [0] * (len(self.shape) - len(slab.ranges))
         self.whole = filling(self.devices)(self.whole, new, np.asarray(at, np.int32))
-        self.whole.block_until_ready()  # else blocks that wait to be written pile up
+        self.whole.block_until_ready()  # else slabs that wait to be written pile up
 
     def parts(self) -> list[jax.Array]:
         return [] if self.whole is None else side_by_side(self.devices, self.whole)
 
 
 def aligned(shape: tuple[int, ...], dtype) -> np.ndarray:
-    """An array that begins where XLA wants its own to begin, so that it need not be copied."""
+    """Returns an array that begins where XLA wants its own to begin, so that it need not be copied."""
     size = math.prod(shape) * np.dtype(dtype).itemsize
     memory = np.empty(size + ALIGNMENT, np.uint8)
     start = -memory.ctypes.data % ALIGNMENT
@@ -199,37 +213,37 @@ def aligned(shape: tuple[int, ...], dtype) -> np.ndarray:
 
 
 def device_sharding(devices: tuple) -> NamedSharding:
-    """Of an array whose first axis is as many parts as there are devices."""
+    """Returns the sharding of an array whose first axis is as many parts as there are devices."""
     mesh = Mesh(np.asarray(devices), ("device",), axis_types=(jax.sharding.AxisType.Auto,))
     return NamedSharding(mesh, PartitionSpec("device"))
 
 
 def abreast(devices: tuple, parts: list[jax.Array]) -> jax.Array:
-    """The parts of the devices, all of one shape, as one array."""
+    """Returns the parts of the devices, all of one shape, as one array."""
     shape = (len(devices) * parts[0].shape[0], *parts[0].shape[1:])
     return jax.make_array_from_single_device_arrays(shape, device_sharding(devices), parts)
 
 
 def side_by_side(devices: tuple, whole: jax.Array) -> list[jax.Array]:
-    """The inverse of `abreast`."""
+    """Returns the parts of the devices of such an array: the inverse of `abreast`."""
     found = {shard.device: shard.data for shard in whole.addressable_shards}
     return [found[device] for device in devices]
 
 
 def zeros(devices: tuple, part_shape: tuple[int, ...], dtype) -> jax.Array:
-    """Zeros of a shape on each device, as one array."""
+    """Makes zeros of a shape on each device, as one array."""
     shape, sharding = (len(devices) * part_shape[0], *part_shape[1:]), device_sharding(devices)
     return jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=sharding)()
 
 
 @functools.cache
 def filling(devices: tuple):
-    """The program that writes a block at the same place of each device's part, in place."""
+    """Returns the program that writes a slab at the same place of each device's part, in place."""
     sharding = device_sharding(devices)
     each, all_alike = sharding.spec, PartitionSpec()
 
-    def fill(whole, block, at):
-        return jax.lax.dynamic_update_slice(whole, block, tuple(at))
+    def fill(whole, slab, at):
+        return jax.lax.dynamic_update_slice(whole, slab, tuple(at))
 
     mapped = jax.shard_map(fill, mesh=sharding.mesh, in_specs=(each, each, all_alike), out_specs=each)
     return jax.jit(mapped, donate_argnums=0)

@@ -1,8 +1,8 @@
-"""Checkpoints in object stores: `gs://bucket/folder`, or any other address that fsspec knows.
+"""Makes a checkpoint in an object store, such as `gs://bucket/folder`, readable as a folder of this machine: its mirror.
 
-Their small files (config, tokenizer, index) are copied to a folder on this machine, so that whatever reads a checkpoint
-folder reads a mirror. In place of a weight file the mirror has a stub, `NAME.remote`, with its address, and ranges of it
-are read from the store. Stubs count nowhere but in mirrors: a downloaded checkpoint cannot name files by them.
+A mirror holds copies of the small files (config, tokenizer, index). In place of a weight file it has a stub, `NAME.remote`,
+with the file's address, and ranges of the file are read from the store. Stubs count nowhere but in mirrors, so that a
+downloaded checkpoint cannot name files by them.
 """
 
 import contextlib
@@ -10,34 +10,32 @@ import hashlib
 import json
 import os
 import pathlib
-import re
+from collections.abc import Sequence
+
+import numpy as np
 
 from refusal_jax.errors import UserError
-from refusal_jax.files import local_path, read_json, to_json, write_atomically
+from refusal_jax.files import cache_folder, local_path, read_json, to_json, write_atomically
+from refusal_jax.stores import explained, open_store, store_address
 
 STUB = ".remote"
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf", ".onnx")
 LARGE = 256 << 20  # bytes: a file above that is no config and no tokenizer, whatever its name
 REQUEST = 16 << 20  # bytes of one request, where the runs wanted lie apart and are fetched with what is between them
 STAMPS = ("md5Hash", "md5", "crc32c", "ETag", "etag", "generation", "LastModified", "updated", "mtime", "created")
-ADDRESS = re.compile(r"([a-z][a-z0-9+]+):/+(.+)")  # with one slash too, which is all that pathlib leaves
 
 
 def checkpoint_folder(path: str | os.PathLike) -> pathlib.Path:
-    """The folder of a checkpoint on this machine: `path` itself or, of an address such as gs://bucket/folder, its mirror,
-    brought up to date.
+    """Returns the folder of a checkpoint on this machine: `path` itself or, for an address such as gs://bucket/folder, its
+    mirror, brought up to date.
 
     Raises UserError if nothing is there, it may not be read, or support for its kind of address is not installed.
     """
-    match = ADDRESS.fullmatch(str(path))
-    if not match:
+    address = store_address(path)
+    if address is None:
         return local_path(path)
-    address = f"{match[1]}://{match[2].strip('/')}"
     with explained(address):
-        import fsspec  # here: a local checkpoint does without
-
-        files, place = fsspec.core.url_to_fs(address)
-        files.invalidate_cache()
+        files, place = open_store(address)
         found = {
             entry["name"].rsplit("/", 1)[-1]: entry for entry in files.ls(place, detail=True) if entry["type"] == "file"
         }
@@ -66,13 +64,12 @@ def checkpoint_folder(path: str | os.PathLike) -> pathlib.Path:
 
 
 def mirrors() -> pathlib.Path:
-    """Where mirrors are kept."""
-    cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
-    return cache / "refusal_jax" / "checkpoints"
+    """Returns the folder that mirrors are kept in."""
+    return cache_folder("checkpoints")
 
 
 def _read_known(folder: pathlib.Path) -> dict:
-    """What was known of the store's files when the mirror was last brought up to date."""
+    """Returns what was known of the store's files when the mirror was last brought up to date."""
     with contextlib.suppress(OSError, ValueError, RecursionError):
         known = json.loads((folder / ".mirror.json").read_text(encoding="utf-8"))
         return known if isinstance(known, dict) else {}
@@ -80,34 +77,35 @@ def _read_known(folder: pathlib.Path) -> dict:
 
 
 def stub_of(path: pathlib.Path) -> pathlib.Path | None:
-    """The stub that stands for a weight file in a mirror; None if there is none."""
+    """Returns the stub that stands for a weight file in a mirror, or None if there is none."""
     stub = path.with_name(path.name + STUB)
     return stub if path.parent.parent == mirrors() and stub.exists() else None
 
 
 def is_there(path: pathlib.Path) -> bool:
-    """Whether a file is in its folder, or in the store that the folder mirrors."""
+    """Returns whether a file is in its folder, or in the store that the folder mirrors."""
     return os.path.exists(path) or stub_of(path) is not None
 
 
 class RemoteFile:
-    """A file in an object store, by the stub of its mirror; used like `weight_file.LocalFile`."""
+    """A file in an object store, of which ranges are read as from a `safetensors.LocalFile`."""
 
-    def __init__(self, path: pathlib.Path):
-        """Raises UserError if support for its kind of address is not installed."""
-        stub = read_json(stub_of(path))
-        self.path, self.size = stub.get("address"), stub.get("size")
-        if not isinstance(self.path, str) or not isinstance(self.size, int):
-            raise UserError(
-                f"{stub_of(path)} is damaged: it lacks address and size. Remove its folder: it is made anew."
-            )
-        with explained(self.path):
-            import fsspec
+    def __init__(self, stub: pathlib.Path):
+        """Opens the file that a stub of a mirror stands for. Raises UserError for a damaged stub, or if support for its kind of
+        address is not installed."""
+        entry = read_json(stub)
+        path, size = entry.get("address"), entry.get("size")
+        if not isinstance(path, str) or not isinstance(size, int):
+            raise UserError(f"{stub} is damaged: it lacks address and size. Remove its folder: it is made anew.")
+        self.path, self.size = path, size
+        with explained(path):
+            self.files, self.place = open_store(path)
 
-            self.files, self.place = fsspec.core.url_to_fs(self.path)
+    def read_into(self, offsets: Sequence[int] | np.ndarray, length: int, target: memoryview) -> int:
+        """Reads as `LocalFile.read_into` does. What lies between runs that are near each other is fetched too, and counted.
 
-    def read_into(self, offsets, length: int, target: memoryview) -> int:
-        """As `LocalFile.read_into`; of runs that lie apart, what is between them is fetched too, and counted."""
+        Raises OSError if the store fails or sends too little.
+        """
         fetched, at = 0, 0
         while at < len(offsets):
             first, upto = int(offsets[at]), at + 1
@@ -129,38 +127,3 @@ class RemoteFile:
         if len(data) != stop - start:
             raise OSError(f"the store sent {len(data):,} of {stop - start:,} bytes from byte {start:,}")
         return memoryview(data)
-
-
-@contextlib.contextmanager
-def explained(address: str):
-    """Turns what a store's library raises into a UserError."""
-    scheme = address.split("://")[0]
-    try:
-        yield
-    except UserError:
-        raise
-    except FileNotFoundError:
-        raise UserError(
-            f"{address} was not found: there is no such bucket, or no files in that folder. Check the address, e.g. with "
-            f"`gcloud storage ls {address}/`."
-        ) from None
-    except ImportError as error:
-        extra = ": pip install 'refusal-jax[gcs]'" if scheme in ("gs", "gcs") else ""
-        raise UserError(f"{address} cannot be used without another package ({error}). Install it{extra}.") from None
-    except Exception as error:  # every store has its own kinds
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-        code = str(getattr(error, "code", getattr(error, "status", "")))
-        if code == "404":
-            raise UserError(f"{address} was not found ({reason}). Check the address.") from None
-        if (
-            isinstance(error, PermissionError)
-            or code in ("401", "403")
-            or re.search("credential|forbidden|denied|unauthorized", reason, re.I)
-        ):
-            raise UserError(
-                f"{address} may not be used by you ({reason}). Log in, e.g. with `gcloud auth application-default login`, or "
-                "have the account of this machine allowed to use the bucket."
-            ) from None
-        raise UserError(
-            f"{address} could not be used ({reason}). Check the address and the network, and try again."
-        ) from None

@@ -1,24 +1,34 @@
-"""Safetensors files as byte ranges: rows of tensors read without mapping a file, and edited copies written by several
-threads, of which untouched ranges never pass through Python.
+"""Writes copies of safetensors files in which some tensors are edited, with several threads, for exports.
 
-Memory: a block of rows for each thread, whatever the size of the checkpoint. safetensors itself has checked the headers.
+Untouched ranges of bytes are copied by the kernel and never pass through Python. Memory: a block of rows for each thread,
+whatever the size of the checkpoint.
 """
 
 import contextlib
 import dataclasses
 import errno
 import hashlib
-import json
 import math
 import os
 import pathlib
-import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Protocol
 
 import numpy as np
+from jaxtyping import Float32
 
-from refusal_jax.checkpoints.load import STORED, TensorFiles, check_tensors, checkpoint_files
+from refusal_jax.checkpoints.check import check_tensors
+from refusal_jax.checkpoints.safetensors import (
+    Header,
+    LocalFile,
+    RangeFile,
+    framed,
+    header_text,
+    read_range,
+    reading,
+)
+from refusal_jax.checkpoints.tensor_files import STORED, TensorFiles
 from refusal_jax.errors import UserError
 from refusal_jax.models.config import ModelConfig, load_config
 
@@ -27,19 +37,31 @@ BLOCK_BYTES = 256 << 10  # of a tensor, as stored, in memory at a time: what com
 HASH_BYTES = 4 << 20
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG)
 
+Blocks = Iterable[tuple[int, np.ndarray]]  # of rows, each with its first row
+
+
+class BlockEdit(Protocol):
+    """A change of one tensor, made block by block."""
+
+    def blocks(self, blocks: Callable[[], Blocks]) -> Blocks:
+        """Yields the edited blocks of a tensor whose blocks the function `blocks` gives, as often as it is called."""
+        ...
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Stored:
-    """A tensor as a safetensors file holds it (dtype by safetensors' name): bytes `start` to `stop` of `file`, edited.
-    file: None for a new tensor of zeros."""
+    """A tensor that a file holds, or is to hold: bytes `start` to `stop` of `file`, changed by `edit`.
+
+    dtype: by safetensors' name. file: None for a new tensor of zeros. edit: None for a tensor that stays as it is.
+    """
 
     name: str
     dtype: str
     shape: tuple[int, ...]
-    file: pathlib.Path | None
+    file: RangeFile | None
     start: int
     stop: int
-    edit: object = None  # of tensor_edits
+    edit: BlockEdit | None = None
 
     @property
     def layout(self) -> tuple:
@@ -51,35 +73,45 @@ class Stored:
 
     @property
     def size(self) -> int:
-        """In bytes."""
+        """The tensor's size in bytes."""
         return self.stop - self.start
 
     @property
-    def row_bytes(self) -> int:
-        """Of a row of a matrix; a vector is one row."""
-        return self.size // (self.shape[0] if len(self.shape) > 1 else 1)
+    def count(self) -> int:
+        """The number of rows of a matrix, or of entries of a vector."""
+        return self.shape[0] if self.shape else 1
 
-    def rows(self, start: int = 0, stop: int | None = None) -> np.ndarray:
-        """Rows of a matrix, or entries of a vector, as they are before the edit; float32."""
-        width = self.size // self.shape[0]
-        stop = self.shape[0] if stop is None else stop
-        data = bytearray((stop - start) * width)
+    @property
+    def width(self) -> int:
+        """The size in bytes of a row of a matrix, or of an entry of a vector."""
+        return self.size // self.count
+
+    def rows(self, start: int = 0, stop: int | None = None) -> Float32[np.ndarray, "..."]:
+        """Reads rows of a matrix, or entries of a vector, as they are before the edit.
+
+        Raises UserError if the file cannot be read.
+        """
+        stop = self.count if stop is None else stop
+        data = bytearray((stop - start) * self.width)
         if self.file is not None:
-            with open(self.file, "rb", buffering=0) as file:
-                _read_into(file.fileno(), data, self.start + start * width)
+            with reading(self.file.path):
+                self.file.read_into([self.start + start * self.width], len(data), memoryview(data))
         values = np.frombuffer(data, self.numpy_dtype)
         return values.astype(np.float32, copy=False).reshape(-1, *self.shape[1:])
 
     def blocks(self) -> Iterator[tuple[int, np.ndarray]]:
-        """`rows` in blocks of about BLOCK_BYTES, each with its first row."""
-        step = max(BLOCK_BYTES // self.row_bytes, 1) if len(self.shape) > 1 else self.shape[0]
-        for first in range(0, self.shape[0], step):
-            yield first, self.rows(first, min(first + step, self.shape[0]))
+        """Yields `rows` in blocks of about BLOCK_BYTES, each with its first row."""
+        step = max(BLOCK_BYTES // self.width, 1) if len(self.shape) > 1 else self.count
+        for first in range(0, self.count, step):
+            yield first, self.rows(first, min(first + step, self.count))
 
-    def edited_blocks(self) -> Iterator[tuple[int, bytes]]:
-        """Its edited bytes, block by block, each with its offset. Raises UserError if they are not finite."""
-        dtype, width = self.numpy_dtype, self.size // self.shape[0]
-        for first, block in self.edit.blocks(self.blocks):
+    def edited_blocks(self, edit: BlockEdit) -> Iterator[tuple[int, memoryview]]:
+        """Yields the bytes that an edit makes of the tensor, block by block, each with its offset.
+
+        Raises UserError if they are not finite.
+        """
+        dtype = self.numpy_dtype
+        for first, block in edit.blocks(self.blocks):
             stored = block.astype(dtype, copy=False)
             suspect = block if dtype.itemsize == 4 or dtype.kind == "V" else stored  # the cast to float16 may overflow
             if not np.isfinite(suspect).all():
@@ -88,65 +120,45 @@ class Stored:
                     "(`refusal-jax chat`), the edit is too large for this dtype: lower its scale, or export from a bfloat16 or "
                     "float32 checkpoint. If not, the checkpoint is damaged: download it again."
                 )
-            yield first * width, stored.data.cast("B") if dtype.kind == "f" else stored.view(np.uint8).data
-
-
-def _read_into(fd: int, buffer, at: int) -> None:
-    """Fills `buffer` from offset `at`. Raises OSError at a file's early end."""
-    view = memoryview(buffer).cast("B")
-    while view:
-        count = os.preadv(fd, [view], at)
-        if not count:
-            raise OSError(f"a weight file ended at byte {at}, before its header says so")
-        view, at = view[count:], at + count
+            yield first * self.width, stored.data.cast("B") if dtype.kind == "f" else stored.view(np.uint8).data
 
 
 @dataclasses.dataclass(frozen=True)
 class WeightFile:
-    """A safetensors file: its header's bytes, the metadata in it, and its tensors in the order of their bytes."""
+    """A weight file as it is, or is to be written: its header's bytes, the metadata in it, and its tensors in the order of
+    their bytes."""
 
     header: bytes
-    metadata: dict
+    metadata: dict[str, str]
     tensors: tuple[Stored, ...]
 
     @classmethod
-    def read(cls, path: pathlib.Path) -> "WeightFile":
-        """From a file whose header safetensors has accepted."""
-        with open(path, "rb") as file:
-            (size,) = struct.unpack("<Q", file.read(8))
-            header = file.read(size)
-        entries = json.loads(header)
-        metadata = entries.pop("__metadata__", {})
-        tensors = [
-            Stored(name, e["dtype"], tuple(e["shape"]), path, *(8 + size + offset for offset in e["data_offsets"]))
-            for name, e in entries.items()
-        ]
-        return cls(header, metadata, tuple(sorted(tensors, key=lambda tensor: tensor.start)))
+    def of(cls, file: RangeFile, header: Header) -> "WeightFile":
+        """Returns an open file as it is. header: of that file, from `safetensors.read_header`."""
+        tensors = (Stored(name, e.dtype, e.shape, file, e.start, e.stop) for name, e in header.tensors.items())
+        return cls(header.text, header.metadata, tuple(tensors))
 
     @property
     def size(self) -> int:
-        """Of its tensors, in bytes."""
+        """The size of the tensors in bytes."""
         return sum(t.size for t in self.tensors)
 
     def holding(self, tensors: list[Stored]) -> "WeightFile":
-        """This file with other contents. The header stays as it is if it still describes them, and else is made anew."""
+        """Returns this file with other contents. The header stays as it is if it still describes them, and else is made anew."""
         if [t.layout for t in tensors] == [t.layout for t in self.tensors]:
             return dataclasses.replace(self, tensors=tuple(tensors))
         # Wide numbers first, as safetensors itself writes them: each must begin at a multiple of its size.
         tensors = sorted(tensors, key=lambda t: -t.size // max(math.prod(t.shape), 1))
-        entries, end = {"__metadata__": self.metadata} if self.metadata else {}, 0
-        for t in tensors:
-            start, end = end, end + t.size
-            entries[t.name] = {"dtype": t.dtype, "shape": t.shape, "data_offsets": [start, end]}
-        header = json.dumps(entries, separators=(",", ":")).encode()
-        return WeightFile(header + b" " * (-len(header) % 8), self.metadata, tuple(tensors))
+        header = header_text([(t.name, t.dtype, t.shape) for t in tensors], self.metadata)
+        return WeightFile(header, self.metadata, tuple(tensors))
 
     def write(self, path: pathlib.Path, pool: ThreadPoolExecutor, bar) -> str:
         """Writes the new file `path` and returns its sha256, which follows behind the threads of `pool`.
 
-        bar: a tqdm of bytes. Raises UserError for values that are not finite, OSError for a disk that refuses.
+        bar: a tqdm of bytes. Raises UserError for values that are not finite and for sources that cannot be read, OSError for
+        a disk that refuses.
         """
-        head = struct.pack("<Q", len(self.header)) + self.header
+        head = framed(self.header)
         target = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o644)
         tasks: list[tuple[int, Future]] = []
         try:
@@ -159,7 +171,7 @@ class WeightFile:
                 task.result()
                 for offset in range(0, size, HASH_BYTES):
                     part = buffer[: min(HASH_BYTES, size - offset)]
-                    _read_into(target, part, at + offset)
+                    read_range(target, at + offset, part)
                     digest.update(part)
                 at += size
                 bar.update(size)
@@ -173,12 +185,15 @@ class WeightFile:
             os.close(target)
 
     def _parts(self, target: int, at: int) -> Iterator[tuple]:
-        """What is to be done, in the order of the bytes: size, function, arguments. Neighbours that are only copied go
+        """Yields what is to be done, in the order of the bytes: size, function, arguments. Neighbours that are only copied go
         together."""
         copied: list[Stored] = []
         for tensor in (*self.tensors, None):
             if copied and (
-                tensor is None or tensor.edit or tensor.file != copied[-1].file or tensor.start != copied[-1].stop
+                tensor is None
+                or tensor.edit is not None
+                or tensor.file is not copied[-1].file
+                or tensor.start != copied[-1].stop
             ):
                 start, stop = copied[0].start, copied[-1].stop
                 for first in range(start, stop, COPY_BYTES):
@@ -188,7 +203,7 @@ class WeightFile:
                 copied = []
             if tensor is None:
                 return
-            if tensor.edit or tensor.file is None:
+            if tensor.edit is not None or tensor.file is None:
                 yield tensor.size, _write_tensor, tensor, target, at
                 at += tensor.size
             else:
@@ -199,7 +214,7 @@ def _write_tensor(tensor: Stored, target: int, at: int) -> None:
     if tensor.edit is None:
         return _write_at(target, bytes(tensor.size), at)
     with np.errstate(over="ignore", invalid="ignore"):  # what comes of it is looked at
-        for offset, data in tensor.edited_blocks():
+        for offset, data in tensor.edited_blocks(tensor.edit):
             _write_at(target, data, at + offset)
 
 
@@ -210,21 +225,30 @@ def _write_at(target: int, data, at: int) -> None:
         view, at = view[count:], at + count
 
 
-def copy_range(source: pathlib.Path, start: int, target: int, at: int, size: int) -> None:
-    """Copies bytes of a file into an open one, in the kernel where it can."""
-    with open(source, "rb", buffering=0) as file:
-        while size:
-            try:
-                count = os.copy_file_range(file.fileno(), target, size, start, at)
-            except (AttributeError, OSError) as error:  # another system, or file systems that cannot
-                if getattr(error, "errno", None) in DISK_ERRORS:
-                    raise
-                data = os.pread(file.fileno(), min(size, HASH_BYTES), start)
-                _write_at(target, data, at)
-                count = len(data)
-            if not count:
-                raise OSError(f"{source.name} ended before its header says so")
-            start, at, size = start + count, at + count, size - count
+def copy_range(source: RangeFile, start: int, target: int, at: int, size: int) -> None:
+    """Copies bytes of one open file into another, in the kernel where it can.
+
+    Raises UserError if the source cannot be read, OSError for a disk that refuses.
+    """
+    while size:
+        count = _copy_in_kernel(source.number, start, target, at, size) if isinstance(source, LocalFile) else 0
+        if not count:
+            data = memoryview(bytearray(min(size, HASH_BYTES)))
+            with reading(source.path):
+                source.read_into([start], len(data), data)
+            _write_at(target, data, at)
+            count = len(data)
+        start, at, size = start + count, at + count, size - count
+
+
+def _copy_in_kernel(source: int, start: int, target: int, at: int, size: int) -> int:
+    """Returns how many bytes were copied: 0 where the system or the file systems cannot, or where the source ends."""
+    try:
+        return os.copy_file_range(source, target, size, start, at)
+    except (AttributeError, OSError) as error:
+        if getattr(error, "errno", None) in DISK_ERRORS:
+            raise
+        return 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -238,12 +262,13 @@ class Checkpoint:
 
     @classmethod
     def open(cls, folder: pathlib.Path) -> "Checkpoint":
-        """Raises UserError for a config, an index, files or tensors that cannot be used, as loading would."""
-        cfg = load_config(folder)
-        check_tensors(cfg, TensorFiles.open(folder))
-        files = {path: WeightFile.read(path) for path in checkpoint_files(folder)[0]}
+        """Opens a checkpoint's files. Raises UserError for a config, an index, files or tensors that cannot be used, as loading
+        would."""
+        cfg, found = load_config(folder), TensorFiles.open(folder)
+        check_tensors(cfg, found)
+        files = {path: WeightFile.of(found.handles[path], header) for path, header in found.headers.items()}
         return cls(folder, cfg, files, {t.name: t for file in files.values() for t in file.tensors})
 
-    def rows(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
-        """Rows of a tensor, float32."""
+    def rows(self, name: str, start: int = 0, stop: int | None = None) -> Float32[np.ndarray, "..."]:
+        """Reads rows of a tensor, all by default."""
         return self.tensors[name].rows(start, stop)

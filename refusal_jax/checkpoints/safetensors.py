@@ -1,19 +1,23 @@
-"""One safetensors file: its header, checked, and reading byte ranges of it.
+"""Reads and writes safetensors files: the one reader of their headers and of their byte ranges, on a disk or in a store.
 
-Nothing is mapped into memory: mapped pages count as the process's own and stay. Ranges are read straight to where they
-belong, by any number of threads.
+A header is believed only after each of its numbers has been checked against the file. Nothing is mapped into memory, because
+mapped pages count as the process's own and stay: byte ranges are read straight to where they belong, by any number of threads.
 """
 
+import contextlib
 import dataclasses
 import json
 import math
 import os
 import pathlib
 import weakref
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, Protocol
 
+import ml_dtypes
 import numpy as np
 
-from refusal_jax.errors import shown
+from refusal_jax.errors import UserError, shown
 from refusal_jax.files import damaged
 
 HEADER_LIMIT = 100_000_000  # bytes, as in the safetensors library
@@ -25,13 +29,28 @@ BITS = {
     **dict.fromkeys(("U32", "I32", "F32"), 32),
     **dict.fromkeys(("U64", "I64", "F64", "C64"), 64),
 }
+FLOATS = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
+INTEGERS = {f"{kind}{bits}": np.dtype(f"{kind.lower()}{bits // 8}") for kind in "IU" for bits in (8, 16, 32, 64)}
+NUMBERS: dict[str, Any] = FLOATS | INTEGERS | {"BOOL": np.bool_}  # NumPy's dtypes by the format's names of them
+
+
+class RangeFile(Protocol):
+    """An open file of which byte ranges can be read, by several threads at a time."""
+
+    @property
+    def path(self) -> str | pathlib.Path: ...
+
+    @property
+    def size(self) -> int: ...
+
+    def read_into(self, offsets: Sequence[int] | np.ndarray, length: int, target: memoryview) -> int: ...
 
 
 class LocalFile:
-    """A file on a disk."""
+    """A file on a disk, which is closed when nothing refers to it any more."""
 
     def __init__(self, path: pathlib.Path):
-        """Raises OSError if the file cannot be opened."""
+        """Opens a file. Raises OSError if it cannot be opened."""
         self.path = path
         if not os.path.isfile(path) and os.path.exists(path) and not os.path.isdir(path):
             raise OSError("it is a device or a pipe, no file")  # opening one may wait forever
@@ -39,24 +58,40 @@ class LocalFile:
         weakref.finalize(self, os.close, self.number)
         self.size = os.fstat(self.number).st_size
 
-    def read_into(self, offsets, length: int, target: memoryview) -> int:
-        """Fills `target` with `length` bytes from each offset, one after the other; returns how many were read.
+    def read_into(self, offsets: Sequence[int] | np.ndarray, length: int, target: memoryview) -> int:
+        """Fills `target` with `length` bytes from each offset, one after the other, and returns how many were read.
 
         Raises OSError if the disk fails or the file ends before that.
         """
         for i, offset in enumerate(offsets):
-            part, offset = target[i * length : (i + 1) * length], int(offset)
-            while len(part):
-                count = os.preadv(self.number, [part], offset)
-                if not count:
-                    raise OSError(f"it ends at byte {offset:,}, though it had {self.size:,}")
-                part, offset = part[count:], offset + count
+            read_range(self.number, int(offset), target[i * length : (i + 1) * length])
         return length * len(offsets)
+
+
+def read_range(number: int, offset: int, target: memoryview) -> None:
+    """Fills `target` from byte `offset` of an open file. Raises OSError if the disk fails or the file ends before that."""
+    while len(target):
+        count = os.preadv(number, [target], offset)
+        if not count:
+            raise OSError(f"it ends at byte {offset:,}, before its header says so")
+        target, offset = target[count:], offset + count
+
+
+@contextlib.contextmanager
+def reading(path: str | pathlib.Path) -> Iterator[None]:
+    """Turns an OSError of reading the file `path` into a UserError that names it."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"{path} could not be read ({error.strerror or error}). Check that you may read it and that nothing else changes "
+            "it; if both are so, the file or its disk is damaged: download it again, to another disk if that fails."
+        ) from None
 
 
 @dataclasses.dataclass(frozen=True)
 class Extent:
-    """A tensor in a file: safetensors' name of its dtype, its shape, and its bytes `start` to `stop` of the file."""
+    """A tensor's place in a file: the format's name of its dtype, its shape, and its bytes `start` to `stop` of the file."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -66,15 +101,15 @@ class Extent:
 
 @dataclasses.dataclass(frozen=True)
 class Header:
-    """What a safetensors file says of itself: the header's bytes, the metadata in it, and its tensors in file order."""
+    """A checked header: its bytes, the metadata in it, and the file's tensors in the order of their bytes."""
 
     text: bytes
     metadata: dict[str, str]
     tensors: dict[str, Extent]
 
 
-def read_header(file) -> Header:
-    """The header of an open file (`LocalFile` or alike), whose every number has been checked against the file.
+def read_header(file: RangeFile) -> Header:
+    """Reads the header of an open file and checks its every number against the file.
 
     Raises UserError if the file is truncated, damaged or something else, OSError if it cannot be read.
     """
@@ -98,10 +133,10 @@ def read_header(file) -> Header:
         return Header(text, metadata, tensors)
     except (ValueError, RecursionError) as error:
         found = f"is not a readable safetensors file ({str(error)[:500]}; it has {file.size:,} bytes)"
-        raise damaged(file.path, found) from None
+        raise damaged(pathlib.Path(file.path), found) from None
 
 
-def _header_text(file) -> bytes:
+def _header_text(file: RangeFile) -> bytes:
     if file.size < 8:
         raise ValueError("it is shorter than a header's length")
     start = bytearray(8)
@@ -122,7 +157,7 @@ def _without_duplicates(pairs) -> dict:
 
 
 def _extent(name: str, entry, base: int) -> Extent:
-    """A tensor from its entry in the header. Raises ValueError for an entry that contradicts itself."""
+    """Returns a tensor's place by its entry in the header. Raises ValueError for an entry that contradicts itself."""
 
     def numbers(value) -> bool:
         return isinstance(value, list) and all(type(n) is int and n >= 0 for n in value)
@@ -139,9 +174,50 @@ def _extent(name: str, entry, base: int) -> Extent:
     return Extent(dtype, tuple(shape), base + offsets[0], base + offsets[1])
 
 
+def header_text(layout: Iterable[tuple[str, str, Sequence[int]]], metadata: Mapping[str, str]) -> bytes:
+    """Makes the header of a file that holds tensors without gaps, in this order.
+
+    layout: name, dtype by the format's name, and shape of each tensor. The text is padded so that the data is aligned.
+    """
+    entries: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    end = 0
+    for name, dtype, shape in layout:
+        start, end = end, end + math.prod(shape) * BITS[dtype] // 8
+        entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    return text + b" " * (-len(text) % 8)
+
+
+def framed(header: bytes) -> bytes:
+    """Returns a header's text as a file begins: after its length."""
+    return len(header).to_bytes(8, "little") + header
+
+
+def read_tensors(path: pathlib.Path) -> dict[str, np.ndarray]:
+    """Reads a whole file of tensors, by name, for files that fit into memory.
+
+    Raises UserError if the file cannot be read, is no safetensors file, or holds a dtype that NumPy does not have.
+    """
+    with reading(path):
+        file = LocalFile(path)
+        header = read_header(file)
+        found = {}
+        for name, extent in header.tensors.items():
+            if extent.dtype not in NUMBERS:
+                raise UserError(
+                    f"{path} holds {name} as {extent.dtype}, which cannot be read. Save it as float32 and try again."
+                )
+            data = bytearray(extent.stop - extent.start)
+            file.read_into([extent.start], len(data), memoryview(data))
+            found[name] = np.frombuffer(data, NUMBERS[extent.dtype]).reshape(extent.shape)
+        return found
+
+
 def segments(shape: tuple[int, ...], index: tuple[slice, ...]) -> tuple[np.ndarray, int, tuple[int, ...]]:
-    """Where in a row-major array of `shape` the values of `array[index]` are: where each run begins, a run's length (both
-    in values), and the selected shape. Slices have no step."""
+    """Finds where in a row-major array of `shape` the values of `array[index]` are, for slices without a step.
+
+    Returns where each run of them begins and how long a run is, both in values, and the selected shape.
+    """
     spans = [s.indices(size) for s, size in zip(index, shape, strict=False)]
     spans += [(0, size, 1) for size in shape[len(spans) :]]
     selected = tuple(max(stop - start, 0) for start, stop, _ in spans)

@@ -1,4 +1,4 @@
-"""Tensor names that do not fit tell how a checkpoint was saved, and what to do about it.
+"""Recognises tensor names that do not fit a model: they tell how a checkpoint was saved, and so what to do about it.
 
 Wrappers of a model (PEFT, torch.compile, data parallelism, a multimodal model around a text model) put prefixes before the
 names of its tensors, and saving a part of a model leaves them out. Nothing is renamed here: an export writes the names
@@ -46,8 +46,8 @@ def core(name: str) -> str:
 
 
 def renamed(cfg: ModelConfig, unknown: Collection[str], missing: Collection[str]) -> dict[str, str]:
-    """Returns the unknown names that are those of missing or spare tensors but for known prefixes, each with the name that
-    is expected. A name that two tensors would get is not among them."""
+    """Returns the unknown names that differ from those of missing or spare tensors by known prefixes only, each with the name
+    that is expected. A name that two tensors would get is not among them."""
     wanted = {core(name): name for name in missing}
     found = {}
     for name in filter(PLAIN.fullmatch, unknown):
@@ -90,7 +90,7 @@ def _differing(pair: tuple[str, str]) -> tuple[str, str]:
     found, expected = (prefix.split(".")[:-1] for prefix in pair)
     while found and expected and found[-1] == expected[-1]:
         found, expected = found[:-1], expected[:-1]
-    return tuple("".join(f"{part}." for part in parts) for parts in (found, expected))
+    return "".join(f"{part}." for part in found), "".join(f"{part}." for part in expected)
 
 
 def unmerged_advice(names: Collection[str]) -> str:

@@ -2,12 +2,11 @@
 
 import csv
 import json
-import os
 import pathlib
 from collections.abc import Iterator
 
 from refusal_jax.errors import UserError
-from refusal_jax.files import local_path
+from refusal_jax.files import cache_folder, local_path
 from refusal_jax.surrogates import joined, mended
 
 BUNDLED, PAPER = "bundled", "paper"
@@ -28,9 +27,8 @@ QUOTING = (
 
 
 def data_folder() -> pathlib.Path:
-    """Where fetched data is kept unless said otherwise."""
-    cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
-    return cache / "refusal_jax" / "data"
+    """Returns the folder that fetched data is kept in unless another one is named."""
+    return cache_folder("data")
 
 
 def resolve(source: str, split: str) -> pathlib.Path:

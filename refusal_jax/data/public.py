@@ -12,6 +12,7 @@ import json
 import pathlib
 import random
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -119,7 +120,7 @@ def fetch_set(chosen: PublicSet, folder: pathlib.Path, accept_new: bool = False)
     for file in chosen.files:
         known, target = _checkable(file, folder, accept_new), folder / "raw" / file.name
         if chosen.hub is None:
-            found = download(file.url, target, known)
+            found = download(file.url or "", target, known)
         elif target.is_file() and file_hash(target) in known:
             continue
         else:
@@ -240,7 +241,7 @@ def _counts(row, read: Mapping) -> bool:
     return "empty" not in read or not (row.get(read["empty"]) or "").strip()
 
 
-def _raw_rows(path: pathlib.Path) -> list[tuple[str, object]]:
+def _raw_rows(path: pathlib.Path) -> list[tuple[str, Any]]:
     if path.suffix.lower() != ".parquet":
         return located_rows(path)
     import pyarrow.parquet

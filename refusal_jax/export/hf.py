@@ -11,8 +11,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 from tqdm import tqdm
 
-from refusal_jax.checkpoints.load import INDEX
 from refusal_jax.checkpoints.rewrite import Checkpoint, Stored, WeightFile
+from refusal_jax.checkpoints.tensor_files import INDEX
 from refusal_jax.export.edit import Edit
 from refusal_jax.export.staging import copy_other_files
 from refusal_jax.export.tensor_edits import BIAS_SWITCHES, bias_additions, wanted_edits
@@ -151,8 +151,9 @@ def with_zero_biases(checkpoint: Checkpoint, config: dict) -> dict[pathlib.Path,
     hf = read_json(checkpoint.folder / "config.json") | config
     before, after = hf_shapes(checkpoint.cfg), hf_shapes(from_hf(hf))
     files = {path: list(file.tensors) for path, file in checkpoint.files.items()}
+    file_of = {t.name: path for path, tensors in files.items() for t in tensors}
     for name in sorted(after.keys() - before.keys()):
         weight = checkpoint.tensors[name.removesuffix("bias") + "weight"]
         size = math.prod(after[name]) * weight.size // math.prod(weight.shape)
-        files[weight.file].append(Stored(name, weight.dtype, after[name], None, 0, size))
+        files[file_of[weight.name]].append(Stored(name, weight.dtype, after[name], None, 0, size))
     return {path: dataclasses.replace(checkpoint.files[path], tensors=tuple(held)) for path, held in files.items()}

@@ -11,10 +11,11 @@ import re
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
-from safetensors.numpy import load_file, save
+from safetensors.numpy import save
 from tqdm import tqdm
 
 from refusal_jax.checkpoints.rewrite import Checkpoint, Stored
+from refusal_jax.checkpoints.safetensors import read_tensors
 from refusal_jax.errors import UserError, setting
 from refusal_jax.export.edit import Edit
 from refusal_jax.export.hf import THREADS, Written
@@ -125,7 +126,7 @@ class AdaptedWeights:
 
     @classmethod
     def open(cls, checkpoint: Checkpoint, folder: pathlib.Path) -> "AdaptedWeights":
-        return cls(checkpoint, load_file(folder / ADAPTER))
+        return cls(checkpoint, read_tensors(folder / ADAPTER))
 
     @property
     def cfg(self) -> ModelConfig:

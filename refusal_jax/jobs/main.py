@@ -49,8 +49,9 @@ def prepare_environment(job: str) -> None:
     """A persistent compile cache and quiet libraries, unless the user's environment says otherwise."""
     if job == "plan":
         os.environ |= COMPILE_ONLY
-    cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "refusal_jax" / "xla"
-    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
+    from refusal_jax.files import cache_folder
+
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache_folder("xla")))
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

@@ -12,7 +12,6 @@ Tensors are written one at a time, so a checkpoint of any size needs the memory 
 """
 
 import dataclasses
-import json
 import math
 import pathlib
 import shutil
@@ -20,7 +19,9 @@ import shutil
 import ml_dtypes
 import numpy as np
 
-from refusal_jax.checkpoints.load import INDEX, SINGLE, TensorFiles, check_tensors
+from refusal_jax.checkpoints.check import check_tensors
+from refusal_jax.checkpoints.safetensors import framed, header_text
+from refusal_jax.checkpoints.tensor_files import INDEX, SINGLE, TensorFiles
 from refusal_jax.errors import UserError
 from refusal_jax.files import cannot_write, local_path, read_json, to_json
 from refusal_jax.models.config import ModelConfig, load_config
@@ -199,15 +200,9 @@ def _write_shards(folder: pathlib.Path, new: ModelConfig, padding: Padding, dtyp
     count = len(shards)
     files = [SINGLE] if count == 1 else [f"model-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)]
     for file, names in zip(files, shards, strict=True):
-        header, offset = {"__metadata__": {"format": "pt"}}, 0
-        for name in names:
-            end = offset + math.prod(shapes[name]) * numpy_dtype.itemsize
-            header[name] = {"dtype": stored, "shape": list(shapes[name]), "data_offsets": [offset, end]}
-            offset = end
-        text = json.dumps(header).encode()
-        text += b" " * (-len(text) % 8)  # the format wants the data aligned
+        header = header_text([(name, stored, shapes[name]) for name in names], {"format": "pt"})
         with open(folder / file, "wb") as out:
-            out.write(len(text).to_bytes(8, "little") + text)
+            out.write(framed(header))
             for name in names:
                 tensor = padding.tensor(made[name], shapes[name]).astype(numpy_dtype)
                 out.write(np.ascontiguousarray(tensor).view(np.uint8).data)

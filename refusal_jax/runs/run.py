@@ -73,7 +73,7 @@ class Run:
             yield cls(folder, manifest, new, ToldFiles(folder))
             return
         storage = open_storage(folder)
-        folder = storage.path
+        folder = storage.place()
         others = [name for name in storage.names() if not name.startswith(".")]
         if others and MANIFEST not in others:
             raise UserError(
@@ -83,7 +83,7 @@ class Run:
         with storage.held():
             new = not storage.exists(MANIFEST)
             if not new:
-                manifest = _parsed_manifest(storage.path / MANIFEST, storage.read(MANIFEST))
+                manifest = _parsed_manifest(storage.place(MANIFEST), storage.read(MANIFEST))
                 check_same(folder, manifest, fresh)
             else:
                 manifest = fresh
@@ -93,7 +93,7 @@ class Run:
 
     @property
     def folder(self):
-        return self.storage.path
+        return self.storage.place()
 
     def discard(self) -> None:
         """Removes what this run wrote, and its folder if nothing else is in it: bad input leaves no trace."""
@@ -104,7 +104,7 @@ class Run:
 
     def path(self, name: str):
         """Where a file is, for people; of one of several processes, where process 0 has it."""
-        return self.folder / name
+        return self.storage.place(name)
 
     def exists(self, name: str) -> bool:
         return self.storage.exists(name)

@@ -1,24 +1,27 @@
-"""Where a run keeps its files: a folder on a disk, a folder of an object store, or what process 0 has told.
+"""Keeps the files of a run: in a folder on a disk, in a folder of an object store, or in memory as process 0 has told them.
 
 The three offer the same few operations on names relative to the folder. A file that exists is whole, whatever happens.
 """
 
 import contextlib
-import fcntl
 import json
 import os
+import pathlib
 import time
 from collections.abc import Iterator, Sequence
 
+import filelock
+
 from refusal_jax.errors import UserError, setting
 from refusal_jax.files import cannot_write, local_path, write_atomically
+from refusal_jax.stores import explained, is_in_store, open_store
 
 STORES = ("gs", "s3")
 PART_SECONDS = 10.0  # an object store gets the rows of a ledger at most this often, each time as a new object
 
 
 def open_storage(folder: str | os.PathLike) -> "DiskFolder | ObjectFolder":
-    """The folder of a path or of a gs:// address. Raises UserError for other addresses, and without the store's client."""
+    """Opens the folder of a path or of a gs:// address. Raises UserError for other addresses, and without the store's client."""
     scheme, separator, _ = os.fspath(folder).partition("://")
     if not separator:
         return DiskFolder(folder)
@@ -42,8 +45,12 @@ class DiskFolder:
     def __init__(self, folder: str | os.PathLike):
         self.path = local_path(folder)
 
+    def place(self, name: str = "") -> pathlib.Path:
+        """Returns the path of a file, or of the folder."""
+        return self.path / name
+
     def names(self) -> list[str]:
-        """What is directly in the folder; empty if there is none. Raises UserError if it is a file."""
+        """Returns what is directly in the folder; empty if there is none. Raises UserError if it is a file."""
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"{self.path} is a file. Pass a folder{named_by()}.")
         return sorted(p.name for p in self.path.iterdir()) if self.path.is_dir() else []
@@ -55,21 +62,22 @@ class DiskFolder:
         Raises UserError if another process is in it, or if it cannot be written.
         """
         path = self.path / ".lock"
+        lock = filelock.FileLock(path, blocking=False)  # the system frees it when the process ends, however it ends
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            lock = open(path, "w")  # noqa: SIM115, closed by the with below
+            lock.acquire()
+        except filelock.Timeout:
+            raise UserError(
+                f"Another process is working in {self.path}. Wait for it, or choose another folder{named_by()}."
+            ) from None
         except OSError as error:
             raise cannot_write(path, error) from None
-        with lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise UserError(
-                    f"Another process is working in {self.path}. Wait for it, or choose another folder{named_by()}."
-                ) from None
+        try:
             for leftover in self.path.rglob(".*.tmp-*"):
                 leftover.unlink(missing_ok=True)
             yield
+        finally:
+            lock.release()
 
     def exists(self, name: str) -> bool:
         return (self.path / name).is_file()
@@ -81,7 +89,7 @@ class DiskFolder:
         write_atomically(self.path / name, data)
 
     def rows(self, ledger: str) -> list[dict]:
-        """The rows of a ledger; a last line torn by a crash is dropped."""
+        """Reads the rows of a ledger; a last line torn by a crash is dropped."""
         if not self.exists(ledger):
             return []
         rows, lines = [], self.read(ledger).decode("utf-8", "replace").split("\n")
@@ -117,68 +125,64 @@ class DiskFolder:
 
 
 class ObjectFolder:
-    """A folder of an object store, through etils.epath: objects are written whole and appear at once.
+    """A folder of an object store, through fsspec: objects are written whole and appear at once.
 
     An object store has no lock that a crash would free, so nothing keeps a second run out: that is the user's part. It
     cannot append either, and objects may not be replaced often: a ledger is numbered objects, a few rows each.
     """
 
     def __init__(self, address: str | os.PathLike):
-        from etils import epath
-
-        self.path = epath.Path(os.fspath(address))
+        """Opens a folder by its address. Raises UserError if the client of its store is not installed."""
+        self.address = os.fspath(address).rstrip("/")
+        with self._reached():
+            self.files, self.root = open_store(self.address)
         self._known: dict[str, bytes] = {}  # what this process has read or written: nobody else writes here
         self._pending: dict[str, tuple[float, list[dict]]] = {}  # of each ledger: when it was last written, rows since
         self._parts: dict[str, list[str]] = {}
 
-    @contextlib.contextmanager
-    def _reached(self, path):
-        """Turns any failure of the store's client, whose errors are of many kinds, into a UserError."""
-        try:
-            yield
-        except ImportError as error:
-            raise UserError(
-                f"{path} needs a client of its store ({error}). Run: pip install 'refusal-jax[gcs]' (gs://) or pip install s3fs."
-            ) from None
-        except FileNotFoundError:
-            raise
-        except Exception as error:
-            reason = " ".join(str(error).split()) or "no reason given"
-            raise UserError(
-                f"{path} could not be used ({type(error).__name__}: {reason}). Check the address, that you are logged in "
-                "(gcloud auth application-default login) and may write there, then run the same command again: finished "
-                "work is kept."
-            ) from None
+    def place(self, name: str = "") -> str:
+        """Returns the address of a file, or of the folder."""
+        return f"{self.address}/{name}".rstrip("/")
+
+    def _reached(self, name: str = ""):
+        """Turns what the store's client raises into a UserError."""
+        return explained(self.place(name), "Then run the same command again: finished work is kept.")
 
     def names(self) -> list[str]:
-        """What is directly in the folder; empty if there is none."""
-        with self._reached(self.path):
+        """Returns what is directly in the folder; empty if there is none."""
+        with self._reached():
+            self.files.invalidate_cache()
             try:
-                return sorted(p.name for p in self.path.iterdir())
+                found = self.files.ls(self.root, detail=False)
             except FileNotFoundError:
                 return []
+        folder = self.root.rstrip("/")
+        return sorted(path.rpartition("/")[2] for path in (p.rstrip("/") for p in found) if path != folder)
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
+        """Does nothing: see above."""
         yield
 
     def exists(self, name: str) -> bool:
-        with self._reached(self.path / name):
-            return name in self._known or (self.path / name).exists()
+        if name in self._known:
+            return True
+        with self._reached(name):
+            return is_in_store(self.files, f"{self.root}/{name}")
 
     def read(self, name: str) -> bytes:
         if name not in self._known:
-            with self._reached(self.path / name):
-                self._known[name] = (self.path / name).read_bytes()
+            with self._reached(name):
+                self._known[name] = self.files.cat_file(f"{self.root}/{name}")
         return self._known[name]
 
     def write(self, name: str, data: bytes) -> None:
-        with self._reached(self.path / name):
-            (self.path / name).write_bytes(data)
+        with self._reached(name):
+            self.files.pipe_file(f"{self.root}/{name}", data)
         self._known[name] = data
 
     def rows(self, ledger: str) -> list[dict]:
-        """The rows of a ledger."""
+        """Reads the rows of a ledger."""
         self._parts[ledger] = [name for name in self.names() if name.startswith(f"{ledger}.")]
         self._pending[ledger] = (time.monotonic(), [])
         return [json.loads(line) for part in self._parts[ledger] for line in self.read(part).splitlines()]
@@ -195,8 +199,8 @@ class ObjectFolder:
 
     def remove(self, names: Sequence[str]) -> None:
         for name in names:
-            with self._reached(self.path / name), contextlib.suppress(FileNotFoundError):
-                (self.path / name).unlink()
+            with self._reached(name), contextlib.suppress(FileNotFoundError):
+                self.files.rm_file(f"{self.root}/{name}")
             self._known.pop(name, None)
 
     def remove_folder(self) -> None:
@@ -204,11 +208,15 @@ class ObjectFolder:
 
 
 class ToldFiles:
-    """What process 0, who owns the folder, has told this process of it. Writing is left to process 0."""
+    """The files that process 0, which owns the folder, has told this process of. Writing is left to process 0."""
 
     def __init__(self, folder: str | os.PathLike):
         self.path = local_path(folder)
         self.files: dict[str, bytes] = {}
+
+    def place(self, name: str = "") -> pathlib.Path:
+        """Returns the path of a file, or of the folder, where process 0 has it."""
+        return self.path / name
 
     def exists(self, name: str) -> bool:
         return name in self.files
