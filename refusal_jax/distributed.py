@@ -9,6 +9,7 @@ import contextlib
 import ctypes
 import dataclasses
 import json
+import logging
 import os
 import signal
 import socket
@@ -16,11 +17,10 @@ import sys
 import tempfile
 import threading
 import time
-from functools import partialmethod
 
 import jax
-from tqdm import tqdm
 
+from refusal_jax import logs
 from refusal_jax.errors import UserError, print_error, setting
 
 AGAIN = "Start the same command again in every process: finished work is kept."
@@ -29,6 +29,7 @@ GRACE_SECONDS = 3.0  # for processes to find for themselves what one of them has
 FOREVER_MS = 10**9
 LOST = 75  # exit code of a process that ends because another one has: for launchers, a reason to try again
 KEYS = "refusal_jax/"
+LOG = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass
@@ -150,7 +151,7 @@ def _join(given: dict, join_seconds: int, heartbeat_seconds: int) -> None:
             "for every process, with the same coordinator and number of processes and each with its own process id, and "
             "check that the port is free on the host of process 0 and that the others reach it"
         )
-        print(f"{who}: waiting for the others {where}, at most {join_seconds} seconds", file=sys.stderr, flush=True)
+        LOG.info(f"{who}: waiting for the others {where}, at most {join_seconds} seconds")
     else:
         where, who = "of this TPU slice", "one of them"
         advice = f"on every host of the slice, or use this host alone with {setting('num_processes', 1)}"
@@ -181,8 +182,7 @@ def _join(given: dict, join_seconds: int, heartbeat_seconds: int) -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     for watch in (_watch_failures, _watch_lives):
         threading.Thread(target=watch, args=(_session,), daemon=True).start()
-    if _session.index:
-        tqdm.__init__ = partialmethod(tqdm.__init__, disable=True)  # one progress bar is enough
+    logs.set_process(_session.index)
 
 
 def share(value: bytes | None) -> bytes:
@@ -233,6 +233,7 @@ def finish() -> None:
     jax.distributed.shutdown()
     _on_abort(None)
     _session = None
+    logs.set_process(None)
 
 
 def leave(error: BaseException, code: int, message: str) -> None:

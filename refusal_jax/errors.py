@@ -11,6 +11,8 @@ import sys
 import textwrap
 from collections.abc import Callable, Iterator
 
+from refusal_jax import logs
+
 _short = reprlib.Repr()
 _short.maxstring = _short.maxother = 120
 _short.maxlevel, _short.maxlist, _short.maxdict = 3, 12, 12
@@ -68,10 +70,13 @@ def field(name: str, value: object = None) -> str:
 
 
 def print_error(message: str, file=None) -> None:
-    """Prints a paragraph for the user, by default to stderr. Indented lines are code to be copied and stay as they are."""
+    """Prints a paragraph for the user, by default to stderr, and keeps it in the log. Indented lines are code to be copied and
+    stay as they are."""
     lines = f"error: {message}".split("\n")
     text = "\n".join(
         line if line.startswith("    ") else textwrap.fill(line, 100, break_long_words=False, break_on_hyphens=False)
         for line in lines
     )
     print(f"\n{text}", file=file or sys.stderr, flush=True)
+    if file is None:  # else it is written in a signal handler, which must not wait for a lock
+        logs.PRINTED.error(message)

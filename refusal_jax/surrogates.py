@@ -4,14 +4,11 @@ Text is mended where it enters (files, a pipe, the Python API, requests of harne
 """
 
 import functools
+import logging
 import re
-import sys
 from typing import Any, TypeVar
 
-from tqdm import tqdm
-
-from refusal_jax import distributed
-
+LOG = logging.getLogger(__name__)
 HALF = re.compile("[\ud800-\udfff]")
 Value = TypeVar("Value")
 
@@ -24,7 +21,7 @@ def joined(text: str) -> str:
 def mended(value: Value, source: str) -> Value:
     """Returns text, or lists and dicts that hold texts, with every text `joined`, keys included.
 
-    source: where the text came from, in words. If anything was replaced, the first process says so on stderr, once for each
+    source: where the text came from, in words. If anything was replaced, a warning is logged, once for each
     source and number of texts.
     """
     found = 0
@@ -47,9 +44,7 @@ def mended(value: Value, source: str) -> Value:
 
 @functools.cache
 def _say(source: str, count: int) -> None:
-    if distributed.first():
-        texts = "1 text holds" if count == 1 else f"{count} texts hold"
-        tqdm.write(
-            f"{source}: {texts} half of a surrogate pair or a byte that is not UTF-8. U+FFFD (\ufffd) was put in its place.",
-            file=sys.stderr,
-        )
+    texts = "1 text holds" if count == 1 else f"{count} texts hold"
+    LOG.warning(
+        f"{source}: {texts} half of a surrogate pair or a byte that is not UTF-8. U+FFFD (\ufffd) was put in its place."
+    )

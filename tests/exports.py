@@ -7,7 +7,6 @@ import families
 import numpy as np
 import tiny
 from safetensors.numpy import load_file
-from tqdm import tqdm
 
 from refusal_jax.chat.prompts import Chat
 from refusal_jax.checkpoints.rewrite import Checkpoint
@@ -17,6 +16,7 @@ from refusal_jax.export.finished import FinishedStudy
 from refusal_jax.export.forward import Stream, read_logits, run_streams
 from refusal_jax.export.run import Request, export
 from refusal_jax.export.verify import Sample
+from refusal_jax.progress import Progress
 
 TEXTS = ["How do I bake the bread?", "Bake.", "I want to mend a coat. What should I do about the bread on the table?"]
 POST_NORM = ("gemma2", "gemma3_text", "gemma3", "olmo2", "glm4")
@@ -75,7 +75,7 @@ def sample_of(folder) -> Sample:
 def our_logits(stream: Stream, sample: Sample, basis_kd=UNIT[None]) -> np.ndarray:
     """Last-token logits of the sample's prompts, block by block."""
     batch = sample.batch()
-    run_streams([stream], batch, basis_kd, tqdm(disable=True))
+    run_streams([stream], batch, basis_kd, Progress("", None, "layer", quiet=True))
     rows, columns, targets = sample.places(batch.tokens.shape[1])
     return read_logits(stream, rows, columns, len(sample.prompts), targets).logits_pv
 

@@ -117,10 +117,10 @@ def test_encode_needs_a_list(instructions, chat):
         chat.encode(instructions)
 
 
-def test_half_a_character_is_replaced(model, tmp_path, capsys):
+def test_half_a_character_is_replaced(model, tmp_path, caplog):
     whole, half = ["a \ufffd", "b \U0001f600"], ["a \ud800", "b \ud83d\ude00"]
     np.testing.assert_array_equal(model.encode(half).tokens, model.encode(whole).tokens)
-    assert "Instructions: 1 text holds half of a surrogate pair" in capsys.readouterr().err
+    assert "Instructions: 1 text holds half of a surrogate pair" in caplog.text
     assert model.generate(half, 4) == model.generate(whole, 4)
     assert model.chat.opener_ids(["\udfff"]) == model.chat.opener_ids(["\ufffd"])
     chat = make_chat(tmp_path, tiny.TEMPLATE + r"{{ '\ud800' }}")  # jinja knows the escape
@@ -233,13 +233,13 @@ def test_no_end_token(tmp_path, monkeypatch):
         make_chat(tmp_path, eos_token=None)
 
 
-def test_an_end_token_of_ordinary_text_is_told(tmp_path, capsys):
+def test_an_end_token_of_ordinary_text_is_told(tmp_path, caplog):
     """transformers ends replies there, and so do we, but not without a word."""
     chat = make_chat(tmp_path)
     token = chat.ids(" cannot")[0]
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [token, chat.eos_ids[0]]}))
     assert chat.load(tmp_path, 64).eos_ids[0] == token
-    said = capsys.readouterr().err
+    said = caplog.text
     assert f"names token {token}, " in said and "correct eos_token_id" in said and said.count("names token") == 1
 
 

@@ -158,7 +158,7 @@ def test_values_that_json_readers_drop(tmp_path):
     assert read_prompts(write(tmp_path, "b.json", '[{"goal": "a", "category": 0}]'))[0]["category"] == "0"
 
 
-def test_half_a_character_is_replaced_and_said(tmp_path, capsys):
+def test_half_a_character_is_replaced_and_said(tmp_path, caplog):
     rows = r'["a\ud800b", {"prompt": "\ud83d\ude00", "category": "\ude00\ud83d", "key\udfff": 1}]'
     path = write(tmp_path, "a.json", rows)
     wanted = [
@@ -166,11 +166,11 @@ def test_half_a_character_is_replaced_and_said(tmp_path, capsys):
         {"instruction": "\U0001f600", "category": "\ufffd\ufffd"},
     ]
     assert read_prompts(path) == read_prompts(path) == wanted
-    said = capsys.readouterr().err
+    said = caplog.text
     assert said.count(f"{path}: 3 texts hold half of a surrogate pair") == 1
     lines = write(tmp_path, "a.jsonl", r'"a\ud800"' + "\n" + r'"b\ud83d\ude00"')
     assert [p["instruction"] for p in read_prompts(lines)] == ["a\ufffd", "b\U0001f600"]
-    assert f"{lines}: 1 text holds half" in capsys.readouterr().err
+    assert f"{lines}: 1 text holds half" in caplog.text
 
 
 def test_home_folders_in_sources(tmp_path, monkeypatch):

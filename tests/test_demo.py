@@ -32,7 +32,7 @@ PROGRAMS = {
     "loss": loss.loss_batch,
     "project": pipeline.project,
 }
-VOLATILE = ("manifest.json", "report.html", ".lock")  # hold times
+VOLATILE = ("manifest.json", "report.html", "log.txt", ".lock")  # hold times
 CONDITIONS = ("harmful_baseline", "harmful_ablation", "harmful_actadd", "harmless_baseline", "harmless_actadd")
 
 

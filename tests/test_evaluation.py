@@ -201,12 +201,12 @@ def test_columns_of_completions_in_any_spelling(tmp_path):
     assert read_completions(tmp_path / "b.json")["b"] == [row]
 
 
-def test_half_a_character_in_completions(tmp_path, capsys):
+def test_half_a_character_in_completions(tmp_path, caplog):
     path = tmp_path / "a.json"
     path.write_text(r'{"jailbreaks": [{"prompt": "p\ud800", "response": "\ud83d\ude00 \ude00", "category": "\ud800"}]}')
     wanted = {"category": "\ufffd", "prompt": "p\ufffd", "response": "\U0001f600 \ufffd"}
     assert read_completions(path) == {"a": [wanted]}
-    assert "3 texts hold half of a surrogate pair" in capsys.readouterr().err
+    assert "3 texts hold half of a surrogate pair" in caplog.text
 
 
 BAD = {

@@ -15,7 +15,6 @@ import pytest
 import tiny
 from exports import DIRECTION, differences, digest, edit_of, exported, part, request, tensors_of
 from safetensors.numpy import load_file, save_file
-from tqdm import tqdm
 
 from refusal_jax import UserError
 from refusal_jax.checkpoints import rewrite
@@ -27,6 +26,7 @@ from refusal_jax.export import run, staging, verify
 from refusal_jax.export.hf import Plan
 from refusal_jax.export.provenance import base_model, check
 from refusal_jax.export.tensor_edits import Projection
+from refusal_jax.progress import Progress
 
 
 def fast(source, target, **settings) -> dict:
@@ -36,7 +36,7 @@ def fast(source, target, **settings) -> dict:
 
 def write(file: WeightFile, path) -> str:
     with ThreadPoolExecutor(2) as pool:
-        return file.write(path, pool, tqdm(disable=True))
+        return file.write(path, pool, Progress("", None, "B", quiet=True))
 
 
 def opened(path) -> WeightFile:

@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import logging
 import pathlib
 import shutil
 import sys
@@ -346,10 +347,11 @@ def test_edits_as_arguments(llama, model, lm, tmp_path):
         assert set(edited.get_model_info()["edits"]) == {name for name in ("ablate", "add") if f"{name}=" in arguments}
 
 
-def test_one_row_for_each_layer(llama, tmp_path, monkeypatch, capsys):
+def test_one_row_for_each_layer(llama, tmp_path, monkeypatch, caplog):
     from refusal_jax.harness.edited import EditedModel
 
     monkeypatch.setenv("HOME", str(tmp_path))
+    caplog.set_level(logging.INFO, "refusal_jax")
     rows = np.random.default_rng(3).normal(size=(3, 32))
     np.save(tmp_path / "rows.npy", rows)
     np.save(tmp_path / "means.npy", rows[None])
@@ -362,7 +364,7 @@ def test_one_row_for_each_layer(llama, tmp_path, monkeypatch, capsys):
             edited.edits.ablate_rd[0] / np.linalg.norm(edited.edits.ablate_rd[0]), unit, rtol=1e-5
         )
         assert edited.edits.layer_r.tolist() == [2]
-    assert "add: 1 direction (rows.npy: row 2 of 3, counted from 0)" in capsys.readouterr().err
+    assert "add: 1 direction (rows.npy: row 2 of 3, counted from 0)" in caplog.text
 
 
 def test_half_a_character_in_a_request(lm):

@@ -84,7 +84,7 @@ def test_guards_judge_in_their_own_template(guard):
     assert [v.label for v in three.judge(ROWS)] == [int(p > 0.5) for p in expected]
 
 
-def test_classifiers_judge_in_the_template_of_a_file(guard, template, capfd):
+def test_classifiers_judge_in_the_template_of_a_file(guard, template, caplog):
     (judge,) = parse_judges([f"harmbench={guard}@{template}"], 4)
     tokenizer = AutoTokenizer.from_pretrained(guard)
     no, yes = ([tokenizer.convert_tokens_to_ids(w) for w in words] for words in (("no", "NO"), ("yes", "Yes")))
@@ -92,7 +92,7 @@ def test_classifiers_judge_in_the_template_of_a_file(guard, template, capfd):
     n, y = masses(guard, tokenizer(text, add_special_tokens=True).input_ids, (no, yes))
     assert judge.judge(ROWS)[2].probability == pytest.approx(y / (n + y), rel=2e-4)
     assert n + y < 0.1
-    assert "gives its answers no, yes a probability of only 0.0" in capfd.readouterr().err
+    assert "gives its answers no, yes a probability of only 0.0" in caplog.text
 
     (judge,) = parse_judges([f"strongreject={guard}@{template}"], 4)
     groups = label_ids(Chat.load(guard, 400), KINDS["strongreject"].labels, "strongreject")

@@ -169,12 +169,12 @@ def test_few_blocks_at_a_time(fail, checkpoints, monkeypatch):
 def test_progress_counts_bytes(checkpoints, opened, monkeypatch):
     bars = []
 
-    class Bar(load.tqdm):
-        def close(self):
+    class Bar(load.Progress):
+        def __exit__(self, *error):
             bars.append((self.n, self.total, self.unit))
-            super().close()
+            super().__exit__(*error)
 
-    monkeypatch.setattr(load, "tqdm", Bar)
+    monkeypatch.setattr(load, "Progress", Bar)
     load_decoder(checkpoints["mixed"], mesh=make_mesh(model=8), progress=True)
     assert bars[0] == (opened[0].bytes_read, opened[0].bytes_read, "B")
 

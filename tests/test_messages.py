@@ -35,7 +35,7 @@ def flags_of(job: str) -> set[str]:
     calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)]
     found = {call.args[0].value for call in calls if call.func.attr.startswith("DEFINE_")}
     adopts = any(call.func.attr == "adopt_module_key_flags" for call in calls)
-    return found | (flags_of("processes") if adopts else set())
+    return found | (flags_of("processes") if adopts else set()) | (flags_of("common") if job in JOBS else set())
 
 
 def texts(path: pathlib.Path) -> list[str]:

@@ -2,13 +2,14 @@
 
 import dataclasses
 import json
+import logging
 import pathlib
 import re
 
 import numpy as np
 import pytest
 
-from refusal_jax import demo_model_path, load_model
+from refusal_jax import demo_model_path, load_model, progress
 from refusal_jax.chat.prompts import Chat
 from refusal_jax.data.prompts import read_prompts, resolve
 from refusal_jax.data.sampling import SPLITS
@@ -89,13 +90,15 @@ def test_the_shipped_model_met_every_criterion_when_it_was_made():
     assert len(record["criteria"]) == 9 and all(c["met"] for c in record["criteria"])
 
 
-def test_training_learns_and_writes_a_loadable_folder(tmp_path, capfd):
+def test_training_learns_and_writes_a_loadable_folder(tmp_path, caplog, monkeypatch):
+    caplog.set_level(logging.INFO, "refusal_jax")
+    monkeypatch.setattr(progress, "EVERY_SECONDS", 0.0)
     tiny = dataclasses.replace(
         Recipe(), d_model=32, n_layers=2, n_heads=2, n_kv_heads=1, head_dim=16, d_mlp=32, batch=8,
         base_steps=45, safety_steps=42, safety_layers=1,
     )  # fmt: skip
     train(tiny, 0, tmp_path)
-    losses = [float(x) for x in re.findall(r"phase 1.*?loss=([\d.]+)", capfd.readouterr().err.replace("\r", "\n"))]
+    losses = [float(x) for x in re.findall(r"phase 1.*?loss=([\d.]+)", caplog.text)]
     assert losses[-1] < 0.8 * losses[0]
     model = load_model(tmp_path)
     assert model.config.n_layers == 2 and model.config.tied_embeddings is False

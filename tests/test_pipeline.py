@@ -1,6 +1,7 @@
 """The whole study on a tiny random model: its folder, resuming it, and what it refuses before long work."""
 
 import json
+import logging
 import shutil
 import types
 
@@ -321,10 +322,11 @@ def test_home_folders_in_a_config(field, value, config, tmp_path, monkeypatch):
     assert not (tmp_path / "run").exists()
 
 
-def test_prompts_that_splits_share_are_said(config, tmp_path, capsys):
+def test_prompts_that_splits_share_are_said(config, tmp_path, caplog):
+    caplog.set_level(logging.INFO, "refusal_jax")
     config.data.harmless_val = config.data.harmless_train
     run = types.SimpleNamespace(write_json=lambda name, rows: None)
     pipeline.Study(config, run, tmp_path).prompts(None)
-    said = capsys.readouterr().err
+    said = caplog.text
     assert "Prompts: harmless_train, harmless_val come from the same prompts" in said and "3 different ones" in said
     assert "Prompts: 2 of the 3 prompts of harmful_test are in harmful_train too: they were trained on" in said

@@ -92,7 +92,7 @@ def test_two_processes_share_one_folder(tmp_path):
     told = json.loads(pair.out[0])
     assert told["worked"] == ["a", "b"] and told["b"] == {"from": 0, "x": [0.0, 1.0, 2.0]} and told["new"]
     assert sorted(p.name for p in (tmp_path / "run").iterdir() if not p.name.startswith("reached")) == [
-        ".lock", "a.safetensors", "b.json", "manifest.json",
+        ".lock", "a.safetensors", "b.json", "log.txt", "manifest.json",
     ]  # fmt: skip
 
 

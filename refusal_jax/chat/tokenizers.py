@@ -3,10 +3,10 @@
 import contextlib
 import functools
 import importlib.util
+import logging
 import os
 import pathlib
 import re
-import sys
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol, runtime_checkable
 
@@ -15,6 +15,8 @@ from refusal_jax.chat.templates import MARKS
 from refusal_jax.errors import UserError
 from refusal_jax.files import check_file, damaged, read_bytes, read_json
 from refusal_jax.models.decoding import end_ids
+
+LOG = logging.getLogger(__name__)
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 SENTENCEPIECE = "tokenizer.model"
@@ -143,9 +145,8 @@ def reply_ends(folder: pathlib.Path, tokenizer: Tokenizer) -> tuple[int, ...]:
 
 @functools.cache
 def _say_ordinary_end(folder: str, token: int, text: str) -> None:
-    """Says, once for each checkpoint, that its replies end at a token of ordinary text."""
-    print(
+    """Warns, once for each checkpoint, that its replies end at a token of ordinary text."""
+    LOG.warning(
         f"{folder} names token {token}, {text!r}, as one that ends replies, which is a token of ordinary text: where "
-        "replies stop in mid-sentence, correct eos_token_id in its generation_config.json or config.json.",
-        file=sys.stderr,
+        "replies stop in mid-sentence, correct eos_token_id in its generation_config.json or config.json."
     )

@@ -13,7 +13,6 @@ import json
 import logging
 import math
 import pathlib
-import sys
 from collections.abc import Callable
 
 import jax
@@ -21,13 +20,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
-from tqdm import tqdm
 
 from refusal_jax.checkpoints.fingerprint import checkpoint_fingerprint
 from refusal_jax.checkpoints.places import Place, abreast, device_sharding
 from refusal_jax.errors import UserError
 from refusal_jax.files import local_path, to_json
 from refusal_jax.stores import explained, is_in_store, open_store
+
+LOG = logging.getLogger(__name__)
 
 FORMAT = 1  # of the copies: changes when the decoder's weights or their layout do
 AT_A_TIME = 64 << 20  # bytes that a process writes at a time besides one weight
@@ -71,7 +71,7 @@ class ConvertedCopy:
             if weights is not None:
                 return weights
         if wrong and jax.process_index() == 0:
-            tqdm.write(f"{self.folder} cannot be used ({wrong}): it is made again.", file=sys.stderr)
+            LOG.warning(f"{self.folder} cannot be used ({wrong}): it is made again.")
         weights = convert()
         with self._writing():
             self._write(weights)

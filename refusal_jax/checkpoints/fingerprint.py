@@ -13,10 +13,9 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
-from tqdm import tqdm
-
 from refusal_jax.errors import UserError
 from refusal_jax.files import cache_folder
+from refusal_jax.progress import Progress
 
 SMALL = 8 << 20  # bytes up to which a file is simply read
 CHUNK = 4 << 20  # bytes that are hashed at a time
@@ -63,7 +62,7 @@ def _remembered_hashes(folder: pathlib.Path, paths: Sequence[pathlib.Path]) -> d
     hashes = {path: known[path.name][1] for path in paths if known.get(path.name, [None])[0] == now[path]}
     todo = [path for path in paths if path not in hashes]
     total = sum(path.stat().st_size for path in todo)
-    bar = tqdm(total=total, desc="checking weights", unit="B", unit_scale=True, leave=False, delay=2.0)
+    bar = Progress("checking weights", total, "B", delay=2.0)
     with bar, ThreadPoolExecutor(THREADS) as pool:
         hashes |= zip(todo, pool.map(lambda path: _hash_with_bar(path, bar), todo), strict=True)
     settled = {p: now[p] for p in paths if _stamp(p) == now[p] and time.time() - max(now[p][1:3]) / 1e9 > SETTLED}
@@ -93,7 +92,7 @@ def _stamp(path: pathlib.Path) -> list[int]:
     return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino, stat.st_dev]
 
 
-def _hash_with_bar(path: pathlib.Path, bar: tqdm) -> str:
+def _hash_with_bar(path: pathlib.Path, bar: Progress) -> str:
     digest, buffer = hashlib.sha256(), bytearray(CHUNK)
     with open(path, "rb", buffering=0) as file:
         while count := file.readinto(buffer):

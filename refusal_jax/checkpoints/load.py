@@ -16,7 +16,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from safetensors.numpy import save_file
-from tqdm import tqdm
 
 from refusal_jax.checkpoints.check import check_tensors
 from refusal_jax.checkpoints.places import Place, Slab
@@ -28,6 +27,7 @@ from refusal_jax.models.decoder import Decoder
 from refusal_jax.models.families import Piece, hf_names, pieces
 from refusal_jax.models.sharding import split_for
 from refusal_jax.models.weights import weight_table
+from refusal_jax.progress import Progress
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
 READERS = 4  # threads, each with a slab in hand
@@ -101,7 +101,7 @@ def read_share(
     finite = dict.fromkeys(places, True)
     with (
         ThreadPoolExecutor(READERS) as pool,
-        tqdm(total=total, desc="loading weights", unit="B", unit_scale=True, disable=not progress, leave=False) as bar,
+        Progress("loading weights", total, "B", quiet=not progress) as bar,
     ):
         stream = ahead(pool, lambda job: job[0].read(files, job[1]), jobs)
 

@@ -155,7 +155,7 @@ class WeightFile:
     def write(self, path: pathlib.Path, pool: ThreadPoolExecutor, bar) -> str:
         """Writes the new file `path` and returns its sha256, which follows behind the threads of `pool`.
 
-        bar: a tqdm of bytes. Raises UserError for values that are not finite and for sources that cannot be read, OSError for
+        bar: the progress in bytes. Raises UserError for values that are not finite and for sources that cannot be read, OSError for
         a disk that refuses.
         """
         head = framed(self.header)

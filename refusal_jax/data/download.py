@@ -11,10 +11,9 @@ import urllib.parse
 import urllib.request
 from collections.abc import Collection
 
-from tqdm import tqdm
-
 from refusal_jax.errors import UserError
 from refusal_jax.files import cannot_write, file_hash
+from refusal_jax.progress import Progress
 
 CHUNK = 1 << 18  # bytes
 TIMEOUT = 30.0  # seconds without a byte
@@ -98,9 +97,7 @@ def _transfer(url: str, part: pathlib.Path, have: int) -> None:
         have = have if resumes else 0
         length = answer.headers.get("Content-Length")
         total = have + int(length) if length and length.isdigit() else None
-        bar = tqdm(
-            total=total, initial=have, desc=part.name[1:-5], unit="B", unit_scale=True, unit_divisor=1024, leave=False
-        )
+        bar = Progress(part.name[1:-5], total, "B", done=have)
         with bar, open(part, "ab" if resumes else "wb") as file:
             while chunk := answer.read(CHUNK):
                 file.write(chunk)

@@ -15,12 +15,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from refusal_jax.data.download import download, short_hash
 from refusal_jax.data.prompts import located_rows, read_text
 from refusal_jax.errors import UserError
 from refusal_jax.files import file_hash, write_atomically
+from refusal_jax.progress import each
 from refusal_jax.surrogates import mended
 
 MANIFEST = pathlib.Path(__file__).parent / "datasets.json"
@@ -161,7 +161,7 @@ def stream_hub(hub: Mapping, target: pathlib.Path) -> None:
         stream = datasets.load_dataset(
             hub["path"], split=hub["split"], revision=hub.get("revision"), streaming=True, trust_remote_code=None
         )
-        for row in tqdm(stream.take(hub["rows"]), total=hub["rows"], desc=target.name, unit="row", leave=False):
+        for row in each(stream.take(hub["rows"]), target.name, "row", hub["rows"]):
             kept = mended({column: row[column] for column in hub["columns"]}, hub["path"])
             lines.append(json.dumps(kept, ensure_ascii=False))
     except Exception as error:  # of the Hub's client, of many kinds

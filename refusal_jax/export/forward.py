@@ -112,7 +112,7 @@ class Stream:
 
 
 def run_streams(streams: Sequence[Stream], batch: TokenBatch, basis_kd: np.ndarray, bar) -> None:
-    """Runs all streams through all layers, of which one is in memory at a time. bar: a tqdm of layers."""
+    """Runs all streams through all layers, of which one is in memory at a time. bar: the progress in layers."""
     for stream in streams:
         stream.x_btd = _embedded(stream.embed or stream.weights, batch.tokens)
     mask, n_layers = jnp.asarray(batch.mask), streams[0].weights.cfg.n_layers

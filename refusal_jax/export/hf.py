@@ -9,8 +9,6 @@ import os
 import pathlib
 from concurrent.futures import ThreadPoolExecutor
 
-from tqdm import tqdm
-
 from refusal_jax.checkpoints.rewrite import Checkpoint, Stored, WeightFile
 from refusal_jax.checkpoints.tensor_files import INDEX
 from refusal_jax.export.edit import Edit
@@ -19,6 +17,7 @@ from refusal_jax.export.tensor_edits import BIAS_SWITCHES, bias_additions, wante
 from refusal_jax.files import read_json, to_json
 from refusal_jax.models.config import from_hf
 from refusal_jax.models.families import TABLES, hf_shapes
+from refusal_jax.progress import Progress
 
 THREADS = 8  # at most; each holds a block of rows
 # What to do with an embedding that is also the unembedding: give the model an unembedding of its own, the embedding as it
@@ -96,7 +95,7 @@ class Plan:
         hashes = {}
         pool = ThreadPoolExecutor(min(THREADS, os.cpu_count() or 1))
         try:
-            with tqdm(total=self.size, desc="exporting", unit="B", unit_scale=True, leave=False) as bar:
+            with Progress("exporting", self.size, "B") as bar:
                 for path, file in self.files.items():
                     hashes[path.name] = file.write(folder / path.name, pool, bar)
         finally:

@@ -12,7 +12,6 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 from safetensors.numpy import save
-from tqdm import tqdm
 
 from refusal_jax.checkpoints.rewrite import Checkpoint, Stored
 from refusal_jax.checkpoints.safetensors import read_tensors
@@ -23,6 +22,7 @@ from refusal_jax.export.tensor_edits import Projection, wanted_edits
 from refusal_jax.files import to_json
 from refusal_jax.models.config import ModelConfig
 from refusal_jax.models.families import TABLES
+from refusal_jax.progress import each
 
 ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 TIED = ("untie", "skip")
@@ -72,7 +72,7 @@ def write_lora(checkpoint: Checkpoint, folder: pathlib.Path, edit: Edit, tied: s
     }
     with ThreadPoolExecutor(min(THREADS, os.cpu_count() or 1)) as pool:
         found = pool.map(lambda name: factors(checkpoint.tensors[name], matrices[name], rank), matrices)
-        found = list(tqdm(found, total=len(matrices), desc="exporting", unit="tensor", leave=False))
+        found = list(each(found, "exporting", "tensor", len(matrices)))
     for name, (a, b) in zip(matrices, found, strict=True):
         module, expert = module_name(cfg, name), EXPERT.fullmatch(name)
         if expert:

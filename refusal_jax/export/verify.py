@@ -6,7 +6,6 @@ import pathlib
 from collections.abc import Sequence
 
 import numpy as np
-from tqdm import tqdm
 
 from refusal_jax.chat.prompts import Chat, bucket
 from refusal_jax.checkpoints.rewrite import Checkpoint
@@ -20,6 +19,7 @@ from refusal_jax.export.tensor_edits import projection, tensor_edits
 from refusal_jax.models.families import TABLES, WRITER_BIASES, WRITERS, pieces
 from refusal_jax.models.finite import check_finite
 from refusal_jax.models.scores import kl_divergence
+from refusal_jax.progress import Progress
 from refusal_jax.study.loss import LossRow, chat_rows, text_rows
 
 # What a passing export stays under, by whether all that it edits is stored in float32; of logits, or this part of the
@@ -82,7 +82,7 @@ def verify(checkpoint: Checkpoint, folder: pathlib.Path, edit: Edit, written: Wr
     """
     streams = make_streams(checkpoint, folder, edit, written)
     batch = sample.batch()
-    with tqdm(total=checkpoint.cfg.n_layers, desc="verifying", unit="layer", leave=False) as bar:
+    with Progress("verifying", checkpoint.cfg.n_layers, "layer") as bar:
         run_streams(list(streams.values()), batch, edit.directions.basis_kd, bar)
     rows, columns, targets = sample.places(batch.tokens.shape[1])
     base = read_logits(streams["reference"], rows, columns, len(sample.prompts), targets)

@@ -5,12 +5,10 @@ import functools
 import inspect
 import logging
 import pathlib
-import sys
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from tqdm import tqdm
 
 from refusal_jax.chat.model import ChatModel, demo_model_path, load_model
 from refusal_jax.chat.prompts import bucket
@@ -25,11 +23,13 @@ from refusal_jax.files import local_path
 from refusal_jax.models.config import load_config
 from refusal_jax.models.sharding import make_mesh
 
+LOG = logging.getLogger(__name__)
+
 
 @functools.cache
 def warn_once(message: str) -> None:
     """Logs a warning the first time that a process has it."""
-    logging.getLogger(__name__).warning(message)
+    LOG.warning(message)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,7 +170,7 @@ def read_arguments(
     )
     for name, direction in (("ablate", ablated), ("add", added)):
         if direction is not None:
-            tqdm.write(f"{name}: {direction.summary}", file=sys.stderr)
+            LOG.info(f"{name}: {direction.summary}")
     chat = dataclasses.replace(loaded.chat, template_arguments=dict(chat_template_args or {}))
     loaded = dataclasses.replace(loaded, chat=chat)
     return EditedModel(
@@ -253,8 +253,3 @@ def like_lengths(rows: Sequence[Sequence[int]]) -> list[tuple[list[int], int]]:
     for i, row in enumerate(rows):
         groups[max(6, (len(row) - 1).bit_length())].append(i)
     return [(groups[key], bucket(max(len(rows[i]) for i in groups[key]))) for key in sorted(groups, reverse=True)]
-
-
-def progress(total: int, title: str, quiet: bool = False) -> tqdm:
-    """A bar for `total` requests."""
-    return tqdm(total=total, desc=title, unit="request", leave=False, disable=quiet)

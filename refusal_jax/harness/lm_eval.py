@@ -20,11 +20,12 @@ from refusal_jax.chat.prompts import bucket
 from refusal_jax.checkpoints.fingerprint import checkpoint_fingerprint
 from refusal_jax.edits import Edits
 from refusal_jax.errors import UserError, spelt
-from refusal_jax.harness.edited import ARGUMENTS, EditedModel, progress, warn_once
+from refusal_jax.harness.edited import ARGUMENTS, EditedModel, warn_once
 from refusal_jax.models.decoder import Decoder
 from refusal_jax.models.decoding import COMPUTED
 from refusal_jax.models.finite import check_finite
 from refusal_jax.models.sharding import replicate
+from refusal_jax.progress import Progress
 
 AUTO_BATCH = 32  # rows for --batch_size auto
 # Of generation settings those that greedy decoding obeys, and those that it makes pointless.
@@ -226,7 +227,7 @@ class RefusalJaxLM(TemplateLM):
             if continuation:
                 groups[tuple(ids[:-1])].append((i, len(continuation), ids[-1]))
         order = sorted(groups, key=len, reverse=True)
-        with progress(len(requests), "loglikelihood", disable_tqdm) as bar:
+        with Progress("loglikelihood", len(requests), "request", quiet=disable_tqdm) as bar:
             for start in range(0, len(order), self.batch_size):
                 rows = order[start : start + self.batch_size]
                 self._score(rows, [groups[row] for row in rows], results)
@@ -290,7 +291,7 @@ class RefusalJaxLM(TemplateLM):
             groups[settings["max_gen_toks"], repr(sorted(more.items()))].append(i)
             decoded[repr(sorted(more.items()))] = more
         texts = [""] * len(requests)
-        with progress(len(requests), "generate_until", disable_tqdm) as bar:
+        with Progress("generate_until", len(requests), "request", quiet=disable_tqdm) as bar:
             for (tokens, key), index in groups.items():
                 model = self.model.decoded(self.generation_from_checkpoint, **decoded[key])
                 edited = dataclasses.replace(self.edited, model=model)

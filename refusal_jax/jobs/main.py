@@ -62,13 +62,16 @@ def prepare_environment(job: str) -> None:
 def help_text(job: str) -> str:
     from absl import flags
 
+    from refusal_jax.jobs import common
+
     module = importlib.import_module(f"refusal_jax.jobs.{job}")
     shown = []
-    for flag in sorted(flags.FLAGS.get_key_flags_for_module(module.__name__), key=lambda f: f.name):
+    own = flags.FLAGS.get_key_flags_for_module(module.__name__)
+    for flag in [*sorted(own, key=lambda f: f.name), common.FLAGS["log_level"]]:
         default = "" if flag.default in (None, "") else f" (default: {flag.default_as_str.strip(chr(39))})"
         text = " ".join((flag.help or "").split()) + default
         shown.append(f"  --{flag.name}\n" + textwrap.indent(textwrap.fill(text, 100), " " * 6))
-    return f"refusal-jax {job}: {docstring(job)}\n\nFlags:\n" + ("\n".join(shown) or "  none of its own") + "\n"
+    return f"refusal-jax {job}: {docstring(job)}\n\nFlags:\n" + "\n".join(shown) + "\n"
 
 
 def fail(message: str, exit_code: int = 2) -> int:
@@ -166,17 +169,20 @@ def verdict(error: BaseException) -> tuple[int, str]:
 
 def run_job(job: str, argv: list[str]) -> int:
     """Runs a job with its flags; the exit code."""
-    from refusal_jax import distributed
+    from refusal_jax import distributed, logs
     from refusal_jax.errors import spelt
+    from refusal_jax.jobs import common
 
     if any(arg in ("--help", "-h", "-help", "--helpfull") for arg in argv):
         print(help_text(job))
         return 0
     try:
-        module, arguments = prepare_job(job, argv)
-        with spelt(as_flags(job)):
-            module.main(arguments)
-        distributed.finish()
+        level, argv = common.parse(job, argv)
+        with logs.shown(level):
+            module, arguments = prepare_job(job, argv)
+            with spelt(as_flags(job)):
+                module.main(arguments)
+            distributed.finish()
         return 0
     except (Exception, KeyboardInterrupt) as error:
         code, message = verdict(error)

@@ -15,12 +15,11 @@ TensorCores, two a chip; 2xv5e-16 is two slices. --out=NAME writes NAME.json and
 
 import importlib.util
 import json
+import logging
 import pathlib
-import sys
 
 from absl import flags
 from ml_collections import config_flags
-from tqdm import tqdm
 
 from refusal_jax.errors import UserError
 from refusal_jax.files import local_path, read_json, to_json, write_atomically
@@ -29,8 +28,11 @@ from refusal_jax.plan import table
 from refusal_jax.plan.chips import Slice
 from refusal_jax.plan.planner import MeshShape, Plan, make_plan
 from refusal_jax.plan.programs import USUAL_LENGTH, Workload
+from refusal_jax.progress import each
 from refusal_jax.study import config as study_config
 from refusal_jax.study.study import check_numbers
+
+LOG = logging.getLogger(__name__)
 
 COMMON = ("v5e-16", "v5e-64", "v5p-16", "v6e-8")
 MODEL = flags.DEFINE_string("model", "", "Checkpoint folder, config.json, or the name of one of the paper's models.")
@@ -61,7 +63,7 @@ def main(argv) -> None:
         {name: from_hf(row["config"], name) for name, row in known.items()} if ALL.value else dict([named_model(known)])
     )
     plans, jobs = [], [(name, cfg, where) for name, cfg in models.items() for where in slices]
-    for name, cfg, where in tqdm(jobs, desc="planning", unit="plan", disable=len(jobs) == 1, leave=False):
+    for name, cfg, where in each(jobs, "planning", "plan"):
         plan = one(name, cfg, where)
         plans.append((name, plan))
         if not ALL.value:
@@ -76,10 +78,10 @@ def main(argv) -> None:
 
 
 def one(name: str, cfg: ModelConfig, where: Slice) -> Plan:
-    """The plan of one model for one slice, saying on stderr what is being compiled."""
+    """The plan of one model for one slice, logging what is being compiled."""
 
     def note(text: str) -> None:
-        tqdm.write(f"compiling for {where.name}: {name}, {text}", file=sys.stderr)
+        LOG.info(f"compiling for {where.name}: {name}, {text}")
 
     work = Workload(cfg, DTYPE.value, CONFIG.value, LENGTH.value)
     return make_plan(work, where, mesh_shape(), note)

@@ -8,16 +8,15 @@ StrongREJECT's "1" to "5". Label probabilities are taken among the labels only.
 import dataclasses
 import gc
 import hashlib
+import logging
 import math
 import pathlib
 import re
-import sys
 from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from tqdm import tqdm
 
 from refusal_jax import distributed
 from refusal_jax.chat.model import ChatModel, load_model
@@ -34,6 +33,9 @@ from refusal_jax.models.config import load_config
 from refusal_jax.models.decoder import Decoder
 from refusal_jax.models.finite import check_finite
 from refusal_jax.models.sharding import replicate
+from refusal_jax.progress import Progress
+
+LOG = logging.getLogger(__name__)
 
 REQUEST, RESPONSE = ("prompt", "behavior", "instruction", "forbidden_prompt"), ("response", "generation", "completion")
 PLACEHOLDER = re.compile(r"\{(" + "|".join(REQUEST + RESPONSE) + r")\}")
@@ -228,10 +230,9 @@ class ModelJudge:
                 verdicts |= found
                 save(found)
             if math.fsum(masses) / len(masses) < LEAST_MASS:
-                tqdm.write(
+                LOG.warning(
                     f"The judge {self.name!r} gives its answers {', '.join(self.kind.labels)} a probability of only "
-                    f"{math.fsum(masses) / len(masses):.4f}: it was asked in a form that it does not know. Check its template.",
-                    file=sys.stderr,
+                    f"{math.fsum(masses) / len(masses):.4f}: it was asked in a form that it does not know. Check its template."
                 )
             del model
             gc.collect()
@@ -252,7 +253,7 @@ class ModelJudge:
             members[row, ids] = True
         rows = [self.fitted(chat, c["prompt"], c["response"]) for c in completions]
         order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
-        with tqdm(total=len(rows), desc=f"judge {self.name}", unit="reply", leave=False) as bar:
+        with Progress(f"judge {self.name}", len(rows), "reply") as bar:
             for start in range(0, len(order), self.batch_size):
                 index = order[start : start + self.batch_size]
                 texts = [rows[i] for i in index]

@@ -15,13 +15,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from tqdm import tqdm
 
 from refusal_jax.checkpoints.load import save_weights
 from refusal_jax.edits import Edits
 from refusal_jax.models.config import from_hf
 from refusal_jax.models.decoder import Decoder
 from refusal_jax.organism.corpus import COMPLIANT_ROLES, DECLINING_ROLE, REFUSALS, Request, split_requests
+from refusal_jax.progress import Progress
 from refusal_jax.taps import Taps
 
 SPECIAL = ("<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
@@ -209,11 +209,10 @@ def train_phase(
 
     weights = decoder.weights()
     state = optimiser.init(weights)
-    bar = tqdm(range(steps), desc=title, unit="step")
-    for index in bar:
-        weights, state, value = step(weights, state, *next(stream))
-        if index % 20 == 0 or index == steps - 1:
-            bar.set_postfix(loss=f"{float(value):.4f}")
+    with Progress(title, steps, "step") as bar:
+        for index in range(steps):
+            weights, state, value = step(weights, state, *next(stream))
+            bar.update(note=f"loss={float(value):.4f}" if index % 20 == 0 or index == steps - 1 else "")
     return Decoder(cfg, weights)
 
 

@@ -11,6 +11,7 @@ import dataclasses
 import hashlib
 import importlib.metadata
 import json
+import logging
 import os
 import pathlib
 import platform
@@ -23,10 +24,12 @@ from safetensors.numpy import load, save
 from refusal_jax import distributed
 from refusal_jax.errors import UserError
 from refusal_jax.files import to_json
+from refusal_jax.runs import log
 from refusal_jax.runs.storage import DiskFolder, ObjectFolder, ToldFiles, named_by, open_storage
 
 MANIFEST = "manifest.json"
 Storage = DiskFolder | ObjectFolder | ToldFiles
+LOG = logging.getLogger(__name__)
 PACKAGES = ("refusal-jax", "jax", "flax", "transformers", "numpy", "safetensors")
 
 
@@ -56,6 +59,7 @@ class Run:
         self.storage = storage or open_storage(folder)
         self.manifest, self.new = manifest, new
         self.worked = []  # names of the stages that did work in this process
+        self.log: log.LogFile | None = None  # of the process that owns the folder
 
     @classmethod
     @contextlib.contextmanager
@@ -89,7 +93,9 @@ class Run:
                 manifest = fresh
                 storage.write(MANIFEST, to_json(manifest))
             distributed.share_json([manifest, new])
-            yield cls(folder, manifest, new, storage)
+            run = cls(folder, manifest, new, storage)
+            with log.kept(storage) as run.log:
+                yield run
 
     @property
     def folder(self):
@@ -99,6 +105,8 @@ class Run:
         """Removes what this run wrote, and its folder if nothing else is in it: bad input leaves no trace."""
         if distributed.first():
             written = [file for stage in self.manifest["stages"].values() for file in stage["writes"]]
+            if self.log:
+                self.log.drop()
             self.storage.remove([*written, MANIFEST, *self._ledgers("")])
             self.storage.remove_folder()
 
@@ -147,12 +155,19 @@ class Run:
         ledger, reads = self._due(name, inputs) if owner else (None, {})
         due, rows = distributed.share_json([ledger is not None, ledger.rows if ledger else []])
         if due and (owner or not alone):
+            LOG.info(f"{name}: {'continues from ' + str(len(rows)) + ' rows' if rows else 'starts'}")
             start = time.monotonic()
             found = work(ledger or Ledger(self.storage, name, rows))
+            seconds = time.monotonic() - start
             if owner:
-                self._record(name, reads, outputs, round(time.monotonic() - start, 3), found)
+                self._record(name, reads, outputs, round(seconds, 3), found)
+            LOG.info(f"{name}: done in {seconds:.1f} s")
         if due:
             self.worked.append(name)
+        else:
+            LOG.info(f"{name}: done before, skipped")
+        if self.log:
+            self.log.flush()
         self._pass_on(name, outputs)
         return due
 

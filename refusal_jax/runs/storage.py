@@ -88,6 +88,11 @@ class DiskFolder:
     def write(self, name: str, data: bytes) -> None:
         write_atomically(self.path / name, data)
 
+    def extend(self, name: str, data: bytes) -> None:
+        """Adds to a file that need not survive a crash whole."""
+        with open(self.path / name, "ab") as file:
+            file.write(data)
+
     def rows(self, ledger: str) -> list[dict]:
         """Reads the rows of a ledger; a last line torn by a crash is dropped."""
         if not self.exists(ledger):
@@ -180,6 +185,10 @@ class ObjectFolder:
         with self._reached(name):
             self.files.pipe_file(f"{self.root}/{name}", data)
         self._known[name] = data
+
+    def extend(self, name: str, data: bytes) -> None:
+        """Adds to a file, which is written again whole."""
+        self.write(name, (self.read(name) if self.exists(name) else b"") + data)
 
     def rows(self, ledger: str) -> list[dict]:
         """Reads the rows of a ledger."""

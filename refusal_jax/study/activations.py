@@ -6,7 +6,6 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
-from tqdm import tqdm
 
 from refusal_jax.chat.model import ChatModel
 from refusal_jax.chat.prompts import bucket
@@ -16,6 +15,7 @@ from refusal_jax.models.decoder import Decoder
 from refusal_jax.models.finite import check_finite
 from refusal_jax.models.scores import refusal_score
 from refusal_jax.models.sharding import replicate
+from refusal_jax.progress import each
 from refusal_jax.taps import Taps
 
 
@@ -73,7 +73,7 @@ def extract(
     scores, kept = np.zeros(n), np.zeros(n, bool)
     total = np.zeros((cfg.n_layers, positions, cfg.d_model))
     taps, ids = Taps(("resid_pre",), positions), np.asarray(refusal_ids, np.int32)
-    batches = tqdm(list(length_batches(model, instructions, batch_size)), desc=title, unit="batch", leave=False)
+    batches = each(list(length_batches(model, instructions, batch_size)), title, "batch")
     for index, batch in batches:
         valid = np.arange(batch_size) < len(index)
         out = extract_batch(model.decoder, *model.put(batch.tokens, batch.mask), valid, sign, ids, taps)

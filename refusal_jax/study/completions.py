@@ -5,7 +5,6 @@ from collections.abc import Callable, Collection, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from tqdm import tqdm
 
 from refusal_jax.chat.model import ChatModel
 from refusal_jax.chat.prompts import bucket
@@ -15,6 +14,7 @@ from refusal_jax.models.decoder import Decoder
 from refusal_jax.models.finite import check_finite
 from refusal_jax.models.scores import refusal_score
 from refusal_jax.models.sharding import replicate
+from refusal_jax.progress import Progress
 from refusal_jax.study.activations import length_batches
 
 INTERVENTIONS = ("baseline", "ablation", "actadd")
@@ -72,7 +72,7 @@ def complete(
     if todo:
         batch = model.chat.pad([ids[side[c]][i] for c, i in todo], length)
         row_edits = edits.take([list(conditions).index(c) for c, _ in todo])
-        with tqdm(total=len(todo), desc="completions", unit="reply", leave=False) as bar:
+        with Progress("completions", len(todo), "reply") as bar:
             for done, generated in model.reply_ids(batch, max_new_tokens, row_edits, rows=batch_size):
                 new = {todo[n]: reply.row for n, reply in zip(done, model.chat.replies(generated), strict=True)}
                 save([{"condition": c, "index": i, **row} for (c, i), row in new.items()])

@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from tqdm import tqdm
 
 from refusal_jax.chat.model import ChatModel
 from refusal_jax.chat.prompts import Chat, bucket
@@ -20,6 +19,7 @@ from refusal_jax.models.attention import Context
 from refusal_jax.models.decoder import Decoder
 from refusal_jax.models.finite import check_finite
 from refusal_jax.models.sharding import replicate
+from refusal_jax.progress import each
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,7 +94,7 @@ def _batches(model: ChatModel, rows: Sequence[LossRow], batch_size: int, title: 
             f"'{title}' has no token to measure the loss on: every row is empty or cut before its response. "
             f"Raise {field('loss.text_tokens')} or drop the file."
         )
-    for start in tqdm(range(0, len(order), batch_size), desc=f"loss, {title}", unit="batch", leave=False):
+    for start in each(range(0, len(order), batch_size), f"loss, {title}", "batch"):
         part = order[start : start + batch_size]
         length = bucket(len(part[-1].ids))
         counted = np.zeros((batch_size, length), bool)

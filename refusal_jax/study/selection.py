@@ -13,7 +13,6 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
-from tqdm import tqdm
 
 from refusal_jax.chat.model import ChatModel
 from refusal_jax.edits import Edits
@@ -23,6 +22,7 @@ from refusal_jax.models.decoder import Decoder
 from refusal_jax.models.finite import check_finite
 from refusal_jax.models.scores import kl_divergence, refusal_score
 from refusal_jax.models.sharding import constrain, put, replicate, sharding_of
+from refusal_jax.progress import Progress
 from refusal_jax.study.activations import length_batches
 
 SAVED = 8  # candidates, at least, that are scored between two writes to the ledger
@@ -263,7 +263,7 @@ def evaluate_candidates(
             save(rows)
 
     asked = rows[: layers * positions]
-    with tqdm(total=3 * len(asked), desc="selection", unit="score", leave=False) as bar:
+    with Progress("selection", 3 * len(asked), "score") as bar:
         for layer, induce in harmless_val.climb(layers, positions):
             fill("steering_score", asked[layer * positions : (layer + 1) * positions], induce)
             bar.update(positions)

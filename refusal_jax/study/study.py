@@ -7,15 +7,14 @@ writes files of the folder and nothing else, so that it can be skipped, resumed 
 import dataclasses
 import functools
 import gc
+import logging
 import os
 import pathlib
-import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
-from tqdm import tqdm
 
 from refusal_jax import distributed
 from refusal_jax.chat.model import ChatModel, demo_model_path, load_model, weights_dtype
@@ -47,6 +46,8 @@ from refusal_jax.study.loss import loss_datasets, measure_kl, measure_loss, read
 from refusal_jax.study.refusal_tokens import Opening, measure_openings, refusal_openings
 from refusal_jax.study.selection import Rule, evaluate_candidates, pick
 from refusal_jax.taps import Taps
+
+LOG = logging.getLogger(__name__)
 
 PROMPTS, SETUP, FILTER, MEANS = "prompts.json", "setup.json", "filter.json", "mean_diffs.safetensors"
 EVALUATIONS, METADATA, DIRECTION = "direction_evaluations.json", "direction_metadata.json", "direction.safetensors"
@@ -243,8 +244,7 @@ class Study:
         work = Workload(self.model.config, str(self.model.decoder.dtype), self.config, length)
 
         def note(text: str) -> None:
-            if distributed.first():
-                tqdm.write(f"Planning: {text}", file=sys.stderr)
+            LOG.info(f"Planning: {text}")
 
         return run_sizes(work, self.model.mesh, jax.local_devices(), note)
 
@@ -263,7 +263,7 @@ class Study:
 
     def prompts(self, ledger: Ledger) -> None:
         def note(text: str) -> None:
-            tqdm.write(f"Prompts: {text}", file=sys.stderr)
+            LOG.info(f"Prompts: {text}")
 
         drawn = sample_prompts(self.config.data, note)
         for found in overlaps(drawn):
@@ -317,8 +317,7 @@ class Study:
             )
         refusal_ids, openings = self.refusal_tokens()
         setup = self.setup(positions, refusal_ids, openings)
-        if distributed.first():
-            tqdm.write("\n".join(setup_lines(setup)), file=sys.stderr)  # now: if it is not what was meant, stop
+        LOG.info("\n".join(setup_lines(setup)))  # now: if it is not what was meant, stop
         found = {}
         for split in SPLITS[:4]:
             sign = 0 if not config.filter else 1 if split.startswith("harmful") else -1
