@@ -325,7 +325,7 @@ def test_a_run_in_an_object_store(bucket):
     parts = [name for name in bucket.store if "/.ledger-a-" in name]
     assert calls == [0, 1] and len(parts) == 2 and parts[0].endswith(".jsonl.000000")
     assert double(address, calls) == ([True, True], ["a", "b"]) and calls == [0, 1, 2, "b"]
-    assert sorted(bucket.store) == [f"/bucket/study/{name}" for name in ("a.json", "b.json", MANIFEST)]
+    assert sorted(bucket.store) == [f"/bucket/study/{name}" for name in ("a.json", "b.json", "log.txt", MANIFEST)]
     assert json.loads(bucket.cat("gs://bucket/study/b.json")) == [0, 2, 4]
     assert double(address, calls) == ([False, False], [])
     with Run.open(address, CONFIG, INPUTS) as run:

@@ -9,7 +9,6 @@ import threading
 import time
 from collections.abc import Iterator
 
-import refusal_jax
 from refusal_jax import logs
 from refusal_jax.errors import UserError
 from refusal_jax.runs.storage import DiskFolder, ObjectFolder
@@ -56,14 +55,15 @@ def kept(storage: DiskFolder | ObjectFolder) -> Iterator[LogFile]:
     file = LogFile(storage)
     command = " ".join([os.path.basename(sys.argv[0] or "python"), *sys.argv[1:]])
     now = time.strftime("%Y-%m-%d %H:%M:%S %z")
-    file.add(
-        f"--- {now}, refusal-jax {refusal_jax.__version__}, {socket.gethostname()}, pid {os.getpid()}: {command}\n"
-    )
+    file.add(f"--- {now}, {socket.gethostname()}, pid {os.getpid()}: {command}\n")
     with logs.kept(file):
         try:
             yield file
         except UserError as error:
             logs.PRINTED.error(str(error))
+            raise
+        except KeyboardInterrupt:
+            logs.PRINTED.error("The run was interrupted.")
             raise
         except BaseException as error:
             logs.PRINTED.error(f"The run ended early: {type(error).__name__}.", exc_info=error)
