@@ -203,7 +203,7 @@ def test_an_object_store_gets_the_log_after_each_stage(monkeypatch):
     monkeypatch.setattr(
         ObjectFolder, "write", lambda self, name, data: (puts.append(name), objects.update({name: data}))
     )
-    file = log.LogFile(storage := ObjectFolder("gs://bucket/run"))
+    file = log.LogFile(storage := ObjectFolder("memory://bucket/run"))
     with logs.kept(file):
         LOG.info("one")
         LOG.info("two")

@@ -155,8 +155,8 @@ class WeightFile:
     def write(self, path: pathlib.Path, pool: ThreadPoolExecutor, bar) -> str:
         """Writes the new file `path` and returns its sha256, which follows behind the threads of `pool`.
 
-        bar: the progress in bytes. Raises UserError for values that are not finite and for sources that cannot be read, OSError for
-        a disk that refuses.
+        bar: the progress in bytes. Raises UserError for values that are not finite and for sources that cannot be read,
+        OSError for a disk that refuses.
         """
         head = framed(self.header)
         target = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o644)
