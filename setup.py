@@ -46,6 +46,7 @@ setup(
         "platformdirs>=4.0",  # where caches are kept
         "pyyaml>=6.0",  # the metadata of model cards
         "safetensors>=0.5",
+        "scipy>=1.15",
         "tiktoken>=0.9",  # Qwen 1's tokenizer
         "tokenizers>=0.21",
         "tqdm>=4.66",

@@ -6,9 +6,8 @@ import pathlib
 from collections.abc import Sequence
 
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import load_file
 
+from refusal_jax.checkpoints.safetensors import read_tensors
 from refusal_jax.errors import UserError, setting
 from refusal_jax.files import file_hash, read_json
 
@@ -263,10 +262,7 @@ def _read_npy(file: pathlib.Path) -> np.ndarray:
 
 
 def _read_safetensors(file: pathlib.Path) -> np.ndarray:
-    try:
-        tensors = load_file(file)
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{file} is not a readable safetensors file ({error}). Copy it again.") from None
+    tensors = read_tensors(file)
     names = [name for name in ("direction", "directions", MEANS) if name in tensors] or list(tensors)
     if len(tensors) != 1 and names == list(tensors):
         raise UserError(

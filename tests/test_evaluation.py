@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import math
 import sys
 
 import numpy as np
@@ -13,7 +14,7 @@ from refusal_jax import UserError
 from refusal_jax.jobs.main import run_job
 from refusal_jax.judges.artifacts import jailbreakbench_artifact, read_completions
 from refusal_jax.judges.models import ModelJudge
-from refusal_jax.judges.statistics import Rate, cohens_kappa, mcnemar, mean_interval
+from refusal_jax.judges.statistics import Rate, cohens_kappa, mcnemar, mean_interval, wilson_interval
 from refusal_jax.judges.tables import COLUMNS, repetition, tables, tidy_csv
 from refusal_jax.judges.text import TEXT_JUDGES, Verdict, evaluate_completions
 
@@ -47,6 +48,26 @@ def test_mcnemar():
     assert found["p_value"] == pytest.approx(3.7e-5, rel=0.05)
     assert mcnemar(*labels(3, 5, 1, 2))["p_value"] == pytest.approx(2 * 7 / 64)
     assert mcnemar(*labels(3, 2, 2, 2))["p_value"] == mcnemar(*labels(5, 0, 0, 5))["p_value"] == 1.0
+
+
+def test_intervals_and_tests_are_their_closed_forms():
+    """Wilson's formula, the binomial tail, and percentiles of means of the same draws."""
+    z = 1.959963984540054
+    for n in (1, 2, 5, 29, 100, 572, 10_000):
+        for count in {0, 1, n // 3, n // 2, n - 1, n}:
+            p = count / n
+            centre, spread = p + z * z / (2 * n), z * (p * (1 - p) / n + z * z / (4 * n * n)) ** 0.5
+            bounds = (centre - spread) / (1 + z * z / n), (centre + spread) / (1 + z * z / n)
+            assert wilson_interval(count, n) == pytest.approx(bounds, abs=1e-9)
+    for lost, won in ((0, 1), (1, 0), (3, 9), (40, 40), (150, 86), (0, 500)):
+        tail = sum(math.comb(lost + won, k) for k in range(min(lost, won) + 1)) * 2 / 2 ** (lost + won)
+        assert mcnemar(*labels(7, lost, won, 2))["p_value"] == pytest.approx(min(1.0, tail), rel=1e-9)
+    for n in (1, 2, 17, 400):
+        values = np.random.default_rng(n).gamma(2.0, 30.0, n)
+        means = values[np.random.default_rng(0).integers(0, n, (2000, n))].mean(axis=1)
+        found = mean_interval(values)
+        assert (found["low"], found["high"]) == pytest.approx(tuple(np.percentile(means, (2.5, 97.5))), rel=1e-9)
+    assert np.isnan(mean_interval([1.0, np.nan])["low"])
 
 
 def test_cohens_kappa():

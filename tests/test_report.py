@@ -558,6 +558,9 @@ def test_zero_vectors_have_no_cosine_and_no_warning():
 def test_auc_counts_pairs():
     assert auc(np.array([2.0, 3.0]), np.array([1.0, 2.0])) == 0.875
     assert auc(np.array([]), np.array([1.0])) is None
+    above, below = np.random.default_rng(0).normal(size=(2, 50)).round(1)
+    pairs = np.sign(above[:, None] - below).mean() / 2 + 0.5
+    assert auc(above, below) == pytest.approx(pairs, abs=1e-12) and auc(above, above) == 0.5
 
 
 def test_colours_change_at_the_threshold_whatever_the_data():

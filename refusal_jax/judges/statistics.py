@@ -1,26 +1,32 @@
 """Intervals and tests for what judges say: rates, paired comparisons, agreement, means.
 
-Prompts are the unit: the same prompts run under every condition, so conditions are compared in pairs. Everything is NumPy
-float64 and the same on every call: the bootstrap's draws are seeded.
+Prompts are the unit: the same prompts run under every condition, so conditions are compared in pairs. Everything is float64
+and the same on every call: the bootstrap's draws are seeded. scipy.stats is imported where it is used, because its import takes
+half a second, which jobs that compute no interval should not wait for.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Iterable, Sequence
+from statistics import NormalDist
 
 import numpy as np
+from jaxtyping import Float
 
-Z95 = 1.959964
+Z95 = NormalDist().inv_cdf(0.975)
 DRAWS, DRAWS_SEED = 2000, 0  # of the bootstrap
 
 
-def wilson_interval(successes: int, n: int, z: float = Z95) -> tuple[float, float]:
-    """The Wilson score interval of a rate, by default at 95 %."""
+@functools.cache
+def wilson_interval(successes: int, n: int) -> tuple[float, float]:
+    """Returns the 95 % Wilson score interval of a rate; from 0 to 1 of no cases."""
     if n == 0:
         return 0.0, 1.0
-    rate = successes / n
-    centre, spread = rate + z * z / (2 * n), z * (rate * (1 - rate) / n + z * z / (4 * n * n)) ** 0.5
-    return max(0.0, (centre - spread) / (1 + z * z / n)), min(1.0, (centre + spread) / (1 + z * z / n))
+    from scipy import stats
+
+    found = stats.binomtest(successes, n).proportion_ci(0.95, "wilson")
+    return float(found.low), float(found.high)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +71,7 @@ class Rate:
 
 
 def mcnemar(first: Sequence[int], second: Sequence[int]) -> dict:
-    """Two conditions on the same prompts, by 0/1 labels in the same order: McNemar's exact test (two-sided).
+    """Compares two conditions on the same prompts, by 0/1 labels in the same order, with McNemar's exact test (two-sided).
 
     `difference` is the second's rate minus the first's, with the 95 % interval of Agresti and Min (2005) for paired rates.
     Raises ValueError for labels of different numbers.
@@ -73,8 +79,11 @@ def mcnemar(first: Sequence[int], second: Sequence[int]) -> dict:
     pairs = list(zip(first, second, strict=True))
     lost = sum(a > b for a, b in pairs)
     won = sum(a < b for a, b in pairs)
-    n, discordant = len(pairs), lost + won
-    tail = sum(math.comb(discordant, k) for k in range(min(lost, won) + 1))
+    n, p_value = len(pairs), 1.0
+    if lost + won:
+        from scipy import stats
+
+        p_value = float(stats.binomtest(won, lost + won, 0.5).pvalue)
     centre = (won - lost) / (n + 2)
     spread = Z95 * math.sqrt(lost + won + 1 - (won - lost) ** 2 / (n + 2)) / (n + 2)
     return {
@@ -84,12 +93,12 @@ def mcnemar(first: Sequence[int], second: Sequence[int]) -> dict:
         "difference": (won - lost) / n if n else math.nan,
         "low": max(-1.0, centre - spread),
         "high": min(1.0, centre + spread),
-        "p_value": min(1.0, 2 * tail / 2**discordant),
+        "p_value": p_value,
     }
 
 
 def cohens_kappa(first: Sequence[int], second: Sequence[int]) -> dict:
-    """How far two judges agree beyond chance, `{"n", "agreement", "kappa"}`; kappa is None where chance alone must agree.
+    """Measures how two judges agree beyond chance, `{"n", "agreement", "kappa"}`; kappa is None where chance alone must agree.
 
     Raises ValueError for labels of different numbers.
     """
@@ -103,11 +112,14 @@ def cohens_kappa(first: Sequence[int], second: Sequence[int]) -> dict:
     return {"n": n, "agreement": observed, "kappa": None if chance == 1 else (observed - chance) / (1 - chance)}
 
 
-def mean_interval(values: Sequence[float]) -> dict:
-    """`{"mean", "n", "low", "high"}`: the mean with its 95 % percentile bootstrap interval; NaN of no values."""
-    values = np.asarray(values, np.float64)
-    if not len(values):
-        return {"mean": math.nan, "n": 0, "low": math.nan, "high": math.nan}
-    draws = np.random.default_rng(DRAWS_SEED).integers(0, len(values), (DRAWS, len(values)))
-    low, high = np.percentile(values[draws].mean(axis=1), (2.5, 97.5))
-    return {"mean": float(values.mean()), "n": len(values), "low": float(low), "high": float(high)}
+def mean_interval(values: Sequence[float] | Float[np.ndarray, " n"]) -> dict:
+    """Returns `{"mean", "n", "low", "high"}`, the mean with its 95 % percentile bootstrap interval; NaN of no values."""
+    values_n = np.asarray(values, np.float64)
+    mean = low = high = float(values_n.mean()) if len(values_n) else math.nan
+    if len(values_n) > 1 and math.isfinite(mean):
+        from scipy import stats
+
+        rng = np.random.default_rng(DRAWS_SEED)
+        found = stats.bootstrap((values_n,), np.mean, n_resamples=DRAWS, method="percentile", rng=rng)
+        low, high = map(float, found.confidence_interval)
+    return {"mean": mean, "n": len(values_n), "low": low, "high": high}

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+from jaxtyping import Float
 
 from refusal_jax.chat.thoughts import is_unfinished
 from refusal_jax.data.sampling import SPLITS, overlap_in_words, overlaps
@@ -264,12 +265,13 @@ def shared_prompts(conditions: Sequence[JudgedCondition], prompts: Mapping, inpu
     return found
 
 
-def auc(above: np.ndarray, below: np.ndarray) -> float | None:
+def auc(above: Float[np.ndarray, " n"], below: Float[np.ndarray, " m"]) -> float | None:
     """Returns how often a value of `above` exceeds one of `below`, ties half; None if one of them is empty."""
     if not above.size or not below.size:
         return None
-    difference = above[:, None].astype(np.float64) - below[None, :]
-    return float(((difference > 0) + 0.5 * (difference == 0)).mean())
+    from scipy import stats  # here: its import takes half a second
+
+    return float(stats.mannwhitneyu(above, below, method="asymptotic").statistic / (above.size * below.size))
 
 
 def find_concerns(run, conditions: Sequence[JudgedCondition], judges: Sequence[str]) -> list[Concern]:
