@@ -22,6 +22,7 @@ from refusal_jax.errors import UserError
 from refusal_jax.jobs import main
 from refusal_jax.runs import storage
 from refusal_jax.runs.run import Run
+from refusal_jax.runs.stage import Stage
 
 
 def scenario(name: str, folder: pathlib.Path, index: int) -> None:
@@ -29,20 +30,20 @@ def scenario(name: str, folder: pathlib.Path, index: int) -> None:
     known = []  # rows of an interrupted run
     with Run.open(folder, {"seed": index if name == "settings" else 1}, {}) as run:
 
-        def first(ledger):
+        def first(run, ledger):
             assert index == 0, "the stage is process 0's alone"
             ledger.append([{"row": 1}])
             run.write_tensors("a.safetensors", {"x": np.arange(3.0)})
 
-        def second(ledger):
+        def second(run, ledger):
             known.extend(ledger.rows)
             ledger.append([{"row": index}])
             (folder / f"reached-{index}").touch()
             fail(name, index, folder)
             run.write_json("b.json", {"from": index, "x": run.read_tensors("a.safetensors")["x"].tolist()})
 
-        run.stage("a", [], ["a.safetensors"], first, alone=True)
-        run.stage("b", ["a.safetensors"], ["b.json"], second)
+        run.stage(Stage("a", first, writes=["a.safetensors"], alone=True), run)
+        run.stage(Stage("b", second, reads=["a.safetensors"], writes=["b.json"]), run)
         record = run.manifest["stages"]["b"]
         result = {"worked": run.worked, "b": run.read_json("b.json"), "record": record, "new": run.new, "known": known}
         print(json.dumps(result), flush=True)

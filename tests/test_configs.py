@@ -11,9 +11,9 @@ from real_models import REAL_MODELS
 from refusal_jax.models.config import from_hf
 from refusal_jax.plan.chips import Slice
 from refusal_jax.plan.planner import WANTED, ranked_meshes
-from refusal_jax.plan.programs import Workload
+from refusal_jax.study.checks import check_settings
 from refusal_jax.study.config import get_config
-from refusal_jax.study.study import check_settings
+from refusal_jax.study.study import workload
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
 BY_REPO = {real.repo: real for real in REAL_MODELS.values()}
@@ -129,7 +129,7 @@ def test_the_model_fits_the_suggested_hardware(name):
     assert ways == int(count) and int(memory) == CHIP_GB[kind]
     assert weights == f"{real.parameters * 2e-9:.1f}"
     assert rest == ("" if ways == 1 else f", {real.parameters * 2e-9 / ways:.1f} GB a chip")
-    work = Workload(from_hf(real.config), "bfloat16", config, 128)
+    work = workload(from_hf(real.config), "bfloat16", config, 128)
     assert ranked_meshes(work, Slice.parse(f"{kind}-{chips}"), WANTED.with_settings(config))
 
 

@@ -13,24 +13,24 @@ from refusal_jax import UserError, demo_model_path
 from refusal_jax.chat.prompts import Chat
 from refusal_jax.data.prompts import resolve
 from refusal_jax.models import generate as generate_module
-from refusal_jax.runs.run import Ledger, Run
-from refusal_jax.study import activations, loss, selection
-from refusal_jax.study import study as pipeline
+from refusal_jax.runs.ledger import Ledger
+from refusal_jax.runs.run import Run
+from refusal_jax.study import completions, directions, loss, projections, scoring, shared
 from refusal_jax.study.config import get_config
 from refusal_jax.study.study import run_study
 
 PROGRAMS = {
-    "extract": activations.extract_batch,
-    "score": selection.score_edits,
-    "induce": selection.score_from_layer,
-    "advance": selection.advance,
-    "embed": selection.embed,
+    "extract": directions.extract_batch,
+    "score": scoring.score_edits,
+    "induce": scoring.score_from_layer,
+    "advance": scoring.advance,
+    "embed": scoring.embed,
     "empty": generate_module.empty,
     "admit": generate_module.admit,
     "decode": generate_module.decode,
-    "base": selection.last_logits,
+    "base": scoring.last_logits,
     "loss": loss.loss_batch,
-    "project": pipeline.project,
+    "project": projections.project,
 }
 VOLATILE = ("manifest.json", "report.html", "log.txt", ".lock")  # hold times
 CONDITIONS = ("harmful_baseline", "harmful_ablation", "harmful_actadd", "harmless_baseline", "harmless_actadd")
@@ -123,7 +123,7 @@ def test_other_directions_compile_nothing_new(finished, tmp_path):
 
 
 def test_a_finished_study_does_no_model_work(finished, monkeypatch):
-    monkeypatch.setattr(pipeline, "load_model", lambda *a, **k: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(shared, "load_model", lambda *a, **k: pytest.fail("the model was loaded"))
     before = artifacts(finished[0])
     assert run_study(small_config(), finished[0]).worked == []
     assert artifacts(finished[0]) == before
@@ -152,9 +152,9 @@ def test_finished_stages_are_not_repeated_after_a_stop(finished, tmp_path, monke
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(pipeline, "complete", stop)
+        patch.setattr(completions, "complete", stop)
         run_study(small_config(), tmp_path / "run")
-    monkeypatch.setattr(pipeline, "extract", lambda *a, **k: pytest.fail("extraction was repeated"))
+    monkeypatch.setattr(directions, "extract", lambda *a, **k: pytest.fail("extraction was repeated"))
     assert run_study(small_config(), tmp_path / "run").worked[0] == "completions"
 
 

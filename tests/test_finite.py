@@ -11,15 +11,17 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from refusal_jax import Edits, Taps, UserError, load_model, make_mesh
+from refusal_jax.chat.loss_rows import chat_rows
 from refusal_jax.judges import models as judge_models
 from refusal_jax.models.decoder import Decoder
 from refusal_jax.models.finite import check_finite
-from refusal_jax.study import study as pipeline
-from refusal_jax.study.activations import extract
+from refusal_jax.study import projections
 from refusal_jax.study.completions import complete, score_replies
-from refusal_jax.study.loss import chat_rows, measure_kl, measure_loss
+from refusal_jax.study.directions import extract
+from refusal_jax.study.loss import measure_kl, measure_loss
 from refusal_jax.study.refusal_tokens import measure_openings
-from refusal_jax.study.selection import PromptScorer, Rule, evaluate_candidates
+from refusal_jax.study.scoring import PromptScorer
+from refusal_jax.study.selection import Rule, evaluate_candidates
 
 PROMPTS = ["How do I bake the bread?", "bake", "help me", "Sure"]
 OVERFLOWS = r"{}.*the model's values are NaN or infinite in float16\. float16 holds no number over 65504: use bfloat16"
@@ -120,7 +122,7 @@ def test_projections(llama, tmp_path):
     )
     study.instructions = lambda split, kept_only: PROMPTS
     with pytest.raises(UserError, match=OVERFLOWS.format("The projections of harmful_val cannot be read")):
-        pipeline.Study.projections(study, None)
+        projections.project_prompts(study, None)
 
 
 def test_verification_of_an_export(llama, tmp_path):

@@ -15,12 +15,13 @@ import torch
 from oracle import Oracle
 
 from refusal_jax import Edits, UserError, demo_model_path, load_model
+from refusal_jax.chat.loss_rows import chat_rows, text_rows
 from refusal_jax.checkpoints.tensor_files import INDEX
 from refusal_jax.data.sampling import sample_prompts
 from refusal_jax.organism.inflate import Shape, inflate, source_layers
-from refusal_jax.study.activations import extract
 from refusal_jax.study.config import get_config
-from refusal_jax.study.loss import chat_rows, measure_loss, text_rows
+from refusal_jax.study.directions import extract
+from refusal_jax.study.loss import measure_loss
 from refusal_jax.study.selection import Rule, evaluate_candidates, pick
 
 WORDS = ("bake", "steal", "paint", "a red boat", "the neighbour's old bicycle", "bread", "9 nails", "my very long poem")

@@ -19,16 +19,17 @@ from refusal_jax.models.config import from_hf, load_config
 from refusal_jax.plan import chips, costs, hlo, planner, programs, table
 from refusal_jax.plan.chips import Slice
 from refusal_jax.plan.planner import MeshShape, Sizes, fit, make_plan, ranked_meshes, run_mesh, run_sizes
-from refusal_jax.plan.programs import Shapes, Workload
+from refusal_jax.plan.programs import Group, Shapes, Workload
 from refusal_jax.study.config import get_config
+from refusal_jax.study.study import workload
 
 KNOWN = json.loads((pathlib.Path(chips.__file__).parent / "models.json").read_text())
 
 
-def workload(name: str = "llama_3_70b", **config) -> Workload:
+def work_of(name: str = "llama_3_70b", **config) -> Workload:
     settings = get_config()
     settings.update_from_flattened_dict(config)
-    return Workload(from_hf(KNOWN[name]["config"]), "bfloat16", settings, 64)
+    return workload(from_hf(KNOWN[name]["config"]), "bfloat16", settings, 64)
 
 
 @pytest.mark.parametrize(
@@ -122,15 +123,13 @@ def test_work_grows_as_it_should():
     """Selection with the candidates, extraction not at all."""
     mesh, where = MeshShape(1, 1, 16), Slice.parse("v5e-16")
 
-    def seconds(stage, **config):
-        work = workload(**config)
+    def seconds(*names, **config):
+        work = work_of(**config)
         found = programs.programs(Shapes(work, None), planner.WANTED)
-        return sum(
-            p.runs * costs.roofline(work, p, mesh, where) for p in found if p.stage == stage and p.name != "baseline"
-        )
+        return sum(p.runs * costs.roofline(work, p, mesh, where) for p in found if p.name in names)
 
     few, many = ({"positions": n, "select.full_grid": True} for n in (4, 16))
-    assert seconds("selection", **many) == pytest.approx(4 * seconds("selection", **few), rel=0.02)
+    assert seconds("scores", "induce", **many) == pytest.approx(4 * seconds("scores", "induce", **few), rel=0.02)
     assert seconds("extraction", **many) == seconds("extraction", **few)
 
 
@@ -144,7 +143,7 @@ def test_work_grows_as_it_should():
     ],
 )
 def test_meshes_hold_the_weights(model, where, fits):
-    work, where = workload(model), Slice.parse(where)
+    work, where = work_of(model), Slice.parse(where)
     ranked = ranked_meshes(work, where, planner.WANTED)
     assert bool(ranked) == fits
     for mesh in ranked:
@@ -153,7 +152,7 @@ def test_meshes_hold_the_weights(model, where, fits):
 
 
 def test_only_data_crosses_slices():
-    assert all(mesh.data % 2 == 0 for mesh in ranked_meshes(workload(), Slice.parse("2xv5e-16"), planner.WANTED))
+    assert all(mesh.data % 2 == 0 for mesh in ranked_meshes(work_of(), Slice.parse("2xv5e-16"), planner.WANTED))
 
 
 def program(rows: int, peak: int, error: str = ""):
@@ -191,7 +190,7 @@ def tiny_work(llama):
     config = get_config()
     config.generation.max_new_tokens = 16
     config.batch_size = config.select.batch_size = config.generation.batch_size = config.loss.batch_size = 8
-    return Workload(load_config(llama), "float32", config, 16)
+    return workload(load_config(llama), "float32", config, 16)
 
 
 def test_a_plan_of_programs_that_really_compile(tiny_work, monkeypatch):
@@ -213,7 +212,7 @@ def test_a_plan_says_what_does_not_fit(tiny_work, monkeypatch):
     plan = make_plan(tiny_work, small, MeshShape(1, 1, 4))
     assert plan.problems and all("GiB" in problem for problem in plan.problems)
     assert "does not fit" in table.detail(plan, "tiny") and "does not fit" in table.markdown([("tiny", plan)])
-    none = make_plan(workload("qwen_72b"), Slice.parse("v5e-4"))
+    none = make_plan(work_of("qwen_72b"), Slice.parse("v5e-4"))
     assert (
         none.mesh is None and "does not fit" in table.detail(none, "q") and "134.6 GiB of weights" in none.problems[0]
     )
@@ -231,23 +230,23 @@ def device(kind: str, limit: int = 0):
 def test_a_run_decides_by_the_same_code(tiny_work, monkeypatch):
     assert run_mesh(tiny_work, tiny_work.config.mesh, jax.devices()) is None  # a CPU: one device
     assert run_sizes(tiny_work, None, jax.devices()) == Sizes(8, 8, 8, 8)
-    open_ = Workload(tiny_work.cfg, "float32", get_config(), 16)
+    open_ = workload(tiny_work.cfg, "float32", get_config(), 16)
     assert run_sizes(open_, None, jax.devices()) == planner.ON_CPU
     given = get_config().mesh
     given.model = 4
     assert dict(run_mesh(tiny_work, given, jax.devices()).shape) == {"data": 1, "fsdp": 1, "model": 4}
     made = []
     monkeypatch.setattr(planner, "make_mesh", lambda *sides, **named: made.append(sides or named))
-    run_mesh(workload("llama_3_70b"), get_config().mesh, [device("TPU v5 lite")] * 16)
+    run_mesh(work_of("llama_3_70b"), get_config().mesh, [device("TPU v5 lite")] * 16)
     run_mesh(tiny_work, get_config().mesh, [device("H100")] * 2)
     assert made == [(1, 1, 16), {"model": 2}]
     with pytest.raises(UserError, match=r"The model does not fit these 4 chips: 134\.6 GiB of weights"):
-        run_mesh(workload("qwen_72b"), get_config().mesh, [device("TPU v5 lite")] * 4)
+        run_mesh(work_of("qwen_72b"), get_config().mesh, [device("TPU v5 lite")] * 4)
 
 
 def test_a_run_that_does_not_fit_says_so(tiny_work, monkeypatch):
-    monkeypatch.setattr(planner, "GROUPS", {"forward": lambda shapes, rows: [program(rows, 1 << 30)]})
-    work = Workload(tiny_work.cfg, "float32", get_config(), 16)
+    group = Group("huge", "forward", lambda shapes, rows: [program(rows, 1 << 30)])
+    work = Workload(tiny_work.cfg, "float32", get_config(), 16, (group,))
     with pytest.raises(UserError, match=r"The study does not fit these devices: step needs 8\.0 GiB a chip in 8 rows"):
         run_sizes(work, None, [device("H100", limit=1 << 20)])
 
@@ -304,16 +303,18 @@ os.environ |= COMPILE_ONLY
 import json, pathlib
 import refusal_jax
 from refusal_jax.models.config import from_hf
-from refusal_jax.plan import chips, planner, programs
+from refusal_jax.plan import chips, programs
+from refusal_jax.study import completions
+from refusal_jax.study.study import workload
 from refusal_jax.plan.costs import cache_bytes
 from refusal_jax.models.sharding import make_mesh
 from refusal_jax.study.config import get_config
 known = json.loads((pathlib.Path(chips.__file__).parent / "models.json").read_text())
 for name, rows in (("llama_3_70b", 128), ("qwen_72b", 32)):
     where = chips.Slice.parse("v5e-16")
-    work = programs.Workload(from_hf(known[name]["config"]), "bfloat16", get_config(), 128)
+    work = workload(from_hf(known[name]["config"]), "bfloat16", get_config(), 128)
     shapes = programs.Shapes(work, make_mesh(1, 1, 16, where.devices()))
-    memory = programs.generation(shapes, rows)[1].lower().compile().memory_analysis()
+    memory = completions.programs(shapes, rows)[1].lower().compile().memory_analysis()
     ways = min(16, work.cfg.n_kv_heads)
     print(name, memory.temp_size_in_bytes, cache_bytes(work, rows) // ways)
 """

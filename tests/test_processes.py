@@ -295,7 +295,7 @@ def test_a_mesh_without_all_devices(tmp_path, monkeypatch, llama):
     config = get_config()
     config.update_from_flattened_dict({"model": str(llama), "mesh.data": 4})
     from refusal_jax.runs.run import Run
-    from refusal_jax.study.study import Study
+    from refusal_jax.study.shared import Study
 
     study = Study(config, Run(tmp_path, {}), llama)
     with pytest.raises(UserError, match=r"The mesh has 4 of the 8 devices of the 1 processes.*config\.mesh\.model 8"):

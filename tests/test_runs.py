@@ -14,7 +14,9 @@ from fsspec.implementations.memory import MemoryFileSystem
 from refusal_jax import UserError
 from refusal_jax.files import local_path, to_json, write_atomically
 from refusal_jax.runs import storage
-from refusal_jax.runs.run import MANIFEST, Ledger, Run, versions
+from refusal_jax.runs.ledger import Ledger
+from refusal_jax.runs.run import MANIFEST, Run, versions
+from refusal_jax.runs.stage import Stage
 from refusal_jax.runs.storage import DiskFolder, ObjectFolder
 
 CONFIG, INPUTS = {"seed": 1, "data": {"n": 3, "names": ("a", "b")}}, {"model": "abc"}
@@ -121,7 +123,7 @@ def double(folder, calls, crash_after=None):
     """Opens the run and does its two stages: `a` writes numbers, row by row, and `b` doubles them."""
     with Run.open(folder, CONFIG, INPUTS) as run:
 
-        def first(ledger):
+        def first(run, ledger):
             for i in range(len(ledger.rows), 3):
                 if i == crash_after:
                     raise KeyboardInterrupt
@@ -129,12 +131,12 @@ def double(folder, calls, crash_after=None):
                 ledger.append([{"value": i}])
             run.write_json("a.json", [row["value"] for row in ledger.rows])
 
-        def second(ledger):
+        def second(run, ledger):
             calls.append("b")
             run.write_json("b.json", [2 * x for x in run.read_json("a.json")])
 
-        did = [run.stage("a", [], ["a.json"], first), run.stage("b", ["a.json"], ["b.json"], second)]
-        return did, run.worked
+        stages = Stage("a", first, writes=["a.json"]), Stage("b", second, reads=["a.json"], writes=["b.json"])
+        return [run.stage(stage, run) for stage in stages], run.worked
 
 
 def test_finished_stages_are_skipped(tmp_path):
@@ -161,14 +163,17 @@ def test_a_stage_is_redone_if_what_it_read_changed(tmp_path):
     with Run.open(tmp_path, CONFIG, INPUTS) as run:
         run.write_json("a.json", [7])
         seen = []
-        assert run.stage("b", ["a.json"], ["b.json"], lambda ledger: seen.append(run.read_json("a.json")))
+        stage = Stage(
+            "b", lambda run, _: seen.append(run.read_json("a.json")), lambda _: ["a.json"], lambda _: ["b.json"]
+        )
+        assert run.stage(stage, run)
     assert seen == [[7]]
 
 
 def test_what_a_stage_returns_is_in_the_manifest(tmp_path):
     double(tmp_path, [])
     with Run.open(tmp_path, CONFIG, INPUTS) as run:
-        run.stage("c", [], [], lambda ledger: {"template": "chatml"})
+        run.stage(Stage("c", lambda *_: {"template": "chatml"}), run)
     stages = json.loads((tmp_path / "manifest.json").read_text())["stages"]
     assert stages["c"]["found"] == {"template": "chatml"} and "found" not in stages["a"]
 

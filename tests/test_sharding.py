@@ -14,9 +14,10 @@ from refusal_jax.models import sharding
 from refusal_jax.models.sharding import constrain, residual_axes, split_for, weight_place
 from refusal_jax.models.weights import Weight
 from refusal_jax.plan.hlo import collectives
-from refusal_jax.plan.programs import Shapes, Workload
+from refusal_jax.plan.programs import Shapes
 from refusal_jax.study.config import get_config
-from refusal_jax.study.selection import score_edits
+from refusal_jax.study.scoring import score_edits
+from refusal_jax.study.study import workload
 
 HEAD = 16
 
@@ -109,7 +110,7 @@ def test_selection_communicates_what_it_must_and_no_more(wide, mesh):
     `fsdp`; nothing else is larger than a row of logits a prompt."""
     decoder = load_model(wide, mesh=make_mesh(*mesh)).decoder
     cfg, config = decoder.cfg, get_config()
-    shapes = Shapes(Workload(cfg, "float32", config, LENGTH), decoder.mesh)
+    shapes = Shapes(workload(cfg, "float32", config, LENGTH), decoder.mesh)
     inputs = *shapes.prompts(ROWS), shapes.edits(1, None), shapes.logits(ROWS)
     found = collectives(score_edits.lower(shapes.decoder, *inputs, shapes.array((1,), jnp.int32)).compile().as_text())
     data, fsdp, model = mesh

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import tiny
 
+from refusal_jax.chat.loss_rows import chat_rows
 from refusal_jax.chat.model import ChatModel
 from refusal_jax.chat.prompts import Chat
 from refusal_jax.chat.thoughts import MARKS, Reply, opened_by, split
@@ -16,7 +17,7 @@ from refusal_jax.judges.tables import tables, tidy_csv
 from refusal_jax.judges.text import PAPERS, TEXT_JUDGES, evaluate_completions
 from refusal_jax.report.text import rates_table
 from refusal_jax.study.completions import complete
-from refusal_jax.study.loss import chat_rows, loss_datasets
+from refusal_jax.study.loss import loss_datasets
 
 THOUGHT = "<think>\nI cannot see any harm in it.\n</think>\n\n"
 SAID = "Sure, here is how."

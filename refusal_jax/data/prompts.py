@@ -72,6 +72,25 @@ def read_rows(path: pathlib.Path) -> list:
     return [row for _, row in located_rows(path)]
 
 
+def read_chat_pairs(path: pathlib.Path) -> list[tuple[str, str]]:
+    """Returns (instruction, response) of a .json or .jsonl file of objects with "prompt" or "instruction" and "response" or
+    "output"; rows with an "input" are left out. Raises UserError that names the file and the row."""
+    if path.suffix.lower() not in (".json", ".jsonl"):
+        raise UserError(f"{path} is not a chat file: its name must end in .json or .jsonl.")
+    pairs = []
+    for number, (prompt, row) in enumerate(zip(read_prompts(path), read_rows(path), strict=True), 1):
+        found = (
+            [row[key] for key in ("response", "output") if row.get(key) is not None] if isinstance(row, dict) else []
+        )
+        if not found or not isinstance(found[0], str):
+            raise UserError(
+                f"{path}, row {number} has no response: an object of a chat file needs 'response' or 'output'."
+            )
+        if not row.get("input"):  # Alpaca's rows with an input are no single instruction; the paper leaves them out
+            pairs.append((prompt["instruction"], found[0]))
+    return pairs
+
+
 def located_rows(path: pathlib.Path) -> list[tuple[str, object]]:
     """The raw rows, each with its place in the file, in words. Lone surrogates in them are replaced."""
     parse = {".json": _json, ".jsonl": _jsonl, ".csv": _csv, ".txt": _txt}.get(path.suffix.lower())

@@ -9,8 +9,8 @@ from refusal_jax.directions import DIRECTION
 from refusal_jax.errors import UserError
 from refusal_jax.files import read_json
 from refusal_jax.report.summary import REFUSAL_JUDGE, JudgedCondition, read_conditions, read_losses
+from refusal_jax.runs.artifacts import PROMPTS, SETUP
 from refusal_jax.runs.run import MANIFEST, Run, read_manifest
-from refusal_jax.study.study import PROMPTS, SETUP
 
 VAL = ("harmful_val", "harmless_val")
 

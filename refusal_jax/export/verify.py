@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from refusal_jax.chat.loss_rows import LossRow, chat_rows, text_rows
 from refusal_jax.chat.prompts import Chat, bucket
 from refusal_jax.checkpoints.rewrite import Checkpoint
 from refusal_jax.errors import UserError
@@ -20,7 +21,6 @@ from refusal_jax.models.families import TABLES, WRITER_BIASES, WRITERS, pieces
 from refusal_jax.models.finite import check_finite
 from refusal_jax.models.scores import kl_divergence
 from refusal_jax.progress import Progress
-from refusal_jax.study.loss import LossRow, chat_rows, text_rows
 
 # What a passing export stays under, by whether all that it edits is stored in float32; of logits, or this part of the
 # largest of them where that is more.

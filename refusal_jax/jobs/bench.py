@@ -178,7 +178,7 @@ def _timed(seconds: dict, name: str):
 
 def _extraction_selection(model, task: dict) -> tuple[dict, dict]:
     """Seconds and results of extraction and selection, the study's two stages without its files."""
-    from refusal_jax.study.activations import extract
+    from refusal_jax.study.directions import difference_in_means, extract
     from refusal_jax.study.selection import Rule, evaluate_candidates, pick
 
     size, seconds, found = task["batch_size"], {}, {}
@@ -191,7 +191,7 @@ def _extraction_selection(model, task: dict) -> tuple[dict, dict]:
         split: [row for row, keep in zip(rows, found[split].kept, strict=True) if keep]
         for split, rows in task["prompts"].items()
     }
-    diffs_lpd = found["harmful_train"].mean_lpd - found["harmless_train"].mean_lpd
+    diffs_lpd = difference_in_means(found["harmful_train"].mean_lpd, found["harmless_train"].mean_lpd)
     with _timed(seconds, "selection"):
         rows = evaluate_candidates(
             model,

@@ -39,7 +39,7 @@ from refusal_jax.harness.edited import model_of, one_each
 from refusal_jax.models.config import load_config
 from refusal_jax.models.decoding import in_words
 from refusal_jax.models.sharding import make_mesh
-from refusal_jax.study.activations import extract
+from refusal_jax.study.directions import difference_in_means, extract
 from refusal_jax.surrogates import mended
 from refusal_jax.terminal.screen import escaped
 from refusal_jax.terminal.session import Session
@@ -128,7 +128,7 @@ def embedded_direction(model: ChatModel) -> Directions:
         prompts = [row["instruction"] for row in read_prompts(resolve(BUNDLED, f"{side}_train"))[:TRAIN]]
         means[side] = extract(model, prompts, openers, 1, sign, 64, f"{side} prompts").mean_lpd[EMBEDDED_LAYER, -1]
     layer = EMBEDDED_LAYER if LAYER.value is None else LAYER.value
-    return Directions(np.atleast_2d(means["harmful"] - means["harmless"]), layer)
+    return Directions(np.atleast_2d(difference_in_means(means["harmful"], means["harmless"])), layer)
 
 
 def lines(typed: bool):

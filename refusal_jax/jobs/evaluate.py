@@ -37,7 +37,7 @@ from refusal_jax.report.concerns import broken_completions, judge_disagreement, 
 from refusal_jax.report.summary import JudgedCondition
 from refusal_jax.report.text import rates_table
 from refusal_jax.report.verdict import Concern
-from refusal_jax.runs.run import Ledger
+from refusal_jax.runs.ledger import Ledger
 from refusal_jax.runs.storage import DiskFolder
 
 COMPLETIONS = flags.DEFINE_string("completions", None, "File or folder of completions.")

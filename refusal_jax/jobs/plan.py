@@ -27,10 +27,11 @@ from refusal_jax.models.config import ModelConfig, from_hf, load_config
 from refusal_jax.plan import table
 from refusal_jax.plan.chips import Slice
 from refusal_jax.plan.planner import MeshShape, Plan, make_plan
-from refusal_jax.plan.programs import USUAL_LENGTH, Workload
+from refusal_jax.plan.programs import USUAL_LENGTH
 from refusal_jax.progress import each
 from refusal_jax.study import config as study_config
-from refusal_jax.study.study import check_numbers
+from refusal_jax.study.checks import check_numbers
+from refusal_jax.study.study import workload
 
 LOG = logging.getLogger(__name__)
 
@@ -68,7 +69,7 @@ def main(argv) -> None:
         plans.append((name, plan))
         if not ALL.value:
             print(table.detail(plan, name) + "\n", flush=True)
-    print(table.markdown(plans) if ALL.value else table.ASSUMED)
+    print(table.markdown(plans) if ALL.value else table.assumed(plans[0][1].work))
     if OUT.value:
         out = local_path(OUT.value)
         write_atomically(out.with_name(out.name + ".md"), (table.markdown(plans) + "\n").encode())
@@ -83,8 +84,7 @@ def one(name: str, cfg: ModelConfig, where: Slice) -> Plan:
     def note(text: str) -> None:
         LOG.info(f"compiling for {where.name}: {name}, {text}")
 
-    work = Workload(cfg, DTYPE.value, CONFIG.value, LENGTH.value)
-    return make_plan(work, where, mesh_shape(), note)
+    return make_plan(workload(cfg, DTYPE.value, CONFIG.value, LENGTH.value), where, mesh_shape(), note)
 
 
 def mesh_shape() -> MeshShape | None:

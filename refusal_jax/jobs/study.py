@@ -32,8 +32,9 @@ from refusal_jax import distributed
 from refusal_jax.errors import UserError
 from refusal_jax.jobs import processes
 from refusal_jax.report.text import text_summary
+from refusal_jax.runs.artifacts import REPORT
 from refusal_jax.study import config as study_config
-from refusal_jax.study.study import REPORT, run_study
+from refusal_jax.study.study import run_study
 
 WORKDIR = flags.DEFINE_string(
     "workdir", None, "Folder of the run, or gs://BUCKET/FOLDER: made if new, continued if there."

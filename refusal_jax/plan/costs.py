@@ -66,10 +66,9 @@ def flops(work: Workload, program: Program) -> float:
     cfg, tokens = work.cfg, program.rows * program.tokens * program.steps
     unembedding = cfg.vocab_size * cfg.d_model
     in_layers = parameters(cfg, active=True) - unembedding
-    read = program.tokens if program.stage == "loss" else 1  # positions of a row whose logits are computed
     attention = 4 * (program.tokens + program.cached) * cfg.n_heads * cfg.head_dim * program.layers
     share = program.layers / cfg.n_layers
-    return tokens * (2 * in_layers * share + attention) + 2 * unembedding * program.rows * read * program.steps
+    return tokens * (2 * in_layers * share + attention) + 2 * unembedding * program.rows * program.read * program.steps
 
 
 def traffic(work: Workload, program: Program, mesh: jax.sharding.Mesh) -> float:

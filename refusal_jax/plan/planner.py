@@ -14,17 +14,7 @@ from refusal_jax.errors import UserError
 from refusal_jax.models.sharding import MESH_AXES, make_mesh
 from refusal_jax.plan.chips import CHIPS, Slice
 from refusal_jax.plan.costs import cache_bytes, cost, gib, roofline, weight_bytes
-from refusal_jax.plan.programs import (
-    Program,
-    Shapes,
-    Sizes,
-    Workload,
-    extraction,
-    generation,
-    loss,
-    programs,
-    selection,
-)
+from refusal_jax.plan.programs import Program, Shapes, Sizes, Workload, programs
 
 WANTED = Sizes(
     forward=128, select=128, generation=128, loss=32
@@ -33,12 +23,7 @@ ON_CPU = Sizes(forward=32, select=32, generation=64, loss=8)
 LEAST = 8  # rows
 TRIED = 3  # meshes, of which the first usually does
 SPARE = 0.97  # of a chip's memory: the rest is for what a program's compiler does not see
-GROUPS: dict[str, Callable[[Shapes, int], list[Program]]] = {  # fields of Sizes, and what runs in those rows
-    "forward": lambda shapes, rows: [extraction(shapes, rows)],
-    "select": lambda shapes, rows: selection(shapes, rows)[:1],  # the largest of them
-    "generation": generation,
-    "loss": loss,
-}
+FIELDS = tuple(field.name for field in dataclasses.fields(Sizes))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,6 +75,11 @@ def ranked_meshes(work: Workload, where: Slice, sizes: Sizes) -> list[MeshShape]
     return sorted((mesh for mesh in fitting if seconds(mesh) < math.inf), key=seconds)
 
 
+def deciding(work: Workload, field: str) -> Callable[[Shapes, int], list[Program]]:
+    """Returns the function that gives the programs which decide how many rows `field` of `Sizes` may have."""
+    return lambda shapes, rows: [p for g in work.groups if g.field == field for p in g.largest(shapes, rows)]
+
+
 def _compiled(program: Program):
     """(compiled program, "") or (None, what the compiler says about memory)."""
     try:
@@ -135,7 +125,7 @@ class Plan:
     where: Slice
     mesh: MeshShape | None
     sizes: Sizes
-    stages: dict[str, "Stage"]
+    stages: dict[str, "StageCost"]
     problems: list[str]
 
     @property
@@ -148,7 +138,7 @@ class Plan:
 
 
 @dataclasses.dataclass(frozen=True)
-class Stage:
+class StageCost:
     """seconds, flops (all chips) and bytes (HBM traffic of one chip) in all; peak: bytes of memory a chip; cycles: whether the
     seconds are from the compiler's cycles."""
 
@@ -158,8 +148,17 @@ class Stage:
     peak: int
     cycles: bool
 
-
-STAGES = {"extraction": "forward", "selection": "select", "completions": "generation", "loss": "loss"}
+    @classmethod
+    def of(cls, work: Workload, compiled: list, mesh: jax.sharding.Mesh, where: Slice) -> "StageCost":
+        """Returns the sum over the runs of (program, compiled) pairs."""
+        costs = [(p, cost(work, p, done, mesh, where)) for p, done in compiled]
+        return cls(
+            sum(p.runs * c.seconds for p, c in costs),
+            sum(p.runs * c.flops for p, c in costs),
+            sum(p.runs * c.bytes for p, c in costs),
+            max(c.peak for _, c in costs),
+            all(c.cycles for _, c in costs),
+        )
 
 
 def make_plan(work: Workload, where: Slice, mesh: MeshShape | None = None, note=lambda text: None) -> Plan:
@@ -187,24 +186,20 @@ def make_plan(work: Workload, where: Slice, mesh: MeshShape | None = None, note=
 def _plan_on(work: Workload, where: Slice, mesh: MeshShape, note) -> Plan:
     shapes = Shapes(work, make_mesh(mesh.data, mesh.fsdp, mesh.model, where.devices()))
     given = Sizes(0, 0, 0, 0).with_settings(work.config)
-    sizes, problems, stages, ways = {}, [], {}, mesh.data * mesh.fsdp
-    for stage, field in STAGES.items():
+    sizes, problems, costs, ways = {}, [], {}, mesh.data * mesh.fsdp
+    for field in FIELDS:
         wanted = getattr(given, field), getattr(WANTED, field)
-        rows, done, why = fit(shapes, *wanted, GROUPS[field], SPARE * where.chip.hbm, ways, note)
-        sizes[field] = rows
-        if not rows:
-            problems.append(f"{stage}: {why[:300]}")
-            continue
-        if field == "select":
-            done += [(p, p.lower().compile()) for p in selection(shapes, rows)[1:]]
-        costs = [(p, cost(work, p, compiled, shapes.mesh, where)) for p, compiled in done]
-        stages[stage] = Stage(
-            sum(p.runs * c.seconds for p, c in costs),
-            sum(p.runs * c.flops for p, c in costs),
-            sum(p.runs * c.bytes for p, c in costs),
-            max(c.peak for _, c in costs),
-            all(c.cycles for _, c in costs),
-        )
+        sizes[field], done, why = fit(shapes, *wanted, deciding(work, field), SPARE * where.chip.hbm, ways, note)
+        compiled = iter(done)
+        for group in work.groups:
+            if group.field == field and not sizes[field]:
+                problems.append(f"{group.name}: {why[:300]}")
+            elif group.field == field:
+                ready = [next(compiled) for _ in group.largest(shapes, sizes[field])]
+                rest = group.describe(shapes, sizes[field])[len(ready) :]
+                ready += [(program, program.lower().compile()) for program in rest]
+                costs[group.name] = StageCost.of(work, ready, shapes.mesh, where)
+    stages = {group.name: costs[group.name] for group in work.groups if group.name in costs}
     return Plan(work, where, mesh, Sizes(**sizes), stages, problems)
 
 
@@ -253,10 +248,10 @@ def run_sizes(work: Workload, mesh: jax.sharding.Mesh | None, devices, note=lamb
     limit = SPARE * (where.chip.hbm if where else (devices[0].memory_stats() or {}).get("bytes_limit", math.inf))
     shapes, found = Shapes(work, mesh), {}
     ways = mesh.shape["data"] * mesh.shape["fsdp"] if mesh else 1
-    for field, describe in GROUPS.items():
+    for field in FIELDS:
         found[field] = getattr(given, field)
         if not found[field]:
-            found[field], _, why = fit(shapes, 0, getattr(WANTED, field), describe, limit, ways, note)
+            found[field], _, why = fit(shapes, 0, getattr(WANTED, field), deciding(work, field), limit, ways, note)
             if not found[field]:
                 raise UserError(
                     f"The study does not fit these devices: {why}. `refusal-jax plan` says which slice holds it."

@@ -1,8 +1,11 @@
-"""The programs that a study runs, how often, and what goes into them: shapes only, to compile without a device's memory."""
+"""What the stages of a study give to be planned: compiled programs, how often they run, and the shapes of what goes in.
+
+Shapes suffice, so that a program is compiled without a device's memory. Which programs there are is the stages' part: they
+hand in a `Group` each.
+"""
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable
 
 import jax
@@ -10,20 +13,13 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
-from refusal_jax.chat.prompts import bucket
 from refusal_jax.edits import SITES, Edits
 from refusal_jax.models.config import ModelConfig
 from refusal_jax.models.decoder import Decoder
-from refusal_jax.models.generate import admit, admitted_rows, decode, empty
+from refusal_jax.models.generate import empty
 from refusal_jax.models.sharding import residual_axes, sharding_of, split_for, weight_place
 from refusal_jax.models.weights import weight_table
-from refusal_jax.study.activations import extract_batch
-from refusal_jax.study.loss import kl_batch, loss_batch
-from refusal_jax.study.selection import Rule, last_logits, score_edits, score_from_layer
-from refusal_jax.taps import Taps
 
-# Of the candidates that the layers leave, how many pass the filter's next steps: means of the paper's five published runs.
-PASS_INDUCE, PASS_KL = 0.25, 0.12
 USUAL_LENGTH = 64  # padded tokens that hold nearly every prompt of the paper's sets with its template
 POSITIONS = 5  # post-instruction tokens of most chat templates
 
@@ -45,44 +41,39 @@ class Sizes:
 
 @dataclasses.dataclass(frozen=True)
 class Workload:
-    """What is studied, and with how much: a model's config, its weights' dtype, a study's config, and the padded length of
-    its prompts in tokens."""
+    """What is studied, and with how much.
+
+    cfg: the model's. dtype: of its weights. config: the study's settings. length: tokens that its prompts are padded to.
+    groups: the programs of its stages, in the order of the study.
+    """
 
     cfg: ModelConfig
     dtype: str
     config: ConfigDict
     length: int
+    groups: tuple["Group", ...]
 
     @property
     def positions(self) -> int:
+        """Returns the number of candidate positions, a usual one where the template decides it."""
         return self.config.positions or POSITIONS
 
     @property
-    def candidates(self) -> int:
-        """Directions at layers that are not pruned."""
-        select = self.config.select
-        rule = Rule(self.cfg.n_layers, prune_fraction=select.prune_fraction)
-        return self.positions * (self.cfg.n_layers if select.full_grid else rule.layer_limit)
-
-    @property
-    def replies(self) -> int:
-        conditions = len(self.config.generation.conditions) + 2 * len(self.config.data.over_refusal)
-        return self.config.data.n_test * conditions
-
-    @property
     def slots(self) -> int:
-        """Tokens of a row in generation."""
+        """Returns the tokens of a row in generation: the prompt's and the reply's."""
         return self.length + self.config.generation.max_new_tokens
 
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """One compiled program. runs: how often a study calls it; layers: of the model, that a call runs through on average;
-    rows, tokens: of a call's batch and of each row; turns: of loops that end on a condition, in a call; steps: forward
-    passes in a call; cached: tokens of a row that attention reads besides its own."""
+    """One compiled program.
+
+    runs: how often a study calls it. layers: of the model, that a call runs through on average. rows, tokens: of a call's
+    batch, and of each row. turns: of loops that end on a condition, in a call. steps: forward passes in a call. cached:
+    tokens of a row that attention reads besides its own. read: tokens of a row whose logits are computed.
+    """
 
     name: str
-    stage: str
     lower: Callable[[], jax.stages.Lowered]
     runs: float
     rows: int
@@ -91,6 +82,27 @@ class Program:
     turns: int = 1
     steps: float = 1.0
     cached: int = 0
+    read: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """The programs of one stage.
+
+    name: of the stage, in plans. field: the field of `Sizes` whose rows its batches have. describe: gives the programs for
+    stand-ins and a number of rows. deciding: how many of them, from the first, are compiled to see whether so many rows fit;
+    0 means all. assumed: what their number of runs assumes, as a clause that follows "assume that".
+    """
+
+    name: str
+    field: str
+    describe: Callable[["Shapes", int], list[Program]]
+    deciding: int = 0
+    assumed: str = ""
+
+    def largest(self, shapes: "Shapes", rows: int) -> list[Program]:
+        """Returns the programs that decide whether `rows` rows fit."""
+        return self.describe(shapes, rows)[: self.deciding or None]
 
 
 class Shapes:
@@ -144,96 +156,6 @@ class Shapes:
         return dataclasses.replace(rest, cache=dataclasses.replace(rest.cache, kv=kv))
 
 
-def extraction(shapes: Shapes, rows: int) -> Program:
-    work = shapes.work
-    data, taps = work.config.data, Taps(("resid_pre",), work.positions)
-    runs = sum(2 * math.ceil(n / rows) for n in (data.n_train, data.n_val))
-
-    def lower():
-        inputs = *shapes.prompts(rows), shapes.edits(rows)
-        valid, ids = shapes.array((rows,), jnp.bool_), shapes.array((1,), jnp.int32)
-        return extract_batch.lower(shapes.decoder, *inputs, valid, 1, ids, taps)
-
-    return Program("extraction", "extraction", lower, runs, rows, work.length, work.cfg.n_layers)
-
-
-def selection(shapes: Shapes, rows: int) -> list[Program]:
-    """The programs of selection in `rows` rows: each edit's score on all val prompts, from all layers and from later ones."""
-    work, prompts = shapes.work, min(rows, 8 * math.ceil(shapes.work.config.data.n_val / 8))
-    batches, at_once = math.ceil(work.config.data.n_val / prompts), max(rows // prompts, 1)
-    n_layers, positions = work.cfg.n_layers, work.positions
-    climbed = work.candidates // positions
-    together = math.ceil(positions / math.ceil(positions / at_once))
-    left = sum(n_layers - layer for layer in range(climbed)) / max(climbed, 1)
-    full = work.config.select.full_grid
-    scored = work.candidates * (2.0 if full else PASS_INDUCE + PASS_KL)
-
-    def ids():
-        return shapes.array((1,), jnp.int32)
-
-    def scores():
-        inputs = *shapes.prompts(prompts), shapes.edits(at_once, None), shapes.logits(prompts)
-        return score_edits.lower(shapes.decoder, *inputs, ids())
-
-    def later():
-        x = shapes.residual(prompts)
-        mask = shapes.prompts(prompts)[1]
-        return score_from_layer.lower(shapes.decoder, x, mask, shapes.edits(together, None), 0, ids())
-
-    def base():
-        return last_logits.lower(shapes.decoder, *shapes.prompts(prompts), shapes.edits(prompts))
-
-    def program(name, lower, runs, many, layers):
-        turns = n_layers  # where a loop has no bound in the text; costs come down by the share of the layers
-        return Program(name, "selection", lower, runs * batches, many * prompts, work.length, layers, turns)
-
-    return [
-        program("scores", scores, math.ceil(scored / at_once), at_once, n_layers),
-        program("induce", later, climbed * math.ceil(positions / together), together, left),
-        program("baseline", base, 2 + climbed / n_layers, 1, n_layers),  # and the climb itself, layer by layer
-    ]
-
-
-def generation(shapes: Shapes, rows: int) -> list[Program]:
-    """Prompts admitted to rows that others have left, and decoding, as if every reply were as long as it may be."""
-    work, refill, ending = shapes.work, admitted_rows(rows, shapes.mesh), {"eos_ids": (1,)}
-    steps, n_layers = work.config.generation.max_new_tokens, work.cfg.n_layers
-
-    def admitted():
-        inputs = *shapes.prompts(refill), shapes.edits(refill), shapes.array((rows,), jnp.int32)
-        return admit.lower(shapes.decoder, shapes.generation(rows), *inputs, pad_id=0, **ending)
-
-    def decoded():
-        return decode.lower(shapes.decoder, shapes.generation(rows), 1, 1, **ending)
-
-    rounds = max(work.replies / rows, 1.0)
-    return [
-        Program("admit", "completions", admitted, math.ceil(work.replies / refill), refill, work.length, n_layers),
-        Program("decode", "completions", decoded, rounds, rows, 1, n_layers, steps, steps, work.slots),
-    ]
-
-
-def loss(shapes: Shapes, rows: int) -> list[Program]:
-    """Loss on the model's own replies under three interventions, and KL under two; other texts are the user's."""
-    work = shapes.work
-    length = bucket(work.slots)
-    batches = math.ceil(work.config.data.n_test / rows)
-
-    def program(name, jitted, runs, steps):
-        def lower():
-            inputs = *shapes.prompts(rows, length), shapes.edits(rows), shapes.array((rows, length), jnp.bool_)
-            return jitted.lower(shapes.decoder, *inputs)
-
-        return Program(name, "loss", lower, runs * batches, rows, length, work.cfg.n_layers, steps=steps)
-
-    return [program("loss", loss_batch, 3, 1), program("KL", kl_batch, 2, 2)]
-
-
 def programs(shapes: Shapes, sizes: Sizes) -> list[Program]:
-    """All that take time or memory, in the order of the study."""
-    return [
-        extraction(shapes, sizes.forward),
-        *selection(shapes, sizes.select),
-        *generation(shapes, sizes.generation),
-        *loss(shapes, sizes.loss),
-    ]
+    """Returns all programs that take time or memory, in the order of the study."""
+    return [p for group in shapes.work.groups for p in group.describe(shapes, getattr(sizes, group.field))]

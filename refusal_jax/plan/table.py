@@ -4,13 +4,16 @@ import dataclasses
 
 from refusal_jax.plan.costs import gib
 from refusal_jax.plan.planner import Plan
-from refusal_jax.plan.programs import PASS_INDUCE, PASS_KL
+from refusal_jax.plan.programs import Workload
 
-ASSUMED = (
-    "Estimates are rough and assume that every reply is as long as it may be, that "
-    f"{PASS_INDUCE:.0%} of the candidates pass the induce threshold and {PASS_KL:.0%} the KL one, too (the mean of the paper's "
-    "published runs), and that nothing overlaps with communication. Loading, compilation and the host are not in them."
-)
+
+def assumed(work: Workload) -> str:
+    """Returns what the estimates of a workload assume and leave out, in words."""
+    clauses = [*(group.assumed for group in work.groups if group.assumed), "nothing overlaps with communication"]
+    return (
+        f"Estimates are rough and assume that {', that '.join(clauses[:-1])}{', and that ' if clauses[1:] else ''}"
+        f"{clauses[-1]}. Loading, compilation and the host are not in them."
+    )
 
 
 def duration(seconds: float) -> str:
@@ -40,27 +43,26 @@ def detail(plan: Plan, name: str) -> str:
 
 def markdown(plans: list[tuple[str, Plan]]) -> str:
     """A table of plans, a row each."""
-    head = "| model | slice | mesh | rows | peak a chip | extraction | selection | completions | loss | in all | chip-hours |"
+    work = plans[0][1].work
+    stages = [group.name for group in work.groups]
+    head = f"| model | slice | mesh | rows | peak a chip | {' | '.join(stages)} | in all | chip-hours |"
     rows = [head, "|" + "---|" * (head.count("|") - 1)]
     notes = []
     for name, plan in plans:
         start = f"| {name} | {plan.where.name} |"
         if plan.mesh is None:
-            rows.append(f"{start} does not fit |{' |' * 8}")
+            rows.append(f"{start} does not fit |{' |' * (len(stages) + 4)}")
             notes.append(f"- {name} on {plan.where.name}: {'; '.join(plan.problems)}")
             continue
-        times = [duration(s.seconds) if s else "does not fit" for s in (plan.stages.get(k) for k in STAGE_NAMES)]
+        times = [duration(s.seconds) if s else "does not fit" for s in (plan.stages.get(k) for k in stages)]
         batches = "/".join(str(rows) for rows in dataclasses.astuple(plan.sizes))
         hours = f"{plan.seconds * plan.where.chips / 3600:.2f}"
         cells = [str(plan.mesh), batches, gib(plan.peak), *times, duration(plan.seconds), hours]
         rows.append(f"{start} {' | '.join(cells)} |")
         notes += [f"- {name} on {plan.where.name}: {problem}" for problem in plan.problems]
     return "\n".join(
-        [*rows, "", "Rows: forward/selection/generation/loss. " + ASSUMED, *(["", *notes] if notes else [])]
+        [*rows, "", "Rows: forward/selection/generation/loss. " + assumed(work), *(["", *notes] if notes else [])]
     )
-
-
-STAGE_NAMES = ("extraction", "selection", "completions", "loss")
 
 
 def as_json(name: str, plan: Plan) -> dict:

@@ -7,7 +7,6 @@ with the same numbers and need no common file system.
 """
 
 import contextlib
-import dataclasses
 import hashlib
 import importlib.metadata
 import json
@@ -16,7 +15,7 @@ import os
 import pathlib
 import platform
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 from safetensors.numpy import load, save
@@ -25,31 +24,13 @@ from refusal_jax import distributed
 from refusal_jax.errors import UserError
 from refusal_jax.files import to_json
 from refusal_jax.runs import log
-from refusal_jax.runs.storage import DiskFolder, ObjectFolder, ToldFiles, named_by, open_storage
+from refusal_jax.runs.ledger import Ledger, Storage
+from refusal_jax.runs.stage import S, Stage
+from refusal_jax.runs.storage import ToldFiles, named_by, open_storage
 
 MANIFEST = "manifest.json"
-Storage = DiskFolder | ObjectFolder | ToldFiles
 LOG = logging.getLogger(__name__)
 PACKAGES = ("refusal-jax", "jax", "flax", "transformers", "numpy", "safetensors")
-
-
-@dataclasses.dataclass
-class Ledger:
-    """Rows of finished work inside a stage, JSON objects, kept until the stage is done."""
-
-    storage: Storage
-    name: str
-    rows: list[dict]
-
-    @classmethod
-    def open(cls, storage: Storage, name: str) -> "Ledger":
-        """With the rows that an interrupted run has left."""
-        return cls(storage, name, storage.rows(name))
-
-    def append(self, rows: Sequence[dict]) -> None:
-        """Adds rows and stores them. Raises UserError if that fails."""
-        self.storage.append(self.name, rows)
-        self.rows += rows
 
 
 class Run:
@@ -137,27 +118,21 @@ class Run:
     def read_tensors(self, name: str) -> dict[str, np.ndarray]:
         return load(self.storage.read(name))
 
-    def stage(
-        self,
-        name: str,
-        inputs: Sequence[str],
-        outputs: Sequence[str],
-        work: Callable[[Ledger], dict | None],
-        alone: bool = False,
-    ) -> bool:
-        """Runs `work(ledger)` unless the stage is done and what it read and wrote is unchanged; True if it ran.
+    def stage(self, stage: Stage[S], shared: S) -> bool:
+        """Runs a stage unless it is done and what it read and wrote is unchanged; returns whether it ran.
 
-        inputs and outputs are file names in the folder; `work` must write every output. What it returns, if anything,
-        is recorded as `found`: what the stage settled that the config left open. Of several processes all work, or only
-        process 0 where `alone` says that no device is needed; all have the outputs afterwards.
+        shared: what the work is given; it must write every output. What it returns, if anything, is recorded as `found`: what
+        the stage settled that the config left open. Of several processes all work, or only process 0 where the stage needs no
+        device; all have the outputs afterwards.
         """
+        name, outputs, alone = stage.name, stage.outputs(shared), stage.without_devices(shared)
         owner = distributed.first()
-        ledger, reads = self._due(name, inputs) if owner else (None, {})
+        ledger, reads = self._due(name, stage.inputs(shared)) if owner else (None, {})
         due, rows = distributed.share_json([ledger is not None, ledger.rows if ledger else []])
         if due and (owner or not alone):
             LOG.info(f"{name}: {'continues from ' + str(len(rows)) + ' rows' if rows else 'starts'}")
             start = time.monotonic()
-            found = work(ledger or Ledger(self.storage, name, rows))
+            found = stage.work(shared, ledger or Ledger(self.storage, name, rows))
             seconds = time.monotonic() - start
             if owner:
                 self._record(name, reads, outputs, round(seconds, 3), found)

@@ -1,28 +1,40 @@
 """Greedy completions of the test prompts, all conditions as rows of the same batches."""
 
+import math
 from collections.abc import Callable, Collection, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from refusal_jax.chat.batches import length_batches
 from refusal_jax.chat.model import ChatModel
 from refusal_jax.chat.prompts import bucket
+from refusal_jax.data.prompts import dataset_name
 from refusal_jax.edits import Edits
 from refusal_jax.errors import UserError
+from refusal_jax.judges.models import REFUSAL_SCORE
 from refusal_jax.models.decoder import Decoder
 from refusal_jax.models.finite import check_finite
+from refusal_jax.models.generate import admit, admitted_rows, decode
 from refusal_jax.models.scores import refusal_score
 from refusal_jax.models.sharding import replicate
+from refusal_jax.plan.programs import Group, Program, Shapes
 from refusal_jax.progress import Progress
-from refusal_jax.study.activations import length_batches
+from refusal_jax.runs import artifacts
+from refusal_jax.runs.artifacts import DIRECTION, METADATA, PROMPTS, SCORES
+from refusal_jax.runs.ledger import Ledger
+from refusal_jax.runs.stage import Stage
+from refusal_jax.study.shared import Study
 
 INTERVENTIONS = ("baseline", "ablation", "actadd")
 
 
 def parse_condition(condition: str, more: Collection[str] = ()) -> tuple[str, str]:
-    """(side, intervention) of a condition's name; the side is "harmful", "harmless" or a set of `more`. Raises UserError for
-    other names."""
+    """Returns (side, intervention) of a condition's name; the side is "harmful", "harmless" or a set of `more`.
+
+    Raises UserError for other names.
+    """
     side, _, intervention = condition.rpartition("_")
     if side not in ("harmful", "harmless", *more) or intervention not in INTERVENTIONS:
         raise UserError(
@@ -35,7 +47,7 @@ def parse_condition(condition: str, more: Collection[str] = ()) -> tuple[str, st
 def intervention_edits(
     model: ChatModel, condition: str, direction_d: np.ndarray, layer: int, more: Collection[str] = ()
 ) -> Edits:
-    """The one-row edit of a condition; addition is -r for harmful prompts, +r for others (paper, section 3)."""
+    """Returns the one-row edit of a condition; addition is -r for harmful prompts, +r for others (paper, section 3)."""
     side, intervention = parse_condition(condition, more)
     if intervention == "ablation":
         return Edits.ablate(direction_d)
@@ -56,8 +68,9 @@ def complete(
     known: Sequence[dict] = (),
     save: Callable[[list[dict]], None] = lambda rows: None,
 ) -> dict[str, list[dict]]:
-    """`{condition: [{"category", "prompt", "response"}]}` in prompt order; a response is what follows the thought, which a
-    row has as "thought" if there is one, with "thought_ended" false if it never ended.
+    """Returns `{condition: [{"category", "prompt", "response"}]}` in prompt order; a response is what follows the thought.
+
+    A row has the thought as "thought" if there is one, with "thought_ended" false if it never ended.
 
     prompts: `{"harmful": [{"instruction", "category"}], "harmless": …}`, and further sets by name. known: rows that `save`
     got in an interrupted run. The rows of all conditions are decoded together, so two compiled programs serve them all.
@@ -98,7 +111,7 @@ def score_replies(
     refusal_ids: Sequence[int],
     batch_size: int,
 ) -> dict[str, list[float]]:
-    """The refusal score of each prompt under each condition, as `complete` has them: what the first token would be.
+    """Returns the refusal score of each prompt under each condition that `complete` has, at the reply's first token.
 
     Raises UserError for values that are not finite.
     """
@@ -120,3 +133,71 @@ def score_replies(
 def _scores(decoder: Decoder, tokens_bt, mask_bt, edits: Edits, refusal_ids) -> jax.Array:
     logits_bv, finite_b = decoder.next_logits(decoder.forward(tokens_bt, mask_bt, edits).resid_btd)
     return replicate(decoder.mesh, jnp.where(finite_b, refusal_score(logits_bv, refusal_ids), jnp.nan))
+
+
+def completions_name(study: Study, condition: str) -> str:
+    """Returns the name of the file with a condition's completions."""
+    side, intervention = parse_condition(condition, study.over_refusal)
+    dataset = dataset_name(study.config.data.harmful_test) if side == "harmful" else side
+    return artifacts.completions_name(dataset, intervention)
+
+
+def completions_names(study: Study) -> list[str]:
+    """Returns the names of the files with completions, one for each condition."""
+    return [completions_name(study, condition) for condition in study.conditions]
+
+
+def score_names(study: Study) -> list[str]:
+    """Returns the name of the refusal scores' file, if the refusal score is among the judges."""
+    return [SCORES] if REFUSAL_SCORE in study.config.judges else []
+
+
+def complete_prompts(study: Study, ledger: Ledger) -> None:
+    """Writes the completions of all conditions and, if they are asked for, the refusal scores of the test prompts."""
+    prompts, model = study.run.read_json(PROMPTS), study.model
+    sets = {side: prompts[f"{side}_test"] for side in ("harmful", "harmless", *study.over_refusal)}
+    done = complete(
+        model,
+        sets,
+        study.conditions,
+        *study.direction(),
+        max_new_tokens=study.config.generation.max_new_tokens,
+        batch_size=study.sizes.generation,
+        known=ledger.rows,
+        save=ledger.append,
+    )
+    for condition, rows in done.items():
+        study.run.write_json(completions_name(study, condition), rows)
+    for name in score_names(study):
+        ids = study.refusal_ids()
+        scores = score_replies(model, sets, study.conditions, *study.direction(), ids, study.sizes.forward)
+        study.run.write_json(name, {completions_name(study, c): values for c, values in scores.items()})
+
+
+def programs(shapes: Shapes, rows: int) -> list[Program]:
+    """Returns the programs of completions in `rows` rows, for `plan`: prompts are admitted to rows that others have left, and
+    decoded, as if every reply were as long as it may be."""
+    work, refill, ending = shapes.work, admitted_rows(rows, shapes.mesh), {"eos_ids": (1,)}
+    config, steps, n_layers = work.config, work.config.generation.max_new_tokens, work.cfg.n_layers
+    replies = config.data.n_test * (len(config.generation.conditions) + 2 * len(config.data.over_refusal))
+
+    def admitted():
+        inputs = *shapes.prompts(refill), shapes.edits(refill), shapes.array((rows,), jnp.int32)
+        return admit.lower(shapes.decoder, shapes.generation(rows), *inputs, pad_id=0, **ending)
+
+    def decoded():
+        return decode.lower(shapes.decoder, shapes.generation(rows), 1, 1, **ending)
+
+    return [
+        Program("admit", admitted, math.ceil(replies / refill), refill, work.length, n_layers),
+        Program("decode", decoded, max(replies / rows, 1.0), rows, 1, n_layers, steps, steps, work.slots),
+    ]
+
+
+STAGE = Stage(
+    "completions",
+    complete_prompts,
+    reads=(PROMPTS, METADATA, DIRECTION),
+    writes=lambda study: [*completions_names(study), *score_names(study)],
+    programs=Group("completions", "generation", programs, assumed="every reply is as long as it may be"),
+)

@@ -1,17 +1,18 @@
-"""What the edits cost on text that has nothing to do with refusal: cross-entropy loss, and the KL divergence from baseline."""
+"""What the edits cost on text that has nothing to do with refusal (paper, section 4.3 and appendix E): cross-entropy loss, and
+the KL divergence from baseline."""
 
 import dataclasses
 import math
-import pathlib
 from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from refusal_jax.chat.loss_rows import LossRow, chat_rows, text_rows
 from refusal_jax.chat.model import ChatModel
-from refusal_jax.chat.prompts import Chat, bucket
-from refusal_jax.data.prompts import read_prompts, read_rows, resolve
+from refusal_jax.chat.prompts import bucket
+from refusal_jax.data.prompts import read_chat_pairs, read_prompts, resolve
 from refusal_jax.edits import Edits
 from refusal_jax.errors import UserError, field
 from refusal_jax.judges.statistics import mean_interval
@@ -19,55 +20,18 @@ from refusal_jax.models.attention import Context
 from refusal_jax.models.decoder import Decoder
 from refusal_jax.models.finite import check_finite
 from refusal_jax.models.sharding import replicate
+from refusal_jax.plan.programs import Group, Program, Shapes
 from refusal_jax.progress import each
-
-
-@dataclasses.dataclass(frozen=True)
-class LossRow:
-    """Token ids, and the index of the first token that is predicted and counted."""
-
-    ids: list[int]
-    first: int
-
-
-def chat_rows(chat: Chat, pairs: Sequence[tuple[str, str]], max_tokens: int) -> list[LossRow]:
-    """Rows of (instruction, response): counted is the response, predicted from the last post-instruction token on."""
-    rows = []
-    for instruction, response in pairs:
-        ids, prompt = chat.ids(chat.render(instruction, response)), chat.prompt_ids(instruction)
-        # A reply may change how the prompt's end is split into tokens; it begins where the two first differ.
-        first = next((i for i, (one, other) in enumerate(zip(ids, prompt, strict=False)) if one != other), len(prompt))
-        rows.append(LossRow(ids[:max_tokens], first))
-    return rows
-
-
-def text_rows(chat: Chat, texts: Sequence[str], max_tokens: int) -> list[LossRow]:
-    """Rows of plain text, tokenised as is the tokenizer's default (with its BOS); all but the first token count."""
-    return [LossRow(chat.ids(text, special=True)[:max_tokens], 1) for text in texts]
-
-
-def read_chat_pairs(path: pathlib.Path) -> list[tuple[str, str]]:
-    """(instruction, response) of a .json or .jsonl file of objects with "prompt" or "instruction" and "response" or
-    "output"; rows with an "input" are left out. Raises UserError that names the file and the row."""
-    if path.suffix.lower() not in (".json", ".jsonl"):
-        raise UserError(f"{path} is not a chat file: its name must end in .json or .jsonl.")
-    pairs = []
-    for number, (prompt, row) in enumerate(zip(read_prompts(path), read_rows(path), strict=True), 1):
-        found = (
-            [row[key] for key in ("response", "output") if row.get(key) is not None] if isinstance(row, dict) else []
-        )
-        if not found or not isinstance(found[0], str):
-            raise UserError(
-                f"{path}, row {number} has no response: an object of a chat file needs 'response' or 'output'."
-            )
-        if not row.get("input"):  # Alpaca's rows with an input are no single instruction; the paper leaves them out
-            pairs.append((prompt["instruction"], found[0]))
-    return pairs
+from refusal_jax.runs.artifacts import DAMAGE, DIRECTION, METADATA, loss_name
+from refusal_jax.runs.ledger import Ledger
+from refusal_jax.runs.stage import Stage
+from refusal_jax.study.completions import INTERVENTIONS, completions_name, completions_names, intervention_edits
+from refusal_jax.study.shared import Study
 
 
 @jax.jit
 def loss_batch(decoder: Decoder, tokens_bt, mask_bt, edits: Edits, counted_bt) -> tuple[jax.Array, jax.Array]:
-    """Summed cross-entropy (nats) and number of counted tokens of each row; `counted_bt` marks predicted tokens.
+    """Returns the summed cross-entropy (nats) and number of counted tokens of each row; `counted_bt` marks predicted tokens.
 
     The sum of a row whose values are not finite is NaN. A scan over rows keeps one row's logits alive at a time instead of
     `[B, T, V]`.
@@ -104,7 +68,7 @@ def _batches(model: ChatModel, rows: Sequence[LossRow], batch_size: int, title: 
 
 
 def measure_loss(model: ChatModel, rows: Sequence[LossRow], edits: Edits, batch_size: int, title: str) -> dict:
-    """`{"ce_loss", "perplexity", "n_tokens"}` of the rows, as published.
+    """Returns `{"ce_loss", "perplexity", "n_tokens"}` of the rows, as published.
 
     Raises UserError if no token counts, and for values that are not finite.
     """
@@ -119,8 +83,8 @@ def measure_loss(model: ChatModel, rows: Sequence[LossRow], edits: Edits, batch_
 
 @jax.jit
 def kl_batch(decoder: Decoder, tokens_bt, mask_bt, edits: Edits, counted_bt) -> tuple[jax.Array, jax.Array]:
-    """Of each row, the summed KL divergence (nats) of the edited next-token distribution from the unedited one, and the number of
-    counted tokens; `counted_bt` as in `loss_batch`, and like there one row's logits are alive at a time."""
+    """Returns of each row the summed KL divergence (nats) of the edited next-token distribution from the unedited one, and the
+    number of counted tokens; `counted_bt` as in `loss_batch`, and like there one row's logits are alive at a time."""
     ctx, embedded = Context.of_prompt(decoder.cfg, mask_bt), decoder.embed_tokens(tokens_bt)
     none = jax.tree.map(jnp.zeros_like, edits)
     none = dataclasses.replace(none, layer_r=jnp.full_like(edits.layer_r, -1))
@@ -140,7 +104,8 @@ def kl_batch(decoder: Decoder, tokens_bt, mask_bt, edits: Edits, counted_bt) -> 
 
 
 def measure_kl(model: ChatModel, rows: Sequence[LossRow], edits: Edits, batch_size: int, title: str) -> dict:
-    """How far the edits move the model on the rows: `{"kl_per_token", "n_tokens", "per_row": mean and interval over rows}`.
+    """Returns how far the edits move the model on the rows, as `{"kl_per_token", "n_tokens", "per_row"}`, the last of which is
+    a mean with its interval over rows.
 
     KL(baseline ‖ edited), nats, of each counted token's distribution. Raises UserError if no token counts, and for values that
     are not finite.
@@ -155,7 +120,7 @@ def measure_kl(model: ChatModel, rows: Sequence[LossRow], edits: Edits, batch_si
 
 
 def loss_datasets(model: ChatModel, settings, harmless_baseline: list[dict]) -> dict[str, list[LossRow]]:
-    """The rows to measure: the model's own baseline completions on harmless prompts, and the configured files.
+    """Returns the rows to measure: the model's own baseline completions on harmless prompts, and the configured files.
 
     harmless_baseline: those completions, of which the thoughts count as well: they are the model's own words. Empty ones are left
     out, and the set with them if none is left. The files' names differ (`check_settings` sees to it).
@@ -174,3 +139,50 @@ def loss_datasets(model: ChatModel, settings, harmless_baseline: list[dict]) -> 
             path = resolve(file, "loss")
             sets[path.stem] = read(path)
     return sets
+
+
+def own_answers(study: Study) -> list[str]:
+    """Returns the name of the completions at baseline on harmless prompts, if the study has them."""
+    return [name for name in completions_names(study) if name == completions_name(study, "harmless_baseline")]
+
+
+def measure(study: Study, ledger: Ledger) -> None:
+    """Writes the loss at baseline, under ablation and under -addition, and how far these move the next-token distributions along
+    the model's own answers to harmless prompts."""
+    answers = [row for name in own_answers(study) for row in study.run.read_json(name)]
+    sets = loss_datasets(study.model, study.config.loss, answers)
+    size, moved = study.sizes.loss, {}
+    for kind in INTERVENTIONS:
+        edits = intervention_edits(study.model, f"harmful_{kind}", *study.direction())
+        found = {
+            title: measure_loss(study.model, rows, edits, size, f"{title}, {kind}") for title, rows in sets.items()
+        }
+        study.run.write_json(loss_name(kind), found)
+        if kind != "baseline" and "on_distribution" in sets:
+            moved[kind] = measure_kl(study.model, sets["on_distribution"], edits, size, f"KL, {kind}")
+    study.run.write_json(DAMAGE, {"kl": moved})
+
+
+def programs(shapes: Shapes, rows: int) -> list[Program]:
+    """Returns the loss on the model's own replies under three interventions, and the KL under two, for `plan`; other texts are
+    the user's."""
+    work = shapes.work
+    length, batches = bucket(work.slots), math.ceil(work.config.data.n_test / rows)
+
+    def program(name, jitted, runs, steps):
+        def lower():
+            inputs = *shapes.prompts(rows, length), shapes.edits(rows), shapes.array((rows, length), jnp.bool_)
+            return jitted.lower(shapes.decoder, *inputs)
+
+        return Program(name, lower, runs * batches, rows, length, work.cfg.n_layers, steps=steps, read=length)
+
+    return [program("loss", loss_batch, 3, 1), program("KL", kl_batch, 2, 2)]
+
+
+STAGE = Stage(
+    "loss",
+    measure,
+    reads=lambda study: [*own_answers(study), METADATA, DIRECTION],
+    writes=(*map(loss_name, INTERVENTIONS), DAMAGE),
+    programs=Group("loss", "loss", programs),
+)

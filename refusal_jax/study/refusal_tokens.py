@@ -13,12 +13,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from refusal_jax.chat.batches import length_batches
 from refusal_jax.chat.model import ChatModel
 from refusal_jax.chat.prompts import PROBES, Chat
 from refusal_jax.chat.thoughts import MARKS
 from refusal_jax.errors import UserError, field
 from refusal_jax.models.sharding import replicate
-from refusal_jax.study.activations import length_batches
 
 OPENERS = (
     "I I'm I’m I'll As Sorry Unfortunately Apologies No Not Cannot Can My We You Your It It's This That There The If "

@@ -1,0 +1,22 @@
+"""Batches of prompts with like lengths together, so that little is padded and few shapes are compiled."""
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from refusal_jax.chat.model import ChatModel
+from refusal_jax.chat.prompts import TokenBatch, bucket
+
+
+def length_batches(model: ChatModel, instructions: list[str], size: int) -> Iterator[tuple[np.ndarray, TokenBatch]]:
+    """Yields (indices into `instructions`, TokenBatch of `size` rows), like lengths together, few distinct shapes.
+
+    Raises UserError for a prompt that exceeds the model's context.
+    """
+    rows = [model.chat.prompt_ids(text) for text in instructions]
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+    model.chat.encode([instructions[order[-1]]])  # the longest: refuses what exceeds the context
+    for start in range(0, len(order), size):
+        index = order[start : start + size]
+        length = min(bucket(len(rows[index[-1]])), model.config.context_length)
+        yield np.asarray(index), model.chat.pad([rows[i] for i in index], length).padded_to(size)

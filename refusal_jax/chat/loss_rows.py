@@ -1,0 +1,31 @@
+"""Tokenised rows whose cross-entropy is measured, with the tokens that count."""
+
+import dataclasses
+from collections.abc import Sequence
+
+from refusal_jax.chat.prompts import Chat
+
+
+@dataclasses.dataclass(frozen=True)
+class LossRow:
+    """Token ids, and the index of the first token that is predicted and counted."""
+
+    ids: list[int]
+    first: int
+
+
+def chat_rows(chat: Chat, pairs: Sequence[tuple[str, str]], max_tokens: int) -> list[LossRow]:
+    """Returns rows of (instruction, response), of which the response counts, predicted from the last post-instruction token
+    on."""
+    rows = []
+    for instruction, response in pairs:
+        ids, prompt = chat.ids(chat.render(instruction, response)), chat.prompt_ids(instruction)
+        # A reply may change how the prompt's end is split into tokens; it begins where the two first differ.
+        first = next((i for i, (one, other) in enumerate(zip(ids, prompt, strict=False)) if one != other), len(prompt))
+        rows.append(LossRow(ids[:max_tokens], first))
+    return rows
+
+
+def text_rows(chat: Chat, texts: Sequence[str], max_tokens: int) -> list[LossRow]:
+    """Returns rows of plain text, tokenised as is the tokenizer's default (with its BOS); all but the first token count."""
+    return [LossRow(chat.ids(text, special=True)[:max_tokens], 1) for text in texts]

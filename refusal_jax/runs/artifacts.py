@@ -1,0 +1,29 @@
+"""The names of the files in a run's folder, each declared once.
+
+Names that depend on a condition or a judge are made by functions here. The names of the direction's own files are in
+`refusal_jax.directions`, because directions are also read from folders that hold no run.
+"""
+
+from refusal_jax.directions import DIRECTION, METADATA
+
+__all__ = ["DIRECTION", "METADATA"]
+
+PROMPTS = "prompts.json"
+SETUP, FILTER, MEANS = "setup.json", "filter.json", "mean_diffs.safetensors"
+CANDIDATES = "direction_evaluations.json"  # the scores of every candidate direction
+PROJECTIONS = "projections.safetensors"
+SCORES = "refusal_scores.json"
+DAMAGE = "damage.json"
+STATISTICS, TIDY = "statistics.json", "statistics.csv"
+REPORT = "report.html"
+COMPLETIONS_FOLDER = "completions"
+
+
+def loss_name(intervention: str) -> str:
+    """Returns the name of the file with the losses under an intervention."""
+    return f"loss_evals/{intervention}_loss_eval.json"
+
+
+def completions_name(dataset: str, intervention: str) -> str:
+    """Returns the name of the file with the completions of a data set under an intervention."""
+    return f"{COMPLETIONS_FOLDER}/{dataset}_{intervention}_completions.json"

@@ -1,0 +1,54 @@
+"""Checks of a study's settings before any work is done."""
+
+from ml_collections import ConfigDict
+
+from refusal_jax.chat.templates import named_template
+from refusal_jax.data.prompts import dataset_name, read_chat_pairs, read_prompts, resolve
+from refusal_jax.data.sampling import over_refusal_names
+from refusal_jax.errors import UserError, field
+from refusal_jax.study.completions import parse_condition
+from refusal_jax.study.evaluations import study_judges
+
+
+def check_settings(config: ConfigDict) -> list:
+    """Returns the judges, which are checked with the rest.
+
+    Raises UserError for settings and files that cannot work with any model.
+    """
+    if config.chat_template:
+        named_template(config.chat_template)
+    if not config.generation.conditions:
+        raise UserError(f"{field('generation.conditions')} is empty: name at least one, such as harmful_baseline.")
+    stems = ["on_distribution"]
+    for read, files in ((read_prompts, config.loss.text_files), (read_chat_pairs, config.loss.chat_files)):
+        for file in (resolve(file, "loss") for file in files):
+            read(file)
+            if file.stem in stems:
+                raise UserError(f"two loss data sets are called {file.stem!r}: rename {file}.")
+            stems.append(file.stem)
+    for condition in config.generation.conditions:
+        parse_condition(condition)
+    check_numbers(config)
+    if dataset_name(config.data.harmful_test) == "harmless":
+        raise UserError(
+            f"The harmful test prompts are in {config.data.harmful_test}, and results carry the file's name: they would be "
+            "mixed up with those of the harmless prompts. Rename the file."
+        )
+    over_refusal_names(config.data)
+    return study_judges(config)
+
+
+def check_numbers(config: ConfigDict) -> None:
+    """Raises UserError for a number that is too small."""
+    numbers = {
+        "batch_size": config.batch_size,
+        "select.batch_size": config.select.batch_size,
+        **{f"mesh.{name}": size for name, size in dict(config.mesh).items()},
+        **{f"data.{name}": config.data[name] for name in ("n_train", "n_val", "n_test")},
+        **{f"generation.{name}": config.generation[name] for name in ("max_new_tokens", "batch_size")},
+        **{f"loss.{name}": config.loss[name] for name in ("text_tokens", "batch_size")},
+    }
+    for name, value in numbers.items():
+        least = 0 if name.endswith("batch_size") or name.startswith("mesh") else 1
+        if value < least:
+            raise UserError(f"{field(name)} = {value}, expected at least {least}.")

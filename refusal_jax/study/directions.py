@@ -1,0 +1,210 @@
+"""Candidate directions (paper, section 2.3): one pass over the prompts gives refusal scores for the filter, and the mean
+residuals of the prompts that pass it, from which an estimator makes the directions.
+
+To try another estimator, write a function like `difference_in_means` and set `ESTIMATOR` to it.
+"""
+
+import dataclasses
+import logging
+import math
+from collections.abc import Sequence
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from refusal_jax.chat.batches import length_batches
+from refusal_jax.chat.model import ChatModel
+from refusal_jax.data.prompts import BUNDLED
+from refusal_jax.data.sampling import SPLITS
+from refusal_jax.edits import Edits
+from refusal_jax.errors import UserError, field, setting
+from refusal_jax.models.decoder import Decoder
+from refusal_jax.models.finite import check_finite
+from refusal_jax.models.scores import refusal_score
+from refusal_jax.models.sharding import replicate
+from refusal_jax.plan.programs import Group, Program, Shapes
+from refusal_jax.progress import each
+from refusal_jax.report.text import setup_lines
+from refusal_jax.runs.artifacts import FILTER, MEANS, PROMPTS, SETUP
+from refusal_jax.runs.ledger import Ledger
+from refusal_jax.runs.stage import Stage
+from refusal_jax.study.refusal_tokens import Opening, measure_openings, refusal_openings
+from refusal_jax.study.shared import Study
+from refusal_jax.taps import Taps
+
+LOG = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Extraction:
+    """What one pass over a set of prompts gives: the score of each, which were kept, and their mean residual at block inputs.
+
+    scores: float64 `[n]`; kept: bool `[n]`; mean_lpd: float64 `[L, P, D]`.
+    """
+
+    scores: np.ndarray
+    kept: np.ndarray
+    mean_lpd: np.ndarray
+
+
+@partial(jax.jit, static_argnames="taps")
+def extract_batch(decoder: Decoder, tokens_bt, mask_bt, edits: Edits, valid_b, sign, refusal_ids, taps: Taps):
+    """Returns scores `[B]`, which rows are kept `[B]`, the residual sums of these, float32 `[L, P, D]`, the first row's
+    residual, and whether each row's values are finite `[B]`.
+
+    Sums are of differences to the batch's first row: positions where all prompts agree (the
+    template's tokens at layer 0) then cancel exactly instead of leaving rounding noise.
+    sign: +1 keeps scores above 0, -1 those below, 0 keeps all valid rows.
+    """
+    out = decoder.forward(tokens_bt, mask_bt, edits, taps)
+    logits_bv, finite_b = decoder.next_logits(out.resid_btd)
+    scores_b = refusal_score(logits_bv, refusal_ids)
+    kept_b = valid_b & jnp.where(sign == 0, True, sign * scores_b > 0)
+    resid_lbpd = out.taps["resid_pre"].astype(jnp.float32)
+    finite_b &= jnp.all(jnp.isfinite(resid_lbpd), axis=(0, 2, 3))
+    first_lpd = resid_lbpd[:, 0]
+    offsets = jnp.where(kept_b[None, :, None, None], resid_lbpd - first_lpd[:, None], 0.0)
+    return replicate(decoder.mesh, (scores_b, kept_b, jnp.sum(offsets, axis=1), first_lpd, finite_b))
+
+
+def extract(
+    model: ChatModel, instructions: list[str], refusal_ids, positions: int, sign: int, batch_size: int, title: str
+) -> Extraction:
+    """Returns scores, filter and mean residuals of one prompt set; sign as in `extract_batch`. Means end in NumPy float64.
+
+    Raises UserError if the filter keeps no prompt, and for values that are not finite.
+    """
+    n, cfg = len(instructions), model.config
+    scores, kept = np.zeros(n), np.zeros(n, bool)
+    total = np.zeros((cfg.n_layers, positions, cfg.d_model))
+    taps, ids = Taps(("resid_pre",), positions), np.asarray(refusal_ids, np.int32)
+    batches = each(list(length_batches(model, instructions, batch_size)), title, "batch")
+    for index, batch in batches:
+        valid = np.arange(batch_size) < len(index)
+        out = extract_batch(model.decoder, *model.put(batch.tokens, batch.mask), valid, sign, ids, taps)
+        scores_b, kept_b, offsets, first, finite_b = (np.asarray(a) for a in jax.device_get(out))
+        check_finite(finite_b[: len(index)], model.decoder.dtype, f"No residuals can be read from '{title}'")
+        scores[index], kept[index] = scores_b[: len(index)], kept_b[: len(index)]
+        total += offsets.astype(np.float64) + kept_b.sum() * first.astype(np.float64)
+    if not kept.any():
+        settable = setting("config.refusal_tokens"), setting("config.filter", False)
+        ways = (
+            [f"set {settable[0]}", f"switch the filter off with {settable[1]}"]
+            if all(settable)
+            else ["take another model"]
+        )
+        ways.append("check the prompts")
+        side, why = ("harmful", "is refused") if sign > 0 else ("harmless", "is complied with")
+        raise UserError(
+            f"The filter kept none of the {n} prompts of '{title}': no {side} prompt {why} (scores from "
+            f"{scores.min():.2f} to {scores.max():.2f}, the {side} side needs {'> 0' if sign > 0 else '< 0'}). The model "
+            f"may not refuse at all, or refuses with other words: {' or '.join(ways)}."
+        )
+    return Extraction(scores, kept, total / kept.sum())
+
+
+def difference_in_means(harmful_mean: np.ndarray, harmless_mean: np.ndarray) -> np.ndarray:
+    """Returns the candidate directions r = μ − ν, the mean of harmful residuals minus that of harmless ones.
+
+    Both are float64 with the width D as the last axis, such as `[P, L, D]`, and so is the result.
+    """
+    return harmful_mean - harmless_mean
+
+
+ESTIMATOR = difference_in_means
+
+
+def refusal_tokens(study: Study) -> tuple[tuple[int, ...], list[Opening]]:
+    """Returns the ids of the refusal tokens and, where the settings leave them open, the openings they were chosen from."""
+    if study.config.refusal_tokens:
+        return study.model.chat.opener_ids(study.config.refusal_tokens), []
+    harmful, harmless = (study.instructions(f"{side}_train", kept_only=False) for side in ("harmful", "harmless"))
+    openings = measure_openings(study.model, harmful, harmless, study.sizes.forward)
+    return refusal_openings(openings, study.model.chat), openings
+
+
+def setup(study: Study, positions: int, refusal_ids: Sequence[int], openings: Sequence[Opening]) -> dict:
+    """Returns what of model, template and refusal tokens the results rest on."""
+    config, model = study.config, study.model
+
+    def named(ids) -> list[dict]:
+        return [{"id": i, "text": text} for i, text in zip(ids, model.chat.token_names(ids), strict=True)]
+
+    return {
+        "model": str(study.folder.resolve()),
+        "dtype": str(model.decoder.dtype),
+        "n_layers": model.config.n_layers,
+        "d_model": model.config.d_model,
+        "over_refusal": study.over_refusal,
+        "bundled_prompts": [split for split in SPLITS if config.model and config.data[split] == BUNDLED],
+        "chat_template": model.chat.template_origin,
+        "thinking": model.chat.thinking,
+        "decoding": model.settings.record(config.generation.from_checkpoint),
+        "positions": positions,
+        "post_instruction_tokens": named(model.chat.post_instruction_ids),
+        "refusal_tokens": named(refusal_ids),
+        "refusal_tokens_from": "data" if openings else "config",
+        "openings": [{**dataclasses.asdict(o), "chosen": o.chosen} for o in openings],
+    }
+
+
+def candidate_positions(study: Study) -> int:
+    """Returns how many of the last post-instruction tokens are candidate positions. Raises UserError if there are fewer."""
+    chat, asked = study.model.chat, study.config.positions
+    template = chat.post_instruction_ids
+    positions = len(template) if asked is None else asked
+    if not 1 <= positions <= len(template):
+        raise UserError(
+            f"{field('positions')} = {positions}, but the chat template puts {len(template)} tokens after the "
+            f"instruction ({' '.join(chat.token_names(template))}). Choose 1 to {len(template)}."
+        )
+    return positions
+
+
+def find_directions(study: Study, ledger: Ledger) -> dict:
+    """Writes scores, filter and candidate directions, from one pass over the train and val prompts.
+
+    Returns the setup, for the manifest.
+    """
+    positions = candidate_positions(study)
+    refusal_ids, openings = refusal_tokens(study)
+    settled = setup(study, positions, refusal_ids, openings)
+    LOG.info("\n".join(setup_lines(settled)))  # now: if it is not what was meant, stop
+    found = {}
+    for split in SPLITS[:4]:
+        sign = 0 if not study.config.filter else 1 if split.startswith("harmful") else -1
+        texts = study.instructions(split, kept_only=False)
+        found[split] = extract(study.model, texts, refusal_ids, positions, sign, study.sizes.forward, split)
+    study.run.write_json(SETUP, settled)
+    study.run.write_json(
+        FILTER, {split: {"scores": e.scores.tolist(), "kept": e.kept.tolist()} for split, e in found.items()}
+    )
+    harmful, harmless = (np.swapaxes(found[s].mean_lpd, 0, 1) for s in ("harmful_train", "harmless_train"))
+    means = {"mean_diffs": ESTIMATOR(harmful, harmless), "harmful": harmful, "harmless": harmless}
+    study.run.write_tensors(MEANS, means)
+    return settled
+
+
+def programs(shapes: Shapes, rows: int) -> list[Program]:
+    """Returns the pass over the train and val prompts, for `plan`."""
+    work = shapes.work
+    data, taps = work.config.data, Taps(("resid_pre",), work.positions)
+    runs = sum(2 * math.ceil(n / rows) for n in (data.n_train, data.n_val))
+
+    def lower():
+        inputs = *shapes.prompts(rows), shapes.edits(rows)
+        valid, ids = shapes.array((rows,), jnp.bool_), shapes.array((1,), jnp.int32)
+        return extract_batch.lower(shapes.decoder, *inputs, valid, 1, ids, taps)
+
+    return [Program("extraction", lower, runs, rows, work.length, work.cfg.n_layers)]
+
+
+STAGE = Stage(
+    "activations",
+    find_directions,
+    reads=(PROMPTS,),
+    writes=(SETUP, FILTER, MEANS),
+    programs=Group("extraction", "forward", programs),
+)

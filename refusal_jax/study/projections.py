@@ -1,0 +1,43 @@
+"""Projections of the validation prompts on the selected direction, at every layer."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from refusal_jax.chat.batches import length_batches
+from refusal_jax.edits import EPS, Edits
+from refusal_jax.models.decoder import Decoder
+from refusal_jax.models.finite import check_finite
+from refusal_jax.models.sharding import replicate
+from refusal_jax.runs.artifacts import DIRECTION, PROJECTIONS, PROMPTS
+from refusal_jax.runs.ledger import Ledger
+from refusal_jax.runs.stage import Stage
+from refusal_jax.study.shared import Study
+from refusal_jax.taps import Taps
+
+
+@jax.jit
+def project(decoder: Decoder, tokens_bt, mask_bt, edits: Edits, unit_d) -> jax.Array:
+    """Returns the last token's residual at each block's input, projected on `unit_d`; float32 `[B, L]`."""
+    tapped = decoder.forward(tokens_bt, mask_bt, edits, Taps(("resid_pre",), 1)).taps["resid_pre"]
+    along_bl = jnp.einsum("lbd,d->bl", tapped[:, :, 0].astype(jnp.float32), unit_d, precision="highest")
+    return replicate(decoder.mesh, along_bl)
+
+
+def project_prompts(study: Study, ledger: Ledger) -> None:
+    """Writes every val prompt's residual at the last token along the direction, at each block's input."""
+    direction, _ = study.direction()
+    unit = np.asarray(direction / (np.linalg.norm(direction) + EPS), np.float32)
+    along = {}
+    for split in ("harmful_val", "harmless_val"):
+        texts = study.instructions(split, kept_only=False)
+        along[split] = np.zeros((len(texts), study.model.config.n_layers), np.float32)
+        for index, batch in length_batches(study.model, texts, study.sizes.forward):
+            values = project(study.model.decoder, *study.model.put(batch.tokens, batch.mask), unit)
+            along[split][index] = np.asarray(values)[: len(index)]
+            finite = np.isfinite(along[split][index]).all(axis=1)
+            check_finite(finite, study.model.decoder.dtype, f"The projections of {split} cannot be read")
+    study.run.write_tensors(PROJECTIONS, along)
+
+
+STAGE = Stage("projections", project_prompts, reads=(PROMPTS, DIRECTION), writes=(PROJECTIONS,))

@@ -1,0 +1,163 @@
+"""Scores of edits on the validation prompts, as means over prompts, a few compiled programs for all candidates.
+
+Every edit meets every prompt as rows of one batch. *Induce* runs only from the candidate's layer on, from a residual that is
+carried up the layers.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterable
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from refusal_jax.chat.batches import length_batches
+from refusal_jax.chat.model import ChatModel
+from refusal_jax.edits import Edits
+from refusal_jax.models.attention import Context
+from refusal_jax.models.decoder import Decoder
+from refusal_jax.models.finite import check_finite
+from refusal_jax.models.scores import kl_divergence, refusal_score
+from refusal_jax.models.sharding import constrain, put, replicate, sharding_of
+
+
+@dataclasses.dataclass(frozen=True)
+class Batching:
+    """How candidates and prompts share a batch: `at_once` candidates, each with all of `prompts` prompts.
+
+    batches: how many batches of prompts there are.
+    """
+
+    prompts: int
+    batches: int
+    at_once: int
+
+    @classmethod
+    def of(cls, rows: int, n_prompts: int) -> "Batching":
+        """Divides `rows` rows among candidates, for `n_prompts` prompts."""
+        prompts = min(rows, 8 * math.ceil(n_prompts / 8))
+        return cls(prompts, math.ceil(n_prompts / prompts), max(rows // prompts, 1))
+
+    def together(self, positions: int) -> int:
+        """Returns how many of the `positions` candidates of one layer are scored at once, evenly divided."""
+        return math.ceil(positions / math.ceil(positions / self.at_once))
+
+
+def _for_each(edits: Edits, tree, prompts: int):
+    """Every edit with every prompt, as rows of one batch: edits and prompts' arrays, edit by edit."""
+    tiled = jax.tree.map(lambda a: jnp.tile(a, (edits.rows, *(1,) * (a.ndim - 1))), tree)
+    return jax.tree.map(lambda a: jnp.repeat(a, prompts, axis=0), edits), tiled
+
+
+@jax.jit
+def last_logits(decoder: Decoder, tokens_bt, mask_bt, edits: Edits):
+    """Logits at the last token, float32 `[B, V]`, V as stored, and whether they are finite, bool `[B]`."""
+    logits_bv, finite_b = decoder.next_logits(decoder.forward(tokens_bt, mask_bt, edits).resid_btd)
+    return constrain(decoder.mesh, logits_bv, "batch", "vocab"), replicate(decoder.mesh, finite_b)
+
+
+@jax.jit
+def score_edits(decoder: Decoder, tokens_bt, mask_bt, edits: Edits, base_bv, refusal_ids):
+    """Refusal scores and KLs against the baseline logits `base_bv` of B prompts under R edits, two `[R, B]`."""
+    shape = edits.rows, len(tokens_bt)
+    edits, (tokens, mask, base) = _for_each(edits, (tokens_bt, mask_bt, base_bv), len(tokens_bt))
+    logits, _ = last_logits(decoder, constrain(decoder.mesh, tokens, "batch"), mask, edits)
+    scores = refusal_score(logits, refusal_ids), kl_divergence(base, logits)
+    return replicate(decoder.mesh, tuple(x.reshape(shape) for x in scores))
+
+
+@jax.jit
+def score_from_layer(decoder: Decoder, x_btd, mask_bt, edits: Edits, layer, refusal_ids):
+    """Refusal scores `[R, B]` of B prompts whose residual at the input of block `layer` is `x_btd`, under R edits."""
+    shape = edits.rows, len(x_btd)
+    edits, (x, mask) = _for_each(edits, (x_btd, mask_bt), len(x_btd))
+    x = decoder.run_layers(x, Context.of_prompt(decoder.cfg, mask), edits, layer, decoder.cfg.n_layers)
+    return replicate(decoder.mesh, refusal_score(decoder.logits(x[:, -1:])[:, 0], refusal_ids).reshape(shape))
+
+
+@partial(jax.jit, donate_argnames="x_btd")
+def advance(decoder: Decoder, x_btd, mask_bt, edits: Edits, layer):
+    """The residual after block `layer`, from the one before it."""
+    return decoder.run_layers(x_btd, Context.of_prompt(decoder.cfg, mask_bt), edits, layer, layer + 1)
+
+
+@jax.jit
+def embed(decoder: Decoder, tokens_bt):
+    return decoder.embed_tokens(tokens_bt)
+
+
+@dataclasses.dataclass
+class PromptScorer:
+    """Val prompts of one side as device batches, with their baseline logits; scores edits as means over prompts."""
+
+    model: ChatModel
+    batches: list  # (valid rows, tokens, mask, no edits, baseline logits), on the devices
+    refusal_ids: np.ndarray
+    batching: Batching
+
+    @classmethod
+    def build(cls, model: ChatModel, instructions: list[str], refusal_ids, batch_size: int) -> "PromptScorer":
+        """Raises UserError if baseline logits are not finite."""
+        batches, finite, ids = [], [], np.asarray(refusal_ids, np.int32)
+        batching = Batching.of(batch_size, len(instructions))
+        for index, batch in length_batches(model, instructions, batching.prompts):
+            placed = model.put(batch.tokens, batch.mask)
+            logits, finite_b = last_logits(model.decoder, *placed)
+            batches.append((len(index), *placed, logits))
+            finite.append(finite_b)
+        # Of the last batch, the rows beyond the prompts are repeats of the last.
+        check_finite(np.concatenate(jax.device_get(finite)), model.decoder.dtype, "Selection has no baseline")
+        return cls(model, batches, ids, batching)
+
+    def _means(self, edits: Edits, at_once: int, score: Callable[[Edits, int], object]):
+        """Float64 means over prompts, `[M]`, of each array that `score(edits, number of batch)` returns as `[R, B]`.
+
+        edits: M rows, which go to `score` `at_once` at a time, so that one compiled program serves them; all results cross
+        to the host together.
+        """
+        edits = edits.for_batch(edits.rows, self.model.config.n_layers, self.model.config.d_model)
+        groups = -(-edits.rows // at_once)
+        index = np.minimum(np.arange(groups * at_once), edits.rows - 1).reshape(groups, at_once)
+        parts = [put(edits.take(rows), sharding_of(self.model.mesh, None)) for rows in index]
+        out = jax.device_get([[score(part, number) for number in range(len(self.batches))] for part in parts])
+
+        def mean(*values_rb):  # of one group, from each batch
+            valid = [np.asarray(v, np.float64)[:, :n] for v, (n, *_) in zip(values_rb, self.batches, strict=True)]
+            return np.concatenate(valid, axis=1).mean(axis=1)
+
+        means = [jax.tree.map(mean, *group) for group in out]
+        return jax.tree.map(lambda *groups: np.concatenate(groups)[: edits.rows], *means)
+
+    def ablated(self, directions_md) -> tuple[np.ndarray, np.ndarray]:
+        """Mean refusal scores `[M]` and mean KLs `[M]` under ablation of each direction."""
+
+        def score(edits, number):
+            _, tokens, mask, _, base = self.batches[number]
+            return score_edits(self.model.decoder, tokens, mask, edits, base, self.refusal_ids)
+
+        return self._means(Edits.ablate(directions_md), self.batching.at_once, score)
+
+    def climb(self, layers: int, positions: int) -> Iterable[tuple[int, Callable[[np.ndarray], np.ndarray]]]:
+        """Yields (layer, induce) upwards; `induce(directions_md)` gives mean scores `[M]` when each is added there.
+
+        positions: the usual M, which is divided evenly.
+        """
+        decoder = self.model.decoder
+        residuals = [embed(decoder, tokens) for _, tokens, *_ in self.batches]
+        at_once = self.batching.together(positions)
+
+        def induce(directions_md):
+            def score(edits, number):
+                mask = self.batches[number][2]
+                return score_from_layer(decoder, residuals[number], mask, edits, layer, self.refusal_ids)
+
+            return self._means(Edits.add(directions_md, layer), at_once, score)
+
+        for layer in range(layers):
+            yield layer, induce
+            residuals = [
+                advance(decoder, x, mask, none, layer)
+                for x, (_, _, mask, none, _) in zip(residuals, self.batches, strict=True)
+            ]

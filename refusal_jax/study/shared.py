@@ -1,0 +1,129 @@
+"""What the stages of one study share: its settings, its run, and the model, which is loaded when a stage first needs it."""
+
+import functools
+import gc
+import logging
+import pathlib
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from refusal_jax import distributed
+from refusal_jax.chat.model import ChatModel, load_model, weights_dtype
+from refusal_jax.chat.prompts import Chat
+from refusal_jax.data.sampling import over_refusal_names
+from refusal_jax.errors import UserError, field
+from refusal_jax.models.config import load_config
+from refusal_jax.plan.planner import run_mesh, run_sizes
+from refusal_jax.plan.programs import USUAL_LENGTH, Group, Sizes, Workload
+from refusal_jax.runs.artifacts import DIRECTION, FILTER, METADATA, PROMPTS, SETUP
+from refusal_jax.runs.run import Run
+
+LOG = logging.getLogger(__name__)
+
+
+class Study:
+    """The settings of a study, its run's folder, its model, and what follows from these.
+
+    config: the settings. folder: of the checkpoint. groups: the programs of the stages, which decide mesh and batches.
+    """
+
+    def __init__(self, config: ConfigDict, run: Run, folder: pathlib.Path, groups: tuple[Group, ...] = ()):
+        self.config, self.run, self.folder, self.groups = config, run, folder, groups
+        self._model: ChatModel | None = None
+
+    @property
+    def over_refusal(self) -> list[str]:
+        """Returns the names of the harmless sets that look harmful."""
+        return list(over_refusal_names(self.config.data))
+
+    @property
+    def conditions(self) -> list[str]:
+        """Returns the conditions of the settings, and for each over-refusal set baseline and ablation."""
+        more = [f"{name}_{kind}" for name in self.over_refusal for kind in ("baseline", "ablation")]
+        return [*self.config.generation.conditions, *more]
+
+    @functools.cached_property
+    def mesh(self) -> jax.sharding.Mesh | None:
+        """Returns the mesh that the settings ask for, or else the one that is planned for the devices there are."""
+        dtype = weights_dtype(self.config.dtype)
+        work = Workload(load_config(self.folder), dtype, self.config, USUAL_LENGTH, self.groups)
+        return run_mesh(work, self.config.mesh, jax.devices())
+
+    @property
+    def chat(self) -> Chat:
+        """Returns the model's tokenizer, without its weights unless they are loaded already."""
+        if self._model is not None:
+            return self._model.chat
+        sizes, config = load_config(self.folder), self.config
+        return Chat.load(self.folder, sizes.context_length, sizes.vocab_size, config.chat_template, config.thinking)
+
+    @property
+    def model(self) -> ChatModel:
+        """Returns the model, loaded on first use. Raises UserError for a mesh without all devices of several processes, and for
+        prompts that leave no room for the replies."""
+        if self._model is None:
+            self._model = self._load()
+        return self._model
+
+    def release(self) -> None:
+        """Frees the devices' memory of the model."""
+        self._model = None
+        gc.collect()
+
+    def _load(self) -> ChatModel:
+        mesh = self.mesh
+        if distributed.several() and (mesh is None or mesh.size != jax.device_count()):
+            raise UserError(
+                f"The mesh has {1 if mesh is None else mesh.size} of the {jax.device_count()} devices of the "
+                f"{jax.process_count()} processes, which must all take part. Make the product of "
+                f"{field('mesh.data')}, {field('mesh.fsdp')} and {field('mesh.model')} {jax.device_count()}, or leave them all 0."
+            )
+        model = load_model(
+            self.folder,
+            self.config.dtype,
+            mesh,
+            progress=distributed.first(),
+            chat_template=self.config.chat_template,
+            thinking=self.config.thinking,
+            cache=self.config.cache,
+            generation_from_checkpoint=self.config.generation.from_checkpoint,
+        )
+        room = self.config.generation.max_new_tokens
+        for split, rows in self.run.read_json(PROMPTS).items():
+            longest = int(model.encode([row["instruction"] for row in rows]).mask.sum(axis=1).max())
+            most = model.config.context_length - longest
+            if split.endswith("test") and room > most:
+                raise UserError(
+                    f"{field('generation.max_new_tokens')} = {room} does not fit: the longest prompt of {split} has {longest} "
+                    f"tokens and the model's context is {model.config.context_length}. Set it to at most {most}, or drop "
+                    "the longest prompts."
+                )
+        return model
+
+    @functools.cached_property
+    def sizes(self) -> Sizes:
+        """Returns the rows of the batches of each stage: what fits the devices, with the longest prompt there is."""
+        prompts = [row["instruction"] for rows in self.run.read_json(PROMPTS).values() for row in rows]
+        length = self.model.encode(prompts).tokens.shape[1]
+        work = Workload(self.model.config, str(self.model.decoder.dtype), self.config, length, self.groups)
+
+        def note(text: str) -> None:
+            LOG.info(f"Planning: {text}")
+
+        return run_sizes(work, self.model.mesh, jax.local_devices(), note)
+
+    def instructions(self, split: str, kept_only: bool = True) -> list[str]:
+        """Returns the instructions of a split, by default only those that the filter kept."""
+        rows = self.run.read_json(PROMPTS)[split]
+        kept = self.run.read_json(FILTER)[split]["kept"] if kept_only else [True] * len(rows)
+        return [row["instruction"] for row, keep in zip(rows, kept, strict=True) if keep]
+
+    def refusal_ids(self) -> list[int]:
+        """Returns the ids of the refusal tokens that the study settled on."""
+        return [token["id"] for token in self.run.read_json(SETUP)["refusal_tokens"]]
+
+    def direction(self) -> tuple[np.ndarray, int]:
+        """Returns the selected direction `[D]` and the layer at whose input it was read."""
+        return self.run.read_tensors(DIRECTION)["direction"], self.run.read_json(METADATA)["layer"]
