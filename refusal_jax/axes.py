@@ -22,6 +22,7 @@ AXES = {
     "S": "edit sites",
     "R": "rows of an `Edits`: one, or one for each row of the batch",
     "J": "directions that span a subspace",
+    "A": "layers at which a row of an `Edits` adds its vector",
     "M": "candidate directions, in selection",
     "O": "output tokens of a reply",
 }

@@ -2,7 +2,7 @@
 
 An `Edits` is a pytree that enters the jitted forward as an argument. Each of its rows describes what happens to one
 row of the batch, so that baseline, ablation, addition and every candidate direction run together through one
-compiled program. Axis letters: R edit rows (1, or the batch's B), L layers (1 means "every layer"), S sites, D d_model.
+compiled program. Axis letters are those of `axes.py`; R is 1 or the batch's B, and L is 1 where all layers are alike.
 
 The sites are where the paper edits: a block's input (`resid_pre`), and what attention and MLP add to the residual
 (`attn_out`, `mlp_out`). The embedding output is the input of block 0.
@@ -14,32 +14,46 @@ from collections.abc import Iterable, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float
 
 SITES = ("resid_pre", "attn_out", "mlp_out")
 EPS = 1e-8  # of r / (|r| + EPS): a zero direction stays zero instead of becoming 0 / 0
+INDEPENDENT = 1e-6  # the least singular value of unit directions that are linearly independent
+
+Array = jax.Array | np.ndarray
+
+
+def orthonormal(rows_rjd: np.ndarray) -> np.ndarray:
+    """Returns orthonormal bases, float64 `[R, J, D]`, of the spans of J directions each: from singular vectors of the unit
+    directions, with zeros in place of what a dependent or zero direction would add."""
+    norms = np.linalg.norm(rows_rjd, axis=-1, keepdims=True)
+    units = np.divide(rows_rjd, norms, out=np.zeros_like(rows_rjd), where=norms > 0)
+    _, sizes_rj, basis_rjd = np.linalg.svd(units, full_matrices=False)
+    return basis_rjd * (sizes_rj > INDEPENDENT)[..., None]
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Edits:
-    """One intervention a row: ablate a unit direction at gated layers and sites, then add a vector at one layer.
+    """One intervention a row: ablate the span of directions at gated layers and sites, then add a vector at some layers.
 
-    ablate_rd: float32 [R, D], unit direction, or zero for none; x <- x - (x . d) d.
-    gate_rls: float32 [R, 1 or L, S], 1 where the row is ablated; values between scale the projection removed.
-    add_rd: float32 [R, D], added to every token's residual at the input of block `layer_r`.
-    layer_r: int32 [R], or -1 for no addition.
+    ablate_rjd: float32 `[R, J, D]`, orthonormal directions, zero for none; x <- x - sum over j of (x . d_j) d_j.
+    gate_rls: float32 `[R, 1 or L, S]`, 1 where the row is ablated; values between scale the projection that is removed.
+    add_rd: float32 `[R, D]`, added to every token's residual at the input of each block of `layer_ra`.
+    layer_ra: int32 `[R, A]`, the layers of the addition, -1 for none.
     """
 
-    ablate_rd: jax.Array | np.ndarray
-    gate_rls: jax.Array | np.ndarray
-    add_rd: jax.Array | np.ndarray
-    layer_r: jax.Array | np.ndarray
+    ablate_rjd: Array
+    gate_rls: Array
+    add_rd: Array
+    layer_ra: Array
 
     @classmethod
     def none(cls, d_model: int, rows: int = 1) -> "Edits":
-        """`rows` rows that change nothing."""
+        """Returns `rows` rows that change nothing."""
         zero = np.zeros((rows, d_model), np.float32)
-        return cls(zero, np.zeros((rows, 1, len(SITES)), np.float32), zero, np.full(rows, -1, np.int32))
+        gate = np.zeros((rows, 1, len(SITES)), np.float32)
+        return cls(zero[:, None], gate, zero, np.full((rows, 1), -1, np.int32))
 
     @classmethod
     def ablate(
@@ -51,13 +65,19 @@ class Edits:
         sites: Sequence[str] = SITES,
         scale: float = 1.0,
     ) -> "Edits":
-        """Directional ablation (paper, section 2.4): removes `direction` `[D]` (any norm; zero: no edit) or `[R, D]`.
+        """Returns directional ablation (paper, section 2.4): it removes `direction` at every layer, site and token.
 
-        By default at every layer, site and token. `layers` restricts it and then needs `n_layers`, the model's
-        number of layers. Raises ValueError for a direction that is not finite or of another rank, an unknown site
-        or a layer out of range.
+        direction: `[D]`, of any norm, and zero for no edit; `[R, D]`, one direction a row; or `[R, J, D]`, which removes
+        the whole span of J directions in each row. layers: restricts it, and then needs `n_layers`, the model's number of
+        layers. Raises ValueError for directions that are not finite or of another rank, an unknown site or a layer out of
+        range.
         """
-        rows = _rows(direction)
+        rows = _rows(direction, 3)
+        if rows.ndim == 3 and rows.shape[1] > 1:
+            basis_rjd = orthonormal(rows)
+        else:
+            rows = rows.reshape(len(rows), 1, -1)
+            basis_rjd = rows / (np.linalg.norm(rows, axis=-1, keepdims=True) + EPS)
         unknown = sorted(set(sites) - set(SITES))
         if unknown:
             raise ValueError(f"unknown sites {unknown}; the sites are {SITES}")
@@ -65,98 +85,126 @@ class Edits:
         where = range(1) if layers is None else [_in_range(layer, n_layers) for layer in layers]
         for layer in where:
             gate[0, layer, [SITES.index(site) for site in sites]] = scale
-        unit = rows / (np.linalg.norm(rows, axis=-1, keepdims=True) + EPS)
         return dataclasses.replace(
-            cls.none(rows.shape[1], len(rows)),
-            ablate_rd=unit.astype(np.float32),
+            cls.none(rows.shape[-1], len(rows)),
+            ablate_rjd=basis_rjd.astype(np.float32),
             gate_rls=np.repeat(gate, len(rows), axis=0),
         )
 
     @classmethod
-    def add(cls, direction, layer: int, scale: float = 1.0) -> "Edits":
-        """Activation addition (paper, section 2.4): adds `scale` x `direction` (its raw norm), `[D]` or `[R, D]`, to
-        every token at the input of block `layer`. Raises ValueError for a bad direction or a negative layer.
+    def add(cls, direction, layer: int | Sequence[int], scale: float = 1.0) -> "Edits":
+        """Returns activation addition (paper, section 2.4): it adds `scale` x `direction` (its raw norm), `[D]` or `[R, D]`,
+        to every token at the input of block `layer`, or of each of several blocks.
+
+        Raises ValueError for a direction that is not finite or of another rank, and for a negative layer.
         """
-        rows = _rows(direction)
+        rows = np.atleast_2d(_rows(direction, 2))
+        layers = [_in_range(one, None) for one in np.atleast_1d(layer).tolist()]
         return dataclasses.replace(
             cls.none(rows.shape[1], len(rows)),
             add_rd=(scale * rows).astype(np.float32),
-            layer_r=np.full(len(rows), _in_range(layer, None), np.int32),
+            layer_ra=np.tile(np.array(layers or [-1], np.int32), (len(rows), 1)),
         )
 
     @classmethod
     def concat(cls, parts: Sequence["Edits"]) -> "Edits":
-        """The rows of all `parts`, in order."""
-        n_layers = max(part.gate_rls.shape[1] for part in parts)
-        gates = [np.broadcast_to(p.gate_rls, (p.rows, n_layers, len(SITES))) for p in parts]
+        """Returns the rows of all `parts`, in order, padded to the same number of directions, layers and additions."""
+        n_layers = max(p.gate_rls.shape[1] for p in parts)
+        directions = max(p.ablate_rjd.shape[1] for p in parts)
+        additions = max(p.layer_ra.shape[1] for p in parts)
+
+        def padded(array_rn, size: int, value=0):
+            more = [(0, 0)] * np.ndim(array_rn)
+            more[1] = 0, size - array_rn.shape[1]
+            return np.pad(array_rn, more, constant_values=value)
+
         return cls(
-            np.concatenate([p.ablate_rd for p in parts]),
-            np.concatenate(gates),
+            np.concatenate([padded(p.ablate_rjd, directions) for p in parts]),
+            np.concatenate([np.broadcast_to(p.gate_rls, (p.rows, n_layers, len(SITES))) for p in parts]),
             np.concatenate([p.add_rd for p in parts]),
-            np.concatenate([p.layer_r for p in parts]),
+            np.concatenate([padded(p.layer_ra, additions, -1) for p in parts]),
         )
+
+    def adding(self, addition: "Edits") -> "Edits":
+        """Returns rows that ablate as these do and add as the rows of `addition` do."""
+        return dataclasses.replace(self, add_rd=addition.add_rd, layer_ra=addition.layer_ra)
 
     @property
     def rows(self) -> int:
-        return self.layer_r.shape[0]
+        """Returns the number of rows, R."""
+        return self.layer_ra.shape[0]
 
     @property
     def in_force_r(self) -> np.ndarray:
         """Returns whether each row edits anything, bool `[R]`."""
-        return (np.asarray(self.layer_r) >= 0) | (np.asarray(self.gate_rls) != 0).any(axis=(1, 2))
+        return (np.asarray(self.layer_ra) >= 0).any(axis=1) | (np.asarray(self.gate_rls) != 0).any(axis=(1, 2))
 
     def take(self, rows) -> "Edits":
-        """The rows of the given indices, repeats allowed."""
+        """Returns the rows of the given indices, repeats allowed."""
         rows = np.asarray(rows)
         return jax.tree.map(lambda a: np.asarray(a)[rows], self)
 
     def for_batch(self, batch: int, n_layers: int, d_model: int) -> "Edits":
-        """The normal form that jitted programs take: R = batch and L = n_layers, float32.
+        """Returns the normal form that jitted programs take: R = batch and L = n_layers, float32.
 
         Raises ValueError if the rows are neither 1 nor `batch`, or if width or layers do not fit the model.
         """
-        if self.ablate_rd.shape[1] != d_model:
+        if self.add_rd.shape[1] != d_model:
             raise ValueError(
-                f"the edit's direction has {self.ablate_rd.shape[1]} entries, the model's residual "
+                f"the edit's direction has {self.add_rd.shape[1]} entries, the model's residual "
                 f"stream has {d_model}: it belongs to another model"
             )
         if self.rows not in (1, batch):
             raise ValueError(f"the edit has {self.rows} rows, the batch has {batch}: pass one row, or one for each")
         if self.gate_rls.shape[1] not in (1, n_layers):
             raise ValueError(f"the edit has gates for {self.gate_rls.shape[1]} layers, the model has {n_layers}")
-        if np.max(self.layer_r) >= n_layers:
+        if np.max(self.layer_ra) >= n_layers:
             raise ValueError(
-                f"the edit adds at layer {np.max(self.layer_r)}, the model's layers are 0 to {n_layers - 1}"
+                f"the edit adds at layer {np.max(self.layer_ra)}, the model's layers are 0 to {n_layers - 1}"
             )
         return Edits(
-            np.broadcast_to(self.ablate_rd, (batch, d_model)).astype(np.float32),
+            np.broadcast_to(self.ablate_rjd, (batch, *self.ablate_rjd.shape[1:])).astype(np.float32),
             np.broadcast_to(self.gate_rls, (batch, n_layers, len(SITES))).astype(np.float32),
             np.broadcast_to(self.add_rd, (batch, d_model)).astype(np.float32),
-            np.broadcast_to(self.layer_r, (batch,)).astype(np.int32),
+            np.broadcast_to(self.layer_ra, (batch, *self.layer_ra.shape[1:])).astype(np.int32),
         )
 
-    def layer_gates(self, n_layers: int) -> tuple[jax.Array, jax.Array]:
-        """What a scan over layers takes: ablation gates `[L, R, S]` and addition gates `[L, R]`, float32."""
+    def at_layer(self, layer: int) -> "Edits":
+        """Returns what happens at one layer, for a model of that layer alone."""
+        gate_rls = self.gate_rls if self.gate_rls.shape[1] == 1 else self.gate_rls[:, layer : layer + 1]
+        layer_ra = np.where(np.asarray(self.layer_ra) == layer, 0, -1).astype(np.int32)
+        return dataclasses.replace(self, gate_rls=gate_rls, layer_ra=layer_ra)
+
+    def layer_gates(self, n_layers: int) -> tuple[Float[Array, "L R S"], Float[Array, "L R"]]:
+        """Returns what a scan over layers takes: the gates of ablation, and those of addition."""
         gate_lrs = jnp.swapaxes(jnp.broadcast_to(self.gate_rls, (self.rows, n_layers, len(SITES))), 0, 1)
-        return gate_lrs, (self.layer_r[None, :] == jnp.arange(n_layers)[:, None]).astype(jnp.float32)
+        at_lr = (self.layer_ra[None] == jnp.arange(n_layers)[:, None, None]).any(axis=-1)
+        return gate_lrs, at_lr.astype(jnp.float32)
 
-    def ablated(self, x_btd: jax.Array, gate_r: jax.Array) -> jax.Array:
-        """`x_btd` less its gated projection on each row's direction; float32 inside, the dtype of x outside."""
+    def ablated(self, x_btd: Float[Array, "B T D"], gate_r: Float[Array, " R"]) -> Float[Array, "B T D"]:
+        """Returns `x_btd` less its gated projection on the span of each row's directions; float32 inside, the dtype of x
+        outside."""
         x = x_btd.astype(jnp.float32)
-        gated_rd = gate_r[:, None] * self.ablate_rd  # not `along_bt` later: that would be a step of its own
-        along_bt = jnp.einsum("btd,bd->bt", x, gated_rd, precision="highest")
-        return (x - along_bt[..., None] * self.ablate_rd[:, None]).astype(x_btd.dtype)
+        gated_rjd = gate_r[:, None, None] * self.ablate_rjd  # not `along` later: that would be a step of its own
+        if (
+            gated_rjd.shape[1] == 1
+        ):  # an elementwise product, which fuses with its neighbours, in place of a second matmul
+            along_bt = jnp.einsum("btd,bd->bt", x, gated_rjd[:, 0], precision="highest")
+            return (x - along_bt[..., None] * self.ablate_rjd).astype(x_btd.dtype)
+        along_btj = jnp.einsum("btd,bjd->btj", x, gated_rjd, precision="highest")
+        return (x - jnp.einsum("btj,bjd->btd", along_btj, self.ablate_rjd, precision="highest")).astype(x_btd.dtype)
 
-    def added(self, x_btd: jax.Array, gate_r: jax.Array) -> jax.Array:
-        """`x_btd` plus each row's gated vector, at every token."""
+    def added(self, x_btd: Float[Array, "B T D"], gate_r: Float[Array, " R"]) -> Float[Array, "B T D"]:
+        """Returns `x_btd` plus each row's gated vector, at every token."""
         return (x_btd.astype(jnp.float32) + (gate_r[:, None] * self.add_rd)[:, None]).astype(x_btd.dtype)
 
 
-def _rows(direction) -> np.ndarray:
-    """The direction(s) as float64 `[R, D]`."""
+def _rows(direction, most_axes: int) -> np.ndarray:
+    """Returns the direction(s) as float64 `[R, D]` or, where three axes are allowed, `[R, J, D]`."""
     rows = np.asarray(direction, np.float64)
-    if rows.ndim not in (1, 2) or rows.size == 0:
-        raise ValueError(f"a direction must have shape [d_model] or [rows, d_model], this one has {rows.shape}")
+    if not 1 <= rows.ndim <= most_axes or rows.size == 0:
+        shapes = ["[d_model]", "[rows, d_model]", "[rows, directions, d_model]"][:most_axes]
+        raise ValueError(f"a direction must have shape {' or '.join(shapes)}, this one has {rows.shape}")
     if not np.isfinite(rows).all():
         raise ValueError(f"the direction holds {int((~np.isfinite(rows)).sum())} values that are NaN or infinite")
     return np.atleast_2d(rows)

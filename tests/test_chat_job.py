@@ -113,9 +113,9 @@ def test_commands_switch_edits_while_it_runs(session, direction):
     assert "addition × -1 at layer 2" in session.command("/add -1")
     np.testing.assert_allclose(session.edits().add_rd, [0 * direction, -direction], rtol=1e-6)
     session.command("/layer 1")
-    assert session.edits().layer_r.tolist() == [-1, 1] and session.titles[1] == "addition × -1 at layer 1"
+    assert session.edits().layer_ra.tolist() == [[-1], [1]] and session.titles[1] == "addition × -1 at layer 1"
     assert "no edit" in session.command("/off")
-    assert not session.edits().add_rd.any() and not session.edits().ablate_rd.any()
+    assert not session.edits().add_rd.any() and not session.edits().ablate_rjd.any()
     assert session.command("/numbers") == "Numbers are shown."
     assert any("[" in piece.text for piece in list(session.say("help"))[-1].pieces[0])
     assert "forgotten" in session.command("/reset") and session.conversations == [[], []]

@@ -103,7 +103,7 @@ def test_addition_equals_torch_hooks(layer, scale, model, hf, batch, direction):
 def test_a_row_may_ablate_and_add(model, hf, batch, direction):
     tokens, mask = batch
     ablate, add = Edits.ablate(direction), Edits.add(direction, 1)
-    both = dataclasses.replace(ablate, add_rd=add.add_rd, layer_r=add.layer_r)
+    both = ablate.adding(add)
     with hooked(hf, direction, ablate=every(range(3)), add_at=1):
         theirs = tiny.hf_forward(hf, tokens, mask).logits.numpy()[:, -1]
     np.testing.assert_allclose(np.asarray(model.logits(tokens, mask, both)), theirs, rtol=1e-4, atol=1e-4)
@@ -143,10 +143,47 @@ def test_rows_of_one_batch_equal_each_row_alone(model, direction):
 
 def test_directions_of_several_rows_are_normalised_one_by_one():
     rows = np.array([[3.0, 4.0], [0.0, -0.1], [0.0, 0.0]])
-    np.testing.assert_allclose(Edits.ablate(rows).ablate_rd, [[0.6, 0.8], [0.0, -1.0], [0.0, 0.0]], atol=1e-6)
+    np.testing.assert_allclose(Edits.ablate(rows).ablate_rjd[:, 0], [[0.6, 0.8], [0.0, -1.0], [0.0, 0.0]], atol=1e-6)
     added = Edits.add(rows, 1, -2.0)
     np.testing.assert_allclose(added.add_rd, -2 * rows, rtol=1e-6)
-    assert added.rows == 3 and added.layer_r.tolist() == [1, 1, 1] and not added.gate_rls.any()
+    assert added.rows == 3 and added.layer_ra.tolist() == [[1], [1], [1]] and not added.gate_rls.any()
+
+
+def test_a_subspace_is_ablated_whole(model, batch, direction):
+    tokens, mask = batch
+    rows = np.stack([direction, direction + np.random.default_rng(4).normal(size=len(direction))])
+    edits = Edits.ablate(rows[None])
+    assert edits.rows == 1 and edits.ablate_rjd.shape == (1, 2, len(direction))
+    basis = edits.ablate_rjd[0].astype(np.float64)
+    np.testing.assert_allclose(basis @ basis.T, np.eye(2), atol=1e-6)
+    tapped = model.taps(tokens, mask, Taps(SITES), edits)
+    for site in SITES:
+        values = np.asarray(tapped[site])[:, mask]
+        assert np.abs(values @ (rows / np.linalg.norm(rows, axis=1, keepdims=True)).T).max() < 1e-4
+    # Rows of several directions and of one go together; what does not span more adds nothing.
+    parts = [Edits.ablate(direction), edits, Edits.add(direction, 1)]
+    together = np.asarray(model.logits(np.repeat(tokens[:1], 3, 0), np.repeat(mask[:1], 3, 0), Edits.concat(parts)))
+    for row, part in enumerate(parts):
+        alone = np.asarray(model.logits(tokens[:1], mask[:1], part))[0]
+        np.testing.assert_allclose(together[row], alone, rtol=1e-4, atol=2e-5)
+    for more in (2 * direction, 0 * direction):
+        same = np.asarray(model.logits(tokens, mask, Edits.ablate(np.stack([direction, more])[None])))
+        np.testing.assert_allclose(same, np.asarray(model.logits(tokens, mask, parts[0])), rtol=1e-4, atol=2e-5)
+
+
+def test_an_addition_at_several_layers_equals_torch_hooks(model, hf, batch, direction):
+    tokens, mask = batch
+    with hooked(hf, direction, add_at=0, scale=0.5), hooked(hf, direction, add_at=2, scale=0.5):
+        theirs = tiny.hf_forward(hf, tokens, mask).logits.numpy()[:, -1]
+    edits = Edits.concat([Edits.add(direction, [0, 2], 0.5), Edits.add(direction, 1)]).take([0] * len(tokens))
+    np.testing.assert_allclose(np.asarray(model.logits(tokens, mask, edits)), theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_edits_at_one_layer():
+    edits = Edits.ablate(np.ones(4), layers=[1], n_layers=3).adding(Edits.add(np.ones(4), 2))
+    gates = [edits.at_layer(layer).gate_rls.any() for layer in range(3)]
+    layers = [edits.at_layer(layer).layer_ra.tolist() for layer in range(3)]
+    assert gates == [False, True, False] and layers == [[[-1]], [[-1]], [[0]]]
 
 
 def test_zero_direction_changes_no_bit(model, batch):
@@ -224,7 +261,10 @@ def test_ablation_in_bfloat16_projects_in_float32(direction):
 
 
 BAD_CALLS = {
-    "rank": (lambda: Edits.ablate(np.zeros((2, 3, 4))), r"must have shape .* this one has \(2, 3, 4\)"),
+    "rank": (
+        lambda: Edits.ablate(np.zeros((1, 2, 3, 4))),
+        r"must have shape .* directions, d_model\], this one has \(1, 2, 3, 4\)",
+    ),
     "empty": (lambda: Edits.add(np.zeros(0), 1), r"must have shape .* this one has \(0,\)"),
     "nan": (lambda: Edits.ablate([1.0, np.nan, np.inf]), "holds 2 values that are NaN or infinite"),
     "site": (

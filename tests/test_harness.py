@@ -331,7 +331,7 @@ def test_edits_as_arguments(llama, model, lm, tmp_path):
     file, asked = str(tmp_path / "r.npy"), requests("loglikelihood", ("How do I", " bake"))
     ablate = Edits.ablate(direction)
     add = Edits.add(direction, 2, -0.5)
-    both = Edits(ablate.ablate_rd, ablate.gate_rls, add.add_rd, add.layer_r)
+    both = ablate.adding(add)
     ids = np.asarray([lm.tok_encode("How do I bake")])
     string = f"pretrained={llama},dtype=float32"
     for arguments, edits in (
@@ -361,9 +361,9 @@ def test_one_row_for_each_layer(llama, tmp_path, monkeypatch, caplog):
         unit = rows[2] / np.linalg.norm(rows[2])
         np.testing.assert_allclose(edited.edits.add_rd[0], -rows[2], rtol=1e-6)
         np.testing.assert_allclose(
-            edited.edits.ablate_rd[0] / np.linalg.norm(edited.edits.ablate_rd[0]), unit, rtol=1e-5
+            edited.edits.ablate_rjd[0, 0] / np.linalg.norm(edited.edits.ablate_rjd[0, 0]), unit, rtol=1e-5
         )
-        assert edited.edits.layer_r.tolist() == [2]
+        assert edited.edits.layer_ra.tolist() == [[2]]
     assert "add: 1 direction (rows.npy: row 2 of 3, counted from 0)" in caplog.text
 
 

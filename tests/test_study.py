@@ -158,7 +158,7 @@ def test_addition_is_subtracted_on_the_harmful_side(model):
     direction = np.arange(32.0)
     harmful, harmless = (intervention_edits(model, f"{s}_actadd", direction, 1) for s in ("harmful", "harmless"))
     np.testing.assert_array_equal(harmful.add_rd, -harmless.add_rd)
-    assert harmless.add_rd[0, 3] == 3 and harmful.layer_r == harmless.layer_r == 1
+    assert harmless.add_rd[0, 3] == 3 and harmful.layer_ra == harmless.layer_ra == 1
 
 
 def test_completions_equal_each_prompt_alone(model, directions):

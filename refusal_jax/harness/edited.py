@@ -242,8 +242,7 @@ def one_edit(model: ChatModel, ablated: Directions | None, added: Directions | N
                 f"The direction is to be added at layer {added.layer}, and the model's layers are 0 to "
                 f"{model.config.n_layers - 1}. Give the layer at whose input it was read."
             )
-        more = Edits.add(added.raw_kd[0], added.layer, scale)
-        edits = dataclasses.replace(edits, add_rd=more.add_rd, layer_r=more.layer_r)
+        edits = edits.adding(Edits.add(added.raw_kd[0], added.layer, scale))
     return edits
 
 

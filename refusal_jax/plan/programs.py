@@ -122,10 +122,10 @@ class Shapes:
     def edits(self, rows: int, axis: str | None = "batch") -> Edits:
         cfg = self.work.cfg
         return Edits(
-            self.array((rows, cfg.d_model), jnp.float32, axis),
+            self.array((rows, 1, cfg.d_model), jnp.float32, axis),
             self.array((rows, cfg.n_layers, len(SITES)), jnp.float32, axis),
             self.array((rows, cfg.d_model), jnp.float32, axis),
-            self.array((rows,), jnp.int32, axis),
+            self.array((rows, 1), jnp.int32, axis),
         )
 
     def prompts(self, rows: int, length: int | None = None) -> tuple:

@@ -87,7 +87,7 @@ def kl_batch(decoder: Decoder, tokens_bt, mask_bt, edits: Edits, counted_bt) -> 
     number of counted tokens; `counted_bt` as in `loss_batch`, and like there one row's logits are alive at a time."""
     ctx, embedded = Context.of_prompt(decoder.cfg, mask_bt), decoder.embed_tokens(tokens_bt)
     none = jax.tree.map(jnp.zeros_like, edits)
-    none = dataclasses.replace(none, layer_r=jnp.full_like(edits.layer_r, -1))
+    none = dataclasses.replace(none, layer_ra=jnp.full_like(edits.layer_ra, -1))
     base, edited = (decoder.run(embedded, ctx, one).resid_btd for one in (none, edits))
 
     def row(_, inputs):
