@@ -13,6 +13,7 @@ from refusal_jax.jobs.main import run_job
 from refusal_jax.progress import Progress, each
 from refusal_jax.runs import log
 from refusal_jax.runs.run import Run
+from refusal_jax.runs.stage import Stage
 from refusal_jax.runs.storage import DiskFolder, ObjectFolder
 
 LOG = logging.getLogger("refusal_jax.test")
@@ -107,16 +108,13 @@ def test_a_closed_stderr_ends_no_job(monkeypatch):
 
 def run(folder, work, stage="a"):
     with Run.open(folder, {}, {}) as opened:
-        opened.stage(stage, [], ["a.json"], work(opened))
+        opened.stage(Stage(stage, work, writes=["a.json"]), opened)
         return opened
 
 
-def writes(opened):
-    def work(ledger):
-        LOG.info("half done")
-        opened.write_json("a.json", 1)
-
-    return work
+def writes(opened, ledger):
+    LOG.info("half done")
+    opened.write_json("a.json", 1)
 
 
 def test_a_run_keeps_its_log(tmp_path):
@@ -137,12 +135,9 @@ def test_a_run_keeps_its_log(tmp_path):
 
 @pytest.mark.parametrize(("level", "held"), [("info", False), ("debug", True)])
 def test_other_libraries_are_in_the_log_at_debug(level, held, tmp_path, capsys):
-    def work(opened):
-        def said(ledger):
-            OTHER.debug("chatter")
-            opened.write_json("a.json", 1)
-
-        return said
+    def work(opened, ledger):
+        OTHER.debug("chatter")
+        opened.write_json("a.json", 1)
 
     with logs.shown(level):
         run(tmp_path, work)
@@ -151,12 +146,9 @@ def test_other_libraries_are_in_the_log_at_debug(level, held, tmp_path, capsys):
 
 
 def fails(error):
-    def work(opened):
-        def ends(ledger):
-            ledger.append([{"row": 1}])
-            raise error
-
-        return ends
+    def work(opened, ledger):
+        ledger.append([{"row": 1}])
+        raise error
 
     return work
 
