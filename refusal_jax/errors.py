@@ -6,10 +6,11 @@ traceback therefore always means a bug of ours.
 """
 
 import contextlib
+import difflib
 import reprlib
 import sys
 import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 from refusal_jax import logs
 
@@ -33,6 +34,13 @@ class VerificationError(UserError):
 def shown(value) -> str:
     """Returns the `repr` of a value from a file, shortened: a message stays readable, however large or deep the value is."""
     return _short.repr(value)
+
+
+def did_you_mean(word: object, names: Iterable[str]) -> str:
+    """Returns a sentence, with a space before it, that asks for the nearest of the names; "" if none is near."""
+    spellings = {name.lower(): name for name in names}
+    near = difflib.get_close_matches(str(word).lower(), spellings, 1)
+    return f" Did you mean {spellings[near[0]]}?" if near else ""
 
 
 def _in_python(name: str) -> str:

@@ -7,7 +7,6 @@ import pathlib
 import random
 
 import pytest
-from ml_collections import ConfigDict
 
 from refusal_jax import UserError
 from refusal_jax.data.prompts import BUNDLED, dataset_name, read_prompts, resolve, write_prompts
@@ -15,6 +14,7 @@ from refusal_jax.data.sampling import SPLITS, sample_prompts
 from refusal_jax.files import file_hash
 from refusal_jax.judges.statistics import wilson_interval
 from refusal_jax.judges.text import REFUSAL_SUBSTRINGS, TEXT_JUDGES, evaluate_completions, substring_matching
+from refusal_jax.study.config import DataSettings
 from refusal_jax.study.selection import Rule, pick
 
 SHARED = pathlib.Path(
@@ -200,9 +200,8 @@ def test_names_and_hashes(tmp_path):
     assert file_hash(write(tmp_path, "abc", "abc")).startswith("ba7816bf8f01cfea414140de5dae2223")  # FIPS 180's example
 
 
-def settings(folder, **more) -> ConfigDict:
-    data = {split: str(folder / f"{split}.json") for split in SPLITS}
-    return ConfigDict(data | {"over_refusal": (), "n_train": 128, "n_val": 32, "n_test": 100, "seed": 42} | more)
+def settings(folder, **more) -> DataSettings:
+    return DataSettings.of({split: str(folder / f"{split}.json") for split in SPLITS} | more)
 
 
 def paper_draws(sets) -> dict[str, list[str]]:

@@ -5,10 +5,9 @@ A run on real devices takes its sizes from the same functions, so that what was 
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 import jax
-from ml_collections import ConfigDict
 
 from refusal_jax.errors import UserError
 from refusal_jax.models.sharding import MESH_AXES, make_mesh
@@ -212,7 +211,7 @@ def device_slice(devices) -> Slice | None:
     return Slice(chip, (len(devices) // slices,), slices)
 
 
-def run_mesh(work: Workload, settings: ConfigDict, devices) -> jax.sharding.Mesh | None:
+def run_mesh(work: Workload, settings: Mapping[str, int], devices) -> jax.sharding.Mesh | None:
     """The mesh of a run: what `config.mesh` asks for or, where it leaves all open, what the plan takes on TPUs, all devices as
     tensor parallelism on others, and one device where a process has a CPU for itself.
 

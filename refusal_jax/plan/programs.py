@@ -7,11 +7,11 @@ hand in a `Group` each.
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
-from ml_collections import ConfigDict
 
 from refusal_jax.edits import SITES, Edits
 from refusal_jax.models.config import ModelConfig
@@ -33,8 +33,8 @@ class Sizes:
     generation: int
     loss: int
 
-    def with_settings(self, config: ConfigDict) -> "Sizes":
-        """With what the config sets instead; 0 there means that it is left open."""
+    def with_settings(self, config: Any) -> "Sizes":
+        """Returns the sizes with those in place that the study's settings give; 0 there means that it is left open."""
         set_ = (config.batch_size, config.select.batch_size, config.generation.batch_size, config.loss.batch_size)
         return Sizes(*(given or own for given, own in zip(set_, dataclasses.astuple(self), strict=True)))
 
@@ -49,7 +49,7 @@ class Workload:
 
     cfg: ModelConfig
     dtype: str
-    config: ConfigDict
+    config: Any
     length: int
     groups: tuple["Group", ...]
 

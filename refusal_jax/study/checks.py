@@ -1,16 +1,15 @@
 """Checks of a study's settings before any work is done."""
 
-from ml_collections import ConfigDict
-
 from refusal_jax.chat.templates import named_template
 from refusal_jax.data.prompts import dataset_name, read_chat_pairs, read_prompts, resolve
 from refusal_jax.data.sampling import over_refusal_names
 from refusal_jax.errors import UserError, field
 from refusal_jax.study.completions import parse_condition
+from refusal_jax.study.config import StudyConfig
 from refusal_jax.study.evaluations import study_judges
 
 
-def check_settings(config: ConfigDict) -> list:
+def check_settings(config: StudyConfig) -> list:
     """Returns the judges, which are checked with the rest.
 
     Raises UserError for settings and files that cannot work with any model.
@@ -38,7 +37,7 @@ def check_settings(config: ConfigDict) -> list:
     return study_judges(config)
 
 
-def check_numbers(config: ConfigDict) -> None:
+def check_numbers(config: StudyConfig) -> None:
     """Raises UserError for a number that is too small."""
     numbers = {
         "batch_size": config.batch_size,

@@ -1,79 +1,147 @@
-"""The study's settings and their defaults: the paper's, on the embedded model and prompts."""
+"""The study's settings, what each means, and their defaults: the paper's, on the embedded model and prompts.
 
-import ml_collections
-from ml_collections import ConfigDict
+Config files start from `get_config()` and assign the fields that they change. On the command line a field is overridden by
+`--config.SECTION.FIELD=VALUE`; `refusal-jax study --help` lists all of them, from this file.
+"""
+
+import dataclasses
 
 from refusal_jax.data.prompts import BUNDLED
+from refusal_jax.settings import OptionalInt, Settings, option, section
+
+FITTING = "0 takes as many as fit, up to what pays off (a few on a CPU)"
 
 
-def get_config() -> ConfigDict:
-    """Every setting of a study; config files start from this and change what they need."""
-    config = ConfigDict()
-    config.model = ""  # folder of an HF checkpoint, or its address (gs://bucket/folder); "" is the embedded demo model
-    config.cache = ""  # folder or address of converted copies of checkpoints, read instead of them; "": none
-    config.dtype = "auto"  # float32, bfloat16, float16; auto: float32 on CPU, bfloat16 elsewhere
-    config.batch_size = 0  # rows of a forward pass; here and below, 0: as many as fit, up to what pays (a few on a CPU)
-    config.chat_template = ""  # a name of templates.BUILT_IN or a .jinja file; "": the tokenizer's, or recognised
-    config.thinking = False  # ask models that can think to do so; refusal is read at the reply's first token, so don't
-    # how refusals begin, as token ids or texts (of which the first token counts), whose probabilities are summed;
-    # (): measured on training prompts
-    config.refusal_tokens = ()  # (on the command line: --config.refusal_tokens="('I', 'As')")
-    # how many of the last post-instruction tokens are candidate positions; None: all of them
-    config.positions = ml_collections.config_dict.placeholder(int)
-    config.filter = True  # keep only harmful prompts that are refused and harmless ones that are not
-    # devices along each mesh axis; all 0: planned for the TPUs there are, one device on a CPU
-    config.mesh = ConfigDict({"data": 0, "fsdp": 0, "model": 0})
-    config.data = ConfigDict(
-        {  # each a .json, .jsonl, .csv or .txt file, "bundled", or of fetched data: "paper", or the name of a set
-            "harmful_train": BUNDLED,
-            "harmful_val": BUNDLED,
-            "harmful_test": BUNDLED,
-            "harmless_train": BUNDLED,
-            "harmless_val": BUNDLED,
-            "harmless_test": BUNDLED,
-            # harmless prompts that look harmful, such as ("xstest", "or_bench_hard"): completed at baseline and under ablation
-            "over_refusal": (),
-            "n_train": 128,  # prompts drawn from each set, by the seed
-            "n_val": 32,
-            "n_test": 100,
-            "seed": 42,
-        }
+@dataclasses.dataclass
+class MeshSettings(Settings, path="mesh"):
+    """The devices along each axis of the mesh."""
+
+    data: int = option(
+        0,
+        "Number of devices that divide the prompts; all three axes 0: planned for the TPUs there are, one device on a CPU",
     )
-    config.select = ConfigDict(
-        {
-            # score every candidate fully, for figures; same pick, 3 to 5 times the work
-            "full_grid": False,
-            "batch_size": 0,  # rows: several candidates, each with every val prompt
-            "kl_threshold": 0.1,  # discard above: the direction does more than refusal
-            "induce_threshold": 0.0,  # discard below: adding it does not make harmless prompts refused
-            "prune_fraction": 0.2,  # discard candidates in this last fraction of the layers
-        }
+    fsdp: int = option(0, "Number of devices that divide prompts and the storage of weights")
+    model: int = option(0, "Number of devices that divide heads, MLP and vocabulary")
+
+
+@dataclasses.dataclass
+class DataSettings(Settings, path="data"):
+    """Where prompts come from, and how many are drawn."""
+
+    harmful_train: str = option(
+        BUNDLED,
+        "Harmful prompts from which directions are computed: a .json, .jsonl, .csv or .txt file, 'bundled', or fetched data "
+        "(`refusal-jax data fetch`): 'paper', or the name of a set",
     )
-    config.generation = ConfigDict(
-        {
-            "max_new_tokens": 512,
-            # True: greedy decoding under the checkpoint's generation_config.json (such as its repetition_penalty), as in
-            # transformers; False: plain greedy decoding, as for the paper's numbers
-            "from_checkpoint": False,
-            "batch_size": 0,  # rows that are decoded together
-            "conditions": (
-                "harmful_baseline",
-                "harmful_ablation",
-                "harmful_actadd",
-                "harmless_baseline",
-                "harmless_actadd",
-            ),
-        }
+    harmful_val: str = option(BUNDLED, "Harmful prompts that select the direction, named in the same ways")
+    harmful_test: str = option(BUNDLED, "Harmful prompts whose completions are judged")
+    harmless_train: str = option(BUNDLED, "Harmless prompts from which directions are computed")
+    harmless_val: str = option(BUNDLED, "Harmless prompts that select the direction")
+    harmless_test: str = option(BUNDLED, "Harmless prompts whose completions are judged")
+    over_refusal: tuple[str, ...] = option(
+        (),
+        "Sets of harmless prompts that look harmful, such as ('xstest', 'or_bench_hard'), which are completed at baseline and "
+        "under ablation",
     )
-    # "substring_matching", "substring_extended", "refusal_score", and judge models: "llamaguard2=FOLDER", "llamaguard3=FOLDER",
-    # "harmbench=FOLDER@TEMPLATE.txt", "strongreject=FOLDER@TEMPLATE.txt", "llm=FOLDER" (refusal-jax evaluate --help)
-    config.judges = ("substring_matching",)
-    config.loss = ConfigDict(
-        {
-            "batch_size": 0,
-            "text_tokens": 256,  # plain text is cut to this, as in the paper; chat rows only to the model's context
-            "text_files": (),  # "pile" if fetched, .txt (one document a line) or .json, .jsonl, .csv with a text field
-            "chat_files": (),  # "alpaca" if fetched, .json or .jsonl of {"prompt" or "instruction", "response" or "output"}
-        }
+    n_train: int = option(128, "Number of prompts that are drawn from each training set, by the seed")
+    n_val: int = option(32, "Number of prompts that are drawn from each validation set")
+    n_test: int = option(100, "Number of prompts that are drawn from each test set")
+    seed: int = option(42, "Seed of the draws")
+
+
+@dataclasses.dataclass
+class SelectSettings(Settings, path="select"):
+    """How the direction is selected among the candidates (paper, appendix C)."""
+
+    full_grid: bool = option(
+        False, "Score every candidate on everything, for figures: the pick is the same, the work 3 to 5 times as much"
     )
-    return config
+    batch_size: int = option(
+        0, f"Rows of a pass, which holds several candidates with every validation prompt; {FITTING}"
+    )
+    kl_threshold: float = option(0.1, "Discard candidates whose ablation moves harmless replies by more than this KL")
+    induce_threshold: float = option(
+        0.0, "Discard candidates whose addition leaves the refusal score of harmless prompts below this"
+    )
+    prune_fraction: float = option(0.2, "Discard candidates in this last fraction of the layers")
+
+
+@dataclasses.dataclass
+class GenerationSettings(Settings, path="generation"):
+    """How completions are generated, and under which interventions."""
+
+    max_new_tokens: int = option(512, "The longest completion in tokens")
+    from_checkpoint: bool = option(
+        False,
+        "Decode greedily under the checkpoint's generation_config.json (such as its repetition_penalty), as transformers does; "
+        "False is plain greedy decoding, as in the paper",
+    )
+    batch_size: int = option(0, f"Rows that are decoded together; {FITTING}")
+    conditions: tuple[str, ...] = option(
+        ("harmful_baseline", "harmful_ablation", "harmful_actadd", "harmless_baseline", "harmless_actadd"),
+        "Which prompts are completed under which intervention: harmful or harmless, and baseline, ablation or actadd",
+    )
+
+
+@dataclasses.dataclass
+class LossSettings(Settings, path="loss"):
+    """The texts on which the loss is measured, besides the model's own completions."""
+
+    batch_size: int = option(0, f"Rows of a pass; {FITTING}")
+    text_tokens: int = option(
+        256, "Plain text is cut to this number of tokens, as in the paper; chat rows only to the model's context"
+    )
+    text_files: tuple[str, ...] = option(
+        (), "Plain text: 'pile' if fetched, .txt files (one document a line), or .json, .jsonl, .csv with a text field"
+    )
+    chat_files: tuple[str, ...] = option(
+        (), "Chats: 'alpaca' if fetched, .json or .jsonl of {'prompt' or 'instruction', 'response' or 'output'}"
+    )
+
+
+@dataclasses.dataclass
+class StudyConfig(Settings):
+    """Every setting of a study."""
+
+    model: str = option(
+        "", "Folder of a Hugging Face checkpoint, or its address (gs://BUCKET/FOLDER); '' is the embedded demo model"
+    )
+    cache: str = option(
+        "",
+        "Folder or address of converted copies of checkpoints, which are read in place of the originals; '' keeps none",
+    )
+    dtype: str = option("auto", "float32, bfloat16 or float16; auto is float32 on a CPU and bfloat16 elsewhere")
+    batch_size: int = option(0, f"Rows of a forward pass; {FITTING}")
+    chat_template: str = option(
+        "",
+        "Name of a built-in template (chatml, gemma, llama-2, llama-3, llama-3-published) or a .jinja file; '' is the "
+        "tokenizer's own, or the one that its special tokens tell",
+    )
+    thinking: bool = option(
+        False, "Ask models that can think to do so; refusal is read at the reply's first token, so leave it off"
+    )
+    refusal_tokens: tuple[int | str, ...] = option(
+        (),
+        "How refusals begin, as token ids or strings such as ('I', 'As'), of which the first token counts; their probabilities "
+        "are summed. () measures them on the training prompts",
+    )
+    positions: OptionalInt = option(
+        None, "How many of the last post-instruction tokens are candidate positions; None takes all of them"
+    )
+    filter: bool = option(True, "Keep only harmful prompts that are refused and harmless ones that are not")
+    mesh: MeshSettings = section(MeshSettings, "The devices along each axis of the mesh")
+    data: DataSettings = section(DataSettings, "Where prompts come from, and how many are drawn")
+    select: SelectSettings = section(SelectSettings, "How the direction is selected among the candidates")
+    generation: GenerationSettings = section(GenerationSettings, "How completions are generated")
+    judges: tuple[str, ...] = option(
+        ("substring_matching",),
+        "Who judges completions: substring_matching, substring_extended, refusal_score, and judge models: llamaguard2=FOLDER, "
+        "llamaguard3=FOLDER, harmbench=FOLDER@TEMPLATE.txt, strongreject=FOLDER@TEMPLATE.txt, llm=FOLDER (`refusal-jax evaluate "
+        "--help`)",
+    )
+    loss: LossSettings = section(LossSettings, "The texts on which the loss is measured")
+
+
+def get_config() -> StudyConfig:
+    """Returns the defaults of every setting; config files start from this and change what they need."""
+    return StudyConfig()

@@ -2,8 +2,6 @@
 
 import pathlib
 
-from ml_collections import ConfigDict
-
 from refusal_jax.judges.artifacts import evaluations_name, stem_of
 from refusal_jax.judges.models import REFUSAL_SCORE, ModelJudge, judge_all, parse_judges, score_verdicts
 from refusal_jax.judges.tables import tables, tidy_csv
@@ -13,10 +11,11 @@ from refusal_jax.runs.artifacts import STATISTICS, TIDY
 from refusal_jax.runs.ledger import Ledger
 from refusal_jax.runs.stage import Stage
 from refusal_jax.study.completions import completions_names, score_names
+from refusal_jax.study.config import StudyConfig
 from refusal_jax.study.shared import Study
 
 
-def study_judges(config: ConfigDict, mesh=None) -> list:
+def study_judges(config: StudyConfig, mesh=None) -> list:
     """Returns the judges of a study's settings, except the refusal score, which its own model gives. Raises UserError as
     `parse_judges` does."""
     specs = [spec for spec in config.judges if spec != REFUSAL_SCORE]

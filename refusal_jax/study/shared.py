@@ -7,7 +7,6 @@ import pathlib
 
 import jax
 import numpy as np
-from ml_collections import ConfigDict
 
 from refusal_jax import distributed
 from refusal_jax.chat.model import ChatModel, load_model, weights_dtype
@@ -19,6 +18,7 @@ from refusal_jax.plan.planner import run_mesh, run_sizes
 from refusal_jax.plan.programs import USUAL_LENGTH, Group, Sizes, Workload
 from refusal_jax.runs.artifacts import DIRECTION, FILTER, METADATA, PROMPTS, SETUP
 from refusal_jax.runs.run import Run
+from refusal_jax.study.config import StudyConfig
 
 LOG = logging.getLogger(__name__)
 
@@ -29,7 +29,7 @@ class Study:
     config: the settings. folder: of the checkpoint. groups: the programs of the stages, which decide mesh and batches.
     """
 
-    def __init__(self, config: ConfigDict, run: Run, folder: pathlib.Path, groups: tuple[Group, ...] = ()):
+    def __init__(self, config: StudyConfig, run: Run, folder: pathlib.Path, groups: tuple[Group, ...] = ()):
         self.config, self.run, self.folder, self.groups = config, run, folder, groups
         self._model: ChatModel | None = None
 

@@ -3,8 +3,6 @@
 import os
 import pathlib
 
-from ml_collections import ConfigDict
-
 from refusal_jax.chat.model import demo_model_path
 from refusal_jax.checkpoints.fingerprint import checkpoint_fingerprint
 from refusal_jax.checkpoints.remote import checkpoint_folder
@@ -18,6 +16,7 @@ from refusal_jax.plan.programs import USUAL_LENGTH, Workload
 from refusal_jax.runs.run import Run
 from refusal_jax.study import completions, directions, evaluations, loss, projections, prompts, report, selection
 from refusal_jax.study.checks import check_settings
+from refusal_jax.study.config import StudyConfig
 from refusal_jax.study.shared import Study
 
 STAGES = (
@@ -33,20 +32,20 @@ STAGES = (
 GROUPS = tuple(stage.programs for stage in STAGES if stage.programs)
 
 
-def workload(cfg: ModelConfig, dtype: str, config: ConfigDict, length: int = USUAL_LENGTH) -> Workload:
+def workload(cfg: ModelConfig, dtype: str, config: StudyConfig, length: int = USUAL_LENGTH) -> Workload:
     """Returns the programs of a study of a model, to be planned. dtype: of the weights. length: tokens that prompts are padded
     to."""
     return Workload(cfg, dtype, config, length, GROUPS)
 
 
-def run_study(config: ConfigDict, workdir: str | os.PathLike) -> Run:
+def run_study(config: StudyConfig, workdir: str | os.PathLike) -> Run:
     """Runs or continues the study of `config` in `workdir`; `worked` of the run names the stages that did work.
 
     workdir: a local folder or gs://BUCKET/FOLDER. Of several processes (`distributed.start`) all must call it alike.
 
     Raises UserError for anything wrong with config, model, data or folder, before long work where it can be known.
     """
-    config = config.copy_and_resolve_references()
+    config = StudyConfig.of(config)
     judges = check_settings(config)
     folder = checkpoint_folder(config.model) if config.model else demo_model_path()
     load_config(folder)
@@ -64,7 +63,7 @@ def run_study(config: ConfigDict, workdir: str | os.PathLike) -> Run:
         return run
 
 
-def input_hashes(config: ConfigDict, folder: pathlib.Path, judges: list) -> dict[str, str]:
+def input_hashes(config: StudyConfig, folder: pathlib.Path, judges: list) -> dict[str, str]:
     """Returns the hash of every file and model that the study reads, by name. Raises UserError for a file that is missing."""
     inputs = {"model": checkpoint_fingerprint(folder)}
     for split in SPLITS:
