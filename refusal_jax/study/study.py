@@ -2,6 +2,8 @@
 
 import os
 import pathlib
+from collections.abc import Mapping
+from typing import Any
 
 from refusal_jax.chat.model import demo_model_path
 from refusal_jax.checkpoints.fingerprint import checkpoint_fingerprint
@@ -38,9 +40,10 @@ def workload(cfg: ModelConfig, dtype: str, config: StudyConfig, length: int = US
     return Workload(cfg, dtype, config, length, GROUPS)
 
 
-def run_study(config: StudyConfig, workdir: str | os.PathLike) -> Run:
+def run_study(config: StudyConfig | Mapping[str, Any], workdir: str | os.PathLike) -> Run:
     """Runs or continues the study of `config` in `workdir`; `worked` of the run names the stages that did work.
 
+    config: a study's settings, as nested dictionaries or ml_collections.ConfigDict too; they are copied.
     workdir: a local folder or gs://BUCKET/FOLDER. Of several processes (`distributed.start`) all must call it alike.
 
     Raises UserError for anything wrong with config, model, data or folder, before long work where it can be known.
