@@ -34,6 +34,8 @@ setup(
         "filelock>=3.13",
         "flax>=0.12,<0.13",
         "fsspec>=2024.2",  # object stores
+        "gguf>=0.17",  # control vectors for llama.cpp
+        "huggingface_hub>=1.0",  # model cards, and pushing exports
         "jax>=0.10,<0.12",
         "jaxtyping>=0.3",
         "jinja2>=3.1.6",  # chat templates, which transformers asks it for, and the report
@@ -44,7 +46,6 @@ setup(
         "optax>=0.2.4",
         "orbax-checkpoint>=0.12,<0.13",
         "platformdirs>=4.0",  # where caches are kept
-        "pyyaml>=6.0",  # the metadata of model cards
         "safetensors>=0.5",
         "scipy>=1.15",
         "tiktoken>=0.9",  # Qwen 1's tokenizer
@@ -59,13 +60,12 @@ setup(
         "plan": ["libtpu>=0.0.40"],  # the TPU compiler, which needs no TPU
         "lm_eval": ["lm_eval>=0.4.13,<0.5"],  # the model `refusal_jax` of EleutherAI's harness
         "inspect": ["inspect-ai>=0.3.285"],  # the provider `refusal_jax` of Inspect
-        # gguf and peft read exports back; shellcheck reads launch/.
+        # peft reads exports back; shellcheck reads launch/.
         "test": [
             "pytest>=8.0",
             "pytest-xdist>=3.6",
             "libtpu>=0.0.40",  # to compile for TPUs
             "torch==2.13.0",
-            "gguf>=0.17",
             "peft>=0.19",
             "sentencepiece>=0.2",  # a tokenizer.model alone
             "lm_eval>=0.4.13,<0.5",

@@ -154,7 +154,7 @@ def test_what_control_vectors_cannot_say(tmp_path, llama):
             exported(llama, tmp_path / "out", DIRECTION, "gguf", kind="add", layers=[layer, 2])
 
 
-@pytest.mark.parametrize("front", ["date: 2024-13-99", "a: " + "[" * 3000, "a: !!python/object:x {}", "- a"])
+@pytest.mark.parametrize("front", ["date: 2024-13-99", "a: " + "[" * 3000, "a: !!python/object:x {}", "- a", "1: x"])
 def test_a_card_whose_metadata_are_damaged_counts_as_one_without(front, tmp_path):
     (tmp_path / "README.md").write_text(f"---\n{front}\n---\n\nText")
     metadata, text = read_card(tmp_path)

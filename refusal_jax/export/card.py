@@ -1,9 +1,8 @@
-"""The model card of an export: what was edited, how and why, what was measured, and the base model's own card and licence."""
+"""Writes the model card of an export: what was edited and why, what was measured, and the base model's own card and licence."""
 
 import pathlib
 import re
-
-import yaml
+from typing import Any
 
 import refusal_jax
 from refusal_jax.export.staging import PROVENANCE
@@ -11,7 +10,6 @@ from refusal_jax.export.staging import PROVENANCE
 # Of the base model's metadata, what holds for an edited copy too.
 KEPT = ("license", "license_name", "license_link", "language", "pipeline_tag")
 LICENCES = re.compile(r"(LICEN[CS]E|NOTICE|USE_POLICY|COPYING)", re.IGNORECASE)
-FRONT = re.compile(r"\A---\s*\n(.*?)\n---\s*(?:\n|\Z)", re.DOTALL)
 RELATION = {"hf": "finetune", "lora": "adapter"}
 
 SAFETY = """This model was edited so that its refusals change. The edit removes a safeguard, or strengthens one; it adds no
@@ -28,29 +26,30 @@ ADAPTER_TIED = (
 )
 
 
-def read_card(folder: pathlib.Path) -> tuple[dict, str]:
-    """The metadata and the text of a checkpoint's README.md; metadata that is no YAML mapping counts as none."""
+def read_card(folder: pathlib.Path) -> tuple[dict[str, Any], str]:
+    """Returns the metadata and the text of a checkpoint's README.md; metadata that the hub could not read count as none."""
+    from huggingface_hub.repocard import REGEX_YAML_BLOCK, ModelCard
+
     path = folder / "README.md"
-    if not path.is_file():
-        return {}, ""
-    text = path.read_text(encoding="utf-8", errors="replace")
-    found = FRONT.match(text)
-    if not found:
+    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    front = REGEX_YAML_BLOCK.match(text)
+    if not front:
         return {}, text
     try:
-        metadata = yaml.safe_load(found[1])
-    except (yaml.YAMLError, ValueError, TypeError, OverflowError, RecursionError):  # such as the 99th of a month
-        metadata = None
-    return metadata if isinstance(metadata, dict) else {}, text[found.end() :]
+        return ModelCard(text, ignore_metadata_errors=True).data.to_dict(), text[front.end() :]
+    except Exception:  # of YAML, such as the 99th of a month, or of fields that are not what they should be
+        return {}, text[front.end() :]
 
 
 def licence_files(folder: pathlib.Path) -> list[pathlib.Path]:
-    """The files of a checkpoint that say under which terms it comes."""
+    """Returns the files of a checkpoint that say under which terms it comes."""
     return sorted(path for path in folder.iterdir() if path.is_file() and LICENCES.match(path.name))
 
 
 def write_card(folder: pathlib.Path, source: pathlib.Path, report: dict, command: str) -> None:
-    """Writes README.md into an export. report: what export.json says. command: that makes it again."""
+    """Writes README.md into an export. report: what export.json says. command: the one that makes the export again."""
+    from huggingface_hub import ModelCardData
+
     metadata, original = read_card(source)
     base, form = report["base"], report["format"]
     head = {key: metadata[key] for key in KEPT if key in metadata}
@@ -77,8 +76,8 @@ def write_card(folder: pathlib.Path, source: pathlib.Path, report: dict, command
     ]
     if original.strip():
         sections.append(f"# The base model's own card\n\n{original.strip()}")
-    front = yaml.safe_dump(head, sort_keys=False, allow_unicode=True)
-    (folder / "README.md").write_text(f"---\n{front}---\n\n" + "\n\n".join(sections) + "\n", encoding="utf-8")
+    front = ModelCardData(**head).to_yaml()
+    (folder / "README.md").write_text(f"---\n{front}\n---\n\n" + "\n\n".join(sections) + "\n", encoding="utf-8")
 
 
 def _what(report: dict) -> str:

@@ -1,14 +1,13 @@
-"""The addition as a control vector for llama.cpp: a GGUF file, version 3, written here because it is a header and a few
-vectors.
+"""Writes the addition as a control vector for llama.cpp, a GGUF file.
 
 `direction.N` is added to the output of block N, counted from 0, so what is added at the input of block l is
 `direction.(l - 1)`; N begins at 1.
 """
 
 import pathlib
-import struct
 
 import numpy as np
+from jaxtyping import Float32
 
 from refusal_jax.errors import UserError, setting
 from refusal_jax.export.edit import Edit
@@ -25,8 +24,6 @@ HINTS = {
     "glm": "chatglm",
     "qwen3_moe": "qwen3moe",
 }
-ALIGNMENT = 32
-UINT32, STRING, F32 = 4, 8, 0  # GGUF's numbers for them
 
 
 def check_expressible(cfg: ModelConfig, edit: Edit) -> None:
@@ -51,58 +48,29 @@ def write_gguf(cfg: ModelConfig, folder: pathlib.Path, edit: Edit) -> Written:
     Raises UserError for an edit that a control vector cannot express, OSError for a disk that refuses.
     """
     check_expressible(cfg, edit)
-    vectors = {layer - 1: edit.added_d(layer) for layer in edit.layers}
-    values = {
-        "general.architecture": ARCHITECTURE,
-        f"{ARCHITECTURE}.model_hint": HINTS.get(cfg.family, cfg.family),
-        f"{ARCHITECTURE}.layer_count": len(vectors),
-    }
-    head = b"GGUF" + struct.pack("<IQQ", 3, len(vectors), len(values))
-    for key, value in values.items():
-        number = (
-            struct.pack("<II", UINT32, value) if isinstance(value, int) else struct.pack("<I", STRING) + _text(value)
-        )
-        head += _text(key) + number
-    offset, data = 0, b""
-    for block, vector_d in vectors.items():
-        head += _text(f"direction.{block}") + struct.pack("<IQIQ", 1, len(vector_d), F32, offset)
-        data += _padded(vector_d.astype("<f4").tobytes())
-        offset = len(data)
-    (folder / CONTROL_VECTOR).write_bytes(_padded(head) + data)
-    return Written({}, None, len(data))
+    from gguf import GGUFWriter  # here: few exports are control vectors
+
+    writer = GGUFWriter(folder / CONTROL_VECTOR, ARCHITECTURE)
+    writer.add_string(f"{ARCHITECTURE}.model_hint", HINTS.get(cfg.family, cfg.family))
+    writer.add_uint32(f"{ARCHITECTURE}.layer_count", len(edit.layers))
+    for layer in edit.layers:
+        writer.add_tensor(f"direction.{layer - 1}", edit.added_d(layer))
+    try:
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+    finally:
+        writer.close()
+    return Written({}, None, len(edit.layers) * cfg.d_model * 4)
 
 
-def _text(value: str) -> bytes:
-    return struct.pack("<Q", len(value.encode())) + value.encode()
+def read_gguf(path: pathlib.Path) -> dict[int, Float32[np.ndarray, " D"]]:
+    """Returns what a control vector of `write_gguf` adds at the inputs of layers, by layer.
 
+    This is for files that this process has written: gguf's reader trusts the counts in a file, and one of a few bytes can keep it
+    busy for hours.
+    """
+    from gguf import GGUFReader
 
-def _padded(data: bytes) -> bytes:
-    return data + b"\0" * (-len(data) % ALIGNMENT)
-
-
-def read_gguf(path: pathlib.Path) -> dict[int, np.ndarray]:
-    """What a control vector of ours adds at the inputs of layers: float32 `[D]` by layer."""
-    data, at = path.read_bytes(), 4
-
-    def take(form: str):
-        nonlocal at
-        found = struct.unpack_from(f"<{form}", data, at)
-        at += struct.calcsize(f"<{form}")
-        return found if len(found) > 1 else found[0]
-
-    def text() -> str:
-        nonlocal at
-        size = take("Q")
-        at += size
-        return data[at - size : at].decode()
-
-    _, tensors, values = take("IQQ")
-    for _ in range(values):
-        text()
-        text() if take("I") == STRING else take("I")
-    places = {text(): take("IQIQ") for _ in range(tensors)}
-    start = at + -at % ALIGNMENT
-    return {
-        int(name.removeprefix("direction.")) + 1: np.frombuffer(data, "<f4", size, start + offset)
-        for name, (_, size, _, offset) in places.items()
-    }
+    vectors = {int(t.name.removeprefix("direction.")): np.array(t.data) for t in GGUFReader(path).tensors}
+    return {block + 1: vector_d for block, vector_d in vectors.items()}
