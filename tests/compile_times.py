@@ -13,7 +13,7 @@ from refusal_jax import Edits, Taps
 from refusal_jax.models.config import from_hf
 from refusal_jax.models.decoder import Decoder
 from refusal_jax.models.predict import predict
-from refusal_jax.taps import TAP_SITES
+from refusal_jax.taps import RESIDUAL_SITES
 
 LAYERS = 80
 
@@ -29,7 +29,7 @@ def lowered(family: str, layers: int):
     decoder = jax.eval_shape(lambda key: Decoder.init(cfg, key), jax.random.key(0))
     tokens, mask = jax.ShapeDtypeStruct((4, 32), "int32"), jax.ShapeDtypeStruct((4, 32), "bool")
     edits = Edits.none(cfg.d_model).for_batch(4, cfg.n_layers, cfg.d_model)
-    return predict.lower(decoder, tokens, mask, edits, taps=Taps(TAP_SITES, 5), last=True)
+    return predict.lower(decoder, tokens, mask, edits, taps=Taps(RESIDUAL_SITES, 5), last=True)
 
 
 def main():

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from tiny import DTYPES, ROPES, hf_forward, randomise, tiny_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
-from refusal_jax.taps import TAP_SITES
+from refusal_jax.taps import RESIDUAL_SITES
 
 BASE = {
     "vocab_size": 256,
@@ -164,7 +164,7 @@ def reference(folder):
 
 def hf_taps(model, tokens, mask) -> dict[str, np.ndarray]:
     """Every tap site of every layer, `{site: [L, B, T, D]}`, caught by forward hooks."""
-    caught = {site: [] for site in TAP_SITES}
+    caught = {site: [] for site in RESIDUAL_SITES}
     layers, scale = text_model(model).layers, getattr(model.config, "residual_multiplier", 1.0)
 
     def first(value):
@@ -195,6 +195,24 @@ def hf_taps(model, tokens, mask) -> dict[str, np.ndarray]:
         for hook in hooks:
             hook.remove()
     return {site: torch.stack(values).numpy() for site, values in caught.items()}
+
+
+def hf_heads(model, tokens, mask) -> dict[str, np.ndarray]:
+    """Of every layer what enters and leaves the output projection, "z" `[L, B, T, N * H]` and "out" `[L, B, T, D]`, and the
+    attention probabilities, "pattern" `[L, B, N, T, T]`."""
+    caught = {"z": [], "out": []}
+
+    def catch(module, args, out):
+        caught["z"].append(args[0])
+        caught["out"].append(out)
+
+    hooks = [layer.self_attn.o_proj.register_forward_hook(catch) for layer in text_model(model).layers]
+    try:
+        patterns = hf_forward(model, tokens, mask, output_attentions=True).attentions
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return {site: torch.stack(values).numpy() for site, values in (caught | {"pattern": list(patterns)}).items()}
 
 
 def text_model(model):

@@ -20,7 +20,7 @@ from refusal_jax.checkpoints.tensor_files import SINGLE
 from refusal_jax.models.cache import Cache
 from refusal_jax.models.decoder import Decoder
 from refusal_jax.models.predict import predict
-from refusal_jax.taps import NO_TAPS, TAP_SITES
+from refusal_jax.taps import NO_TAPS, RESIDUAL_SITES, TAP_AXES
 
 LENGTHS = (3, 40, 17, 1)  # of the rows of a batch: the shortest is all padding but its last token
 ADDED_AT = 1
@@ -36,6 +36,7 @@ class Case:
     tokens: np.ndarray
     mask: np.ndarray
     direction: np.ndarray
+    along: np.ndarray
     logits: np.ndarray
     taps: dict[str, np.ndarray]
 
@@ -51,10 +52,13 @@ def case(request, tmp_path_factory):
     direction = np.random.default_rng(0).normal(size=ours.cfg.d_model)
     kinds = Edits.concat([Edits.none(ours.cfg.d_model), Edits.ablate(direction), Edits.add(direction, ADDED_AT)])
     edits = kinds.take(np.repeat(range(3), len(LENGTHS))).for_batch(12, ours.cfg.n_layers, ours.cfg.d_model)
-    out = predict(ours, np.tile(tokens, (3, 1)), np.tile(mask, (3, 1)), edits, taps=Taps(TAP_SITES), last=False)
+    taps = Taps(tuple(TAP_AXES), along=np.random.default_rng(1).normal(size=ours.cfg.d_model)).for_batch(
+        12, ours.cfg.d_model
+    )
+    out = predict(ours, np.tile(tokens, (3, 1)), np.tile(mask, (3, 1)), edits, taps=taps, last=False)
     out = jax.tree.map(np.asarray, out)
     assert out.finite_b.all()
-    yield Case(folder, ours, families.reference(folder), tokens, mask, direction, out.logits, out.taps)
+    yield Case(folder, ours, families.reference(folder), tokens, mask, direction, taps.along[0], out.logits, out.taps)
     jax.clear_caches()  # see conftest.py; no program serves two cases
 
 
@@ -74,7 +78,7 @@ def test_logits(case):
 
 def test_taps(case):
     theirs = families.hf_taps(case.theirs, case.tokens, case.mask)
-    for site in TAP_SITES:
+    for site in RESIDUAL_SITES:
         ours = case.taps[site][:, case.rows(0)]
         assert ours.shape == theirs[site].shape
         close(ours[:, case.mask], theirs[site][:, case.mask])
@@ -93,9 +97,43 @@ def test_edits(case):
         close(case.logits[case.rows(row)][case.mask], theirs[case.mask])
         assert np.abs(theirs - case.logits[case.rows(0)])[case.mask].max() > 0.1
     unit = case.direction / np.linalg.norm(case.direction)
-    for site in TAP_SITES:
+    for site in RESIDUAL_SITES:
         along = case.taps[site][:, case.rows(1)][:, case.mask] @ unit
         assert np.abs(along).max() < 1e-4
+
+
+def by_head(case, z_lbtnh, out_lbtd) -> np.ndarray:
+    """Each head's part of `attn_out . along` in an unedited model, `[L, B, T, N]`, float64, from its output and o_proj's."""
+    cfg, weights = case.ours.cfg, case.ours.weights()
+    o_ldnh = np.asarray(weights["blocks.o"], np.float64).reshape(cfg.n_layers, cfg.d_model, cfg.n_heads, cfg.head_dim)
+    along_ld = np.tile(cfg.residual_scale * case.along.astype(np.float64), (cfg.n_layers, 1))
+    scale_lbt = np.ones(out_lbtd.shape[:3])
+    if cfg.post_norm:
+        along_ld *= cfg.norm_offset + np.asarray(weights["blocks.attn_post_norm"], np.float64)
+        scale_lbt = (np.square(out_lbtd, dtype=np.float64).mean(axis=-1) + cfg.norm_eps) ** -0.5
+    return np.einsum("lbtnh,ldnh,ld,lbt->lbtn", z_lbtnh, o_ldnh, along_ld, scale_lbt)
+
+
+def test_head_taps(case):
+    """Head outputs and patterns as transformers computes them, edited and not, and what heads write along a direction."""
+    layers, cfg = families.text_model(case.theirs).layers, case.ours.cfg
+    hooks = [], oracle.ablation(layers, case.direction), oracle.addition(layers, case.direction, ADDED_AT)
+    for row, edited in enumerate(hooks):
+        taps = {site: case.taps[site][:, case.rows(row)] for site in TAP_AXES}
+        with oracle.hooked(edited):
+            theirs = families.hf_heads(case.theirs, case.tokens, case.mask)
+        z_lbtnh = theirs["z"].reshape(*theirs["z"].shape[:3], cfg.n_heads, cfg.head_dim)
+        close(taps["z"][:, case.mask], z_lbtnh[:, case.mask])
+        for name, patterns in (("ours", taps["pattern"]), ("theirs", theirs["pattern"])):
+            theirs[name] = patterns.transpose(0, 1, 3, 2, 4)[:, case.mask]  # queries before heads
+        close(theirs["ours"], theirs["theirs"])
+        assert theirs["ours"].dtype == np.float32 and (theirs["ours"] == 0).any()
+        whole = (taps["attn_out"] @ case.along)[:, case.mask]
+        close((taps["result_along"].sum(axis=-1) + taps["o_bias_along"])[:, case.mask], whole)
+        close(taps["result_along_by_source"].sum(axis=-1)[:, case.mask], taps["result_along"][:, case.mask])
+        if not edited:
+            close(taps["result_along"][:, case.mask], by_head(case, z_lbtnh, theirs["out"])[:, case.mask])
+    assert cfg.o_bias == bool(np.abs(case.taps["o_bias_along"]).max())
 
 
 @partial(jax.jit, static_argnames="prefix")

@@ -17,7 +17,7 @@ from refusal_jax.models.families import hf_shapes
 from refusal_jax.models.generate import admit, decode, empty
 from refusal_jax.models.predict import predict
 from refusal_jax.models.weights import weight_table
-from refusal_jax.taps import TAP_SITES, Taps
+from refusal_jax.taps import RESIDUAL_SITES, Taps
 
 BY_TYPE = {real.config["model_type"]: name for name, real in REAL_MODELS.items()}  # one of each family, the last listed
 KNOWN_TO_TRANSFORMERS = [name for name, real in REAL_MODELS.items() if real.config["model_type"] != "qwen"]
@@ -122,10 +122,12 @@ def test_the_forward_pass_of_real_models_has_the_right_shapes(name):
     decoder = jax.eval_shape(lambda key: Decoder.init(cfg, key, jnp.bfloat16), jax.random.key(0))
     tokens, mask = jax.ShapeDtypeStruct((2, 16), jnp.int32), jax.ShapeDtypeStruct((2, 16), bool)
     edits = Edits.none(cfg.d_model).for_batch(2, cfg.n_layers, cfg.d_model)
-    out = jax.eval_shape(lambda *args: predict(*args, taps=Taps(TAP_SITES, 5), last=True), decoder, tokens, mask, edits)
+    out = jax.eval_shape(
+        lambda *args: predict(*args, taps=Taps(RESIDUAL_SITES, 5), last=True), decoder, tokens, mask, edits
+    )
     logits, taps = out.logits, out.taps
     assert logits.shape == (2, cfg.vocab_size) and logits.dtype == jnp.float32
-    assert set(taps) == set(TAP_SITES)
+    assert set(taps) == set(RESIDUAL_SITES)
     for tapped in taps.values():
         assert tapped.shape == (cfg.n_layers, 2, 5, cfg.d_model) and tapped.dtype == jnp.bfloat16
     sizes, rows = {"rows": 2, "length": 16, "max_new_tokens": 3, "pad_id": 0}, jax.ShapeDtypeStruct((2,), jnp.int32)

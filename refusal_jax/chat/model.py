@@ -79,10 +79,15 @@ class ChatModel:
         return self._checked(tokens, mask, edits, NO_TAPS, positions == "last").logits
 
     def taps(self, tokens, mask, taps: Taps, edits: Edits | None = None) -> dict[str, jax.Array]:
-        """The residual stream as `taps` asks: `{site: [L, B, P, D]}`. Raises ValueError as `logits` does."""
+        """Returns what `taps` asks for, by site, with the axes that `taps.TAP_AXES` lists.
+
+        Raises ValueError and UserError as `logits` does, and UserError for a direction that is missing or does not fit.
+        """
         return self._checked(tokens, mask, edits, taps, True).taps
 
     def _checked(self, tokens, mask, edits: Edits | None, taps: Taps, last: bool) -> Prediction:
+        rows = len(tokens)
+        taps = put(taps.for_batch(rows, self.config.d_model), batch_sharding(self.mesh, rows))
         found = predict(self.decoder, *self.put(tokens, mask, edits), taps=taps, last=last)
         edited_r = edits is not None and edits.in_force_r
         check_finite(found.finite_b, self.decoder.dtype, "The forward pass failed", edited_r)

@@ -6,9 +6,11 @@ differently run through the same scanned body.
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from refusal_jax.models.cache import Cache
 from refusal_jax.models.config import ModelConfig
@@ -70,13 +72,12 @@ class Context:
         return jax.tree.map(lambda *cases: jax.lax.select_n(kind, *cases), *self.views)
 
 
-def attend(q_btnh, segments, scale: float, softcap: float | None) -> jax.Array:
-    """Grouped-query attention over one or more segments of keys and values, softmax in float32.
+# Keys `[B, K, C, H]`, values `[B, K, C, H]`, and which of them each query may attend to, bool `[B, T, C]`.
+Segment = tuple[jax.Array, jax.Array, jax.Array]
 
-    segments: tuples (k `[B, K, C, H]`, v `[B, K, C, H]`, allowed bool `[B, T, C]`); scores of all segments share one
-    softmax. Cached and new keys stay separate arrays: to attend, a decode step need not copy the cache.
-    scale multiplies the scores, which `softcap` then bends. Returns `[B, T, N * H]`.
-    """
+
+def _probabilities(q_btnh, segments: Sequence[Segment], scale: float, softcap: float | None) -> list[jax.Array]:
+    """Returns the softmax over all segments together, float32 `[B, K, G, T, C]` for each; as in `attend`."""
     b, t, n, h = q_btnh.shape
     kv_heads = segments[0][0].shape[1]
     precision = "highest" if q_btnh.dtype == jnp.float32 else None
@@ -95,8 +96,34 @@ def attend(q_btnh, segments, scale: float, softcap: float | None) -> jax.Array:
     highest = functools.reduce(jnp.maximum, (jnp.max(s, axis=-1, keepdims=True) for s in scores))
     weights = [jnp.exp(s - highest) for s in scores]
     total = sum(jnp.sum(w, axis=-1, keepdims=True) for w in weights)
+    return [w / total for w in weights]
+
+
+def attend(
+    q_btnh: Float[Array, "B T N H"], segments: Sequence[Segment], scale: float, softcap: float | None
+) -> Float[Array, "B T N*H"]:
+    """Returns grouped-query attention over one or more segments of keys and values, softmax in float32.
+
+    Scores of all segments share one softmax. Cached and new keys stay separate arrays: to attend, a decode step need not copy the
+    cache. scale multiplies the scores, which `softcap` then bends.
+    """
+    b, t, n, h = q_btnh.shape
+    precision = "highest" if q_btnh.dtype == jnp.float32 else None
     out = sum(
-        jnp.einsum("bkgtc,bkch->bkgth", (w / total).astype(v.dtype), v, precision=precision)
-        for w, (_, v, _) in zip(weights, segments, strict=True)
+        jnp.einsum("bkgtc,bkch->bkgth", p.astype(v.dtype), v, precision=precision)
+        for p, (_, v, _) in zip(_probabilities(q_btnh, segments, scale, softcap), segments, strict=True)
     )
     return out.transpose(0, 3, 1, 2, 4).reshape(b, t, n * h)
+
+
+def pattern(
+    q_bqnh: Float[Array, "B Q N H"], segments: Sequence[Segment], scale: float, softcap: float | None
+) -> Float[Array, "B N Q C"]:
+    """Returns the probabilities with which `attend` weighs the values of all segments, one after the other, for these queries
+    alone; exactly 0 where a query may not attend."""
+    b, q, n, _ = q_bqnh.shape
+    found = [
+        jnp.where(allowed_bqc[:, None, None], p_bkgqc, 0.0)
+        for p_bkgqc, (_, _, allowed_bqc) in zip(_probabilities(q_bqnh, segments, scale, softcap), segments, strict=True)
+    ]
+    return jnp.concatenate(found, axis=-1).reshape(b, n, q, -1)

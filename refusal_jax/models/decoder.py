@@ -17,6 +17,7 @@ from refusal_jax.edits import SITES, Edits
 from refusal_jax.models.attention import Context, View, attend
 from refusal_jax.models.cache import Cache
 from refusal_jax.models.config import ModelConfig
+from refusal_jax.models.head_taps import Heads, read_heads
 from refusal_jax.models.layers import GATED, experts, linear, lookup, mlp, rms_norm, row_parallel, sharded_experts
 from refusal_jax.models.sharding import constrain, constrain_residual, split_for, weight_place
 from refusal_jax.models.weights import weight_table
@@ -72,8 +73,8 @@ class Block(Stack):
         spec = jax.sharding.PartitionSpec(*self.spec(name)[1:])
         return row_parallel(self.mesh, spec, x_btf, self.weight(name), self.weight(f"{name}_bias"))
 
-    def attention(self, h_btd, view: View, past) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-        """What attention computes of its input, `[B, T, D]`, and the tokens' keys and values, `[B, K, T, H]` each."""
+    def attention(self, h_btd, view: View, past) -> tuple[Heads, tuple[jax.Array, jax.Array]]:
+        """Returns attention on the input `[B, T, D]`, and the tokens' keys and values, `[B, K, T, H]` each."""
         cfg, w = self.cfg, self.weight
 
         def heads(name: str, count: int):
@@ -87,8 +88,10 @@ class Block(Stack):
         q, k, v = heads("q", cfg.n_heads), heads("k", cfg.n_kv_heads), heads("v", cfg.n_kv_heads)
         new = tuple(constrain(self.mesh, a.swapaxes(1, 2), "batch", "kv_heads") for a in (view.rotate(k), v))
         segments = [(*new, view.allowed_btt)] if past is None else [(*past, view.allowed_btc), (*new, view.allowed_btt)]
-        out = attend(view.rotate(q), segments, cfg.query_scale, cfg.attention_softcap)
-        return self.out("o", out), new
+        q, norm_d = view.rotate(q), w("attn_post_norm")
+        z = attend(q, segments, cfg.query_scale, cfg.attention_softcap)
+        norm_d = None if norm_d is None else cfg.norm_offset + norm_d.astype(jnp.float32)
+        return Heads(q, segments, z, self.out("o", z), w("o"), w("o_bias"), norm_d), new
 
     def mlp(self, h_btd, layer: Layer, stack: Stack | None):
         """What the MLP computes of its input, `[B, T, D]`; stack: all layers' experts, if the architecture has any."""
@@ -124,18 +127,15 @@ class Block(Stack):
             return edits.ablated(out, gates[site])
 
         resid_pre = edits.added(edits.ablated(own(x_btd), gates["resid_pre"]), layer.add_r)
-        attn, new = self.attention(read(resid_pre, "attn_norm"), ctx.view(layer.kind), past)
-        attn_out = added(attn, "attn_post_norm", "attn_out")
+        heads, new = self.attention(read(resid_pre, "attn_norm"), ctx.view(layer.kind), past)
+        attn_out = added(heads.out_btd, "attn_post_norm", "attn_out")
         resid_mid = resid_pre + attn_out
         mlp_out = added(self.mlp(read(resid_mid, "mlp_norm"), layer, stack), "mlp_post_norm", "mlp_out")
         resid_post = own(resid_mid + mlp_out)  # placed after the last edit: else what a tap wants spreads backwards
-        return (
-            resid_post,
-            taps.read(
-                resid_pre=resid_pre, attn_out=attn_out, resid_mid=resid_mid, mlp_out=mlp_out, resid_post=resid_post
-            ),
-            new,
-        )
+        tapped = taps.read(
+            resid_pre=resid_pre, attn_out=attn_out, resid_mid=resid_mid, mlp_out=mlp_out, resid_post=resid_post
+        ) | read_heads(cfg, self.mesh, heads, edits, gates["attn_out"], taps)
+        return resid_post, tapped, new
 
 
 @jax.tree_util.register_dataclass

@@ -23,15 +23,12 @@ class Prediction:
     finite_b: jax.Array
 
 
-@partial(jax.jit, static_argnames=("taps", "last"))
+@partial(jax.jit, static_argnames="last")
 def predict(decoder: Decoder, tokens_bt, mask_bt, edits: Edits, *, taps: Taps, last: bool) -> Prediction:
     """Runs left-padded prompts, of which `mask_bt` marks the real tokens. last: whether logits are of the last token only."""
     out = decoder.forward(tokens_bt, mask_bt, edits, taps)
     x, real_bt = (out.resid_btd[:, -1:], mask_bt[:, -1:]) if last else (out.resid_btd, mask_bt)
     logits = decoder.logits(x)
-    finite_b = jnp.all(decoder.finite(x, logits) | ~real_bt, axis=1)
-    for tapped_lbpd in out.taps.values():
-        real_bp = mask_bt[:, -tapped_lbpd.shape[2] :]
-        finite_b &= jnp.all(jnp.isfinite(tapped_lbpd).all(axis=(0, 3)) | ~real_bp, axis=1)
+    finite_b = jnp.all(decoder.finite(x, logits) | ~real_bt, axis=1) & taps.finite(out.taps, mask_bt)
     logits = (logits[:, 0] if last else logits)[..., : decoder.cfg.vocab_size]
     return Prediction(logits, out.taps, replicate(decoder.mesh, finite_b))

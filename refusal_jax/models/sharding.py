@@ -118,11 +118,13 @@ def weight_place(mesh: Mesh | None, weight: Weight) -> tuple[tuple[int, ...], ja
     return tuple(shape), NamedSharding(mesh, PartitionSpec(*(names or None for names in spec)))
 
 
-def sharding_of(mesh: Mesh | None, *axes: tuple[str, int] | None):
-    """The sharding of an array with these axes, each (logical name, size), or None where it is replicated."""
+def sharding_of(mesh: Mesh | None, *axes: tuple[str, int | tuple[int, ...]] | None) -> jax.sharding.Sharding:
+    """Returns the sharding of an array with these axes, each (logical name, size or factors as in `mesh_axes`), or None where it
+    is replicated."""
     if mesh is None:
         return jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    spec = [None if axis is None else mesh_axes(mesh, axis[0], (axis[1],)) or None for axis in axes]
+    sizes = [axis and (axis[0], axis[1] if isinstance(axis[1], tuple) else (axis[1],)) for axis in axes]
+    spec = [(mesh_axes(mesh, *axis) or None) if axis else None for axis in sizes]
     return NamedSharding(mesh, PartitionSpec(*spec))
 
 
@@ -138,11 +140,14 @@ def put(tree, sharding):
     return jax.tree.map(lambda a: jax.make_array_from_callback(np.shape(a), sharding, lambda index: a[index]), tree)
 
 
-def constrain(mesh: Mesh | None, x: jax.Array, *axes: str | None) -> jax.Array:
-    """`x`, inside a jitted function, with each axis placed by its logical name; None and axes not named: replicated."""
+def constrain(mesh: Mesh | None, x: jax.Array, *axes: str | tuple[str, tuple[int, ...]] | None) -> jax.Array:
+    """Returns `x`, inside a jitted function, with each axis placed by its logical name, or by (name, factors as in `mesh_axes`).
+
+    An axis that is None or not named is replicated.
+    """
     if mesh is None:
         return x
-    named = [None if axis is None else (axis, size) for axis, size in zip(axes, x.shape, strict=False)]
+    named = [(axis, size) if isinstance(axis, str) else axis for axis, size in zip(axes, x.shape, strict=False)]
     return jax.lax.with_sharding_constraint(x, sharding_of(mesh, *named))
 
 

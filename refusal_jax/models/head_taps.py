@@ -1,0 +1,93 @@
+"""What single heads compute, for taps: their outputs, their attention patterns, and what they write along a direction.
+
+A head's part of attn_out . d needs no head's output in the width of the residual stream. All that follows the heads (output
+projection, post-norm, residual multiplier, edits) is linear once the norm's denominator of a token is known: so the direction is
+pulled back through it to the width of a head, once a row, and each head's output is multiplied with that.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from refusal_jax.edits import Edits
+from refusal_jax.models.attention import Segment, pattern
+from refusal_jax.models.config import ModelConfig
+from refusal_jax.models.sharding import constrain
+from refusal_jax.taps import ALONG_SITES, HEAD_SITES, Taps
+
+
+@dataclasses.dataclass(frozen=True)
+class Heads:
+    """One layer's attention on the way from its queries to the residual stream.
+
+    q_btnh: queries, `[B, T, N, H]`. segments: what they attend to. z_btf: outputs of the heads, `[B, T, N * H]`. out_btd: their
+    output projection with its bias, `[B, T, D]`, before any post-norm. o_df, o_bias_d: the weight and bias of the projection, the
+    latter None without one. norm_d: what a post-norm multiplies its input with besides dividing it by its norm, None without a
+    post-norm.
+    """
+
+    q_btnh: jax.Array
+    segments: list[Segment]
+    z_btf: jax.Array
+    out_btd: jax.Array
+    o_df: jax.Array
+    o_bias_d: jax.Array | None
+    norm_d: jax.Array | None
+
+
+def read_heads(cfg: ModelConfig, mesh, heads: Heads, edits: Edits, gate_r, taps: Taps) -> dict[str, jax.Array]:
+    """Returns the requested ones of `HEAD_SITES` for one layer, with axes as in `taps.TAP_AXES` less L, divided over the mesh as
+    the heads are. gate_r: how far `edits` ablate what attention adds, of each row."""
+    if not taps.asks(*HEAD_SITES):
+        return {}
+    divided = "heads", (cfg.n_kv_heads, cfg.queries_per_kv)
+    z_bpnh = taps.cut(heads.z_btf).reshape(len(heads.z_btf), -1, cfg.n_heads, cfg.head_dim)
+    z_bpnh = constrain(mesh, z_bpnh, "batch", None, divided)
+    read = {"z": z_bpnh}
+    if taps.asks("pattern", "result_along_by_source"):
+        segments = [(k, v, taps.cut(allowed)) for k, v, allowed in heads.segments]
+        pattern_bnqt = pattern(taps.cut(heads.q_btnh), segments, cfg.query_scale, cfg.attention_softcap)
+        read["pattern"] = pattern_bnqt = constrain(mesh, pattern_bnqt, "batch", divided)
+    if taps.asks(*ALONG_SITES):
+        along_bd = _before_norm(cfg, heads, edits, gate_r, taps.along)
+        along_bnh = jnp.einsum("bd,df->bf", along_bd, heads.o_df.astype(jnp.float32), precision="highest")
+        along_bnh = constrain(mesh, along_bnh.reshape(-1, cfg.n_heads, cfg.head_dim), "batch", divided)
+        scale_bp = constrain(mesh, _norm_scale(cfg, heads, taps), "batch")
+        along_bpn = jnp.einsum("bpnh,bnh->bpn", z_bpnh.astype(jnp.float32), along_bnh, precision="highest")
+        read["result_along"] = along_bpn * scale_bp[..., None]
+        bias_d = jnp.zeros_like(along_bd[0]) if heads.o_bias_d is None else heads.o_bias_d.astype(jnp.float32)
+        read["o_bias_along"] = scale_bp * jnp.einsum("bd,d->b", along_bd, bias_d, precision="highest")[:, None]
+    if taps.asks("result_along_by_source"):
+        along_bnt = _values_along(cfg, heads, along_bnh)
+        read["result_along_by_source"] = (along_bnt[:, :, None] * pattern_bnqt).swapaxes(1, 2) * scale_bp[
+            ..., None, None
+        ]
+    return {site: read[site] for site in taps.sites if site in read}
+
+
+def _before_norm(cfg: ModelConfig, heads: Heads, edits: Edits, gate_r, along_bd) -> Float[Array, "B D"]:
+    """Returns the direction before edits, residual multiplier and a post-norm's weights, whose product with the projected heads,
+    times `_norm_scale`, is that of `along_bd` with what is added to the residual. An ablation is symmetric: it acts on either
+    side of a product alike."""
+    along_bd = edits.ablated(along_bd[:, None], gate_r)[:, 0] * cfg.residual_scale
+    return along_bd if heads.norm_d is None else along_bd * heads.norm_d
+
+
+def _norm_scale(cfg: ModelConfig, heads: Heads, taps: Taps) -> Float[Array, "B P"]:
+    """Returns what a post-norm multiplies each tapped token with, 1 without one."""
+    out_bpd = taps.cut(heads.out_btd).astype(jnp.float32)
+    if heads.norm_d is None:
+        return jnp.ones(out_bpd.shape[:2], jnp.float32)
+    return jax.lax.rsqrt(jnp.mean(out_bpd * out_bpd, axis=-1) + cfg.norm_eps)
+
+
+def _values_along(cfg: ModelConfig, heads: Heads, along_bnh) -> Float[Array, "B N T"]:
+    """Returns the product of each token's value, as each query head reads it, with that head's direction."""
+    along_bkgh = along_bnh.reshape(-1, cfg.n_kv_heads, cfg.queries_per_kv, cfg.head_dim)
+    along_bkgt = [
+        jnp.einsum("bkth,bkgh->bkgt", v.astype(jnp.float32), along_bkgh, precision="highest")
+        for _, v, _ in heads.segments
+    ]
+    return jnp.concatenate(along_bkgt, axis=-1).reshape(len(along_bnh), cfg.n_heads, -1)
