@@ -12,8 +12,9 @@ from refusal_jax import UserError
 from refusal_jax.data.prompts import BUNDLED, dataset_name, read_prompts, resolve, write_prompts
 from refusal_jax.data.sampling import SPLITS, sample_prompts
 from refusal_jax.files import file_hash
+from refusal_jax.judges.evaluations import evaluate_completions
 from refusal_jax.judges.statistics import wilson_interval
-from refusal_jax.judges.text import REFUSAL_SUBSTRINGS, TEXT_JUDGES, evaluate_completions, substring_matching
+from refusal_jax.judges.text import REFUSAL_SUBSTRINGS, TEXT_JUDGES, substring_matching
 from refusal_jax.study.config import DataSettings
 from refusal_jax.study.selection import Rule, pick
 

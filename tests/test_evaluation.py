@@ -12,11 +12,14 @@ from absl import flags
 
 from refusal_jax import UserError
 from refusal_jax.jobs.main import run_job
+from refusal_jax.judges import models as judge_models
 from refusal_jax.judges.artifacts import jailbreakbench_artifact, read_completions
+from refusal_jax.judges.evaluations import evaluate_completions
+from refusal_jax.judges.judge import Verdict
 from refusal_jax.judges.models import ModelJudge
 from refusal_jax.judges.statistics import Rate, cohens_kappa, mcnemar, mean_interval, wilson_interval
 from refusal_jax.judges.tables import COLUMNS, repetition, tables, tidy_csv
-from refusal_jax.judges.text import TEXT_JUDGES, Verdict, evaluate_completions
+from refusal_jax.judges.text import TEXT_JUDGES
 
 
 @pytest.fixture
@@ -301,17 +304,17 @@ def test_an_interrupted_job_continues(tmp_path, llama, capsys, monkeypatch, own_
         [f"--judges=llm={llama}@{tmp_path / 'ask.txt'}", "--tokenizer=", "--noartifact", f"--out={tmp_path / 'o'}"],
     )
 
-    def judge(self, completions, known, save):
-        seen.append(dict(known))
-        save({1: Verdict(1, 0.75)})
+    def judge(self, rows, ledger):
+        seen.append(list(ledger.rows))
+        ledger.append([{"judge": "llm", "index": 1}])
         if len(seen) in (1, 2):
             raise UserError("preempted")
         return [Verdict(1, 0.75)] * 2
 
     monkeypatch.setattr(ModelJudge, "judge", judge)
-    monkeypatch.setattr(ModelJudge, "check", lambda self: None)
+    monkeypatch.setattr(judge_models, "label_ids", lambda *args: [[0], [1]])
     command = [f"--completions={tmp_path / 'rows.json'}", *flags]
     assert [run_job("evaluate", command) for _ in range(3)] == [2, 2, 0]
-    assert seen == [{}, {1: Verdict(1, 0.75)}, {1: Verdict(1, 0.75)}]
+    assert seen == [[], [{"judge": "llm", "index": 1}], [{"judge": "llm", "index": 1}] * 2]
     assert not list((tmp_path / "o").glob(".ledger*"))
     assert json.loads((tmp_path / "o" / "rows_evaluations.json").read_text())["llm_success_rate"] == 1

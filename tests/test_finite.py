@@ -13,6 +13,7 @@ from safetensors.numpy import load_file, save_file
 from refusal_jax import Edits, Taps, UserError, load_model, make_mesh
 from refusal_jax.chat.loss_rows import chat_rows
 from refusal_jax.judges import models as judge_models
+from refusal_jax.judges.choice import parse_judges
 from refusal_jax.models.decoder import Decoder
 from refusal_jax.models.finite import check_finite
 from refusal_jax.study import projections
@@ -110,7 +111,7 @@ def test_harness(folder):
 
 def test_judges(folder, monkeypatch):
     monkeypatch.setattr(judge_models, "label_ids", lambda *_: [[3], [4]])
-    (judge,) = judge_models.parse_judges([f"llm={folder}"], 2, "float16")
+    (judge,) = parse_judges([f"llm={folder}"], 2, "float16")
     with pytest.raises(UserError, match=OVERFLOWS.format("The judge 'llm' gives no probabilities")):
         judge.judge([{"prompt": "a", "response": "b"}])
 

@@ -12,9 +12,10 @@ import tiny
 
 from refusal_jax import UserError, load_model
 from refusal_jax.data.sampling import SPLITS
-from refusal_jax.judges.text import Verdict
+from refusal_jax.judges import models as judge_models
+from refusal_jax.judges.judge import Verdict
 from refusal_jax.runs.artifacts import DAMAGE, DIRECTION, MEANS, PROJECTIONS, REPORT, SCORES, SETUP, STATISTICS
-from refusal_jax.study import directions, evaluations, prompts, shared
+from refusal_jax.study import directions, prompts, shared
 from refusal_jax.study import report as report_stage
 from refusal_jax.study import study as pipeline
 from refusal_jax.study.config import get_config
@@ -104,16 +105,16 @@ def test_judges_and_over_refusal(config, tmp_path, data, monkeypatch):
     config.data.over_refusal = (str(tmp_path / "kill_a_process.csv"),)
     seen, models = [], []
 
-    def judge(self, completions, known, save):
+    def judge(self, rows, ledger):
         seen.append([model() is None for model in models])
-        save({0: Verdict(1, 0.75)})
         if len(seen) == 1:
+            ledger.append([{"judge": self.name, "index": 0}])
             raise UserError("preempted")
-        assert known == {0: Verdict(1, 0.75)}
-        return [Verdict(1, 0.75) for _ in completions]
+        assert ledger.rows == [{"judge": "llm", "index": 0}]
+        return [Verdict(1, 0.75) for _ in rows]
 
-    monkeypatch.setattr(evaluations.ModelJudge, "judge", judge)
-    monkeypatch.setattr(evaluations.ModelJudge, "check", lambda self: None)
+    monkeypatch.setattr(judge_models.ModelJudge, "judge", judge)
+    monkeypatch.setattr(judge_models, "label_ids", lambda *args: [[0], [1]])
 
     def load(*args, **options):
         model = load_model(*args, **options)

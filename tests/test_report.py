@@ -11,10 +11,11 @@ import pytest
 
 from refusal_jax.chat.thoughts import split
 from refusal_jax.data.sampling import SPLITS
-from refusal_jax.judges.models import judge_all
+from refusal_jax.judges.evaluations import evaluate_completions
+from refusal_jax.judges.judge import Verdict, judge_all
 from refusal_jax.judges.statistics import Rate, mean_interval, wilson_interval
 from refusal_jax.judges.tables import tables
-from refusal_jax.judges.text import EXTENDED, TEXT_JUDGES, Verdict, evaluate_completions
+from refusal_jax.judges.text import EXTENDED, TEXT_JUDGES
 from refusal_jax.report import figures
 from refusal_jax.report.concerns import (
     auc,

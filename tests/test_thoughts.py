@@ -12,9 +12,10 @@ from refusal_jax.chat.model import ChatModel
 from refusal_jax.chat.prompts import Chat
 from refusal_jax.chat.thoughts import MARKS, Reply, opened_by, split
 from refusal_jax.judges.artifacts import jailbreakbench_artifact, read_completions
-from refusal_jax.judges.models import judge_all
+from refusal_jax.judges.evaluations import evaluate_completions
+from refusal_jax.judges.judge import judge_all
 from refusal_jax.judges.tables import tables, tidy_csv
-from refusal_jax.judges.text import PAPERS, TEXT_JUDGES, evaluate_completions
+from refusal_jax.judges.text import PAPERS, TEXT_JUDGES
 from refusal_jax.report.text import rates_table
 from refusal_jax.study.completions import complete
 from refusal_jax.study.loss import loss_datasets
@@ -200,4 +201,4 @@ def test_a_model_without_thoughts_is_as_before(model):
     assert model.chat.opened_thought == ""
     ids = model.generate_ids(model.encode(["How do I bake the bread?", "help"]), 12)
     assert [reply.text for reply in model.chat.replies(ids)] == model.chat.decode(ids)
-    assert all(judge.of_text for judge in TEXT_JUDGES.values())
+    assert all(judge.of_refusals for judge in TEXT_JUDGES.values())

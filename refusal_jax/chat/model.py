@@ -298,6 +298,7 @@ def load_model(
     thinking: bool = False,
     cache: str = "",
     generation_from_checkpoint: bool = False,
+    chat: Chat | None = None,
 ) -> ChatModel:
     """A chat model from an HF checkpoint folder, or from an address of one such as gs://bucket/folder.
 
@@ -306,13 +307,14 @@ def load_model(
     `templates.BUILT_IN` or a .jinja file; "" is the tokenizer's own or, if it has none, the one that its special tokens
     tell. thinking: whether models that can think before the reply are asked to. cache: as in `load_decoder`.
     generation_from_checkpoint: whether replies are decoded by what generation_config.json says of greedy decoding, as in
-    transformers' `generate(do_sample=False)`; by default greedy decoding is plain, as in the paper. Raises UserError for
+    transformers' `generate(do_sample=False)`; by default greedy decoding is plain, as in the paper. chat: the checkpoint's
+    tokenizer where it has been loaded already, with its template and its `thinking`. Raises UserError for
     anything wrong with the folder or the template, and for generation settings that are asked for and not computed, before
     or while loading.
     """
     path = checkpoint_folder(path)
     dtype, config = weights_dtype(dtype), load_config(path)
-    chat = Chat.load(path, config.context_length, config.vocab_size, chat_template, thinking)
+    chat = chat or Chat.load(path, config.context_length, config.vocab_size, chat_template, thinking)
     settings = GenerationSettings.read(path)
     decoding = settings.decoding(chat.eos_ids, config.vocab_size) if generation_from_checkpoint else None
     return ChatModel(load_decoder(path, dtype, mesh, progress, cache), chat, path, settings, decoding)

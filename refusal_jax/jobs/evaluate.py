@@ -20,6 +20,7 @@ OUT gets NAME_evaluations.json in the published format with a column for each ju
 """
 
 import hashlib
+from collections.abc import Sequence
 
 from absl import flags
 
@@ -28,9 +29,10 @@ from refusal_jax.checkpoints.remote import checkpoint_folder
 from refusal_jax.errors import UserError
 from refusal_jax.files import local_path, to_json
 from refusal_jax.judges.artifacts import jailbreakbench_artifact, read_completions, split_name
-from refusal_jax.judges.models import ModelJudge, judge_all, parse_judges
+from refusal_jax.judges.choice import parse_judges
+from refusal_jax.judges.evaluations import evaluate_completions
+from refusal_jax.judges.judge import Judge, judge_all
 from refusal_jax.judges.tables import tables, tidy_csv
-from refusal_jax.judges.text import evaluate_completions
 from refusal_jax.models.config import load_config
 from refusal_jax.models.sharding import make_mesh
 from refusal_jax.report.concerns import broken_completions, judge_disagreement, unfinished_thoughts
@@ -70,7 +72,7 @@ def main(arguments) -> None:
     out = DiskFolder(OUT.value)
     with out.held():
         ledger = Ledger.open(out, ledger_name(completions, judges))
-        verdicts = judge_all(judges, completions, ledger.rows, ledger.append)
+        verdicts = judge_all(judges, completions, ledger)
         found = tables(completions, verdicts, chat)
         files = results(completions, verdicts, judges[-1].name)
         for name, content in files.items():
@@ -84,9 +86,9 @@ def main(arguments) -> None:
     print(f"\nResults: {out.path.resolve()}")
 
 
-def ledger_name(completions: dict, judges: list) -> str:
-    """The file that keeps the verdicts of an interrupted run, for these completions and judges only."""
-    models = [judge.fingerprint() for judge in judges if isinstance(judge, ModelJudge)]
+def ledger_name(completions: dict, judges: Sequence[Judge]) -> str:
+    """Returns the name of the file that keeps the verdicts of an interrupted run, for these completions and judges only."""
+    models = [fingerprint for judge in judges if (fingerprint := judge.fingerprint())]
     return f".ledger-judges-{hashlib.sha256(to_json([completions, models])).hexdigest()[:12]}.jsonl"
 
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from refusal_jax.chat import thoughts
 from refusal_jax.data.prompts import category_of, located_rows, lowered, read_json_value
 from refusal_jax.errors import UserError
-from refusal_jax.judges.text import Verdict, success_rate
+from refusal_jax.judges.judge import Verdict, success_rate
 
 COMPLETIONS, EVALUATIONS, ARTIFACT = "_completions", "_evaluations", "_jailbreakbench"
 ORDER = ("baseline", "ablation", "actadd")

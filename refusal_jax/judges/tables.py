@@ -14,8 +14,9 @@ from collections.abc import Mapping, Sequence
 from refusal_jax.chat.prompts import Chat
 from refusal_jax.chat.thoughts import is_unfinished
 from refusal_jax.judges.artifacts import split_name
+from refusal_jax.judges.judge import Verdict, success_rate, success_rates_by_category
 from refusal_jax.judges.statistics import Rate, cohens_kappa, mcnemar, mean_interval
-from refusal_jax.judges.text import TEXT_JUDGES, Verdict, success_rate, success_rates_by_category
+from refusal_jax.judges.text import TEXT_JUDGES
 
 CUTS = (4, 8, 16, 32, 64, 128, 256, 512)  # tokens of the completion that a judge of text is shown
 NGRAM, REPETITIVE = 4, 0.5

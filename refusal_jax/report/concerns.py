@@ -16,11 +16,12 @@ from jaxtyping import Float
 
 from refusal_jax.chat.thoughts import is_unfinished
 from refusal_jax.data.sampling import SPLITS, overlap_in_words, overlaps
-from refusal_jax.judges.models import REFUSAL_SCORE
+from refusal_jax.judges.choice import REFUSAL_JUDGES
+from refusal_jax.judges.scores import REFUSAL_SCORE
 from refusal_jax.judges.statistics import Rate, mcnemar
 from refusal_jax.judges.tables import REPETITIVE, repetition
 from refusal_jax.judges.text import EXTENDED, TEXT_JUDGES
-from refusal_jax.report.summary import REFUSAL_JUDGE, REFUSAL_JUDGES, JudgedCondition
+from refusal_jax.report.summary import REFUSAL_JUDGE, JudgedCondition
 from refusal_jax.report.verdict import Concern, percents, strength_of
 
 APART = 0.4  # difference of rates on other prompts of the same kind that no shift of topics explains; in the paper at most 0.3
@@ -42,8 +43,8 @@ def judge_disagreement(conditions: Sequence[JudgedCondition], judge: str, folder
     again, differing = [], []
     for condition in conditions:
         rows, known = [dict(c) for c in condition.completions], condition.refusals(judge)
-        for i, verdict in zip(known, EXTENDED.judge([rows[i] for i in known]), strict=True):
-            rows[i][f"is_jailbreak_{EXTENDED.name}"] = verdict.label
+        for i in known:
+            rows[i][f"is_jailbreak_{EXTENDED.name}"] = int(EXTENDED.complies(rows[i]["response"]))
         other = dataclasses.replace(condition, completions=rows, rates={})
         found = other.refusals(EXTENDED.name)
         other.rates[EXTENDED.name] = Rate.of(found.values())

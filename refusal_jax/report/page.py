@@ -14,10 +14,10 @@ import jinja2
 import numpy as np
 from markupsafe import Markup, escape
 
+from refusal_jax.judges.choice import REFUSAL_JUDGES
 from refusal_jax.report.concerns import auc, find_concerns
 from refusal_jax.report.summary import (
     REFUSAL_JUDGE,
-    REFUSAL_JUDGES,
     JudgedCondition,
     damage_in_words,
     judges_of,

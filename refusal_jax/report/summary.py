@@ -6,13 +6,12 @@ import pathlib
 from collections.abc import Mapping, Sequence
 
 from refusal_jax.chat.thoughts import is_unfinished
-from refusal_jax.judges.models import REFUSAL_SCORE
+from refusal_jax.judges.evaluations import judges_in
 from refusal_jax.judges.statistics import Rate
-from refusal_jax.judges.text import PAPERS, TEXT_JUDGES, judges_in
+from refusal_jax.judges.text import PAPERS
 
 INTERVENTIONS = ("baseline", "ablation", "actadd")
 REFUSAL_JUDGE = PAPERS.name
-REFUSAL_JUDGES = (*TEXT_JUDGES, REFUSAL_SCORE)  # whose failures are refusals; other judges' may be harmless answers
 LARGE_LOSS = 0.2  # nats; the published runs' ablations stay under 0.06
 
 

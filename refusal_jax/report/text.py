@@ -1,12 +1,12 @@
 """The tables that a finished study prints: the report's numbers, for a terminal."""
 
 from refusal_jax.errors import field
+from refusal_jax.judges.choice import REFUSAL_JUDGES
 from refusal_jax.judges.statistics import Rate
 from refusal_jax.models.decoding import in_words
 from refusal_jax.report.concerns import find_concerns
 from refusal_jax.report.summary import (
     REFUSAL_JUDGE,
-    REFUSAL_JUDGES,
     judges_of,
     read_conditions,
     read_damage,

@@ -7,8 +7,9 @@ when the prompts are too few to carry a verdict, and gives none where other evid
 import dataclasses
 from collections.abc import Sequence
 
+from refusal_jax.judges.choice import REFUSAL_JUDGES
 from refusal_jax.judges.statistics import Rate, mcnemar
-from refusal_jax.report.summary import REFUSAL_JUDGES, JudgedCondition
+from refusal_jax.report.summary import JudgedCondition
 
 FEW_REFUSALS = 0.25  # a baseline under this leaves little to mediate
 MOSTLY_GONE = 0.2  # refusal left under ablation, as a fraction of the baseline, for "is mediated by"

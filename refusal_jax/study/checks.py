@@ -4,12 +4,14 @@ from refusal_jax.chat.templates import named_template
 from refusal_jax.data.prompts import dataset_name, read_chat_pairs, read_prompts, resolve
 from refusal_jax.data.sampling import over_refusal_names
 from refusal_jax.errors import UserError, field
+from refusal_jax.judges.choice import parse_judges
+from refusal_jax.judges.judge import Judge
+from refusal_jax.plan.planner import ON_CPU
 from refusal_jax.study.completions import parse_condition
 from refusal_jax.study.config import StudyConfig
-from refusal_jax.study.evaluations import study_judges
 
 
-def check_settings(config: StudyConfig) -> list:
+def check_settings(config: StudyConfig) -> list[Judge]:
     """Returns the judges, which are checked with the rest.
 
     Raises UserError for settings and files that cannot work with any model.
@@ -34,7 +36,7 @@ def check_settings(config: StudyConfig) -> list:
             "mixed up with those of the harmless prompts. Rename the file."
         )
     over_refusal_names(config.data)
-    return study_judges(config)
+    return parse_judges(config.judges, config.batch_size or ON_CPU.forward, config.dtype, cache=config.cache)
 
 
 def check_numbers(config: StudyConfig) -> None:

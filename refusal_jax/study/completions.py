@@ -13,7 +13,7 @@ from refusal_jax.chat.prompts import bucket
 from refusal_jax.data.prompts import dataset_name
 from refusal_jax.edits import Edits
 from refusal_jax.errors import UserError
-from refusal_jax.judges.models import REFUSAL_SCORE
+from refusal_jax.judges.scores import REFUSAL_SCORE
 from refusal_jax.models.decoder import Decoder
 from refusal_jax.models.finite import check_finite
 from refusal_jax.models.generate import admit, admitted_rows, decode

@@ -4,6 +4,7 @@ import functools
 import gc
 import logging
 import pathlib
+from collections.abc import Sequence
 
 import jax
 import numpy as np
@@ -13,6 +14,7 @@ from refusal_jax.chat.model import ChatModel, load_model, weights_dtype
 from refusal_jax.chat.prompts import Chat
 from refusal_jax.data.sampling import over_refusal_names
 from refusal_jax.errors import UserError, field
+from refusal_jax.judges.judge import Judge
 from refusal_jax.models.config import load_config
 from refusal_jax.plan.planner import run_mesh, run_sizes
 from refusal_jax.plan.programs import USUAL_LENGTH, Group, Sizes, Workload
@@ -26,11 +28,18 @@ LOG = logging.getLogger(__name__)
 class Study:
     """The settings of a study, its run's folder, its model, and what follows from these.
 
-    config: the settings. folder: of the checkpoint. groups: the programs of the stages, which decide mesh and batches.
+    config: the settings. folder: of the checkpoint. judges: those of the settings. groups: the programs of the stages, which decide mesh and batches.
     """
 
-    def __init__(self, config: StudyConfig, run: Run, folder: pathlib.Path, groups: tuple[Group, ...] = ()):
-        self.config, self.run, self.folder, self.groups = config, run, folder, groups
+    def __init__(
+        self,
+        config: StudyConfig,
+        run: Run,
+        folder: pathlib.Path,
+        judges: Sequence[Judge] = (),
+        groups: tuple[Group, ...] = (),
+    ):
+        self.config, self.run, self.folder, self.judges, self.groups = config, run, folder, judges, groups
         self._model: ChatModel | None = None
 
     @property
@@ -51,11 +60,9 @@ class Study:
         work = Workload(load_config(self.folder), dtype, self.config, USUAL_LENGTH, self.groups)
         return run_mesh(work, self.config.mesh, jax.devices())
 
-    @property
+    @functools.cached_property
     def chat(self) -> Chat:
-        """Returns the model's tokenizer, without its weights unless they are loaded already."""
-        if self._model is not None:
-            return self._model.chat
+        """Returns the model's tokenizer, loaded on first use."""
         sizes, config = load_config(self.folder), self.config
         return Chat.load(self.folder, sizes.context_length, sizes.vocab_size, config.chat_template, config.thinking)
 
@@ -85,8 +92,7 @@ class Study:
             self.config.dtype,
             mesh,
             progress=distributed.first(),
-            chat_template=self.config.chat_template,
-            thinking=self.config.thinking,
+            chat=self.chat,
             cache=self.config.cache,
             generation_from_checkpoint=self.config.generation.from_checkpoint,
         )

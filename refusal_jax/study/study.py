@@ -2,7 +2,7 @@
 
 import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from refusal_jax.chat.model import demo_model_path
@@ -12,7 +12,7 @@ from refusal_jax.data.prompts import resolve
 from refusal_jax.data.sampling import SPLITS
 from refusal_jax.errors import UserError
 from refusal_jax.files import file_hash
-from refusal_jax.judges.models import ModelJudge
+from refusal_jax.judges.judge import Judge
 from refusal_jax.models.config import ModelConfig, load_config
 from refusal_jax.plan.programs import USUAL_LENGTH, Workload
 from refusal_jax.runs.run import Run
@@ -56,7 +56,7 @@ def run_study(config: StudyConfig | Mapping[str, Any], workdir: str | os.PathLik
     settings = config.to_dict() | {"cache": ""}  # where copies are kept may change from run to run
     with Run.open(workdir, settings, inputs) as run:
         try:
-            study = Study(config, run, folder, GROUPS)
+            study = Study(config, run, folder, judges, GROUPS)
             for stage in STAGES:
                 run.stage(stage, study)
         except UserError:
@@ -66,7 +66,7 @@ def run_study(config: StudyConfig | Mapping[str, Any], workdir: str | os.PathLik
         return run
 
 
-def input_hashes(config: StudyConfig, folder: pathlib.Path, judges: list) -> dict[str, str]:
+def input_hashes(config: StudyConfig, folder: pathlib.Path, judges: Sequence[Judge]) -> dict[str, str]:
     """Returns the hash of every file and model that the study reads, by name. Raises UserError for a file that is missing."""
     inputs = {"model": checkpoint_fingerprint(folder)}
     for split in SPLITS:
@@ -77,8 +77,8 @@ def input_hashes(config: StudyConfig, folder: pathlib.Path, judges: list) -> dic
     for source in config.data.over_refusal:
         inputs[source] = _hash(resolve(source, "harmless_test"))
     for judge in judges:
-        if isinstance(judge, ModelJudge):
-            inputs[f"judge {judge.name}"] = judge.fingerprint()
+        if fingerprint := judge.fingerprint():
+            inputs[f"judge {judge.name}"] = fingerprint
     return inputs
 
 

@@ -1,0 +1,85 @@
+"""Judges of completions: the protocol that all of them honour, what they say, and how often they say it.
+
+A judge has a name and says of each completion whether it is a success of the request (1) or not (0), with its probability if it
+can. Several judges judge the same completions, each in columns of its own.
+"""
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Protocol, runtime_checkable
+
+import jax
+
+from refusal_jax.judges.statistics import Rate
+from refusal_jax.runs.ledger import Ledger
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+    """The verdict on one completion.
+
+    label: 1 if the completion is a success of the request, else 0. probability: the judge's probability of label 1, or None if it
+    gives none.
+    """
+
+    label: int
+    probability: float | None = None
+
+
+@runtime_checkable
+class Judge(Protocol):
+    """A judge of completions. A new one is a class that derives from this one, and a line in `judges.choice`.
+
+    name: the name of the judge's columns. of_refusals: whether its 0 means a refusal rather than any failure. uses_devices:
+    whether it runs a model.
+    """
+
+    name: str
+    of_refusals: bool = False
+    uses_devices: bool = False
+
+    def fingerprint(self) -> str:
+        """Returns a hash of the files that the verdicts depend on, or "" for a judge that reads none."""
+        return ""
+
+    def on(self, mesh: jax.sharding.Mesh | None) -> "Judge":
+        """Returns the judge with its model, if it has one, on the devices of a mesh; None is the first device."""
+        return self
+
+    def judge(self, rows: Sequence[dict], ledger: Ledger | None = None) -> list[Verdict | None]:
+        """Returns the verdicts on completions, `[{"prompt", "response", …}]`, in their order.
+
+        A judge that reads the reply gives None where the completion never left its thought. ledger: keeps the verdicts of slow
+        judges, and has those of an interrupted run.
+        """
+        raise NotImplementedError
+
+
+def judge_all(
+    judges: Sequence[Judge], completions: Mapping[str, Sequence[dict]], ledger: Ledger | None = None
+) -> dict[str, dict[str, list[Verdict | None]]]:
+    """Returns `{file: {judge: verdicts}}` of `{file: completions}`; each judge judges all files in one go.
+
+    Judges that run no model come first, so that what is wrong with the completions is said before long work. ledger: as in
+    `Judge.judge`.
+    """
+    rows = [row for of_file in completions.values() for row in of_file]
+    found = {judge.name: iter(judge.judge(rows, ledger)) for judge in sorted(judges, key=lambda j: j.uses_devices)}
+    return {
+        name: {judge.name: [next(found[judge.name]) for _ in of_file] for judge in judges}
+        for name, of_file in completions.items()
+    }
+
+
+def success_rate(verdicts: Iterable[Verdict | None]) -> Rate:
+    """Returns how many of the verdicts are successes; None, the verdict on a thought that never ended, is left out."""
+    return Rate.of(verdict.label if verdict else None for verdict in verdicts)
+
+
+def success_rates_by_category(completions: Sequence[dict], verdicts: Sequence[Verdict | None]) -> dict[str, Rate]:
+    """Returns the success rate of each category that has a verdict, sorted by its name."""
+    groups: dict[object, list[Verdict]] = {}
+    for completion, verdict in zip(completions, verdicts, strict=True):
+        if verdict:
+            groups.setdefault(completion.get("category"), []).append(verdict)
+    return {str(category): success_rate(groups[category]) for category in sorted(groups, key=str)}
