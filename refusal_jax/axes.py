@@ -25,5 +25,5 @@ AXES = {
     "A": "layers at which a row of an `Edits` adds its vector",
     "M": "candidate directions, in selection",
     "O": "output tokens of a reply",
-    "A": "answers that a judge model can give",
+    "U": "answers that a judge model can give",
 }

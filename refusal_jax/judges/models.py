@@ -244,7 +244,7 @@ class ModelJudge(Judge):
         del model
         gc.collect()
 
-    def _batch_masses(self, model: ChatModel, texts: list[list[int]]) -> Float[np.ndarray, "B A"]:
+    def _batch_masses(self, model: ChatModel, texts: list[list[int]]) -> Float[np.ndarray, "B U"]:
         """Returns the probability of each label as the first token of the answer to each text, white space left out."""
         chat, spaces, decoded = self.chat, 0, functools.cache(lambda token: self.chat.tokenizer.decode([token]).strip())
         members = np.zeros((len(self.answers), model.config.vocab_size), bool)
@@ -297,15 +297,15 @@ def label_probabilities(
     tokens_bt: Int[Array, "B T"],
     mask_bt: Bool[Array, "B T"],
     edits: Edits,
-    members_av: Bool[Array, "A V"],
-) -> tuple[Float[Array, "B A"], Int[Array, " B"]]:
+    members_uv: Bool[Array, "U V"],
+) -> tuple[Float[Array, "B U"], Int[Array, " B"]]:
     """Returns the probability, float32, of each group of tokens as the next token, and the most probable token.
 
-    members_av: which tokens belong to the group of each answer. Probabilities of rows whose values are not finite are NaN.
+    members_uv: which tokens belong to the group of each answer. Probabilities of rows whose values are not finite are NaN.
     """
     logits_bv, finite_b = decoder.next_logits(decoder.forward(tokens_bt, mask_bt, edits).resid_btd)
     logits_bv = logits_bv[:, : decoder.cfg.vocab_size]
     p_bv = jax.nn.softmax(logits_bv, axis=-1)
-    mass_ba = jnp.einsum("bv,av->ba", p_bv, members_av.astype(jnp.float32), precision="highest")
-    mass_ba = jnp.where(finite_b[:, None], mass_ba, jnp.nan)
-    return replicate(decoder.mesh, (mass_ba, jnp.argmax(logits_bv, axis=-1)))
+    mass_bu = jnp.einsum("bv,uv->bu", p_bv, members_uv.astype(jnp.float32), precision="highest")
+    mass_bu = jnp.where(finite_b[:, None], mass_bu, jnp.nan)
+    return replicate(decoder.mesh, (mass_bu, jnp.argmax(logits_bv, axis=-1)))

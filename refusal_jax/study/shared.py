@@ -28,7 +28,8 @@ LOG = logging.getLogger(__name__)
 class Study:
     """The settings of a study, its run's folder, its model, and what follows from these.
 
-    config: the settings. folder: of the checkpoint. judges: those of the settings. groups: the programs of the stages, which decide mesh and batches.
+    config: the settings. folder: the checkpoint's. judges: those of the settings. groups: the programs of the stages, which
+    decide mesh and batches.
     """
 
     def __init__(
