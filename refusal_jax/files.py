@@ -1,4 +1,4 @@
-"""Files: read with errors that name them, hashed, and written whole or not at all."""
+"""Reads files with errors that name them, writes them whole or not at all, hashes them, and knows where caches are kept."""
 
 import contextlib
 import hashlib
@@ -31,7 +31,7 @@ def write_atomically(path: pathlib.Path, data: bytes) -> None:
 
 
 def cannot_write(path: pathlib.Path, error: OSError) -> UserError:
-    """The error for a failed write, with what to do about it."""
+    """Returns the error for a failed write, with what to do about it."""
     return UserError(
         f"{path} could not be written: {error.strerror or error}. Free space on the disk or choose a folder "
         "that you may write to, then run the same command again: finished work is kept."
@@ -121,6 +121,7 @@ def read_json(path: pathlib.Path) -> dict:
 
 
 def to_json(value) -> bytes:
+    """Returns a value as JSON for a file."""
     # Texts are whole where they come in, but a path may hold bytes that are not UTF-8, as lone surrogates.
     return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode("utf-8", "replace")
 

@@ -1,6 +1,7 @@
-"""Downloads that a bad network cannot spoil: resumed where they stopped, checked by hash, whole or not there.
+"""Downloads files over bad networks: they are resumed where they stopped, checked by hash, and whole or not there.
 
-Plain urllib: it takes proxies from the environment (HTTPS_PROXY, NO_PROXY) and certificates from the system.
+This is plain urllib, because pooch begins anew after each broken connection. It takes proxies from the environment
+(HTTPS_PROXY, NO_PROXY) and certificates from the system.
 """
 
 import hashlib
@@ -25,11 +26,11 @@ class CutShort(OSError):
 
 
 def download(url: str, target: pathlib.Path, known: Collection[str]) -> str:
-    """Fetches `url` to `target`, unless a file with a known hash is there; the file's sha256.
+    """Fetches `url` to `target`, unless a file with a known hash is there, and returns the file's sha256.
 
-    known: the sha256 that the file may have; empty: any, and the caller decides. Bytes arrive in `.NAME.part`, from which
-    a later call continues; `target` appears when they are all there and right. Raises UserError for an address that is
-    not http(s), no network, an answer that is no file, other bytes than expected, or a disk that does not take them.
+    known: the hashes that the file may have; empty for any, about which the caller decides. Bytes arrive in `.NAME.part`, from
+    which a later call continues; `target` appears when they are all there and right. Raises UserError for an address that is not
+    http(s), no network, an answer that is no file, other bytes than expected, or a disk that does not take them.
     """
     if urllib.parse.urlsplit(url).scheme not in ("http", "https"):
         raise UserError(f"{url} cannot be fetched: only http and https addresses can. Correct the manifest.")
@@ -82,7 +83,7 @@ def _fetch(url: str, part: pathlib.Path) -> None:
 
 
 def _transfer(url: str, part: pathlib.Path, have: int) -> None:
-    """One connection. Raises CutShort if it ends early, and what urllib raises."""
+    """Reads from one connection. Raises CutShort if it ends early, and what urllib raises."""
     headers = {"User-Agent": "refusal-jax"} | ({"Range": f"bytes={have}-"} if have else {})
     try:
         # Not urlopen, whose proxies are those of the environment at its first use.
@@ -107,5 +108,5 @@ def _transfer(url: str, part: pathlib.Path, have: int) -> None:
 
 
 def short_hash(text: str) -> str:
-    """The first 16 hex digits of a text's sha256: enough to recognise a prompt, and it does not tell the prompt."""
+    """Returns the first 16 hex digits of a text's sha256, which recognise a prompt and do not tell it."""
     return hashlib.sha256(text.encode()).hexdigest()[:16]

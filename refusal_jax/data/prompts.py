@@ -1,4 +1,4 @@
-"""Prompt sets: the bundled ones, or local JSON, JSONL, CSV and TXT files."""
+"""Reads prompt sets: the bundled ones, or local JSON, JSONL, CSV and TXT files."""
 
 import csv
 import json
@@ -32,9 +32,11 @@ def data_folder() -> pathlib.Path:
 
 
 def resolve(source: str, split: str) -> pathlib.Path:
-    """The file behind a config's `source`: a path; "bundled" for the package's own `split`; of fetched data, "paper" for the
-    paper's, or the name of a set. split: "loss" for a set to measure the loss on. Raises UserError for data that was not
-    fetched."""
+    """Returns the file that a config's `source` names for a split.
+
+    source: a path, "bundled" for the package's own prompts, "paper" for the paper's splits, or the name of a public set. split:
+    "loss" for a set to measure the loss on. Raises UserError for data that was not fetched.
+    """
     if source == BUNDLED:
         return FOLDER / f"{split}.json"
     path = local_path(source)
@@ -51,14 +53,15 @@ def resolve(source: str, split: str) -> pathlib.Path:
 
 
 def dataset_name(source: str) -> str:
-    """The name that artifacts carry for an evaluation set: the file's stem, or "harmful" for the bundled one."""
+    """Returns the name of an evaluation set in artifacts: the file's stem, or "harmful" for the bundled one."""
     return {BUNDLED: "harmful", PAPER: "harmful_test"}.get(source, pathlib.Path(source).stem)
 
 
 def read_prompts(path: pathlib.Path) -> list[dict]:
-    """The prompts of a file as `{"instruction": str, "category": str or None}`, in file order.
+    """Reads the prompts of a file as `{"instruction": str, "category": str or None}`, in file order.
 
-    JSON: a list of strings or objects; JSONL: one of these a line; CSV: a header row; TXT: one prompt a line. Raises
+    JSON files hold a list of strings or objects, JSONL files one of these a line, CSV files a header row and one prompt a row,
+    TXT files one prompt a line. Raises
     UserError that names file and row for a missing, empty or malformed file.
     """
     prompts = [_prompt(row, f"{path}, {where}") for where, row in located_rows(path)]
@@ -68,7 +71,7 @@ def read_prompts(path: pathlib.Path) -> list[dict]:
 
 
 def read_rows(path: pathlib.Path) -> list:
-    """The raw rows behind `read_prompts`, for files that hold more than prompts. Raises the same errors of format."""
+    """Reads the raw rows of a prompt file, for files that hold more than prompts. Raises the errors of `read_prompts`."""
     return [row for _, row in located_rows(path)]
 
 
@@ -92,7 +95,7 @@ def read_chat_pairs(path: pathlib.Path) -> list[tuple[str, str]]:
 
 
 def located_rows(path: pathlib.Path) -> list[tuple[str, object]]:
-    """The raw rows, each with its place in the file, in words. Lone surrogates in them are replaced."""
+    """Reads the raw rows, each with its place in the file in words. Lone surrogates in them are replaced."""
     parse = {".json": _json, ".jsonl": _jsonl, ".csv": _csv, ".txt": _txt}.get(path.suffix.lower())
     if parse is None:
         raise UserError(f"{path} is not a prompt file: its name must end in .json, .jsonl, .csv or .txt.")
@@ -107,7 +110,7 @@ def read_json_value(path: pathlib.Path):
 
 
 def read_text(path: pathlib.Path) -> str:
-    """A UTF-8 file's text; raises UserError if it is missing or of another encoding."""
+    """Reads a UTF-8 file. Raises UserError if it is missing or of another encoding."""
     try:
         return path.read_text(encoding="utf-8-sig")
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
@@ -125,7 +128,7 @@ def write_prompts(path: pathlib.Path, prompts: list[dict]) -> None:
 
 
 def _parsed(text: str, where: str, advice: str):
-    """The value of a JSON text. Of a key that an object has twice, JSON readers drop the first value: here that is an error."""
+    """Parses JSON. Where an object has a key twice, JSON readers drop the first value: here that is an error."""
 
     def whole(pairs: list[tuple[str, object]]) -> dict:
         keys = [joined(key) for key, _ in pairs]

@@ -1,4 +1,4 @@
-"""The public prompt sets of `datasets.json`: fetched, read, and made into the paper's splits.
+"""Fetches the public prompt sets of `datasets.json`, reads them, and makes them into the paper's splits.
 
 A folder holds `raw/` (the files as published), `prompts/` (each set as a list of prompts, as the paper's code reads it),
 `splits/` (the paper's six, byte for byte) and `loss/` (what the paper measures the loss on, in its order).
@@ -38,7 +38,7 @@ LOSS_ROWS = 2 * 2048  # the paper's batches
 
 @dataclasses.dataclass(frozen=True)
 class RawFile:
-    """A published file. sha256: all hashes that it may have; empty: not known."""
+    """A published file. sha256: all hashes that it may have; empty if none is known."""
 
     name: str
     url: str | None
@@ -47,7 +47,7 @@ class RawFile:
 
 @dataclasses.dataclass(frozen=True)
 class PublicSet:
-    """A set of the manifest. read: its columns and which rows count, see `read_set`. hub: a Hub data set to be streamed."""
+    """A set of the manifest. read: its columns and which rows count, see `read_set`. hub: the Hub data set to stream, if any."""
 
     name: str
     title: str
@@ -61,15 +61,18 @@ class PublicSet:
 
 @dataclasses.dataclass(frozen=True)
 class Manifest:
-    """sets: by name. splits: `{split: {"rows", "sha256"}}`. advbench_train: the hashes of AdvBench's part of the train split,
-    in its order: that draw was not seeded."""
+    """What `datasets.json` holds.
+
+    sets: the public sets by name. splits: `{split: {"rows", "sha256"}}`. advbench_train: the hashes of AdvBench's part of the
+    train split, in its order, because that draw was not seeded.
+    """
 
     sets: dict[str, PublicSet]
     splits: dict[str, dict]
     advbench_train: tuple[str, ...]
 
     def choose(self, names: Sequence[str]) -> list[PublicSet]:
-        """The sets of these names. Raises UserError for a name that is not there."""
+        """Returns the sets of these names. Raises UserError for a name that is not there."""
         unknown = [name for name in names if name not in self.sets]
         if unknown:
             raise UserError(f"there is no public set {unknown[0]!r}. The sets are {', '.join(self.sets)}.")
@@ -102,7 +105,7 @@ def load_manifest(path: pathlib.Path = MANIFEST) -> Manifest:
 
 
 def expected(file: RawFile, folder: pathlib.Path) -> frozenset[str]:
-    """The hashes that a raw file may have: the manifest's, or the one that was recorded when it was first fetched."""
+    """Returns the hashes that a raw file may have: the manifest's, or the one recorded when it was first fetched."""
     return file.sha256 or frozenset(filter(None, [_recorded(folder).get(file.name)]))
 
 
@@ -114,7 +117,7 @@ def _recorded(folder: pathlib.Path) -> dict:
 def fetch_set(chosen: PublicSet, folder: pathlib.Path, accept_new: bool = False) -> None:
     """Gets the raw files of a set that are not there yet, or not right.
 
-    accept_new: of a file whose hash is not known, take what comes and record its hash. Raises UserError as `download` does,
+    accept_new: take what comes of a file whose hash is not known, and record its hash. Raises UserError as `download` does,
     and for an unknown hash without `accept_new`.
     """
     for file in chosen.files:
@@ -134,7 +137,7 @@ def fetch_set(chosen: PublicSet, folder: pathlib.Path, accept_new: bool = False)
 
 
 def _checkable(file: RawFile, folder: pathlib.Path, accept_new: bool) -> frozenset[str]:
-    """The hashes that a file may have; none only with `accept_new`, else that is a UserError."""
+    """Returns the hashes that a file may have. Raises UserError if none is known, unless `accept_new` is set."""
     known = expected(file, folder)
     if not known and not accept_new:
         raise UserError(
@@ -177,7 +180,7 @@ def stream_hub(hub: Mapping, target: pathlib.Path) -> None:
 def take_files(
     chosen: Sequence[PublicSet], source: pathlib.Path, folder: pathlib.Path, accept_new: bool = False
 ) -> list[str]:
-    """Copies the raw files of these sets that `source` has into the folder; the names of the sets that are then complete.
+    """Copies the raw files of these sets that `source` has into the folder; returns the sets that are then complete.
 
     accept_new: as for `fetch_set`. Raises UserError if `source` is no folder, has none of them, or has one with other bytes
     than expected or of an unknown hash.
@@ -206,7 +209,7 @@ def take_files(
 
 
 def read_set(chosen: PublicSet, paths: Sequence[pathlib.Path]) -> list[dict]:
-    """A set's prompts, `[{"instruction", "category"}]`, stripped as by the paper's code, from its raw files in order.
+    """Reads a set's prompts, `[{"instruction", "category"}]`, from its raw files in order, stripped as by the paper's code.
 
     `read` of the set says how: "text" and "category" are columns (null: a row is the text itself); only rows whose columns
     have the values of "keep" count, and none whose columns contain those of "drop" or are filled where "empty" says that
@@ -230,7 +233,7 @@ def read_set(chosen: PublicSet, paths: Sequence[pathlib.Path]) -> list[dict]:
 
 
 def _counts(row, read: Mapping) -> bool:
-    """Whether a row counts, by what `read` says of its columns."""
+    """Returns whether a row counts, by what `read` says of its columns."""
     for column, value in read.get("keep", {}).items():
         if row[column] != value:
             return False
@@ -254,11 +257,11 @@ def _raw_rows(path: pathlib.Path) -> list[tuple[str, Any]]:
 
 
 def build_splits(sets: Mapping[str, list[dict]], advbench_train: Sequence[str]) -> dict[str, list[dict]]:
-    """The paper's splits from the prompts of the sets (`read_set`); those whose sets are all there.
+    """Makes those of the paper's splits whose sets are all there from the sets' prompts (`read_set`).
 
-    Harmful prompts that a later split has too are left out of the earlier one. Of AdvBench the train split has a draw that
-    was not seeded, known by hashes. Harmless: all of Alpaca, shuffled, cut at 60 and 80 %. Raises UserError if AdvBench
-    lacks prompts of the draw.
+    Harmful prompts that a later split has too are left out of the earlier one. The train split has a draw of AdvBench that was
+    not seeded and is known by hashes. The harmless splits are all of Alpaca, shuffled, cut at 60 and 80 %. Raises UserError if
+    AdvBench lacks prompts of the draw.
     """
     splits: dict[str, list[dict]] = {}
     later: set[str] = set()
@@ -291,7 +294,7 @@ def _drawn(name: str, rows: list[dict], advbench_train: Sequence[str]) -> list[d
 
 
 def build(manifest: Manifest, folder: pathlib.Path, alpaca: pathlib.Path | None = None) -> dict[str, int]:
-    """Writes `prompts/` and `splits/` from the raw files that the folder has; the number of rows of each file written.
+    """Writes `prompts/` and `splits/` from the raw files that the folder has; returns the number of rows of each file.
 
     alpaca: a file to use for the harmless splits, .json, .jsonl or .parquet. Raises UserError as `read_set` does, for an
     Alpaca that cannot give the paper's splits, and if nothing could be built.
@@ -326,7 +329,7 @@ def build(manifest: Manifest, folder: pathlib.Path, alpaca: pathlib.Path | None 
 
 
 def _loss_sets(manifest: Manifest, folder: pathlib.Path, alpaca: pathlib.Path | None) -> dict[str, list[dict]]:
-    """What the loss is measured on: the streamed documents as they are, and Alpaca's pairs in the paper's order."""
+    """Returns what the loss is measured on: the streamed documents as they are, and Alpaca's pairs in the paper's order."""
     found = {}
     for one in manifest.sets.values():
         paths = [folder / "raw" / file.name for file in one.files]
@@ -351,7 +354,7 @@ def _loss_sets(manifest: Manifest, folder: pathlib.Path, alpaca: pathlib.Path | 
 
 
 def _json(value) -> bytes:
-    """As the paper's code writes its files."""
+    """Writes JSON as the paper's code does."""
     return json.dumps(value, indent=4).encode()
 
 
@@ -360,7 +363,7 @@ def _hash(prompts: list[dict]) -> str:
 
 
 def status(manifest: Manifest, folder: pathlib.Path) -> dict[str, str]:
-    """What is there: `{file: "ok", "missing" or what is wrong}` of raw files and splits."""
+    """Returns what is there, `{file: "ok", "missing" or what is wrong}` for raw files and splits."""
     found = {}
     for one in manifest.sets.values():
         for file in one.files:

@@ -1,4 +1,4 @@
-"""Which prompts a study uses: the paper's seeded draws, in the paper's order, from one stream; and prompts that splits share."""
+"""Draws the prompts of a study, seeded and in the order of the paper's code, and finds prompts that splits share."""
 
 import itertools
 import random
@@ -12,7 +12,7 @@ STAGES = ("train", "val", "test")
 
 
 def sample_prompts(data, note: Callable[[str], None] = lambda text: None) -> dict[str, list[dict]]:
-    """`{split: [{"instruction", "category"}]}` for a config's `data`.
+    """Draws `{split: [{"instruction", "category"}]}` for a config's `data`.
 
     As in the published runs: seed once, draw train and val of each side, and later the harmless test prompts from the
     same stream; the harmful test set is used whole, cut to `n_test` in file order if longer. A set smaller than asked
@@ -35,7 +35,7 @@ def sample_prompts(data, note: Callable[[str], None] = lambda text: None) -> dic
 
 
 def _of_one_file(sets: Mapping[str, list[dict]]) -> list[list[str]]:
-    """The groups of splits whose files hold the same prompts. Harmless test sets alone may be the same: none is trained on."""
+    """Groups splits whose files hold the same prompts. Harmless test sets alone may be the same: none is trained on."""
     groups: list[list[str]] = []
     for split, rows in sets.items():
         group = next((group for group in groups if sets[group[0]] == rows), None)
@@ -47,7 +47,7 @@ def _of_one_file(sets: Mapping[str, list[dict]]) -> list[list[str]]:
 
 
 def _shared_out(splits: Sequence[str], rows: list[dict], data, source: str, note) -> dict[str, list[dict]]:
-    """Draws for splits that share a file, no prompt in two of them, from a stream of their own.
+    """Draws for splits that share a file, so that no prompt is in two of them, from a stream of their own.
 
     Too few prompts for all counts are shared out in proportion to these, at least one each. Raises UserError for fewer
     different prompts than splits.
@@ -73,7 +73,8 @@ def _shared_out(splits: Sequence[str], rows: list[dict], data, source: str, note
 
 
 def _shares(asked: Sequence[int], available: int) -> list[int]:
-    """Counts in proportion to those asked for, at least 1 each, that make up `available`; what is asked for if that is enough."""
+    """Returns what is asked for if enough is available, else counts in the same proportions, at least 1 each, that make up
+    `available`."""
     total = sum(asked)
     if total <= available:
         return list(asked)
@@ -87,7 +88,7 @@ def _shares(asked: Sequence[int], available: int) -> list[int]:
 
 
 def _normal(row: dict) -> str:
-    """A prompt as it is compared: without its case and with single spaces."""
+    """Returns a prompt as it is compared: without its case and with single spaces."""
     return " ".join(row["instruction"].split()).casefold()
 
 
@@ -96,7 +97,7 @@ def _side(split: str) -> str:
 
 
 def _stage(split: str) -> int:
-    """0 for train, 1 for val, 2 for test."""
+    """Returns 0 for train, 1 for val, 2 for test."""
     return STAGES.index(split.rpartition("_")[2])
 
 
@@ -151,7 +152,7 @@ def overlap_in_words(found: Mapping) -> tuple[str, str]:
 
 
 def over_refusal_names(data) -> dict[str, str]:
-    """`{name: source}` of the over-refusal sets. Raises UserError for names that results could not be told apart by."""
+    """Returns `{name: source}` of the over-refusal sets. Raises UserError for names that results could not be told apart by."""
     names, taken = {}, {"harmful", "harmless", dataset_name(data.harmful_test)}
     for source in data.over_refusal:
         name = dataset_name(source)

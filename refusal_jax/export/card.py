@@ -104,7 +104,7 @@ def _what(report: dict) -> str:
 
 
 def _ranges(numbers: list[int]) -> str:
-    """Sorted numbers with runs cut short: "0 to 3, 7"."""
+    """Returns sorted numbers with runs cut short, such as "0 to 3, 7"."""
     runs: list[list[int]] = []
     for number in numbers:
         if runs and runs[-1][-1] == number - 1:

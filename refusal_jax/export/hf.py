@@ -1,4 +1,4 @@
-"""The edited HF checkpoint, streamed over safetensors: a whole checkpoint is copied, and only the edited tensors change.
+"""Writes an edited HF checkpoint: the whole checkpoint is copied, and only the edited tensors change.
 
 Headers, shard layout, index and all other files stay as they were, unless tensors are added: an unembedding, or biases.
 """
@@ -27,8 +27,11 @@ TIED = ("untie", "keep", "skip")
 
 @dataclasses.dataclass(frozen=True)
 class Written:
-    """What an export wrote. edits: by HF name. tied: one of TIED, or None where no tied embedding is concerned.
-    added_bytes: by how much the weights grew. hashes: sha256 of weight files by name."""
+    """What an export wrote.
+
+    edits: the edits of tensors by HF name. tied: one of TIED, or None where no tied embedding is concerned. added_bytes: by how
+    much the weights grew. hashes: sha256 of weight files by name.
+    """
 
     edits: dict
     tied: str | None = None
@@ -37,10 +40,12 @@ class Written:
 
     @property
     def kinds(self) -> dict[str, str]:
+        """The kind of each tensor's edit, by HF name."""
         return {name: edit.kind for name, edit in self.edits.items()}
 
     @property
     def largest_amplification(self) -> float:
+        """The largest operator norm of an edit; 1 for orthogonal projections."""
         return max((edit.amplification for edit in self.edits.values()), default=1.0)
 
 
@@ -55,7 +60,7 @@ class Plan:
 
     @classmethod
     def of(cls, checkpoint: Checkpoint, edit: Edit, tied: str = "untie") -> "Plan":
-        """tied: one of TIED; without effect where the embedding is not tied, or not edited.
+        """Plans the export of an edit. tied: one of TIED, without effect where the embedding is not tied, or not edited.
 
         Raises UserError for an addition that the architecture cannot hold, ValueError for another `tied`.
         """
@@ -72,22 +77,23 @@ class Plan:
                 path: [dataclasses.replace(t, edit=edits.get(t.name)) for t in f.tensors] for path, f in files.items()
             }
             return cls(checkpoint, {path: checkpoint.files[path].holding(held[path]) for path in held}, config, None)
-        tied = tied if cfg.tied_embeddings and edit.reaches(0, "resid_pre") else None
-        files = ablated_files(checkpoint.files, wanted_edits(checkpoint, edit, tied), TABLES[cfg.family], tied)
-        return cls(checkpoint, files, {"tie_word_embeddings": False} if tied == "untie" else {}, tied)
+        chosen = tied if cfg.tied_embeddings and edit.reaches(0, "resid_pre") else None
+        files = ablated_files(checkpoint.files, wanted_edits(checkpoint, edit, chosen), TABLES[cfg.family], chosen)
+        return cls(checkpoint, files, {"tie_word_embeddings": False} if chosen == "untie" else {}, chosen)
 
     @property
     def edits(self) -> dict:
+        """The edits of tensors by HF name, sorted."""
         edits = {t.name: t.edit for file in self.files.values() for t in file.tensors if t.edit}
         return dict(sorted(edits.items()))
 
     @property
     def size(self) -> int:
-        """Of its tensors, in bytes."""
+        """The size of all tensors in bytes."""
         return sum(file.size for file in self.files.values())
 
     def write(self, folder: pathlib.Path) -> Written:
-        """Into an empty folder. Raises UserError for values that are not finite, OSError for a disk that refuses."""
+        """Writes into an empty folder. Raises UserError for values that are not finite, OSError for a disk that refuses."""
         checkpoint = self.checkpoint
         copy_other_files(checkpoint.folder, folder)
         if self.config:
@@ -117,20 +123,21 @@ class Plan:
         index["weight_map"] |= {t.name: path.name for t, path in new.items()}
         sizes = {"total_size": sum(t.size for t in new), "total_parameters": sum(math.prod(t.shape) for t in new)}
         metadata = index.get("metadata")
-        for key, more in sizes.items() if isinstance(metadata, dict) else ():
-            if isinstance(metadata.get(key), int | float):
-                metadata[key] += more
+        if isinstance(metadata, dict):
+            metadata |= {
+                key: metadata[key] + more for key, more in sizes.items() if isinstance(metadata.get(key), int | float)
+            }
         (folder / INDEX).write_bytes(to_json(index))
 
 
 def ablated_files(
     files: dict[pathlib.Path, WeightFile], edits: dict, table: dict[str, str], tied: str | None
 ) -> dict[pathlib.Path, WeightFile]:
-    """The files of a checkpoint as they are to be written.
+    """Returns the files of a checkpoint as they are to be written.
 
-    edits: by HF name. table: the family's. tied: what becomes of a tied embedding, or None where it isn't tied. A tied
-    checkpoint may store an unembedding all the same, which some readers take: unless neither is edited, that becomes what
-    is said here of the embedding.
+    edits: the edits of tensors by HF name. table: the family's weight table. tied: what becomes of a tied embedding, or None
+    where it is not tied. A tied checkpoint may store an unembedding all the same, which some readers take: unless neither is
+    edited, it becomes what `tied` says.
     """
     embed, unembed = table["embed"], table["unembed"]
     held = {path: [dataclasses.replace(t, edit=edits.get(t.name)) for t in f.tensors] for path, f in files.items()}
@@ -145,8 +152,8 @@ def ablated_files(
 
 
 def with_zero_biases(checkpoint: Checkpoint, config: dict) -> dict[pathlib.Path, WeightFile]:
-    """The files of a checkpoint without MLP biases, with those, all zero, that its config asks for after the change
-    `config`: each beside the weight that it belongs to."""
+    """Adds to the files of a checkpoint without MLP biases those, all zero, that its config asks for after the change `config`:
+    each beside the weight that it belongs to."""
     hf = read_json(checkpoint.folder / "config.json") | config
     before, after = hf_shapes(checkpoint.cfg), hf_shapes(from_hf(hf))
     files = {path: list(file.tensors) for path, file in checkpoint.files.items()}

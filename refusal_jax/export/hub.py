@@ -1,4 +1,4 @@
-"""Sharing an export on the Hugging Face hub, private unless asked otherwise."""
+"""Shares an export on the Hugging Face hub, privately unless asked otherwise."""
 
 import pathlib
 
@@ -7,14 +7,14 @@ from refusal_jax.export.provenance import check
 
 
 def hub_api():
-    """The hub's client."""
+    """Returns the hub's client."""
     from huggingface_hub import HfApi  # here: its import takes a while, and few exports are pushed
 
     return HfApi()
 
 
 def push(folder: pathlib.Path, repository: str, public: bool = False, api=None) -> str:
-    """Uploads a verified export to the model repository, which is made if it is not there; its address.
+    """Uploads a verified export to a model repository, which is made if it is not there, and returns its address.
 
     Raises UserError for files that are not as exported, an existing repository that is public although `public` is not
     set, and a hub that cannot be reached or does not know the user.
@@ -44,6 +44,7 @@ def push(folder: pathlib.Path, repository: str, public: bool = False, api=None) 
 
 
 def cannot_push(folder: pathlib.Path, repository: str, error: Exception) -> UserError:
+    """Returns the error for a push that failed, with how to repeat it."""
     reason = " ".join(str(error).split())[:300] or type(error).__name__
     return UserError(
         f"The export is whole in {folder}, but could not be pushed to {repository} ({reason}). Log in with `hf auth login`, or "

@@ -1,4 +1,4 @@
-"""Where an export comes from, and whether its files are still those that were written: `refusal_jax.json`."""
+"""Records where an export comes from in `refusal_jax.json`, and checks that its files are still those that were written."""
 
 import pathlib
 import re
@@ -15,8 +15,8 @@ COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 def base_model(folder: pathlib.Path, name: str = "") -> dict:
-    """What a checkpoint folder tells about itself: its name (`name` if given), its revision on the hub, or None, and the
-    fingerprint of `checkpoint_fingerprint`. Nothing of where it lies on this machine."""
+    """Returns what a checkpoint folder tells about itself: its name (`name` if given), its revision on the hub or None, and the
+    fingerprint of `checkpoint_fingerprint`, but not where it lies on this machine."""
     revision = None
     if folder.parent.name == "snapshots" and COMMIT.fullmatch(folder.name):  # the hub's cache
         revision = folder.name
@@ -39,13 +39,13 @@ def write_provenance(folder: pathlib.Path, record: dict, hashes: dict[str, str])
 
 
 def file_names(folder: pathlib.Path) -> list[str]:
-    """All files below a folder, but hidden ones and the provenance."""
+    """Returns all files below a folder, without hidden ones and the provenance."""
     found = (p.relative_to(folder) for p in folder.rglob("*") if p.is_file())
     return sorted(p.as_posix() for p in found if p.name != PROVENANCE and not any(s.startswith(".") for s in p.parts))
 
 
 def check(folder: pathlib.Path) -> dict:
-    """The provenance of an export whose files are all as they were written.
+    """Returns the provenance of an export whose files are all as they were written.
 
     Raises UserError for a folder that is no export or whose record is damaged, and lists every file that is missing,
     changed or new.
@@ -53,10 +53,10 @@ def check(folder: pathlib.Path) -> dict:
     if not (folder / PROVENANCE).is_file():
         raise UserError(f"{folder} holds no {PROVENANCE}, so it is no export of ours. Pass the folder of one.")
     record = read_json(folder / PROVENANCE)
-    files = record.get("files")
-    usable = isinstance(files, dict) and all(isinstance(value, str) for value in files.values())
-    outside = [n for n in files if pathlib.PurePosixPath(n).is_absolute() or ".." in n.split("/")] if usable else []
-    if not usable or outside:
+    listing = record.get("files")
+    files: dict[str, str] = listing if isinstance(listing, dict) else {}
+    outside = [n for n in files if pathlib.PurePosixPath(n).is_absolute() or ".." in n.split("/")]
+    if not isinstance(listing, dict) or not all(isinstance(value, str) for value in files.values()) or outside:
         raise UserError(
             f"{folder / PROVENANCE} is damaged: {'it names files outside its folder' if outside else 'it lists no files'}. Do "
             "not use this export; make it again."

@@ -1,10 +1,11 @@
-"""Output folders that appear when they are complete: everything is written beside them first."""
+"""Makes output folders that appear when they are complete: everything is written beside them first."""
 
 import contextlib
 import fcntl
 import os
 import pathlib
 import shutil
+from collections.abc import Iterator
 
 from refusal_jax.errors import UserError
 from refusal_jax.files import check_file
@@ -16,7 +17,7 @@ WEIGHTS += (".bin.index.json", ".h5.index.json")
 
 
 def check_target(source: pathlib.Path, target: pathlib.Path) -> None:
-    """Raises UserError for an output folder that exists, ours or not, or lies inside the source."""
+    """Checks an output folder. Raises UserError if it exists, as an export or not, or lies inside the source."""
     if (target / PROVENANCE).is_file():
         raise UserError(
             f"{target} exists already, an export of ours. Check it with `refusal-jax export --check={target}`, remove it, or "
@@ -29,10 +30,10 @@ def check_target(source: pathlib.Path, target: pathlib.Path) -> None:
 
 
 @contextlib.contextmanager
-def staged(target: pathlib.Path, size: int = 0):
-    """The folder `.NAME.part` beside `target`, which takes that name at the end, on the disk, or is gone.
+def staged(target: pathlib.Path, size: int = 0) -> Iterator[pathlib.Path]:
+    """Yields the folder `.NAME.part` beside `target`, which takes the name of `target` at the end, on the disk, or is removed.
 
-    What a killed process left there is removed first. size: bytes that the folder will need. Raises UserError if another
+    What a killed process left there is removed first. size: how many bytes the folder will need. Raises UserError if another
     process is writing there, if the disk is too full, and if it refuses.
     """
     staging = target.parent / f".{target.name}.part"

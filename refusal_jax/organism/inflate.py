@@ -1,4 +1,4 @@
-"""A bigger checkpoint that computes the same logits: the demo model at the size of a benchmark or of a memory test.
+"""Makes a bigger checkpoint that computes the same logits: the demo model at the size of a benchmark or of a memory test.
 
 Zero padding widens every axis, and layers that add nothing to the residual come in between. What makes it exact:
 
@@ -18,6 +18,7 @@ import shutil
 
 import ml_dtypes
 import numpy as np
+from jaxtyping import Float32
 
 from refusal_jax.checkpoints.check import check_tensors
 from refusal_jax.checkpoints.safetensors import framed, header_text
@@ -108,7 +109,7 @@ def _check_shape(source: pathlib.Path, old: ModelConfig, shape: Shape) -> None:
 
 
 def _config(hf: dict, new: ModelConfig, dtype: str) -> dict:
-    """The source's config.json with the new shape."""
+    """Returns the source's config.json with the new shape."""
     hf.pop("torch_dtype", None)
     return hf | {
         "vocab_size": new.vocab_size,
@@ -125,15 +126,16 @@ def _config(hf: dict, new: ModelConfig, dtype: str) -> dict:
 
 
 def source_layers(old: int, new: int) -> dict[int, int]:
-    """Target layer to source layer, spread so that relative depth is kept; the other target layers add nothing."""
+    """Returns the source layer of target layers, spread so that relative depth is kept; the other target layers add nothing."""
     return {layer * new // old: layer for layer in range(old)}
 
 
 @dataclasses.dataclass(frozen=True)
 class Padding:
-    """Makes the target's tensors out of the source's, one at a time.
+    """A way to make the target's tensors out of the source's, one at a time.
 
-    index: for each logical axis of a weight, where along the target's axis the source's entries go.
+    names: the source's tensors by path and index. index: for each logical axis of a weight, where along the target's axis the
+    source's entries go.
     """
 
     files: TensorFiles
@@ -144,6 +146,7 @@ class Padding:
 
     @classmethod
     def of(cls, files: TensorFiles, old: ModelConfig, new: ModelConfig) -> "Padding":
+        """Lays out where the entries of a checkpoint of the config `old` go in one of `new`."""
         group = np.arange(old.n_heads) // old.queries_per_kv * new.queries_per_kv
         heads = group + np.arange(old.n_heads) % old.queries_per_kv
         within = np.arange(old.head_dim)
@@ -160,8 +163,8 @@ class Padding:
             names["unembed",] = names["embed",]
         return cls(files, old, new, names, index)
 
-    def tensor(self, piece: Piece, shape: tuple[int, ...]) -> np.ndarray:
-        """One tensor of the target, float32."""
+    def tensor(self, piece: Piece, shape: tuple[int, ...]) -> Float32[np.ndarray, "..."]:
+        """Makes one tensor of the target."""
         old, new, name = self.old, self.new, piece.path.removeprefix("blocks.")
         layers = source_layers(old.n_layers, new.n_layers)
         index = tuple(layers.get(layer) for layer in piece.index)
@@ -186,7 +189,7 @@ class Padding:
 
 
 def _write_shards(folder: pathlib.Path, new: ModelConfig, padding: Padding, dtype: str, shard_bytes: int) -> None:
-    """The weight files, and their index if there is more than one."""
+    """Writes the weight files, and their index if there is more than one."""
     numpy_dtype, stored = DTYPES[dtype]
     shapes, made = hf_shapes(new), {piece.name: piece for piece in pieces(new)}
     shards, filled = [[]], 0

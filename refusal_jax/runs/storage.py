@@ -80,9 +80,11 @@ class DiskFolder:
             lock.release()
 
     def exists(self, name: str) -> bool:
+        """Returns whether a file is there."""
         return (self.path / name).is_file()
 
     def read(self, name: str) -> bytes:
+        """Reads a whole file."""
         return (self.path / name).read_bytes()
 
     def write(self, name: str, data: bytes) -> None:
