@@ -10,7 +10,7 @@ from safetensors.numpy import load_file
 
 from refusal_jax.chat.prompts import Chat
 from refusal_jax.checkpoints.rewrite import Checkpoint
-from refusal_jax.directions import Directions
+from refusal_jax.directions import Direction
 from refusal_jax.export.edit import Edit
 from refusal_jax.export.finished import FinishedStudy
 from refusal_jax.export.forward import Stream, read_logits, run_streams
@@ -27,7 +27,7 @@ STUDY = FinishedStudy(None, None, TEXTS, [(text, "") for text in TEXTS], {}, [],
 
 def request(source, target, direction=DIRECTION, form="hf", tied="untie", study=STUDY, verify=True, **edit) -> Request:
     """edit: settings of `Edit.of`."""
-    directions = direction if isinstance(direction, Directions) else Directions.of(direction)
+    directions = direction if isinstance(direction, Direction) else Direction.of(direction)
     return Request(pathlib.Path(source), pathlib.Path(target), directions, edit, study, form, tied, verify)
 
 
@@ -37,7 +37,7 @@ def exported(source, target, *args, **settings) -> dict:
 
 
 def edit_of(source, direction=DIRECTION, **settings) -> Edit:
-    return Edit.of(Checkpoint.open(source).cfg, Directions.of(direction), **settings)
+    return Edit.of(Checkpoint.open(source).cfg, Direction.of(direction), **settings)
 
 
 def digest(path: pathlib.Path) -> str:
@@ -72,10 +72,10 @@ def sample_of(folder) -> Sample:
     return Sample.of(Chat.load(folder, cfg.context_length, cfg.vocab_size), STUDY.prompts, STUDY.harmless)
 
 
-def our_logits(stream: Stream, sample: Sample, basis_kd=UNIT[None]) -> np.ndarray:
+def our_logits(stream: Stream, sample: Sample, basis_jd=UNIT[None]) -> np.ndarray:
     """Last-token logits of the sample's prompts, block by block."""
     batch = sample.batch()
-    run_streams([stream], batch, basis_kd, Progress("", None, "layer", quiet=True))
+    run_streams([stream], batch, basis_jd, Progress("", None, "layer", quiet=True))
     rows, columns, targets = sample.places(batch.tokens.shape[1])
     return read_logits(stream, rows, columns, len(sample.prompts), targets).logits_pv
 

@@ -10,7 +10,7 @@ import tiny
 from test_jobs import command, refused
 
 from refusal_jax import Edits, Taps, UserError
-from refusal_jax.directions import Directions
+from refusal_jax.directions import Direction
 from refusal_jax.terminal import show
 from refusal_jax.terminal.screen import Columns, Piece, colour, escaped, wrapped
 from refusal_jax.terminal.session import Session, Texts
@@ -25,7 +25,7 @@ def direction(model):
 
 @pytest.fixture
 def session(model, direction):
-    return Session(model, Directions(direction[None], LAYER), 10)
+    return Session(model, Direction(direction[None], LAYER), 10)
 
 
 def padded(model, *texts):
@@ -68,7 +68,7 @@ def test_both_models_reply_in_their_own_conversations(session, model, direction)
 
 
 def test_without_history_each_message_begins_anew(model, direction):
-    session = Session(model, Directions(direction[None], LAYER), 10, history=False)
+    session = Session(model, Direction(direction[None], LAYER), 10, history=False)
     list(session.say("help"))
     assert session.conversations == [[], []]
 
@@ -142,9 +142,9 @@ def test_commands_that_are_wrong(line, message, session):
 
 def test_what_a_session_cannot_use(session, model, direction):
     with pytest.raises(UserError, match="The file does not tell at which layer its direction was read"):
-        Session(model, Directions(direction[None]), 10)
+        Session(model, Direction(direction[None]), 10)
     with pytest.raises(UserError, match="has 33 entries"):
-        Session(model, Directions(np.ones((1, 33)), 1), 10)
+        Session(model, Direction(np.ones((1, 33)), 1), 10)
     with pytest.raises(
         UserError, match=r"The conversation has \d+ tokens and the model's context is 256\. /reset begins"
     ):

@@ -30,7 +30,7 @@ from refusal_jax import Edits, UserError
 from refusal_jax.checkpoints.rewrite import Checkpoint
 from refusal_jax.checkpoints.safetensors import LocalFile, read_header
 from refusal_jax.checkpoints.tensor_files import INDEX, SINGLE, TensorFiles
-from refusal_jax.directions import Directions
+from refusal_jax.directions import Direction
 from refusal_jax.export import tensor_edits
 from refusal_jax.export.edit import Edit
 from refusal_jax.export.forward import READ, Stream
@@ -100,7 +100,7 @@ def test_exactly_the_writers_are_edited_every_expert_among_them(case):
     tensors = tensors_of(case.target)
     for name, edit in Plan.of(Checkpoint.open(case.source), edit_of(case.source)).edits.items():
         rows = tensors[name] if edit.by_rows else tensors[name].T
-        assert part(rows, edit.right_dk[:, 0] / np.linalg.norm(edit.right_dk)) < 1e-5, name
+        assert part(rows, edit.right_dj[:, 0] / np.linalg.norm(edit.right_dj)) < 1e-5, name
 
 
 def test_the_reference_is_ablation_and_addition_as_studies_do_them(llama, model):
@@ -343,4 +343,4 @@ def test_a_fused_writer_is_refused(llama, monkeypatch):
     monkeypatch.setitem(TABLES["llama"], "blocks.o", TABLES["llama"]["blocks.q"])
     checkpoint = Checkpoint(llama, load_config(llama), {}, {})
     with pytest.raises(ValueError, match="q_proj.weight holds blocks.o fused with other weights"):
-        tensor_edits.tensor_edits(checkpoint, Edit.of(checkpoint.cfg, Directions.of(DIRECTION), sites=("attn_out",)))
+        tensor_edits.tensor_edits(checkpoint, Edit.of(checkpoint.cfg, Direction.of(DIRECTION), sites=("attn_out",)))

@@ -16,7 +16,7 @@ from safetensors.numpy import save_file
 
 from refusal_jax import UserError
 from refusal_jax.checkpoints.fingerprint import checkpoint_fingerprint
-from refusal_jax.directions import Directions, read_directions
+from refusal_jax.directions import Direction, read_direction
 from refusal_jax.errors import VerificationError
 from refusal_jax.export import hub
 from refusal_jax.export.card import read_card
@@ -34,19 +34,40 @@ MEANS = np.random.default_rng(0).normal(size=(2, 3, 32)).astype(np.float32)
 @pytest.mark.parametrize("values", [np.zeros(32), np.full(32, np.nan), np.ones((2, 2, 32)), [DIRECTION, np.zeros(32)]])
 def test_unusable_directions_are_refused(values):
     with pytest.raises(UserError, match="must be a vector of finite numbers that is not zero"):
-        Directions.of(values)
+        Direction.of(values)
 
 
 def test_several_directions_span_a_subspace():
-    found = Directions.of([DIRECTION, 1e-6 * MEANS[0, 0], MEANS[1, 1]])
-    assert found.basis_kd.shape == (3, 32) and found.layer is None
-    np.testing.assert_allclose(found.basis_kd @ found.basis_kd.T, np.eye(3), atol=1e-12)
-    left = found.raw_kd - found.raw_kd @ found.basis_kd.T @ found.basis_kd
+    found = Direction.of([DIRECTION, 1e-6 * MEANS[0, 0], MEANS[1, 1]])
+    assert found.basis_jd.shape == (3, 32) and found.layer is None
+    np.testing.assert_allclose(found.basis_jd @ found.basis_jd.T, np.eye(3), atol=1e-12)
+    left = found.raw_jd - found.raw_jd @ found.basis_jd.T @ found.basis_jd
     assert np.abs(left).max() < 1e-12
-    np.testing.assert_allclose(Directions.of(DIRECTION).basis_kd[0], UNIT, atol=1e-6)
+    np.testing.assert_allclose(Direction.of(DIRECTION).basis_jd[0], UNIT, atol=1e-6)
     for values in ([DIRECTION, 2 * DIRECTION], [*np.eye(2), [1, 1]]):
         with pytest.raises(UserError, match="directions are linearly dependent"):
-            Directions.of(values)
+            Direction.of(values)
+
+
+@pytest.mark.parametrize("ending", ["a.npy", "a.safetensors", "a.pt", ""])
+def test_what_is_written_is_read(ending, tmp_path):
+    one, several = Direction.of(DIRECTION, layer=2, position=-1), Direction.of(MEANS[:, 0])
+    files = one.write(tmp_path / "one" / ending)
+    assert [file.name for file in files] == [ending or "direction.safetensors", "direction_metadata.json"]
+    found = read_direction([tmp_path / "one" / ending])
+    np.testing.assert_array_equal(found.raw_jd, one.raw_jd)
+    assert found.place == one.place == (-1, 2) and found.sha256 == one.sha256 and found.norm == one.norm
+    (file,) = several.write(tmp_path / "several" / ending)
+    np.testing.assert_array_equal(read_direction([file], n_layers=6).raw_jd, several.raw_jd)
+
+
+def test_what_a_direction_cannot_be_asked(tmp_path):
+    with pytest.raises(UserError, match=r"the name of a direction ends in \.npy, \.safetensors, \.pt"):
+        Direction.of(DIRECTION).write(tmp_path / "a.txt")
+    with pytest.raises(UserError, match="These are 2 directions. Only one direction can be used here"):
+        _ = Direction.of(MEANS[:, 0]).norm
+    with pytest.raises(UserError, match="does not tell at which position and layer it was read"):
+        _ = Direction.of(DIRECTION, layer=1).place
 
 
 def test_every_kind_of_file(tmp_path):
@@ -57,32 +78,32 @@ def test_every_kind_of_file(tmp_path):
     torch.save(torch.tensor(MEANS), tmp_path / "mean_diffs.pt")
     save_file({"mean_diffs": MEANS, "harmful": MEANS, "harmless": MEANS}, tmp_path / "e.safetensors")
     for name in ("a.npy", "b.safetensors", "c.safetensors", "d.pt"):
-        found = read_directions([tmp_path / name])
-        np.testing.assert_allclose(found.raw_kd[0], DIRECTION, rtol=1e-2)
+        found = read_direction([tmp_path / name])
+        np.testing.assert_allclose(found.raw_jd[0], DIRECTION, rtol=1e-2)
         assert found.layer is None and found.files == {name: file_hash(tmp_path / name)}
-    assert read_directions([tmp_path / "a.npy"], layer=2).layer == 2
+    assert read_direction([tmp_path / "a.npy"], layer=2).layer == 2
     for name in ("mean_diffs.pt", "e.safetensors"):
         with pytest.raises(UserError, match=r"2 positions x 3 layers .* position= \(-2 to -1\) and layer= \(0 to 2\)"):
-            read_directions([tmp_path / name], position=-1)
-        found = read_directions([tmp_path / name], -2, 1)
-        np.testing.assert_array_equal(found.raw_kd[0], MEANS[-2, 1])
+            read_direction([tmp_path / name], position=-1)
+        found = read_direction([tmp_path / name], -2, 1)
+        np.testing.assert_array_equal(found.raw_jd[0], MEANS[-2, 1])
         assert found.layer == 1
         with pytest.raises(UserError, match="no direction at position -3, layer 1"):
-            read_directions([tmp_path / name], -3, 1)
+            read_direction([tmp_path / name], -3, 1)
     for folder in ("published", "b"):
         (tmp_path / folder).mkdir()
     np.save(tmp_path / "b" / "a.npy", MEANS[1, 0])
     np.save(tmp_path / "published" / "mean_diffs.npy", MEANS)
     (tmp_path / "direction_metadata.json").write_text('{"pos": -1, "layer": 2}')  # a folder above, as published
-    found = read_directions([tmp_path / "published" / "mean_diffs.npy", tmp_path / "a.npy"])
-    np.testing.assert_array_equal(found.raw_kd, [MEANS[-1, 2], DIRECTION])
+    found = read_direction([tmp_path / "published" / "mean_diffs.npy", tmp_path / "a.npy"])
+    np.testing.assert_array_equal(found.raw_jd, [MEANS[-1, 2], DIRECTION])
     assert found.layer is None and len(found.files) == 2
-    assert read_directions([tmp_path / "published" / "mean_diffs.npy"]).layer == 2
-    twice = read_directions([tmp_path / "a.npy", tmp_path / "published" / "mean_diffs.npy", tmp_path / "b" / "a.npy"])
+    assert read_direction([tmp_path / "published" / "mean_diffs.npy"]).layer == 2
+    twice = read_direction([tmp_path / "a.npy", tmp_path / "published" / "mean_diffs.npy", tmp_path / "b" / "a.npy"])
     assert len(twice.files) == 3 and "b/a.npy" in twice.files
     (tmp_path / "direction_metadata.json").write_text('{"pos": -1}')
     with pytest.raises(UserError, match="direction_metadata.json is damaged: it must say pos and layer"):
-        read_directions([tmp_path / "a.npy"])
+        read_direction([tmp_path / "a.npy"])
 
 
 ROWS = np.random.default_rng(2).normal(size=(4, 32))
@@ -100,8 +121,8 @@ def test_a_file_with_a_row_for_each_layer(form, tmp_path):
         else:
             save_file({"rows": ROWS[:count]}, file)
         for layer in (0, 2):
-            found = read_directions([file], layer=layer, n_layers=n_layers)
-            np.testing.assert_array_equal(found.raw_kd, ROWS[[layer]])
+            found = read_direction([file], layer=layer, n_layers=n_layers)
+            np.testing.assert_array_equal(found.raw_jd, ROWS[[layer]])
             assert found.layer == layer and found.summary == (
                 f"1 direction (rows.{form}: row {layer} of 4, counted from 0)"
             )
@@ -111,15 +132,15 @@ def test_a_file_with_a_row_for_each_layer(form, tmp_path):
         )
         (tmp_path / "direction_metadata.json").write_text('{"pos": -1, "layer": 2}')  # tells of another file
         with pytest.raises(UserError, match=message):
-            read_directions([file], n_layers=n_layers)
+            read_direction([file], n_layers=n_layers)
         (tmp_path / "direction_metadata.json").unlink()
-        whole = read_directions([file], n_layers=n_layers, subspace=True)
-        np.testing.assert_array_equal(whole.raw_kd, ROWS)
+        whole = read_direction([file], n_layers=n_layers, subspace=True)
+        np.testing.assert_array_equal(whole.raw_jd, ROWS)
         assert whole.layer is None
         assert whole.summary == f"4 directions, as the subspace that they span (rows.{form}: all 4 rows)"
         for wrong in (-1, n_layers):
             with pytest.raises(UserError, match=rf"There is no layer {wrong}: the layers are 0 to {n_layers - 1}"):
-                read_directions([file], layer=wrong, n_layers=n_layers)
+                read_direction([file], layer=wrong, n_layers=n_layers)
 
 
 def test_what_does_not_go_with_the_shape_of_a_file(tmp_path):
@@ -131,7 +152,7 @@ def test_what_does_not_go_with_the_shape_of_a_file(tmp_path):
 
     def refused(message, *paths, **more):
         with pytest.raises(UserError, match=message):
-            read_directions(paths, n_layers=6, **more)
+            read_direction(paths, n_layers=6, **more)
 
     refused(r"layer=1 was given, but .*rows\.npy has 4 rows and the model has 6 layers.*Leave it out", rows, layer=1)
     refused("There is no layer 6: the layers are 0 to 5", one, layer=6)
@@ -140,19 +161,19 @@ def test_what_does_not_go_with_the_shape_of_a_file(tmp_path):
     refused("subspace= takes all 4 rows of .*, and layer=1 one of them", rows, layer=1, subspace=True)
     refused("holds mean differences, .*subspace= takes all rows of a file", means, subspace=True)
     refused("layer=1 says at which layer one direction was read, and these are 2", one, tmp_path / "d.npy", layer=1)
-    assert len(read_directions([rows], n_layers=6).raw_kd) == 4
-    found = read_directions([one], layer=5, n_layers=6)
-    assert found.raw_kd.shape == (1, 32) and found.layer == 5 and found.summary == "1 direction (one.npy)"
-    both = read_directions([means, one], -1, 2, n_layers=6)
-    np.testing.assert_array_equal(both.raw_kd, [MEANS[-1, 2], ROWS[0]])
+    assert len(read_direction([rows], n_layers=6).raw_jd) == 4
+    found = read_direction([one], layer=5, n_layers=6)
+    assert found.raw_jd.shape == (1, 32) and found.layer == 5 and found.summary == "1 direction (one.npy)"
+    both = read_direction([means, one], -1, 2, n_layers=6)
+    np.testing.assert_array_equal(both.raw_jd, [MEANS[-1, 2], ROWS[0]])
     assert both.layer is None and both.taken == ("means.npy: position -1, layer 2", "one.npy")
-    np.testing.assert_array_equal(read_directions([rows, one], layer=3, n_layers=4).raw_kd, ROWS[[3, 0]])
+    np.testing.assert_array_equal(read_direction([rows, one], layer=3, n_layers=4).raw_jd, ROWS[[3, 0]])
 
 
 def test_files_that_hold_no_direction(tmp_path, monkeypatch):
     def refused(name, message, **settings):
         with pytest.raises(UserError, match=message):
-            read_directions([tmp_path / name], **settings)
+            read_direction([tmp_path / name], **settings)
 
     (tmp_path / "a.txt").write_text("1 2 3")
     refused("a.txt", "is no direction: give the folder of a finished study, or a file that ends in .npy")
@@ -174,7 +195,7 @@ def test_files_that_hold_no_direction(tmp_path, monkeypatch):
     for name, size in (("a.npy", 3), ("b.npy", 4)):
         np.save(tmp_path / name, np.ones(size))
     with pytest.raises(UserError, match="have 3, 4 entries: they belong to different models"):
-        read_directions([tmp_path / "a.npy", tmp_path / "b.npy"])
+        read_direction([tmp_path / "a.npy", tmp_path / "b.npy"])
     monkeypatch.setitem(sys.modules, "torch", None)
     refused("dict.pt", "only be read with PyTorch, which is not installed.*numpy.save")
 
@@ -184,7 +205,7 @@ def test_what_cannot_be_asked_of_an_edit(llama):
 
     def refused(message, values=DIRECTION, **settings):
         with pytest.raises(UserError, match=message):
-            Edit.of(cfg, Directions.of(values), **settings)
+            Edit.of(cfg, Direction.of(values), **settings)
 
     refused("has 7 entries, the model's residual stream has 32", np.ones(7))
     refused("The edit is at layer 3, and the model's layers are 0 to 2. Choose layers= among these", layers=[1, 3])

@@ -12,6 +12,7 @@ from safetensors.numpy import load_file, save_file
 
 from refusal_jax import Edits, Taps, UserError, load_model, make_mesh
 from refusal_jax.chat.loss_rows import chat_rows
+from refusal_jax.directions import Direction
 from refusal_jax.judges import models as judge_models
 from refusal_jax.judges.choice import parse_judges
 from refusal_jax.models.decoder import Decoder
@@ -59,10 +60,13 @@ USES = [  # what the error says, and what makes it
     (GENERATION, lambda m: m.generate(PROMPTS, 4)),
     (GENERATION, lambda m: list(m.replies(m.encode(PROMPTS), 4, rows=2))),
     (GENERATION, lambda m: list(m.stream(m.encode(PROMPTS), 4, probe=np.ones(32)))),
-    (GENERATION, lambda m: complete(m, SETS, BASELINE, np.ones(32), 1, max_new_tokens=3, batch_size=3)),
+    (GENERATION, lambda m: complete(m, SETS, BASELINE, Direction.of(np.ones(32), 1), max_new_tokens=3, batch_size=3)),
     ("No residuals can be read from 'train'", lambda m: extract(m, PROMPTS, (3,), 2, 0, 3, "train")),
     ("Selection has no baseline", lambda m: PromptScorer.build(m, PROMPTS, (3,), 8)),
-    ("no refusal scores of harmful_baseline", lambda m: score_replies(m, SETS, BASELINE, np.ones(32), 1, (3,), 3)),
+    (
+        "no refusal scores of harmful_baseline",
+        lambda m: score_replies(m, SETS, BASELINE, Direction.of(np.ones(32), 1), (3,), 3),
+    ),
     ("The loss of 'x' cannot be measured", lambda m: measure_loss(m, rows(m), Edits.none(32), 3, "x")),
     ("'x' cannot be measured", lambda m: measure_kl(m, rows(m), Edits.none(32), 3, "x")),
 ]
@@ -119,7 +123,7 @@ def test_judges(folder, monkeypatch):
 def test_projections(llama, tmp_path):
     model = load_model(scaled(llama, tmp_path / "model", 3e4, layer=0), "float16")
     study = types.SimpleNamespace(
-        model=model, direction=lambda: (np.ones(32), 1), sizes=types.SimpleNamespace(forward=3)
+        model=model, direction=lambda: Direction.of(np.ones(32), 1), sizes=types.SimpleNamespace(forward=3)
     )
     study.instructions = lambda split, kept_only: PROMPTS
     with pytest.raises(UserError, match=OVERFLOWS.format("The projections of harmful_val cannot be read")):

@@ -12,6 +12,7 @@ from refusal_jax import Edits, Taps, UserError, load_model, make_mesh
 from refusal_jax.chat.loss_rows import LossRow, chat_rows, text_rows
 from refusal_jax.chat.prompts import Chat
 from refusal_jax.data.prompts import read_chat_pairs
+from refusal_jax.directions import Direction
 from refusal_jax.study.completions import complete, intervention_edits, parse_condition
 from refusal_jax.study.directions import extract
 from refusal_jax.study.loss import loss_datasets, measure_kl, measure_loss
@@ -155,8 +156,8 @@ def test_conditions():
 
 
 def test_addition_is_subtracted_on_the_harmful_side(model):
-    direction = np.arange(32.0)
-    harmful, harmless = (intervention_edits(model, f"{s}_actadd", direction, 1) for s in ("harmful", "harmless"))
+    direction = Direction.of(np.arange(32.0), layer=1, position=-1)
+    harmful, harmless = (intervention_edits(model, f"{s}_actadd", direction) for s in ("harmful", "harmless"))
     np.testing.assert_array_equal(harmful.add_rd, -harmless.add_rd)
     assert harmless.add_rd[0, 3] == 3 and harmful.layer_ra == harmless.layer_ra == 1
 
@@ -166,20 +167,23 @@ def test_completions_equal_each_prompt_alone(model, directions):
         "harmful": [{"instruction": text, "category": "x"} for text in HARMFUL[:3]],
         "harmless": [{"instruction": text, "category": None} for text in HARMLESS[:2]],
     }
-    conditions, direction = ("harmful_baseline", "harmful_ablation", "harmless_actadd"), 5 * directions[1, -1]
+    conditions, direction = (
+        ("harmful_baseline", "harmful_ablation", "harmless_actadd"),
+        Direction.of(5 * directions[1, -1], 1, -1),
+    )
     options = {"max_new_tokens": 6, "batch_size": 4}
     saved = []
-    done = complete(model, prompts, conditions, direction, 1, save=saved.extend, **options)
+    done = complete(model, prompts, conditions, direction, save=saved.extend, **options)
     assert list(done) == list(conditions) and len(saved) == 8
     for condition, rows in done.items():
         side = prompts[parse_condition(condition)[0]]
         assert [(r["prompt"], r["category"]) for r in rows] == [(p["instruction"], p["category"]) for p in side]
-        edits = intervention_edits(model, condition, direction, 1)
+        edits = intervention_edits(model, condition, direction)
         for row in rows:
             ids = model.generate_ids(model.chat.encode([row["prompt"]], WIDTH), 6, edits)
             assert row["response"] == model.chat.decode(ids)[0]
     changed = [{**row, "response": f"kept {i}"} for i, row in enumerate(saved[:5])]
-    again = complete(model, prompts, conditions, direction, 1, known=changed, **options)
+    again = complete(model, prompts, conditions, direction, known=changed, **options)
     flat = [row["response"] for rows in again.values() for row in rows]
     assert flat == [f"kept {i}" for i in range(5)] + [row["response"] for rows in done.values() for row in rows][5:]
 

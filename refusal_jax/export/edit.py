@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from refusal_jax.directions import Directions
+from refusal_jax.directions import Direction
 from refusal_jax.edits import SITES
 from refusal_jax.errors import UserError, setting
 from refusal_jax.models.config import ModelConfig
@@ -21,7 +21,7 @@ class Edit:
     input of `layers`. everywhere: whether this is the paper's whole ablation."""
 
     kind: str
-    directions: Directions
+    directions: Direction
     layers: tuple[int, ...]
     sites: tuple[str, ...]
     scale: float
@@ -31,7 +31,7 @@ class Edit:
     def of(
         cls,
         cfg: ModelConfig,
-        directions: Directions,
+        directions: Direction,
         kind: str = "ablate",
         layers: Sequence[int] | None = None,
         sites: Sequence[str] = tuple(WEIGHT_SITES),
@@ -52,9 +52,9 @@ class Edit:
                 "input is what all writers before it wrote, so edit those."
             )
         if kind == "add":
-            if len(directions.raw_kd) > 1:
+            if len(directions.raw_jd) > 1:
                 raise UserError(
-                    f"An addition takes one direction, these are {len(directions.raw_kd)}. Name one of them."
+                    f"An addition takes one direction, these are {len(directions.raw_jd)}. Name one of them."
                 )
             if layers is None and directions.layer is None:
                 raise UserError(
@@ -74,7 +74,7 @@ class Edit:
     @property
     def vector_d(self) -> np.ndarray:
         """What an addition adds; float64 `[D]`."""
-        return self.scale * self.directions.raw_kd[0]
+        return self.scale * self.directions.raw_jd[0]
 
     def reaches(self, layer: int, site: str) -> bool:
         """Whether an ablation edits what is written at a site of a layer; of the inputs, only that of block 0 is written

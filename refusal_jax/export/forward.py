@@ -1,7 +1,7 @@
 """A checkpoint's forward pass block by block, so that checking an export takes the memory of one block and not of a model.
 
 The blocks are run by the decoder itself, made of one layer at a time; where weights come from is a `Weights`: files as
-written, or files with edits applied on the way. Axis letters: as in the decoder, and K directions, N tokens read.
+written, or files with edits applied on the way. Axis letters: as in the decoder, and N tokens read.
 """
 
 import dataclasses
@@ -60,11 +60,11 @@ class Intervention:
     """What a weight edit stands for, at one layer, for every row of the batch. The decoder takes it in the place of
     `Edits`, which has one direction a row; this has a subspace.
 
-    basis_kd: float32 `[K, D]`, orthonormal. gate_s: float32 `[S]`, what part is removed at each of SITES. add_d: float32
+    basis_jd: float32 `[J, D]`, orthonormal. gate_s: float32 `[S]`, what part is removed at each of SITES. add_d: float32
     `[D]`, added at the layer's input.
     """
 
-    basis_kd: jax.Array | np.ndarray
+    basis_jd: jax.Array | np.ndarray
     gate_s: jax.Array | np.ndarray
     add_d: jax.Array | np.ndarray
 
@@ -74,8 +74,8 @@ class Intervention:
 
     def ablated(self, x_btd: jax.Array, gate_r: jax.Array) -> jax.Array:
         """`x_btd` less its gated projection on the subspace."""
-        along = jnp.einsum("btd,kd->btk", x_btd, self.basis_kd, precision="highest")
-        return x_btd - gate_r * jnp.einsum("btk,kd->btd", along, self.basis_kd, precision="highest")
+        along = jnp.einsum("btd,jd->btj", x_btd, self.basis_jd, precision="highest")
+        return x_btd - gate_r * jnp.einsum("btj,jd->btd", along, self.basis_jd, precision="highest")
 
     def added(self, x_btd: jax.Array, gate_r: jax.Array) -> jax.Array:
         """`x_btd` plus the vector."""
@@ -99,19 +99,19 @@ class Stream:
     x_btd: jax.Array | None = None
     projections: list[dict[str, jax.Array]] = dataclasses.field(default_factory=list)
 
-    def intervention(self, layer: int, basis_kd: np.ndarray) -> Intervention:
-        d_model = basis_kd.shape[1]
+    def intervention(self, layer: int, basis_jd: np.ndarray) -> Intervention:
+        d_model = basis_jd.shape[1]
         gate_s, add_d = np.zeros(len(SITES), np.float32), self.vectors.get(layer, np.zeros(d_model, np.float32))
         if self.edit:
             gate_s, add_d = self.edit.gates(layer), self.edit.added_d(layer)
-        return Intervention(basis_kd.astype(np.float32), gate_s, add_d)
+        return Intervention(basis_jd.astype(np.float32), gate_s, add_d)
 
     def projection(self) -> dict[str, list[float]]:
         """The largest |x . r| / |x| over all tokens of each layer, by site: of a subspace, of the part of x in it."""
         return {site: [float(layer[site]) for layer in self.projections] for site in READ}
 
 
-def run_streams(streams: Sequence[Stream], batch: TokenBatch, basis_kd: np.ndarray, bar) -> None:
+def run_streams(streams: Sequence[Stream], batch: TokenBatch, basis_jd: np.ndarray, bar) -> None:
     """Runs all streams through all layers, of which one is in memory at a time. bar: the progress in layers."""
     for stream in streams:
         stream.x_btd = _embedded(stream.embed or stream.weights, batch.tokens)
@@ -120,7 +120,7 @@ def run_streams(streams: Sequence[Stream], batch: TokenBatch, basis_kd: np.ndarr
         for weights in {id(s.weights): s.weights for s in streams}.values():
             block = layer_decoder(weights, layer)
             for stream in (s for s in streams if s.weights is weights):
-                edits = stream.intervention(layer, basis_kd)
+                edits = stream.intervention(layer, basis_jd)
                 stream.x_btd, ratios = _layer(block, stream.x_btd, mask, edits)
                 stream.projections.append(ratios)
             jax.block_until_ready([s.x_btd for s in streams])
@@ -157,7 +157,7 @@ def _layer(block: Decoder, x_btd, mask_bt, edits: Intervention):
     out = block.run(x_btd, Context.of_prompt(block.cfg, mask_bt), edits, Taps(READ))
 
     def ratio(y_btd):
-        along = jnp.linalg.norm(jnp.einsum("btd,kd->btk", y_btd, edits.basis_kd, precision="highest"), axis=-1)
+        along = jnp.linalg.norm(jnp.einsum("btd,jd->btj", y_btd, edits.basis_jd, precision="highest"), axis=-1)
         part = along / jnp.maximum(jnp.linalg.norm(y_btd, axis=-1), jnp.finfo(jnp.float32).tiny)
         return jnp.max(jnp.where(mask_bt, part, 0))
 

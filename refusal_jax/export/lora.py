@@ -1,4 +1,4 @@
-"""The ablation as a PEFT LoRA adapter: A = right^T W and B = -scale left make W + B A the edited weight, of rank K.
+"""The ablation as a PEFT LoRA adapter: A = right^T W and B = -scale left make W + B A the edited weight, of rank J.
 
 Adapters know modules by their names in transformers 5, where the experts of a layer are one parameter. A bias cannot have
 an adapter, so edited ones are stored whole, as PEFT does for `bias="all"`.
@@ -62,7 +62,7 @@ def write_lora(checkpoint: Checkpoint, folder: pathlib.Path, edit: Edit, tied: s
     embed = TABLES[cfg.family]["embed"]
     tied = tied if cfg.tied_embeddings and edit.reaches(0, "resid_pre") else None
     edits = wanted_edits(checkpoint, edit, tied)
-    rank = max(one.left_dk.shape[1] for one in edits.values())
+    rank = max(one.left_dj.shape[1] for one in edits.values())
     tensors, modules, experts = {}, [], {}
     matrices = {name: one for name, one in edits.items() if not name.endswith(".bias")}
     biases = {
@@ -83,9 +83,9 @@ def write_lora(checkpoint: Checkpoint, folder: pathlib.Path, edit: Edit, tied: s
         tensors |= {f"{PREFIX}{module}.{kind.format(letter)}": m for letter, m in (("A", a), ("B", b))}
     for module, found in experts.items():
         pairs = [found[expert] for expert in sorted(found)]
-        tensors[f"{PREFIX}{module}.lora_A.weight"] = np.concatenate([a for a, _ in pairs])  # [experts * K, in]
-        b_dke = np.stack([b for _, b in pairs], axis=-1)
-        tensors[f"{PREFIX}{module}.lora_B.weight"] = b_dke.reshape(len(b_dke), -1)  # [out, K * experts]
+        tensors[f"{PREFIX}{module}.lora_A.weight"] = np.concatenate([a for a, _ in pairs])  # [experts * J, in]
+        b_dje = np.stack([b for _, b in pairs], axis=-1)
+        tensors[f"{PREFIX}{module}.lora_B.weight"] = b_dje.reshape(len(b_dje), -1)  # [out, J * experts]
     tensors |= biases
     config = {
         "peft_type": "LORA",
@@ -106,12 +106,12 @@ def write_lora(checkpoint: Checkpoint, folder: pathlib.Path, edit: Edit, tied: s
 
 
 def factors(tensor: Stored, edit: Projection, rank: int) -> tuple[np.ndarray, np.ndarray]:
-    """A `[K, in]` and B `[out, K]` of a tensor's edit, float32, with zeros up to the rank; of an embedding `[K, V]` and
-    `[D, K]`."""
+    """A `[J, in]` and B `[out, J]` of a tensor's edit, float32, with zeros up to the rank; of an embedding `[J, V]` and
+    `[D, J]`."""
     left, right = edit.factors
     blocks = tensor.blocks()
     if edit.by_rows:
-        blocks = [np.einsum("nd,dk->kn", block, right) for _, block in blocks]
+        blocks = [np.einsum("nd,dj->jn", block, right) for _, block in blocks]
     a = np.concatenate(blocks, axis=1) if edit.by_rows else edit.along(blocks)
     more = rank - len(a)
     return np.pad(a, ((0, more), (0, 0))), np.pad(-left, ((0, 0), (0, more)))

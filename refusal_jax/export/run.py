@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from refusal_jax.chat.prompts import Chat
 from refusal_jax.checkpoints.rewrite import Checkpoint
-from refusal_jax.directions import Directions
+from refusal_jax.directions import Direction
 from refusal_jax.export import gguf, hf, lora
 from refusal_jax.export.card import licence_files, write_card
 from refusal_jax.export.edit import Edit
@@ -31,7 +31,7 @@ class Request:
 
     source: pathlib.Path
     target: pathlib.Path
-    directions: Directions
+    directions: Direction
     edit: dict
     study: FinishedStudy
     form: str = "hf"
@@ -99,7 +99,7 @@ def describe(request: Request, edit: Edit, written: hf.Written, base: dict, foun
     report = {
         "format": request.form,
         "edit": edit.described(),
-        "direction": {"count": len(directions.raw_kd), "sha256": directions.sha256, "files": directions.files},
+        "direction": {"count": len(directions.raw_jd), "sha256": directions.sha256, "files": directions.files},
         "base": base,
         "tied": written.tied,
         "added_bytes": written.added_bytes,

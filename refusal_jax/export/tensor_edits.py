@@ -1,7 +1,7 @@
 """Which edit each tensor of a checkpoint gets, so that what it writes to the residual stream loses a subspace, or gains a
 vector.
 
-Ablation: W <- W - left right^T W, of rank K, the number of directions. Without a norm after W both are the orthonormal
+Ablation: W <- W - left right^T W, of rank J, the number of directions. Without a norm after W both are the orthonormal
 directions U. With one, what reaches the stream is s * norm(W x + b), s being the norm's scale, so the directions leave it
 where U * s leaves W x + b:
 
@@ -36,11 +36,11 @@ MOST_AMPLIFICATION = 10.0
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Projection:
-    """W <- W - scale left right^T W. left_dk, right_dk: float64 `[D, K]`. by_rows: whether the stream is the tensor's last
+    """W <- W - scale left right^T W. left_dj, right_dj: float64 `[D, J]`. by_rows: whether the stream is the tensor's last
     axis (embedding, biases), and else its last but one. kind: "orthogonal", "oblique" or "projected"."""
 
-    left_dk: np.ndarray
-    right_dk: np.ndarray
+    left_dj: np.ndarray
+    right_dj: np.ndarray
     by_rows: bool
     kind: str
     scale: float = 1.0
@@ -48,33 +48,33 @@ class Projection:
     @property
     def amplification(self) -> float:
         """The operator norm of I - left right^T: 1 for orthogonal projections."""
-        return float(np.linalg.norm(np.linalg.qr(self.left_dk)[1] @ np.linalg.qr(self.right_dk)[1].T, 2))
+        return float(np.linalg.norm(np.linalg.qr(self.left_dj)[1] @ np.linalg.qr(self.right_dj)[1].T, 2))
 
     @property
     def factors(self) -> tuple[np.ndarray, np.ndarray]:
-        """What is subtracted, left times the scale, and right; float32 `[D, K]`."""
-        return (self.scale * self.left_dk).astype(np.float32), self.right_dk.astype(np.float32)
+        """What is subtracted, left times the scale, and right; float32 `[D, J]`."""
+        return (self.scale * self.left_dj).astype(np.float32), self.right_dj.astype(np.float32)
 
     def along(self, blocks) -> np.ndarray:
-        """right^T W of a matrix `[D, F]` given in blocks of rows, `(first row, block)`; float32 `[K, F]`."""
+        """right^T W of a matrix `[D, F]` given in blocks of rows, `(first row, block)`; float32 `[J, F]`."""
         right, total = self.factors[1], 0.0
         for start, block in blocks:
-            total = total + np.einsum("dk,df->kf", right[start : start + len(block)], block).astype(np.float64)
+            total = total + np.einsum("dj,df->jf", right[start : start + len(block)], block).astype(np.float64)
         return total.astype(np.float32)
 
     def blocks(self, blocks):
         """The edited blocks of rows, in place, of a tensor whose blocks the function `blocks` gives, float32. They are
         gone through twice if the stream is not the tensor's last axis.
 
-        einsum, because K is small and BLAS would start threads of its own inside each of ours.
+        einsum, because J is small and BLAS would start threads of its own inside each of ours.
         """
         left, right = self.factors
         along = None if self.by_rows else self.along(blocks())
         for start, block in blocks():
             if self.by_rows:
-                block -= np.einsum("...k,dk->...d", np.einsum("...d,dk->...k", block, right), left)
+                block -= np.einsum("...j,dj->...d", np.einsum("...d,dj->...j", block, right), left)
             else:
-                block -= np.einsum("dk,kf->df", left[start : start + len(block)], along)
+                block -= np.einsum("dj,jf->df", left[start : start + len(block)], along)
             yield start, block
 
     def __call__(self, tensor: np.ndarray) -> np.ndarray:
@@ -103,27 +103,27 @@ class Addition:
         return tensor + self.vector_d.astype(np.float32)
 
 
-def projection(path: str, basis_kd: np.ndarray, scale_d: np.ndarray | None = None, scale: float = 1.0):
-    """The edit that takes the orthonormal `basis_kd` out of what the weight `path` writes.
+def projection(path: str, basis_jd: np.ndarray, scale_d: np.ndarray | None = None, scale: float = 1.0):
+    """The edit that takes the orthonormal `basis_jd` out of what the weight `path` writes.
 
     scale_d: float64 `[D]`, what a norm after it multiplies by (None: there is no norm). scale: of what is there, how much
     is removed. Returns None where the norm lets nothing of the directions through.
     """
-    by_rows, basis_dk = path == "embed" or path in WRITER_BIASES, basis_kd.T
+    by_rows, basis_dj = path == "embed" or path in WRITER_BIASES, basis_jd.T
     if scale_d is None:
-        return Projection(basis_dk, basis_dk, by_rows, "orthogonal", scale)
-    seen_dk = basis_dk * scale_d[:, None]
-    if not seen_dk.any():
+        return Projection(basis_dj, basis_dj, by_rows, "orthogonal", scale)
+    seen_dj = basis_dj * scale_d[:, None]
+    if not seen_dj.any():
         return None
     with np.errstate(divide="ignore", over="ignore"):
-        left_dk = np.divide(basis_dk, scale_d[:, None], where=basis_dk != 0, out=np.zeros_like(basis_dk))
-    if np.isfinite(left_dk).all():
-        oblique = Projection(left_dk, seen_dk, by_rows, "oblique", scale)
+        left_dj = np.divide(basis_dj, scale_d[:, None], where=basis_dj != 0, out=np.zeros_like(basis_dj))
+    if np.isfinite(left_dj).all():
+        oblique = Projection(left_dj, seen_dj, by_rows, "oblique", scale)
         if oblique.amplification <= MOST_AMPLIFICATION:
             return oblique
-    span_dk, sizes, _ = np.linalg.svd(seen_dk, full_matrices=False)
-    span_dk = span_dk[:, sizes > 1e-12 * sizes[0]]
-    return Projection(span_dk, span_dk, by_rows, "projected", scale)
+    span_dj, sizes, _ = np.linalg.svd(seen_dj, full_matrices=False)
+    span_dj = span_dj[:, sizes > 1e-12 * sizes[0]]
+    return Projection(span_dj, span_dj, by_rows, "projected", scale)
 
 
 def tensor_edits(checkpoint: Checkpoint, edit: Edit) -> dict[str, Projection]:
@@ -145,7 +145,7 @@ def tensor_edits(checkpoint: Checkpoint, edit: Edit) -> dict[str, Projection]:
         if cfg.post_norm and site in POST_NORMS:
             norm = TABLES[cfg.family][POST_NORMS[site]].format(l=piece.index[0])
             scale_d = cfg.norm_offset + checkpoint.rows(norm).astype(np.float64)
-        one = projection(piece.path, edit.directions.basis_kd, scale_d, edit.scale)
+        one = projection(piece.path, edit.directions.basis_jd, scale_d, edit.scale)
         if one is not None:
             edits[piece.name] = one
     return edits

@@ -83,7 +83,7 @@ def verify(checkpoint: Checkpoint, folder: pathlib.Path, edit: Edit, written: Wr
     streams = make_streams(checkpoint, folder, edit, written)
     batch = sample.batch()
     with Progress("verifying", checkpoint.cfg.n_layers, "layer") as bar:
-        run_streams(list(streams.values()), batch, edit.directions.basis_kd, bar)
+        run_streams(list(streams.values()), batch, edit.directions.basis_jd, bar)
     rows, columns, targets = sample.places(batch.tokens.shape[1])
     base = read_logits(streams["reference"], rows, columns, len(sample.prompts), targets)
     found = {}
@@ -150,7 +150,7 @@ def plain_edits(checkpoint: Checkpoint, edit: Edit) -> dict:
     for piece in pieces(checkpoint.cfg):
         site = (WRITERS | WRITER_BIASES).get(piece.path)
         if site and edit.reaches(piece.index[0] if piece.index else 0, site):
-            found[piece.name] = projection(piece.path, edit.directions.basis_kd, scale=edit.scale)
+            found[piece.name] = projection(piece.path, edit.directions.basis_jd, scale=edit.scale)
     return found
 
 

@@ -15,7 +15,7 @@ from refusal_jax.chat.prompts import bucket
 from refusal_jax.chat.thoughts import is_marked
 from refusal_jax.checkpoints.fingerprint import checkpoint_fingerprint
 from refusal_jax.checkpoints.remote import checkpoint_folder
-from refusal_jax.directions import Directions, direction_file, read_each
+from refusal_jax.directions import Direction, direction_file, read_each
 from refusal_jax.edits import Edits
 from refusal_jax.errors import UserError, setting
 from refusal_jax.export.finished import FinishedStudy
@@ -218,16 +218,16 @@ def model_of(paths: Sequence[pathlib.Path], studies: Sequence[FinishedStudy]) ->
     return studies[0].model
 
 
-def one_each(paths: Sequence[pathlib.Path], layer: int | None, position: int | None, n_layers: int) -> list[Directions]:
+def one_each(paths: Sequence[pathlib.Path], layer: int | None, position: int | None, n_layers: int) -> list[Direction]:
     """The one direction of each study or file, read as `read_each` does. Raises UserError for none or several in one."""
     each = read_each(paths, position, layer, n_layers, subspace=None)
     for path, one in zip(paths, each, strict=True):
-        if len(one.raw_kd) > 1:
-            raise UserError(f"{path} holds {len(one.raw_kd)} directions: an edit while the model runs takes one.")
-    return [Directions(one.raw_kd, one.layer, taken=(one.taken,)) for one in each]
+        if len(one.raw_jd) > 1:
+            raise UserError(f"{path} holds {len(one.raw_jd)} directions: an edit while the model runs takes one.")
+    return each
 
 
-def one_edit(model: ChatModel, ablated: Directions | None, added: Directions | None, scale: float) -> Edits:
+def one_edit(model: ChatModel, ablated: Direction | None, added: Direction | None, scale: float) -> Edits:
     """One row that takes out and adds. Raises UserError for a direction of another model, or no layer to add at."""
     for direction in filter(None, (ablated, added)):
         direction.check_width(model.config.d_model)
@@ -235,14 +235,14 @@ def one_edit(model: ChatModel, ablated: Directions | None, added: Directions | N
         raise UserError(f"scale = {scale!r} is not a number.")
     edits = Edits.none(model.config.d_model)
     if ablated:
-        edits = Edits.ablate(ablated.raw_kd[0], scale=1.0 if added else scale)
+        edits = Edits.ablate(ablated.raw_d, scale=1.0 if added else scale)
     if added:
         if added.layer is None or not 0 <= added.layer < model.config.n_layers:
             raise UserError(
                 f"The direction is to be added at layer {added.layer}, and the model's layers are 0 to "
                 f"{model.config.n_layers - 1}. Give the layer at whose input it was read."
             )
-        edits = edits.adding(Edits.add(added.raw_kd[0], added.layer, scale))
+        edits = edits.adding(Edits.add(added.raw_d, added.layer, scale))
     return edits
 
 

@@ -25,13 +25,12 @@ import io
 import itertools
 import sys
 
-import numpy as np
 from absl import flags
 
 from refusal_jax.chat.model import ChatModel, demo_model_path, load_model
 from refusal_jax.checkpoints.remote import checkpoint_folder
 from refusal_jax.data.prompts import BUNDLED, read_prompts, resolve
-from refusal_jax.directions import Directions
+from refusal_jax.directions import Direction
 from refusal_jax.errors import UserError, print_error
 from refusal_jax.export.finished import FinishedStudy
 from refusal_jax.files import local_path
@@ -121,14 +120,14 @@ def start() -> Session:
     return Session(model, direction, MAX_NEW_TOKENS.value, NUMBERS.value, history)
 
 
-def embedded_direction(model: ChatModel) -> Directions:
+def embedded_direction(model: ChatModel) -> Direction:
     """The embedded model's: difference of means at the last prompt token, as a study computes it."""
     openers, means = model.chat.opener_ids(("I",)), {}
     for side, sign in (("harmful", 1), ("harmless", -1)):
         prompts = [row["instruction"] for row in read_prompts(resolve(BUNDLED, f"{side}_train"))[:TRAIN]]
         means[side] = extract(model, prompts, openers, 1, sign, 64, f"{side} prompts").mean_lpd[EMBEDDED_LAYER, -1]
     layer = EMBEDDED_LAYER if LAYER.value is None else LAYER.value
-    return Directions(np.atleast_2d(difference_in_means(means["harmful"], means["harmless"])), layer)
+    return Direction.of(difference_in_means(means["harmful"], means["harmless"]), layer)
 
 
 def lines(typed: bool):

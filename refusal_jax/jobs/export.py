@@ -29,7 +29,7 @@ import shlex
 from absl import flags
 
 from refusal_jax.checkpoints.fingerprint import checkpoint_fingerprint
-from refusal_jax.directions import direction_file, read_directions
+from refusal_jax.directions import direction_file, read_direction
 from refusal_jax.errors import UserError, VerificationError
 from refusal_jax.export.edit import WEIGHT_SITES
 from refusal_jax.export.finished import FinishedStudy
@@ -132,7 +132,7 @@ def read_request(argv) -> Request:
             )
         study = dataclasses.replace(study, conditions=[], losses={})  # which were measured on another model
     n_layers = load_config(source).n_layers
-    directions = read_directions(paths, POSITION.value, LAYER.value, n_layers, SUBSPACE.value)
+    directions = read_direction(paths, POSITION.value, LAYER.value, n_layers, SUBSPACE.value)
     edit = {"kind": EDIT.value, "sites": tuple(SITES.value), "scale": SCALE.value}
     if LAYERS.value and not (LAYERS.value == "all" and EDIT.value == "ablate"):
         edit["layers"] = parse_layers(LAYERS.value, n_layers)

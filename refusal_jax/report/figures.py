@@ -23,6 +23,7 @@ from matplotlib.patches import PathPatch, Rectangle
 from matplotlib.path import Path
 from matplotlib.ticker import MaxNLocator
 
+from refusal_jax.directions import Direction
 from refusal_jax.study.selection import Rule
 
 WIDTH = 360.0  # user units (points); the page shows figures at about this many CSS pixels, so font sizes hold
@@ -39,14 +40,6 @@ STYLE = {
     "path.simplify": False,  # it would drop the zero-length strokes of `_dots`
     **dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), THEME_COLOUR),
 }
-
-
-@dataclasses.dataclass(frozen=True)
-class Pick:
-    """The selected candidate: position (negative, from the prompt's end) and layer."""
-
-    position: int
-    layer: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -214,7 +207,7 @@ def heatmap(
     values_pl: np.ndarray,
     y_labels: Sequence[str],
     scale: Scale,
-    pick: Pick,
+    pick: Direction,
     *,
     shown_pl: np.ndarray | None = None,
     passing_pl: np.ndarray | None = None,
@@ -243,7 +236,8 @@ def heatmap(
             _write_values(axes, values_pl, shade, scale.digits)
         if limit is not None:
             _mark_pruned(axes, limit, layers)
-        _mark_pick(axes, pick.layer, pick.position + positions, cell)
+        position, layer = pick.place
+        _mark_pick(axes, layer, position + positions, cell)
         axes.set_yticks(range(positions), y_labels, parse_math=False)
         _layer_axis(axes, layers)
         axes.set_ylim(positions - 0.5, -0.5)
@@ -251,8 +245,8 @@ def heatmap(
         return _inline(figure, name, label)
 
 
-def selection_figures(rows: Sequence[dict], rule: Rule, tokens: Sequence[str], pick: Pick) -> dict[str, str]:
-    """Bypass, induce and KL of every candidate: `{score key: svg}`. tokens: the post-instruction tokens' texts."""
+def selection_figures(rows: Sequence[dict], rule: Rule, tokens: Sequence[str], pick: Direction) -> dict[str, str]:
+    """Returns bypass, induce and KL of every candidate: `{score key: svg}`. tokens: the post-instruction tokens' texts."""
     positions = max(-row["position"] for row in rows)
     layers = max(rule.n_layers, 1 + max(row["layer"] for row in rows))
     passing_pl = np.zeros((positions, layers), bool)
@@ -292,15 +286,16 @@ def cosines(vectors: np.ndarray, others: np.ndarray, tiny: float) -> np.ndarray:
     return np.where(defined, vectors @ others.T / np.where(defined, products, 1.0), np.nan)
 
 
-def cosine_figures(diffs_pld: np.ndarray, tokens: Sequence[str], pick: Pick) -> dict[str, str]:
-    """Similarity of the candidates: each with the pick, and between layers at the picked position."""
+def cosine_figures(diffs_pld: np.ndarray, tokens: Sequence[str], pick: Direction) -> dict[str, str]:
+    """Returns the similarity of the candidates: each with the pick, and between layers at the picked position."""
     tiny = 1e-9 * np.linalg.norm(diffs_pld, axis=-1).max(initial=0.0)
-    here_ld = diffs_pld[pick.position]
+    position, layer = pick.place
+    here_ld = diffs_pld[position]
     return {
         "with_pick": heatmap(
             "fig-with-pick",
             "Cosine similarity of each candidate direction with the selected one",
-            cosines(diffs_pld, here_ld[[pick.layer]], tiny)[..., 0],
+            cosines(diffs_pld, here_ld[[layer]], tiny)[..., 0],
             position_labels(len(diffs_pld), tokens),
             COSINE,
             pick,
@@ -310,16 +305,16 @@ def cosine_figures(diffs_pld: np.ndarray, tokens: Sequence[str], pick: Pick) -> 
     }
 
 
-def layer_similarity(values_ll: np.ndarray, pick: Pick) -> str:
+def layer_similarity(values_ll: np.ndarray, pick: Direction) -> str:
     """A square map over pairs of layers; hatched where not defined."""
-    layers, finite_ll = len(values_ll), np.isfinite(values_ll)
+    (_, layer), layers, finite_ll = pick.place, len(values_ll), np.isfinite(values_ll)
     with _drawing(294) as figure:
         axes = _axes(figure, 40, 20, 80, 34)
         _hatch(axes, ~finite_ll)
         shade = COSINE.colours(np.where(finite_ll, values_ll, 0.0))
         shade[..., 3] = finite_ll
         axes.imshow(shade, interpolation="none", aspect="auto", zorder=2)
-        _mark_pick(axes, pick.layer, pick.layer, (240 / layers, 240 / layers))
+        _mark_pick(axes, layer, layer, (240 / layers, 240 / layers))
         if layers <= 8:
             _write_values(axes, values_ll, shade, COSINE.digits)
         _layer_axis(axes, layers)
@@ -341,7 +336,7 @@ def _dots(axes: Axes, x: np.ndarray, y: np.ndarray, colour: str, size: float) ->
         )
 
 
-def projection_figure(harmful_nl: np.ndarray, harmless_nl: np.ndarray, pick: Pick) -> str:
+def projection_figure(harmful_nl: np.ndarray, harmless_nl: np.ndarray, pick: Direction) -> str:
     """Strip plot of both sides' activations along the direction, per layer, with the means as lines."""
     layers = harmful_nl.shape[1]
     most = max(8, MAX_POINTS // (2 * layers))
@@ -349,7 +344,7 @@ def projection_figure(harmful_nl: np.ndarray, harmless_nl: np.ndarray, pick: Pic
     with _drawing(294) as figure:
         axes = _axes(figure, 52, 28, 10, 46)
         axes.axhline(0, color="#8d949c", linewidth=0.7)
-        axes.axvline(pick.layer, color="#8d949c", linewidth=1.0, linestyle=(0, (3, 2)))
+        axes.axvline(pick.place[1], color="#8d949c", linewidth=1.0, linestyle=(0, (3, 2)))
         for values_nl, colour, side in ((harmful_nl, HARMFUL_COLOUR, -1), (harmless_nl, HARMLESS_COLOUR, 1)):
             n = len(values_nl)
             if not n:

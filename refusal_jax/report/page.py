@@ -14,6 +14,7 @@ import jinja2
 import numpy as np
 from markupsafe import Markup, escape
 
+from refusal_jax.directions import Direction
 from refusal_jax.judges.choice import REFUSAL_JUDGES
 from refusal_jax.report.concerns import auc, find_concerns
 from refusal_jax.report.summary import (
@@ -135,11 +136,11 @@ def direction_context(run, setup: dict, select: dict) -> dict:
     """The selected candidate, the rule, what it discarded, and the figures."""
     from refusal_jax.report import figures  # imports matplotlib, which the other stages need not pay for
 
-    rows, picked = run.read_json("direction_evaluations.json"), run.read_json("direction_metadata.json")
+    rows, pick = run.read_json("direction_evaluations.json"), Direction.selected(run)
+    position, layer = pick.place
     rule = Rule(setup["n_layers"], select["kl_threshold"], select["induce_threshold"], select["prune_fraction"])
-    pick = figures.Pick(picked["pos"], picked["layer"])
     tokens = [plain(token["text"]) for token in setup["post_instruction_tokens"]]
-    here = [row for row in rows if (row["position"], row["layer"]) == (pick.position, pick.layer)]
+    here = [row for row in rows if (row["position"], row["layer"]) == pick.place]
     passing = [row for row in rows if not rule.verdict(row) and row["refusal_score"] is not None]
     passing.sort(key=lambda row: (row["refusal_score"], row["position"], row["layer"]))
     along = run.read_tensors("projections.safetensors")
@@ -151,16 +152,16 @@ def direction_context(run, setup: dict, select: dict) -> dict:
     )
     return {
         "pick": pick,
-        "pick_token": tokens[pick.position] if -pick.position <= len(tokens) else "",
+        "pick_token": tokens[position] if -position <= len(tokens) else "",
         "scores": [(name, note, here[0][key] if here else None) for key, name, note in SCORES],
-        "norm": float(np.linalg.norm(run.read_tensors("direction.safetensors")["direction"].astype(np.float64))),
+        "norm": pick.norm,
         "rule": rule,
         "full_grid": not any(row[key] is None for row in rows for key, *_ in SCORES),
         "n_candidates": len(rows),
         "discarded": {why: sum(rule.verdict(row) == why for row in rows) for why in ("layer", "induce", "kl", "nan")},
         "passing": passing,
         "figures": {name: Markup(svg) for name, svg in drawings.items()},
-        "auc": auc(harmful_nl[:, pick.layer], harmless_nl[:, pick.layer]),
+        "auc": auc(harmful_nl[:, layer], harmless_nl[:, layer]),
     }
 
 

@@ -1,5 +1,6 @@
 """The tables that a finished study prints: the report's numbers, for a terminal."""
 
+from refusal_jax.directions import Direction
 from refusal_jax.errors import field
 from refusal_jax.judges.choice import REFUSAL_JUDGES
 from refusal_jax.judges.statistics import Rate
@@ -48,11 +49,10 @@ def setup_lines(setup: dict) -> list[str]:
 def text_summary(run: Run) -> str:
     """Template and refusal tokens, the selected direction, refusal rates with 95 % intervals, losses, and the verdict in
     words."""
-    picked = run.read_json("direction_metadata.json")
     row = next(
         r
         for r in run.read_json("direction_evaluations.json")
-        if (r["position"], r["layer"]) == (picked["pos"], picked["layer"])
+        if (r["position"], r["layer"]) == Direction.selected(run).place
     )
     lines = [
         *setup_lines(run.read_json("setup.json")),

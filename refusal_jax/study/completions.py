@@ -11,6 +11,7 @@ from refusal_jax.chat.batches import length_batches
 from refusal_jax.chat.model import ChatModel
 from refusal_jax.chat.prompts import bucket
 from refusal_jax.data.prompts import dataset_name
+from refusal_jax.directions import Direction
 from refusal_jax.edits import Edits
 from refusal_jax.errors import UserError
 from refusal_jax.judges.scores import REFUSAL_SCORE
@@ -44,15 +45,13 @@ def parse_condition(condition: str, more: Collection[str] = ()) -> tuple[str, st
     return side, intervention
 
 
-def intervention_edits(
-    model: ChatModel, condition: str, direction_d: np.ndarray, layer: int, more: Collection[str] = ()
-) -> Edits:
+def intervention_edits(model: ChatModel, condition: str, direction: Direction, more: Collection[str] = ()) -> Edits:
     """Returns the one-row edit of a condition; addition is -r for harmful prompts, +r for others (paper, section 3)."""
     side, intervention = parse_condition(condition, more)
     if intervention == "ablation":
-        return Edits.ablate(direction_d)
+        return Edits.ablate(direction.raw_d)
     if intervention == "actadd":
-        return Edits.add(direction_d, layer, scale=-1.0 if side == "harmful" else 1.0)
+        return Edits.add(direction.raw_d, direction.layer, scale=-1.0 if side == "harmful" else 1.0)
     return Edits.none(model.config.d_model)
 
 
@@ -60,8 +59,7 @@ def complete(
     model: ChatModel,
     prompts: dict[str, list[dict]],
     conditions: Sequence[str],
-    direction_d: np.ndarray,
-    layer: int,
+    direction: Direction,
     *,
     max_new_tokens: int,
     batch_size: int,
@@ -75,7 +73,7 @@ def complete(
     prompts: `{"harmful": [{"instruction", "category"}], "harmless": …}`, and further sets by name. known: rows that `save`
     got in an interrupted run. The rows of all conditions are decoded together, so two compiled programs serve them all.
     """
-    edits = Edits.concat([intervention_edits(model, c, direction_d, layer, prompts) for c in conditions])
+    edits = Edits.concat([intervention_edits(model, c, direction, prompts) for c in conditions])
     side = {c: parse_condition(c, prompts)[0] for c in conditions}
     replies = {(row["condition"], row["index"]): row for row in known}
     todo = [(c, i) for c in conditions for i in range(len(prompts[side[c]])) if (c, i) not in replies]
@@ -106,8 +104,7 @@ def score_replies(
     model: ChatModel,
     prompts: dict[str, list[dict]],
     conditions: Sequence[str],
-    direction_d: np.ndarray,
-    layer: int,
+    direction: Direction,
     refusal_ids: Sequence[int],
     batch_size: int,
 ) -> dict[str, list[float]]:
@@ -117,7 +114,7 @@ def score_replies(
     """
     scores, ids = {}, np.asarray(refusal_ids, np.int32)
     for condition in conditions:
-        edits = intervention_edits(model, condition, direction_d, layer, prompts)
+        edits = intervention_edits(model, condition, direction, prompts)
         texts = [p["instruction"] for p in prompts[parse_condition(condition, prompts)[0]]]
         found = np.zeros(len(texts))
         for index, batch in length_batches(model, texts, batch_size):
@@ -160,7 +157,7 @@ def complete_prompts(study: Study, ledger: Ledger) -> None:
         model,
         sets,
         study.conditions,
-        *study.direction(),
+        study.direction(),
         max_new_tokens=study.config.generation.max_new_tokens,
         batch_size=study.sizes.generation,
         known=ledger.rows,
@@ -170,7 +167,7 @@ def complete_prompts(study: Study, ledger: Ledger) -> None:
         study.run.write_json(completions_name(study, condition), rows)
     for name in score_names(study):
         ids = study.refusal_ids()
-        scores = score_replies(model, sets, study.conditions, *study.direction(), ids, study.sizes.forward)
+        scores = score_replies(model, sets, study.conditions, study.direction(), ids, study.sizes.forward)
         study.run.write_json(name, {completions_name(study, c): values for c, values in scores.items()})
 
 

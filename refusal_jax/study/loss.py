@@ -153,7 +153,7 @@ def measure(study: Study, ledger: Ledger) -> None:
     sets = loss_datasets(study.model, study.config.loss, answers)
     size, moved = study.sizes.loss, {}
     for kind in INTERVENTIONS:
-        edits = intervention_edits(study.model, f"harmful_{kind}", *study.direction())
+        edits = intervention_edits(study.model, f"harmful_{kind}", study.direction())
         found = {
             title: measure_loss(study.model, rows, edits, size, f"{title}, {kind}") for title, rows in sets.items()
         }

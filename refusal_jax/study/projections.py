@@ -9,7 +9,7 @@ from refusal_jax.edits import EPS, Edits
 from refusal_jax.models.decoder import Decoder
 from refusal_jax.models.finite import check_finite
 from refusal_jax.models.sharding import replicate
-from refusal_jax.runs.artifacts import DIRECTION, PROJECTIONS, PROMPTS
+from refusal_jax.runs.artifacts import DIRECTION, METADATA, PROJECTIONS, PROMPTS
 from refusal_jax.runs.ledger import Ledger
 from refusal_jax.runs.stage import Stage
 from refusal_jax.study.shared import Study
@@ -26,7 +26,7 @@ def project(decoder: Decoder, tokens_bt, mask_bt, edits: Edits, unit_d) -> jax.A
 
 def project_prompts(study: Study, ledger: Ledger) -> None:
     """Writes every val prompt's residual at the last token along the direction, at each block's input."""
-    direction, _ = study.direction()
+    direction = study.direction().raw_d.astype(np.float32)
     unit = np.asarray(direction / (np.linalg.norm(direction) + EPS), np.float32)
     along = {}
     for split in ("harmful_val", "harmless_val"):
@@ -40,4 +40,4 @@ def project_prompts(study: Study, ledger: Ledger) -> None:
     study.run.write_tensors(PROJECTIONS, along)
 
 
-STAGE = Stage("projections", project_prompts, reads=(PROMPTS, DIRECTION), writes=(PROJECTIONS,))
+STAGE = Stage("projections", project_prompts, reads=(PROMPTS, METADATA, DIRECTION), writes=(PROJECTIONS,))

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from refusal_jax.chat.model import ChatModel
+from refusal_jax.directions import Direction
 from refusal_jax.errors import UserError, field, setting
 from refusal_jax.plan.programs import Group, Program, Shapes
 from refusal_jax.progress import Progress
@@ -182,9 +183,8 @@ def select(study: Study, ledger: Ledger) -> None:
     )
     best = pick(rows, rule)
     study.run.write_json(CANDIDATES, rows)
-    study.run.write_json(METADATA, {"pos": best["position"], "layer": best["layer"]})
-    direction_d = diffs_pld[best["position"], best["layer"]].astype(np.float32)
-    study.run.write_tensors(DIRECTION, {"direction": direction_d})
+    position, layer = best["position"], best["layer"]
+    Direction.of(diffs_pld[position, layer], layer, position).write_selected(study.run)
 
 
 def programs(shapes: Shapes, rows: int) -> list[Program]:

@@ -7,18 +7,18 @@ import pathlib
 from collections.abc import Sequence
 
 import jax
-import numpy as np
 
 from refusal_jax import distributed
 from refusal_jax.chat.model import ChatModel, load_model, weights_dtype
 from refusal_jax.chat.prompts import Chat
 from refusal_jax.data.sampling import over_refusal_names
+from refusal_jax.directions import Direction
 from refusal_jax.errors import UserError, field
 from refusal_jax.judges.judge import Judge
 from refusal_jax.models.config import load_config
 from refusal_jax.plan.planner import run_mesh, run_sizes
 from refusal_jax.plan.programs import USUAL_LENGTH, Group, Sizes, Workload
-from refusal_jax.runs.artifacts import DIRECTION, FILTER, METADATA, PROMPTS, SETUP
+from refusal_jax.runs.artifacts import FILTER, PROMPTS, SETUP
 from refusal_jax.runs.run import Run
 from refusal_jax.study.config import StudyConfig
 
@@ -131,6 +131,6 @@ class Study:
         """Returns the ids of the refusal tokens that the study settled on."""
         return [token["id"] for token in self.run.read_json(SETUP)["refusal_tokens"]]
 
-    def direction(self) -> tuple[np.ndarray, int]:
-        """Returns the selected direction `[D]` and the layer at whose input it was read."""
-        return self.run.read_tensors(DIRECTION)["direction"], self.run.read_json(METADATA)["layer"]
+    def direction(self) -> Direction:
+        """Returns the selected direction."""
+        return Direction.selected(self.run)

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from refusal_jax.chat.model import ChatModel
-from refusal_jax.directions import Directions
+from refusal_jax.directions import Direction
 from refusal_jax.edits import Edits
 from refusal_jax.errors import UserError, setting
 from refusal_jax.terminal.screen import Piece, escaped
@@ -59,22 +59,22 @@ class Session:
     def __init__(
         self,
         model: ChatModel,
-        directions: Directions,
+        direction: Direction,
         max_new_tokens: int,
         numbers: bool = False,
         history: bool = True,
     ):
         """history: whether a message goes on with the conversation. Raises UserError for a direction of another model or
         without a layer."""
-        directions.check_width(model.config.d_model)
-        if directions.layer is None:
+        direction.check_width(model.config.d_model)
+        if direction.layer is None:
             raise UserError(
                 f"The file does not tell at which layer its direction was read. Give {setting('layer')}, counted from 0, "
                 "or the folder of a study."
             )
-        self.model, self.raw_d = model, directions.raw_kd[0]
+        self.model, self.raw_d = model, direction.raw_d
         self.max_new_tokens, self.numbers, self.history = max_new_tokens, numbers, history
-        self.layer = self._layer(directions.layer)
+        self.layer = self._layer(direction.layer)
         self.edit, self.scale = "ablate", 1.0
         self.reset()
 
