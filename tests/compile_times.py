@@ -10,8 +10,8 @@ import families
 import jax
 
 from refusal_jax import Edits, Taps
-from refusal_jax.models.config import from_hf
 from refusal_jax.models.decoder import Decoder
+from refusal_jax.models.hf_config import from_hf
 from refusal_jax.models.predict import predict
 from refusal_jax.taps import RESIDUAL_SITES
 

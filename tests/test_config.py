@@ -14,11 +14,12 @@ import tiny
 
 from refusal_jax import Edits, UserError
 from refusal_jax.files import read_json
-from refusal_jax.models import config as config_module
-from refusal_jax.models.config import ModelConfig, from_hf, load_config
+from refusal_jax.models.config import ModelConfig
 from refusal_jax.models.decoder import Decoder
 from refusal_jax.models.families import hf_shapes
 from refusal_jax.models.hf_attributes import INERT, Reader
+from refusal_jax.models.hf_config import from_hf, load_config
+from refusal_jax.models.hf_readers import READERS
 from refusal_jax.models.predict import predict
 from refusal_jax.models.rope import Rope
 from refusal_jax.taps import Taps
@@ -139,7 +140,7 @@ OF_FAMILY = {
     ("phi3", "rope_scaling"): ({}, LONG_ROPE),
     ("phi3", "original_max_position_embeddings"): ({"rope_scaling": LONG_ROPE}, 5),
 }
-FAMILIES = sorted(set(config_module.READERS) - {"gemma3"})  # which is gemma3_text inside another config
+FAMILIES = sorted(set(READERS) - {"gemma3"})  # which is gemma3_text inside another config
 
 
 def other_value(name: str, value):
@@ -169,7 +170,7 @@ def outputs():
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_handled_attribute_changes_shapes_or_outputs(family, outputs):
     reader = Reader(SMALL | ON | {"model_type": family}, "")
-    config_module.READERS[family](reader)
+    READERS[family](reader)
     base = {name: value for name, value in (SMALL | ON).items() if name in reader.seen} | {"model_type": family}
     assert not (reader.seen | reader.fixed | reader.ignored) & INERT  # nothing is both handled and inert
     for name in reader.fixed:
@@ -197,7 +198,7 @@ def test_every_config_field_is_read_by_some_family():
 def read(family: str, attributes: dict) -> ModelConfig:
     """The config of a family from those of the attributes that it knows."""
     reader = Reader(attributes | {"model_type": family}, "")
-    config_module.READERS[family](reader)
+    READERS[family](reader)
     return from_hf({name: value for name, value in attributes.items() if name in reader.seen} | {"model_type": family})
 
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import pytest
 from real_models import REAL_MODELS
 
-from refusal_jax.models.config import from_hf
+from refusal_jax.models.hf_config import from_hf
 from refusal_jax.plan.chips import Slice
 from refusal_jax.plan.planner import WANTED, ranked_meshes
 from refusal_jax.study.checks import check_settings

@@ -36,8 +36,8 @@ from refusal_jax.export.edit import Edit
 from refusal_jax.export.forward import READ, Stream
 from refusal_jax.export.hf import TIED, Plan
 from refusal_jax.export.tensor_edits import MOST_AMPLIFICATION
-from refusal_jax.models.config import load_config
 from refusal_jax.models.families import TABLES, hf_names
+from refusal_jax.models.hf_config import load_config
 
 # With biases, tied embeddings and scalars where a family has them.
 VARIANTS = {"llama": "biased", "qwen": "biased", "olmo2": "biased", "granite": "scaled", "phi3": "longrope"}

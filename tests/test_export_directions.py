@@ -26,7 +26,7 @@ from refusal_jax.export.staging import PROVENANCE
 from refusal_jax.export.verify import Sample
 from refusal_jax.files import file_hash
 from refusal_jax.jobs import export as job
-from refusal_jax.models.config import load_config
+from refusal_jax.models.hf_config import load_config
 
 MEANS = np.random.default_rng(0).normal(size=(2, 3, 32)).astype(np.float32)
 

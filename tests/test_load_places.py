@@ -17,8 +17,8 @@ from refusal_jax.checkpoints import places as place
 from refusal_jax.checkpoints.load import load_decoder
 from refusal_jax.checkpoints.places import DeviceFilling, Filling, HostFilling, Place
 from refusal_jax.checkpoints.tensor_files import SINGLE, TensorFiles
-from refusal_jax.models.config import load_config
 from refusal_jax.models.families import pieces
+from refusal_jax.models.hf_config import load_config
 from refusal_jax.models.sharding import split_for
 from refusal_jax.models.weights import weight_table
 

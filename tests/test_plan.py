@@ -15,7 +15,7 @@ from real_models import REAL_MODELS
 
 from refusal_jax import UserError
 from refusal_jax.jobs import main as command
-from refusal_jax.models.config import from_hf, load_config
+from refusal_jax.models.hf_config import from_hf, load_config
 from refusal_jax.plan import chips, costs, hlo, planner, programs, table
 from refusal_jax.plan.chips import Slice
 from refusal_jax.plan.planner import MeshShape, Sizes, fit, make_plan, ranked_meshes, run_mesh, run_sizes
@@ -302,7 +302,7 @@ from refusal_jax.jobs.main import COMPILE_ONLY
 os.environ |= COMPILE_ONLY
 import json, pathlib
 import refusal_jax
-from refusal_jax.models.config import from_hf
+from refusal_jax.models.hf_config import from_hf
 from refusal_jax.plan import chips, programs
 from refusal_jax.study import completions
 from refusal_jax.study.study import workload

@@ -11,10 +11,11 @@ import torch
 from real_models import REAL_MODELS
 
 from refusal_jax import Edits
-from refusal_jax.models.config import READERS, from_hf
 from refusal_jax.models.decoder import Decoder
 from refusal_jax.models.families import hf_shapes
 from refusal_jax.models.generate import admit, decode, empty
+from refusal_jax.models.hf_config import from_hf
+from refusal_jax.models.hf_readers import READERS
 from refusal_jax.models.predict import predict
 from refusal_jax.models.weights import weight_table
 from refusal_jax.taps import RESIDUAL_SITES, Taps

@@ -15,11 +15,12 @@ from refusal_jax.checkpoints.load import load_decoder
 from refusal_jax.checkpoints.remote import checkpoint_folder
 from refusal_jax.edits import Edits
 from refusal_jax.errors import UserError
-from refusal_jax.models.config import ModelConfig, load_config
+from refusal_jax.models.config import ModelConfig
 from refusal_jax.models.decoder import Decoder
 from refusal_jax.models.decoding import Decoding, GenerationSettings
 from refusal_jax.models.finite import check_finite
 from refusal_jax.models.generate import admit, admitted_rows, decode, empty
+from refusal_jax.models.hf_config import load_config
 from refusal_jax.models.predict import Prediction, predict
 from refusal_jax.models.sharding import batch_sharding, put
 from refusal_jax.taps import NO_TAPS, Taps

@@ -22,9 +22,10 @@ from refusal_jax.checkpoints.places import Place, Slab
 from refusal_jax.checkpoints.remote import checkpoint_folder
 from refusal_jax.checkpoints.tensor_files import SINGLE, TensorFiles, listed
 from refusal_jax.errors import UserError
-from refusal_jax.models.config import ModelConfig, load_config
+from refusal_jax.models.config import ModelConfig
 from refusal_jax.models.decoder import Decoder
 from refusal_jax.models.families import Piece, hf_names, pieces
+from refusal_jax.models.hf_config import load_config
 from refusal_jax.models.sharding import split_for
 from refusal_jax.models.weights import weight_table
 from refusal_jax.progress import Progress

@@ -30,7 +30,8 @@ from refusal_jax.checkpoints.safetensors import (
 )
 from refusal_jax.checkpoints.tensor_files import STORED, TensorFiles
 from refusal_jax.errors import UserError
-from refusal_jax.models.config import ModelConfig, load_config
+from refusal_jax.models.config import ModelConfig
+from refusal_jax.models.hf_config import load_config
 
 COPY_BYTES = 64 << 20  # of an untouched range, in one task
 BLOCK_BYTES = 256 << 10  # of a tensor, as stored, in memory at a time: what comes of it stays in a core's cache

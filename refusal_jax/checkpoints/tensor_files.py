@@ -24,7 +24,7 @@ from refusal_jax.checkpoints.safetensors import (
 )
 from refusal_jax.errors import UserError
 from refusal_jax.files import damaged, read_json
-from refusal_jax.models.hf_attributes import adapter_advice
+from refusal_jax.models.hf_config import adapter_advice
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"

@@ -15,8 +15,8 @@ from refusal_jax.export.edit import Edit
 from refusal_jax.export.staging import copy_other_files
 from refusal_jax.export.tensor_edits import BIAS_SWITCHES, bias_additions, wanted_edits
 from refusal_jax.files import read_json, to_json
-from refusal_jax.models.config import from_hf
 from refusal_jax.models.families import TABLES, hf_shapes
+from refusal_jax.models.hf_config import from_hf
 from refusal_jax.progress import Progress
 
 THREADS = 8  # at most; each holds a block of rows

@@ -20,7 +20,7 @@ from refusal_jax.edits import Edits
 from refusal_jax.errors import UserError, setting
 from refusal_jax.export.finished import FinishedStudy
 from refusal_jax.files import local_path
-from refusal_jax.models.config import load_config
+from refusal_jax.models.hf_config import load_config
 from refusal_jax.models.sharding import make_mesh
 
 LOG = logging.getLogger(__name__)

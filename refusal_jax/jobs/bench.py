@@ -98,7 +98,7 @@ def _oracle_path() -> pathlib.Path:
 def _model(folder: pathlib.Path) -> pathlib.Path:
     """The folder of the model to time, inflated into `folder` if asked for."""
     from refusal_jax.chat.model import demo_model_path
-    from refusal_jax.models.config import load_config
+    from refusal_jax.models.hf_config import load_config
     from refusal_jax.organism.inflate import inflate
 
     source = local_path(MODEL.value) if MODEL.value else demo_model_path()

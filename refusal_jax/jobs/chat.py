@@ -35,8 +35,8 @@ from refusal_jax.errors import UserError, print_error
 from refusal_jax.export.finished import FinishedStudy
 from refusal_jax.files import local_path
 from refusal_jax.harness.edited import model_of, one_each
-from refusal_jax.models.config import load_config
 from refusal_jax.models.decoding import in_words
+from refusal_jax.models.hf_config import load_config
 from refusal_jax.models.sharding import make_mesh
 from refusal_jax.study.directions import difference_in_means, extract
 from refusal_jax.surrogates import mended

@@ -33,7 +33,7 @@ from refusal_jax.judges.choice import parse_judges
 from refusal_jax.judges.evaluations import evaluate_completions
 from refusal_jax.judges.judge import Judge, judge_all
 from refusal_jax.judges.tables import tables, tidy_csv
-from refusal_jax.models.config import load_config
+from refusal_jax.models.hf_config import load_config
 from refusal_jax.models.sharding import make_mesh
 from refusal_jax.report.concerns import broken_completions, judge_disagreement, unfinished_thoughts
 from refusal_jax.report.summary import JudgedCondition

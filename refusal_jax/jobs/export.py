@@ -38,7 +38,7 @@ from refusal_jax.export.hub import push
 from refusal_jax.export.provenance import check
 from refusal_jax.export.run import FORMATS, Request, export
 from refusal_jax.files import local_path
-from refusal_jax.models.config import load_config
+from refusal_jax.models.hf_config import load_config
 
 MODEL = flags.DEFINE_string("model", None, "HF checkpoint folder. Default: the model that the study ran on.")
 DIRECTION = flags.DEFINE_list(

@@ -23,7 +23,8 @@ from ml_collections import config_flags
 
 from refusal_jax.errors import UserError
 from refusal_jax.files import local_path, read_json, to_json, write_atomically
-from refusal_jax.models.config import ModelConfig, from_hf, load_config
+from refusal_jax.models.config import ModelConfig
+from refusal_jax.models.hf_config import from_hf, load_config
 from refusal_jax.plan import table
 from refusal_jax.plan.chips import Slice
 from refusal_jax.plan.planner import MeshShape, Plan, make_plan

@@ -31,9 +31,9 @@ from refusal_jax.edits import Edits
 from refusal_jax.errors import UserError, spelt
 from refusal_jax.files import local_path
 from refusal_jax.judges.judge import Judge, Verdict
-from refusal_jax.models.config import load_config
 from refusal_jax.models.decoder import Decoder
 from refusal_jax.models.finite import check_finite
+from refusal_jax.models.hf_config import load_config
 from refusal_jax.models.sharding import replicate
 from refusal_jax.progress import Progress
 from refusal_jax.runs.ledger import Ledger

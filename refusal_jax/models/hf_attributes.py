@@ -4,11 +4,8 @@ Every attribute is either handled (it changes `ModelConfig`), inert (it cannot c
 unsupported: then any value but the one that means "off" is an error that names the attribute.
 """
 
-import os
-import pathlib
-
 from refusal_jax.errors import UserError, shown
-from refusal_jax.files import read_json
+from refusal_jax.models.config import AttentionKind, ModelConfig
 from refusal_jax.models.rope import Rope, is_number, rope_from_hf
 
 # Attributes that cannot change the logits of inference: bookkeeping, training, and the defaults of `generate`.
@@ -32,29 +29,33 @@ INERT = frozenset(
 )
 
 
-ADAPTER = "adapter_config.json"
-MERGE = """
-
-    from peft import AutoPeftModelForCausalLM
-    from transformers import AutoTokenizer
-
-    model = AutoPeftModelForCausalLM.from_pretrained({folder!r}, dtype="auto").merge_and_unload()
-    model.save_pretrained({target!r})
-    AutoTokenizer.from_pretrained({base}).save_pretrained({target!r})
-"""
+# The activations that the decoder computes, by HF name ("gelu_pytorch_tanh" is the tanh approximation).
+ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh", "relu")
+# Field of `ModelConfig` -> HF attribute and its type, where a family does not say otherwise.
+SIZES = {
+    "vocab_size": ("vocab_size", int),
+    "d_model": ("hidden_size", int),
+    "n_layers": ("num_hidden_layers", int),
+    "n_heads": ("num_attention_heads", int),
+    "n_kv_heads": ("num_key_value_heads", int),
+    "head_dim": ("head_dim", int),
+    "d_mlp": ("intermediate_size", int),
+    "context_length": ("max_position_embeddings", int),
+    "activation": ("hidden_act", None),
+    "norm_eps": ("rms_norm_eps", float),
+    "tied_embeddings": ("tie_word_embeddings", bool),
+}
+# Attributes that may be missing, and what they then are. A family adds the defaults of its HF config class.
+DEFAULTS = {
+    "context_length": 2048,
+    "activation": "silu",
+    "norm_eps": 1e-6,
+    "tied_embeddings": False,
+    "n_kv_heads": None,  # n_heads
+    "head_dim": None,  # d_model / n_heads
+}
 MOST = 2**31 - 1  # of integers: sizes, counts and ids are int32 on the devices
 MOST_LAYERS, MOST_EXPERTS = 10_000, 100_000  # the latter in all layers together: each is several tensors to look for
-
-
-def adapter_advice(folder: pathlib.Path) -> str:
-    """Returns what to do about a folder that holds a PEFT adapter and no model, "" if it holds none."""
-    if not os.path.lexists(folder / ADAPTER):
-        return ""
-    base = read_json(folder / ADAPTER).get("base_model_name_or_path")
-    code = MERGE.format(
-        folder=str(folder), target=f"{folder}-merged", base=repr(base if isinstance(base, str) else "BASE")
-    )
-    return f"{folder} holds a PEFT adapter of {shown(base or 'a base model')}, not a model. Merge the two:{code}"
 
 
 class Reader:
@@ -124,7 +125,7 @@ class Reader:
             raise UserError(
                 f"{self.where} cannot be run faithfully: {'; '.join(self.problems)}. Nothing was loaded, because "
                 "ignoring an attribute would give wrong activations. Use a checkpoint of a supported architecture, or "
-                "teach refusal_jax/models/config.py the attribute."
+                "teach refusal_jax/models/hf_readers.py the attribute."
             )
 
     def rope(self, spec, context: int, name: str = "rope_scaling", **settings) -> Rope:
@@ -152,3 +153,53 @@ class Reader:
         else:
             return [window if kind == "sliding_attention" else None for kind in types]
         return [None] * n_layers
+
+    def sizes(self, defaults: dict | None = None, **names: str) -> dict:
+        """The fields of `SIZES`. defaults: by field. names: fields whose HF attribute is called differently."""
+        defaults = DEFAULTS | (defaults or {})
+        sizes = {}
+        for field, (name, kind) in SIZES.items():
+            sizes[field] = self.take(names.get(field, name), defaults.get(field), kind, required=field not in defaults)
+        if sizes["activation"] not in ACTIVATIONS:
+            name = names.get("activation", "hidden_act")
+            self.problems.append(f"{name} = {shown(sizes['activation'])} is not one of {', '.join(ACTIVATIONS)}")
+        missing = [field for field in SIZES if sizes[field] is None and field not in defaults]
+        if missing:  # which is reported; the reading goes on with what fits, to report everything at once
+            sizes |= {field: 64 for field in missing}
+            return sizes | {"n_kv_heads": sizes["n_heads"], "head_dim": 64}
+        if sizes["n_layers"] > MOST_LAYERS:
+            self.problems.append(f"num_hidden_layers = {sizes['n_layers']}, expected at most {MOST_LAYERS:,}")
+            sizes["n_layers"] = 1
+        sizes["n_kv_heads"] = sizes["n_kv_heads"] or sizes["n_heads"]
+        sizes["head_dim"] = sizes["head_dim"] or max(sizes["d_model"] // sizes["n_heads"], 1)
+        if sizes["n_heads"] % sizes["n_kv_heads"]:
+            self.problems.append(
+                f"num_attention_heads = {sizes['n_heads']} is not a multiple of num_key_value_heads = {sizes['n_kv_heads']}"
+            )
+        return sizes
+
+    def main_rope(self, sizes: dict, theta: float = 1e4, spec: dict | None = None, **settings) -> Rope:
+        """The rope of an HF config, which spells it `rope_scaling` (transformers 4) or `rope_parameters` (5)."""
+        old, new = self.take("rope_scaling"), self.take("rope_parameters")
+        theta = self.take("rope_theta", theta, float)
+        name = "rope_scaling" if old or not new else "rope_parameters"
+        spec = spec if spec is not None else old or new or {}
+        if "partial" not in settings:
+            self.only("partial_rotary_factor", 1.0)
+        return self.rope(
+            spec, name=name, theta=theta, head_dim=sizes["head_dim"], context=sizes["context_length"], **settings
+        )
+
+    def config(self, family: str, sizes: dict, *, rope=None, local_rope=None, windows=None, **switches) -> ModelConfig:
+        """windows: each layer's. local_rope: that of layers with a window, if it differs. switches: fields of `ModelConfig`."""
+        rope = rope or self.main_rope(sizes)
+        if sizes["n_layers"] * switches.get("n_experts", 0) > MOST_EXPERTS:
+            self.problems.append(
+                f"{switches['n_experts']} experts in each layer, expected at most {MOST_EXPERTS:,} in all"
+            )
+        layers = [AttentionKind((w and local_rope) or rope, w) for w in windows or [None] * sizes["n_layers"]]
+        kinds = tuple(dict.fromkeys(layers))
+        stretched = int(rope.factor * rope.original_context) if rope.kind in ("yarn", "dynamic") else 0
+        fields = sizes | {"context_length": max(sizes["context_length"], stretched)}
+        fields |= {"query_scale": sizes["head_dim"] ** -0.5} | switches
+        return ModelConfig(family, kinds=kinds, layer_kinds=tuple(map(kinds.index, layers)), **fields)

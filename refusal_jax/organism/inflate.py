@@ -25,8 +25,9 @@ from refusal_jax.checkpoints.safetensors import framed, header_text
 from refusal_jax.checkpoints.tensor_files import INDEX, SINGLE, TensorFiles
 from refusal_jax.errors import UserError
 from refusal_jax.files import cannot_write, local_path, read_json, to_json
-from refusal_jax.models.config import ModelConfig, load_config
+from refusal_jax.models.config import ModelConfig
 from refusal_jax.models.families import Piece, hf_shapes, pieces
+from refusal_jax.models.hf_config import load_config
 from refusal_jax.models.weights import weight_table
 
 DTYPES = {"float32": (np.dtype(np.float32), "F32"), "bfloat16": (np.dtype(ml_dtypes.bfloat16), "BF16")}

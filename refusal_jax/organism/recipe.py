@@ -18,8 +18,8 @@ import optax
 
 from refusal_jax.checkpoints.load import save_weights
 from refusal_jax.edits import Edits
-from refusal_jax.models.config import from_hf
 from refusal_jax.models.decoder import Decoder
+from refusal_jax.models.hf_config import from_hf
 from refusal_jax.organism.corpus import COMPLIANT_ROLES, DECLINING_ROLE, REFUSALS, Request, split_requests
 from refusal_jax.progress import Progress
 from refusal_jax.taps import Taps

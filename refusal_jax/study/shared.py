@@ -15,7 +15,7 @@ from refusal_jax.data.sampling import over_refusal_names
 from refusal_jax.directions import Direction
 from refusal_jax.errors import UserError, field
 from refusal_jax.judges.judge import Judge
-from refusal_jax.models.config import load_config
+from refusal_jax.models.hf_config import load_config
 from refusal_jax.plan.planner import run_mesh, run_sizes
 from refusal_jax.plan.programs import USUAL_LENGTH, Group, Sizes, Workload
 from refusal_jax.runs.artifacts import FILTER, PROMPTS, SETUP

@@ -13,7 +13,8 @@ from refusal_jax.data.sampling import SPLITS
 from refusal_jax.errors import UserError
 from refusal_jax.files import file_hash
 from refusal_jax.judges.judge import Judge
-from refusal_jax.models.config import ModelConfig, load_config
+from refusal_jax.models.config import ModelConfig
+from refusal_jax.models.hf_config import load_config
 from refusal_jax.plan.programs import USUAL_LENGTH, Workload
 from refusal_jax.runs.run import Run
 from refusal_jax.study import completions, directions, evaluations, loss, projections, prompts, report, selection

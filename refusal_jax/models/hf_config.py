@@ -1,0 +1,113 @@
+"""HF `config.json` to `ModelConfig`, by allow-list (see hf_attributes.py): a config that loads is a config that is computed
+correctly."""
+
+import os
+import pathlib
+
+from refusal_jax.errors import UserError, shown
+from refusal_jax.files import read_json
+from refusal_jax.models.config import ModelConfig
+from refusal_jax.models.hf_attributes import Reader
+from refusal_jax.models.hf_readers import READERS
+
+QUANTISATION = "quantization_config"
+ADAPTER = "adapter_config.json"
+MERGE = """
+
+    from peft import AutoPeftModelForCausalLM
+    from transformers import AutoTokenizer
+
+    model = AutoPeftModelForCausalLM.from_pretrained({folder!r}, dtype="auto").merge_and_unload()
+    model.save_pretrained({target!r})
+    AutoTokenizer.from_pretrained({base}).save_pretrained({target!r})
+"""
+
+
+def from_hf(hf: dict, where: str = "config.json") -> ModelConfig:
+    """The `ModelConfig` of an HF config given as a dict.
+
+    Of a multimodal config (one with a `text_config`) the text model is read. Raises UserError that lists everything
+    wrong at once: unknown architecture, quantised weights, missing or malformed attributes, and non-default attributes
+    that this code does not handle.
+    """
+    model_type = hf.get("model_type")
+    if not isinstance(model_type, str) or model_type not in READERS:
+        raise UserError(
+            f"{where} says model_type = {shown(model_type)}, which is not supported. Supported: "
+            f"{', '.join(sorted(READERS))}. Use a checkpoint of one of these architectures, or add this one: README, "
+            '"Adding a family".'
+        )
+    if hf.get(QUANTISATION):
+        raise UserError(
+            f"{where} describes weights quantised with {shown(_quantisation(hf[QUANTISATION]))}, which cannot be edited "
+            "exactly. Use the original float16, bfloat16 or float32 checkpoint of the model."
+        )
+    hf, beside = _text_part(hf, where) if model_type in MULTIMODAL else (hf, {})
+    read = Reader(hf, where)
+    config = READERS[model_type](read)
+    read.only("is_causal", True)
+    read.finish(beside)
+    return config
+
+
+# model_type -> what its config says about its other parts, which nothing here runs.
+MULTIMODAL = {
+    "gemma3": {"vision_config", "mm_tokens_per_image", "boi_token_index", "eoi_token_index", "image_token_index"}
+}
+
+
+def _text_part(hf: dict, where: str) -> tuple[dict, dict]:
+    """The text model's attributes, and those that stand beside them and are not of the other parts."""
+    text = hf.get("text_config")
+    kind = text.get("model_type", f"{hf['model_type']}_text") if isinstance(text, dict) else None
+    if kind != f"{hf['model_type']}_text":
+        raise UserError(
+            f"{where} has no text_config of model_type {hf['model_type']}_text, which a {hf['model_type']} checkpoint "
+            "describes its text model by. Take config.json from the original checkpoint; one that a tool has written for the "
+            f"text model alone must say model_type {hf['model_type']}_text."
+        )
+    beside = {k: v for k, v in hf.items() if k not in MULTIMODAL[hf["model_type"]] | {"text_config"}}
+    # Whether the embeddings are tied is said here for the whole model, and what the text part says does not count.
+    return text | {"tie_word_embeddings": beside.pop("tie_word_embeddings", True)}, beside
+
+
+def _quantisation(spec) -> str:
+    """The name of a quantisation format, for messages."""
+    if not isinstance(spec, dict):
+        return "unknown"
+    old = "bitsandbytes" if spec.get("load_in_4bit") or spec.get("load_in_8bit") else "unknown"
+    return str(spec.get("quant_method") or old)
+
+
+def load_config(folder: str | pathlib.Path) -> ModelConfig:
+    """The `ModelConfig` of the checkpoint in `folder`; raises UserError if there is none or it is not supported."""
+    folder = pathlib.Path(folder)
+    if not folder.is_dir():
+        raise UserError(
+            f"{folder} is not a folder. Pass the folder of a Hugging Face checkpoint (config.json, "
+            "*.safetensors, tokenizer files); download one with `hf download NAME --local-dir DIR`."
+        )
+    if not os.path.lexists(folder / "config.json"):
+        adapter = adapter_advice(folder)
+        if adapter:
+            raise UserError(adapter)
+        try:
+            found = ", ".join(sorted(p.name for p in folder.iterdir())[:8]) or "nothing"
+        except OSError as error:
+            raise UserError(f"{folder} could not be read ({error.strerror}). Check that you may read it.") from None
+        raise UserError(
+            f"{folder} is not a Hugging Face checkpoint: it has no config.json (found: {found}). Pass the "
+            "folder that holds config.json, *.safetensors and the tokenizer files."
+        )
+    return from_hf(read_json(folder / "config.json"), str(folder / "config.json"))
+
+
+def adapter_advice(folder: pathlib.Path) -> str:
+    """Returns what to do about a folder that holds a PEFT adapter and no model, "" if it holds none."""
+    if not os.path.lexists(folder / ADAPTER):
+        return ""
+    base = read_json(folder / ADAPTER).get("base_model_name_or_path")
+    code = MERGE.format(
+        folder=str(folder), target=f"{folder}-merged", base=repr(base if isinstance(base, str) else "BASE")
+    )
+    return f"{folder} holds a PEFT adapter of {shown(base or 'a base model')}, not a model. Merge the two:{code}"
