@@ -25,6 +25,7 @@ setup(
             "organism/criteria.json",
             "report/*.jinja",
             "report/*.css",
+            "study/*.jinja",
         ]
     },
     python_requires=">=3.11,<3.14",

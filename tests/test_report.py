@@ -30,11 +30,13 @@ from refusal_jax.report.concerns import (
 )
 from refusal_jax.report.page import write_report
 from refusal_jax.report.summary import JudgedCondition, damage_in_words
-from refusal_jax.report.text import setup_lines, text_summary
+from refusal_jax.report.text import text_summary
 from refusal_jax.report.verdict import verdict_in_words
 from refusal_jax.runs.run import Run
 from refusal_jax.study.config import get_config
+from refusal_jax.study.directions import setup_lines
 from refusal_jax.study.selection import Rule, pick
+from refusal_jax.study.study import SECTIONS
 
 HOSTILE = (
     "<script>alert('x')</script>",
@@ -155,7 +157,15 @@ def make_run(folder, layers=6, positions=5, width=16, n_val=32, full_grid=False,
 
 
 def page_of(run, verdicts) -> str:
-    write_report(run, verdicts)
+    record = {
+        "reads": {},
+        "writes": dict.fromkeys(verdicts, ""),
+        "seconds": 1,
+        "finished": "",
+        "versions": {"jax": "0.8.0"},
+    }
+    run.manifest["stages"]["evaluations"] = record
+    write_report(run, SECTIONS)
     return run.path("report.html").read_text(encoding="utf-8")
 
 
@@ -255,7 +265,12 @@ def test_template_and_refusal_tokens_are_told(run_and_page, tmp_path):
 
 def test_two_writes_give_the_same_bytes_even_after_the_report_is_recorded(run_and_page):
     run, page = run_and_page
-    run.manifest["stages"]["report"] = {"seconds": 3.3, "finished": "2030-01-01T00:00:00Z", "versions": {"jax": "9"}}
+    run.manifest["stages"]["report"] = {
+        "writes": {"report.html": ""},
+        "seconds": 3.3,
+        "finished": "2030-01-01T00:00:00Z",
+        "versions": {"jax": "9"},
+    }
     assert page_of(run, VERDICTS) == page
 
 
@@ -528,7 +543,7 @@ def test_concerns_are_in_the_table_and_on_the_page(tmp_path):
         "seconds": 1.0,
         "finished": "",
     }
-    text = text_summary(run)
+    text = text_summary(run, SECTIONS)
     assert "No verdict, because this run contradicts itself" in text and "What speaks against these numbers:" in text
     assert re.search(r"harmful +baseline +0\.0 % .* 39( \(\d\))+\n", text)
     page = page_of(run, verdicts)

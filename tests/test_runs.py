@@ -170,6 +170,21 @@ def test_a_stage_is_redone_if_what_it_read_changed(tmp_path):
     assert seen == [[7]]
 
 
+def test_an_artifact_is_parsed_once_in_a_stage(tmp_path, monkeypatch):
+    double(tmp_path, [])
+    parsed, parse = [], json.loads
+    with Run.open(tmp_path, CONFIG, INPUTS) as run:
+        monkeypatch.setattr(json, "loads", lambda data: parsed.append(data) or parse(data))
+
+        def reads(run, ledger):
+            assert run.read_json("a.json") == run.read_json("a.json") == [0, 1, 2] and len(parsed) == 1
+            run.write_json("a.json", [3])
+            assert run.read_json("a.json") == [3] and len(parsed) == 2
+
+        run.stage(Stage("c", reads), run)
+        assert run.read_json("a.json") == [3] and len(parsed) == 3  # what the stage read is not kept
+
+
 def test_what_a_stage_returns_is_in_the_manifest(tmp_path):
     double(tmp_path, [])
     with Run.open(tmp_path, CONFIG, INPUTS) as run:

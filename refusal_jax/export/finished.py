@@ -44,7 +44,7 @@ class FinishedStudy:
         try:
             rows = json.loads((folder / PROMPTS).read_text(encoding="utf-8"))
             sides = [[row["instruction"] for row in rows[side][:count]] for side in VAL]
-            conditions = read_conditions(run, manifest["stages"].get("evaluations", {}).get("writes", ()))
+            conditions = read_conditions(run)
             own = [c.completions for c in conditions if c.harmless and c.intervention == "baseline"]
             replies = [(c["prompt"], c["response"]) for found in own for c in found if c["response"]][:count]
             return cls(

@@ -34,7 +34,7 @@ from refusal_jax.jobs import processes
 from refusal_jax.report.text import text_summary
 from refusal_jax.runs.artifacts import REPORT
 from refusal_jax.study import config as study_config
-from refusal_jax.study.study import run_study
+from refusal_jax.study.study import SECTIONS, run_study
 
 WORKDIR = flags.DEFINE_string(
     "workdir", None, "Folder of the run, or gs://BUCKET/FOLDER: made if new, continued if there."
@@ -59,6 +59,6 @@ def main(argv) -> None:
     if not run.worked:
         finished = run.manifest["stages"]["report"]["finished"]
         print(f"This study was finished at {finished}; nothing was left to do.\n")
-    print(text_summary(run))
+    print(text_summary(run, SECTIONS))
     report = run.path(REPORT)
     print(f"\nReport: {report.resolve() if isinstance(report, pathlib.Path) else report}")

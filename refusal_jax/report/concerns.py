@@ -16,7 +16,6 @@ from jaxtyping import Float
 
 from refusal_jax.chat.thoughts import is_unfinished
 from refusal_jax.data.sampling import SPLITS, overlap_in_words, overlaps
-from refusal_jax.directions import Direction
 from refusal_jax.judges.choice import REFUSAL_JUDGES
 from refusal_jax.judges.scores import REFUSAL_SCORE
 from refusal_jax.judges.statistics import Rate, mcnemar
@@ -274,20 +273,3 @@ def auc(above: Float[np.ndarray, " n"], below: Float[np.ndarray, " m"]) -> float
     from scipy import stats  # here: its import takes half a second
 
     return float(stats.mannwhitneyu(above, below, method="asymptotic").statistic / (above.size * below.size))
-
-
-def find_concerns(run, conditions: Sequence[JudgedCondition], judges: Sequence[str]) -> list[Concern]:
-    """Returns what of a finished run speaks against its refusal rates, the decisive first."""
-    judge = next((judge for judge in judges if judge in REFUSAL_JUDGES), None)
-    place, folder = Direction.selected(run).place, str(run.path("completions"))
-    found = [unfinished_thoughts(conditions), *broken_completions(conditions)]
-    found += shared_prompts(conditions, run.read_json("prompts.json"), run.manifest["inputs"])
-    found += weak_separation(run.read_tensors("projections.safetensors"), place[1])
-    if judge is not None:
-        rows = run.read_json("direction_evaluations.json")
-        row = next(r for r in rows if (r["position"], r["layer"]) == place)
-        tokens = [token["text"] for token in run.read_json("setup.json")["refusal_tokens"]]
-        found += score_disagreement(conditions, judge, run.read_json("filter.json"), tokens, folder)
-        found += [judge_disagreement(conditions, judge, folder), *selection_disagreement(conditions, judge, row)]
-        found += other_judges(conditions, judge)
-    return sorted(filter(None, found), key=lambda concern: not concern.decisive)

@@ -24,7 +24,6 @@ from matplotlib.path import Path
 from matplotlib.ticker import MaxNLocator
 
 from refusal_jax.directions import Direction
-from refusal_jax.study.selection import Rule
 
 WIDTH = 360.0  # user units (points); the page shows figures at about this many CSS pixels, so font sizes hold
 THEME_COLOUR = "#010203"  # stands for the page's text colour, see `_inline`
@@ -245,19 +244,35 @@ def heatmap(
         return _inline(figure, name, label)
 
 
-def selection_figures(rows: Sequence[dict], rule: Rule, tokens: Sequence[str], pick: Direction) -> dict[str, str]:
-    """Returns bypass, induce and KL of every candidate: `{score key: svg}`. tokens: the post-instruction tokens' texts."""
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """The thresholds that the maps of scores show: the model's layers, the first pruned layer, and bounds of the scores."""
+
+    n_layers: int
+    first_pruned: int
+    induce: float
+    kl: float
+
+
+def selection_figures(
+    rows: Sequence[dict], passing: Sequence[dict], limits: Limits, tokens: Sequence[str], pick: Direction
+) -> dict[str, str]:
+    """Returns bypass, induce and KL of every candidate as `{score key: svg}`.
+
+    rows: of all candidates, in the published format. passing: those that no threshold discards. tokens: the post-instruction
+    tokens' texts.
+    """
     positions = max(-row["position"] for row in rows)
-    layers = max(rule.n_layers, 1 + max(row["layer"] for row in rows))
+    layers = max(limits.n_layers, 1 + max(row["layer"] for row in rows))
     passing_pl = np.zeros((positions, layers), bool)
-    for row in rows:
-        passing_pl[row["position"], row["layer"]] = not rule.verdict(row)
-    kl_limits = (0.0, 10 * rule.kl_threshold)
+    for row in passing:
+        passing_pl[row["position"], row["layer"]] = True
+    kl_range = (0.0, 10 * limits.kl)
     figures = {}
-    for key, title, cmap, middle, limits, digits in (
+    for key, title, cmap, middle, bounds, digits in (
         ("refusal_score", "Bypass score", "RdBu_r", 0.0, (-np.inf, np.inf), 1),
-        ("steering_score", "Induce score", "RdBu_r", rule.induce_threshold, (-np.inf, np.inf), 1),
-        ("kl_div_score", "KL divergence", "PRGn_r", rule.kl_threshold, kl_limits, 2),
+        ("steering_score", "Induce score", "RdBu_r", limits.induce, (-np.inf, np.inf), 1),
+        ("kl_div_score", "KL divergence", "PRGn_r", limits.kl, kl_range, 2),
     ):
         values_pl, evaluated_pl = grids(rows, key, positions, layers)
         spread = np.append(values_pl, 0.0) if key == "kl_div_score" else values_pl  # its scale starts at 0
@@ -266,11 +281,11 @@ def selection_figures(rows: Sequence[dict], rule: Rule, tokens: Sequence[str], p
             f"{title} of each candidate direction over layer and position",
             values_pl,
             position_labels(positions, tokens),
-            Scale(cmap, split_norm(spread, middle, limits), middle, digits),
+            Scale(cmap, split_norm(spread, middle, bounds), middle, digits),
             pick,
             shown_pl=evaluated_pl,
             passing_pl=passing_pl if key == "refusal_score" else None,
-            limit=rule.layer_limit,
+            limit=limits.first_pruned,
         )
     return figures
 

@@ -6,9 +6,12 @@ import pathlib
 from collections.abc import Mapping, Sequence
 
 from refusal_jax.chat.thoughts import is_unfinished
+from refusal_jax.judges.artifacts import EVALUATIONS, split_name, stem_of
 from refusal_jax.judges.evaluations import judges_in
 from refusal_jax.judges.statistics import Rate
 from refusal_jax.judges.text import PAPERS
+from refusal_jax.runs.artifacts import COMPLETIONS_FOLDER, DAMAGE, SETUP, loss_name
+from refusal_jax.runs.run import Run
 
 INTERVENTIONS = ("baseline", "ablation", "actadd")
 REFUSAL_JUDGE = PAPERS.name
@@ -60,15 +63,15 @@ class JudgedCondition:
         return {i: int(not label) for i, label in labels if label is not None}
 
 
-def read_conditions(run, names: Sequence[str]) -> list[JudgedCondition]:
-    """The conditions of the evaluations files among `names` that exist: harmful sets first, then by data set and
-    intervention."""
-    conditions, setup = [], run.read_json("setup.json") if run.exists("setup.json") else {}
-    for name in names:
-        if not name.endswith("_evaluations.json") or not run.exists(name):
+def read_conditions(run: Run) -> list[JudgedCondition]:
+    """Returns the conditions of the evaluations files that a run has recorded and that exist: harmful sets first, then by data
+    set and intervention."""
+    conditions, setup = [], run.read_json(SETUP) if run.exists(SETUP) else {}
+    for name in [name for stage in run.manifest["stages"].values() for name in stage.get("writes", ())]:
+        path = pathlib.PurePosixPath(name)
+        if str(path.parent) != COMPLETIONS_FOLDER or not path.stem.endswith(EVALUATIONS) or not run.exists(name):
             continue
-        stem = pathlib.PurePosixPath(name).name.removesuffix("_evaluations.json")
-        dataset, _, intervention = stem.rpartition("_")
+        dataset, intervention = split_name(stem_of(path))
         over_refusal = dataset in setup.get("over_refusal", ())
         conditions.append(JudgedCondition.of(dataset, intervention, run.read_json(name), over_refusal))
 
@@ -80,35 +83,35 @@ def read_conditions(run, names: Sequence[str]) -> list[JudgedCondition]:
 
 
 def judges_of(conditions: Sequence[JudgedCondition]) -> list[str]:
-    """Every judge of any condition, the substring judge first."""
+    """Returns every judge of any condition, the substring judge first."""
     return sorted({judge for c in conditions for judge in c.rates}, key=lambda judge: (judge != REFUSAL_JUDGE, judge))
 
 
-def read_losses(run) -> dict[str, dict[str, dict]]:
-    """`{data set: {intervention: {"ce_loss", "perplexity", "n_tokens"}}}` of the loss files that exist."""
+def read_losses(run: Run) -> dict[str, dict[str, dict]]:
+    """Returns `{data set: {intervention: {"ce_loss", "perplexity", "n_tokens"}}}` of the loss files that exist."""
     losses: dict[str, dict[str, dict]] = {}
     for intervention in INTERVENTIONS:
-        path = f"loss_evals/{intervention}_loss_eval.json"
-        if run.exists(path):
-            for dataset, values in run.read_json(path).items():
+        name = loss_name(intervention)
+        if run.exists(name):
+            for dataset, values in run.read_json(name).items():
                 losses.setdefault(dataset, {})[intervention] = values
     return losses
 
 
-def read_damage(run) -> dict[str, dict]:
-    """`{intervention: {"kl_per_token", "n_tokens", "per_row"}}`, the KL divergence from baseline on harmless prompts."""
-    return run.read_json("damage.json")["kl"] if run.exists("damage.json") else {}
+def read_damage(run: Run) -> dict[str, dict]:
+    """Returns `{intervention: {"kl_per_token", "n_tokens", "per_row"}}`, the KL divergence from baseline on harmless prompts."""
+    return run.read_json(DAMAGE)["kl"] if run.exists(DAMAGE) else {}
 
 
 def loss_change(by_intervention: dict[str, dict], intervention: str) -> float | None:
-    """Cross-entropy under an intervention minus baseline, in nats per token; None if either was not measured."""
+    """Returns the cross-entropy under an intervention minus baseline, in nats per token; None if either was not measured."""
     if not {"baseline", intervention} <= by_intervention.keys():
         return None
     return by_intervention[intervention]["ce_loss"] - by_intervention["baseline"]["ce_loss"]
 
 
 def damage_in_words(losses: dict[str, dict[str, dict]]) -> str:
-    """What ablation costs on other text, next to what it removes: the largest change of the loss."""
+    """Returns what ablation costs on other text, the largest change of the loss, in words."""
     changes = {name: loss_change(by, "ablation") for name, by in losses.items()}
     changes = {name: change for name, change in changes.items() if change is not None}
     if not changes:
@@ -125,5 +128,5 @@ def damage_in_words(losses: dict[str, dict[str, dict]]) -> str:
 
 
 def signed(value: float, digits: int = 3) -> str:
-    """A difference with its sign, and a true minus."""
+    """Returns a difference with its sign, and a true minus."""
     return f"{value:+.{digits}f}".replace("-", "−")

@@ -15,7 +15,8 @@ import os
 import pathlib
 import platform
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 from safetensors.numpy import load, save
@@ -39,7 +40,8 @@ class Run:
     def __init__(self, folder: str | os.PathLike, manifest: dict, new: bool = False, storage: Storage | None = None):
         self.storage = storage or open_storage(folder)
         self.manifest, self.new = manifest, new
-        self.worked = []  # names of the stages that did work in this process
+        self._parsed: dict[str, tuple[bytes, Any]] = {}  # what the stage at work has read, by name
+        self.worked: list[str] = []  # names of the stages that did work in this process
         self.log: log.LogFile | None = None  # of the process that owns the folder
 
     @classmethod
@@ -110,13 +112,22 @@ class Run:
         self.write(name, to_json(value))
 
     def read_json(self, name: str):
-        return json.loads(self.storage.read(name))
+        """Returns the value of a JSON file, which is parsed once in a stage. It is shared: change a copy."""
+        return self._read(name, json.loads)
 
     def write_tensors(self, name: str, tensors: dict[str, np.ndarray]) -> None:
         self.write(name, save({k: np.ascontiguousarray(v) for k, v in tensors.items()}))
 
     def read_tensors(self, name: str) -> dict[str, np.ndarray]:
-        return load(self.storage.read(name))
+        """Returns the arrays of a safetensors file, which is parsed once in a stage. They are shared: change copies."""
+        return self._read(name, load)
+
+    def _read(self, name: str, parse: Callable[[bytes], Any]) -> Any:
+        """Returns a parsed file, parsed again only if its bytes have changed."""
+        data = self.storage.read(name)
+        if name not in self._parsed or self._parsed[name][0] != data:
+            self._parsed[name] = data, parse(data)
+        return self._parsed[name][1]
 
     def stage(self, stage: Stage[S], shared: S) -> bool:
         """Runs a stage unless it is done and what it read and wrote is unchanged; returns whether it ran.
@@ -143,6 +154,7 @@ class Run:
             LOG.info(f"{name}: done before, skipped")
         if self.log:
             self.log.flush()
+        self._parsed.clear()
         self._pass_on(name, outputs)
         return due
 

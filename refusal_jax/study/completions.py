@@ -1,6 +1,7 @@
 """Greedy completions of the test prompts, all conditions as rows of the same batches."""
 
 import math
+import pathlib
 from collections.abc import Callable, Collection, Sequence
 
 import jax
@@ -22,8 +23,10 @@ from refusal_jax.models.scores import refusal_score
 from refusal_jax.models.sharding import replicate
 from refusal_jax.plan.programs import Group, Program, Shapes
 from refusal_jax.progress import Progress
+from refusal_jax.report.findings import Findings, Section
+from refusal_jax.report.summary import JudgedCondition
 from refusal_jax.runs import artifacts
-from refusal_jax.runs.artifacts import DIRECTION, METADATA, PROMPTS, SCORES
+from refusal_jax.runs.artifacts import DIRECTION, METADATA, PROMPTS, SCORES, STATISTICS
 from refusal_jax.runs.ledger import Ledger
 from refusal_jax.runs.stage import Stage
 from refusal_jax.study.shared import Study
@@ -191,10 +194,46 @@ def programs(shapes: Shapes, rows: int) -> list[Program]:
     ]
 
 
+SAMPLES = {"harmful": 8, "harmless": 5}  # prompts of a data set whose completions the report shows
+
+
+def by_dataset(conditions: Sequence[JudgedCondition]) -> list[list[JudgedCondition]]:
+    """Returns the conditions of each data set, in the order given."""
+    return [[c for c in conditions if c.dataset == name] for name in dict.fromkeys(c.dataset for c in conditions)]
+
+
+def sample_rows(conditions: list[JudgedCondition]) -> dict:
+    """Returns the samples of one data set: prompts spread evenly over it, each with its completion under every condition.
+
+    Evenly spaced, not chosen: neither the best cases nor the worst.
+    """
+    first, harmless = conditions[0], conditions[0].harmless
+    n = len(first.completions)
+    wanted = min(n, SAMPLES["harmless" if harmless else "harmful"])
+    rows = []
+    for index in sorted(set(np.linspace(0, n - 1, wanted).round().astype(int).tolist())):
+        prompt, cells = first.completions[index]["prompt"], []
+        for condition in conditions:
+            found = condition.completions[index] if index < len(condition.completions) else None
+            cells.append(found if found is not None and found["prompt"] == prompt else None)
+        rows.append({"prompt": prompt, "category": first.completions[index].get("category"), "cells": cells})
+    return {"dataset": first.dataset, "harmless": harmless, "conditions": conditions, "n": n, "rows": rows}
+
+
+def values(findings: Findings) -> dict:
+    """Returns the completions that the report shows, and their form."""
+    run = findings.run
+    return {
+        "samples": [sample_rows(dataset) for dataset in by_dataset(findings.conditions)],
+        "statistics": run.read_json(STATISTICS) if run.exists(STATISTICS) else None,
+    }
+
+
 STAGE = Stage(
     "completions",
     complete_prompts,
     reads=(PROMPTS, METADATA, DIRECTION),
     writes=lambda study: [*completions_names(study), *score_names(study)],
     programs=Group("completions", "generation", programs, assumed="every reply is as long as it may be"),
+    section=Section(pathlib.Path(__file__).with_name("completions.html.jinja"), {"samples": "Completions"}, values),
 )

@@ -7,6 +7,7 @@ To try another estimator, write a function like `difference_in_means` and set `E
 import dataclasses
 import logging
 import math
+import pathlib
 from collections.abc import Sequence
 from functools import partial
 
@@ -26,11 +27,14 @@ from refusal_jax.models.scores import refusal_score
 from refusal_jax.models.sharding import replicate
 from refusal_jax.plan.programs import Group, Program, Shapes
 from refusal_jax.progress import each
-from refusal_jax.report.text import setup_lines
+from refusal_jax.report.concerns import score_disagreement
+from refusal_jax.report.findings import Findings, Section
+from refusal_jax.report.text import decoding_line
+from refusal_jax.report.verdict import Concern
 from refusal_jax.runs.artifacts import FILTER, MEANS, PROMPTS, SETUP
 from refusal_jax.runs.ledger import Ledger
 from refusal_jax.runs.stage import Stage
-from refusal_jax.study.refusal_tokens import Opening, measure_openings, refusal_openings
+from refusal_jax.study.refusal_tokens import LEAST_DIFFERENCE, LEAST_RATIO, Opening, measure_openings, refusal_openings
 from refusal_jax.study.shared import Study
 from refusal_jax.taps import Taps
 
@@ -201,10 +205,89 @@ def programs(shapes: Shapes, rows: int) -> list[Program]:
     return [Program("extraction", lower, runs, rows, work.length, work.cfg.n_layers)]
 
 
+OPENINGS, RARE = (
+    10,
+    0.001,
+)  # how many beginnings of replies the report shows, and the mean probability that makes one rare
+
+
+def telling_openings(openings: list[dict]) -> list[dict]:
+    """Returns the chosen openings, and of the others those that replies of either kind most often begin with."""
+    seen = [row for row in openings if row["chosen"] or max(row["harmful"], row["harmless"]) >= RARE]
+    seen.sort(key=lambda row: (not row["chosen"], -max(row["harmful"], row["harmless"])))
+    return seen[: max(OPENINGS, sum(row["chosen"] for row in openings))]
+
+
+def filter_rows(scores: dict[str, dict]) -> list[dict]:
+    """Returns for each split its prompts, how many the filter kept, and the range of their refusal scores."""
+    rows = []
+    for split, found in scores.items():
+        scores = [score for score in found["scores"] if math.isfinite(score)]
+        rows.append(
+            {
+                "split": split.replace("_", " "),
+                "n": len(found["kept"]),
+                "kept": sum(found["kept"]),
+                "low": min(scores, default=math.nan),
+                "high": max(scores, default=math.nan),
+            }
+        )
+    return rows
+
+
+def setup_lines(setup: dict) -> list[str]:
+    """Returns the chat template, what it puts after the instruction, the refusal tokens with where they came
+    from, and decoding, as lines."""
+    openings = {row["id"]: row for row in setup["openings"]}
+    tokens = []
+    for token in setup["refusal_tokens"]:
+        row = openings.get(token["id"])
+        tokens.append(f"{token['text']} ({row['harmful']:.3f}, {row['harmless']:.3f})" if row else token["text"])
+    bundled = setup["bundled_prompts"]
+    warning = (
+        f"Prompts: bundled ({', '.join(bundled)}). They are made for the embedded model, and results on another mean "
+        f"little: give all six sets, {field('data.harmful_train', 'FILE')} and so on."
+    )
+    return [warning] * bool(bundled) + [
+        f"Chat template: {setup['chat_template']}, thinking {'on' if setup['thinking'] else 'off'}. Post-instruction "
+        f"tokens: {' '.join(token['text'] for token in setup['post_instruction_tokens'])}",
+        f"Refusal tokens, from {setup['refusal_tokens_from']}"
+        f"{' (mean probability after harmful and harmless prompts)' if openings else ''}: {', '.join(tokens)}",
+        *filter(None, [decoding_line(setup)]),
+    ]
+
+
+def values(findings: Findings) -> dict:
+    """Returns what the report shows of the prompts and tokens that the directions rest on."""
+    return {
+        "pick": findings.direction,
+        "filter": filter_rows(findings.run.read_json(FILTER)),
+        "openings": telling_openings(findings.setup["openings"]),
+        "least_difference": LEAST_DIFFERENCE,
+        "least_ratio": LEAST_RATIO,
+    }
+
+
+def concerns(findings: Findings) -> list[Concern]:
+    """Returns where the refusal scores of the prompts disagree with the judge of the completions."""
+    if findings.refusal_judge is None:
+        return []
+    filtered, tokens = findings.run.read_json(FILTER), [token["text"] for token in findings.setup["refusal_tokens"]]
+    folder = findings.completions_folder
+    return score_disagreement(findings.conditions, findings.refusal_judge, filtered, tokens, folder)
+
+
 STAGE = Stage(
     "activations",
     find_directions,
     reads=(PROMPTS,),
     writes=(SETUP, FILTER, MEANS),
     programs=Group("extraction", "forward", programs),
+    section=Section(
+        pathlib.Path(__file__).with_name("directions.html.jinja"),
+        {"prompts": "Prompts"},
+        values,
+        lambda findings: setup_lines(findings.setup),
+        concerns,
+    ),
 )

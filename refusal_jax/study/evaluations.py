@@ -1,12 +1,17 @@
 """What the judges say of the completions, and the tables of their verdicts."""
 
 import pathlib
+from collections.abc import Sequence
 
 from refusal_jax.judges.artifacts import evaluations_name, stem_of
 from refusal_jax.judges.evaluations import evaluate_completions
 from refusal_jax.judges.judge import judge_all
 from refusal_jax.judges.scores import with_scores
+from refusal_jax.judges.statistics import Rate
 from refusal_jax.judges.tables import tables, tidy_csv
+from refusal_jax.report.concerns import broken_completions, judge_disagreement, other_judges, unfinished_thoughts
+from refusal_jax.report.findings import Findings, Section
+from refusal_jax.report.verdict import Concern
 from refusal_jax.runs.artifacts import STATISTICS, TIDY
 from refusal_jax.runs.ledger import Ledger
 from refusal_jax.runs.stage import Stage
@@ -42,10 +47,59 @@ def judge_completions(study: Study, ledger: Ledger) -> None:
     study.run.write(TIDY, tidy_csv(found).encode("utf-8", "replace"))
 
 
+def by_length(rows: Sequence[dict], judges: Sequence[str]) -> list[dict]:
+    """Returns for each condition the refusal rates by the first judge in the first tokens of completions, fewest first."""
+    found: dict[tuple[str, str], list[dict]] = {}
+    for row in rows:
+        if judges and row["judge"] == judges[0]:
+            found.setdefault((row["dataset"], row["intervention"]), []).append(row)
+    return [{"dataset": key[0], "intervention": key[1], "cells": cells} for key, cells in found.items()]
+
+
+def values(findings: Findings) -> dict:
+    """Returns what the report shows of the refusal rates beside the conditions themselves."""
+    statistics = findings.run.read_json(STATISTICS) if findings.run.exists(STATISTICS) else None
+    return {
+        "pick": findings.direction,
+        "statistics": statistics,
+        "by_length": by_length(statistics["by_length"] if statistics else [], findings.judges),
+    }
+
+
+def lines(findings: Findings) -> list[str]:
+    """Returns the refusal rates with 95 % intervals, and the numbers of the concerns about them, for the text summary."""
+    lines = ["", f"{'prompts':<18}{'intervention':<14}{'refused':>9}   {'95 % interval':<18}{'n':>4}"]
+    for condition in findings.conditions:
+        rate = condition.rates.get(findings.shown_judge, Rate(0, 0))
+        key = (condition.dataset, condition.intervention)
+        interval = " to ".join(f"{100 * bound:.1f}" for bound in rate.interval) + " %"
+        share = f"{100 * rate.rate:.1f} %" if rate.n else "-"
+        notes = "".join(f" ({number})" for number, concern in enumerate(findings.concerns, 1) if key in concern.about)
+        lines.append(f"{condition.dataset:<18}{condition.label:<14}{share:>9}   {interval:<18}{rate.n:>4}{notes}")
+    return lines
+
+
+def concerns(findings: Findings) -> list[Concern]:
+    """Returns what of the completions and their judges speaks against the refusal rates."""
+    conditions, judge = findings.conditions, findings.refusal_judge
+    found = [unfinished_thoughts(conditions), *broken_completions(conditions)]
+    if judge is not None:
+        found += [judge_disagreement(conditions, judge, findings.completions_folder), *other_judges(conditions, judge)]
+    return [concern for concern in found if concern]
+
+
 STAGE = Stage(
     "evaluations",
     judge_completions,
     reads=lambda study: [*completions_names(study), *score_names(study)],
     writes=lambda study: [*verdict_names(study), STATISTICS, TIDY],
     alone=lambda study: not any(judge.uses_devices for judge in study.judges),
+    section=Section(
+        pathlib.Path(__file__).with_name("evaluations.html.jinja"),
+        {"rates": "Refusal rates"},
+        values,
+        lines,
+        concerns,
+        first=True,
+    ),
 )

@@ -3,6 +3,7 @@ the KL divergence from baseline."""
 
 import dataclasses
 import math
+import pathlib
 from collections.abc import Callable, Sequence
 
 import jax
@@ -22,6 +23,8 @@ from refusal_jax.models.finite import check_finite
 from refusal_jax.models.sharding import replicate
 from refusal_jax.plan.programs import Group, Program, Shapes
 from refusal_jax.progress import each
+from refusal_jax.report.findings import Findings, Section
+from refusal_jax.report.summary import damage_in_words, loss_change, read_damage, read_losses
 from refusal_jax.runs.artifacts import DAMAGE, DIRECTION, METADATA, loss_name
 from refusal_jax.runs.ledger import Ledger
 from refusal_jax.runs.stage import Stage
@@ -179,10 +182,52 @@ def programs(shapes: Shapes, rows: int) -> list[Program]:
     return [program("loss", loss_batch, 3, 1), program("KL", kl_batch, 2, 2)]
 
 
+def loss_rows(losses: dict[str, dict[str, dict]]) -> list[dict]:
+    """Returns for each data set its token count, and for each intervention its loss, perplexity and change of the loss."""
+    return [
+        {
+            "dataset": name,
+            "n_tokens": next(iter(by.values()))["n_tokens"],
+            "cells": [
+                {**by[kind], "change": None if kind == "baseline" else loss_change(by, kind)} if kind in by else None
+                for kind in INTERVENTIONS
+            ],
+        }
+        for name, by in losses.items()
+    ]
+
+
+def values(findings: Findings) -> dict:
+    """Returns the losses and distances that the report shows."""
+    return {"losses": loss_rows(read_losses(findings.run)), "kl": read_damage(findings.run)}
+
+
+def lines(findings: Findings) -> list[str]:
+    """Returns the losses and distances, for the text summary."""
+    lines = ["", f"{'cross-entropy on':<18}{'baseline':>9}{'ablation':>10}{'− addition':>12}{'tokens':>9}"]
+    for name, by in read_losses(findings.run).items():
+        columns = zip(INTERVENTIONS, (9, 10, 12), strict=True)
+        values = "".join(f"{by[kind]['ce_loss']:>{width}.3f}" for kind, width in columns)
+        lines.append(f"{name:<18}{values}{by['baseline']['n_tokens']:>9}")
+    for kind, row in read_damage(findings.run).items():
+        name = {"actadd": "− addition"}.get(kind, kind)
+        lines.append(
+            f"KL from baseline on answers to harmless prompts, {name}: {row['kl_per_token']:.4f} nats per token"
+        )
+    return lines
+
+
 STAGE = Stage(
     "loss",
     measure,
     reads=lambda study: [*own_answers(study), METADATA, DIRECTION],
     writes=(*map(loss_name, INTERVENTIONS), DAMAGE),
     programs=Group("loss", "loss", programs),
+    section=Section(
+        pathlib.Path(__file__).with_name("loss.html.jinja"),
+        {"loss": "Loss"},
+        values,
+        lines,
+        note=lambda findings: damage_in_words(read_losses(findings.run)),
+    ),
 )

@@ -1,15 +1,22 @@
 """Projections of the validation prompts on the selected direction, at every layer."""
 
+import pathlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+from markupsafe import Markup
 
 from refusal_jax.chat.batches import length_batches
 from refusal_jax.edits import EPS, Edits
 from refusal_jax.models.decoder import Decoder
 from refusal_jax.models.finite import check_finite
 from refusal_jax.models.sharding import replicate
-from refusal_jax.runs.artifacts import DIRECTION, METADATA, PROJECTIONS, PROMPTS
+from refusal_jax.report.concerns import auc, weak_separation
+from refusal_jax.report.findings import Findings, Section
+from refusal_jax.report.page import plain
+from refusal_jax.report.verdict import Concern
+from refusal_jax.runs.artifacts import DIRECTION, MEANS, METADATA, PROJECTIONS, PROMPTS
 from refusal_jax.runs.ledger import Ledger
 from refusal_jax.runs.stage import Stage
 from refusal_jax.study.shared import Study
@@ -40,4 +47,34 @@ def project_prompts(study: Study, ledger: Ledger) -> None:
     study.run.write_tensors(PROJECTIONS, along)
 
 
-STAGE = Stage("projections", project_prompts, reads=(PROMPTS, METADATA, DIRECTION), writes=(PROJECTIONS,))
+def values(findings: Findings) -> dict:
+    """Returns what the report shows of the geometry: similarities of candidates, and the projections."""
+    from refusal_jax.report import figures  # imports matplotlib, which the other stages need not pay for
+
+    run, pick = findings.run, findings.direction
+    tokens = [plain(token["text"]) for token in findings.setup["post_instruction_tokens"]]
+    along = run.read_tensors(PROJECTIONS)
+    harmful_nl, harmless_nl = along["harmful_val"], along["harmless_val"]
+    drawings = figures.cosine_figures(run.read_tensors(MEANS)["mean_diffs"], tokens, pick)
+    drawings |= {"projections": figures.projection_figure(harmful_nl, harmless_nl, pick)}
+    return {
+        "pick": pick,
+        "figures": {name: Markup(svg) for name, svg in drawings.items()},
+        "auc": auc(harmful_nl[:, pick.place[1]], harmless_nl[:, pick.place[1]]),
+    }
+
+
+def concerns(findings: Findings) -> list[Concern]:
+    """Returns whether the direction hardly separates the validation prompts."""
+    return weak_separation(findings.run.read_tensors(PROJECTIONS), findings.direction.place[1])
+
+
+STAGE = Stage(
+    "projections",
+    project_prompts,
+    reads=(PROMPTS, METADATA, DIRECTION),
+    writes=(PROJECTIONS,),
+    section=Section(
+        pathlib.Path(__file__).with_name("projections.html.jinja"), {"geometry": "Geometry"}, values, concerns=concerns
+    ),
+)

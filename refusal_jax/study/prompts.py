@@ -3,6 +3,9 @@
 import logging
 
 from refusal_jax.data.sampling import overlap_in_words, overlaps, sample_prompts
+from refusal_jax.report.concerns import shared_prompts
+from refusal_jax.report.findings import Findings, Section
+from refusal_jax.report.verdict import Concern
 from refusal_jax.runs.artifacts import PROMPTS
 from refusal_jax.runs.ledger import Ledger
 from refusal_jax.runs.stage import Stage
@@ -23,4 +26,10 @@ def draw(study: Study, ledger: Ledger) -> None:
     study.run.write_json(PROMPTS, drawn)
 
 
-STAGE = Stage("prompts", draw, writes=(PROMPTS,), alone=True)
+def shared(findings: Findings) -> list[Concern]:
+    """Returns which splits have prompts in common, for the report."""
+    run = findings.run
+    return shared_prompts(findings.conditions, run.read_json(PROMPTS), run.manifest["inputs"])
+
+
+STAGE = Stage("prompts", draw, writes=(PROMPTS,), alone=True, section=Section(concerns=shared))

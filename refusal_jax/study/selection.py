@@ -6,16 +6,23 @@ never run; *induce* runs first; KL runs for those that pass; bypass for those th
 
 import dataclasses
 import math
+import pathlib
+from collections import Counter
 from collections.abc import Callable, Sequence
 
 import jax.numpy as jnp
 import numpy as np
+from markupsafe import Markup
 
 from refusal_jax.chat.model import ChatModel
 from refusal_jax.directions import Direction
 from refusal_jax.errors import UserError, field, setting
 from refusal_jax.plan.programs import Group, Program, Shapes
 from refusal_jax.progress import Progress
+from refusal_jax.report.concerns import selection_disagreement
+from refusal_jax.report.findings import Findings, Section
+from refusal_jax.report.page import plain
+from refusal_jax.report.verdict import Concern
 from refusal_jax.runs.artifacts import CANDIDATES, DIRECTION, FILTER, MEANS, METADATA, PROMPTS, SETUP
 from refusal_jax.runs.ledger import Ledger
 from refusal_jax.runs.stage import Stage
@@ -222,6 +229,67 @@ def programs(shapes: Shapes, rows: int) -> list[Program]:
     ]
 
 
+SCORES = (
+    ("refusal_score", "Bypass", "mean refusal score of harmful validation prompts while the direction is ablated"),
+    ("steering_score", "Induce", "mean refusal score of harmless validation prompts while it is added"),
+    ("kl_div_score", "KL", "how far ablation moves the next-token distribution on harmless prompts"),
+)
+
+
+def selected_row(findings: Findings) -> dict | None:
+    """Returns the scores of the selected candidate in the published format, if they are there."""
+    rows = findings.run.read_json(CANDIDATES)
+    return next((row for row in rows if (row["position"], row["layer"]) == findings.direction.place), None)
+
+
+def values(findings: Findings) -> dict:
+    """Returns what the report shows of the selected candidate, the rule, what it discarded, and the maps of scores."""
+    from refusal_jax.report import figures  # imports matplotlib, which the other stages need not pay for
+
+    run, pick = findings.run, findings.direction
+    rows, select = run.read_json(CANDIDATES), run.manifest["config"]["select"]
+    rule = Rule(
+        findings.setup["n_layers"], select["kl_threshold"], select["induce_threshold"], select["prune_fraction"]
+    )
+    tokens = [plain(token["text"]) for token in findings.setup["post_instruction_tokens"]]
+    picked, discarded = selected_row(findings), Counter(rule.verdict(row) for row in rows)
+    passing = [row for row in rows if not rule.verdict(row) and row["refusal_score"] is not None]
+    passing.sort(key=lambda row: (row["refusal_score"], row["position"], row["layer"]))
+    limits = figures.Limits(rule.n_layers, rule.layer_limit, rule.induce_threshold, rule.kl_threshold)
+    maps = figures.selection_figures(rows, [r for r in rows if not rule.verdict(r)], limits, tokens, pick)
+    return {
+        "pick": pick,
+        "pick_token": tokens[pick.place[0]] if -pick.place[0] <= len(tokens) else "",
+        "scores": [(name, note, picked and picked[key]) for key, name, note in SCORES],
+        "norm": pick.norm,
+        "rule": rule,
+        "full_grid": not any(row[key] is None for row in rows for key, *_ in SCORES),
+        "n_candidates": len(rows),
+        "discarded": {why: discarded[why] for why in ("layer", "induce", "kl", "nan")},
+        "passing": passing,
+        "figures": {name: Markup(svg) for name, svg in maps.items()},
+    }
+
+
+def lines(findings: Findings) -> list[str]:
+    """Returns the selected candidate and its scores, for the text summary."""
+    row = selected_row(findings)
+    if row is None:
+        return []
+    return [
+        f"Direction: position {row['position']}, layer {row['layer']}. Bypass {row['refusal_score']:.3f}, induce "
+        f"{row['steering_score']:.3f}, KL {row['kl_div_score']:.4f}."
+    ]
+
+
+def concerns(findings: Findings) -> list[Concern]:
+    """Returns where the selected candidate's scores disagree with the judge of the completions."""
+    row = selected_row(findings)
+    if findings.refusal_judge is None or row is None:
+        return []
+    return selection_disagreement(findings.conditions, findings.refusal_judge, row)
+
+
 STAGE = Stage(
     "selection",
     select,
@@ -234,5 +302,12 @@ STAGE = Stage(
         deciding=1,
         assumed=f"{PASS_INDUCE:.0%} of the candidates pass the induce threshold and {PASS_KL:.0%} the KL one, too (the mean of "
         "the paper's published runs)",
+    ),
+    section=Section(
+        pathlib.Path(__file__).with_name("selection.html.jinja"),
+        {"direction": "Direction", "selection": "Selection"},
+        values,
+        lines,
+        concerns,
     ),
 )

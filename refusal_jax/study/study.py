@@ -17,12 +17,13 @@ from refusal_jax.models.config import ModelConfig
 from refusal_jax.models.hf_config import load_config
 from refusal_jax.plan.programs import USUAL_LENGTH, Workload
 from refusal_jax.runs.run import Run
-from refusal_jax.study import completions, directions, evaluations, loss, projections, prompts, report, selection
+from refusal_jax.study import completions, directions, evaluations, loss, projections, prompts, selection
 from refusal_jax.study.checks import check_settings
 from refusal_jax.study.config import StudyConfig
+from refusal_jax.study.report import report_on
 from refusal_jax.study.shared import Study
 
-STAGES = (
+STEPS = (
     prompts.STAGE,
     directions.STAGE,
     selection.STAGE,
@@ -30,9 +31,10 @@ STAGES = (
     completions.STAGE,
     loss.STAGE,
     evaluations.STAGE,
-    report.STAGE,
 )
+STAGES = (*STEPS, report_on(STEPS))
 GROUPS = tuple(stage.programs for stage in STAGES if stage.programs)
+SECTIONS = tuple(stage.section for stage in STAGES if stage.section)
 
 
 def workload(cfg: ModelConfig, dtype: str, config: StudyConfig, length: int = USUAL_LENGTH) -> Workload:

@@ -1,0 +1,92 @@
+"""A finished run as its report sees it, and the sections that its stages add to the report."""
+
+import dataclasses
+import functools
+import pathlib
+from collections.abc import Callable, Sequence
+
+from refusal_jax.directions import Direction
+from refusal_jax.judges.choice import REFUSAL_JUDGES
+from refusal_jax.report.concerns import Concern
+from refusal_jax.report.summary import REFUSAL_JUDGE, JudgedCondition, judges_of, read_conditions
+from refusal_jax.report.verdict import verdict_in_words
+from refusal_jax.runs.artifacts import COMPLETIONS_FOLDER, SETUP
+from refusal_jax.runs.run import Run
+
+
+class Findings:
+    """What several sections of a report need of a run; artifacts are read through `run`, which parses each of them once."""
+
+    def __init__(self, run: Run, sections: Sequence["Section"]):
+        self.run = run
+        self.sections = sorted(sections, key=lambda section: not section.first)
+
+    @functools.cached_property
+    def setup(self) -> dict:
+        """Returns what of model, template and refusal tokens the results rest on."""
+        return self.run.read_json(SETUP)
+
+    @functools.cached_property
+    def direction(self) -> Direction:
+        """Returns the selected direction."""
+        return Direction.selected(self.run)
+
+    @functools.cached_property
+    def conditions(self) -> list[JudgedCondition]:
+        """Returns the judged conditions, harmful sets first."""
+        return read_conditions(self.run)
+
+    @functools.cached_property
+    def judges(self) -> list[str]:
+        """Returns the names of the judges of any condition, the substring judge first."""
+        return judges_of(self.conditions)
+
+    @property
+    def refusal_judge(self) -> str | None:
+        """Returns the first judge whose failures are refusals, or None if there is none."""
+        return next((judge for judge in self.judges if judge in REFUSAL_JUDGES), None)
+
+    @property
+    def shown_judge(self) -> str:
+        """Returns the judge whose rates a table of one judge shows."""
+        return self.refusal_judge or (self.judges or [REFUSAL_JUDGE])[0]
+
+    @property
+    def completions_folder(self) -> str:
+        """Returns where the completions are, for people."""
+        return str(self.run.path(COMPLETIONS_FOLDER))
+
+    @functools.cached_property
+    def concerns(self) -> list[Concern]:
+        """Returns what speaks against the refusal rates, from all sections, the decisive first."""
+        found = [concern for section in self.sections for concern in section.concerns(self)]
+        return sorted(found, key=lambda concern: not concern.decisive)
+
+    @functools.cached_property
+    def verdict(self) -> tuple[str, str]:
+        """Returns the strength of the effect, and the verdict in words."""
+        return verdict_in_words(self.conditions, self.judges, self.concerns)
+
+
+def nothing(findings: Findings) -> list:
+    """Returns no lines, values or concerns."""
+    return []
+
+
+@dataclasses.dataclass(frozen=True)
+class Section:
+    """What a stage adds to the report on a run.
+
+    template: its part of the page, a Jinja file next to the stage; None if it has none. links: the ids of its headings, with
+    their titles, for the page's navigation. values: what the template shows, by name. lines: of the text summary. concerns: the
+    stage's evidence against the refusal rates. note: a sentence below the page's headline. first: whether the page shows it
+    before the sections of the stages before it.
+    """
+
+    template: pathlib.Path | None = None
+    links: dict[str, str] = dataclasses.field(default_factory=dict)
+    values: Callable[[Findings], dict] = lambda findings: {}
+    lines: Callable[[Findings], Sequence[str]] = nothing
+    concerns: Callable[[Findings], Sequence[Concern]] = nothing
+    note: Callable[[Findings], str] | None = None
+    first: bool = False
