@@ -185,7 +185,7 @@ def bit_sums(weights: dict[str, jax.Array]) -> dict[str, int]:
 
 def host_sums(parts: list[jax.Array]) -> list[int]:
     """Sums parts that are in the host's memory, where XLA would copy them, as it does not fuse sums on a CPU."""
-    return [np.asarray(p).view(f"u{p.dtype.itemsize}").sum(dtype=np.uint32) for p in parts]
+    return [int(np.asarray(p).view(f"u{p.dtype.itemsize}").sum(dtype=np.uint32)) for p in parts]
 
 
 @functools.cache

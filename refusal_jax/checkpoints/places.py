@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Float, Shaped
 
 from refusal_jax.checkpoints.tensor_files import STORED, TensorFiles
 from refusal_jax.models.families import Piece
@@ -144,7 +145,7 @@ def joined(runs: list[tuple[range, ...]]) -> list[tuple[range, ...]]:
     return merged
 
 
-def all_finite(values: np.ndarray) -> bool:
+def all_finite(values: Float[np.ndarray, "..."]) -> bool:
     """Returns whether floats hold no NaN and no infinity, by their exponents' bits, which is many times as fast as by value."""
     bits = values.reshape(-1).view(f"u{values.itemsize}")
     infinity = np.asarray(np.inf, values.dtype).view(bits.dtype)
@@ -204,7 +205,7 @@ class DeviceFilling(Filling):
         return [] if self.whole is None else side_by_side(self.devices, self.whole)
 
 
-def aligned(shape: tuple[int, ...], dtype) -> np.ndarray:
+def aligned(shape: tuple[int, ...], dtype) -> Shaped[np.ndarray, "..."]:
     """Returns an array that begins where XLA wants its own to begin, so that it need not be copied."""
     size = math.prod(shape) * np.dtype(dtype).itemsize
     memory = np.empty(size + ALIGNMENT, np.uint8)
@@ -218,19 +219,19 @@ def device_sharding(devices: tuple) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec("device"))
 
 
-def abreast(devices: tuple, parts: list[jax.Array]) -> jax.Array:
+def abreast(devices: tuple, parts: list[Shaped[jax.Array, "n ..."]]) -> Shaped[jax.Array, "_ ..."]:
     """Returns the parts of the devices, all of one shape, as one array."""
     shape = (len(devices) * parts[0].shape[0], *parts[0].shape[1:])
     return jax.make_array_from_single_device_arrays(shape, device_sharding(devices), parts)
 
 
-def side_by_side(devices: tuple, whole: jax.Array) -> list[jax.Array]:
+def side_by_side(devices: tuple, whole: Shaped[jax.Array, "_ ..."]) -> list[Shaped[jax.Array, "n ..."]]:
     """Returns the parts of the devices of such an array: the inverse of `abreast`."""
     found = {shard.device: shard.data for shard in whole.addressable_shards}
     return [found[device] for device in devices]
 
 
-def zeros(devices: tuple, part_shape: tuple[int, ...], dtype) -> jax.Array:
+def zeros(devices: tuple, part_shape: tuple[int, ...], dtype) -> Shaped[jax.Array, "_ ..."]:
     """Makes zeros of a shape on each device, as one array."""
     shape, sharding = (len(devices) * part_shape[0], *part_shape[1:]), device_sharding(devices)
     return jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=sharding)()

@@ -13,7 +13,7 @@ import os
 import pathlib
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float32
@@ -41,6 +41,7 @@ DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG)
 Blocks = Iterable[tuple[int, np.ndarray]]  # of rows, each with its first row
 
 
+@runtime_checkable
 class BlockEdit(Protocol):
     """A change of one tensor, made block by block."""
 

@@ -12,10 +12,11 @@ import os
 import pathlib
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import ml_dtypes
 import numpy as np
+from jaxtyping import Int64, Shaped
 
 from refusal_jax.errors import UserError, shown
 from refusal_jax.files import damaged
@@ -34,6 +35,7 @@ INTEGERS = {f"{kind}{bits}": np.dtype(f"{kind.lower()}{bits // 8}") for kind in 
 NUMBERS: dict[str, Any] = FLOATS | INTEGERS | {"BOOL": np.bool_}  # NumPy's dtypes by the format's names of them
 
 
+@runtime_checkable
 class RangeFile(Protocol):
     """An open file of which byte ranges can be read, by several threads at a time."""
 
@@ -193,7 +195,7 @@ def framed(header: bytes) -> bytes:
     return len(header).to_bytes(8, "little") + header
 
 
-def read_tensors(path: pathlib.Path) -> dict[str, np.ndarray]:
+def read_tensors(path: pathlib.Path) -> dict[str, Shaped[np.ndarray, "..."]]:
     """Reads a whole file of tensors, by name, for files that fit into memory.
 
     Raises UserError if the file cannot be read, is no safetensors file, or holds a dtype that NumPy does not have.
@@ -213,7 +215,7 @@ def read_tensors(path: pathlib.Path) -> dict[str, np.ndarray]:
         return found
 
 
-def segments(shape: tuple[int, ...], index: tuple[slice, ...]) -> tuple[np.ndarray, int, tuple[int, ...]]:
+def segments(shape: tuple[int, ...], index: tuple[slice, ...]) -> tuple[Int64[np.ndarray, " n"], int, tuple[int, ...]]:
     """Finds where in a row-major array of `shape` the values of `array[index]` are, for slices without a step.
 
     Returns where each run of them begins and how long a run is, both in values, and the selected shape.

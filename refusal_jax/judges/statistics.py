@@ -112,7 +112,7 @@ def cohens_kappa(first: Sequence[int], second: Sequence[int]) -> dict:
     return {"n": n, "agreement": observed, "kappa": None if chance == 1 else (observed - chance) / (1 - chance)}
 
 
-def mean_interval(values: Sequence[float] | Float[np.ndarray, " n"]) -> dict:
+def mean_interval(values: Sequence[float] | Sequence[int] | Float[np.ndarray, " n"]) -> dict:
     """Returns `{"mean", "n", "low", "high"}`, the mean with its 95 % percentile bootstrap interval; NaN of no values."""
     values_n = np.asarray(values, np.float64)
     mean = low = high = float(values_n.mean()) if len(values_n) else math.nan
