@@ -108,6 +108,23 @@ def pick(rows: list[dict], rule: Rule) -> dict:
     )
 
 
+def candidate_rows(directions_lpd: np.ndarray, known: Sequence[dict] = ()) -> list[dict]:
+    """Returns a published-format row for each candidate, layer by layer: its known scores, or None for each score.
+
+    A candidate that is not finite, because float16 overflowed, has NaN scores, which the rule discards.
+    """
+    n_layers, positions, _ = directions_lpd.shape
+    done = {(row["position"], row["layer"]): row for row in known}
+    rows = []
+    for layer in range(n_layers):
+        for position in range(-positions, 0):
+            score = None if np.isfinite(directions_lpd[layer, position]).all() else math.nan
+            new = {"position": position, "layer": layer}
+            new |= dict.fromkeys(("refusal_score", "steering_score", "kl_div_score"), score)
+            rows.append(new if score is not None else done.get((position, layer), new))
+    return rows
+
+
 def evaluate_candidates(
     model: ChatModel,
     directions_lpd: np.ndarray,
@@ -126,23 +143,7 @@ def evaluate_candidates(
     directions_lpd: `[L, P, D]`, candidate (position p - P, layer l). known: rows of an interrupted run, later ones
     superseding earlier ones; save: called with rows as they gain scores.
     """
-    n_layers, positions, _ = directions_lpd.shape
-    known = {(row["position"], row["layer"]): row for row in known}
-    rows = [
-        known.get((p - positions, layer))
-        or {
-            "position": p - positions,
-            "layer": layer,
-            "refusal_score": None,
-            "steering_score": None,
-            "kl_div_score": None,
-        }
-        for layer in range(n_layers)
-        for p in range(positions)
-    ]
-    for row in rows:
-        if not np.isfinite(directions_lpd[row["layer"], row["position"]]).all():  # float16 overflowed: discarded
-            row.update(refusal_score=math.nan, steering_score=math.nan, kl_div_score=math.nan)
+    positions, rows = directions_lpd.shape[1], candidate_rows(directions_lpd, known)
     layers = rule.layers(full_grid)
     harmless_val = PromptScorer.build(model, harmless, refusal_ids, batch_size)
     harmful_val = PromptScorer.build(model, harmful, refusal_ids, batch_size)
