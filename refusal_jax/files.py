@@ -11,6 +11,18 @@ import platformdirs
 from refusal_jax.errors import UserError
 
 
+def read_text(path: pathlib.Path) -> str:
+    """Reads a UTF-8 file. Raises UserError if it is missing or of another encoding."""
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
+        raise UserError(f"{path} is not a file. Check the path.") from None
+    except OSError as error:
+        raise UserError(f"{path} could not be read ({error.strerror or error}). Check the path.") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text ({error}). Convert it, e.g. with iconv.") from None
+
+
 def write_atomically(path: pathlib.Path, data: bytes) -> None:
     """Writes `data` to `path` so that a crash leaves the old file or the new one, never a part.
 

@@ -12,9 +12,8 @@ import sys
 import time
 from collections.abc import Collection, Iterator
 
-from refusal_jax.data.prompts import read_text
 from refusal_jax.errors import UserError, setting, shown
-from refusal_jax.files import damaged, local_path, read_json
+from refusal_jax.files import damaged, local_path, read_json, read_text
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"

@@ -6,7 +6,7 @@ import pathlib
 from collections.abc import Iterator
 
 from refusal_jax.errors import UserError
-from refusal_jax.files import cache_folder, local_path
+from refusal_jax.files import cache_folder, local_path, read_text
 from refusal_jax.surrogates import joined, mended
 
 BUNDLED, PAPER = "bundled", "paper"
@@ -107,18 +107,6 @@ def read_json_value(path: pathlib.Path):
     """Returns what a .json file holds, its lone surrogates replaced. Raises UserError for a file that is no JSON, or has an
     object with the same key twice."""
     return mended(_parsed(read_text(path), str(path), USE_JSONL), str(path))
-
-
-def read_text(path: pathlib.Path) -> str:
-    """Reads a UTF-8 file. Raises UserError if it is missing or of another encoding."""
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
-        raise UserError(f"{path} is not a file. Check the path.") from None
-    except OSError as error:
-        raise UserError(f"{path} could not be read ({error.strerror or error}). Check the path.") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text ({error}). Convert it, e.g. with iconv.") from None
 
 
 def write_prompts(path: pathlib.Path, prompts: list[dict]) -> None:

@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 
 from refusal_jax.data.download import download, short_hash
-from refusal_jax.data.prompts import located_rows, read_text
+from refusal_jax.data.prompts import located_rows
 from refusal_jax.errors import UserError
-from refusal_jax.files import file_hash, write_atomically
+from refusal_jax.files import file_hash, read_text, write_atomically
 from refusal_jax.progress import each
 from refusal_jax.surrogates import mended
 

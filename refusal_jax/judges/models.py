@@ -26,10 +26,9 @@ from refusal_jax.chat.prompts import Chat, bucket
 from refusal_jax.chat.thoughts import is_unfinished
 from refusal_jax.checkpoints.fingerprint import checkpoint_fingerprint
 from refusal_jax.checkpoints.remote import checkpoint_folder
-from refusal_jax.data.prompts import read_text
 from refusal_jax.edits import Edits
 from refusal_jax.errors import UserError, spelt
-from refusal_jax.files import local_path
+from refusal_jax.files import local_path, read_text
 from refusal_jax.judges.judge import Judge, Verdict
 from refusal_jax.models.decoder import Decoder
 from refusal_jax.models.finite import check_finite
