@@ -1,4 +1,4 @@
-"""The ablation as a PEFT LoRA adapter: A = right^T W and B = -scale left make W + B A the edited weight, of rank J.
+"""Writes the ablation as a PEFT LoRA adapter: A = right^T W and B = -scale left make W + B A the edited weight, of rank J.
 
 Adapters know modules by their names in transformers 5, where the experts of a layer are one parameter. A bias cannot have
 an adapter, so edited ones are stored whole, as PEFT does for `bias="all"`.
@@ -11,6 +11,7 @@ import re
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
+from jaxtyping import Float32
 from safetensors.numpy import save
 
 from refusal_jax.checkpoints.rewrite import Checkpoint, Stored
@@ -31,7 +32,7 @@ EXPERT = re.compile(r"(.*\.)(?:block_sparse_moe|mlp)\.experts\.(\d+)\.(?:w2|down
 
 
 def module_name(cfg: ModelConfig, name: str) -> str:
-    """The module in transformers, below the model, of an HF tensor that is not an expert's."""
+    """Returns the module in transformers, below the model, of an HF tensor that is not an expert's."""
     module = name.rsplit(".", 1)[0]
     # Multimodal checkpoints keep the order of names that transformers had when they came out.
     return re.sub(r"^language_model\.model\.", "model.language_model.", module) if cfg.family == "gemma3" else module
@@ -60,8 +61,8 @@ def write_lora(checkpoint: Checkpoint, folder: pathlib.Path, edit: Edit, tied: s
     cfg = checkpoint.cfg
     check_expressible(cfg, edit, tied)
     embed = TABLES[cfg.family]["embed"]
-    tied = tied if cfg.tied_embeddings and edit.reaches(0, "resid_pre") else None
-    edits = wanted_edits(checkpoint, edit, tied)
+    chosen = tied if cfg.tied_embeddings and edit.reaches(0, "resid_pre") else None
+    edits = wanted_edits(checkpoint, edit, chosen)
     rank = max(one.left_dj.shape[1] for one in edits.values())
     tensors, modules, experts = {}, [], {}
     matrices = {name: one for name, one in edits.items() if not name.endswith(".bias")}
@@ -102,17 +103,19 @@ def write_lora(checkpoint: Checkpoint, folder: pathlib.Path, edit: Edit, tied: s
     }
     (folder / ADAPTER).write_bytes(save({k: np.ascontiguousarray(v) for k, v in tensors.items()}, {"format": "pt"}))
     (folder / ADAPTER_CONFIG).write_bytes(to_json(config))
-    return Written(dict(sorted(edits.items())), tied, sum(t.nbytes for t in tensors.values()))
+    return Written(dict(sorted(edits.items())), chosen, sum(t.nbytes for t in tensors.values()))
 
 
-def factors(tensor: Stored, edit: Projection, rank: int) -> tuple[np.ndarray, np.ndarray]:
-    """A `[J, in]` and B `[out, J]` of a tensor's edit, float32, with zeros up to the rank; of an embedding `[J, V]` and
-    `[D, J]`."""
+def factors(
+    tensor: Stored, edit: Projection, rank: int
+) -> tuple[Float32[np.ndarray, "J _"], Float32[np.ndarray, "_ J"]]:
+    """Returns A `[J, in]` and B `[out, J]` of a tensor's edit, with zeros up to the rank; `[J, V]` and `[D, J]` of an
+    embedding."""
     left, right = edit.factors
-    blocks = tensor.blocks()
     if edit.by_rows:
-        blocks = [np.einsum("nd,dj->jn", block, right) for _, block in blocks]
-    a = np.concatenate(blocks, axis=1) if edit.by_rows else edit.along(blocks)
+        a = np.concatenate([np.einsum("nd,dj->jn", block, right) for _, block in tensor.blocks()], axis=1)
+    else:
+        a = edit.along(tensor.blocks())
     more = rank - len(a)
     return np.pad(a, ((0, more), (0, 0))), np.pad(-left, ((0, 0), (0, more)))
 
@@ -126,30 +129,32 @@ class AdaptedWeights:
 
     @classmethod
     def open(cls, checkpoint: Checkpoint, folder: pathlib.Path) -> "AdaptedWeights":
+        """Reads an adapter. Raises UserError if it cannot be read."""
         return cls(checkpoint, read_tensors(folder / ADAPTER))
 
     @property
     def cfg(self) -> ModelConfig:
         return self.checkpoint.cfg
 
-    def rows(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
-        """Rows of a tensor, float32."""
+    def rows(self, name: str, start: int = 0, stop: int | None = None) -> Float32[np.ndarray, "..."]:
+        """Returns rows of a tensor, all by default."""
         rows, module, expert = (
             self.checkpoint.rows(name, start, stop),
             module_name(self.cfg, name),
             EXPERT.fullmatch(name),
         )
-        stop = self.checkpoint.tensors[name].shape[0] if stop is None else stop
-        if name == TABLES[self.cfg.family]["embed"]:
-            a, b = (self.tensors.get(f"{PREFIX}{module}.lora_embedding_{letter}") for letter in "AB")
-            return rows if a is None else rows + a[:, start:stop].T @ b.T
+        stop = self.checkpoint.tensors[name].count if stop is None else stop
         if name.endswith(".bias"):
             edited = self.tensors.get(f"{PREFIX}{module}.base_layer.bias")
             return rows if edited is None else edited[start:stop]
+        embeds = name == TABLES[self.cfg.family]["embed"]
         module = f"{expert[1]}mlp.experts" if expert else module
-        a, b = (self.tensors.get(f"{PREFIX}{module}.lora_{letter}.weight") for letter in "AB")
-        if a is None:
+        names = [f"{PREFIX}{module}.lora_{f'embedding_{x}' if embeds else f'{x}.weight'}" for x in "AB"]
+        if names[0] not in self.tensors:
             return rows
+        a, b = (self.tensors[name] for name in names)
+        if embeds:
+            return rows + a[:, start:stop].T @ b.T
         if expert:
             # As PEFT has them: A by expert, then rank; B by rank, then expert.
             count = self.cfg.n_experts

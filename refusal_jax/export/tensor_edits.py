@@ -1,4 +1,4 @@
-"""Which edit each tensor of a checkpoint gets, so that what it writes to the residual stream loses a subspace, or gains a
+"""Finds the edit of each tensor of a checkpoint, so that what it writes to the residual stream loses a subspace, or gains a
 vector.
 
 Ablation: W <- W - left right^T W, of rank J, the number of directions. Without a norm after W both are the orthonormal
@@ -15,10 +15,12 @@ Addition: bias <- bias + vector, at the MLP output of the block before.
 
 import dataclasses
 from collections import Counter
+from collections.abc import Callable
 
 import numpy as np
+from jaxtyping import Float32, Float64
 
-from refusal_jax.checkpoints.rewrite import Checkpoint
+from refusal_jax.checkpoints.rewrite import Blocks, Checkpoint
 from refusal_jax.errors import UserError, setting
 from refusal_jax.export.edit import Edit
 from refusal_jax.models.config import ModelConfig
@@ -51,34 +53,37 @@ class Projection:
         return float(np.linalg.norm(np.linalg.qr(self.left_dj)[1] @ np.linalg.qr(self.right_dj)[1].T, 2))
 
     @property
-    def factors(self) -> tuple[np.ndarray, np.ndarray]:
-        """What is subtracted, left times the scale, and right; float32 `[D, J]`."""
+    def factors(self) -> tuple[Float32[np.ndarray, "D J"], Float32[np.ndarray, "D J"]]:
+        """What is subtracted, which is left times the scale, and right."""
         return (self.scale * self.left_dj).astype(np.float32), self.right_dj.astype(np.float32)
 
-    def along(self, blocks) -> np.ndarray:
-        """right^T W of a matrix `[D, F]` given in blocks of rows, `(first row, block)`; float32 `[J, F]`."""
-        right, total = self.factors[1], 0.0
-        for start, block in blocks:
-            total = total + np.einsum("dj,df->jf", right[start : start + len(block)], block).astype(np.float64)
-        return total.astype(np.float32)
+    def along(self, blocks: Blocks) -> Float32[np.ndarray, "J _"]:
+        """Returns right^T W of a matrix `[D, …]` that is given in blocks of rows, each with its first row."""
+        right = self.factors[1]
+        total = sum(
+            np.einsum("dj,df->jf", right[at : at + len(block)], block).astype(np.float64) for at, block in blocks
+        )
+        return np.asarray(total, np.float32)
 
-    def blocks(self, blocks):
-        """The edited blocks of rows, in place, of a tensor whose blocks the function `blocks` gives, float32. They are
-        gone through twice if the stream is not the tensor's last axis.
+    def blocks(self, blocks: Callable[[], Blocks]) -> Blocks:
+        """Edits in place, and yields, the blocks of rows of a tensor, float32. The function `blocks` gives them, and is called
+        twice if the stream is not the tensor's last axis.
 
-        einsum, because J is small and BLAS would start threads of its own inside each of ours.
+        This uses einsum, because J is small and BLAS would start threads of its own inside each of ours.
         """
         left, right = self.factors
-        along = None if self.by_rows else self.along(blocks())
-        for start, block in blocks():
-            if self.by_rows:
+        if self.by_rows:
+            for start, block in blocks():
                 block -= np.einsum("...j,dj->...d", np.einsum("...d,dj->...j", block, right), left)
-            else:
-                block -= np.einsum("dj,jf->df", left[start : start + len(block)], along)
+                yield start, block
+            return
+        along = self.along(blocks())
+        for start, block in blocks():
+            block -= np.einsum("dj,jf->df", left[start : start + len(block)], along)
             yield start, block
 
-    def __call__(self, tensor: np.ndarray) -> np.ndarray:
-        """The edited tensor, float32 in and out; axes before those of the matrix (layers, experts) may lead."""
+    def __call__(self, tensor: Float32[np.ndarray, "..."]) -> Float32[np.ndarray, "..."]:
+        """Returns the edited tensor; axes before those of the matrix (layers, experts) may lead."""
         left, right = self.factors
         rows = tensor if self.by_rows else np.swapaxes(tensor, -1, -2)
         edited = rows - (rows @ right) @ left.T
@@ -94,20 +99,25 @@ class Addition:
     kind = "addition"
     amplification = 1.0
 
-    def blocks(self, blocks):
-        """As `Projection.blocks`."""
+    def blocks(self, blocks: Callable[[], Blocks]) -> Blocks:
+        """Yields the edited blocks, as `Projection.blocks` does."""
         return ((start, self(block)) for start, block in blocks())
 
-    def __call__(self, tensor: np.ndarray) -> np.ndarray:
-        """The edited tensor, float32 in and out."""
+    def __call__(self, tensor: Float32[np.ndarray, "..."]) -> Float32[np.ndarray, "..."]:
+        """Returns the edited tensor."""
         return tensor + self.vector_d.astype(np.float32)
 
 
-def projection(path: str, basis_jd: np.ndarray, scale_d: np.ndarray | None = None, scale: float = 1.0):
-    """The edit that takes the orthonormal `basis_jd` out of what the weight `path` writes.
+def projection(
+    path: str,
+    basis_jd: Float64[np.ndarray, "J D"],
+    scale_d: Float64[np.ndarray, " D"] | None = None,
+    scale: float = 1.0,
+) -> Projection | None:
+    """Returns the edit that takes the orthonormal `basis_jd` out of what the weight `path` writes.
 
-    scale_d: float64 `[D]`, what a norm after it multiplies by (None: there is no norm). scale: of what is there, how much
-    is removed. Returns None where the norm lets nothing of the directions through.
+    scale_d: what a norm after it multiplies by (None: there is no norm). scale: which part of what is there is removed. Returns
+    None where the norm lets nothing of the directions through.
     """
     by_rows, basis_dj = path == "embed" or path in WRITER_BIASES, basis_jd.T
     if scale_d is None:
@@ -127,8 +137,8 @@ def projection(path: str, basis_jd: np.ndarray, scale_d: np.ndarray | None = Non
 
 
 def tensor_edits(checkpoint: Checkpoint, edit: Edit) -> dict[str, Projection]:
-    """HF name -> edit, for every tensor of a checkpoint that writes to the residual stream (paper, section 4.1) where the
-    ablation `edit` asks for it: embedding, attention output, MLP output of each expert, and their biases.
+    """Returns the edit, by HF name, of every tensor that writes to the residual stream (paper, section 4.1) where the ablation
+    `edit` asks for it: embedding, attention output, MLP output of each expert, and their biases.
 
     Raises ValueError for a family whose table fuses such a tensor with another, which nothing here could edit.
     """
@@ -152,7 +162,7 @@ def tensor_edits(checkpoint: Checkpoint, edit: Edit) -> dict[str, Projection]:
 
 
 def wanted_edits(checkpoint: Checkpoint, edit: Edit, tied: str | None) -> dict[str, Projection]:
-    """`tensor_edits` without that of an embedding which is to be left, tied = "skip". Raises UserError if none remain."""
+    """Returns `tensor_edits` without that of an embedding which is to be left (tied = "skip"). Raises UserError if none remain."""
     edits = tensor_edits(checkpoint, edit)
     if tied == "skip":
         edits.pop(TABLES[checkpoint.cfg.family]["embed"])
@@ -169,7 +179,7 @@ BIAS_SWITCHES = {"llama": ("mlp_bias", True), "granite": ("mlp_bias", True), "qw
 
 
 def bias_additions(cfg: ModelConfig, edit: Edit) -> dict[str, Addition]:
-    """HF name -> edit, for the MLP biases that hold the addition `edit`: of block l - 1 for the input of block l.
+    """Returns the edits, by HF name, of the MLP biases that hold the addition `edit`: of block l - 1 for the input of block l.
 
     Raises UserError where the architecture has no such bias, and for layer 0, which no block precedes.
     """
