@@ -18,7 +18,7 @@ from collections import Counter
 from collections.abc import Callable
 
 import numpy as np
-from jaxtyping import Float32, Float64
+from jaxtyping import Float, Float32, Float64
 
 from refusal_jax.checkpoints.rewrite import Blocks, Checkpoint
 from refusal_jax.errors import UserError, setting
@@ -82,7 +82,7 @@ class Projection:
             block -= np.einsum("dj,jf->df", left[start : start + len(block)], along)
             yield start, block
 
-    def __call__(self, tensor: Float32[np.ndarray, "..."]) -> Float32[np.ndarray, "..."]:
+    def __call__(self, tensor: Float[np.ndarray, "..."]) -> Float[np.ndarray, "..."]:
         """Returns the edited tensor; axes before those of the matrix (layers, experts) may lead."""
         left, right = self.factors
         rows = tensor if self.by_rows else np.swapaxes(tensor, -1, -2)
@@ -103,7 +103,7 @@ class Addition:
         """Yields the edited blocks, as `Projection.blocks` does."""
         return ((start, self(block)) for start, block in blocks())
 
-    def __call__(self, tensor: Float32[np.ndarray, "..."]) -> Float32[np.ndarray, "..."]:
+    def __call__(self, tensor: Float[np.ndarray, "..."]) -> Float[np.ndarray, "..."]:
         """Returns the edited tensor."""
         return tensor + self.vector_d.astype(np.float32)
 
@@ -162,7 +162,7 @@ def tensor_edits(checkpoint: Checkpoint, edit: Edit) -> dict[str, Projection]:
 
 
 def wanted_edits(checkpoint: Checkpoint, edit: Edit, tied: str | None) -> dict[str, Projection]:
-    """Returns `tensor_edits` without that of an embedding which is to be left (tied = "skip"). Raises UserError if none remain."""
+    """Returns `tensor_edits` without that of an embedding that is to be left (tied="skip"). Raises UserError if none remain."""
     edits = tensor_edits(checkpoint, edit)
     if tied == "skip":
         edits.pop(TABLES[checkpoint.cfg.family]["embed"])
