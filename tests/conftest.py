@@ -1,22 +1,22 @@
 """Eight CPU devices, no network, few threads: set before anything imports jax or transformers."""
 
 import os
-
-os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
-os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-
 import pathlib
 import sys
 
+sys.path.insert(0, str(pathlib.Path(__file__).parent))  # for `tiny` and others, whatever the import mode
+
+from compiler import FAST
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FAST} --xla_force_host_platform_device_count=8".strip()
+os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
 import jax
 import pytest
-import torch
-
-sys.path.insert(0, str(pathlib.Path(__file__).parent))  # for `tiny`, whatever the import mode
-
 import tiny
+import torch
 
 from refusal_jax import load_model
 

@@ -12,6 +12,7 @@ import time
 
 import pytest
 import tiny
+from compiler import FAST
 
 from refusal_jax import demo_model_path
 from refusal_jax.jobs.main import JOBS
@@ -23,7 +24,7 @@ SMALL = (
 
 
 def command(*args, **more):
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": "", **more.pop("env", {})}
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": FAST, **more.pop("env", {})}
     run = [sys.executable, "-m", "refusal_jax.jobs.main", *map(str, args)]
     return subprocess.run(run, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300, **more)
 
@@ -108,7 +109,7 @@ def finished(tmp_path_factory):
     """A study of the embedded model by the command, killed once on the way."""
     folder = tmp_path_factory.mktemp("jobs") / "run"
     args = [sys.executable, "-m", "refusal_jax.jobs.main", "study", *SMALL, f"--workdir={folder}"]
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": ""}
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": FAST}
     process = subprocess.Popen(args, cwd=ROOT, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 200
     while not (folder / "mean_diffs.safetensors").exists() and time.monotonic() < deadline and process.poll() is None:

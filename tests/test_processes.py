@@ -13,6 +13,7 @@ import time
 
 import numpy as np
 import pytest
+from compiler import FAST
 from safetensors.numpy import load_file
 
 from refusal_jax import UserError, distributed
@@ -42,7 +43,7 @@ class Pair:
             "PYTHONPATH": str(ROOT),
             "JAX_NUM_CPU_DEVICES": "4",
             "TF_CPP_MIN_LOG_LEVEL": "2",
-            "XLA_FLAGS": "--xla_backend_optimization_level=0",  # compiles faster
+            "XLA_FLAGS": FAST,
         }
         self.logs = [(logs / f"{time.monotonic_ns()}-{i}.out", logs / f"{time.monotonic_ns()}-{i}.err") for i in (0, 1)]
         self.port = free_port()
