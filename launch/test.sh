@@ -8,6 +8,7 @@ cd "$(dirname "$0")/.."
 make_venv ".[test]"
 ruff check .
 ruff format --check .
-# One process a core, up to four; a file's tests stay together, because they share what they compile.
+# One process a core, up to four. A file's tests stay together, because they share what they compile; files begin in the order of
+# tests/conftest.py, the longest first.
 cores=$(getconf _NPROCESSORS_ONLN)
-exec python -m pytest --numprocesses "$((cores < 4 ? cores : 4))" --dist loadfile "$@"
+exec python -m pytest --numprocesses "$((cores < 4 ? cores : 4))" --dist loadfile --no-loadscope-reorder "$@"

@@ -17,6 +17,7 @@ import sys
 import tempfile
 import threading
 import time
+from typing import Any
 
 import jax
 
@@ -40,18 +41,18 @@ class Session:
     count: int
     coordinator: str
     heartbeat_seconds: int
-    client: object  # jax's own, of the coordinator
+    client: Any  # jax's own client of the coordinator
     turn: int = 0  # values shared and gathered so far
     over: threading.Event = dataclasses.field(default_factory=threading.Event)  # nothing is to be watched any more
     speaking: threading.Lock = dataclasses.field(default_factory=threading.Lock)  # held by the thread that ends us
 
     def set(self, key: str, value: str) -> None:
-        """Keeps a value with the coordinator, unless there is one."""
+        """Keeps a value with the coordinator, unless it has one already."""
         with contextlib.suppress(jax.errors.JaxRuntimeError):
             self.client.key_value_set(KEYS + key, value)
 
     def wait_for(self, key: str) -> str:
-        """The value of a key, once it is there; second by second, so that signals are heard."""
+        """Returns the value of a key, once it is there; it asks every second, so that signals are heard."""
         while True:
             try:
                 return self.client.blocking_key_value_get(KEYS + key, 1000)
@@ -60,12 +61,12 @@ class Session:
                     raise
 
     def values(self, kind: str) -> dict[int, str]:
-        """The values of the keys `kind/N`, by N."""
+        """Returns the values of the keys `kind/N`, by N."""
         found = self.client.key_value_dir_get(f"{KEYS}{kind}/")
         return {int(key.rpartition("/")[2]): value for key, value in found}
 
     def name(self, index: int) -> str:
-        """What users know a process by."""
+        """Returns the words by which users know a process."""
         host = self.values("host").get(index)
         return f"process {index} of {self.count}" + (f" ({host})" if host else "")
 
@@ -74,12 +75,12 @@ _session: Session | None = None
 
 
 def several() -> bool:
-    """Whether this is one of several processes."""
+    """Returns whether this is one of several processes."""
     return _session is not None
 
 
 def first() -> bool:
-    """Whether this process is the one that owns files and talks to the user: process 0, or the only one."""
+    """Returns whether this process owns the files and talks to the user: it is process 0, or alone."""
     return _session is None or _session.index == 0
 
 
@@ -100,20 +101,18 @@ def start(
     """
     if num_processes == 1:
         return
-    given = {"coordinator_address": coordinator, "num_processes": num_processes, "process_id": process_id}
-    missing = [name for name, value in given.items() if value is None]
-    if len(missing) == 3:
-        if not _on_tpu_vm():
-            return
-        given = {}  # JAX finds them out
-    elif missing:
-        flags = " and ".join(setting(name.removesuffix("_address"), "").removesuffix("=") for name in missing)
+    given = {"coordinator": coordinator, "num_processes": num_processes, "process_id": process_id}
+    if coordinator is None and num_processes is None and process_id is None:
+        if _on_tpu_vm():
+            _join({}, join_seconds, heartbeat_seconds)  # JAX finds them out
+        return
+    if coordinator is None or num_processes is None or process_id is None:
+        flags = " and ".join(setting(name) or name for name, value in given.items() if value is None)
         raise UserError(
             f"{flags} missing: several processes need {setting('coordinator', 'HOST:PORT')} (of process 0), "
             f"{setting('num_processes', 'N')} and {setting('process_id', 'I')}, each its own from 0 to N-1."
         )
-    else:
-        _check(coordinator, num_processes, process_id)
+    _check(coordinator, num_processes, process_id)
     _join(given, join_seconds, heartbeat_seconds)
 
 
@@ -134,7 +133,7 @@ def _on_tpu_vm() -> bool:
     """Whether this host has TPU chips, and jax is to use them."""
     from jax._src import cloud_tpu_init  # what jax itself asks before it looks for the rest of a slice
 
-    return cloud_tpu_init.running_in_cloud_tpu_vm and "tpu" in (jax.config.jax_platforms or "tpu")
+    return cloud_tpu_init.running_in_cloud_tpu_vm and "tpu" in (jax.config.values["jax_platforms"] or "tpu")
 
 
 def _join(given: dict, join_seconds: int, heartbeat_seconds: int) -> None:
@@ -146,7 +145,7 @@ def _join(given: dict, join_seconds: int, heartbeat_seconds: int) -> None:
     )  # else one lost process makes JAX abort the others, unexplained
     jax.config.update("jax_enable_preemption_service", False)  # it would swallow SIGTERM
     if given:
-        where, who = f"at {given['coordinator_address']}", f"process {given['process_id']} of {given['num_processes']}"
+        where, who = f"at {given['coordinator']}", f"process {given['process_id']} of {given['num_processes']}"
         advice = (
             "for every process, with the same coordinator and number of processes and each with its own process id, and "
             "check that the port is free on the host of process 0 and that the others reach it"
@@ -159,7 +158,9 @@ def _join(given: dict, join_seconds: int, heartbeat_seconds: int) -> None:
     try:
         with _explained(apart, 2):
             jax.distributed.initialize(
-                **given,
+                given.get("coordinator"),
+                given.get("num_processes"),
+                given.get("process_id"),
                 cluster_detection_method="deactivate" if given else None,
                 initialization_timeout=join_seconds,
                 heartbeat_timeout_seconds=heartbeat_seconds,
@@ -173,7 +174,7 @@ def _join(given: dict, join_seconds: int, heartbeat_seconds: int) -> None:
     _session = Session(
         global_state.process_id,
         global_state.num_processes,
-        global_state.coordinator_address,
+        global_state.coordinator_address or "",
         heartbeat_seconds,
         global_state.client,
     )
@@ -186,26 +187,27 @@ def _join(given: dict, join_seconds: int, heartbeat_seconds: int) -> None:
 
 
 def share(value: bytes | None) -> bytes:
-    """Process 0's `value`, in every process; what the others pass is not looked at. All must call it, in the same order."""
-    if _session is None:
-        return value
-    _session.turn += 1
-    key = f"shared/{_session.turn}"
-    if _session.index:
-        _session.wait_for(key)
-        return _session.client.blocking_key_value_get_bytes(f"{KEYS}{key}/value", FOREVER_MS)
-    _session.client.key_value_set_bytes(f"{KEYS}{key}/value", value)
-    _session.client.key_value_set(KEYS + key, "there")
+    """Returns process 0's `value` in every process; what the others pass is ignored. All must call it, in the same order."""
+    session = _session
+    if session is not None:
+        session.turn += 1
+        key = f"shared/{session.turn}"
+        if session.index:
+            session.wait_for(key)
+            return session.client.blocking_key_value_get_bytes(f"{KEYS}{key}/value", FOREVER_MS)
+        session.client.key_value_set_bytes(f"{KEYS}{key}/value", value)
+        session.client.key_value_set(KEYS + key, "there")
+    assert value is not None, "process 0 passes the value"
     return value
 
 
-def share_json(value):
-    """Process 0's `value`, in every process, by way of JSON."""
+def share_json(value) -> Any:
+    """Returns process 0's `value` in every process, by way of JSON."""
     return value if _session is None else json.loads(share(json.dumps(value).encode()))
 
 
 def gather_json(value) -> list:
-    """The `value` of every process, by way of JSON, in every process. All must call it, in the same order as `share`."""
+    """Returns the `value` of every process, by way of JSON, in every process. All must call it, in the same order as `share`."""
     session = _session
     if session is None:
         return [value]

@@ -22,6 +22,17 @@ from refusal_jax import load_model
 
 torch.set_num_threads(min(2, os.cpu_count() or 1))
 
+# The files that take longest, longest first. They begin first, so that at the end no process is left alone with one of them.
+LONG = """
+test_finite test_decoder test_demo test_load_cached test_study test_chat_job test_jobs test_processes test_oracle test_decoding
+test_family_studies test_harness test_pipeline test_config test_plan test_launch test_organism test_head_taps test_edits
+""".split()
+
+
+def pytest_collection_modifyitems(items):
+    rank = {name: place for place, name in enumerate(LONG)}
+    items.sort(key=lambda item: rank.get(item.path.stem, len(rank)))
+
 
 @pytest.fixture(scope="module", autouse=True)
 def forgotten_programs():

@@ -111,14 +111,12 @@ def tiny_llama(
         tie_word_embeddings=tied,
         attention_bias=attention_bias,
         mlp_bias=mlp_bias,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+        **{name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")},
         **config,
     )
     model = LlamaForCausalLM(settings)
     randomise(model, seed)
-    model.to(DTYPES[dtype]).save_pretrained(folder, max_shard_size=shards)
+    model.to(dtype=DTYPES[dtype]).save_pretrained(folder, max_shard_size=shards)
     return folder
 
 

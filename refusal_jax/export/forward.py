@@ -30,7 +30,8 @@ VOCABULARY_ROWS = 8192  # of the unembedding, in memory at a time
 class Weights(Protocol):
     """Tensors by HF name: `rows` gives rows of one, all by default, float32."""
 
-    cfg: ModelConfig
+    @property
+    def cfg(self) -> ModelConfig: ...
 
     def rows(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray: ...
 

@@ -6,7 +6,7 @@ from refusal_jax.errors import UserError
 from refusal_jax.logs import LEVELS
 
 FLAGS = flags.FlagValues()
-flags.DEFINE_enum(
+LOG_LEVEL = flags.DEFINE_enum(
     "log_level",
     "info",
     list(LEVELS),
@@ -23,4 +23,4 @@ def parse(job: str, argv: list[str]) -> tuple[str, list[str]]:
         left = FLAGS([f"refusal-jax {job}", *argv], known_only=True)
     except flags.Error as error:
         raise UserError(f"{' '.join(str(error).split())} See `refusal-jax {job} --help`.") from None
-    return FLAGS["log_level"].value, left[1:]
+    return LOG_LEVEL.value, left[1:]

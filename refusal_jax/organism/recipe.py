@@ -10,6 +10,7 @@ import json
 import pathlib
 import random
 from collections.abc import Callable, Iterator
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -203,7 +204,7 @@ def train_phase(
             learns = jnp.arange(cfg.n_layers) < layers
             updates = {
                 path: u * (learns.reshape(-1, *[1] * (u.ndim - 1)) if path.startswith("blocks.") else 0.0)
-                for path, u in updates.items()
+                for path, u in cast(dict[str, jax.Array], updates).items()
             }
         return optax.apply_updates(weights, updates), state, value
 
