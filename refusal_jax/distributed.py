@@ -107,7 +107,9 @@ def start(
             _join({}, join_seconds, heartbeat_seconds)  # JAX finds them out
         return
     if coordinator is None or num_processes is None or process_id is None:
-        flags = " and ".join(setting(name) or name for name, value in given.items() if value is None)
+        flags = " and ".join(
+            (setting(name) or name).removesuffix("=") for name, value in given.items() if value is None
+        )
         raise UserError(
             f"{flags} missing: several processes need {setting('coordinator', 'HOST:PORT')} (of process 0), "
             f"{setting('num_processes', 'N')} and {setting('process_id', 'I')}, each its own from 0 to N-1."
@@ -158,9 +160,9 @@ def _join(given: dict, join_seconds: int, heartbeat_seconds: int) -> None:
     try:
         with _explained(apart, 2):
             jax.distributed.initialize(
-                given.get("coordinator"),
-                given.get("num_processes"),
-                given.get("process_id"),
+                coordinator_address=given.get("coordinator"),
+                num_processes=given.get("num_processes"),
+                process_id=given.get("process_id"),
                 cluster_detection_method="deactivate" if given else None,
                 initialization_timeout=join_seconds,
                 heartbeat_timeout_seconds=heartbeat_seconds,

@@ -116,7 +116,8 @@ def tiny_llama(
     )
     model = LlamaForCausalLM(settings)
     randomise(model, seed)
-    model.to(dtype=DTYPES[dtype]).save_pretrained(folder, max_shard_size=shards)
+    torch.nn.Module.to(model, DTYPES[dtype])
+    model.save_pretrained(folder, max_shard_size=shards)
     return folder
 
 
