@@ -39,6 +39,7 @@ from refusal_jax.report.concerns import broken_completions, judge_disagreement, 
 from refusal_jax.report.summary import JudgedCondition
 from refusal_jax.report.text import rates_table
 from refusal_jax.report.verdict import Concern
+from refusal_jax.runs.artifacts import STATISTICS, TIDY
 from refusal_jax.runs.ledger import Ledger
 from refusal_jax.runs.storage import DiskFolder
 
@@ -77,8 +78,8 @@ def main(arguments) -> None:
         files = results(completions, verdicts, judges[-1].name)
         for name, content in files.items():
             out.write(name, to_json(content))
-        out.write("statistics.json", to_json(found))
-        out.write("statistics.csv", tidy_csv(found).encode("utf-8", "replace"))
+        out.write(STATISTICS, to_json(found))
+        out.write(TIDY, tidy_csv(found).encode("utf-8", "replace"))
         out.remove([ledger.name])
     print(rates_table(found))
     for number, concern in enumerate(concerns_of(files, [judge.name for judge in judges], COMPLETIONS.value), 1):

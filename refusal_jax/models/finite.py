@@ -5,7 +5,7 @@ import numpy as np
 from refusal_jax.errors import UserError, setting
 
 
-def check_finite(finite_r, dtype, what: str, edited_r=False) -> None:
+def check_finite(finite_r, dtype, what: str, edited_r: bool | np.ndarray = False) -> None:
     """Raises UserError if not all of `finite_r` is true, with the dtype and what to do.
 
     finite_r: bool `[R]`, of each row, as `Decoder.finite` says, or the finiteness of values that it marked. what: what

@@ -1,4 +1,4 @@
-"""What TPUs have, and how slices of them are called.
+"""TPU chips, and the slices of them by name.
 
 Sizes are Google Cloud's: `v5e-16` and `v6e-16` count chips, `v4-16` and `v5p-16` count TensorCores, two a chip, as in
 `gcloud`. Peaks are from the Cloud TPU documentation; clocks convert the compiler's cycles to seconds.
@@ -13,9 +13,12 @@ from refusal_jax.errors import UserError, setting
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """One generation. hbm: usable bytes a chip; bandwidth: of HBM, bytes/s; flops: bfloat16 peak, 1/s; link: bytes/s of one
-    ICI link in one direction; axes: of the torus; cores: TensorCores that a slice's name counts for each chip; hertz: of a
-    core; ring: an axis of that length or more wraps around; kinds: JAX's names of its devices."""
+    """One generation of TPUs.
+
+    hbm: usable bytes of memory on a chip. bandwidth: of that memory, bytes/s. flops: bfloat16 peak, 1/s. link: bytes/s of one
+    ICI link in one direction. axes: number of axes of the torus. cores: TensorCores that a slice's name counts for each chip.
+    hertz: clock of a core. ring: an axis of that length or more wraps around. kinds: JAX's names of its devices.
+    """
 
     name: str
     hbm: float
@@ -29,7 +32,7 @@ class Chip:
     kinds: tuple[str, ...]
 
     def links(self, shape: tuple[int, ...]) -> float:
-        """Bytes/s that a chip of a slice of this shape can send, along all axes together."""
+        """Returns the bytes/s that a chip of a slice of this shape can send, along all axes together."""
         sides = [2 if size >= self.ring else 1 for size in shape if size > 1]
         return self.link * max(sum(sides), 1)
 
@@ -78,7 +81,7 @@ class Slice:
             r"(?:([1-9]\d*)x)?(v\w+?)(?:-(\d+)|:(\d+(?:x\d+){1,2}))", text.strip().lower().replace("litepod", "e")
         )
         chip = CHIPS.get(match[2]) if match else None
-        if chip is None:
+        if match is None or chip is None:
             raise UserError(
                 f"{setting('topology', text)} is no TPU slice that can be planned for. Name one as gcloud does "
                 f"({', '.join(names())}), several as 2xv5e-16, or give the shape as in v5e:4x4."
@@ -94,19 +97,21 @@ class Slice:
 
     @property
     def chips(self) -> int:
+        """Returns the number of chips of all slices."""
         return math.prod(self.shape) * self.slices
 
     @property
     def name(self) -> str:
+        """Returns the name as gcloud spells it."""
         return (
             f"{f'{self.slices}x' if self.slices > 1 else ''}{self.chip.name}-{math.prod(self.shape) * self.chip.cores}"
         )
 
     def devices(self) -> list:
-        """Stand-ins for the slice's devices, to compile for. Raises UserError without libtpu."""
+        """Returns stand-ins for the slice's devices, to compile for. Raises UserError without libtpu."""
         from jax.experimental import topologies
 
-        settings = {"num_slices": self.slices} if self.slices > 1 else {}
+        settings: dict[str, int | str] = {"num_slices": self.slices} if self.slices > 1 else {}
         if self.chip.name == "v4":
             settings["chip_config_name"] = "megacore"
         name = f"{self.chip.name}:{'x'.join(map(str, self.shape))}"
@@ -120,6 +125,6 @@ class Slice:
 
 
 def names(chip: Chip | None = None) -> list[str]:
-    """Of the slices there are, of one chip or of all."""
+    """Returns the names of the slices of one chip, or of all chips."""
     chips = [chip] if chip else list(CHIPS.values())
     return [f"{c.name}-{count * c.cores}" for c in chips for count in SHAPES[c.axes]]

@@ -10,6 +10,8 @@ import dataclasses
 import math
 import os
 import sys
+from collections.abc import Mapping
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
@@ -26,10 +28,22 @@ FLOPS_SHARE, BANDWIDTH_SHARE = 0.6, 0.65  # of the peaks, as the compiler's cycl
 LATENCY = 2e-6  # seconds of one collective, besides its bytes
 
 
+class Sides(Protocol):
+    """The lengths of a mesh's axes: `jax.sharding.Mesh`, or a mesh without devices."""
+
+    @property
+    def shape(self) -> Mapping[str, int]: ...
+    @property
+    def size(self) -> int: ...
+
+
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """Of one run of a program. peak: bytes of memory a chip; flops: of all chips; bytes: of HBM traffic a chip; seconds:
-    estimated; cycles: whether they are the compiler's."""
+    """The cost of one run of a program.
+
+    peak: bytes of memory on a chip. flops: operations on all chips. bytes: HBM traffic of a chip. seconds: the estimate.
+    cycles: whether the seconds are from the compiler's cycles.
+    """
 
     peak: int
     flops: float
@@ -39,7 +53,10 @@ class Cost:
 
 
 def parameters(cfg: ModelConfig, active: bool = False) -> int:
-    """Of the model; active: those that one token is multiplied with, of its experts only the chosen, and no embedding."""
+    """Returns the number of parameters.
+
+    active: only those that one token is multiplied with: of the experts the chosen ones, and no embedding.
+    """
     total = 0
     for path, weight in weight_table(cfg).items():
         size = math.prod(weight.shape)
@@ -52,17 +69,18 @@ def parameters(cfg: ModelConfig, active: bool = False) -> int:
 
 
 def weight_bytes(work: Workload) -> int:
+    """Returns the bytes of all weights."""
     return parameters(work.cfg) * jnp.dtype(work.dtype).itemsize
 
 
 def cache_bytes(work: Workload, rows: int) -> int:
-    """Of the keys and values of `rows` rows in generation, once."""
+    """Returns the bytes of the keys and values of `rows` rows in generation."""
     cfg = work.cfg
     return 2 * cfg.n_layers * rows * work.slots * cfg.n_kv_heads * cfg.head_dim * jnp.dtype(work.dtype).itemsize
 
 
 def flops(work: Workload, program: Program) -> float:
-    """Of one run, on all chips: two for each active parameter and token, and those of attention."""
+    """Returns the operations of one run on all chips: two for each active parameter and token, and those of attention."""
     cfg, tokens = work.cfg, program.rows * program.tokens * program.steps
     unembedding = cfg.vocab_size * cfg.d_model
     in_layers = parameters(cfg, active=True) - unembedding
@@ -71,8 +89,8 @@ def flops(work: Workload, program: Program) -> float:
     return tokens * (2 * in_layers * share + attention) + 2 * unembedding * program.rows * program.read * program.steps
 
 
-def traffic(work: Workload, program: Program, mesh: jax.sharding.Mesh) -> float:
-    """Bytes of one chip's HBM in one run: weights once for each forward pass, the cache, and activations."""
+def traffic(work: Workload, program: Program, mesh: Sides) -> float:
+    """Returns the HBM traffic of one chip in one run, in bytes: weights in each forward pass, the cache, activations."""
     shape = dict(mesh.shape)
     batch = shape["data"] * shape[STORAGE]
     model = mesh.size // batch
@@ -90,8 +108,8 @@ def traffic(work: Workload, program: Program, mesh: jax.sharding.Mesh) -> float:
     return program.steps * (weights * share + activations + cached)
 
 
-def communication(work: Workload, program: Program, mesh: jax.sharding.Mesh, where: Slice) -> float:
-    """Seconds of one run's collectives, from the model's shape: what GSPMD and the decoder put into a layer."""
+def communication(work: Workload, program: Program, mesh: Sides, where: Slice) -> float:
+    """Returns the seconds of one run's collectives, from the model's shape: those that GSPMD and the decoder put into a layer."""
     shape = dict(mesh.shape)
     batch, width = shape["data"] * shape[STORAGE], jnp.dtype(work.dtype).itemsize
     model, links = mesh.size // batch, where.chip.links(where.shape)
@@ -106,13 +124,13 @@ def communication(work: Workload, program: Program, mesh: jax.sharding.Mesh, whe
 
 
 def collective_seconds(found: list[Instruction], chips: int, links: float) -> float:
-    """Of the collectives of a program's text, one after the other."""
+    """Returns the seconds of the collectives of a program's text, one after the other."""
     passes = {"all-reduce": 2.0, "reduce-scatter": float(chips)}  # of the bytes of the result
     return sum(i.times * (passes.get(i.kind, 1.0) * i.bytes / links + LATENCY) for i in found)
 
 
-def roofline(work: Workload, program: Program, mesh: jax.sharding.Mesh, where: Slice) -> float:
-    """Seconds of one run from operations, bytes and communication."""
+def roofline(work: Workload, program: Program, mesh: Sides, where: Slice) -> float:
+    """Returns the seconds of one run from operations, bytes and communication."""
     compute = flops(work, program) / (mesh.size * where.chip.flops * FLOPS_SHARE)
     memory = traffic(work, program, mesh) / (where.chip.bandwidth * BANDWIDTH_SHARE)
     return max(compute, memory) + communication(work, program, mesh, where)
@@ -133,7 +151,7 @@ def _quiet():
 
 
 def text_of(compiled) -> str:
-    """The compiled program's text, or "" where this version of libtpu writes what jaxlib cannot read (and prints a trace)."""
+    """Returns the compiled program's text, or "" where libtpu writes what jaxlib cannot read (and prints a trace)."""
     try:
         with _quiet():
             return compiled.as_text()
@@ -141,8 +159,8 @@ def text_of(compiled) -> str:
         return ""
 
 
-def cost(work: Workload, program: Program, compiled, mesh: jax.sharding.Mesh, where: Slice) -> Cost:
-    """Of a program compiled for `where`."""
+def cost(work: Workload, program: Program, compiled, mesh: Sides, where: Slice) -> Cost:
+    """Returns the cost of a program compiled for `where`."""
     text = "" if work.cfg.n_experts else text_of(compiled)  # how often the experts' loop runs is not in it
     if text:
         model = mesh.size // mesh.shape["data"] // mesh.shape[STORAGE]
@@ -151,9 +169,15 @@ def cost(work: Workload, program: Program, compiled, mesh: jax.sharding.Mesh, wh
         seconds *= program.layers / work.cfg.n_layers  # the text's loop is over all of them
     else:
         seconds = roofline(work, program, mesh, where)
-    peak = compiled.memory_analysis().peak_memory_in_bytes
+    peak = peak_bytes(compiled)
     return Cost(peak, flops(work, program), traffic(work, program, mesh), seconds, bool(text))
 
 
+def peak_bytes(compiled) -> int:
+    """Returns the most memory that a compiled program needs on a chip, in bytes."""
+    return compiled.memory_analysis().peak_memory_in_bytes
+
+
 def gib(size: float) -> str:
+    """Returns a number of bytes in words."""
     return f"{size / GIB:.1f} GiB"

@@ -48,8 +48,8 @@ def instructions(text: str, unknown_loops: int = 1) -> Iterator[Instruction]:
             if kind is None:
                 continue
             if kind[1] == "while":
-                body, condition = (re.search(rf"{part}=%?([\w.\-]+)", right)[1] for part in ("body", "condition"))
-                yield from walk(body, times * _turns(line, bodies[condition], unknown_loops))
+                parts = dict(re.findall(r"\b(body|condition)=%?([\w.\-]+)", right))
+                yield from walk(parts["body"], times * _turns(line, bodies[parts["condition"]], unknown_loops))
                 continue
             cycles = re.search(r'"estimated_cycles":"(\d+)"', right)
             cycles = int(cycles[1]) if cycles else 0

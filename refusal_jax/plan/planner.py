@@ -12,7 +12,7 @@ import jax
 from refusal_jax.errors import UserError
 from refusal_jax.models.sharding import MESH_AXES, make_mesh
 from refusal_jax.plan.chips import CHIPS, Slice
-from refusal_jax.plan.costs import cache_bytes, cost, gib, roofline, weight_bytes
+from refusal_jax.plan.costs import Sides, cache_bytes, cost, gib, peak_bytes, roofline, weight_bytes
 from refusal_jax.plan.programs import Program, Shapes, Sizes, Workload, programs
 
 WANTED = Sizes(
@@ -27,7 +27,7 @@ FIELDS = tuple(field.name for field in dataclasses.fields(Sizes))
 
 @dataclasses.dataclass(frozen=True)
 class MeshShape:
-    """A mesh without devices. model: ways of tensor parallelism, together."""
+    """A mesh without devices, by the lengths of its axes; `model` is the ways of tensor parallelism together."""
 
     data: int
     fsdp: int
@@ -46,7 +46,7 @@ class MeshShape:
 
 
 def mesh_shapes(chips: int, slices: int = 1) -> Iterator[MeshShape]:
-    """Every mesh of so many chips whose sides are powers of two times what is left; only data crosses slices."""
+    """Yields every mesh of so many chips whose sides are powers of two times what is left; only data crosses slices."""
     model = 1
     while chips // slices % model == 0:
         fsdp = 1
@@ -57,7 +57,7 @@ def mesh_shapes(chips: int, slices: int = 1) -> Iterator[MeshShape]:
 
 
 def ranked_meshes(work: Workload, where: Slice, sizes: Sizes) -> list[MeshShape]:
-    """Meshes that hold the weights and the cache of a quarter of the wanted rows, the fastest study first by rough estimate."""
+    """Returns the meshes that hold the weights and the cache of a quarter of the wanted rows, the fastest study first."""
     cfg, limit = work.cfg, 0.9 * where.chip.hbm  # something is needed for activations
 
     def memory(mesh: MeshShape) -> float:
@@ -80,7 +80,7 @@ def deciding(work: Workload, field: str) -> Callable[[Shapes, int], list[Program
 
 
 def _compiled(program: Program):
-    """(compiled program, "") or (None, what the compiler says about memory)."""
+    """Returns (compiled program, ""), or (None, what the compiler says about memory)."""
     try:
         return program.lower().compile(), ""
     except jax.errors.JaxRuntimeError as error:
@@ -90,7 +90,8 @@ def _compiled(program: Program):
 
 
 def fit(shapes: Shapes, given: int, wanted: int, describe, limit: float, ways: int, note=lambda text: None):
-    """The most rows, from `wanted` down by halves, in which all programs of `describe(shapes, rows)` fit into `limit` bytes.
+    """Returns the most rows, from `wanted` down by halves, in which all programs of `describe(shapes, rows)` fit into
+    `limit` bytes.
 
     given: the rows that are set, 0 if they are open; then whole shares of `ways`, the parts of a batch, are taken. Returns
     (rows, [(program, compiled)], ""), or (0, [], why even the fewest rows do not fit).
@@ -104,7 +105,7 @@ def fit(shapes: Shapes, given: int, wanted: int, describe, limit: float, ways: i
             compiled, why = _compiled(program)
             if compiled is None:
                 break
-            peak = compiled.memory_analysis().peak_memory_in_bytes
+            peak = peak_bytes(compiled)
             if peak > limit:
                 why = f"{program.name} needs {gib(peak)} a chip in {rows} rows, of {gib(limit)}"
                 break
@@ -117,8 +118,11 @@ def fit(shapes: Shapes, given: int, wanted: int, describe, limit: float, ways: i
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What a study would need on a slice. sizes: 0 where nothing fits; stages: those that fit; problems: what does not, and
-    why."""
+    """What a study would need on a slice.
+
+    sizes: the rows of batches, 0 where nothing fits. stages: the costs of those that fit, by name. problems: what does not
+    fit, and why.
+    """
 
     work: Workload
     where: Slice
@@ -138,8 +142,11 @@ class Plan:
 
 @dataclasses.dataclass(frozen=True)
 class StageCost:
-    """seconds, flops (all chips) and bytes (HBM traffic of one chip) in all; peak: bytes of memory a chip; cycles: whether the
-    seconds are from the compiler's cycles."""
+    """The cost of all runs of a stage's programs.
+
+    flops: operations on all chips. bytes: HBM traffic of one chip. peak: bytes of memory on a chip. cycles: whether the seconds
+    are from the compiler's cycles.
+    """
 
     seconds: float
     flops: float
@@ -148,7 +155,7 @@ class StageCost:
     cycles: bool
 
     @classmethod
-    def of(cls, work: Workload, compiled: list, mesh: jax.sharding.Mesh, where: Slice) -> "StageCost":
+    def of(cls, work: Workload, compiled: list, mesh: Sides, where: Slice) -> "StageCost":
         """Returns the sum over the runs of (program, compiled) pairs."""
         costs = [(p, cost(work, p, done, mesh, where)) for p, done in compiled]
         return cls(
@@ -183,6 +190,7 @@ def make_plan(work: Workload, where: Slice, mesh: MeshShape | None = None, note=
 
 
 def _plan_on(work: Workload, where: Slice, mesh: MeshShape, note) -> Plan:
+    """Returns the plan on one mesh, each field of `Sizes` with the most rows that fit."""
     shapes = Shapes(work, make_mesh(mesh.data, mesh.fsdp, mesh.model, where.devices()))
     given = Sizes(0, 0, 0, 0).with_settings(work.config)
     sizes, problems, costs, ways = {}, [], {}, mesh.data * mesh.fsdp
@@ -197,13 +205,13 @@ def _plan_on(work: Workload, where: Slice, mesh: MeshShape, note) -> Plan:
                 ready = [next(compiled) for _ in group.largest(shapes, sizes[field])]
                 rest = group.describe(shapes, sizes[field])[len(ready) :]
                 ready += [(program, program.lower().compile()) for program in rest]
-                costs[group.name] = StageCost.of(work, ready, shapes.mesh, where)
+                costs[group.name] = StageCost.of(work, ready, mesh, where)
     stages = {group.name: costs[group.name] for group in work.groups if group.name in costs}
     return Plan(work, where, mesh, Sizes(**sizes), stages, problems)
 
 
 def device_slice(devices) -> Slice | None:
-    """What is known of these devices, or None where they are no TPUs of a known kind."""
+    """Returns what is known of these devices, or None where they are no TPUs of a known kind."""
     chip = next((chip for chip in CHIPS.values() if devices[0].device_kind in chip.kinds), None)
     if chip is None:
         return None
@@ -212,8 +220,8 @@ def device_slice(devices) -> Slice | None:
 
 
 def run_mesh(work: Workload, settings: Mapping[str, int], devices) -> jax.sharding.Mesh | None:
-    """The mesh of a run: what `config.mesh` asks for or, where it leaves all open, what the plan takes on TPUs, all devices as
-    tensor parallelism on others, and one device where a process has a CPU for itself.
+    """Returns the mesh of a run: the one that `config.mesh` asks for. Where it leaves all open, that is the plan's choice on
+    TPUs, all devices as tensor parallelism on others, and one device where a process has a CPU for itself.
 
     Raises UserError as `make_mesh` does, and for a model that does not fit.
     """
@@ -236,7 +244,7 @@ def run_mesh(work: Workload, settings: Mapping[str, int], devices) -> jax.shardi
 
 
 def run_sizes(work: Workload, mesh: jax.sharding.Mesh | None, devices, note=lambda text: None) -> Sizes:
-    """The batch sizes of a run: what the config sets, and else the most rows that fit, compiled to see.
+    """Returns the batch sizes of a run: what the config sets, and else the most rows that fit, compiled to see.
 
     devices: this process's. Raises UserError for a stage that does not fit in the fewest rows.
     """

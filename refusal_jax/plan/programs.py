@@ -26,7 +26,7 @@ POSITIONS = 5  # post-instruction tokens of most chat templates
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """Rows of a batch: of forward passes, of selection (edits times prompts), of generation, of the loss."""
+    """Rows of a batch in forward passes, in selection (edits times prompts), in generation, and in measuring the loss."""
 
     forward: int
     select: int
@@ -113,26 +113,32 @@ class Shapes:
 
     @functools.cached_property
     def decoder(self) -> Decoder:
+        """Returns the model without weights."""
         return Decoder.abstract(self.work.cfg, jnp.dtype(self.work.dtype), self.mesh)
 
     def array(self, shape, dtype, *axes: str | None) -> jax.ShapeDtypeStruct:
-        named = [axis and (axis, size) for axis, size in zip(axes, shape, strict=False)]
+        """Returns a stand-in for an array, placed by the logical names of its first axes."""
+        named = [(axis, size) if axis else None for axis, size in zip(axes, shape, strict=False)]
         return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding_of(self.mesh, *named))
 
     def edits(self, rows: int, axis: str | None = "batch") -> Edits:
+        """Returns stand-ins for edits of one direction a row."""
         cfg = self.work.cfg
-        return Edits(
+        parts: list[Any] = [
             self.array((rows, 1, cfg.d_model), jnp.float32, axis),
             self.array((rows, cfg.n_layers, len(SITES)), jnp.float32, axis),
             self.array((rows, cfg.d_model), jnp.float32, axis),
             self.array((rows, 1), jnp.int32, axis),
-        )
+        ]
+        return Edits(*parts)
 
     def prompts(self, rows: int, length: int | None = None) -> tuple:
+        """Returns stand-ins for tokens and mask `[B, T]`."""
         shape = rows, length or self.work.length
         return self.array(shape, jnp.int32, "batch"), self.array(shape, jnp.bool_, "batch")
 
     def residual(self, rows: int) -> jax.ShapeDtypeStruct:
+        """Returns a stand-in for the residual stream `[B, T, D]` between two layers."""
         shape, dtype = (rows, self.work.length, self.work.cfg.d_model), jnp.dtype(self.work.dtype)
         if self.mesh is None:
             return self.array(shape, dtype)
@@ -140,11 +146,12 @@ class Shapes:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(self.mesh, spec))
 
     def logits(self, rows: int) -> jax.ShapeDtypeStruct:
+        """Returns a stand-in for the logits `[B, V]` of one token a row."""
         (width, _), _ = weight_place(self.mesh, weight_table(self.work.cfg)["embed"])
         return self.array((rows, width), jnp.float32, "batch", "vocab")
 
     def generation(self, rows: int):
-        """The state that decoding goes on from."""
+        """Returns stand-ins for the state that decoding goes on from."""
         sizes = {"length": self.work.length, "max_new_tokens": self.work.config.generation.max_new_tokens}
         state = jax.eval_shape(functools.partial(empty, rows=rows, pad_id=0, **sizes), self.decoder)
         kv = [

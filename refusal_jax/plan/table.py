@@ -17,14 +17,14 @@ def assumed(work: Workload) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Short: 41 s, 3.2 min, 1.4 h."""
+    """Returns a time in words, such as 41 s, 3.2 min or 1.4 h."""
     if seconds < 100:
         return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
     return f"{seconds / 60:.1f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
 def detail(plan: Plan, name: str) -> str:
-    """One plan, stage by stage."""
+    """Returns one plan as text, stage by stage."""
     lines = [f"{name} on {plan.where.name} ({plan.where.chips} chips of {gib(plan.where.chip.hbm)}), {plan.work.dtype}"]
     if plan.mesh is None:
         return "\n".join([*lines, *(f"does not fit: {problem}" for problem in plan.problems)])
@@ -42,7 +42,7 @@ def detail(plan: Plan, name: str) -> str:
 
 
 def markdown(plans: list[tuple[str, Plan]]) -> str:
-    """A table of plans, a row each."""
+    """Returns a Markdown table of plans, a row each."""
     work = plans[0][1].work
     stages = [group.name for group in work.groups]
     head = f"| model | slice | mesh | rows | peak a chip | {' | '.join(stages)} | in all | chip-hours |"
@@ -66,7 +66,7 @@ def markdown(plans: list[tuple[str, Plan]]) -> str:
 
 
 def as_json(name: str, plan: Plan) -> dict:
-    """Everything in a plan; seconds, bytes and operations as plain numbers."""
+    """Returns everything in a plan: seconds, bytes and operations as plain numbers."""
     return {
         "model": name,
         "topology": plan.where.name,

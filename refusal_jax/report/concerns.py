@@ -144,20 +144,20 @@ def first_words(condition: JudgedCondition, judge: str, most: int = 3) -> str:
 def selection_disagreement(conditions: Sequence[JudgedCondition], judge: str, picked: Mapping) -> list[Concern]:
     """Returns where the selected direction's scores on val prompts say otherwise than the judge of the test completions.
 
-    picked: the direction's row of direction_evaluations.json.
+    picked: the scores of the selected candidate, in the published format.
     """
     by = {(c.harmless, c.intervention): c for c in conditions if not c.over_refusal}
     ablated, added = by.get((False, "ablation")), by.get((True, "actadd"))
     bypass, induce, found = picked["refusal_score"] or 0.0, picked["steering_score"] or 0.0, []
     rate = ablated.rates.get(judge, Rate(0, 0)) if ablated else Rate(0, 0)
-    if rate.n and bypass > CLEAR_SCORE and rate.interval[1] < 0.5:
+    if ablated and rate.n and bypass > CLEAR_SCORE and rate.interval[1] < 0.5:
         claim = (
             "Under ablation the refusal tokens still come first on the validation prompts (bypass score "
             f"{bypass:.1f}), but {judge} counts only {rate} of the completions as refused."
         )
         remedy = "Read the completions: the refusals may be in words that the judge does not look for."
         found.append(Concern(claim, remedy, ((ablated.dataset, "ablation"),), True))
-    if rate.n and bypass < -CLEAR_SCORE and rate.interval[0] > 0.5:
+    if ablated and rate.n and bypass < -CLEAR_SCORE and rate.interval[0] > 0.5:
         claim = (
             "Under ablation the refusal tokens no longer come first on the validation prompts (bypass score "
             f"{bypass:.1f}), but {judge} counts {rate} of the completions as refused: the model refuses with other words or "
@@ -166,7 +166,7 @@ def selection_disagreement(conditions: Sequence[JudgedCondition], judge: str, pi
         remedy = "Read the completions, and add these words to refusal_tokens in the study's config."
         found.append(Concern(claim, remedy, ((ablated.dataset, "ablation"),)))
     rate = added.rates.get(judge, Rate(0, 0)) if added else Rate(0, 0)
-    if rate.n and induce > CLEAR_SCORE and rate.interval[1] < 0.5:
+    if added and rate.n and induce > CLEAR_SCORE and rate.interval[1] < 0.5:
         claim = (
             "Adding the direction makes the refusal tokens come first on harmless validation prompts (induce score "
             f"{induce:.1f}), but {judge} counts only {rate} of the completions as refused."

@@ -11,6 +11,7 @@ import io
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -61,7 +62,8 @@ COSINE = Scale("PiYG", Normalize(-1, 1), 0.0, 2)
 def _drawing(height: float) -> Iterator[Figure]:
     """A figure of `WIDTH` x `height` points, drawn and saved under this module's settings only."""
     defaults = {key: value for key, value in matplotlib.rcParamsDefault.items() if not key.startswith("backend")}
-    with matplotlib.rc_context({**defaults, **STYLE}):
+    settings: dict[Any, Any] = {**defaults, **STYLE}
+    with matplotlib.rc_context(settings):
         figure = Figure((WIDTH / 72, height / 72), facecolor="none")
         FigureCanvasSVG(figure)
         yield figure
@@ -138,7 +140,7 @@ def _colour_bar(figure: Figure, axes: Axes, scale: Scale, most: float) -> None:
     cax = figure.add_axes((1 - 44 / width, box.y0 + 4 / height, 7 / width, box.height - 8 / height))
     bar = figure.colorbar(ScalarMappable(norm, scale.cmap), cax=cax, ticks=[norm.vmin, scale.middle, norm.vmax])
     names = [f"{tick:.2g}".replace("-", "−") for tick in (norm.vmin, scale.middle, norm.vmax)]
-    bar.ax.set_yticklabels([*names[:2], ("≥ " if most > norm.vmax else "") + names[2]])
+    bar.ax.set_yticklabels([*names[:2], ("≥ " if norm.vmax is not None and most > norm.vmax else "") + names[2]])
     bar.ax.tick_params(labelsize=8.5, length=2, pad=2)
     bar.ax.minorticks_off()
     bar.outline.set_visible(False)

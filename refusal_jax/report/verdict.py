@@ -124,7 +124,7 @@ def strength_of(conditions: Sequence[JudgedCondition], judges: Sequence[str]) ->
         if judge in c.rates and c.rates[judge].n and not c.over_refusal:
             found.setdefault((c.harmless, c.intervention), c)
     base, ablated = found.get((False, "baseline")), found.get((False, "ablation"))
-    if base is None or ablated is None:
+    if judge is None or base is None or ablated is None:
         return "none", (
             "No verdict: this run has no judged completions of harmful requests both at baseline and under ablation."
         )

@@ -4,9 +4,8 @@ Names that depend on a condition or a judge are made by functions here. The name
 `refusal_jax.directions`, because directions are also read from folders that hold no run.
 """
 
-from refusal_jax.directions import DIRECTION, METADATA
-
-__all__ = ["DIRECTION", "METADATA"]
+from refusal_jax.directions import DIRECTION as DIRECTION
+from refusal_jax.directions import METADATA as METADATA
 
 PROMPTS = "prompts.json"
 SETUP, FILTER, MEANS = "setup.json", "filter.json", "mean_diffs.safetensors"

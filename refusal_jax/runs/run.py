@@ -27,7 +27,7 @@ from refusal_jax.files import to_json
 from refusal_jax.runs import log
 from refusal_jax.runs.ledger import Ledger, Storage
 from refusal_jax.runs.stage import S, Stage
-from refusal_jax.runs.storage import ToldFiles, named_by, open_storage
+from refusal_jax.runs.storage import DiskFolder, ObjectFolder, ToldFiles, named_by, open_storage
 
 MANIFEST = "manifest.json"
 LOG = logging.getLogger(__name__)
@@ -82,7 +82,14 @@ class Run:
 
     @property
     def folder(self):
+        """Returns the path or the address of the folder."""
         return self.storage.place()
+
+    @property
+    def _owned(self) -> DiskFolder | ObjectFolder:
+        """Returns the folder, in the process that owns it."""
+        assert not isinstance(self.storage, ToldFiles)
+        return self.storage
 
     def discard(self) -> None:
         """Removes what this run wrote, and its folder if nothing else is in it: bad input leaves no trace."""
@@ -90,18 +97,18 @@ class Run:
             written = [file for stage in self.manifest["stages"].values() for file in stage["writes"]]
             if self.log:
                 self.log.drop()
-            self.storage.remove([*written, MANIFEST, *self._ledgers("")])
-            self.storage.remove_folder()
+            self._owned.remove([*written, MANIFEST, *self._ledgers("")])
+            self._owned.remove_folder()
 
     def path(self, name: str):
-        """Where a file is, for people; of one of several processes, where process 0 has it."""
+        """Returns where a file is, for people; of one of several processes, where process 0 has it."""
         return self.storage.place(name)
 
     def exists(self, name: str) -> bool:
         return self.storage.exists(name)
 
     def hash(self, name: str) -> str:
-        """A file's sha256, in hex."""
+        """Returns a file's sha256, in hex."""
         return hashlib.sha256(self.storage.read(name)).hexdigest()
 
     def write(self, name: str, data: bytes) -> None:
@@ -170,7 +177,7 @@ class Run:
         if done:
             return None, reads
         tag = hashlib.sha256(json.dumps(reads, sort_keys=True).encode()).hexdigest()[:12]
-        return Ledger.open(self.storage, f".ledger-{name}-{tag}.jsonl"), reads
+        return Ledger.open(self._owned, f".ledger-{name}-{tag}.jsonl"), reads
 
     def _record(self, name: str, reads: dict, outputs: Sequence[str], seconds: float, found: dict | None) -> None:
         """Enters a stage that is done into the manifest; its ledgers go."""
@@ -183,10 +190,10 @@ class Run:
             **({"found": found} if found else {}),
         }
         self.write_json(MANIFEST, self.manifest)
-        self.storage.remove(self._ledgers(f"{name}-"))
+        self._owned.remove(self._ledgers(f"{name}-"))
 
     def _ledgers(self, prefix: str) -> list[str]:
-        return [name for name in self.storage.names() if name.startswith(f".ledger-{prefix}")]
+        return [name for name in self._owned.names() if name.startswith(f".ledger-{prefix}")]
 
     def _pass_on(self, name: str, outputs: Sequence[str]) -> None:
         """Gives the record and the outputs of a stage to the other processes, if there are any."""
@@ -198,11 +205,12 @@ class Run:
         else:
             files = {file: array.tobytes() for file, array in load(distributed.share(None)).items()}
             self.manifest["stages"][name] = json.loads(files.pop(MANIFEST))
-            self.storage.files |= files
+            assert isinstance(self.storage, ToldFiles)
+            self.storage.told(files)
 
 
 def read_manifest(path: pathlib.Path) -> dict:
-    """A run's manifest; raises UserError if the file is damaged."""
+    """Returns a run's manifest. Raises UserError if the file is damaged."""
     return _parsed_manifest(path, path.read_bytes())
 
 
@@ -262,7 +270,7 @@ def _flat(tree: dict, prefix: str) -> dict:
 
 
 def versions() -> dict[str, str]:
-    """The versions that results may depend on."""
+    """Returns the versions that results may depend on, by package."""
     found = {"python": platform.python_version()}
     for package in PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):

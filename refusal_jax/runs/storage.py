@@ -241,6 +241,10 @@ class ToldFiles:
     def append(self, ledger: str, rows: Sequence[dict]) -> None:
         pass
 
+    def told(self, files: dict[str, bytes]) -> None:
+        """Takes files that process 0 has told."""
+        self.files |= files
+
 
 def _lines(rows: Sequence[dict]) -> bytes:
     return "".join(json.dumps(row) + "\n" for row in rows).encode()

@@ -205,10 +205,8 @@ def programs(shapes: Shapes, rows: int) -> list[Program]:
     return [Program("extraction", lower, runs, rows, work.length, work.cfg.n_layers)]
 
 
-OPENINGS, RARE = (
-    10,
-    0.001,
-)  # how many beginnings of replies the report shows, and the mean probability that makes one rare
+OPENINGS = 10  # how many beginnings of replies the report shows
+RARE = 0.001  # the mean probability under which a beginning is rare
 
 
 def telling_openings(openings: list[dict]) -> list[dict]:
@@ -218,10 +216,10 @@ def telling_openings(openings: list[dict]) -> list[dict]:
     return seen[: max(OPENINGS, sum(row["chosen"] for row in openings))]
 
 
-def filter_rows(scores: dict[str, dict]) -> list[dict]:
+def filter_rows(splits: dict[str, dict]) -> list[dict]:
     """Returns for each split its prompts, how many the filter kept, and the range of their refusal scores."""
     rows = []
-    for split, found in scores.items():
+    for split, found in splits.items():
         scores = [score for score in found["scores"] if math.isfinite(score)]
         rows.append(
             {

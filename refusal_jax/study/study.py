@@ -63,7 +63,7 @@ def run_study(config: StudyConfig | Mapping[str, Any], workdir: str | os.PathLik
             for stage in STAGES:
                 run.stage(stage, study)
         except UserError:
-            if run.new and run.worked in ([], ["prompts"]):  # nothing was computed yet
+            if run.new and run.worked in ([], [prompts.STAGE.name]):  # nothing was computed yet
                 run.discard()
             raise
         return run
