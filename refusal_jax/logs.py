@@ -83,14 +83,19 @@ def on_terminal() -> bool:
 def shown(level: str = "info") -> Iterator[None]:
     """Shows the records of this package on stderr, from a level on, while a job runs.
 
-    level: a key of LEVELS. At "debug", other libraries' records are made too, and go to the run's log file, but not to stderr.
+    level: a key of LEVELS. At "debug", other libraries' records are made too: all go to the run's log file, warnings to stderr.
     """
-    handlers, root = [Stderr(LEVELS[level]), Early(level == "debug")], logging.getLogger()
+    handlers, root, others = (
+        [Stderr(LEVELS[level]), Early(level == "debug")],
+        logging.getLogger(),
+        Stderr(logging.WARNING),
+    )
     before = LOG.level, LOG.propagate, root.level
     LOG.setLevel(min(LEVELS[level], logging.INFO))
     LOG.propagate = False
     if level == "debug":
         root.setLevel(logging.DEBUG)
+        root.addHandler(others)  # without one, Python would show everything
     for handler in handlers:
         LOG.addHandler(handler)
     try:
@@ -98,6 +103,7 @@ def shown(level: str = "info") -> Iterator[None]:
     finally:
         for handler in handlers:
             LOG.removeHandler(handler)
+        root.removeHandler(others)
         root.setLevel(before[2])
         LOG.propagate = before[1]
         LOG.setLevel(before[0])

@@ -137,12 +137,14 @@ def test_a_run_keeps_its_log(tmp_path):
 def test_other_libraries_are_in_the_log_at_debug(level, held, tmp_path, capsys):
     def work(opened, ledger):
         OTHER.debug("chatter")
+        OTHER.warning("a warning")
         opened.write_json("a.json", 1)
 
     with logs.shown(level):
         run(tmp_path, work)
-    text = (tmp_path / log.NAME).read_text()
-    assert ("] otherlib.part debug: chatter\n" in text) == held and "chatter" not in capsys.readouterr().err
+    text, said = (tmp_path / log.NAME).read_text(), capsys.readouterr().err
+    assert ("] otherlib.part debug: chatter\n" in text) == held and "chatter" not in said
+    assert ("] otherlib.part warning: a warning\n" in said) == held
 
 
 def fails(error):
@@ -213,6 +215,7 @@ def test_the_flag_of_all_jobs(capsys):
     assert common.parse("study", ["--workdir=x", "list"]) == ("info", ["--workdir=x", "list"])
     assert common.parse("lm_eval", ["--tasks", "x", "--log_level", "debug"]) == ("debug", ["--tasks", "x"])
     assert common.parse("study", []) == ("info", [])
+    assert not [handler for handler in logging.getLogger().handlers if type(handler) is logging.StreamHandler]
     assert run_job("study", ["--log_level=loud"]) == 2
     assert "--log_level=loud: value should be one of <debug|info|warning|error> See" in " ".join(
         capsys.readouterr().err.split()

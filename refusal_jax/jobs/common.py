@@ -10,15 +10,15 @@ LOG_LEVEL = flags.DEFINE_enum(
     "log_level",
     "info",
     list(LEVELS),
-    f"The least important messages that are shown on stderr: {', '.join(LEVELS)}. A study's log.txt has at least those of info; "
-    "with debug it also has those of JAX and other libraries.",
+    "The least severe messages that are shown on stderr. A study's log.txt has at least those of level info; with debug it also "
+    "has those of JAX and other libraries.",
     flag_values=FLAGS,
 )
 
 
 def parse(job: str, argv: list[str]) -> tuple[str, list[str]]:
     """Returns the level to log at and the arguments that are left for the job. Raises UserError for a level that is none."""
-    FLAGS.unparse_flags()
+    FLAGS["log_level"].unparse()  # what an earlier job of this process was given
     try:
         left = FLAGS([f"refusal-jax {job}", *argv], known_only=True)
     except flags.Error as error:
