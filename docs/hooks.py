@@ -1,0 +1,85 @@
+"""What MkDocs does with the pages beyond Markdown: parts that come from the code, formulas, and notes on what a block needs.
+
+A page says `<!-- generated: NAME -->` where a part of it is made from the code, so that it cannot become wrong; and
+`<!-- needs: NAME -->` before a block of commands or code that the tests do not run, which becomes a note that readers see.
+"""
+
+import html
+import os
+import re
+from collections.abc import Iterator
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+from latex2mathml.converter import convert
+
+from refusal_jax.axes import AXES
+from refusal_jax.errors import UserError
+from refusal_jax.jobs.main import JOBS, docstring
+from refusal_jax.study.config import get_config
+
+# What a block of commands or code may need that the tests do not have, and how a reader is told.
+NEEDS = {
+    "tpu": "Needs a TPU",
+    "gpu": "Needs a GPU",
+    "network": "Needs a network",
+    "model": "Needs a downloaded model",
+    "minutes": "Takes minutes",
+    "checkout": "An excerpt, which needs the rest of its file",
+}
+MARK = re.compile(r"^( *)<!-- (needs|generated): ([\w, ]+) -->$", re.MULTILINE)
+FORMULA = re.compile(r'<(span|div) class="arithmatex">\\([(\[])(.*?)\\[)\]]</\1>', re.DOTALL)
+
+
+def axes() -> Iterator[str]:
+    """Yields a table of the axis letters."""
+    yield "| letter | axis |\n|---|---|"
+    for letter, meaning in AXES.items():
+        yield f"| `{letter}` | {meaning} |"
+
+
+def settings() -> Iterator[str]:
+    """Yields a table of the settings of each section."""
+    section = None
+    for one in get_config().described():
+        name, _, last = one.path.rpartition(".")
+        if name != section:
+            section = name
+            yield f"\n## {name or 'The study'}\n\n| field | default | meaning |\n|---|---|---|"
+        meaning = html.escape(one.meaning, quote=False).replace("|", "\\|")
+        yield f"| `{last}` | `{one.value!r}` | {meaning} |"
+
+
+def jobs() -> Iterator[str]:
+    """Yields the help text of each job."""
+    for job in JOBS:
+        yield f"## {job}\n\n```text\n{docstring(job)}\n```\n"
+
+
+GENERATED = {"axes": axes, "settings": settings, "jobs": jobs}
+
+
+def _marked(found: re.Match) -> str:
+    indent, kind, names = found.groups()
+    if kind == "generated":
+        return "\n".join(GENERATED[names]())
+    try:
+        told = " and ".join(NEEDS[name] for name in names.split(", "))
+    except KeyError as error:
+        raise UserError(f"{found[0].strip()}: {error} is not one of {', '.join(NEEDS)}.") from None
+    return f"{indent}*{told}:*\n{indent}{{ .needs }}\n"
+
+
+def on_page_markdown(markdown: str, **_) -> str:
+    """Returns the page with its marks replaced."""
+    return MARK.sub(_marked, markdown)
+
+
+def on_page_content(content: str, **_) -> str:
+    """Returns the page with its formulas as MathML."""
+
+    def formula(found: re.Match) -> str:
+        display = "block" if found[2] == "[" else "inline"
+        return convert(html.unescape(found[3]).strip(), display=display)
+
+    return FORMULA.sub(formula, content)
