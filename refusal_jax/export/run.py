@@ -66,7 +66,7 @@ def export(request: Request) -> dict:
     base = base_model(request.source, request.base)
     start = time.monotonic()
     with staged(request.target, size) as folder:
-        if request.form == "hf":
+        if plan is not None:
             written = plan.write(folder)
         elif request.form == "lora":
             written = lora.write_lora(checkpoint, folder, edit, request.tied, base["name"])

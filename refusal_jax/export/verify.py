@@ -4,7 +4,9 @@ the original; all models go through the layers together, so that one block of on
 import dataclasses
 import pathlib
 from collections.abc import Sequence
+from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from refusal_jax.chat.loss_rows import LossRow, chat_rows, text_rows
@@ -93,7 +95,7 @@ def verify(checkpoint: Checkpoint, folder: pathlib.Path, edit: Edit, written: Wr
             finite = [np.isfinite(readings.logits_pv).all(), np.isfinite(readings.nll_n).all()]
             check_finite(finite, "float32", f"The {name} cannot be compared with", name == "reference")
         found[name] = differences(base, readings) | {"projection": stream.projection()}
-    result = {"prompts": len(sample.prompts), "texts": len(sample.texts), "text_tokens": len(targets)}
+    result: dict[str, Any] = {"prompts": len(sample.prompts), "texts": len(sample.texts), "text_tokens": len(targets)}
     result |= {name: numbers for name, numbers in found.items() if name not in TIED}
     if written.tied:
         embedding = checkpoint.tensors[TABLES[checkpoint.cfg.family]["embed"]].size
@@ -161,7 +163,9 @@ def differences(base: Readings, other: Readings) -> dict[str, float]:
     return {
         "max_logit_difference": float(gap.max()),
         "mean_logit_difference": float(gap.mean()),
-        "mean_kl": float(np.mean(np.asarray(kl_divergence(base.logits_pv, other.logits_pv), np.float64))),
+        "mean_kl": float(
+            np.mean(np.asarray(kl_divergence(jnp.asarray(base.logits_pv), jnp.asarray(other.logits_pv)), np.float64))
+        ),
         "ce_loss": loss,
         "perplexity": float(np.exp(min(loss, 700.0))),
     }
