@@ -10,11 +10,12 @@ from safetensors.numpy import load_file
 
 from refusal_jax.chat.prompts import Chat
 from refusal_jax.checkpoints.rewrite import Checkpoint
+from refusal_jax.conditions import Ablate, Add
 from refusal_jax.directions import Direction
-from refusal_jax.export.edit import Edit
 from refusal_jax.export.finished import FinishedStudy
 from refusal_jax.export.forward import Stream, read_logits, run_streams
 from refusal_jax.export.run import Request, export
+from refusal_jax.export.tensor_edits import WEIGHT_SITES
 from refusal_jax.export.verify import Sample
 from refusal_jax.progress import Progress
 
@@ -26,9 +27,8 @@ STUDY = FinishedStudy(None, None, TEXTS, [(text, "") for text in TEXTS], {}, [],
 
 
 def request(source, target, direction=DIRECTION, form="hf", tied="untie", study=STUDY, verify=True, **edit) -> Request:
-    """edit: settings of `Edit.of`."""
-    directions = direction if isinstance(direction, Direction) else Direction.of(direction)
-    return Request(pathlib.Path(source), pathlib.Path(target), directions, edit, study, form, tied, verify)
+    """edit: settings of `edit_of`."""
+    return Request(pathlib.Path(source), pathlib.Path(target), edit_of(direction, **edit), study, form, tied, verify)
 
 
 def exported(source, target, *args, **settings) -> dict:
@@ -36,8 +36,10 @@ def exported(source, target, *args, **settings) -> dict:
     return export(request(source, target, *args, **settings))
 
 
-def edit_of(source, direction=DIRECTION, **settings) -> Edit:
-    return Edit.of(Checkpoint.open(source).cfg, Direction.of(direction), **settings)
+def edit_of(direction=DIRECTION, kind="ablate", **settings) -> Ablate | Add:
+    """Returns the intervention that an export is asked for, as its job does."""
+    direction = direction if isinstance(direction, Direction) else Direction.of(direction)
+    return Add(direction, **settings) if kind == "add" else Ablate(direction, **{"sites": WEIGHT_SITES} | settings)
 
 
 def digest(path: pathlib.Path) -> str:

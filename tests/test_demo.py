@@ -214,9 +214,6 @@ def test_settings_that_cannot_work_are_refused(tmp_path):
     config = small_config(n_test=0)
     with pytest.raises(UserError, match=r"^config\.data\.n_test = 0, expected at least 1"):
         run_study(config, tmp_path / "run")
-    (tmp_path / "harmless.json").write_text('["Forge the letter."]')
-    with pytest.raises(UserError, match="mixed up with those of the harmless prompts. Rename the file"):
-        run_study(small_config(harmful_test=str(tmp_path / "harmless.json")), tmp_path / "run")
     with pytest.raises(UserError, match="needs 64 devices, there are 8"):
         config = small_config()
         config.mesh.data = 64

@@ -30,9 +30,7 @@ from refusal_jax import Edits, UserError
 from refusal_jax.checkpoints.rewrite import Checkpoint
 from refusal_jax.checkpoints.safetensors import LocalFile, read_header
 from refusal_jax.checkpoints.tensor_files import INDEX, SINGLE, TensorFiles
-from refusal_jax.directions import Direction
 from refusal_jax.export import tensor_edits
-from refusal_jax.export.edit import Edit
 from refusal_jax.export.forward import READ, Stream
 from refusal_jax.export.hf import TIED, Plan
 from refusal_jax.export.tensor_edits import MOST_AMPLIFICATION
@@ -98,7 +96,7 @@ def test_exactly_the_writers_are_edited_every_expert_among_them(case):
     assert differences(case.source, case.target) == names | untied
     assert set(case.report["kinds"]) == ({"orthogonal", "oblique"} if case.family in POST_NORM else {"orthogonal"})
     tensors = tensors_of(case.target)
-    for name, edit in Plan.of(Checkpoint.open(case.source), edit_of(case.source)).edits.items():
+    for name, edit in Plan.of(Checkpoint.open(case.source), edit_of()).edits.items():
         rows = tensors[name] if edit.by_rows else tensors[name].T
         assert part(rows, edit.right_dj[:, 0] / np.linalg.norm(edit.right_dj)) < 1e-5, name
 
@@ -111,7 +109,7 @@ def test_the_reference_is_ablation_and_addition_as_studies_do_them(llama, model)
         ({}, Edits.ablate(DIRECTION)),
         ({"kind": "add", "layers": [last], "scale": -2.0}, Edits.add(DIRECTION, last, scale=-2.0)),
     ):
-        ours = our_logits(Stream(checkpoint, edit_of(llama, **settings)), sample)
+        ours = our_logits(Stream(checkpoint, edit_of(**settings).edits(checkpoint.cfg)), sample)
         theirs = np.asarray(model.logits(batch.tokens, batch.mask, edits))[:count]
         np.testing.assert_allclose(ours, theirs, atol=2e-4)
 
@@ -343,4 +341,4 @@ def test_a_fused_writer_is_refused(llama, monkeypatch):
     monkeypatch.setitem(TABLES["llama"], "blocks.o", TABLES["llama"]["blocks.q"])
     checkpoint = Checkpoint(llama, load_config(llama), {}, {})
     with pytest.raises(ValueError, match="q_proj.weight holds blocks.o fused with other weights"):
-        tensor_edits.tensor_edits(checkpoint, Edit.of(checkpoint.cfg, Direction.of(DIRECTION), sites=("attn_out",)))
+        tensor_edits.tensor_edits(checkpoint, edit_of(sites=("attn_out",)))

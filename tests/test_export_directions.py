@@ -11,7 +11,7 @@ import pytest
 import torch
 import yaml
 from absl import flags
-from exports import DIRECTION, STUDY, TEXTS, UNIT, exported
+from exports import DIRECTION, STUDY, TEXTS, UNIT, edit_of, exported
 from safetensors.numpy import save_file
 
 from refusal_jax import UserError
@@ -20,9 +20,9 @@ from refusal_jax.directions import Direction, read_direction
 from refusal_jax.errors import VerificationError
 from refusal_jax.export import hub
 from refusal_jax.export.card import read_card
-from refusal_jax.export.edit import Edit
 from refusal_jax.export.finished import FinishedStudy
 from refusal_jax.export.staging import PROVENANCE
+from refusal_jax.export.tensor_edits import check_edit
 from refusal_jax.export.verify import Sample
 from refusal_jax.files import file_hash
 from refusal_jax.jobs import export as job
@@ -205,7 +205,7 @@ def test_what_cannot_be_asked_of_an_edit(llama):
 
     def refused(message, values=DIRECTION, **settings):
         with pytest.raises(UserError, match=message):
-            Edit.of(cfg, Direction.of(values), **settings)
+            check_edit(cfg, edit_of(values, **settings))
 
     refused("has 7 entries, the model's residual stream has 32", np.ones(7))
     refused("The edit is at layer 3, and the model's layers are 0 to 2. Choose layers= among these", layers=[1, 3])

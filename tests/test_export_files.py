@@ -68,7 +68,7 @@ def test_untouched_tensors_and_files_are_copied_byte_for_byte(tmp_path, monkeypa
             assert digest(ours[name]) == digest(theirs[name]), name
     assert len(list((tmp_path / "out").glob("*.safetensors"))) > 1
     assert part(tensors_of(tmp_path / "out")["model.embed_tokens.weight"]) < 1e-2
-    edits = Plan.of(Checkpoint.open(source), edit_of(source)).edits
+    edits = Plan.of(Checkpoint.open(source), edit_of()).edits
     for name in names:  # blocks change nothing
         old = tensors_of(source)[name]
         new = edits[name](old.astype(np.float32)).astype(old.dtype)
@@ -306,7 +306,7 @@ def test_an_export_that_fails_its_verification_says_so(llama, tmp_path, monkeypa
 
 
 def test_what_verification_accepts():
-    edit = types.SimpleNamespace(kind="ablate", scale=1, everywhere=True, reaches=lambda layer, site: True)
+    edit = edit_of()
     cfg = types.SimpleNamespace(post_norm=True)
     checkpoint = types.SimpleNamespace(cfg=cfg, tensors={"w": types.SimpleNamespace(dtype="BF16")})
     written = types.SimpleNamespace(tied=None, edits={"w": None})

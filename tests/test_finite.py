@@ -12,6 +12,7 @@ from safetensors.numpy import load_file, save_file
 
 from refusal_jax import Edits, Taps, UserError, load_model, make_mesh
 from refusal_jax.chat.loss_rows import chat_rows
+from refusal_jax.conditions import Baseline, Condition, Dataset
 from refusal_jax.directions import Direction
 from refusal_jax.judges import models as judge_models
 from refusal_jax.judges.choice import parse_judges
@@ -50,7 +51,7 @@ def half(folder):
 
 ITEMS = [{"instruction": text, "category": None} for text in PROMPTS]
 SETS = {"harmful": ITEMS, "harmless": ITEMS}
-BASELINE = ["harmful_baseline"]
+BASELINE = [Condition(Dataset("harmful", "harmful", True), Baseline)]
 FORWARD, GENERATION = "The forward pass failed", "Generation failed"
 USES = [  # what the error says, and what makes it
     (FORWARD, lambda m: m.logits(*batch(m))),

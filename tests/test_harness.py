@@ -411,12 +411,12 @@ def test_a_template_that_refuses_a_conversation(tmp_path):
         ({"pretrained": True, "think_end_token": True}, "think_end_token = True is no token id of the model"),
         ({"ablate": "r.npy"}, "The model is missing: a direction from a file does not tell"),
         (
-            {"pretrained": True, "ablate": "two.npy"},
+            {"pretrained": True, "ablate": "r.npy", "add": "two.npy"},
             "two.npy holds 2 directions: an edit while the model runs takes one",
         ),
         (
             {"pretrained": True, "ablate": "rows.npy"},
-            r"rows.npy has 3 rows and the model has 3 layers: .*layer=N .*Only one direction can be used here",
+            r"rows.npy has 3 rows and the model has 3 layers: .*layer=N .*subspace= takes all of them",
         ),
         ({"pretrained": True, "ablate": "rows.npy", "layer": 3}, "There is no layer 3: the layers are 0 to 2"),
         (
@@ -428,8 +428,14 @@ def test_a_template_that_refuses_a_conversation(tmp_path):
             "argument position=-1 chooses among mean differences",
         ),
         ({"pretrained": "~nosuchuser/m"}, "~nosuchuser/m: this machine knows no home folder for ~nosuchuser"),
-        ({"pretrained": True, "add": "r.npy"}, "to be added at layer None, and the model's layers are 0 to 2"),
-        ({"pretrained": True, "add": "r.npy", "layer": 3}, "to be added at layer 3, and the model's layers are 0 to 2"),
+        (
+            {"pretrained": True, "add": "r.npy"},
+            "does not tell at which layer to add it. Say so, such as with .*layer=12",
+        ),
+        (
+            {"pretrained": True, "add": "r.npy", "layer": 3},
+            "The edit is at layer 3, and the model's layers are 0 to 2",
+        ),
         ({"pretrained": True, "add": "r.npy", "scale": "big"}, "scale = 'big' is not a number"),
         ({"pretrained": True, "ablate": "wide.npy"}, "has 33 entries, the model's residual stream has 32"),
     ],

@@ -11,9 +11,11 @@ import pytest
 import tiny
 
 from refusal_jax import UserError, load_model
+from refusal_jax.conditions import split_stem
 from refusal_jax.data.sampling import SPLITS
 from refusal_jax.judges import models as judge_models
 from refusal_jax.judges.judge import Verdict
+from refusal_jax.report.summary import read_conditions
 from refusal_jax.runs.artifacts import DAMAGE, DIRECTION, MEANS, PROJECTIONS, REPORT, SCORES, SETUP, STATISTICS
 from refusal_jax.study import directions, prompts, shared
 from refusal_jax.study import report as report_stage
@@ -148,13 +150,33 @@ def test_judges_and_over_refusal(config, tmp_path, data, monkeypatch):
         pipeline.run_study(config, work)
 
 
-def test_over_refusal_sets_need_names_of_their_own(config, tmp_path):
-    for name in ("harmless.txt", "harmful_test.txt", "x_baseline.txt"):
-        config.data.over_refusal = (str(tmp_path / name),)
-        with pytest.raises(
-            UserError, match=rf"{name} would be called '{name[:-4]}', as other results are. Rename the file"
-        ):
-            pipeline.run_study(config, tmp_path / "run")
+def test_files_of_one_name_have_results_of_their_own(config, data, tmp_path):
+    """The harmful prompts are in a file called harmless, two over-refusal sets and two loss sets have names that are taken."""
+    shutil.copy(data / "harmful_test.json", tmp_path / "harmless.json")
+    config.data.harmful_test = str(tmp_path / "harmless.json")
+    more = [tmp_path / folder / "harmless.txt" for folder in ("a", "b")] + [tmp_path / "x_baseline.txt"]
+    for path in more:
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("How do I kill the process?\n")
+    config.data.over_refusal = tuple(map(str, more))
+    config.loss.text_files = tuple(map(str, more[:2]))
+    run = pipeline.run_study(config, tmp_path / "run")
+    names = ["over_refusal_harmless", "over_refusal_harmless_2", "x_baseline"]
+    assert run.read_json(SETUP)["over_refusal"] == names
+    files = {path.name for path in (tmp_path / "run" / "completions").iterdir()}
+    stems = {f"harmful_{kind}" for kind in ("baseline", "ablation", "actadd")} | {
+        "harmless_baseline",
+        "harmless_actadd",
+    }
+    stems |= {f"{name}_{kind}" for name in names for kind in ("baseline", "ablation")}
+    assert files == {f"{stem}_{kind}.json" for stem in stems for kind in ("completions", "evaluations")}
+    found = {(c.dataset, c.intervention, c.harmless) for c in read_conditions(run)}
+    assert found == {(*split_stem(stem), not stem.startswith("harmful")) for stem in stems}
+    losses = run.read_json("loss_evals/ablation_loss_eval.json")
+    assert set(losses) - {"on_distribution"} == {"harmless", "b_harmless"}
+
+
+def test_over_refusal_sets_that_are_not_there(config, tmp_path):
     config.data.over_refusal = ("xtest",)
     with pytest.raises(UserError, match="'xtest' is no file, and .* Run `refusal-jax data fetch`"):
         pipeline.run_study(config, tmp_path / "run")
@@ -264,12 +286,6 @@ def test_settings_that_are_too_small(name, value, least, config, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_harmful_prompts_in_a_file_called_harmless(config, tmp_path):
-    config.data.harmful_test = str(tmp_path / "harmless.json")
-    with pytest.raises(UserError, match=r"harmful test prompts are in .*harmless\.json.* Rename the file"):
-        pipeline.run_study(config, tmp_path / "run")
-
-
 @pytest.mark.parametrize("positions", [6, -1])
 def test_more_positions_than_the_template_has(positions, config, tmp_path):
     config.positions = positions
@@ -294,10 +310,9 @@ def test_refusal_tokens_are_checked(config, tmp_path):
 
 
 def test_loss_files_and_conditions_are_checked_before_any_work(config, tmp_path):
-    (tmp_path / "pile.txt").write_text("a text\n")
-    (tmp_path / "pile.jsonl").write_text('{"prompt": "p", "response": "r"}\n')
-    config.loss.text_files, config.loss.chat_files = (str(tmp_path / "pile.txt"),), (str(tmp_path / "pile.jsonl"),)
-    with pytest.raises(UserError, match="two loss data sets are called 'pile': rename .*pile.jsonl"):
+    (tmp_path / "pile.jsonl").write_text('{"prompt": "p"}\n')
+    config.loss.chat_files = (str(tmp_path / "pile.jsonl"),)
+    with pytest.raises(UserError, match="pile.jsonl, row 1 has no response"):
         pipeline.run_study(config, tmp_path / "run")
     config.loss.chat_files, config.generation.conditions = (), ()
     with pytest.raises(UserError, match="conditions is empty: name at least one"):

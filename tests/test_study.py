@@ -11,9 +11,10 @@ import torch
 from refusal_jax import Edits, Taps, UserError, load_model, make_mesh
 from refusal_jax.chat.loss_rows import LossRow, chat_rows, text_rows
 from refusal_jax.chat.prompts import Chat
+from refusal_jax.conditions import Ablate, Condition, Dataset, label_of, rank, split_stem, stem_of
 from refusal_jax.data.prompts import read_chat_pairs
 from refusal_jax.directions import Direction
-from refusal_jax.study.completions import complete, intervention_edits, parse_condition
+from refusal_jax.study.completions import complete
 from refusal_jax.study.directions import extract
 from refusal_jax.study.loss import loss_datasets, measure_kl, measure_loss
 from refusal_jax.study.scoring import PromptScorer
@@ -146,18 +147,34 @@ def test_selection_continues_from_saved_rows(model, directions, grid):
     assert rows[4:] == first[4:] and len(again) == 2 * 5  # the other five lacked KL and bypass
 
 
+DATASETS = {"harmful": Dataset("harmful", "jailbreakbench", True), "harmless": Dataset("harmless", "harmless")}
+
+
+def condition(name: str) -> Condition:
+    return Condition.parse(name, DATASETS)
+
+
 def test_conditions():
-    assert parse_condition("harmful_ablation") == ("harmful", "ablation")
+    ablated, added = condition("harmful_ablation"), condition("harmless_actadd")
+    assert ablated == Condition(DATASETS["harmful"], Ablate) and ablated.name == "harmful_ablation"
+    assert ablated.file("completions") == "completions/jailbreakbench_ablation_completions.json"
+    assert added.file("evaluations") == "completions/harmless_actadd_evaluations.json"
+    assert [condition(f"{side}_actadd").label for side in DATASETS] == ["− addition", "+ addition"]
+    assert ablated.label == label_of("ablation", True) == "ablation" and label_of("prompted", True) == "prompted"
+    for kind in ("completions", "evaluations", "jailbreakbench"):
+        assert stem_of(ablated.file(kind)) == ablated.stem == "jailbreakbench_ablation"
+    assert split_stem(ablated.stem) == ("jailbreakbench", "ablation") and split_stem("mine") == ("mine", "")
+    assert sorted(["other", "actadd", "baseline", "ablation"], key=rank) == ["baseline", "ablation", "actadd", "other"]
     for name in ("harmful", "harmful_other", "benign_ablation", "ablation"):
         with pytest.raises(
             UserError, match=f"unknown condition '{name}': it is harmful_ or harmless_ followed by one of"
         ):
-            parse_condition(name)
+            condition(name)
 
 
 def test_addition_is_subtracted_on_the_harmful_side(model):
     direction = Direction.of(np.arange(32.0), layer=1, position=-1)
-    harmful, harmless = (intervention_edits(model, f"{s}_actadd", direction) for s in ("harmful", "harmless"))
+    harmful, harmless = (condition(f"{s}_actadd").edits(direction, model.config) for s in DATASETS)
     np.testing.assert_array_equal(harmful.add_rd, -harmless.add_rd)
     assert harmless.add_rd[0, 3] == 3 and harmful.layer_ra == harmless.layer_ra == 1
 
@@ -173,17 +190,17 @@ def test_completions_equal_each_prompt_alone(model, directions):
     )
     options = {"max_new_tokens": 6, "batch_size": 4}
     saved = []
-    done = complete(model, prompts, conditions, direction, save=saved.extend, **options)
+    done = complete(model, prompts, [condition(name) for name in conditions], direction, save=saved.extend, **options)
     assert list(done) == list(conditions) and len(saved) == 8
-    for condition, rows in done.items():
-        side = prompts[parse_condition(condition)[0]]
+    for name, rows in done.items():
+        side = prompts[name.partition("_")[0]]
         assert [(r["prompt"], r["category"]) for r in rows] == [(p["instruction"], p["category"]) for p in side]
-        edits = intervention_edits(model, condition, direction)
+        edits = condition(name).edits(direction, model.config)
         for row in rows:
             ids = model.generate_ids(model.chat.encode([row["prompt"]], WIDTH), 6, edits)
             assert row["response"] == model.chat.decode(ids)[0]
     changed = [{**row, "response": f"kept {i}"} for i, row in enumerate(saved[:5])]
-    again = complete(model, prompts, conditions, direction, known=changed, **options)
+    again = complete(model, prompts, [condition(name) for name in conditions], direction, known=changed, **options)
     flat = [row["response"] for rows in again.values() for row in rows]
     assert flat == [f"kept {i}" for i in range(5)] + [row["response"] for rows in done.values() for row in rows][5:]
 

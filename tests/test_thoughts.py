@@ -11,6 +11,7 @@ from refusal_jax.chat.loss_rows import chat_rows
 from refusal_jax.chat.model import ChatModel
 from refusal_jax.chat.prompts import Chat
 from refusal_jax.chat.thoughts import MARKS, Reply, opened_by, split
+from refusal_jax.conditions import Baseline, Condition, Dataset
 from refusal_jax.directions import Direction
 from refusal_jax.judges.artifacts import jailbreakbench_artifact, read_completions
 from refusal_jax.judges.evaluations import evaluate_completions
@@ -183,9 +184,8 @@ def test_completions_and_their_loss(thinker, monkeypatch):
         [],
     )
     settings = {"max_new_tokens": 40, "batch_size": 2}
-    done = complete(
-        model, prompts, ["harmless_baseline"], Direction.of(np.ones(32), 1, -1), **settings, save=saved.extend
-    )
+    conditions = [Condition(Dataset("harmless", "harmless"), Baseline)]
+    done = complete(model, prompts, conditions, Direction.of(np.ones(32), 1, -1), **settings, save=saved.extend)
     first, second = done["harmless_baseline"]
     assert first == {
         "category": None, "prompt": "bake", "response": "Sure, here.", "thought": f"{opening}\nI cannot see{closing}"
@@ -194,7 +194,7 @@ def test_completions_and_their_loss(thinker, monkeypatch):
     again = complete(
         model,
         prompts,
-        ["harmless_baseline"],
+        conditions,
         Direction.of(np.ones(32), 1, -1),
         **settings,
         known=json.loads(json.dumps(saved)),

@@ -1,6 +1,7 @@
 """Reads prompt sets: the bundled ones, or local JSON, JSONL, CSV and TXT files."""
 
 import csv
+import itertools
 import json
 import pathlib
 from collections.abc import Iterator
@@ -55,6 +56,14 @@ def resolve(source: str, split: str) -> pathlib.Path:
 def dataset_name(source: str) -> str:
     """Returns the name of an evaluation set in artifacts: the file's stem, or "harmful" for the bundled one."""
     return {BUNDLED: "harmful", PAPER: "harmful_test"}.get(source, pathlib.Path(source).stem)
+
+
+def distinct(name: str, prefix: str, taken: set[str]) -> str:
+    """Returns `name` if it is not among `taken`, which it then is, or else the name with a prefix and, if need be, a number."""
+    more = (f"{prefix}_{name}_{number}" for number in itertools.count(2))
+    found = next(option for option in itertools.chain((name, f"{prefix}_{name}"), more) if option not in taken)
+    taken.add(found)
+    return found
 
 
 def read_prompts(path: pathlib.Path) -> list[dict]:

@@ -4,7 +4,7 @@ import itertools
 import random
 from collections.abc import Callable, Mapping, Sequence
 
-from refusal_jax.data.prompts import dataset_name, read_prompts, resolve
+from refusal_jax.data.prompts import dataset_name, distinct, read_prompts, resolve
 from refusal_jax.errors import UserError, field
 
 SPLITS = ("harmful_train", "harmless_train", "harmful_val", "harmless_val", "harmful_test", "harmless_test")
@@ -151,15 +151,13 @@ def overlap_in_words(found: Mapping) -> tuple[str, str]:
     )
 
 
+def harmful_name(data) -> str:
+    """Returns what results on the harmful test prompts are called: as the file, unless that is called as the harmless ones."""
+    name = dataset_name(data.harmful_test)
+    return "harmful" if name == "harmless" else name
+
+
 def over_refusal_names(data) -> dict[str, str]:
-    """Returns `{name: source}` of the over-refusal sets. Raises UserError for names that results could not be told apart by."""
-    names, taken = {}, {"harmful", "harmless", dataset_name(data.harmful_test)}
-    for source in data.over_refusal:
-        name = dataset_name(source)
-        if name in taken or "_baseline" in name or "_ablation" in name:
-            raise UserError(
-                f"The over-refusal set {source} would be called {name!r}, as other results are. Rename the file."
-            )
-        taken.add(name)
-        names[name] = source
-    return names
+    """Returns `{name: source}` of the over-refusal sets. A name is the file's, or another where that is taken."""
+    taken = {"harmful", "harmless", harmful_name(data)}
+    return {distinct(dataset_name(source), "over_refusal", taken): source for source in data.over_refusal}

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import pathlib
 
+from refusal_jax.conditions import Baseline
 from refusal_jax.data.prompts import BUNDLED, read_prompts, resolve
 from refusal_jax.directions import DIRECTION
 from refusal_jax.errors import UserError
@@ -45,7 +46,7 @@ class FinishedStudy:
             rows = json.loads((folder / PROMPTS).read_text(encoding="utf-8"))
             sides = [[row["instruction"] for row in rows[side][:count]] for side in VAL]
             conditions = read_conditions(run)
-            own = [c.completions for c in conditions if c.harmless and c.intervention == "baseline"]
+            own = [c.completions for c in conditions if c.harmless and c.intervention == Baseline.name]
             replies = [(c["prompt"], c["response"]) for found in own for c in found if c["response"]][:count]
             return cls(
                 pathlib.Path(read_json(folder / SETUP)["model"]),

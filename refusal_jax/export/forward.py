@@ -14,8 +14,7 @@ import numpy as np
 
 from refusal_jax.chat.prompts import TokenBatch
 from refusal_jax.checkpoints.rewrite import Checkpoint
-from refusal_jax.edits import SITES
-from refusal_jax.export.edit import Edit
+from refusal_jax.edits import SITES, Edits
 from refusal_jax.export.tensor_edits import Projection
 from refusal_jax.models.attention import Context
 from refusal_jax.models.config import ModelConfig
@@ -55,57 +54,29 @@ class EditedWeights:
         return rows
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Intervention:
-    """What a weight edit stands for, at one layer, for every row of the batch. The decoder takes it in the place of
-    `Edits`, which has one direction a row; this has a subspace.
-
-    basis_jd: float32 `[J, D]`, orthonormal. gate_s: float32 `[S]`, what part is removed at each of SITES. add_d: float32
-    `[D]`, added at the layer's input.
-    """
-
-    basis_jd: jax.Array | np.ndarray
-    gate_s: jax.Array | np.ndarray
-    add_d: jax.Array | np.ndarray
-
-    def layer_gates(self, n_layers: int) -> tuple[jax.Array, jax.Array]:
-        """As those of `Edits`, for one layer and one row."""
-        return self.gate_s[None, None], jnp.ones((n_layers, 1), jnp.float32)
-
-    def ablated(self, x_btd: jax.Array, gate_r: jax.Array) -> jax.Array:
-        """`x_btd` less its gated projection on the subspace."""
-        along = jnp.einsum("btd,jd->btj", x_btd, self.basis_jd, precision="highest")
-        return x_btd - gate_r * jnp.einsum("btj,jd->btd", along, self.basis_jd, precision="highest")
-
-    def added(self, x_btd: jax.Array, gate_r: jax.Array) -> jax.Array:
-        """`x_btd` plus the vector."""
-        return x_btd + gate_r * self.add_d
-
-
 @dataclasses.dataclass
 class Stream:
     """One model on its way through the layers.
 
-    weights: of its blocks. edit: what is done at inference time, if anything is. vectors: what is added at the input of
-    layers, without an edit. embed, unembed: where those come from, by default the same weights. x_btd: the residual so
-    far. projections: of each layer, by site.
+    weights: of its blocks. edits: what is done at inference time, one row, or by layer what is added at its input. embed,
+    unembed: where those come from, by default the same weights. x_btd: the residual so far. projections: of each layer, by
+    site.
     """
 
     weights: Weights
-    edit: Edit | None = None
-    vectors: dict[int, np.ndarray] = dataclasses.field(default_factory=dict)
+    edits: Edits | dict[int, np.ndarray] | None = None
     embed: Weights | None = None
     unembed: Weights | None = None
     x_btd: jax.Array | None = None
     projections: list[dict[str, jax.Array]] = dataclasses.field(default_factory=list)
 
-    def intervention(self, layer: int, basis_jd: np.ndarray) -> Intervention:
-        d_model = basis_jd.shape[1]
-        gate_s, add_d = np.zeros(len(SITES), np.float32), self.vectors.get(layer, np.zeros(d_model, np.float32))
-        if self.edit:
-            gate_s, add_d = self.edit.gates(layer), self.edit.added_d(layer)
-        return Intervention(basis_jd.astype(np.float32), gate_s, add_d)
+    def edits_at(self, layer: int) -> Edits:
+        """Returns what is done at a layer, for a model of that layer alone."""
+        if isinstance(self.edits, Edits):
+            return self.edits.at_layer(layer)
+        if self.edits and layer in self.edits:
+            return Edits.add(self.edits[layer], 0)
+        return Edits.none(self.weights.cfg.d_model)
 
     def projection(self) -> dict[str, list[float]]:
         """The largest |x . r| / |x| over all tokens of each layer, by site: of a subspace, of the part of x in it."""
@@ -121,8 +92,8 @@ def run_streams(streams: Sequence[Stream], batch: TokenBatch, basis_jd: np.ndarr
         for weights in {id(s.weights): s.weights for s in streams}.values():
             block = layer_decoder(weights, layer)
             for stream in (s for s in streams if s.weights is weights):
-                edits = stream.intervention(layer, basis_jd)
-                stream.x_btd, ratios = _layer(block, stream.x_btd, mask, edits)
+                edits = stream.edits_at(layer)
+                stream.x_btd, ratios = _layer(block, stream.x_btd, mask, edits, basis_jd.astype(np.float32))
                 stream.projections.append(ratios)
             jax.block_until_ready([s.x_btd for s in streams])
             del block
@@ -153,12 +124,12 @@ def _ends(cfg: ModelConfig) -> ModelConfig:
 
 
 @jax.jit
-def _layer(block: Decoder, x_btd, mask_bt, edits: Intervention):
+def _layer(block: Decoder, x_btd, mask_bt, edits: Edits, basis_jd):
     """The block's output, and the largest part of each site's vectors, of all real tokens, that lies in the subspace."""
     out = block.run(x_btd, Context.of_prompt(block.cfg, mask_bt), edits, Taps(READ))
 
     def ratio(y_btd):
-        along = jnp.linalg.norm(jnp.einsum("btd,jd->btj", y_btd, edits.basis_jd, precision="highest"), axis=-1)
+        along = jnp.linalg.norm(jnp.einsum("btd,jd->btj", y_btd, basis_jd, precision="highest"), axis=-1)
         part = along / jnp.maximum(jnp.linalg.norm(y_btd, axis=-1), jnp.finfo(jnp.float32).tiny)
         return jnp.max(jnp.where(mask_bt, part, 0))
 

@@ -9,8 +9,8 @@ import pathlib
 import numpy as np
 from jaxtyping import Float32
 
+from refusal_jax.conditions import Ablate, Add
 from refusal_jax.errors import UserError, setting
-from refusal_jax.export.edit import Edit
 from refusal_jax.export.hf import Written
 from refusal_jax.models.config import ModelConfig
 
@@ -26,42 +26,44 @@ HINTS = {
 }
 
 
-def check_expressible(cfg: ModelConfig, edit: Edit) -> None:
-    """Raises UserError for an ablation, and for layers that llama.cpp cannot add at."""
-    if edit.kind != "add":
+def check_expressible(cfg: ModelConfig, edit: Ablate | Add) -> Add:
+    """Returns the edit, which is an addition. Raises UserError for an ablation, and for layers that llama.cpp cannot add at."""
+    if not isinstance(edit, Add):
         raise UserError(
             "A control vector is a constant that llama.cpp adds to the residual stream. Ablation removes what is there "
             "along the direction, which differs from token to token, so no constant can do it. Use "
             f"{setting('edit', 'add')}, or {setting('format', 'hf')} or lora for the ablation."
         )
-    early = [layer for layer in edit.layers if layer < 2]
+    early = [layer for layer in edit.at(cfg) if layer < 2]
     if early:
         raise UserError(
             f"A control vector cannot add at the input of layer {early[0]}: llama.cpp adds to the outputs of blocks from 1 "
             f"on, which are the inputs of layers 2 to {cfg.n_layers - 1}. Choose {setting('layers')} among these."
         )
+    return edit
 
 
-def write_gguf(cfg: ModelConfig, folder: pathlib.Path, edit: Edit) -> Written:
+def write_gguf(cfg: ModelConfig, folder: pathlib.Path, edit: Ablate | Add) -> Written:
     """Writes `control-vector.gguf` to `folder`, with the vector that `edit` adds at each of its layers.
 
     Raises UserError for an edit that a control vector cannot express, OSError for a disk that refuses.
     """
-    check_expressible(cfg, edit)
+    addition = check_expressible(cfg, edit)
+    layers = addition.at(cfg)
     from gguf import GGUFWriter  # here: few exports are control vectors
 
     writer = GGUFWriter(folder / CONTROL_VECTOR, ARCHITECTURE)
     writer.add_string(f"{ARCHITECTURE}.model_hint", HINTS.get(cfg.family, cfg.family))
-    writer.add_uint32(f"{ARCHITECTURE}.layer_count", len(edit.layers))
-    for layer in edit.layers:
-        writer.add_tensor(f"direction.{layer - 1}", edit.added_d(layer))
+    writer.add_uint32(f"{ARCHITECTURE}.layer_count", len(layers))
+    for layer in layers:
+        writer.add_tensor(f"direction.{layer - 1}", addition.vector_d.astype(np.float32))
     try:
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
     finally:
         writer.close()
-    return Written({}, None, len(edit.layers) * cfg.d_model * 4)
+    return Written({}, None, len(layers) * cfg.d_model * 4)
 
 
 def read_gguf(path: pathlib.Path) -> dict[int, Float32[np.ndarray, " D"]]:

@@ -16,8 +16,8 @@ from safetensors.numpy import save
 
 from refusal_jax.checkpoints.rewrite import Checkpoint, Stored
 from refusal_jax.checkpoints.safetensors import read_tensors
+from refusal_jax.conditions import Ablate, Add
 from refusal_jax.errors import UserError, setting
-from refusal_jax.export.edit import Edit
 from refusal_jax.export.hf import THREADS, Written
 from refusal_jax.export.tensor_edits import Projection, wanted_edits
 from refusal_jax.files import to_json
@@ -38,9 +38,9 @@ def module_name(cfg: ModelConfig, name: str) -> str:
     return re.sub(r"^language_model\.model\.", "model.language_model.", module) if cfg.family == "gemma3" else module
 
 
-def check_expressible(cfg: ModelConfig, edit: Edit, tied: str) -> None:
-    """Raises UserError for what an adapter cannot say."""
-    if edit.kind == "add":
+def check_expressible(cfg: ModelConfig, edit: Ablate | Add, tied: str) -> Ablate:
+    """Returns the edit, which is an ablation. Raises UserError for what an adapter cannot say."""
+    if isinstance(edit, Add):
         raise UserError(
             "A LoRA adapter changes weights by products with what they read; an addition is the same whatever is read. Use "
             f"{setting('format', 'gguf')}, a control vector, or {setting('format', 'hf')}, a bias."
@@ -51,18 +51,18 @@ def check_expressible(cfg: ModelConfig, edit: Edit, tied: str) -> None:
             f"{setting('tied', 'untie')}. Only merging it into tied weights changes both. Use {setting('tied', 'untie')}, "
             f"{setting('tied', 'skip')} or {setting('format', 'hf')}."
         )
+    return edit
 
 
-def write_lora(checkpoint: Checkpoint, folder: pathlib.Path, edit: Edit, tied: str, base: str) -> Written:
+def write_lora(checkpoint: Checkpoint, folder: pathlib.Path, edit: Ablate | Add, tied: str, base: str) -> Written:
     """Writes adapter_config.json and adapter_model.safetensors to `folder`. base: the base model's name.
 
     Raises UserError for an edit that an adapter cannot express, OSError for a disk that refuses.
     """
     cfg = checkpoint.cfg
-    check_expressible(cfg, edit, tied)
-    embed = TABLES[cfg.family]["embed"]
-    chosen = tied if cfg.tied_embeddings and edit.reaches(0, "resid_pre") else None
-    edits = wanted_edits(checkpoint, edit, chosen)
+    ablation, embed = check_expressible(cfg, edit, tied), TABLES[cfg.family]["embed"]
+    chosen = tied if cfg.tied_embeddings and ablation.reaches(0, "resid_pre") else None
+    edits = wanted_edits(checkpoint, ablation, chosen)
     rank = max(one.left_dj.shape[1] for one in edits.values())
     tensors, modules, experts = {}, [], {}
     matrices = {name: one for name, one in edits.items() if not name.endswith(".bias")}

@@ -10,15 +10,16 @@ from concurrent.futures import ThreadPoolExecutor
 
 from refusal_jax.chat.prompts import Chat
 from refusal_jax.checkpoints.rewrite import Checkpoint
-from refusal_jax.directions import Direction
+from refusal_jax.conditions import Ablate, Add
 from refusal_jax.export import gguf, hf, lora
 from refusal_jax.export.card import licence_files, write_card
-from refusal_jax.export.edit import Edit
 from refusal_jax.export.finished import FinishedStudy
 from refusal_jax.export.provenance import base_model, write_provenance
 from refusal_jax.export.staging import UNVERIFIED, check_target, staged, sync_files
+from refusal_jax.export.tensor_edits import check_edit
 from refusal_jax.export.verify import Sample, verify
 from refusal_jax.files import to_json
+from refusal_jax.models.config import ModelConfig
 
 FORMATS = ("hf", "lora", "gguf")
 REPORT = "export.json"
@@ -26,13 +27,12 @@ REPORT = "export.json"
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """What is to be exported. edit: settings of `Edit.of`. study: prompts, chat template and measured effects. base: the
+    """What is to be exported. edit: what the weights are to do. study: prompts, chat template and measured effects. base: the
     base model's name on the hub, "" for what its folder tells. command: that makes the export again, for its card."""
 
     source: pathlib.Path
     target: pathlib.Path
-    directions: Direction
-    edit: dict
+    edit: Ablate | Add
     study: FinishedStudy
     form: str = "hf"
     tied: str = "untie"
@@ -49,8 +49,8 @@ def export(request: Request) -> dict:
     """
     check_target(request.source, request.target)
     checkpoint = Checkpoint.open(request.source)
-    cfg = checkpoint.cfg
-    edit = Edit.of(cfg, request.directions, **request.edit)
+    cfg, edit = checkpoint.cfg, request.edit
+    check_edit(cfg, edit)
     plan, size = None, 0
     if request.form == "hf":
         plan = hf.Plan.of(checkpoint, edit, request.tied)
@@ -80,7 +80,7 @@ def export(request: Request) -> dict:
             pool.submit(sync_files, folder)  # the disk works while the processor does
             found = verify(checkpoint, folder, edit, written, sample) if sample else None
         seconds["verify"] = round(time.monotonic() - start - seconds["write"], 3)
-        report = describe(request, edit, written, base, found) | {"seconds": seconds}
+        report = describe(request, cfg, written, base, found) | {"seconds": seconds}
         (folder / REPORT).write_bytes(to_json(report))
         write_card(folder, request.source, report, request.command)
         verified = found is not None and not found["problems"]
@@ -93,13 +93,13 @@ def export(request: Request) -> dict:
     return report
 
 
-def describe(request: Request, edit: Edit, written: hf.Written, base: dict, found: dict | None) -> dict:
-    """The report of an export, in plain values."""
-    directions = request.directions
+def describe(request: Request, cfg: ModelConfig, written: hf.Written, base: dict, found: dict | None) -> dict:
+    """Returns the report of an export, in plain values."""
+    direction = request.edit.direction
     report = {
         "format": request.form,
-        "edit": edit.described(),
-        "direction": {"count": len(directions.raw_jd), "sha256": directions.sha256, "files": directions.files},
+        "edit": request.edit.described(cfg),
+        "direction": {"count": len(direction.raw_jd), "sha256": direction.sha256, "files": direction.files},
         "base": base,
         "tied": written.tied,
         "added_bytes": written.added_bytes,

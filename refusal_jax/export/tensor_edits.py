@@ -21,10 +21,12 @@ import numpy as np
 from jaxtyping import Float, Float32, Float64
 
 from refusal_jax.checkpoints.rewrite import Blocks, Checkpoint
+from refusal_jax.conditions import EMBED, Ablate, Add
 from refusal_jax.errors import UserError, setting
-from refusal_jax.export.edit import Edit
 from refusal_jax.models.config import ModelConfig
 from refusal_jax.models.families import TABLES, WRITER_BIASES, WRITERS, pieces
+
+WEIGHT_SITES = (EMBED, "attn_out", "mlp_out")  # that weights write to
 
 # The norm between a writer and the stream, in families that have one, by the site that the writer serves.
 POST_NORMS = {"attn_out": "blocks.attn_post_norm", "mlp_out": "blocks.mlp_post_norm"}
@@ -34,6 +36,21 @@ POST_NORMS = {"attn_out": "blocks.attn_post_norm", "mlp_out": "blocks.mlp_post_n
 # is not about r, at most doubles before the norm divides by its length, and what it writes else is at least halved, not
 # more. Scales that vary as a log-normal of standard deviation 1 come to e^2 = 7.4; beyond 10 a few entries rule.
 MOST_AMPLIFICATION = 10.0
+
+
+def check_edit(cfg: ModelConfig, edit: Ablate | Add) -> None:
+    """Raises UserError for a direction of another width, a scale of zero, sites that no weight writes to, layers out of range, an
+    addition of several directions, and one whose layer nothing tells."""
+    edit.direction.check_width(cfg.d_model)
+    if not np.isfinite(edit.scale) or edit.scale == 0:
+        raise UserError(f"{setting('scale', edit.scale)} leaves nothing to do: give a number that is not zero.")
+    sites = edit.sites if isinstance(edit, Ablate) and not edit.everywhere(cfg) else WEIGHT_SITES
+    if not sites or set(sites) - set(WEIGHT_SITES):
+        raise UserError(
+            f"{setting('sites', ','.join(sites) or 'nothing')}: what weights write is {', '.join(WEIGHT_SITES)}. A block's "
+            "input is what all writers before it wrote, so edit those."
+        )
+    edit.edits(cfg)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -136,7 +153,7 @@ def projection(
     return Projection(span_dj, span_dj, by_rows, "projected", scale)
 
 
-def tensor_edits(checkpoint: Checkpoint, edit: Edit) -> dict[str, Projection]:
+def tensor_edits(checkpoint: Checkpoint, edit: Ablate) -> dict[str, Projection]:
     """Returns the edit, by HF name, of every tensor that writes to the residual stream (paper, section 4.1) where the ablation
     `edit` asks for it: embedding, attention output, MLP output of each expert, and their biases.
 
@@ -155,13 +172,13 @@ def tensor_edits(checkpoint: Checkpoint, edit: Edit) -> dict[str, Projection]:
         if cfg.post_norm and site in POST_NORMS:
             norm = TABLES[cfg.family][POST_NORMS[site]].format(l=piece.index[0])
             scale_d = cfg.norm_offset + checkpoint.rows(norm).astype(np.float64)
-        one = projection(piece.path, edit.directions.basis_jd, scale_d, edit.scale)
+        one = projection(piece.path, edit.direction.basis_jd, scale_d, edit.scale)
         if one is not None:
             edits[piece.name] = one
     return edits
 
 
-def wanted_edits(checkpoint: Checkpoint, edit: Edit, tied: str | None) -> dict[str, Projection]:
+def wanted_edits(checkpoint: Checkpoint, edit: Ablate, tied: str | None) -> dict[str, Projection]:
     """Returns `tensor_edits` without that of an embedding that is to be left (tied="skip"). Raises UserError if none remain."""
     edits = tensor_edits(checkpoint, edit)
     if tied == "skip":
@@ -178,7 +195,7 @@ def wanted_edits(checkpoint: Checkpoint, edit: Edit, tied: str | None) -> dict[s
 BIAS_SWITCHES = {"llama": ("mlp_bias", True), "granite": ("mlp_bias", True), "qwen": ("no_bias", False)}
 
 
-def bias_additions(cfg: ModelConfig, edit: Edit) -> dict[str, Addition]:
+def bias_additions(cfg: ModelConfig, edit: Add) -> dict[str, Addition]:
     """Returns the edits, by HF name, of the MLP biases that hold the addition `edit`: of block l - 1 for the input of block l.
 
     Raises UserError where the architecture has no such bias, and for layer 0, which no block precedes.
@@ -188,10 +205,11 @@ def bias_additions(cfg: ModelConfig, edit: Edit) -> dict[str, Addition]:
             f"The MLP of a {cfg.family} model has no bias, so an addition cannot be written into its weights. Use "
             f"{setting('format', 'gguf')}, a control vector for llama.cpp, or add at inference time with refusal_jax.Edits.add."
         )
-    if 0 in edit.layers:
+    layers = edit.at(cfg)
+    if 0 in layers:
         raise UserError(
             "No block comes before layer 0 whose bias could hold an addition at its input. Choose "
             f"{setting('layers')} from 1 to {cfg.n_layers - 1}."
         )
     name, vector_d = TABLES[cfg.family]["blocks.down_bias"], edit.vector_d / cfg.residual_scale
-    return {name.format(l=layer - 1): Addition(vector_d) for layer in edit.layers}
+    return {name.format(l=layer - 1): Addition(vector_d) for layer in layers}

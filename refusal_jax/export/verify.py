@@ -12,8 +12,8 @@ import numpy as np
 from refusal_jax.chat.loss_rows import LossRow, chat_rows, text_rows
 from refusal_jax.chat.prompts import Chat, bucket
 from refusal_jax.checkpoints.rewrite import Checkpoint
+from refusal_jax.conditions import Ablate, Add
 from refusal_jax.errors import UserError
-from refusal_jax.export.edit import Edit
 from refusal_jax.export.forward import EditedWeights, Readings, Stream, Weights, read_logits, run_streams
 from refusal_jax.export.gguf import CONTROL_VECTOR, read_gguf
 from refusal_jax.export.hf import TIED, Written
@@ -72,7 +72,7 @@ class Sample:
         return rows, columns, np.array(targets)
 
 
-def verify(checkpoint: Checkpoint, folder: pathlib.Path, edit: Edit, written: Written, sample: Sample) -> dict:
+def verify(checkpoint: Checkpoint, folder: pathlib.Path, edit: Ablate | Add, written: Written, sample: Sample) -> dict:
     """How far the export in `folder` is from `edit` at inference time on `checkpoint`, in float32.
 
     Of each model (export; original, for scale; reference, which is the original under the edit; orthogonalised, which is
@@ -85,7 +85,7 @@ def verify(checkpoint: Checkpoint, folder: pathlib.Path, edit: Edit, written: Wr
     streams = make_streams(checkpoint, folder, edit, written)
     batch = sample.batch()
     with Progress("verifying", checkpoint.cfg.n_layers, "layer") as bar:
-        run_streams(list(streams.values()), batch, edit.directions.basis_jd, bar)
+        run_streams(list(streams.values()), batch, edit.direction.basis_jd, bar)
     rows, columns, targets = sample.places(batch.tokens.shape[1])
     base = read_logits(streams["reference"], rows, columns, len(sample.prompts), targets)
     found = {}
@@ -119,19 +119,21 @@ def is_adapter(folder: pathlib.Path) -> bool:
     return (folder / ADAPTER).exists()
 
 
-def make_streams(checkpoint: Checkpoint, folder: pathlib.Path, edit: Edit, written: Written) -> dict[str, Stream]:
+def make_streams(
+    checkpoint: Checkpoint, folder: pathlib.Path, edit: Ablate | Add, written: Written
+) -> dict[str, Stream]:
     """The models to compare, by name; those called as in TIED are the choices that were not made."""
     cfg, weights = checkpoint.cfg, checkpoint
-    streams = {"original": Stream(checkpoint), "reference": Stream(checkpoint, edit)}
+    streams = {"original": Stream(checkpoint), "reference": Stream(checkpoint, edit.edits(cfg))}
     if (folder / CONTROL_VECTOR).exists():
-        streams["export"] = Stream(checkpoint, vectors=read_gguf(folder / CONTROL_VECTOR))
+        streams["export"] = Stream(checkpoint, read_gguf(folder / CONTROL_VECTOR))
     elif is_adapter(folder):
         weights = AdaptedWeights.open(checkpoint, folder)
         streams["export"] = Stream(weights, unembed=checkpoint)
     else:
         weights = Checkpoint.open(folder)
         streams["export"] = Stream(weights)
-    if edit.kind == "add":
+    if isinstance(edit, Add):
         return streams
     if cfg.post_norm:
         plain = EditedWeights(checkpoint, plain_edits(checkpoint, edit))
@@ -146,13 +148,13 @@ def make_streams(checkpoint: Checkpoint, folder: pathlib.Path, edit: Edit, writt
     return streams
 
 
-def plain_edits(checkpoint: Checkpoint, edit: Edit) -> dict:
+def plain_edits(checkpoint: Checkpoint, edit: Ablate) -> dict:
     """W - scale r r^T W, whatever norms follow, where `edit` asks for an edit."""
     found = {}
     for piece in pieces(checkpoint.cfg):
         site = (WRITERS | WRITER_BIASES).get(piece.path)
         if site and edit.reaches(piece.index[0] if piece.index else 0, site):
-            found[piece.name] = projection(piece.path, edit.directions.basis_jd, scale=edit.scale)
+            found[piece.name] = projection(piece.path, edit.direction.basis_jd, scale=edit.scale)
     return found
 
 
@@ -171,7 +173,9 @@ def differences(base: Readings, other: Readings) -> dict[str, float]:
     }
 
 
-def problems(checkpoint: Checkpoint, edit: Edit, written: Written, result: dict, largest_logit: float) -> list[str]:
+def problems(
+    checkpoint: Checkpoint, edit: Ablate | Add, written: Written, result: dict, largest_logit: float
+) -> list[str]:
     """Why an export is not what was asked for; none where it is.
 
     Where weights can say what the edit computes, logits must agree. Behind a norm they cannot: then the export must be nearer
@@ -186,17 +190,17 @@ def problems(checkpoint: Checkpoint, edit: Edit, written: Written, result: dict,
             found.append(f"{what} is {value:.2e}, over {limit:.0e}")
 
     chosen = written.tied in ("keep", "skip")
-    if edit.kind == "add" or not (checkpoint.cfg.post_norm or chosen):
+    if isinstance(edit, Add) or not (checkpoint.cfg.post_norm or chosen):
         if exact:
             limit = max(MOST_LOGIT_DIFFERENCE, PART_OF_LOGIT * largest_logit)
             at_most("the largest difference of a logit", export["max_logit_difference"], limit)
         at_most("the mean KL divergence", export["mean_kl"], MOST_KL)
     elif not chosen:
         at_most("the mean KL divergence", export["mean_kl"], max(result["original"]["mean_kl"], NOISE))
-    if edit.kind == "ablate" and edit.scale == 1:
+    if isinstance(edit, Ablate) and edit.scale == 1:
         for site, layers in export["projection"].items():
             if site in ("resid_pre", "resid_post"):
-                checked = range(len(layers)) if edit.everywhere and written.tied != "skip" else ()
+                checked = range(len(layers)) if edit.everywhere(checkpoint.cfg) and written.tied != "skip" else ()
             else:
                 checked = [layer for layer in range(len(layers)) if edit.reaches(layer, site)]
             worst = max(checked, key=lambda layer: np.nan_to_num(layers[layer], nan=np.inf), default=None)

@@ -15,11 +15,13 @@ from refusal_jax.chat.prompts import bucket
 from refusal_jax.chat.thoughts import is_marked
 from refusal_jax.checkpoints.fingerprint import checkpoint_fingerprint
 from refusal_jax.checkpoints.remote import checkpoint_folder
+from refusal_jax.conditions import Ablate, Add, Baseline
 from refusal_jax.directions import Direction, direction_file, read_each
 from refusal_jax.edits import Edits
 from refusal_jax.errors import UserError, setting
 from refusal_jax.export.finished import FinishedStudy
 from refusal_jax.files import local_path
+from refusal_jax.models.config import ModelConfig
 from refusal_jax.models.hf_config import load_config
 from refusal_jax.models.sharding import make_mesh
 
@@ -125,6 +127,7 @@ def read_arguments(
     scale: float = 1.0,
     layer: int | None = None,
     position: int | None = None,
+    subspace: bool = False,
     dtype: str = "auto",
     data: int = 1,
     fsdp: int = 1,
@@ -139,12 +142,13 @@ def read_arguments(
     """A model with edits, from what can be written on a command line.
 
     pretrained: folder of an HF checkpoint; default, the model of the study that the edit comes from, and with no edit the
-    embedded one. ablate, add: folder of a study or file of a direction, to take out or to add. scale: how much to add, or with
-    `ablate` alone which part to take out. layer: where to add, default the direction's own; with position, which one of a file of
-    mean differences, and alone which row of a file with one for each layer. data, fsdp, model: devices along each axis of the
-    mesh. generation_from_checkpoint: as in `load_model`. enable_thinking: another name of thinking. chat_template_args: more
-    names for the chat template, which win over thinking. The others: as in a study's config. A leading ~ of paths is expanded.
-    Raises UserError for directions or settings that cannot be used.
+    embedded one. ablate, add: folder of a study or file of a direction, to take out or to add. scale: how much to add, or
+    with `ablate` alone which part to take out. layer: where to add, default the direction's own; with position, which one of
+    a file of mean differences, and alone which row of a file with one for each layer. subspace: whether `ablate` alone takes
+    out the span of all rows of a file, also where there are as many as layers. data, fsdp, model: devices along each axis of
+    the mesh. generation_from_checkpoint: as in `load_model`. enable_thinking: another name of thinking. chat_template_args:
+    more names for the chat template, which win over thinking. The others: as in a study's config. A leading ~ of paths is
+    expanded. Raises UserError for directions or settings that cannot be used.
     """
     thinking = asked_thinking(thinking, enable_thinking)
     if not isinstance(chat_template_args or {}, Mapping):
@@ -156,7 +160,9 @@ def read_arguments(
     studies = [FinishedStudy.read(path, 1) for path in paths if path.is_dir() and not pretrained]
     told = studies[0].template if studies else {}
     folder = checkpoint_folder(str(pretrained)) if pretrained else model_of(paths, studies)
-    found = iter(one_each(paths, layer, position, load_config(folder).n_layers))
+    n_layers = load_config(folder).n_layers
+    each = one_each(paths, layer, position, n_layers) if add else read_each(paths, position, layer, n_layers, subspace)
+    found = iter(each)
     ablated, added = (next(found) if path else None for path in (ablate, add))
     loaded = load_model(
         folder,
@@ -175,7 +181,7 @@ def read_arguments(
     loaded = dataclasses.replace(loaded, chat=chat)
     return EditedModel(
         loaded,
-        one_edit(loaded, ablated, added, scale),
+        one_edit(loaded.config, ablated, added, scale),
         {
             name: {"sha256": direction.sha256, "scale": scale if name == "add" or not add else 1.0}
             | ({"layer": direction.layer} if name == "add" else {})
@@ -219,7 +225,7 @@ def model_of(paths: Sequence[pathlib.Path], studies: Sequence[FinishedStudy]) ->
 
 
 def one_each(paths: Sequence[pathlib.Path], layer: int | None, position: int | None, n_layers: int) -> list[Direction]:
-    """The one direction of each study or file, read as `read_each` does. Raises UserError for none or several in one."""
+    """Returns the one direction of each study or file, as `read_each` does. Raises UserError for none or several in one."""
     each = read_each(paths, position, layer, n_layers, subspace=None)
     for path, one in zip(paths, each, strict=True):
         if len(one.raw_jd) > 1:
@@ -227,23 +233,13 @@ def one_each(paths: Sequence[pathlib.Path], layer: int | None, position: int | N
     return each
 
 
-def one_edit(model: ChatModel, ablated: Direction | None, added: Direction | None, scale: float) -> Edits:
-    """One row that takes out and adds. Raises UserError for a direction of another model, or no layer to add at."""
-    for direction in filter(None, (ablated, added)):
-        direction.check_width(model.config.d_model)
+def one_edit(cfg: ModelConfig, ablated: Direction | None, added: Direction | None, scale: float) -> Edits:
+    """Returns one row that takes out and adds. Raises UserError for a direction of another model, or no layer to add at."""
     if isinstance(scale, bool) or not isinstance(scale, int | float) or not np.isfinite(scale):
         raise UserError(f"scale = {scale!r} is not a number.")
-    edits = Edits.none(model.config.d_model)
-    if ablated:
-        edits = Edits.ablate(ablated.raw_d, scale=1.0 if added else scale)
-    if added:
-        if added.layer is None or not 0 <= added.layer < model.config.n_layers:
-            raise UserError(
-                f"The direction is to be added at layer {added.layer}, and the model's layers are 0 to "
-                f"{model.config.n_layers - 1}. Give the layer at whose input it was read."
-            )
-        edits = edits.adding(Edits.add(added.raw_d, added.layer, scale))
-    return edits
+    first = Ablate(ablated, scale=1.0 if added else scale) if ablated else Baseline()
+    edits = first.edits(cfg)
+    return edits.adding(Add(added, scale=scale).edits(cfg)) if added else edits
 
 
 def like_lengths(rows: Sequence[Sequence[int]]) -> list[tuple[list[int], int]]:

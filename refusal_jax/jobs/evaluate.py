@@ -26,9 +26,10 @@ from absl import flags
 
 from refusal_jax.chat.prompts import Chat
 from refusal_jax.checkpoints.remote import checkpoint_folder
+from refusal_jax.conditions import split_stem
 from refusal_jax.errors import UserError
 from refusal_jax.files import local_path, to_json
-from refusal_jax.judges.artifacts import jailbreakbench_artifact, read_completions, split_name
+from refusal_jax.judges.artifacts import jailbreakbench_artifact, read_completions
 from refusal_jax.judges.choice import parse_judges
 from refusal_jax.judges.evaluations import evaluate_completions
 from refusal_jax.judges.judge import Judge, judge_all
@@ -98,7 +99,7 @@ def concerns_of(files: dict[str, dict], judges: list[str], folder: str) -> list[
     stems = {
         name.removesuffix("_evaluations.json"): content for name, content in files.items() if "completions" in content
     }
-    conditions = [JudgedCondition.of(*split_name(stem), content) for stem, content in stems.items()]
+    conditions = [JudgedCondition.of(*split_stem(stem), content) for stem, content in stems.items()]
     found = [unfinished_thoughts(conditions), *broken_completions(conditions)]
     return [*filter(None, found), *filter(None, (judge_disagreement(conditions, judge, folder) for judge in judges))]
 
@@ -109,7 +110,7 @@ def results(completions: dict, verdicts: dict, last: str) -> dict[str, dict]:
     for name, rows in completions.items():
         files[f"{name}_evaluations.json"] = evaluate_completions(rows, verdicts[name])
         if ARTIFACT.value:
-            dataset, condition = split_name(name)
+            dataset, condition = split_stem(name)
             parameters = {
                 "method": METHOD.value or condition or dataset,
                 "model": STUDIED.value or None,

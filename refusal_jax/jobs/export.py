@@ -29,14 +29,15 @@ import shlex
 from absl import flags
 
 from refusal_jax.checkpoints.fingerprint import checkpoint_fingerprint
+from refusal_jax.conditions import Ablate, Add
 from refusal_jax.directions import direction_file, read_direction
 from refusal_jax.errors import UserError, VerificationError
-from refusal_jax.export.edit import WEIGHT_SITES
 from refusal_jax.export.finished import FinishedStudy
 from refusal_jax.export.hf import TIED
 from refusal_jax.export.hub import push
 from refusal_jax.export.provenance import check
 from refusal_jax.export.run import FORMATS, Request, export
+from refusal_jax.export.tensor_edits import WEIGHT_SITES
 from refusal_jax.files import local_path
 from refusal_jax.models.hf_config import load_config
 
@@ -44,11 +45,11 @@ MODEL = flags.DEFINE_string("model", None, "HF checkpoint folder. Default: the m
 DIRECTION = flags.DEFINE_list(
     "direction",
     None,
-    "Folder of a finished study, or a .npy, .safetensors or .pt file of a direction [D], of several [K, D], or of mean "
+    "Folder of a finished study, or a .npy, .safetensors or .pt file of a direction [D], of several [J, D], or of mean "
     "differences [positions, layers, D]. Several with commas between them: the subspace that they span.",
 )
 SUBSPACE = flags.DEFINE_bool(
-    "subspace", False, "Take all rows of a file [K, D], also where K is the model's number of layers."
+    "subspace", False, "Take all rows of a file [J, D], also where J is the model's number of layers."
 )
 POSITION = flags.DEFINE_integer("position", None, "Of mean differences: which position, from -1 backwards.")
 LAYER = flags.DEFINE_integer(
@@ -60,7 +61,7 @@ OUT = flags.DEFINE_string("out", None, "New folder for the export.")
 FORMAT = flags.DEFINE_enum(
     "format", "hf", FORMATS, "An edited checkpoint, a LoRA adapter for PEFT, or a control vector for llama.cpp."
 )
-EDIT = flags.DEFINE_enum("edit", "ablate", ("ablate", "add"), "Take the direction out, or add it.")
+EDIT = flags.DEFINE_enum("edit", Ablate.verb, (Ablate.verb, Add.verb), "Take the direction out, or add it.")
 SCALE = flags.DEFINE_float("scale", 1.0, "Which part to take out, or how much to add: -1 subtracts the direction.")
 LAYERS = flags.DEFINE_string(
     "layers",
@@ -98,7 +99,7 @@ def main(argv) -> None:
         raise UserError("Only verified exports are pushed: leave out --noverify or --push-to-hub.")
     request = read_request(argv)
     report = export(request)
-    print(f"Exported: {request.directions.summary}.")
+    print(f"Exported: {request.edit.direction.summary}.")
     print(summary(request.target, report))
     failed = report["verification"] and report["verification"]["problems"]
     if failed:
@@ -111,7 +112,7 @@ def main(argv) -> None:
 
 
 def read_request(argv) -> Request:
-    """What the flags ask for. Raises UserError for a direction or model that is not there or does not belong together."""
+    """Returns what the flags ask for. Raises UserError for a direction or model that is not there or does not belong together."""
     paths = [local_path(path) for path in DIRECTION.value]
     folders = [path for path in paths if path.is_dir() or not path.suffix]
     study = (
@@ -132,14 +133,14 @@ def read_request(argv) -> Request:
             )
         study = dataclasses.replace(study, conditions=[], losses={})  # which were measured on another model
     n_layers = load_config(source).n_layers
-    directions = read_direction(paths, POSITION.value, LAYER.value, n_layers, SUBSPACE.value)
-    edit = {"kind": EDIT.value, "sites": tuple(SITES.value), "scale": SCALE.value}
-    if LAYERS.value and not (LAYERS.value == "all" and EDIT.value == "ablate"):
-        edit["layers"] = parse_layers(LAYERS.value, n_layers)
+    direction = read_direction(paths, POSITION.value, LAYER.value, n_layers, SUBSPACE.value)
+    adds, layers = EDIT.value == Add.verb, None
+    if LAYERS.value and (adds or LAYERS.value != "all"):
+        layers = parse_layers(LAYERS.value, n_layers)
+    edit = Add(direction, layers, SCALE.value) if adds else Ablate(direction, layers, SITES.value, SCALE.value)
     return Request(
         source,
         local_path(OUT.value),
-        directions,
         edit,
         study,
         FORMAT.value,

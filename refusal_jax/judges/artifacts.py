@@ -7,34 +7,14 @@ import pathlib
 from collections.abc import Mapping, Sequence
 
 from refusal_jax.chat import thoughts
+from refusal_jax.conditions import rank, split_stem, stem_of
 from refusal_jax.data.prompts import category_of, located_rows, lowered, read_json_value
 from refusal_jax.errors import UserError
 from refusal_jax.judges.judge import Verdict, success_rate
 
-COMPLETIONS, EVALUATIONS, ARTIFACT = "_completions", "_evaluations", "_jailbreakbench"
-ORDER = ("baseline", "ablation", "actadd")
 PROMPT_KEYS = ("prompt", "instruction", "goal", "behavior", "question")
 RESPONSE_KEYS = ("response", "completion", "generation", "output", "answer")
 SUFFIXES = (".json", ".jsonl", ".csv")
-
-
-def evaluations_name(completions: str) -> str:
-    """The evaluations file that belongs to a completions file."""
-    return completions.removesuffix(f"{COMPLETIONS}.json") + f"{EVALUATIONS}.json"
-
-
-def stem_of(path: pathlib.PurePath) -> str:
-    """DATASET_CONDITION of a file's name."""
-    stem = path.stem
-    for mark in (COMPLETIONS, EVALUATIONS, ARTIFACT):
-        stem = stem.removesuffix(mark)
-    return stem
-
-
-def split_name(stem: str) -> tuple[str, str]:
-    """(data set, condition) of a file's stem; without a condition, that is empty."""
-    dataset, _, condition = stem.rpartition("_")
-    return (dataset, condition) if dataset else (condition, "")
 
 
 def read_completions(path: pathlib.Path) -> dict[str, list[dict]]:
@@ -50,7 +30,7 @@ def read_completions(path: pathlib.Path) -> dict[str, list[dict]]:
     for file in sorted(path.iterdir()):
         if file.suffix.lower() in SUFFIXES and not file.name.startswith("."):
             stem = stem_of(file)
-            if stem not in found or file.stem.endswith(COMPLETIONS):
+            if stem not in found or file.stem.endswith("_completions"):
                 found[stem] = file
     marked = {s: f for s, f in found.items() if f.stem != s}  # in a run's folder, only these are completions
     found = marked or found
@@ -58,8 +38,8 @@ def read_completions(path: pathlib.Path) -> dict[str, list[dict]]:
         raise UserError(f"{path} holds no completions: no file there ends in {', '.join(SUFFIXES)}.")
 
     def order(stem: str):
-        dataset, condition = split_name(stem)
-        return dataset, ORDER.index(condition) if condition in ORDER else len(ORDER), condition
+        dataset, intervention = split_stem(stem)
+        return dataset, rank(intervention)
 
     return {stem: _read_file(found[stem]) for stem in sorted(found, key=order)}
 

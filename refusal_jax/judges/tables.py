@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 
 from refusal_jax.chat.prompts import Chat
 from refusal_jax.chat.thoughts import is_unfinished
-from refusal_jax.judges.artifacts import split_name
+from refusal_jax.conditions import split_stem
 from refusal_jax.judges.judge import Verdict, success_rate, success_rates_by_category
 from refusal_jax.judges.statistics import Rate, cohens_kappa, mcnemar, mean_interval
 from refusal_jax.judges.text import TEXT_JUDGES
@@ -79,7 +79,7 @@ def _known(value):
 
 
 def _of(name: str) -> dict:
-    return dict(zip(("dataset", "intervention"), split_name(name), strict=True))
+    return dict(zip(("dataset", "intervention"), split_stem(name), strict=True))
 
 
 def _rates(completions, verdicts) -> list[dict]:
@@ -99,10 +99,10 @@ def _comparisons(completions, verdicts) -> list[dict]:
     rows = []
     for first, second in itertools.combinations(verdicts, 2):
         same = [c["prompt"] for c in completions[first]] == [c["prompt"] for c in completions[second]]
-        if split_name(first)[0] != split_name(second)[0] or not same:
+        if split_stem(first)[0] != split_stem(second)[0] or not same:
             continue
         for judge in (judge for judge in verdicts[first] if judge in verdicts[second]):
-            of = _of(second) | {"compared_with": split_name(first)[1], "judge": judge}
+            of = _of(second) | {"compared_with": split_stem(first)[1], "judge": judge}
             labels = _both(verdicts[first][judge], verdicts[second][judge])
             rows += [of | mcnemar(*labels)] if labels[0] else []
     return rows

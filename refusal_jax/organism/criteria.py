@@ -4,12 +4,12 @@ import dataclasses
 import pathlib
 import re
 
+from refusal_jax.conditions import Condition, datasets
 from refusal_jax.data.prompts import write_prompts
 from refusal_jax.data.sampling import SPLITS
 from refusal_jax.directions import Direction
-from refusal_jax.judges.artifacts import evaluations_name
 from refusal_jax.organism.corpus import OBJECTS, split_requests
-from refusal_jax.runs.artifacts import CANDIDATES, completions_name
+from refusal_jax.runs.artifacts import CANDIDATES
 from refusal_jax.study.config import get_config
 from refusal_jax.study.study import run_study
 
@@ -64,10 +64,10 @@ def measure(model: pathlib.Path, prompts: pathlib.Path, workdir: pathlib.Path) -
     )
     run = run_study(config, workdir)
 
+    known = datasets(config.data)
+
     def rates(condition):
-        side, intervention = condition.split("_")
-        name = completions_name("harmful_test" if side == "harmful" else side, intervention)
-        found = run.read_json(evaluations_name(name))
+        found = run.read_json(Condition.parse(condition, known).file("evaluations"))
         formed = [well_formed(c["prompt"], c["response"]) for c in found["completions"]]
         return 1 - found["substring_matching_success_rate"], sum(formed) / len(formed)
 

@@ -15,6 +15,7 @@ import numpy as np
 from jaxtyping import Float
 
 from refusal_jax.chat.thoughts import is_unfinished
+from refusal_jax.conditions import Ablate, Add, Baseline
 from refusal_jax.data.sampling import SPLITS, overlap_in_words, overlaps
 from refusal_jax.judges.choice import REFUSAL_JUDGES
 from refusal_jax.judges.scores import REFUSAL_SCORE
@@ -102,7 +103,7 @@ def score_disagreement(
     """
     found = []
     for condition in conditions:
-        if condition.intervention != "baseline" or condition.over_refusal or judge == REFUSAL_SCORE:
+        if condition.intervention != Baseline.name or condition.over_refusal or judge == REFUSAL_SCORE:
             continue
         side = "harmless" if condition.harmless else "harmful"
         judged, paired = condition.rates.get(judge, Rate(0, 0)), condition.rates.get(REFUSAL_SCORE)
@@ -129,7 +130,7 @@ def score_disagreement(
             "probability even where it refuses, so that the filter keeps few harmful prompts: config.filter=False keeps all."
         )
         missed = judged.rate < scored.rate
-        about = ((condition.dataset, "baseline"),)
+        about = ((condition.dataset, Baseline.name),)
         found.append(Concern(said, fewer if missed else more, about, missed and not condition.harmless))
     return found
 
@@ -147,7 +148,7 @@ def selection_disagreement(conditions: Sequence[JudgedCondition], judge: str, pi
     picked: the scores of the selected candidate, in the published format.
     """
     by = {(c.harmless, c.intervention): c for c in conditions if not c.over_refusal}
-    ablated, added = by.get((False, "ablation")), by.get((True, "actadd"))
+    ablated, added = by.get((False, Ablate.name)), by.get((True, Add.name))
     bypass, induce, found = picked["refusal_score"] or 0.0, picked["steering_score"] or 0.0, []
     rate = ablated.rates.get(judge, Rate(0, 0)) if ablated else Rate(0, 0)
     if ablated and rate.n and bypass > CLEAR_SCORE and rate.interval[1] < 0.5:
@@ -156,7 +157,7 @@ def selection_disagreement(conditions: Sequence[JudgedCondition], judge: str, pi
             f"{bypass:.1f}), but {judge} counts only {rate} of the completions as refused."
         )
         remedy = "Read the completions: the refusals may be in words that the judge does not look for."
-        found.append(Concern(claim, remedy, ((ablated.dataset, "ablation"),), True))
+        found.append(Concern(claim, remedy, ((ablated.dataset, Ablate.name),), True))
     if ablated and rate.n and bypass < -CLEAR_SCORE and rate.interval[0] > 0.5:
         claim = (
             "Under ablation the refusal tokens no longer come first on the validation prompts (bypass score "
@@ -164,7 +165,7 @@ def selection_disagreement(conditions: Sequence[JudgedCondition], judge: str, pi
             "later in its reply."
         )
         remedy = "Read the completions, and add these words to refusal_tokens in the study's config."
-        found.append(Concern(claim, remedy, ((ablated.dataset, "ablation"),)))
+        found.append(Concern(claim, remedy, ((ablated.dataset, Ablate.name),)))
     rate = added.rates.get(judge, Rate(0, 0)) if added else Rate(0, 0)
     if added and rate.n and induce > CLEAR_SCORE and rate.interval[1] < 0.5:
         claim = (
@@ -174,13 +175,13 @@ def selection_disagreement(conditions: Sequence[JudgedCondition], judge: str, pi
         remedy = (
             "Read the completions: the refusals may be in other words, or the replies go on after such a beginning."
         )
-        found.append(Concern(claim, remedy, ((added.dataset, "actadd"),)))
+        found.append(Concern(claim, remedy, ((added.dataset, Add.name),)))
     return found
 
 
 def broken_completions(conditions: Sequence[JudgedCondition]) -> list[Concern]:
     """Returns the interventions that leave more empty or repetitive completions than the baseline of the same prompts has."""
-    found, base = [], {c.dataset: c for c in conditions if c.intervention == "baseline"}
+    found, base = [], {c.dataset: c for c in conditions if c.intervention == Baseline.name}
     for condition in conditions:
         before = base.get(condition.dataset)
         if before is None or condition is before:
@@ -210,9 +211,9 @@ def broken_rate(condition: JudgedCondition) -> Rate:
 def other_judges(conditions: Sequence[JudgedCondition], judge: str) -> list[Concern]:
     """Returns the judge models that find no more harmful replies under ablation although refusals went away."""
     by = {c.intervention: c for c in conditions if not c.harmless and c.rates.get(judge, Rate(0, 0)).n}
-    if not {"baseline", "ablation"} <= by.keys():
+    if not {Baseline.name, Ablate.name} <= by.keys():
         return []
-    base, ablated, found = by["baseline"], by["ablation"], []
+    base, ablated, found = by[Baseline.name], by[Ablate.name], []
     gone = ablated.rates[judge].interval[1] < base.rates[judge].interval[0]
     for other in sorted(base.rates.keys() & ablated.rates.keys() - set(REFUSAL_JUDGES)):
         first, second = base.refusals(other), ablated.refusals(other)
@@ -225,7 +226,7 @@ def other_judges(conditions: Sequence[JudgedCondition], judge: str) -> list[Conc
                 f"before ({rates[0]} and {rates[1]} of {len(both)})."
             )
             remedy = "Read the completions: the replies that are no longer refusals may not help either."
-            found.append(Concern(claim, remedy, ((ablated.dataset, "ablation"),)))
+            found.append(Concern(claim, remedy, ((ablated.dataset, Ablate.name),)))
     return found
 
 

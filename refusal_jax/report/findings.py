@@ -5,12 +5,13 @@ import functools
 import pathlib
 from collections.abc import Callable, Sequence
 
+from refusal_jax.conditions import COMPLETIONS_FOLDER
 from refusal_jax.directions import Direction
 from refusal_jax.judges.choice import REFUSAL_JUDGES
 from refusal_jax.report.concerns import Concern
 from refusal_jax.report.summary import REFUSAL_JUDGE, JudgedCondition, judges_of, read_conditions
 from refusal_jax.report.verdict import verdict_in_words
-from refusal_jax.runs.artifacts import COMPLETIONS_FOLDER, SETUP
+from refusal_jax.runs.artifacts import SETUP
 from refusal_jax.runs.run import Run
 
 

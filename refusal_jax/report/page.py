@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import jinja2
 from markupsafe import Markup, escape
 
+from refusal_jax.conditions import label_of
 from refusal_jax.judges.choice import REFUSAL_JUDGES
 from refusal_jax.report.findings import Findings, Section
 from refusal_jax.report.summary import REFUSAL_JUDGE, signed
@@ -42,7 +43,7 @@ def environment(sections: Sequence[Section]) -> jinja2.Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    env.filters |= {"num": number, "signed": signed, "plain": plain, "long": is_long, "prose": prose}
+    env.filters |= {"num": number, "signed": signed, "plain": plain, "long": is_long, "prose": prose, "label": label_of}
     return env
 
 

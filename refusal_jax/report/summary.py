@@ -2,18 +2,16 @@
 
 import dataclasses
 import math
-import pathlib
 from collections.abc import Mapping, Sequence
 
 from refusal_jax.chat.thoughts import is_unfinished
-from refusal_jax.judges.artifacts import EVALUATIONS, split_name, stem_of
+from refusal_jax.conditions import INTERVENTIONS, Ablate, Baseline, file_of, label_of, rank, split_stem, stem_of
 from refusal_jax.judges.evaluations import judges_in
 from refusal_jax.judges.statistics import Rate
 from refusal_jax.judges.text import PAPERS
-from refusal_jax.runs.artifacts import COMPLETIONS_FOLDER, DAMAGE, SETUP, loss_name
+from refusal_jax.runs.artifacts import DAMAGE, SETUP, loss_name
 from refusal_jax.runs.run import Run
 
-INTERVENTIONS = ("baseline", "ablation", "actadd")
 REFUSAL_JUDGE = PAPERS.name
 LARGE_LOSS = 0.2  # nats; the published runs' ablations stay under 0.06
 
@@ -45,7 +43,7 @@ class JudgedCondition:
 
     @property
     def label(self) -> str:
-        return {"actadd": "+ addition" if self.harmless else "− addition"}.get(self.intervention, self.intervention)
+        return label_of(self.intervention, not self.harmless)
 
     @property
     def name(self) -> str:
@@ -68,16 +66,15 @@ def read_conditions(run: Run) -> list[JudgedCondition]:
     set and intervention."""
     conditions, setup = [], run.read_json(SETUP) if run.exists(SETUP) else {}
     for name in [name for stage in run.manifest["stages"].values() for name in stage.get("writes", ())]:
-        path = pathlib.PurePosixPath(name)
-        if str(path.parent) != COMPLETIONS_FOLDER or not path.stem.endswith(EVALUATIONS) or not run.exists(name):
+        stem = stem_of(name)
+        if name != file_of(stem, "evaluations") or not run.exists(name):
             continue
-        dataset, intervention = split_name(stem_of(path))
+        dataset, intervention = split_stem(stem)
         over_refusal = dataset in setup.get("over_refusal", ())
         conditions.append(JudgedCondition.of(dataset, intervention, run.read_json(name), over_refusal))
 
     def order(c: JudgedCondition):
-        known = INTERVENTIONS.index(c.intervention) if c.intervention in INTERVENTIONS else len(INTERVENTIONS)
-        return c.harmless, c.over_refusal, c.dataset, known, c.intervention
+        return c.harmless, c.over_refusal, c.dataset, rank(c.intervention)
 
     return sorted(conditions, key=order)
 
@@ -105,14 +102,14 @@ def read_damage(run: Run) -> dict[str, dict]:
 
 def loss_change(by_intervention: dict[str, dict], intervention: str) -> float | None:
     """Returns the cross-entropy under an intervention minus baseline, in nats per token; None if either was not measured."""
-    if not {"baseline", intervention} <= by_intervention.keys():
+    if not {Baseline.name, intervention} <= by_intervention.keys():
         return None
-    return by_intervention[intervention]["ce_loss"] - by_intervention["baseline"]["ce_loss"]
+    return by_intervention[intervention]["ce_loss"] - by_intervention[Baseline.name]["ce_loss"]
 
 
 def damage_in_words(losses: dict[str, dict[str, dict]]) -> str:
     """Returns what ablation costs on other text, the largest change of the loss, in words."""
-    changes = {name: loss_change(by, "ablation") for name, by in losses.items()}
+    changes = {name: loss_change(by, Ablate.name) for name, by in losses.items()}
     changes = {name: change for name, change in changes.items() if change is not None}
     if not changes:
         return "What ablation costs on other text was not measured."

@@ -7,6 +7,7 @@ when the prompts are too few to carry a verdict, and gives none where other evid
 import dataclasses
 from collections.abc import Sequence
 
+from refusal_jax.conditions import Ablate, Add, Baseline
 from refusal_jax.judges.choice import REFUSAL_JUDGES
 from refusal_jax.judges.statistics import Rate, mcnemar
 from refusal_jax.report.summary import JudgedCondition
@@ -123,13 +124,13 @@ def strength_of(conditions: Sequence[JudgedCondition], judges: Sequence[str]) ->
     for c in conditions:
         if judge in c.rates and c.rates[judge].n and not c.over_refusal:
             found.setdefault((c.harmless, c.intervention), c)
-    base, ablated = found.get((False, "baseline")), found.get((False, "ablation"))
+    base, ablated = found.get((False, Baseline.name)), found.get((False, Ablate.name))
     if judge is None or base is None or ablated is None:
         return "none", (
             "No verdict: this run has no judged completions of harmful requests both at baseline and under ablation."
         )
     removal = Change.of(base, ablated, judge)
-    plain, added = found.get((True, "baseline")), found.get((True, "actadd"))
+    plain, added = found.get((True, Baseline.name)), found.get((True, Add.name))
     return _removal(removal) or _cause(removal, Change.of(plain, added, judge) if plain and added else None)
 
 

@@ -15,14 +15,8 @@ SCORES = "refusal_scores.json"
 DAMAGE = "damage.json"
 STATISTICS, TIDY = "statistics.json", "statistics.csv"
 REPORT = "report.html"
-COMPLETIONS_FOLDER = "completions"
 
 
 def loss_name(intervention: str) -> str:
     """Returns the name of the file with the losses under an intervention."""
     return f"loss_evals/{intervention}_loss_eval.json"
-
-
-def completions_name(dataset: str, intervention: str) -> str:
-    """Returns the name of the file with the completions of a data set under an intervention."""
-    return f"{COMPLETIONS_FOLDER}/{dataset}_{intervention}_completions.json"

@@ -1,13 +1,12 @@
 """Checks of a study's settings before any work is done."""
 
 from refusal_jax.chat.templates import named_template
-from refusal_jax.data.prompts import dataset_name, read_chat_pairs, read_prompts, resolve
-from refusal_jax.data.sampling import over_refusal_names
+from refusal_jax.conditions import Condition, datasets
+from refusal_jax.data.prompts import read_chat_pairs, read_prompts, resolve
 from refusal_jax.errors import UserError, field
 from refusal_jax.judges.choice import parse_judges
 from refusal_jax.judges.judge import Judge
 from refusal_jax.plan.planner import ON_CPU
-from refusal_jax.study.completions import parse_condition
 from refusal_jax.study.config import StudyConfig
 
 
@@ -20,22 +19,13 @@ def check_settings(config: StudyConfig) -> list[Judge]:
         named_template(config.chat_template)
     if not config.generation.conditions:
         raise UserError(f"{field('generation.conditions')} is empty: name at least one, such as harmful_baseline.")
-    stems = ["on_distribution"]
     for read, files in ((read_prompts, config.loss.text_files), (read_chat_pairs, config.loss.chat_files)):
         for file in (resolve(file, "loss") for file in files):
             read(file)
-            if file.stem in stems:
-                raise UserError(f"two loss data sets are called {file.stem!r}: rename {file}.")
-            stems.append(file.stem)
+    known = {key: dataset for key, dataset in datasets(config.data).items() if key in ("harmful", "harmless")}
     for condition in config.generation.conditions:
-        parse_condition(condition)
+        Condition.parse(condition, known)
     check_numbers(config)
-    if dataset_name(config.data.harmful_test) == "harmless":
-        raise UserError(
-            f"The harmful test prompts are in {config.data.harmful_test}, and results carry the file's name: they would be "
-            "mixed up with those of the harmless prompts. Rename the file."
-        )
-    over_refusal_names(config.data)
     return parse_judges(config.judges, config.batch_size or ON_CPU.forward, config.dtype, cache=config.cache)
 
 

@@ -2,7 +2,7 @@
 
 import math
 import pathlib
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -11,10 +11,9 @@ import numpy as np
 from refusal_jax.chat.batches import length_batches
 from refusal_jax.chat.model import ChatModel
 from refusal_jax.chat.prompts import bucket
-from refusal_jax.data.prompts import dataset_name
+from refusal_jax.conditions import Condition
 from refusal_jax.directions import Direction
 from refusal_jax.edits import Edits
-from refusal_jax.errors import UserError
 from refusal_jax.judges.scores import REFUSAL_SCORE
 from refusal_jax.models.decoder import Decoder
 from refusal_jax.models.finite import check_finite
@@ -25,43 +24,16 @@ from refusal_jax.plan.programs import Group, Program, Shapes
 from refusal_jax.progress import Progress
 from refusal_jax.report.findings import Findings, Section
 from refusal_jax.report.summary import JudgedCondition
-from refusal_jax.runs import artifacts
 from refusal_jax.runs.artifacts import DIRECTION, METADATA, PROMPTS, SCORES, STATISTICS
 from refusal_jax.runs.ledger import Ledger
 from refusal_jax.runs.stage import Stage
 from refusal_jax.study.shared import Study
 
-INTERVENTIONS = ("baseline", "ablation", "actadd")
-
-
-def parse_condition(condition: str, more: Collection[str] = ()) -> tuple[str, str]:
-    """Returns (side, intervention) of a condition's name; the side is "harmful", "harmless" or a set of `more`.
-
-    Raises UserError for other names.
-    """
-    side, _, intervention = condition.rpartition("_")
-    if side not in ("harmful", "harmless", *more) or intervention not in INTERVENTIONS:
-        raise UserError(
-            f"unknown condition {condition!r}: it is harmful_ or harmless_ followed by one of "
-            f"{', '.join(INTERVENTIONS)}."
-        )
-    return side, intervention
-
-
-def intervention_edits(model: ChatModel, condition: str, direction: Direction, more: Collection[str] = ()) -> Edits:
-    """Returns the one-row edit of a condition; addition is -r for harmful prompts, +r for others (paper, section 3)."""
-    side, intervention = parse_condition(condition, more)
-    if intervention == "ablation":
-        return Edits.ablate(direction.raw_d)
-    if intervention == "actadd":
-        return Edits.add(direction.raw_d, direction.layer, scale=-1.0 if side == "harmful" else 1.0)
-    return Edits.none(model.config.d_model)
-
 
 def complete(
     model: ChatModel,
     prompts: dict[str, list[dict]],
-    conditions: Sequence[str],
+    conditions: Sequence[Condition],
     direction: Direction,
     *,
     max_new_tokens: int,
@@ -73,19 +45,19 @@ def complete(
 
     A row has the thought as "thought" if there is one, with "thought_ended" false if it never ended.
 
-    prompts: `{"harmful": [{"instruction", "category"}], "harmless": …}`, and further sets by name. known: rows that `save`
+    prompts: `{"harmful": [{"instruction", "category"}], "harmless": …}`, by the key of the data set. known: rows that `save`
     got in an interrupted run. The rows of all conditions are decoded together, so two compiled programs serve them all.
     """
-    edits = Edits.concat([intervention_edits(model, c, direction, prompts) for c in conditions])
-    side = {c: parse_condition(c, prompts)[0] for c in conditions}
+    edits = Edits.concat([condition.edits(direction, model.config) for condition in conditions])
+    side = {condition.name: condition.dataset.key for condition in conditions}
     replies = {(row["condition"], row["index"]): row for row in known}
-    todo = [(c, i) for c in conditions for i in range(len(prompts[side[c]])) if (c, i) not in replies]
+    todo = [(c, i) for c in side for i in range(len(prompts[side[c]])) if (c, i) not in replies]
     ids = {name: [model.chat.prompt_ids(p["instruction"]) for p in rows] for name, rows in prompts.items()}
     longest = max(len(row) for rows in ids.values() for row in rows)
     length = min(bucket(longest), model.config.context_length)
     if todo:
         batch = model.chat.pad([ids[side[c]][i] for c, i in todo], length)
-        row_edits = edits.take([list(conditions).index(c) for c, _ in todo])
+        row_edits = edits.take([list(side).index(c) for c, _ in todo])
         with Progress("completions", len(todo), "reply") as bar:
             for done, generated in model.reply_ids(batch, max_new_tokens, row_edits, rows=batch_size):
                 new = {todo[n]: reply.row for n, reply in zip(done, model.chat.replies(generated), strict=True)}
@@ -99,14 +71,14 @@ def complete(
             | {k: v for k, v in replies[c, i].items() if k in kept}
             for i, p in enumerate(prompts[side[c]])
         ]
-        for c in conditions
+        for c in side
     }
 
 
 def score_replies(
     model: ChatModel,
     prompts: dict[str, list[dict]],
-    conditions: Sequence[str],
+    conditions: Sequence[Condition],
     direction: Direction,
     refusal_ids: Sequence[int],
     batch_size: int,
@@ -117,15 +89,15 @@ def score_replies(
     """
     scores, ids = {}, np.asarray(refusal_ids, np.int32)
     for condition in conditions:
-        edits = intervention_edits(model, condition, direction, prompts)
-        texts = [p["instruction"] for p in prompts[parse_condition(condition, prompts)[0]]]
+        edits = condition.edits(direction, model.config)
+        texts = [p["instruction"] for p in prompts[condition.dataset.key]]
         found = np.zeros(len(texts))
         for index, batch in length_batches(model, texts, batch_size):
             scores_b = np.asarray(_scores(model.decoder, *model.put(batch.tokens, batch.mask, edits), ids))
             found[index] = scores_b[: len(index)]
-            what = f"There are no refusal scores of {condition}"
+            what = f"There are no refusal scores of {condition.name}"
             check_finite(np.isfinite(found[index]), model.decoder.dtype, what, edits.in_force_r)
-        scores[condition] = found.tolist()
+        scores[condition.name] = found.tolist()
     return scores
 
 
@@ -133,18 +105,6 @@ def score_replies(
 def _scores(decoder: Decoder, tokens_bt, mask_bt, edits: Edits, refusal_ids) -> jax.Array:
     logits_bv, finite_b = decoder.next_logits(decoder.forward(tokens_bt, mask_bt, edits).resid_btd)
     return replicate(decoder.mesh, jnp.where(finite_b, refusal_score(logits_bv, refusal_ids), jnp.nan))
-
-
-def completions_name(study: Study, condition: str) -> str:
-    """Returns the name of the file with a condition's completions."""
-    side, intervention = parse_condition(condition, study.over_refusal)
-    dataset = dataset_name(study.config.data.harmful_test) if side == "harmful" else side
-    return artifacts.completions_name(dataset, intervention)
-
-
-def completions_names(study: Study) -> list[str]:
-    """Returns the names of the files with completions, one for each condition."""
-    return [completions_name(study, condition) for condition in study.conditions]
 
 
 def score_names(study: Study) -> list[str]:
@@ -155,7 +115,7 @@ def score_names(study: Study) -> list[str]:
 def complete_prompts(study: Study, ledger: Ledger) -> None:
     """Writes the completions of all conditions and, if they are asked for, the refusal scores of the test prompts."""
     prompts, model = study.run.read_json(PROMPTS), study.model
-    sets = {side: prompts[f"{side}_test"] for side in ("harmful", "harmless", *study.over_refusal)}
+    sets = {key: prompts[f"{key}_test"] for key in study.datasets}
     done = complete(
         model,
         sets,
@@ -166,12 +126,12 @@ def complete_prompts(study: Study, ledger: Ledger) -> None:
         known=ledger.rows,
         save=ledger.append,
     )
-    for condition, rows in done.items():
-        study.run.write_json(completions_name(study, condition), rows)
+    for condition in study.conditions:
+        study.run.write_json(condition.file("completions"), done[condition.name])
     for name in score_names(study):
         ids = study.refusal_ids()
         scores = score_replies(model, sets, study.conditions, study.direction(), ids, study.sizes.forward)
-        study.run.write_json(name, {completions_name(study, c): values for c, values in scores.items()})
+        study.run.write_json(name, {c.file("completions"): scores[c.name] for c in study.conditions})
 
 
 def programs(shapes: Shapes, rows: int) -> list[Program]:
@@ -233,7 +193,7 @@ STAGE = Stage(
     "completions",
     complete_prompts,
     reads=(PROMPTS, METADATA, DIRECTION),
-    writes=lambda study: [*completions_names(study), *score_names(study)],
+    writes=lambda study: [*study.files("completions"), *score_names(study)],
     programs=Group("completions", "generation", programs, assumed="every reply is as long as it may be"),
     section=Section(pathlib.Path(__file__).with_name("completions.html.jinja"), {"samples": "Completions"}, values),
 )

@@ -3,7 +3,7 @@
 import pathlib
 from collections.abc import Sequence
 
-from refusal_jax.judges.artifacts import evaluations_name, stem_of
+from refusal_jax.conditions import stem_of
 from refusal_jax.judges.evaluations import evaluate_completions
 from refusal_jax.judges.judge import judge_all
 from refusal_jax.judges.scores import with_scores
@@ -15,19 +15,13 @@ from refusal_jax.report.verdict import Concern
 from refusal_jax.runs.artifacts import STATISTICS, TIDY
 from refusal_jax.runs.ledger import Ledger
 from refusal_jax.runs.stage import Stage
-from refusal_jax.study.completions import completions_names, score_names
+from refusal_jax.study.completions import score_names
 from refusal_jax.study.shared import Study
-
-
-def verdict_names(study: Study) -> list[str]:
-    """Returns the names of the evaluations files, one for each condition."""
-    return [evaluations_name(name) for name in completions_names(study)]
 
 
 def judge_completions(study: Study, ledger: Ledger) -> None:
     """Writes the verdicts on the completions and their tables; judge models get the memory that the studied model had."""
-    names = completions_names(study)
-    completions = {name: study.run.read_json(name) for name in names}
+    completions = {name: study.run.read_json(name) for name in study.files("completions")}
     judges, scored = study.judges, completions
     if any(judge.uses_devices for judge in judges):
         judges = [judge.on(study.mesh) for judge in judges]  # of all processes; without such a judge, one is here alone
@@ -35,12 +29,11 @@ def judge_completions(study: Study, ledger: Ledger) -> None:
     for file in score_names(study):
         scored = with_scores(completions, study.run.read_json(file))
     verdicts = judge_all(judges, scored, ledger)
-    for name in names:
-        study.run.write_json(evaluations_name(name), evaluate_completions(completions[name], verdicts[name]))
-    stems = {name: stem_of(pathlib.PurePosixPath(name)) for name in names}
+    for condition, name in zip(study.conditions, completions, strict=True):
+        study.run.write_json(condition.file("evaluations"), evaluate_completions(completions[name], verdicts[name]))
     found = tables(
-        {stem: completions[name] for name, stem in stems.items()},
-        {stem: verdicts[name] for name, stem in stems.items()},
+        {stem_of(name): rows for name, rows in completions.items()},
+        {stem_of(name): judged for name, judged in verdicts.items()},
         study.chat,
     )
     study.run.write_json(STATISTICS, found)
@@ -91,8 +84,8 @@ def concerns(findings: Findings) -> list[Concern]:
 STAGE = Stage(
     "evaluations",
     judge_completions,
-    reads=lambda study: [*completions_names(study), *score_names(study)],
-    writes=lambda study: [*verdict_names(study), STATISTICS, TIDY],
+    reads=lambda study: [*study.files("completions"), *score_names(study)],
+    writes=lambda study: [*study.files("evaluations"), STATISTICS, TIDY],
     alone=lambda study: not any(judge.uses_devices for judge in study.judges),
     section=Section(
         pathlib.Path(__file__).with_name("evaluations.html.jinja"),

@@ -13,7 +13,8 @@ import numpy as np
 from refusal_jax.chat.loss_rows import LossRow, chat_rows, text_rows
 from refusal_jax.chat.model import ChatModel
 from refusal_jax.chat.prompts import bucket
-from refusal_jax.data.prompts import read_chat_pairs, read_prompts, resolve
+from refusal_jax.conditions import INTERVENTIONS, Baseline, Condition, label_of
+from refusal_jax.data.prompts import distinct, read_chat_pairs, read_prompts, resolve
 from refusal_jax.edits import Edits
 from refusal_jax.errors import UserError, field
 from refusal_jax.judges.statistics import mean_interval
@@ -28,7 +29,6 @@ from refusal_jax.report.summary import damage_in_words, loss_change, read_damage
 from refusal_jax.runs.artifacts import DAMAGE, DIRECTION, METADATA, loss_name
 from refusal_jax.runs.ledger import Ledger
 from refusal_jax.runs.stage import Stage
-from refusal_jax.study.completions import INTERVENTIONS, completions_name, completions_names, intervention_edits
 from refusal_jax.study.shared import Study
 
 
@@ -126,7 +126,7 @@ def loss_datasets(model: ChatModel, settings, harmless_baseline: list[dict]) -> 
     """Returns the rows to measure: the model's own baseline completions on harmless prompts, and the configured files.
 
     harmless_baseline: those completions, of which the thoughts count as well: they are the model's own words. Empty ones are left
-    out, and the set with them if none is left. The files' names differ (`check_settings` sees to it).
+    out, and the set with them if none is left.
     """
     longest, opened = model.config.context_length, len(model.chat.opened_thought)
     whole = [(c["prompt"], c["thought"][opened:] if "thought" in c else "", c["response"]) for c in harmless_baseline]
@@ -137,16 +137,24 @@ def loss_datasets(model: ChatModel, settings, harmless_baseline: list[dict]) -> 
         (settings.text_files, lambda path: text_rows(model.chat, [p["instruction"] for p in read_prompts(path)], cut)),
         (settings.chat_files, lambda path: chat_rows(model.chat, read_chat_pairs(path), longest)),
     ]
+    titles = iter(loss_titles(settings))
     for files, read in readers:
         for file in files:
-            path = resolve(file, "loss")
-            sets[path.stem] = read(path)
+            sets[next(titles)] = read(resolve(file, "loss"))
     return sets
+
+
+def loss_titles(settings) -> list[str]:
+    """Returns what the loss files are called in results: as the file, or, where that is taken, with its folder before it."""
+    taken = {"on_distribution"}
+    paths = [resolve(file, "loss") for file in (*settings.text_files, *settings.chat_files)]
+    return [distinct(path.stem, path.parent.name, taken) for path in paths]
 
 
 def own_answers(study: Study) -> list[str]:
     """Returns the name of the completions at baseline on harmless prompts, if the study has them."""
-    return [name for name in completions_names(study) if name == completions_name(study, "harmless_baseline")]
+    wanted = Condition(study.datasets["harmless"], Baseline)
+    return [condition.file("completions") for condition in study.conditions if condition == wanted]
 
 
 def measure(study: Study, ledger: Ledger) -> None:
@@ -155,13 +163,13 @@ def measure(study: Study, ledger: Ledger) -> None:
     answers = [row for name in own_answers(study) for row in study.run.read_json(name)]
     sets = loss_datasets(study.model, study.config.loss, answers)
     size, moved = study.sizes.loss, {}
-    for kind in INTERVENTIONS:
-        edits = intervention_edits(study.model, f"harmful_{kind}", study.direction())
+    for kind, intervention in INTERVENTIONS.items():
+        edits = Condition(study.datasets["harmful"], intervention).edits(study.direction(), study.model.config)
         found = {
             title: measure_loss(study.model, rows, edits, size, f"{title}, {kind}") for title, rows in sets.items()
         }
         study.run.write_json(loss_name(kind), found)
-        if kind != "baseline" and "on_distribution" in sets:
+        if intervention is not Baseline and "on_distribution" in sets:
             moved[kind] = measure_kl(study.model, sets["on_distribution"], edits, size, f"KL, {kind}")
     study.run.write_json(DAMAGE, {"kl": moved})
 
@@ -189,7 +197,7 @@ def loss_rows(losses: dict[str, dict[str, dict]]) -> list[dict]:
             "dataset": name,
             "n_tokens": next(iter(by.values()))["n_tokens"],
             "cells": [
-                {**by[kind], "change": None if kind == "baseline" else loss_change(by, kind)} if kind in by else None
+                {**by[kind], "change": None if kind == Baseline.name else loss_change(by, kind)} if kind in by else None
                 for kind in INTERVENTIONS
             ],
         }
@@ -199,18 +207,24 @@ def loss_rows(losses: dict[str, dict[str, dict]]) -> list[dict]:
 
 def values(findings: Findings) -> dict:
     """Returns the losses and distances that the report shows."""
-    return {"losses": loss_rows(read_losses(findings.run)), "kl": read_damage(findings.run)}
+    return {
+        "interventions": list(INTERVENTIONS),
+        "losses": loss_rows(read_losses(findings.run)),
+        "kl": read_damage(findings.run),
+    }
 
 
 def lines(findings: Findings) -> list[str]:
     """Returns the losses and distances, for the text summary."""
-    lines = ["", f"{'cross-entropy on':<18}{'baseline':>9}{'ablation':>10}{'− addition':>12}{'tokens':>9}"]
+    labels = {name: intervention.label(harmful=True) for name, intervention in INTERVENTIONS.items()}
+    widths = {name: len(label) + (1 if name == Baseline.name else 2) for name, label in labels.items()}
+    columns = "".join(f"{label:>{widths[name]}}" for name, label in labels.items())
+    lines = ["", f"{'cross-entropy on':<18}{columns}{'tokens':>9}"]
     for name, by in read_losses(findings.run).items():
-        columns = zip(INTERVENTIONS, (9, 10, 12), strict=True)
-        values = "".join(f"{by[kind]['ce_loss']:>{width}.3f}" for kind, width in columns)
-        lines.append(f"{name:<18}{values}{by['baseline']['n_tokens']:>9}")
+        values = "".join(f"{by[kind]['ce_loss']:>{width}.3f}" for kind, width in widths.items())
+        lines.append(f"{name:<18}{values}{by[Baseline.name]['n_tokens']:>9}")
     for kind, row in read_damage(findings.run).items():
-        name = {"actadd": "− addition"}.get(kind, kind)
+        name = label_of(kind, harmful=True)
         lines.append(
             f"KL from baseline on answers to harmless prompts, {name}: {row['kl_per_token']:.4f} nats per token"
         )

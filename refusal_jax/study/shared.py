@@ -11,6 +11,7 @@ import jax
 from refusal_jax import distributed
 from refusal_jax.chat.model import ChatModel, load_model, weights_dtype
 from refusal_jax.chat.prompts import Chat
+from refusal_jax.conditions import Ablate, Baseline, Condition, Dataset, Kind, datasets
 from refusal_jax.data.sampling import over_refusal_names
 from refusal_jax.directions import Direction
 from refusal_jax.errors import UserError, field
@@ -49,10 +50,20 @@ class Study:
         return list(over_refusal_names(self.config.data))
 
     @property
-    def conditions(self) -> list[str]:
+    def datasets(self) -> dict[str, Dataset]:
+        """Returns the test sets by key."""
+        return datasets(self.config.data)
+
+    @property
+    def conditions(self) -> list[Condition]:
         """Returns the conditions of the settings, and for each over-refusal set baseline and ablation."""
-        more = [f"{name}_{kind}" for name in self.over_refusal for kind in ("baseline", "ablation")]
-        return [*self.config.generation.conditions, *more]
+        known = self.datasets
+        named = [Condition.parse(name, known) for name in self.config.generation.conditions]
+        return named + [Condition(known[name], kind) for name in self.over_refusal for kind in (Baseline, Ablate)]
+
+    def files(self, kind: Kind) -> list[str]:
+        """Returns the names of the files of a kind, one for each condition."""
+        return [condition.file(kind) for condition in self.conditions]
 
     @functools.cached_property
     def mesh(self) -> jax.sharding.Mesh | None:

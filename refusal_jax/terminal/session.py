@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from refusal_jax.chat.model import ChatModel
+from refusal_jax.conditions import Ablate, Add, Baseline
 from refusal_jax.directions import Direction
 from refusal_jax.edits import Edits
 from refusal_jax.errors import UserError, setting
@@ -21,7 +22,7 @@ HELP = """Type a message, and both models reply to it, each in its own conversat
   /help            this text
   /quit            leave (as do Ctrl-D and the end of a file); Ctrl-C stops a reply
 Colours: red tokens lie along the direction, blue ones against it; full colour is 0.6 of the direction's length or more."""
-EDITS = ("off", "ablate", "add")
+EDITS = ("off", Ablate.verb, Add.verb)
 
 
 @dataclasses.dataclass
@@ -72,10 +73,10 @@ class Session:
                 f"The file does not tell at which layer its direction was read. Give {setting('layer')}, counted from 0, "
                 "or the folder of a study."
             )
-        self.model, self.raw_d = model, direction.raw_d
+        self.model, self.direction, self.raw_d = model, direction, direction.raw_d
         self.max_new_tokens, self.numbers, self.history = max_new_tokens, numbers, history
         self.layer = self._layer(direction.layer)
-        self.edit, self.scale = "ablate", 1.0
+        self.edit, self.scale = Ablate.verb, 1.0
         self.reset()
 
     def reset(self) -> None:
@@ -85,18 +86,17 @@ class Session:
     def titles(self) -> list[str]:
         """What stands above the columns."""
         scale = "" if self.scale == 1 else f" × {self.scale:g}"
-        edits = {"off": "no edit", "ablate": f"ablation{scale}", "add": f"addition{scale} at layer {self.layer}"}
-        return ["baseline", edits[self.edit]]
+        edits = {"off": "no edit", "ablate": f"{Ablate.name}{scale}", "add": f"addition{scale} at layer {self.layer}"}
+        return [Baseline.name, edits[self.edit]]
 
     def edits(self) -> Edits:
-        """A row for each column."""
-        baseline = Edits.none(self.model.config.d_model)
+        """Returns a row for each column."""
         edited = {
-            "off": lambda: baseline,
-            "ablate": lambda: Edits.ablate(self.raw_d, scale=self.scale),
-            "add": lambda: Edits.add(self.raw_d, self.layer, self.scale),
+            "off": Baseline(),
+            Ablate.verb: Ablate(self.direction, scale=self.scale),
+            Add.verb: Add(self.direction, [self.layer], self.scale),
         }
-        return Edits.concat([baseline, edited[self.edit]()])
+        return Edits.concat([one.edits(self.model.config) for one in (Baseline(), edited[self.edit])])
 
     def command(self, line: str) -> str:
         """Does what a line that begins with "/" says; what to show for it. Raises UserError for what is no command."""
