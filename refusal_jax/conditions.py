@@ -24,7 +24,8 @@ COMPLETIONS_FOLDER = "completions"
 
 
 class Intervention(abc.ABC):
-    """What is done to a model. name: in settings and in the names of files. verb: for users, None where nothing is exported."""
+    """What is done to a model. name: in settings and in the names of files. verb: in exports and chats, None
+    where there is nothing to do."""
 
     name: ClassVar[str]
     verb: ClassVar[str | None] = None
@@ -42,10 +43,6 @@ class Intervention(abc.ABC):
     @abc.abstractmethod
     def edits(self, cfg: ModelConfig) -> Edits:
         """Returns the one-row edit of a model. Raises UserError for a direction of another model and for layers out of range."""
-
-    def described(self, cfg: ModelConfig) -> dict:
-        """Returns the intervention in plain values."""
-        return {"kind": self.verb or self.name}
 
 
 @dataclasses.dataclass(frozen=True)

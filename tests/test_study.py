@@ -11,7 +11,7 @@ import torch
 from refusal_jax import Edits, Taps, UserError, load_model, make_mesh
 from refusal_jax.chat.loss_rows import LossRow, chat_rows, text_rows
 from refusal_jax.chat.prompts import Chat
-from refusal_jax.conditions import Ablate, Condition, Dataset, label_of, rank, split_stem, stem_of
+from refusal_jax.conditions import Condition, Dataset
 from refusal_jax.data.prompts import read_chat_pairs
 from refusal_jax.directions import Direction
 from refusal_jax.study.completions import complete
@@ -152,31 +152,6 @@ DATASETS = {"harmful": Dataset("harmful", "jailbreakbench", True), "harmless": D
 
 def condition(name: str) -> Condition:
     return Condition.parse(name, DATASETS)
-
-
-def test_conditions():
-    ablated, added = condition("harmful_ablation"), condition("harmless_actadd")
-    assert ablated == Condition(DATASETS["harmful"], Ablate) and ablated.name == "harmful_ablation"
-    assert ablated.file("completions") == "completions/jailbreakbench_ablation_completions.json"
-    assert added.file("evaluations") == "completions/harmless_actadd_evaluations.json"
-    assert [condition(f"{side}_actadd").label for side in DATASETS] == ["− addition", "+ addition"]
-    assert ablated.label == label_of("ablation", True) == "ablation" and label_of("prompted", True) == "prompted"
-    for kind in ("completions", "evaluations", "jailbreakbench"):
-        assert stem_of(ablated.file(kind)) == ablated.stem == "jailbreakbench_ablation"
-    assert split_stem(ablated.stem) == ("jailbreakbench", "ablation") and split_stem("mine") == ("mine", "")
-    assert sorted(["other", "actadd", "baseline", "ablation"], key=rank) == ["baseline", "ablation", "actadd", "other"]
-    for name in ("harmful", "harmful_other", "benign_ablation", "ablation"):
-        with pytest.raises(
-            UserError, match=f"unknown condition '{name}': it is harmful_ or harmless_ followed by one of"
-        ):
-            condition(name)
-
-
-def test_addition_is_subtracted_on_the_harmful_side(model):
-    direction = Direction.of(np.arange(32.0), layer=1, position=-1)
-    harmful, harmless = (condition(f"{s}_actadd").edits(direction, model.config) for s in DATASETS)
-    np.testing.assert_array_equal(harmful.add_rd, -harmless.add_rd)
-    assert harmless.add_rd[0, 3] == 3 and harmful.layer_ra == harmless.layer_ra == 1
 
 
 def test_completions_equal_each_prompt_alone(model, directions):
