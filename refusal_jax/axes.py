@@ -4,6 +4,11 @@ An array's name ends in its axes, such as `resid_btd`, and public functions anno
 `Float[Array, "B T D"]`. A letter means one thing everywhere; a count that belongs to no axis of the model is a lower-case `n`.
 """
 
+import jax
+import numpy as np
+
+Array = jax.Array | np.ndarray  # where both come in: jitted functions take either
+
 AXES = {
     "B": "rows of a batch, which are prompts",
     "T": "tokens, on the query side of attention",

@@ -16,11 +16,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
+from refusal_jax.axes import Array
+
 SITES = ("resid_pre", "attn_out", "mlp_out")
 EPS = 1e-8  # of r / (|r| + EPS): a zero direction stays zero instead of becoming 0 / 0
 INDEPENDENT = 1e-6  # the least singular value of unit directions that are linearly independent
-
-Array = jax.Array | np.ndarray
 
 
 def orthonormal(rows_rjd: np.ndarray) -> np.ndarray:
@@ -175,7 +175,7 @@ class Edits:
         layer_ra = np.where(np.asarray(self.layer_ra) == layer, 0, -1).astype(np.int32)
         return dataclasses.replace(self, gate_rls=gate_rls, layer_ra=layer_ra)
 
-    def layer_gates(self, n_layers: int) -> tuple[Float[Array, "L R S"], Float[Array, "L R"]]:
+    def layer_gates(self, n_layers: int) -> tuple[Float[jax.Array, "L R S"], Float[jax.Array, "L R"]]:
         """Returns what a scan over layers takes: the gates of ablation, and those of addition."""
         gate_lrs = jnp.swapaxes(jnp.broadcast_to(self.gate_rls, (self.rows, n_layers, len(SITES))), 0, 1)
         at_lr = (self.layer_ra[None] == jnp.arange(n_layers)[:, None, None]).any(axis=-1)

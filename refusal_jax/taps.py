@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool
 
+from refusal_jax.axes import Array
 from refusal_jax.errors import UserError
 
 # The residual stream in TransformerLens's vocabulary; attn_out and mlp_out are what is added to it, after any post-norm.
@@ -47,7 +48,7 @@ class Taps:
 
     sites: tuple[str, ...] = dataclasses.field(default=(), metadata={"static": True})
     last: int | None = dataclasses.field(default=None, metadata={"static": True})
-    along: jax.Array | np.ndarray | None = None
+    along: Array | None = None
 
     def __post_init__(self):
         unknown = [site for site in self.sites if site not in TAP_AXES]
@@ -92,7 +93,7 @@ class Taps:
         """Returns the requested ones of a block's named residuals `[B, T, D]`, cut to the tapped positions."""
         return {site: self.cut(values_btd[site]) for site in self.sites if site in values_btd}
 
-    def finite(self, tapped: Mapping[str, jax.Array], mask_bt: Bool[jax.Array, "B T"]) -> Bool[jax.Array, " B"]:
+    def finite(self, tapped: Mapping[str, Array], mask_bt: Bool[Array, "B T"]) -> Bool[jax.Array, " B"]:
         """Returns whether all that was tapped of a row's real tokens is finite."""
         finite_b = jnp.ones(len(mask_bt), bool)
         for site, values in tapped.items():

@@ -258,7 +258,7 @@ class ChatModel:
         state = empty(self.decoder, rows=count, pad_id=pad, probed=True, remembered=decoding is not None, **sizes)
         state = admit(self.decoder, state, *part, rows, probe_bd, decoding, pad_id=pad, **ending)
         while True:
-            found = state.active_b, state.count_b, state.out_bn, state.along_bln, state.finite_b
+            found = state.active_b, state.count_b, state.out_bo, state.along_blo, state.finite_b
             active, counts, out, along, finite = map(np.array, jax.device_get(found))
             check_finite(finite, self.decoder.dtype, "Generation failed", edits is not None and edits.in_force_r)
             ids = [self.chat.before_end(row[:n]) for row, n in zip(out.tolist(), counts, strict=True)]

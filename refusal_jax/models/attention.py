@@ -6,12 +6,14 @@ differently run through the same scanned body.
 
 import dataclasses
 import functools
+import operator
 from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Bool, Float, Int
 
+from refusal_jax.axes import Array
 from refusal_jax.models.cache import Cache
 from refusal_jax.models.config import ModelConfig
 from refusal_jax.models.rope import rotate
@@ -20,7 +22,7 @@ from refusal_jax.models.rope import rotate
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class View:
-    """What layers of one kind see: rotary tables of the new tokens, and what those may attend to."""
+    """Rotary tables of the new tokens and what these may attend to, for layers of one kind."""
 
     cos_btr: jax.Array  # float32 [B, T, rotated pairs]
     sin_btr: jax.Array  # float32 [B, T, rotated pairs]
@@ -28,8 +30,8 @@ class View:
     allowed_btc: jax.Array | None  # bool [B, T, C], of the new tokens to the cache's slots, if there is one
     interleaved: bool = dataclasses.field(metadata={"static": True})
 
-    def rotate(self, x_btnh):
-        """Queries or keys with their leading entries turned; float32 inside, the dtype of x outside."""
+    def rotate(self, x_btnh: Float[jax.Array, "B T N H"]) -> Float[jax.Array, "B T N H"]:
+        """Returns queries or keys with their leading entries turned; float32 inside, the dtype of x outside."""
         return rotate(x_btnh, self.cos_btr, self.sin_btr, self.interleaved)
 
 
@@ -41,8 +43,15 @@ class Context:
     views: tuple[View, ...]
 
     @classmethod
-    def build(cls, cfg: ModelConfig, positions_bt, mask_bt, cache: Cache | None = None) -> "Context":
-        """For consecutive tokens at these positions, of which `mask_bt` marks the real ones, after those of `cache`."""
+    def build(
+        cls,
+        cfg: ModelConfig,
+        positions_bt: Int[Array, "B T"],
+        mask_bt: Bool[Array, "B T"],
+        cache: Cache | None = None,
+    ) -> "Context":
+        """Returns the views of consecutive tokens at these positions, which follow those of `cache`; `mask_bt` marks the real
+        ones."""
         t = mask_bt.shape[1]
         back_tt = jnp.arange(t)[:, None] - jnp.arange(t)[None, :]  # how far back each token is of each other
         near_btt = (back_tt >= 0) & mask_bt[:, None, :]
@@ -55,18 +64,19 @@ class Context:
             allowed_btt, allowed_btc = near_btt, near_btc
             if kind.window is not None:
                 allowed_btt = near_btt & (back_tt < kind.window)
-                allowed_btc = None if cache is None else near_btc & (back_btc < kind.window)
-            return View(*kind.rope.tables(positions_bt), allowed_btt, allowed_btc, kind.rope.interleaved)
+                allowed_btc = None if near_btc is None else near_btc & (back_btc < kind.window)
+            cos_btr, sin_btr = kind.rope.tables(positions_bt)
+            return View(cos_btr, sin_btr, allowed_btt, allowed_btc, kind.rope.interleaved)
 
         return cls(tuple(map(view, cfg.kinds)))
 
     @classmethod
-    def of_prompt(cls, cfg: ModelConfig, mask_bt: jax.Array) -> "Context":
-        """For whole, left-padded prompts."""
+    def of_prompt(cls, cfg: ModelConfig, mask_bt: Bool[Array, "B T"]) -> "Context":
+        """Returns the views of whole, left-padded prompts."""
         return cls.build(cfg, jnp.maximum(jnp.cumsum(mask_bt, axis=1) - 1, 0), mask_bt)
 
     def view(self, kind: jax.Array) -> View:
-        """That of one layer; kind: int32 scalar."""
+        """Returns the view of one layer; kind: int32 scalar, the layer's entry of `ModelConfig.layer_kinds`."""
         if len(self.views) == 1:
             return self.views[0]
         return jax.tree.map(lambda *cases: jax.lax.select_n(kind, *cases), *self.views)
@@ -95,13 +105,13 @@ def _probabilities(q_btnh, segments: Sequence[Segment], scale: float, softcap: f
     scores = [score(k, allowed) for k, _, allowed in segments]
     highest = functools.reduce(jnp.maximum, (jnp.max(s, axis=-1, keepdims=True) for s in scores))
     weights = [jnp.exp(s - highest) for s in scores]
-    total = sum(jnp.sum(w, axis=-1, keepdims=True) for w in weights)
+    total = functools.reduce(operator.add, (jnp.sum(w, axis=-1, keepdims=True) for w in weights))
     return [w / total for w in weights]
 
 
 def attend(
-    q_btnh: Float[Array, "B T N H"], segments: Sequence[Segment], scale: float, softcap: float | None
-) -> Float[Array, "B T N*H"]:
+    q_btnh: Float[jax.Array, "B T N H"], segments: Sequence[Segment], scale: float, softcap: float | None
+) -> Float[jax.Array, "B T N*H"]:
     """Returns grouped-query attention over one or more segments of keys and values, softmax in float32.
 
     Scores of all segments share one softmax. Cached and new keys stay separate arrays: to attend, a decode step need not copy the
@@ -109,16 +119,18 @@ def attend(
     """
     b, t, n, h = q_btnh.shape
     precision = "highest" if q_btnh.dtype == jnp.float32 else None
-    out = sum(
+    probabilities = _probabilities(q_btnh, segments, scale, softcap)
+    parts = [
         jnp.einsum("bkgtc,bkch->bkgth", p.astype(v.dtype), v, precision=precision)
-        for p, (_, v, _) in zip(_probabilities(q_btnh, segments, scale, softcap), segments, strict=True)
-    )
+        for p, (_, v, _) in zip(probabilities, segments, strict=True)
+    ]
+    out = functools.reduce(operator.add, parts)
     return out.transpose(0, 3, 1, 2, 4).reshape(b, t, n * h)
 
 
 def pattern(
-    q_bqnh: Float[Array, "B Q N H"], segments: Sequence[Segment], scale: float, softcap: float | None
-) -> Float[Array, "B N Q C"]:
+    q_bqnh: Float[jax.Array, "B Q N H"], segments: Sequence[Segment], scale: float, softcap: float | None
+) -> Float[jax.Array, "B N Q C"]:
     """Returns the probabilities with which `attend` weighs the values of all segments, one after the other, for these queries
     alone; exactly 0 where a query may not attend."""
     b, q, n, _ = q_bqnh.shape

@@ -1,10 +1,12 @@
 """Keys and values of the tokens so far, for decoding."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.experimental.layout import Layout, with_layout_constraint
+from jaxtyping import Bool, Int
 
 
 @jax.tree_util.register_dataclass
@@ -18,9 +20,9 @@ class Cache:
     back.
     """
 
-    kv: object  # keys and values: a pair of [L, B, K, C, H], or a list of L pairs of [B, K, C, H]
+    kv: Any  # keys and values: a pair of [L, B, K, C, H], or a list of L pairs of [B, K, C, H]
     mask_bc: jax.Array  # bool [B, C]
-    filled: jax.Array  # int32 scalar, slots written since the start
+    filled: Any  # int32 scalar, slots written since the start
     position_b: jax.Array  # int32 [B], the position of each row's next token
 
     @property
@@ -28,14 +30,14 @@ class Cache:
         return self.mask_bc.shape[1]
 
     @property
-    def positions_bc(self) -> jax.Array:
-        """The position of the token in each slot, int32 `[B, C]`; meaningless where there is none."""
+    def positions_bc(self) -> Int[jax.Array, "B C"]:
+        """Returns the position of the token in each slot; meaningless where there is none."""
         ago_c = (self.filled - 1 - jnp.arange(self.slots)) % self.slots
         return self.position_b[:, None] - 1 - ago_c
 
     @classmethod
-    def of_prompt(cls, new, mask_bt: jax.Array, slots: int, filled=None) -> "Cache":
-        """From a prompt's keys and values (`Output.kv`) and mask, in a ring of `slots`.
+    def of_prompt(cls, new, mask_bt: Bool[jax.Array, "B T"], slots: int, filled=None) -> "Cache":
+        """Returns a ring of `slots` with a prompt's keys and values (`Output.kv`) and mask.
 
         filled: slots written once the prompt is there; default, the prompt's length: then it begins at slot 0.
         """
@@ -48,8 +50,8 @@ class Cache:
         mask_bc = jnp.roll(jnp.pad(mask_bt, ((0, 0), (0, spare))), shift, 1)
         return cls(kv, mask_bc, filled, jnp.sum(mask_bt, axis=1, dtype=jnp.int32))
 
-    def append(self, new, mask_b1: jax.Array) -> "Cache":
-        """With the keys and values of one more token written to the next slot."""
+    def append(self, new, mask_b1: Bool[jax.Array, "B 1"]) -> "Cache":
+        """Returns the cache with the keys and values of one more token written to the next slot."""
         slot = self.filled % self.slots
 
         def write(old, new):

@@ -8,24 +8,34 @@ Norms, softmax, rotary angles and logits are float32 whatever the weights' dtype
 """
 
 import dataclasses
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Bool, Float, Int
 
+from refusal_jax.axes import Array
 from refusal_jax.edits import SITES, Edits
-from refusal_jax.models.attention import Context, View, attend
+from refusal_jax.models.attention import Context, Segment, View, attend
 from refusal_jax.models.cache import Cache
 from refusal_jax.models.config import ModelConfig
 from refusal_jax.models.head_taps import Heads, read_heads
 from refusal_jax.models.layers import GATED, experts, linear, lookup, mlp, rms_norm, row_parallel, sharded_experts
-from refusal_jax.models.sharding import constrain, constrain_residual, split_for, weight_place
+from refusal_jax.models.sharding import constrain, constrain_residual, split_for, weight_place, weight_spec
 from refusal_jax.models.weights import weight_table
 from refusal_jax.taps import NO_TAPS, Taps
 
+# Parameters by path, or their shapes.
+Weights = Mapping[str, Any]
+# Keys and values of the tokens of one layer, `[B, K, T, H]` each, and of all: stacked on an L axis, or a list of layers.
+LayerKV = tuple[jax.Array, jax.Array]
+KV = LayerKV | list[LayerKV]
+
 
 def unstacked(tree, n_layers: int) -> list:
-    """A pytree with a leading L axis as a list of L pytrees; the slices are made here and not later."""
+    """Returns a pytree with a leading L axis as a list of L pytrees; the slices are made here and not later."""
     return jax.lax.optimization_barrier(
         [jax.tree.map(lambda a, layer=layer: a[layer], tree) for layer in range(n_layers)]
     )
@@ -34,7 +44,7 @@ def unstacked(tree, n_layers: int) -> list:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Layer:
-    """What is particular to one layer besides its weights, or to all of them on a leading L axis."""
+    """Values that differ between layers, besides their weights: one layer's, or all layers' on a leading L axis."""
 
     index: jax.Array  # int32
     kind: jax.Array  # int32, index into the context's views
@@ -45,13 +55,13 @@ class Layer:
 class Stack(nnx.Module):
     """Weights of the blocks by name, and the mesh that they are on."""
 
-    def __init__(self, cfg: ModelConfig, weights: dict[str, jax.Array], mesh: jax.sharding.Mesh | None):
+    def __init__(self, cfg: ModelConfig, weights: Weights, mesh: jax.sharding.Mesh | None):
         self.cfg, self.mesh = cfg, mesh
         for name, value in weights.items():
             setattr(self, name, nnx.Param(value))
 
-    def weight(self, name: str):
-        """The array of a parameter, or None where the architecture has none of that name."""
+    def weight(self, name: str) -> Any:
+        """Returns the array of a parameter, or None where the architecture has none of that name."""
         param = getattr(self, name, None)
         return None if param is None else param[...]
 
@@ -60,20 +70,20 @@ class Block(Stack):
     """One layer, or all of them stacked on a leading L axis (then `jax.lax.scan` slices it)."""
 
     def norm(self, name: str, x):
-        """`x` through the norm of that name, or as it is where the architecture has none."""
+        """Returns `x` through the norm of that name, or as it is where the architecture has none."""
         scale = self.weight(name)
         return x if scale is None else rms_norm(x, scale, self.cfg.norm_eps, self.cfg.norm_offset)
 
-    def spec(self, name: str):
-        """How a weight is placed on the mesh, its layer axis included; () without one."""
-        return weight_place(self.mesh, weight_table(self.cfg)[f"blocks.{name}"])[1].spec if self.mesh else ()
+    def spec(self, name: str) -> jax.sharding.PartitionSpec:
+        """Returns how a weight is placed on the mesh, its layer axis included; of no axes without a mesh."""
+        return weight_spec(self.mesh, weight_table(self.cfg)[f"blocks.{name}"])
 
-    def out(self, name: str, x_btf):
-        """`x_btf` through the weight of that name, which writes to the residual stream, and its bias; placed as rows."""
+    def out(self, name: str, x_btf: Float[jax.Array, "B T F"]) -> Float[jax.Array, "B T D"]:
+        """Returns `x_btf` through the weight of that name, which writes to the residual stream, plus its bias; placed as rows."""
         spec = jax.sharding.PartitionSpec(*self.spec(name)[1:])
         return row_parallel(self.mesh, spec, x_btf, self.weight(name), self.weight(f"{name}_bias"))
 
-    def attention(self, h_btd, view: View, past) -> tuple[Heads, tuple[jax.Array, jax.Array]]:
+    def attention(self, h_btd: Float[jax.Array, "B T D"], view: View, past: LayerKV | None) -> tuple[Heads, LayerKV]:
         """Returns attention on the input `[B, T, D]`, and the tokens' keys and values, `[B, K, T, H]` each."""
         cfg, w = self.cfg, self.weight
 
@@ -86,15 +96,17 @@ class Block(Stack):
             return self.norm(f"{name}_norm", x) if cfg.qk_norm == "head" else x
 
         q, k, v = heads("q", cfg.n_heads), heads("k", cfg.n_kv_heads), heads("v", cfg.n_kv_heads)
-        new = tuple(constrain(self.mesh, a.swapaxes(1, 2), "batch", "kv_heads") for a in (view.rotate(k), v))
-        segments = [(*new, view.allowed_btt)] if past is None else [(*past, view.allowed_btc), (*new, view.allowed_btt)]
+        k, v = (constrain(self.mesh, a.swapaxes(1, 2), "batch", "kv_heads") for a in (view.rotate(k), v))
+        segments: list[Segment] = [(k, v, view.allowed_btt)]
+        if past is not None and view.allowed_btc is not None:
+            segments.insert(0, (*past, view.allowed_btc))
         q, norm_d = view.rotate(q), w("attn_post_norm")
         z = attend(q, segments, cfg.query_scale, cfg.attention_softcap)
         norm_d = None if norm_d is None else cfg.norm_offset + norm_d.astype(jnp.float32)
-        return Heads(q, segments, z, self.out("o", z), w("o"), w("o_bias"), norm_d), new
+        return Heads(q, segments, z, self.out("o", z), w("o"), w("o_bias"), norm_d), (k, v)
 
-    def mlp(self, h_btd, layer: Layer, stack: Stack | None):
-        """What the MLP computes of its input, `[B, T, D]`; stack: all layers' experts, if the architecture has any."""
+    def mlp(self, h_btd: Float[jax.Array, "B T D"], layer: Layer, stack: Stack | None) -> Float[jax.Array, "B T D"]:
+        """Returns the MLP of its input; stack: all layers' experts, if the architecture has any."""
         if stack is None:
             return mlp(self.cfg, self.weight, h_btd, self.out)
         router, stacks = self.weight("router"), {name: stack.weight(name) for name in GATED}
@@ -106,7 +118,7 @@ class Block(Stack):
         return sharded_experts(self.mesh, specs, self.cfg, router, stacks, layer.index, h_btd)
 
     def __call__(self, x_btd, layer: Layer, ctx: Context, edits: Edits, taps: Taps, past=None, stack=None):
-        """Returns the block's output, its taps, and the keys and values of its tokens, each `[B, K, T, H]`.
+        """Returns the block's output `[B, T, D]`, its taps, and the keys and values of its tokens, each `[B, K, T, H]`.
 
         past: keys and values of the tokens before, from a cache. stack: as in `mlp`.
         """
@@ -117,11 +129,11 @@ class Block(Stack):
             return constrain_residual(self.mesh, x)
 
         def read(x, norm: str):
-            """The input of attention or MLP, whose every part needs all of its rows."""
+            """Returns the input of attention or MLP, whose every part needs all of its rows."""
             return constrain(self.mesh, self.norm(norm, own(x)), "batch")
 
         def added(out, norm: str, site: str):
-            """What is added to the residual: after any post-norm, scaled, edited."""
+            """Returns what is added to the residual: after any post-norm, scaled, edited."""
             out = self.norm(norm, own(out))
             out = out if cfg.residual_scale == 1 else out * jnp.asarray(cfg.residual_scale, out.dtype)
             return edits.ablated(out, gates[site])
@@ -141,7 +153,7 @@ class Block(Stack):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Output:
-    """What a pass through all blocks gives; what a caller drops is dead code, and gone after compilation.
+    """The results of a pass through all blocks; what a caller drops is dead code, and gone after compilation.
 
     resid_btd: the last block's output, before the final norm. taps: what was asked for by `Taps`, by site, each with a leading
     L axis. kv: the tokens' keys and values, a pair of `[L, B, K, T, H]`, or a list of L pairs of `[B, K, T, H]` where layers
@@ -150,14 +162,14 @@ class Output:
 
     resid_btd: jax.Array
     taps: dict[str, jax.Array]
-    kv: tuple[jax.Array, jax.Array] | list[tuple[jax.Array, jax.Array]]
+    kv: KV
 
 
 class Decoder(nnx.Module):
     """A decoder-only transformer over a `ModelConfig`; parameters as in `weight_table`, but for a vocabulary that may have
     more rows, of zeros (`sharding.weight_place`). mesh: what the parameters are on, None being one device."""
 
-    def __init__(self, cfg: ModelConfig, weights: dict[str, jax.Array], mesh: jax.sharding.Mesh | None = None):
+    def __init__(self, cfg: ModelConfig, weights: Weights, mesh: jax.sharding.Mesh | None = None):
         mesh = split_for(mesh, cfg.n_kv_heads)
         self.cfg, self.mesh = cfg, mesh
         self.embed = nnx.Param(weights["embed"])
@@ -171,7 +183,7 @@ class Decoder(nnx.Module):
 
     @classmethod
     def init(cls, cfg: ModelConfig, key: jax.Array, dtype=jnp.float32) -> "Decoder":
-        """Random weights, for training and tests."""
+        """Returns a decoder with random weights, for training and tests."""
         table = weight_table(cfg)
         keys = jax.random.split(key, len(table))
 
@@ -182,7 +194,7 @@ class Decoder(nnx.Module):
         return cls(cfg, {path: make(w, k) for (path, w), k in zip(table.items(), keys, strict=True)})
 
     def weights(self) -> dict[str, jax.Array]:
-        """Every parameter by path: the inverse of the constructor."""
+        """Returns every parameter by path: the inverse of the constructor."""
 
         def find(path: str) -> jax.Array:
             name = path.removeprefix("blocks.")
@@ -194,7 +206,7 @@ class Decoder(nnx.Module):
 
     @classmethod
     def abstract(cls, cfg: ModelConfig, dtype, mesh: jax.sharding.Mesh | None) -> "Decoder":
-        """Shapes, dtypes and shardings in place of arrays: enough to compile with."""
+        """Returns a decoder of shapes, dtypes and shardings in place of arrays, which is enough to compile with."""
         mesh = split_for(mesh, cfg.n_kv_heads)
         places = {path: weight_place(mesh, weight) for path, weight in weight_table(cfg).items()}
         return cls(cfg, {p: jax.ShapeDtypeStruct(s, dtype, sharding=sh) for p, (s, sh) in places.items()}, mesh)
@@ -203,14 +215,14 @@ class Decoder(nnx.Module):
     def dtype(self):
         return self.embed[...].dtype
 
-    def embed_tokens(self, tokens_bt):
-        """The residual stream's first values, `[B, T, D]`."""
-        spec = weight_place(self.mesh, weight_table(self.cfg)["embed"])[1].spec if self.mesh else ()
+    def embed_tokens(self, tokens_bt: Int[Array, "B T"]) -> Float[jax.Array, "B T D"]:
+        """Returns the first values of the residual stream."""
+        spec = weight_spec(self.mesh, weight_table(self.cfg)["embed"])
         x = constrain_residual(self.mesh, lookup(self.mesh, spec, self.embed[...], tokens_bt))
         return x if self.cfg.embed_scale == 1 else x * jnp.asarray(self.cfg.embed_scale, x.dtype)
 
-    def logits(self, x_btd):
-        """Final norm and unembedding, float32 `[B, T, V]`, V as stored: -inf for tokens beyond the vocabulary."""
+    def logits(self, x_btd: Float[jax.Array, "B T D"]) -> Float[jax.Array, "B T V"]:
+        """Returns final norm and unembedding in float32, with V as stored: -inf for tokens beyond the vocabulary."""
         cfg = self.cfg
         table = self.embed if cfg.tied_embeddings else self.unembed
         x = constrain(self.mesh, rms_norm(x_btd, self.final_norm[...], cfg.norm_eps, cfg.norm_offset), "batch")
@@ -223,8 +235,8 @@ class Decoder(nnx.Module):
         beyond = table[...].shape[0] > cfg.vocab_size
         return jnp.where(jnp.arange(logits.shape[-1]) < cfg.vocab_size, logits, -jnp.inf) if beyond else logits
 
-    def finite(self, x_btd, logits_btv):
-        """Returns whether each token's residual, which `logits` was given, and logits are finite, bool `[B, T]`.
+    def finite(self, x_btd: Float[jax.Array, "B T D"], logits_btv: Float[jax.Array, "B T V"]) -> Bool[jax.Array, "B T"]:
+        """Returns whether each token's residual, which `logits` was given, and logits are finite.
 
         A residual whose square overflows counts as infinite: the norm makes zeros of it.
         """
@@ -232,18 +244,24 @@ class Decoder(nnx.Module):
         square_bt = jnp.sum(jnp.square(x_btd.astype(jnp.float32)), axis=-1)
         return jnp.isfinite(square_bt) & jnp.all(jnp.isfinite(logits_btv) | beyond_v, axis=-1)
 
-    def layers(self, edits: Edits):
-        """What the blocks are run over: their weights, and what else differs between layers; leading axis L."""
+    def layers(self, edits: Edits) -> tuple[Block, Layer]:
+        """Returns the weights of the blocks and what else differs between layers, both with a leading L axis."""
         gates_lrs, add_lr = edits.layer_gates(self.cfg.n_layers)
         index_l, kind_l = jnp.arange(self.cfg.n_layers), jnp.asarray(self.cfg.layer_kinds, jnp.int32)
         return self.blocks, Layer(index_l, kind_l, gates_lrs, add_lr)
 
     def forward(
-        self, tokens_bt, mask_bt, edits: Edits, taps: Taps = NO_TAPS, cache: Cache | None = None, layers=None
+        self,
+        tokens_bt: Int[Array, "B T"],
+        mask_bt: Bool[Array, "B T"],
+        edits: Edits,
+        taps: Taps = NO_TAPS,
+        cache: Cache | None = None,
+        layers=None,
     ) -> Output:
         """Runs whole, left-padded prompts or, with a cache, the tokens that follow it, from the embedding to the last block.
 
-        mask_bt: bool `[B, T]`, marks real tokens. layers: as in `run`.
+        mask_bt: marks real tokens. layers: as in `run`.
         """
         if cache is None:
             ctx = Context.of_prompt(self.cfg, mask_bt)
@@ -251,14 +269,20 @@ class Decoder(nnx.Module):
             ctx = Context.build(self.cfg, cache.position_b[:, None] + jnp.arange(mask_bt.shape[1]), mask_bt, cache)
         return self.run(self.embed_tokens(tokens_bt), ctx, edits, taps, cache, layers)
 
-    def next_logits(self, x_btd) -> tuple[jax.Array, jax.Array]:
-        """Returns the logits of each row's next token, float32 `[B, V]` with V as stored, and whether they and the last
-        token's residual in `x_btd` are finite, bool `[B]`."""
+    def next_logits(self, x_btd: Float[jax.Array, "B T D"]) -> tuple[Float[jax.Array, "B V"], Bool[jax.Array, " B"]]:
+        """Returns the logits of each row's next token, float32 with V as stored, and whether they and the last token's residual
+        in `x_btd` are finite."""
         logits_b1v = self.logits(x_btd[:, -1:])
         return logits_b1v[:, 0], self.finite(x_btd[:, -1:], logits_b1v)[:, 0]
 
     def run(
-        self, x_btd, ctx: Context, edits: Edits, taps: Taps = NO_TAPS, cache: Cache | None = None, layers=None
+        self,
+        x_btd: Float[jax.Array, "B T D"],
+        ctx: Context,
+        edits: Edits,
+        taps: Taps = NO_TAPS,
+        cache: Cache | None = None,
+        layers=None,
     ) -> Output:
         """Runs all blocks on residuals `x_btd`, of whole prompts or, with a cache, of the tokens that follow it.
 
@@ -276,14 +300,16 @@ class Decoder(nnx.Module):
             x, (tapped, new) = jax.lax.scan(body, x_btd, (layers, past))
             return Output(x, tapped, new)
         x, tapped, new = x_btd, [], []
-        for layer in zip(layers, past or [None] * len(layers), strict=True):
+        for layer in zip(layers, past if isinstance(past, list) else [None] * len(layers), strict=True):
             x, (tapped_here, new_here) = body(x, layer)
             tapped.append(tapped_here)
             new.append(new_here)
         return Output(x, jax.tree.map(lambda *a: jnp.stack(a), *tapped), new)
 
-    def run_layers(self, x_btd, ctx: Context, edits: Edits, start, stop):
-        """Blocks `start` to `stop - 1`, traced bounds: one compiled program for any range. Returns the residual."""
+    def run_layers(
+        self, x_btd: Float[jax.Array, "B T D"], ctx: Context, edits: Edits, start, stop
+    ) -> Float[jax.Array, "B T D"]:
+        """Runs blocks `start` to `stop - 1` and returns the residual; the bounds are traced: one program serves any range."""
         layers = self.layers(edits)
 
         def body(index, x):

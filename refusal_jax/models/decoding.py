@@ -13,7 +13,9 @@ import pathlib
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float, Int
 
+from refusal_jax.axes import Array
 from refusal_jax.errors import UserError, field, setting, shown
 from refusal_jax.files import read_json
 
@@ -78,71 +80,76 @@ UNKNOWN = (False, 0, "", [], {})
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Decoding:
-    """The settings that change which token is the next, an argument of the jitted generation. Axis letters: K ids of a
-    setting, S tokens of a row so far, prompt and reply.
+    """The settings that change which token is the next, an argument of the jitted generation.
 
-    Ids are int32 `[K]`, sorted out beforehand so that none is beyond the vocabulary. bias_k: float32, added to the logits of
-    bias_ids_k, -inf for banned words. least: tokens of prompt and reply, and least_new: of the reply, before which no token of
-    ends_k may come. whole: the reply's greatest length, whose last token is forced to be one of forced_k, if there are any.
+    Ids are int32 `[n]`, sorted out beforehand so that none is beyond the vocabulary. bias_n: float32, added to the logits of
+    bias_ids_n, -inf for banned words. least: tokens of prompt and reply, and least_new: of the reply, before which no token of
+    ends_n may come. whole: the reply's greatest length, whose last token is forced to be one of forced_n, if there are any.
     before: tokens of the reply that count as the prompt's, where a reply is continued.
     """
 
-    penalty: np.ndarray
-    bias_ids_k: np.ndarray
-    bias_k: np.ndarray
-    suppress_k: np.ndarray
-    begin_k: np.ndarray
-    forced_k: np.ndarray
-    ends_k: np.ndarray
-    least: np.ndarray
-    least_new: np.ndarray
-    whole: np.ndarray = dataclasses.field(default_factory=lambda: np.int32(LARGEST))
-    before: np.ndarray = dataclasses.field(default_factory=lambda: np.int32(0))
+    penalty: Array | np.float32
+    bias_ids_n: Array
+    bias_n: Array
+    suppress_n: Array
+    begin_n: Array
+    forced_n: Array
+    ends_n: Array
+    least: Array | np.int32
+    least_new: Array | np.int32
+    whole: Array | np.int32 = dataclasses.field(default_factory=lambda: np.int32(LARGEST))
+    before: Array | np.int32 = dataclasses.field(default_factory=lambda: np.int32(0))
     ngram: int = dataclasses.field(default=0, metadata={"static": True})
 
     def of_length(self, max_new_tokens: int) -> "Decoding":
-        """The settings for replies of at most `max_new_tokens`."""
+        """Returns the settings for replies of at most `max_new_tokens`."""
         return dataclasses.replace(self, whole=np.int32(max_new_tokens))
 
     def after(self, tokens: int) -> "Decoding":
-        """The settings for the rest of replies whose first `tokens` tokens stand in the prompt."""
+        """Returns the settings for the rest of replies whose first `tokens` tokens stand in the prompt."""
         return dataclasses.replace(self, before=np.int32(tokens))
 
-    def applied(self, logits_bv: jax.Array, prompt_bt: jax.Array, out_bn: jax.Array, count_b: jax.Array) -> jax.Array:
-        """The logits that the next token is the largest of, in the order in which transformers applies its settings.
+    def applied(
+        self,
+        logits_bv: Float[jax.Array, "B V"],
+        prompt_bt: Int[jax.Array, "B T"],
+        out_bo: Int[jax.Array, "B O"],
+        count_b: Int[jax.Array, " B"],
+    ) -> Float[jax.Array, "B V"]:
+        """Returns the logits whose largest is the next token, in the order in which transformers applies its settings.
 
-        prompt_bt: int32, -1 where there is no token. out_bn: the replies so far, of which the first count_b tokens count.
+        prompt_bt: int32, -1 where there is no token. out_bo: the replies so far, of which the first count_b tokens count.
         """
-        reply_bn = jnp.where(jnp.arange(out_bn.shape[1]) < count_b[:, None], out_bn, -1)
-        past_bs = jnp.concatenate([prompt_bt, reply_bn], axis=1)
-        new_b, length_b = self.before + count_b, jnp.sum(past_bs >= 0, axis=1)
-        logits = logits_bv.at[:, self.bias_ids_k].add(self.bias_k)
-        past = jnp.maximum(past_bs, 0)
+        reply_bo = jnp.where(jnp.arange(out_bo.shape[1]) < count_b[:, None], out_bo, -1)
+        past_bt = jnp.concatenate([prompt_bt, reply_bo], axis=1)
+        new_b, length_b = self.before + count_b, jnp.sum(past_bt >= 0, axis=1)
+        logits = logits_bv.at[:, self.bias_ids_n].add(self.bias_n)
+        past = jnp.maximum(past_bt, 0)
         seen = jnp.take_along_axis(logits, past, axis=1)
-        logits = _set(logits, past_bs, jnp.where(seen < 0, seen * self.penalty, seen / self.penalty))
-        if 0 < self.ngram <= past_bs.shape[1]:
-            logits = _set(logits, self._repeated(past_bs, prompt_bt.shape[1] + count_b), -jnp.inf)
+        logits = _set(logits, past_bt, jnp.where(seen < 0, seen * self.penalty, seen / self.penalty))
+        if 0 < self.ngram <= past_bt.shape[1]:
+            logits = _set(logits, self._repeated(past_bt, prompt_bt.shape[1] + count_b), -jnp.inf)
         early_b = (length_b < self.least) | (new_b < self.least_new)
-        logits = jnp.where(early_b[:, None], logits.at[:, self.ends_k].set(-jnp.inf), logits)
-        if len(self.forced_k):
-            forced_v = jnp.full_like(logits[0], -jnp.inf).at[self.forced_k].set(0)
+        logits = jnp.where(early_b[:, None], logits.at[:, self.ends_n].set(-jnp.inf), logits)
+        if len(self.forced_n):
+            forced_v = jnp.full_like(logits[0], -jnp.inf).at[self.forced_n].set(0)
             logits = jnp.where((new_b == self.whole - 1)[:, None], forced_v, logits)
-        logits = logits.at[:, self.suppress_k].set(-jnp.inf)
-        return jnp.where((new_b == 0)[:, None], logits.at[:, self.begin_k].set(-jnp.inf), logits)
+        logits = logits.at[:, self.suppress_n].set(-jnp.inf)
+        return jnp.where((new_b == 0)[:, None], logits.at[:, self.begin_n].set(-jnp.inf), logits)
 
-    def _repeated(self, past_bs, end_b) -> jax.Array:
-        """The tokens that would repeat an n-gram of the row, int32 `[B, W]` of its W windows, -1 for none; end_b: where each
-        row's tokens end."""
-        back, windows = self.ngram - 1, past_bs.shape[1] - self.ngram + 1
-        last = jnp.take_along_axis(past_bs, jnp.maximum(end_b[:, None] - back + jnp.arange(back), 0), axis=1)
-        same = jnp.ones((len(past_bs), windows), bool)
+    def _repeated(self, past_bt, end_b) -> jax.Array:
+        """Returns the tokens that would repeat an n-gram of the row, int32, one for each place where an n-gram ends; -1 is none.
+        end_b: where each row's tokens end."""
+        back, windows = self.ngram - 1, past_bt.shape[1] - self.ngram + 1
+        last = jnp.take_along_axis(past_bt, jnp.maximum(end_b[:, None] - back + jnp.arange(back), 0), axis=1)
+        same = jnp.ones((len(past_bt), windows), bool)
         for i in range(back):
-            same &= (past_bs[:, i : i + windows] == last[:, i, None]) & (last[:, i, None] >= 0)
-        return jnp.where(same, past_bs[:, back:], -1)
+            same &= (past_bt[:, i : i + windows] == last[:, i, None]) & (last[:, i, None] >= 0)
+        return jnp.where(same, past_bt[:, back:], -1)
 
 
 def _set(logits_bv, ids_bk, values) -> jax.Array:
-    """The logits with those of each row's ids set; ids of -1 are none."""
+    """Returns the logits with those of each row's ids set; ids of -1 are none."""
     ids = jnp.where(ids_bk < 0, logits_bv.shape[1], ids_bk)
     return logits_bv.at[jnp.arange(len(ids))[:, None], ids].set(values, mode="drop")
 
@@ -169,7 +176,7 @@ class GenerationSettings:
 
     @property
     def changing(self) -> dict:
-        """The settings that change greedy replies, computed or not, by name."""
+        """Returns the settings that change greedy replies, computed or not, by name."""
 
         def off(name: str, value) -> bool:
             neutral = COMPUTED.get(name, NOT_COMPUTED.get(name, UNKNOWN))
@@ -178,12 +185,12 @@ class GenerationSettings:
         return {name: value for name, value in self.values.items() if not off(name, value)}
 
     def record(self, applied: bool) -> dict:
-        """The changing settings, by whether replies are decoded with them, as they are written to files."""
+        """Returns the changing settings, by whether replies are decoded with them, as they are written to files."""
         names = ("applied", "left_out") if applied else ("left_out", "applied")
         return {"file": self.where, **dict(zip(names, (self.changing, {}), strict=True))}
 
     def decoding(self, ends: tuple[int, ...], vocab_size: int) -> Decoding | None:
-        """The settings as the jitted generation takes them; None is plain greedy decoding.
+        """Returns the settings as the jitted generation takes them; None is plain greedy decoding.
 
         ends: the ids that end a reply. Raises UserError that names each setting that is not computed or is malformed.
         """
@@ -219,12 +226,12 @@ class Values:
         least_new = self._count("min_new_tokens")
         return Decoding(
             penalty=np.float32(penalty),
-            bias_ids_k=np.asarray(list(bias), np.int32),
-            bias_k=np.asarray(list(bias.values()), np.float32),
-            suppress_k=self._ids("suppress_tokens"),
-            begin_k=self._ids("begin_suppress_tokens"),
-            forced_k=self._ids("forced_eos_token_id"),
-            ends_k=np.asarray([i for i in ends if 0 <= i < self.vocab_size], np.int32),
+            bias_ids_n=np.asarray(list(bias), np.int32),
+            bias_n=np.asarray(list(bias.values()), np.float32),
+            suppress_n=self._ids("suppress_tokens"),
+            begin_n=self._ids("begin_suppress_tokens"),
+            forced_n=self._ids("forced_eos_token_id"),
+            ends_n=np.asarray([i for i in ends if 0 <= i < self.vocab_size], np.int32),
             least=np.int32(0 if least_new else self._count("min_length")),  # as in transformers, the other goes first
             least_new=np.int32(least_new),
             ngram=self._count("no_repeat_ngram_size"),
@@ -241,7 +248,7 @@ class Values:
         return max(value, 0)
 
     def _ids(self, name: str) -> np.ndarray:
-        """The ids of the vocabulary that a setting lists, or the only one it names; others cannot be generated anyway."""
+        """Returns the ids of the vocabulary that a setting lists, or the only one it names; others cannot be generated anyway."""
         value = self.values.get(name, [])
         listed = value if isinstance(value, list) else [value]
         if not all(map(_integer, listed)):
@@ -266,7 +273,7 @@ class Values:
 
 
 def in_words(record: dict, how: str) -> str:
-    """A record of `GenerationSettings` as a line for the user; how: what would apply the settings that are left out."""
+    """Returns a record of `GenerationSettings` as a line for the user; how: what would apply the settings that are left out."""
     applied, left_out = (
         ", ".join(f"{name} = {shown(value)}" for name, value in record[key].items()) for key in ("applied", "left_out")
     )
@@ -286,7 +293,8 @@ def _integer(value) -> bool:
 
 def _several(values: dict, name: str) -> bool:
     """Returns whether a setting has a word of several tokens."""
-    listed = values.get(name) if isinstance(values.get(name), list) else []
+    listed = values.get(name)
+    listed = listed if isinstance(listed, list) else []
     words = [entry[0] if name == "sequence_bias" and isinstance(entry, list) and entry else entry for entry in listed]
     return any(isinstance(word, list) and len(word) > 1 for word in words)
 
@@ -301,7 +309,7 @@ def _config(folder: pathlib.Path) -> dict:
 
 
 def end_ids(folder: pathlib.Path) -> tuple[int, ...]:
-    """The end tokens that a checkpoint names: those of generation_config.json or, if it names none, of config.json.
+    """Returns the end tokens that a checkpoint names: those of generation_config.json or, if it names none, of config.json.
 
     Nulls and negative numbers name none. Raises UserError for a file that is no JSON object, and for what is no token id.
     """

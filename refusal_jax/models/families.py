@@ -138,7 +138,7 @@ def pieces(cfg: ModelConfig) -> list[Piece]:
 
 
 def hf_shapes(cfg: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Every HF tensor that a checkpoint of this config must hold, and its shape."""
+    """Returns every HF tensor that a checkpoint of this config must hold, and its shape."""
     table, shapes = weight_table(cfg), {}
     for piece in pieces(cfg):
         shapes[piece.name] = (piece.stop, *table[piece.path].shape[len(piece.index) + 1 :])
@@ -146,12 +146,12 @@ def hf_shapes(cfg: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 def hf_names(cfg: ModelConfig, path: str) -> list[str]:
-    """The HF tensors behind a decoder path, in the order of its layers and experts."""
+    """Returns the HF tensors behind a decoder path, in the order of its layers and experts."""
     return [piece.name for piece in pieces(cfg) if piece.path == path]
 
 
 def is_spare(cfg: ModelConfig, name: str) -> bool:
-    """Whether a checkpoint may hold this tensor although the decoder does not need it."""
+    """Returns whether a checkpoint may hold this tensor although the decoder does not need it."""
     other = OTHER_PARTS.get(cfg.family)
     tied = cfg.tied_embeddings and name == TABLES[cfg.family]["unembed"]
     return tied or bool(DERIVED.search(name)) or bool(other and other.search(name))

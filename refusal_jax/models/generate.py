@@ -6,6 +6,7 @@ A row whose reply has ended is free for another prompt, so that a few long repli
 import dataclasses
 import math
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,23 +27,23 @@ READ = Taps(("resid_pre",), last=1)  # of replies with a probe
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Generation:
-    """Replies in the making, one a row."""
+    """The state of replies in the making, one a row; `cache` and `edits` are None while a jitted function takes it apart."""
 
-    cache: Cache
-    edits: Edits  # of the rows, in the form of `Edits.for_batch`
+    cache: Any  # a `Cache`
+    edits: Any  # `Edits` of the rows, in the form of `Edits.for_batch`
     token_b: jax.Array  # int32 [B], each row's newest token, which the cache does not hold yet
     count_b: jax.Array  # int32 [B], tokens of the reply so far
     active_b: jax.Array  # bool [B], whether the reply goes on
-    out_bn: jax.Array  # int32 [B, N], the replies, padded
+    out_bo: jax.Array  # int32 [B, O], the replies, padded
     finite_b: jax.Array  # bool [B], whether all that the reply was chosen by is finite; a row that is not has ended
     prompt_bt: jax.Array | None = None  # int32 [B, T], the prompts' tokens, -1 for padding, if decoding looks at them
     probe_bd: jax.Array | None = None  # float32 [B, D], unit directions that tokens are projected on, if wanted
-    # float32 [B, L, 1 + N]: projections at block inputs, of the prompt's last token and then the reply's; NaN where a
+    # float32 [B, L, 1 + O]: projections at block inputs, of the prompt's last token and then the reply's; NaN where a
     # token has not been read
-    along_bln: jax.Array | None = None
+    along_blo: jax.Array | None = None
 
     def placed(self, mesh) -> "Generation":
-        """Inside a jitted function, everything where its axes belong: so one program's state is another's, too."""
+        """Returns the state, inside a jitted function, with every array placed by its axes: programs can then hand it on."""
         kv = jax.tree.map(lambda a: constrain(mesh, a, *[None] * (a.ndim - 4), "batch", "kv_heads"), self.cache.kv)
         rest = jax.tree.map(lambda a: constrain(mesh, a, *["batch"][: a.ndim]), dataclasses.replace(self, cache=None))
         small = jax.tree.map(
@@ -51,40 +52,43 @@ class Generation:
         return dataclasses.replace(rest, cache=dataclasses.replace(small, kv=kv))
 
     def chosen(self, decoder: Decoder, x_btd, eos_ids: tuple[int, ...], decoding: Decoding | None) -> "Generation":
-        """With one more token in every active row, the most probable by the last token's residual in `x_btd`."""
+        """Returns the state with one more token in every active row, the most probable by the last residual in `x_btd`."""
         logits_bv, finite_b = decoder.next_logits(x_btd)
         if decoding is not None:
-            logits_bv = decoding.applied(logits_bv, self.prompt_bt, self.out_bn, self.count_b)
+            assert self.prompt_bt is not None, "decoding looks at prompts: make the state with remembered=True"
+            logits_bv = decoding.applied(logits_bv, self.prompt_bt, self.out_bo, self.count_b)
         token_b = constrain(decoder.mesh, jnp.argmax(logits_bv, axis=-1).astype(jnp.int32), "batch")
         finite_b = constrain(decoder.mesh, self.finite_b & (finite_b | ~self.active_b), "batch")
         return dataclasses.replace(self, finite_b=finite_b).written(token_b, eos_ids)
 
     def written(self, token_b: jax.Array, eos_ids: tuple[int, ...]) -> "Generation":
-        """With one more token in every active row; a row ends with an end token, when it is full or no longer finite."""
-        n = self.out_bn.shape[1]
-        here_bn = self.active_b[:, None] & (jnp.arange(n) == self.count_b[:, None])
+        """Returns the state with one more token in every active row; a row ends with an end token, when it is full or no longer
+        finite."""
+        n = self.out_bo.shape[1]
+        here_bo = self.active_b[:, None] & (jnp.arange(n) == self.count_b[:, None])
         count_b = self.count_b + self.active_b
         return dataclasses.replace(
             self,
             token_b=token_b,
             count_b=count_b,
             active_b=self.active_b & self.finite_b & (count_b < n) & ~jnp.isin(token_b, jnp.asarray(eos_ids)),
-            out_bn=jnp.where(here_bn, token_b[:, None], self.out_bn),
+            out_bo=jnp.where(here_bo, token_b[:, None], self.out_bo),
         )
 
     def read(self, tapped, probe_bd) -> "Generation":
-        """With the projections of every active row's newest token (the prompt's last, where there is no reply yet); tapped:
-        of READ."""
-        if probe_bd is None:
+        """Returns the state with the projections of every active row's newest token (the prompt's last, where there is no reply
+        yet); tapped: the taps of READ."""
+        if probe_bd is None or self.along_blo is None:
             return self
         resid_bld = tapped["resid_pre"][:, :, 0].swapaxes(0, 1).astype(jnp.float32)
         along_bl = jnp.einsum("bld,bd->bl", resid_bld, probe_bd, precision="highest")
-        here_bn = self.active_b[:, None] & (jnp.arange(self.along_bln.shape[2]) == self.count_b[:, None])
-        return dataclasses.replace(self, along_bln=jnp.where(here_bn[:, None], along_bl[..., None], self.along_bln))
+        here_bo = self.active_b[:, None] & (jnp.arange(self.along_blo.shape[2]) == self.count_b[:, None])
+        return dataclasses.replace(self, along_blo=jnp.where(here_bo[:, None], along_bl[..., None], self.along_blo))
 
 
 def admitted_rows(rows: int, mesh) -> int:
-    """How many prompts are admitted together to `rows` rows: a quarter, in whole shares of a batch's parts on the mesh."""
+    """Returns the number of prompts that are admitted together to `rows` rows: a quarter, rounded up to a multiple of the
+    ways in which the mesh divides a batch."""
     ways = math.prod(mesh.shape[name] for name in RULES["batch"]) if mesh else 1
     return min(-(-max(rows // 4, 1) // ways) * ways, rows)
 
@@ -108,7 +112,7 @@ def empty(
     probed: bool = False,
     remembered: bool = False,
 ) -> Generation:
-    """`rows` rows that write nothing, for prompts padded to `length` tokens and replies of at most `max_new_tokens`.
+    """Returns `rows` rows that write nothing, for prompts padded to `length` tokens and replies of at most `max_new_tokens`.
 
     probed: whether the prompts come with directions to project their tokens on. remembered: whether the prompts' tokens are
     kept, as decoding needs that is not plain.
@@ -156,15 +160,15 @@ def admit(
     kv = unstacked(read.kv, decoder.cfg.n_layers) if _unrolled(decoder) else read.kv
     rows = len(tokens_rt)
     none_r, along = jnp.zeros(rows, jnp.int32), None
-    if probe_rd is not None:
-        along = jnp.full((rows, *state.along_bln.shape[1:]), jnp.nan, jnp.float32)
+    if probe_rd is not None and state.along_blo is not None:
+        along = jnp.full((rows, *state.along_blo.shape[1:]), jnp.nan, jnp.float32)
     fresh = Generation(
         Cache.of_prompt(kv, mask_rt, state.cache.slots, state.cache.filled),
         edits,
         none_r,
         none_r,
         jnp.ones(rows, bool),
-        jnp.full((rows, state.out_bn.shape[1]), pad_id, jnp.int32),
+        jnp.full((rows, state.out_bo.shape[1]), pad_id, jnp.int32),
         jnp.ones(rows, bool),
         None if state.prompt_bt is None else jnp.where(mask_rt, tokens_rt, -1),
         probe_rd,
@@ -175,7 +179,7 @@ def admit(
 
 
 def _merged(state: Generation, fresh: Generation, source_b) -> Generation:
-    """`state` with row `source_b[b]` of `fresh` in row b, unless that is -1."""
+    """Returns `state` with row `source_b[b]` of `fresh` in row b, unless that is -1."""
     taken_b = source_b >= 0
 
     def merge(old, new):
@@ -210,7 +214,7 @@ def decode(
 ):
     """Decodes until fewer than `least_active` rows are active, or for `most_steps` steps; both are traced integers.
 
-    decoding: as in `admit`. Returns the state, and for the host, on every device, its `active_b`, `out_bn`, `count_b`
+    decoding: as in `admit`. Returns the state, and for the host, on every device, its `active_b`, `out_bo`, `count_b`
     and `finite_b`. The cache is donated and changed in place. Edits apply to generated tokens as to the prompt's.
     """
     one = jnp.ones((len(state.token_b), 1), bool)
@@ -237,4 +241,4 @@ def decode(
     constant = dict.fromkeys(("edits", "probe_bd", "prompt_bt"))
     _, state = jax.lax.while_loop(going, step, (jnp.int32(0), dataclasses.replace(state, **constant)))
     state = dataclasses.replace(state, edits=edits, probe_bd=probe_bd, prompt_bt=prompt_bt).placed(decoder.mesh)
-    return state, *replicate(decoder.mesh, (state.active_b, state.out_bn, state.count_b, state.finite_b))
+    return state, *replicate(decoder.mesh, (state.active_b, state.out_bo, state.count_b, state.finite_b))

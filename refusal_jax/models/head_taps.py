@@ -9,7 +9,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Float
 
 from refusal_jax.edits import Edits
 from refusal_jax.models.attention import Segment, pattern
@@ -49,7 +49,7 @@ def read_heads(cfg: ModelConfig, mesh, heads: Heads, edits: Edits, gate_r, taps:
     if taps.asks("pattern", "result_along_by_source"):
         segments = [(k, v, taps.cut(allowed)) for k, v, allowed in heads.segments]
         pattern_bnqt = pattern(taps.cut(heads.q_btnh), segments, cfg.query_scale, cfg.attention_softcap)
-        read["pattern"] = pattern_bnqt = constrain(mesh, pattern_bnqt, "batch", divided)
+        read["pattern"] = constrain(mesh, pattern_bnqt, "batch", divided)
     if taps.asks(*ALONG_SITES):
         along_bd = _before_norm(cfg, heads, edits, gate_r, taps.along)
         along_bnh = jnp.einsum("bd,df->bf", along_bd, heads.o_df.astype(jnp.float32), precision="highest")
@@ -59,23 +59,21 @@ def read_heads(cfg: ModelConfig, mesh, heads: Heads, edits: Edits, gate_r, taps:
         read["result_along"] = along_bpn * scale_bp[..., None]
         bias_d = jnp.zeros_like(along_bd[0]) if heads.o_bias_d is None else heads.o_bias_d.astype(jnp.float32)
         read["o_bias_along"] = scale_bp * jnp.einsum("bd,d->b", along_bd, bias_d, precision="highest")[:, None]
-    if taps.asks("result_along_by_source"):
-        along_bnt = _values_along(cfg, heads, along_bnh)
-        read["result_along_by_source"] = (along_bnt[:, :, None] * pattern_bnqt).swapaxes(1, 2) * scale_bp[
-            ..., None, None
-        ]
+        if taps.asks("result_along_by_source"):
+            by_source_bnqt = _values_along(cfg, heads, along_bnh)[:, :, None] * read["pattern"]
+            read["result_along_by_source"] = by_source_bnqt.swapaxes(1, 2) * scale_bp[..., None, None]
     return {site: read[site] for site in taps.sites if site in read}
 
 
-def _before_norm(cfg: ModelConfig, heads: Heads, edits: Edits, gate_r, along_bd) -> Float[Array, "B D"]:
+def _before_norm(cfg: ModelConfig, heads: Heads, edits: Edits, gate_r, along_bd) -> Float[jax.Array, "B D"]:
     """Returns the direction before edits, residual multiplier and a post-norm's weights, whose product with the projected heads,
     times `_norm_scale`, is that of `along_bd` with what is added to the residual. An ablation is symmetric: it acts on either
     side of a product alike."""
     along_bd = edits.ablated(along_bd[:, None], gate_r)[:, 0] * cfg.residual_scale
-    return along_bd if heads.norm_d is None else along_bd * heads.norm_d
+    return jnp.asarray(along_bd if heads.norm_d is None else along_bd * heads.norm_d)
 
 
-def _norm_scale(cfg: ModelConfig, heads: Heads, taps: Taps) -> Float[Array, "B P"]:
+def _norm_scale(cfg: ModelConfig, heads: Heads, taps: Taps) -> Float[jax.Array, "B P"]:
     """Returns what a post-norm multiplies each tapped token with, 1 without one."""
     out_bpd = taps.cut(heads.out_btd).astype(jnp.float32)
     if heads.norm_d is None:
@@ -83,7 +81,7 @@ def _norm_scale(cfg: ModelConfig, heads: Heads, taps: Taps) -> Float[Array, "B P
     return jax.lax.rsqrt(jnp.mean(out_bpd * out_bpd, axis=-1) + cfg.norm_eps)
 
 
-def _values_along(cfg: ModelConfig, heads: Heads, along_bnh) -> Float[Array, "B N T"]:
+def _values_along(cfg: ModelConfig, heads: Heads, along_bnh) -> Float[jax.Array, "B N T"]:
     """Returns the product of each token's value, as each query head reads it, with that head's direction."""
     along_bkgh = along_bnh.reshape(-1, cfg.n_kv_heads, cfg.queries_per_kv, cfg.head_dim)
     along_bkgt = [

@@ -4,6 +4,9 @@ Every attribute is either handled (it changes `ModelConfig`), inert (it cannot c
 unsupported: then any value but the one that means "off" is an error that names the attribute.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 from refusal_jax.errors import UserError, shown
 from refusal_jax.models.config import AttentionKind, ModelConfig
 from refusal_jax.models.rope import Rope, is_number, rope_from_hf
@@ -32,7 +35,7 @@ INERT = frozenset(
 # The activations that the decoder computes, by HF name ("gelu_pytorch_tanh" is the tanh approximation).
 ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh", "relu")
 # Field of `ModelConfig` -> HF attribute and its type, where a family does not say otherwise.
-SIZES = {
+SIZES: dict[str, tuple[str, type | None]] = {
     "vocab_size": ("vocab_size", int),
     "d_model": ("hidden_size", int),
     "n_layers": ("num_hidden_layers", int),
@@ -62,11 +65,14 @@ class Reader:
     """Takes attributes out of an HF config and remembers which, so that the rest can be judged."""
 
     def __init__(self, hf: dict, where: str):
-        self.hf, self.where, self.problems = hf, where, []
-        self.seen, self.fixed, self.ignored = set(), set(), set()
+        self.hf, self.where = hf, where
+        self.problems: list[str] = []
+        self.seen: set[str] = set()
+        self.fixed: set[str] = set()
+        self.ignored: set[str] = set()
 
-    def take(self, name, default=None, kind=None, required=False, least=1):
-        """The attribute's value, or `default` where it is missing or null; anything wrong becomes a problem."""
+    def take(self, name: str, default=None, kind=None, required: bool = False, least: int = 1) -> Any:
+        """Returns the attribute's value, or `default` where it is missing or null; anything wrong becomes a problem."""
         self.seen.add(name)
         value = self.hf.get(name)
         if value is None:
@@ -89,28 +95,28 @@ class Reader:
             return default
         return value
 
-    def take_optional(self, name, default, kind):
-        """As `take`, for attributes whose null means "off" rather than the default."""
+    def take_optional(self, name: str, default, kind) -> Any:
+        """Returns the attribute as `take` does, for attributes whose null means "off" rather than the default."""
         return self.take(name, None if name in self.hf else default, kind)
 
-    def ignore(self, *names):
-        """Attributes that this architecture has and its forward pass does not read."""
+    def ignore(self, *names: str) -> None:
+        """Passes over attributes that this architecture has and its forward pass does not read."""
         self.ignored.update(names)
 
-    def only(self, name, value):
-        """An attribute of which just one value is computed here."""
+    def only(self, name: str, value) -> None:
+        """Makes any value of an attribute but `value`, the only one that is computed here, a problem."""
         self.fixed.add(name)
         if self.hf.get(name) not in (None, value):
             self.problems.append(f"{name} = {shown(self.hf[name])} is not supported (only {value!r} is)")
 
-    def same(self, *names):
-        """Attributes that mean the same thing, of which transformers' versions read one or the other."""
+    def same(self, *names: str) -> None:
+        """Makes it a problem if attributes disagree that mean the same thing; versions of transformers read one or the other."""
         values = {name: self.hf[name] for name in names if self.hf.get(name) is not None}
         if len({str(value) for value in values.values()}) > 1:
             found = " and ".join(f"{name} = {shown(value)}" for name, value in values.items())
             self.problems.append(f"{found} disagree")
 
-    def finish(self, beside: dict):
+    def finish(self, beside: dict) -> None:
         """Raises UserError if there is any problem. beside: what surrounds these attributes in a multimodal config.
 
         "Off" is null, false, zero or empty.
@@ -129,7 +135,7 @@ class Reader:
             )
 
     def rope(self, spec, context: int, name: str = "rope_scaling", **settings) -> Rope:
-        """`rope_from_hf` of the attribute `name`, whose error becomes one of the problems."""
+        """Returns `rope_from_hf` of the attribute `name`, whose error becomes one of the problems."""
         try:
             if not isinstance(spec, dict):
                 raise ValueError(f" = {shown(spec)}, expected an object")
@@ -138,8 +144,8 @@ class Reader:
             self.problems.append(f"{name}{error}")
             return Rope(1e4, 2)
 
-    def windows(self, n_layers: int, window: int | None, is_windowed) -> list[int | None]:
-        """Each layer's window: by `layer_types`, or where that is missing by a function of the layer's index."""
+    def windows(self, n_layers: int, window: int | None, is_windowed: Callable[[int], Any]) -> list[int | None]:
+        """Returns each layer's window: by `layer_types` or, where that is missing, by a function of the layer's index."""
         types = self.take("layer_types")
         if types is None:
             types = ["sliding_attention" if is_windowed(layer) else "full_attention" for layer in range(n_layers)]
@@ -154,8 +160,8 @@ class Reader:
             return [window if kind == "sliding_attention" else None for kind in types]
         return [None] * n_layers
 
-    def sizes(self, defaults: dict | None = None, **names: str) -> dict:
-        """The fields of `SIZES`. defaults: by field. names: fields whose HF attribute is called differently."""
+    def sizes(self, defaults: dict | None = None, **names: str) -> dict[str, Any]:
+        """Returns the fields of `SIZES`. defaults: by field. names: fields whose HF attribute is called differently."""
         defaults = DEFAULTS | (defaults or {})
         sizes = {}
         for field, (name, kind) in SIZES.items():
@@ -179,7 +185,7 @@ class Reader:
         return sizes
 
     def main_rope(self, sizes: dict, theta: float = 1e4, spec: dict | None = None, **settings) -> Rope:
-        """The rope of an HF config, which spells it `rope_scaling` (transformers 4) or `rope_parameters` (5)."""
+        """Returns the rope of an HF config, which spells it `rope_scaling` (transformers 4) or `rope_parameters` (5)."""
         old, new = self.take("rope_scaling"), self.take("rope_parameters")
         theta = self.take("rope_theta", theta, float)
         name = "rope_scaling" if old or not new else "rope_parameters"
@@ -191,7 +197,8 @@ class Reader:
         )
 
     def config(self, family: str, sizes: dict, *, rope=None, local_rope=None, windows=None, **switches) -> ModelConfig:
-        """windows: each layer's. local_rope: that of layers with a window, if it differs. switches: fields of `ModelConfig`."""
+        """Returns the config. windows: each layer's. local_rope: that of layers with a window, if it differs. switches: fields
+        of `ModelConfig`."""
         rope = rope or self.main_rope(sizes)
         if sizes["n_layers"] * switches.get("n_experts", 0) > MOST_EXPERTS:
             self.problems.append(
@@ -200,6 +207,6 @@ class Reader:
         layers = [AttentionKind((w and local_rope) or rope, w) for w in windows or [None] * sizes["n_layers"]]
         kinds = tuple(dict.fromkeys(layers))
         stretched = int(rope.factor * rope.original_context) if rope.kind in ("yarn", "dynamic") else 0
-        fields = sizes | {"context_length": max(sizes["context_length"], stretched)}
+        fields: dict[str, Any] = sizes | {"context_length": max(sizes["context_length"], stretched)}
         fields |= {"query_scale": sizes["head_dim"] ** -0.5} | switches
         return ModelConfig(family, kinds=kinds, layer_kinds=tuple(map(kinds.index, layers)), **fields)

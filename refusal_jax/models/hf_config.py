@@ -24,7 +24,7 @@ MERGE = """
 
 
 def from_hf(hf: dict, where: str = "config.json") -> ModelConfig:
-    """The `ModelConfig` of an HF config given as a dict.
+    """Returns the `ModelConfig` of an HF config given as a dict.
 
     Of a multimodal config (one with a `text_config`) the text model is read. Raises UserError that lists everything
     wrong at once: unknown architecture, quantised weights, missing or malformed attributes, and non-default attributes
@@ -57,10 +57,10 @@ MULTIMODAL = {
 
 
 def _text_part(hf: dict, where: str) -> tuple[dict, dict]:
-    """The text model's attributes, and those that stand beside them and are not of the other parts."""
+    """Returns the text model's attributes, and those beside them that describe no other part of the model."""
     text = hf.get("text_config")
-    kind = text.get("model_type", f"{hf['model_type']}_text") if isinstance(text, dict) else None
-    if kind != f"{hf['model_type']}_text":
+    named = f"{hf['model_type']}_text"
+    if not isinstance(text, dict) or text.get("model_type", named) != named:
         raise UserError(
             f"{where} has no text_config of model_type {hf['model_type']}_text, which a {hf['model_type']} checkpoint "
             "describes its text model by. Take config.json from the original checkpoint; one that a tool has written for the "
@@ -72,7 +72,7 @@ def _text_part(hf: dict, where: str) -> tuple[dict, dict]:
 
 
 def _quantisation(spec) -> str:
-    """The name of a quantisation format, for messages."""
+    """Returns the name of a quantisation format, for messages."""
     if not isinstance(spec, dict):
         return "unknown"
     old = "bitsandbytes" if spec.get("load_in_4bit") or spec.get("load_in_8bit") else "unknown"
@@ -80,7 +80,7 @@ def _quantisation(spec) -> str:
 
 
 def load_config(folder: str | pathlib.Path) -> ModelConfig:
-    """The `ModelConfig` of the checkpoint in `folder`; raises UserError if there is none or it is not supported."""
+    """Returns the `ModelConfig` of the checkpoint in `folder`; raises UserError if there is none or it is not supported."""
     folder = pathlib.Path(folder)
     if not folder.is_dir():
         raise UserError(

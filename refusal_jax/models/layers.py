@@ -4,8 +4,10 @@ import math
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
+from jax.sharding import Mesh, PartitionSpec
+from jaxtyping import Float, Int
 
+from refusal_jax.axes import Array
 from refusal_jax.models.config import ModelConfig
 from refusal_jax.models.sharding import STORAGE, residual_axes
 
@@ -18,14 +20,14 @@ ACTIVATE = {
 
 
 def linear(x, w_oi, bias=None):
-    """`x @ w.T (+ bias)` in x's dtype; float32 inputs really are multiplied in float32 (TPUs would use bfloat16)."""
+    """Returns `x @ w.T (+ bias)` in x's dtype; float32 inputs are multiplied in float32 (TPUs would use bfloat16)."""
     y = jnp.einsum("...i,oi->...o", x, w_oi, precision="highest" if x.dtype == jnp.float32 else None)
     return y if bias is None else y + bias
 
 
 def _scatter(mesh, batch: int, length: int, features: tuple[str, ...]):
-    """Of `[batch, length, …]` sums over `features`: the mesh axes of the batch, the placement of the scattered sums, and the
-    axis along which to scatter them, which is None if they cannot be."""
+    """Returns, for sums `[batch, length, …]` over `features`, the mesh axes of the batch, the placement of the scattered sums,
+    and the axis along which to scatter them, which is None if they cannot be."""
     rows, tokens = residual_axes(mesh, batch, length)
     whole = rows if tokens else tuple(name for name in rows if name not in features)
     axis = 1 if tokens and tokens == features else 0 if features and rows == (*whole, *features) else None
@@ -33,20 +35,22 @@ def _scatter(mesh, batch: int, length: int, features: tuple[str, ...]):
 
 
 def _names(entry) -> tuple[str, ...]:
-    """The mesh axes of one axis of a PartitionSpec, which abbreviates one to its name and none to None."""
+    """Returns the mesh axes of one axis of a PartitionSpec, which abbreviates one to its name and none to None."""
     return (entry,) if isinstance(entry, str) else tuple(entry or ())
 
 
 def _gathered(mesh, w, spec):
-    """A weight in a shard_map, whole along the axes on which only its storage is divided."""
+    """Returns a weight in a shard_map, whole along the axes on which only its storage is divided."""
     for axis, name in enumerate(spec):
         if name == STORAGE and mesh.shape[STORAGE] > 1:
             w = jax.lax.all_gather(w, name, axis=axis, tiled=True)
     return w
 
 
-def lookup(mesh, spec, table_vd, tokens_bt) -> jax.Array:
-    """The rows of `table_vd` that tokens name, `[B, T, D]`, placed as a residual stream.
+def lookup(
+    mesh: Mesh | None, spec: PartitionSpec, table_vd: Float[jax.Array, "V D"], tokens_bt: Int[Array, "B T"]
+) -> Float[jax.Array, "B T D"]:
+    """Returns the rows of `table_vd` that tokens name, placed as a residual stream.
 
     spec: of the table. On a mesh every chip looks up what it has, and the results are summed and exchanged: GSPMD would gather
     the table.
@@ -54,7 +58,7 @@ def lookup(mesh, spec, table_vd, tokens_bt) -> jax.Array:
     if mesh is None:
         return jnp.take(table_vd, tokens_bt, axis=0)
     vocab, storage = _names(spec[0]), spec[1] is not None and mesh.shape[STORAGE] > 1
-    batch, place, axis = _scatter(mesh, *tokens_bt.shape, vocab)
+    batch, place, axis = _scatter(mesh, tokens_bt.shape[0], tokens_bt.shape[1], vocab)
     apart = storage and STORAGE in batch  # rows and columns are divided by the same axis
 
     def part(table_vd, tokens_bt):
@@ -75,16 +79,18 @@ def lookup(mesh, spec, table_vd, tokens_bt) -> jax.Array:
     return run(table_vd, tokens_bt)
 
 
-def row_parallel(mesh, spec, x_btf, w_df, bias=None):
-    """`linear` of features that are divided over the chips: each chip multiplies its own, and of the sums keeps its part.
+def row_parallel(
+    mesh: Mesh | None, spec: PartitionSpec, x_btf: Float[jax.Array, "B T F"], w_df: Float[jax.Array, "D F"], bias=None
+) -> Float[jax.Array, "B T D"]:
+    """Returns `linear` of features that are divided over the chips: each chip multiplies its own and keeps its part of the sums.
 
     spec: of `w_df` on the mesh. Written out, because GSPMD would sum all rows on all chips first, twice the traffic. Where the
     sums cannot be divided, it does.
     """
-    features = _names(spec[1]) if spec else ()
-    divided = math.prod(mesh.shape[name] for name in features) > 1 if features else False
-    batch, place, axis = _scatter(mesh, *x_btf.shape[:2], features) if divided else ((), None, None)
-    if axis is None:
+    features, batch, place, axis = _names(spec[1]) if mesh else (), (), None, None
+    if mesh and math.prod(mesh.shape[name] for name in features) > 1:
+        batch, place, axis = _scatter(mesh, x_btf.shape[0], x_btf.shape[1], features)
+    if mesh is None or axis is None:
         return linear(x_btf, w_df, bias)
 
     def part(x_btf, w_df):
@@ -97,22 +103,26 @@ def row_parallel(mesh, spec, x_btf, w_df, bias=None):
     return y if bias is None else y + bias
 
 
-def rms_norm(x, scale_d, eps: float, offset: float):
-    """RMS norm of the last axis times `offset + scale_d`; float32 inside, the dtype of x outside."""
+def rms_norm(
+    x: Float[jax.Array, "... D"], scale_d: Float[jax.Array, " D"], eps: float, offset: float
+) -> Float[jax.Array, "... D"]:
+    """Returns the RMS norm of the last axis times `offset + scale_d`; float32 inside, the dtype of x outside."""
     x32 = x.astype(jnp.float32)
     x32 = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
     return ((offset + scale_d.astype(jnp.float32)) * x32).astype(x.dtype)
 
 
-def mlp(cfg: ModelConfig, w, h_btd, out) -> jax.Array:
-    """The gated MLP of a block; `w(name)` gives a weight of the block, `out` multiplies with "down". `[B, T, D]`."""
+def mlp(cfg: ModelConfig, w, h_btd: Float[jax.Array, "B T D"], out) -> Float[jax.Array, "B T D"]:
+    """Returns the gated MLP of a block; `w(name)` gives a weight of the block, `out` multiplies with "down"."""
     gate, up = linear(h_btd, w("gate"), w("gate_bias")), linear(h_btd, w("up"), w("up_bias"))
     return out("down", ACTIVATE[cfg.activation](gate) * up)
 
 
-def route(cfg: ModelConfig, router_ed, h_rd) -> tuple[jax.Array, jax.Array]:
-    """The experts of each token and their weights, `[R, K]` each; float32, as small differences change the choice."""
-    logits = linear(h_rd.astype(jnp.float32), router_ed.astype(jnp.float32))
+def route(
+    cfg: ModelConfig, router_ed: Float[jax.Array, "E D"], h_td: Float[jax.Array, "T D"]
+) -> tuple[Int[jax.Array, "T n"], Float[jax.Array, "T n"]]:
+    """Returns the n experts of each token and their weights; float32, as small differences change the choice."""
+    logits = linear(h_td.astype(jnp.float32), router_ed.astype(jnp.float32))
     weights, chosen = jax.lax.top_k(jax.nn.softmax(logits, axis=-1), cfg.experts_per_token)
     if cfg.renormalise_experts:
         weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
@@ -123,9 +133,10 @@ GATED = ("gate", "up", "down")  # the weights that each expert has of its own
 
 
 def sharded_experts(mesh, specs, cfg: ModelConfig, router_ed, stacks, layer, h_btd) -> jax.Array:
-    """`experts` on a mesh: every part of the batch is routed where it is, and each chip computes its features of every expert.
+    """Runs `experts` on a mesh: each part of the batch is routed where it is, and each chip computes its features of all experts.
 
-    specs: of the router and of each of `stacks`, which are the weights of `GATED` for all layers. `[B, T, D]`, placed as rows.
+    specs: of the router and of each of `stacks`, which are the weights of `GATED` for all layers. Returns `[B, T, D]`, placed as
+    rows.
     """
 
     def part(router_ed, stacks, layer, h_btd):
@@ -139,14 +150,16 @@ def sharded_experts(mesh, specs, cfg: ModelConfig, router_ed, stacks, layer, h_b
         return jax.lax.psum_scatter(y, features, scatter_dimension=axis, tiled=True)
 
     features = _names(specs["down"][-1])
-    batch, place, axis = _scatter(mesh, *h_btd.shape[:2], features)
+    batch, place, axis = _scatter(mesh, h_btd.shape[0], h_btd.shape[1], features)
     inputs = specs["router"], {name: specs[name] for name in stacks}, PartitionSpec(), PartitionSpec(batch)
     run = jax.shard_map(part, mesh=mesh, in_specs=inputs, out_specs=place, check_vma=False)
     return run(router_ed, stacks, jnp.asarray(layer), h_btd)
 
 
-def experts(cfg: ModelConfig, router_ed, stack, layer, h_rd) -> jax.Array:
-    """Mixture of experts over R tokens: each is computed by its chosen experts only. `[R, D]`.
+def experts(
+    cfg: ModelConfig, router_ed: Float[jax.Array, "E D"], stack, layer, h_td: Float[jax.Array, "T D"]
+) -> Float[jax.Array, "T D"]:
+    """Returns a mixture of experts over T tokens, each of which is computed by its chosen experts only.
 
     stack(name): one of `GATED` of all layers, `[L, E, out, in]`; layer: int32 scalar, the one wanted.
 
@@ -154,10 +167,10 @@ def experts(cfg: ModelConfig, router_ed, stack, layer, h_rd) -> jax.Array:
     the blocks in use multiplies. `jax.lax.ragged_dot` would say the same in one line, but compiles to a product of every
     token with every expert, on CPU and on TPU v5e alike (jax 0.10: 64 times the work for 64 experts).
     """
-    chosen_rk, weights_rk = route(cfg, router_ed, h_rd)
-    pairs, n = chosen_rk.size, cfg.n_experts
+    chosen_tn, weights_tn = route(cfg, router_ed, h_td)
+    pairs, n = chosen_tn.size, cfg.n_experts
     m = min(256, max(8, 1 << (pairs // n).bit_length()))  # rows of a block: about an expert's share, in tiles
-    expert_p = chosen_rk.reshape(-1)
+    expert_p = chosen_tn.reshape(-1)
     order_p = jnp.argsort(expert_p, stable=True)
     sizes_e = jnp.bincount(expert_p, length=n)
     ends_e = jnp.cumsum((sizes_e + m - 1) // m)  # in blocks
@@ -166,7 +179,7 @@ def experts(cfg: ModelConfig, router_ed, stack, layer, h_rd) -> jax.Array:
     row_p = m * starts_e[sorted_p] + jnp.arange(pairs) - (jnp.cumsum(sizes_e) - sizes_e)[sorted_p]
     blocks = pairs // m + min(n, pairs)  # never fewer than are in use
     token_s = jnp.zeros(blocks * m, jnp.int32).at[row_p].set((order_p // cfg.experts_per_token).astype(jnp.int32))
-    x_smd = h_rd[token_s].reshape(blocks, m, -1)
+    x_smd = h_td[token_s].reshape(blocks, m, -1)
     owner_s = jnp.searchsorted(ends_e, jnp.arange(blocks), side="right")
 
     def block(index, out_smd):
@@ -177,5 +190,5 @@ def experts(cfg: ModelConfig, router_ed, stack, layer, h_rd) -> jax.Array:
 
     out_smd = jax.lax.fori_loop(0, ends_e[-1], block, jnp.zeros_like(x_smd))
     row_p = jnp.zeros(pairs, row_p.dtype).at[order_p].set(row_p)  # back to the order of the tokens
-    out_rkd = out_smd.reshape(blocks * m, -1)[row_p].reshape(*chosen_rk.shape, -1)
-    return jnp.einsum("rkd,rk->rd", out_rkd.astype(jnp.float32), weights_rk, precision="highest").astype(h_rd.dtype)
+    out_tnd = out_smd.reshape(blocks * m, -1)[row_p].reshape(*chosen_tn.shape, -1)
+    return jnp.einsum("tnd,tn->td", out_tnd.astype(jnp.float32), weights_tn, precision="highest").astype(h_td.dtype)

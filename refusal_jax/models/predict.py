@@ -5,7 +5,9 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Bool, Int
 
+from refusal_jax.axes import Array
 from refusal_jax.edits import Edits
 from refusal_jax.models.decoder import Decoder
 from refusal_jax.models.sharding import replicate
@@ -24,8 +26,13 @@ class Prediction:
 
 
 @partial(jax.jit, static_argnames="last")
-def predict(decoder: Decoder, tokens_bt, mask_bt, edits: Edits, *, taps: Taps, last: bool) -> Prediction:
-    """Runs left-padded prompts, of which `mask_bt` marks the real tokens. last: whether logits are of the last token only."""
+def predict(
+    decoder: Decoder, tokens_bt: Int[Array, "B T"], mask_bt: Bool[Array, "B T"], edits: Edits, *, taps: Taps, last: bool
+) -> Prediction:
+    """Runs left-padded prompts, of which `mask_bt` marks the real tokens.
+
+    taps: as from `Taps.for_batch`. last: whether logits are of the last token only.
+    """
     out = decoder.forward(tokens_bt, mask_bt, edits, taps)
     x, real_bt = (out.resid_btd[:, -1:], mask_bt[:, -1:]) if last else (out.resid_btd, mask_bt)
     logits = decoder.logits(x)

@@ -10,7 +10,9 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float, Int
 
+from refusal_jax.axes import Array
 from refusal_jax.errors import shown
 
 # Keys of an HF rope specification by kind, beyond those that every kind may have.
@@ -58,8 +60,8 @@ class Rope:
     short_factors: tuple[float, ...] = ()  # longrope
     long_factors: tuple[float, ...] = ()
 
-    def inverse_frequencies(self, length) -> jax.Array:
-        """Radians per token of each rotated pair, float32 `[dims / 2]`; length: tokens of the longest row (traced)."""
+    def inverse_frequencies(self, length) -> Float[jax.Array, " n"]:
+        """Returns radians per token of each rotated pair, float32 `[dims / 2]`; length: tokens of the longest row (traced)."""
         powers = np.arange(0, self.dims, 2) / self.dims
         plain = self.theta**-powers
         if self.kind == "dynamic":
@@ -94,15 +96,20 @@ class Rope:
         low, high = max(low, 0), min(high, self.dims - 1)
         return 1 - np.clip((np.arange(self.dims // 2) - low) / (high - low or 0.001), 0, 1)
 
-    def tables(self, positions_bt: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Cosines and sines of the tokens' angles, float32 `[B, T, dims / 2]` each."""
+    def tables(self, positions_bt: Int[Array, "B T"]) -> tuple[Float[jax.Array, "B T n"], Float[jax.Array, "B T n"]]:
+        """Returns cosines and sines of the tokens' angles."""
         inverse = self.inverse_frequencies(jnp.max(positions_bt) + 1)
         angles = positions_bt[..., None].astype(jnp.float32) * inverse
         return jnp.cos(angles) * self.attention_factor, jnp.sin(angles) * self.attention_factor
 
 
-def rotate(x_btnh: jax.Array, cos_btr: jax.Array, sin_btr: jax.Array, interleaved: bool) -> jax.Array:
-    """`x` with as many leading entries rotated as the tables have pairs; float32 inside, the dtype of x outside."""
+def rotate(
+    x_btnh: Float[jax.Array, "B T N H"],
+    cos_btr: Float[jax.Array, "B T n"],
+    sin_btr: Float[jax.Array, "B T n"],
+    interleaved: bool,
+) -> Float[jax.Array, "B T N H"]:
+    """Returns `x` with as many leading entries rotated as the tables have pairs; float32 inside, the dtype of x outside."""
     dims = 2 * cos_btr.shape[-1]
     x, rest = x_btnh[..., :dims].astype(jnp.float32), x_btnh[..., dims:]
     a, b = (x[..., 0::2], x[..., 1::2]) if interleaved else (x[..., : dims // 2], x[..., dims // 2 :])
@@ -115,7 +122,7 @@ def rotate(x_btnh: jax.Array, cos_btr: jax.Array, sin_btr: jax.Array, interleave
 def rope_from_hf(
     spec: dict, *, theta: float, head_dim: int, context: int, partial: float | None = None, **settings
 ) -> Rope:
-    """The `Rope` of an HF rope specification (a `rope_scaling` or `rope_parameters` object, possibly empty).
+    """Returns the `Rope` of an HF rope specification (a `rope_scaling` or `rope_parameters` object, possibly empty).
 
     theta, partial: what holds where the specification does not say; partial None: the architecture rotates whole heads.
     context: max_position_embeddings. settings: further fields of `Rope`. Raises ValueError with what is wrong, to follow
@@ -130,10 +137,10 @@ def rope_from_hf(
         found = "." + ", ".join(f"{k} = {shown(spec[k])}" for k in unknown)
         raise ValueError(f"{found} is not supported with type {kind!r}")
 
-    def number(name, default=None):
+    def number(name: str, default: float | int | None = None) -> float:
         value = spec.get(name)
         value = default if value is None else value
-        if not is_number(value):
+        if value is None or not is_number(value):
             raise ValueError(
                 f" of type {kind!r} lacks or misstates {name} = {shown(value)} (must be a positive number)"
             )
@@ -190,8 +197,7 @@ def _longrope(rope: Rope, spec: dict, number) -> Rope:
     factors = []
     for name in ("short_factor", "long_factor"):
         values = spec.get(name)
-        right = isinstance(values, list) and len(values) == rope.dims // 2
-        if not right or not all(map(is_number, values)):
+        if not isinstance(values, list) or len(values) != rope.dims // 2 or not all(map(is_number, values)):
             raise ValueError(
                 f" of type 'longrope' lacks or misstates {name} (must be {rope.dims // 2} positive numbers)"
             )

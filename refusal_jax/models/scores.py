@@ -1,15 +1,17 @@
-"""The two numbers that the method reads off last-token logits: refusal score and KL divergence, in float32 but
-computed so that nothing cancels."""
+"""Refusal score and KL divergence of next-token logits, in float32 but computed so that nothing cancels."""
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Float, Int
+
+from refusal_jax.axes import Array
 
 SCORE_EPS = 1e-8
 KL_EPS = 1e-6
 
 
-def refusal_score(logits_bv: jax.Array, refusal_ids: jax.Array) -> jax.Array:
-    """log p - log(1 - p) of the refusal tokens' total probability, `[B]` (paper, section 2.3, with its epsilons).
+def refusal_score(logits_bv: Float[Array, "B V"], refusal_ids: Int[Array, " n"]) -> Float[jax.Array, " B"]:
+    """Returns log p - log(1 - p) of the refusal tokens' total probability (paper, section 2.3, with its epsilons).
 
     1 - p is summed over the other tokens instead of subtracted, which keeps float64 quality for p near 1.
     """
@@ -20,7 +22,7 @@ def refusal_score(logits_bv: jax.Array, refusal_ids: jax.Array) -> jax.Array:
     return jnp.log(p + SCORE_EPS) - jnp.log(rest + SCORE_EPS)
 
 
-def kl_divergence(base_bv: jax.Array, edited_bv: jax.Array) -> jax.Array:
-    """sum p (log(p + eps) - log(q + eps)) of baseline p against edited q, both given as logits; `[B]`."""
+def kl_divergence(base_bv: Float[Array, "B V"], edited_bv: Float[Array, "B V"]) -> Float[jax.Array, " B"]:
+    """Returns sum p (log(p + eps) - log(q + eps)) of baseline p against edited q, both given as logits."""
     p, q = (jax.nn.softmax(x.astype(jnp.float32), axis=-1) for x in (base_bv, edited_bv))
     return jnp.sum(p * (jnp.log(p + KL_EPS) - jnp.log(q + KL_EPS)), axis=-1)

@@ -12,6 +12,7 @@ import jax
 import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Float
 
 from refusal_jax.errors import UserError
 from refusal_jax.models.weights import Weight
@@ -34,7 +35,7 @@ RULES = {
 
 
 def make_mesh(data: int = 1, fsdp: int = 1, model: int = 1, devices=None) -> Mesh:
-    """A mesh of `data` x `fsdp` x `model` devices, neighbours in `model` being near each other on a TPU.
+    """Returns a mesh of `data` x `fsdp` x `model` devices, neighbours in `model` being near each other on a TPU.
 
     On several slices `data` must be a multiple of their number: only it crosses the slow network between them. Raises
     UserError if there are not that many devices, or for sizes under 1.
@@ -53,7 +54,7 @@ def make_mesh(data: int = 1, fsdp: int = 1, model: int = 1, devices=None) -> Mes
 
 
 def _grid(shape: tuple[int, ...], devices, name: str) -> np.ndarray:
-    """The devices in the order that suits their network."""
+    """Returns the devices in the order that suits their network."""
     count = math.prod(shape)
     if devices[0].platform != "tpu" or count < len(devices):
         return np.asarray(devices[:count]).reshape(shape)
@@ -67,7 +68,7 @@ def _grid(shape: tuple[int, ...], devices, name: str) -> np.ndarray:
 
 
 def split_for(mesh: Mesh | None, kv_heads: int) -> Mesh | None:
-    """The mesh with its `model` axis split into `kv` x `q` for a model of so many key/value heads: `kv` takes as many
+    """Returns the mesh with its `model` axis split into `kv` x `q` for a model of so many key/value heads: `kv` takes as many
     of the ways as divide the heads. A mesh that is split already stays as it is."""
     if mesh is None or "model" not in mesh.shape:
         return mesh
@@ -78,7 +79,7 @@ def split_for(mesh: Mesh | None, kv_heads: int) -> Mesh | None:
 
 
 def mesh_axes(mesh: Mesh, axis: str, factors: tuple[int, ...]) -> tuple[str, ...]:
-    """The mesh axes that hold an array axis of the logical name `axis`.
+    """Returns the mesh axes that hold an array axis of the logical name `axis`.
 
     factors: its size, or sizes whose product it is, slowest first. A contiguous part of the axis is a part of its first
     factor, and of the second only where the first is wholly split; ways that do not divide are left out (the array is
@@ -98,7 +99,7 @@ def mesh_axes(mesh: Mesh, axis: str, factors: tuple[int, ...]) -> tuple[str, ...
 
 
 def weight_place(mesh: Mesh | None, weight: Weight) -> tuple[tuple[int, ...], jax.sharding.Sharding]:
-    """The shape in which a weight is stored, and its sharding.
+    """Returns the shape in which a weight is stored, and its sharding.
 
     The shape is the weight's own, but for a vocabulary that the mesh does not divide: it gets more rows, of zeros. Heads are
     never cut. Raises ValueError if the rules place two axes of the weight on the same mesh axis.
@@ -118,6 +119,12 @@ def weight_place(mesh: Mesh | None, weight: Weight) -> tuple[tuple[int, ...], ja
     return tuple(shape), NamedSharding(mesh, PartitionSpec(*(names or None for names in spec)))
 
 
+def weight_spec(mesh: Mesh | None, weight: Weight) -> PartitionSpec:
+    """Returns the mesh axes of each axis of a weight; of none without a mesh."""
+    sharding = weight_place(mesh, weight)[1] if mesh else None
+    return sharding.spec if isinstance(sharding, NamedSharding) else PartitionSpec()
+
+
 def sharding_of(mesh: Mesh | None, *axes: tuple[str, int | tuple[int, ...]] | None) -> jax.sharding.Sharding:
     """Returns the sharding of an array with these axes, each (logical name, size or factors as in `mesh_axes`), or None where it
     is replicated."""
@@ -129,12 +136,12 @@ def sharding_of(mesh: Mesh | None, *axes: tuple[str, int | tuple[int, ...]] | No
 
 
 def batch_sharding(mesh: Mesh | None, rows: int):
-    """The sharding of an array whose first axis is the batch; along mesh axes that do not divide `rows`, replicated."""
+    """Returns the sharding of an array whose first axis is the batch; along mesh axes that do not divide `rows`, replicated."""
     return sharding_of(mesh, ("batch", rows))
 
 
 def put(tree, sharding):
-    """A pytree of NumPy arrays, equal on every process, on the devices; each process copies its own devices' parts."""
+    """Puts a pytree of NumPy arrays, equal on every process, on the devices; each process copies its own devices' parts."""
     if sharding.is_fully_addressable:
         return jax.device_put(tree, sharding)
     return jax.tree.map(lambda a: jax.make_array_from_callback(np.shape(a), sharding, lambda index: a[index]), tree)
@@ -152,7 +159,7 @@ def constrain(mesh: Mesh | None, x: jax.Array, *axes: str | tuple[str, tuple[int
 
 
 def residual_axes(mesh: Mesh, batch: int, length: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The mesh axes of the rows and of the tokens of a residual stream `[batch, length, D]`.
+    """Returns the mesh axes of the rows and of the tokens of a residual stream `[batch, length, D]`.
 
     Where every token is for itself (edits, norms, taps) the chips of tensor parallelism divide them: the rows among all, or
     else the tokens of each row. If neither divides evenly, all do the same.
@@ -164,8 +171,8 @@ def residual_axes(mesh: Mesh, batch: int, length: int) -> tuple[tuple[str, ...],
     return rows, model if length % ways == 0 else ()
 
 
-def constrain_residual(mesh: Mesh | None, x_btd: jax.Array) -> jax.Array:
-    """A residual stream, inside a jitted function, divided as `residual_axes` says."""
+def constrain_residual(mesh: Mesh | None, x_btd: Float[jax.Array, "B T D"]) -> Float[jax.Array, "B T D"]:
+    """Returns a residual stream, inside a jitted function, divided as `residual_axes` says."""
     if mesh is None:
         return x_btd
     spec = PartitionSpec(*(axes or None for axes in residual_axes(mesh, *x_btd.shape[:2])))
@@ -173,5 +180,5 @@ def constrain_residual(mesh: Mesh | None, x_btd: jax.Array) -> jax.Array:
 
 
 def replicate(mesh: Mesh | None, tree):
-    """A pytree of small results, inside a jitted function, whole on every device: every process can then read them."""
+    """Returns a pytree of small results, inside a jitted function, whole on every device: every process can then read them."""
     return jax.tree.map(lambda x: constrain(mesh, x), tree)

@@ -20,7 +20,7 @@ class Weight:
 
 
 def weight_table(cfg: ModelConfig) -> dict[str, Weight]:
-    """Every parameter of the decoder by path; those of blocks are stacked on a leading L axis.
+    """Returns every parameter of the decoder by path; those of blocks are stacked on a leading L axis.
 
     Matrices are `[out, in]` as in HF checkpoints; with experts, those of the MLP are `[L, experts, out, in]`.
     """
@@ -35,7 +35,7 @@ def weight_table(cfg: ModelConfig) -> dict[str, Weight]:
 
 
 def _growth(cfg: ModelConfig) -> float:
-    """Initial scale of what writes to the residual stream, so that all blocks together keep its size."""
+    """Returns the initial scale of what writes to the residual stream, so that all blocks together keep its size."""
     return (2 * cfg.n_layers) ** -0.5
 
 
@@ -55,12 +55,12 @@ def _attention(cfg: ModelConfig) -> dict[str, Weight]:
     }
     if cfg.qkv_bias:
         block |= {
-            "q_bias": Weight((q,), ("heads",), 0, queries),
-            "k_bias": Weight((kv,), ("kv_heads",), 0, keys),
-            "v_bias": Weight((kv,), ("kv_heads",), 0, keys),
+            "q_bias": Weight((q,), ("heads",), 0.0, queries),
+            "k_bias": Weight((kv,), ("kv_heads",), 0.0, keys),
+            "v_bias": Weight((kv,), ("kv_heads",), 0.0, keys),
         }
     if cfg.o_bias:
-        block["o_bias"] = Weight((d,), ("norm",), 0)
+        block["o_bias"] = Weight((d,), ("norm",), 0.0)
     if cfg.qk_norm:
         shared = cfg.qk_norm == "head"
         block["q_norm"] = Weight((cfg.head_dim if shared else q,), ("norm",), None)
@@ -80,8 +80,8 @@ def _mlp(cfg: ModelConfig) -> dict[str, Weight]:
         block["router"] = Weight((cfg.n_experts, d), ("experts", "embed"), d**-0.5)
     if cfg.mlp_bias:
         block |= {
-            "gate_bias": Weight((f,), ("mlp",), 0),
-            "up_bias": Weight((f,), ("mlp",), 0),
-            "down_bias": Weight((d,), ("norm",), 0),
+            "gate_bias": Weight((f,), ("mlp",), 0.0),
+            "up_bias": Weight((f,), ("mlp",), 0.0),
+            "down_bias": Weight((d,), ("norm",), 0.0),
         }
     return block
