@@ -15,7 +15,7 @@ import numpy as np
 from refusal_jax.data.sampling import harmful_name, over_refusal_names
 from refusal_jax.directions import Direction
 from refusal_jax.edits import SITES, Edits
-from refusal_jax.errors import UserError, setting
+from refusal_jax.errors import UserError, did_you_mean, setting
 from refusal_jax.models.config import ModelConfig
 
 EMBED = "embed"  # a site of its own: the input of block 0 alone, which the embedding writes
@@ -213,8 +213,9 @@ class Condition:
         """Returns the condition that a study's settings call `name`, such as "harmful_ablation". Raises UserError for others."""
         key, _, intervention = name.rpartition("_")
         if key not in known or intervention not in INTERVENTIONS:
+            hint = did_you_mean(name, [f"{key}_{one}" for key in known for one in INTERVENTIONS])
             raise UserError(
-                f"unknown condition {name!r}: it is harmful_ or harmless_ followed by one of {', '.join(INTERVENTIONS)}."
+                f"unknown condition {name!r}: it is harmful_ or harmless_ followed by one of {', '.join(INTERVENTIONS)}.{hint}"
             )
         return cls(known[key], INTERVENTIONS[intervention])
 

@@ -36,11 +36,17 @@ def shown(value) -> str:
     return _short.repr(value)
 
 
+def nearest(word: object, names: Iterable[str]) -> str | None:
+    """Returns the name that is most like the word, whatever their case; None if none is near."""
+    spellings = {name.lower(): name for name in names}
+    found = difflib.get_close_matches(str(word).lower(), spellings, 1)
+    return spellings[found[0]] if found else None
+
+
 def did_you_mean(word: object, names: Iterable[str]) -> str:
     """Returns a sentence, with a space before it, that asks for the nearest of the names; "" if none is near."""
-    spellings = {name.lower(): name for name in names}
-    near = difflib.get_close_matches(str(word).lower(), spellings, 1)
-    return f" Did you mean {spellings[near[0]]}?" if near else ""
+    found = nearest(word, names)
+    return f" Did you mean {found}?" if found else ""
 
 
 def _in_python(name: str) -> str:

@@ -9,7 +9,19 @@ import contextlib
 import dataclasses
 import types
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, NamedTuple, Self, TypeVar, Union, get_args, get_origin
+from typing import (
+    TYPE_CHECKING,
+    Annotated,
+    Any,
+    ClassVar,
+    NamedTuple,
+    Self,
+    TypeGuard,
+    TypeVar,
+    Union,
+    get_args,
+    get_origin,
+)
 
 from refusal_jax.errors import UserError, did_you_mean, field, shown
 
@@ -136,7 +148,7 @@ class Settings(Mapping[str, Any]):
         return UnknownField(f"There is no setting {field(self._below(name))}.{hint}")
 
 
-def _is_mapping(value: Any) -> bool:
+def _is_mapping(value: Any) -> TypeGuard[Mapping[str, Any]]:
     return isinstance(value, Mapping) or hasattr(
         value, "items"
     )  # ml_collections.ConfigDict has the methods, not the class

@@ -29,9 +29,12 @@ def own_flags():
     for name in held:
         if flags.FLAGS.find_module_defining_flag(name, "").startswith("refusal_jax.jobs."):
             del vars(flags.FLAGS)["__flags"][name]
-    sys.modules.pop("refusal_jax.jobs.evaluate", None)
+    ours = ("refusal_jax.jobs.evaluate", "refusal_jax.jobs.devices")
+    before = {name: sys.modules.pop(name, None) for name in ours}
     yield
-    sys.modules.pop("refusal_jax.jobs.evaluate", None)
+    for name in ours:
+        sys.modules.pop(name, None)
+    sys.modules.update({name: module for name, module in before.items() if module})
     vars(flags.FLAGS)["__flags"].clear()
     vars(flags.FLAGS)["__flags"].update(held)
 

@@ -289,7 +289,7 @@ def test_the_job_exports_a_study_and_shares_it(study, llama, tmp_path, capsys, m
     api = FakeHub()
     monkeypatch.setattr(hub, "hub_api", lambda: api)
     out = tmp_path / "out"
-    run_job(f"--direction={study}", f"--out={out}", "--prompts=2", "--push-to-hub=me/edited", "--base_model=org/base")
+    run_job(f"--direction={study}", f"--out={out}", "--prompts=2", "--push_to_hub=me/edited", "--base_model=org/base")
     printed = capsys.readouterr().out
     assert "7 tensors edited (7 orthogonal; largest amplification 1.00)" in printed and "hub/me/edited" in printed
     assert "export: max |difference|" in printed and "Perplexity on" in printed
@@ -302,7 +302,7 @@ def test_the_job_exports_a_study_and_shares_it(study, llama, tmp_path, capsys, m
     assert "| harmful | baseline | 75.0 % | 30.1 to 95.4 % | 4 |" in card
     assert "refusal-jax export --direction=study --out=out --prompts=2" in card and str(tmp_path) not in card
     assert str(tmp_path) not in (out / PROVENANCE).read_text()
-    run_job(f"--check={out}", "--push-to-hub=me/edited")
+    run_job(f"--check={out}", "--push_to_hub=me/edited")
     assert "files are as they were exported and verified" in capsys.readouterr().out and len(api.uploaded) == 2
     run_job(
         f"--direction={study}", f"--out={tmp_path / 'v'}", "--edit=add", "--format=gguf", "--noverify", "--layers=all"
@@ -352,7 +352,7 @@ def test_what_the_job_refuses(study, llama, tmp_path, monkeypatch):
     refused("--direction is missing", out)
     refused("--out is missing", file)
     refused("--model is missing: a direction from a file does not tell", file, out)
-    refused("Only verified exports are pushed", file, out, "--noverify", "--push-to-hub=me/x")
+    refused("Only verified exports are pushed", file, out, "--noverify", "--push_to_hub=me/x")
     refused("--layers = 1-x: write numbers and ranges", file, out, f"--model={llama}", "--layers=1-x")
     refused("The edit is at layer 3", file, out, f"--model={llama}", "--layers=0,2-5")
     monkeypatch.setattr("refusal_jax.export.verify.MOST_KL", -1.0)
@@ -392,7 +392,7 @@ def test_sharing_is_private_and_only_of_whole_exports(llama, tmp_path, monkeypat
     folder = tmp_path / "out"
     exported(llama, folder)
     for broken, reason in (("create", "no token and no network"), ("upload", "gone")):
-        message = rf"whole in .*, but could not be pushed to me/x \({reason}\).*--check=.* --push-to-hub=me/x"
+        message = rf"whole in .*, but could not be pushed to me/x \({reason}\).*--check=.* --push_to_hub=me/x"
         with pytest.raises(UserError, match=message):
             hub.push(folder, "me/x", api=FakeHub(broken=broken))
     api = FakeHub(public=["me/x"])

@@ -15,7 +15,9 @@ import tiny
 from compiler import FAST
 
 from refusal_jax import demo_model_path
+from refusal_jax.jobs.command_line import canonical
 from refusal_jax.jobs.main import JOBS
+from refusal_jax.study.config import get_config
 
 ROOT = pathlib.Path(__file__).parents[1]
 SMALL = (
@@ -50,15 +52,122 @@ def test_each_job_explains_itself(job):
 
 
 def test_usage_errors():
-    refused(command("stud"), "there is no job 'stud'. The jobs are study, plan")
+    refused(command("stuyd"), "there is no job 'stuyd'. Did you mean study. The jobs are study, plan")
     refused(command("study"), "--workdir is missing: name the folder")
-    refused(command("study", "--workdri=x"), "Unknown command line flag 'workdri'.*refusal-jax study --help")
     refused(command("study", "x"), "unexpected argument 'x'")
-    refused(command("study", "--workdir=x", "--config=gone.py"), "gone.py")
-    refused(command("study", "--workdir=x", "--config.select.kl=1"), "kl")
     refused(command("export", "--out=x"), "--direction is missing")
     refused(command("organism"), "--out is missing")
     assert not (ROOT / "x").exists()
+
+
+@pytest.mark.parametrize(
+    "flags,message",
+    [
+        ("--workdri=x", "Unknown command line flag 'workdri'. Did you mean --workdir. See `refusal-jax study --help`"),
+        ("--kl-threshold=1", "line flag 'kl_threshold'. Did you mean --config.select.kl_threshold"),
+        ("--config=gone.py", "--config=gone.py: there is no such file"),
+        ("--config=configs/dem.py", "configs/dem.py: there is no such file. Did you mean configs/demo.py"),
+        (
+            "--config.selct.kl_threshold=1",
+            "There is no setting --config.selct.kl_threshold. Did you mean --config.select.kl",
+        ),
+        ("--config.n_tran=1", "There is no setting --config.n_tran. Did you mean --config.data.n_train"),
+        ("--config.select.kl_threshold=low", "--config.select.kl_threshold=low: expected a number"),
+        ("--config.positions=all", "--config.positions=all: expected a whole number or None"),
+        ("--config.refusal_tokens=(2.5,)", "refusal_tokens = .2.5,., expected a tuple of whole numbers and strings"),
+        ("--dtype=float8", "--dtype=float8 is not one of auto, float32, bfloat16, float16. Did you mean float32"),
+        ("--mesh=8", "--mesh=8 is not of the form DATAxFSDPxMODEL"),
+        ("--log-level=debag", "log_level=debag is not one of debug, info, warning, error. Did you mean debug"),
+    ],
+)
+def test_flags_and_settings_that_cannot_be_understood(flags, message):
+    refused(command("study", "--workdir=x", flags), message)
+    assert not (ROOT / "x").exists()
+
+
+CONFIG_FILE = """
+from refusal_jax.study.config import get_config as base
+def get_config(name=""):
+    config = base()
+    {change}
+"""
+
+
+@pytest.mark.parametrize(
+    "change,message",
+    [
+        ("config.modle = 'x'; return config", "There is no setting config.modle. Did you mean model"),
+        ("config.data.n_train = 'many'; return config", "config.data.n_train = 'many', expected a whole number"),
+        ("1 / 0", "--config cannot be used .ZeroDivisionError: division by zero"),
+        ("pass", "The config file returned None, expected what get_config"),
+        ("return {'modle': 'x'}", "There is no setting --config.modle. Did you mean model"),
+    ],
+)
+def test_config_files_that_cannot_be_used(change, message, tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text(CONFIG_FILE.format(change=change))
+    refused(command("study", f"--config={file}:name", f"--workdir={tmp_path / 'run'}"), message)
+    assert not (tmp_path / "run").exists()
+
+
+# What a study would run on, printed in place of running it.
+SAYS = """
+import json, sys
+from refusal_jax.jobs import main, command_line
+module, _ = command_line.prepare_job("study", command_line.canonical("study", sys.argv[1:]))
+from refusal_jax.jobs import settings
+print(json.dumps([module.WORKDIR.value, settings.study_settings(module.MODEL.value).to_dict()]))
+"""
+
+
+@pytest.mark.parametrize("old", [False, True])
+def test_config_files_and_overrides(old, tmp_path):
+    """Settings come from a file, also one that returns an ml_collections.ConfigDict, from overrides before or after it, and from
+    flags; dashes are as good as underscores."""
+    change = "config.update({'data': {'n_train': 5}}); config.model = name; config.positions = 2"
+    end = "from ml_collections import ConfigDict; return ConfigDict(config.to_dict())" if old else "return config"
+    (tmp_path / "mine.py").write_text(CONFIG_FILE.format(change=f"{change}; {end}"))
+    flags = [
+        "--config.select.kl-threshold=0.2", "--noconfig.filter", "--config", "~/mine.py:gemma", "--config.positions=None",
+        "--config.refusal_tokens=('I', 'As')", "--config.judges=substring_extended", "--config.data.seed", "7",
+        "--mesh=2x1x4", "--dtype", "bfloat16", "--out=run",
+    ]  # fmt: skip
+    if old:
+        flags.remove("--config.positions=None")  # which ConfigDict has never taken
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "HOME": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", SAYS, *flags], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    workdir, config = json.loads(done.stdout)
+    data, select = config["data"], config["select"]
+    assert (workdir, config["model"], config["dtype"], config["filter"]) == ("run", "gemma", "bfloat16", False)
+    assert config["mesh"] == {"data": 2, "fsdp": 1, "model": 4} and config["judges"] == ["substring_extended"]
+    assert (data["n_train"], data["seed"], data["n_val"], select["kl_threshold"]) == (5, 7, 32, 0.2)
+    assert config["positions"] == (2 if old else None) and config["refusal_tokens"] == ["I", "As"]
+
+
+@pytest.mark.parametrize("job", ["study", "plan"])
+@pytest.mark.parametrize("word", ["-h", "--helpfull"])
+def test_help_lists_every_setting(job, word):
+    shown = " ".join(command(job, word).stdout.split())
+    for one in get_config().described():
+        assert f"--config.{one.path} {' '.join(one.meaning.split())}. (default: " in shown
+
+
+@pytest.mark.parametrize(
+    "job,old,new",
+    [
+        ("study", ["--out", "x"], ["--workdir=x"]),
+        ("chat", ["--devices=4"], ["--mesh=1x1x4"]),
+        ("evaluate", ["--model_axis=2", "--model=gpt"], ["--mesh=1x1x2", "--author=gpt"]),
+        ("export", ["--push-to-hub=a/b-c", "--no-verify"], ["--push_to_hub=a/b-c", "--noverify"]),
+        ("export", ["--scale", "-1"], ["--scale", "-1"]),
+        ("data", ["fetch", "--accept-new-hash"], ["fetch", "--accept_new_hash"]),
+        ("lm_eval", ["--model_args", "ablate=a-b", "--", "--x-y"], ["--model_args", "ablate=a-b", "--", "--x-y"]),
+        ("study", ["--config.data.seed=1", "--config", "configs/demo.py"], ["--config=configs/demo.py", "--config.data.seed=1"]),
+    ],
+)  # fmt: skip
+def test_older_spellings_are_understood(job, old, new):
+    assert canonical(job, old) == new
 
 
 def test_bad_models_and_folders(tmp_path):

@@ -217,7 +217,7 @@ def test_the_flag_of_all_jobs(capsys):
     assert common.parse("study", []) == ("info", [])
     assert not [handler for handler in logging.getLogger().handlers if type(handler) is logging.StreamHandler]
     assert run_job("study", ["--log_level=loud"]) == 2
-    assert "--log_level=loud: value should be one of <debug|info|warning|error> See" in " ".join(
+    assert "--log_level=loud is not one of debug, info, warning, error. See" in " ".join(
         capsys.readouterr().err.split()
     )
 

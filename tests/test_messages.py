@@ -22,7 +22,9 @@ PACKAGE = pathlib.Path(__file__).parents[1] / "refusal_jax"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 FLAG = re.compile(r"(?<![\w-])--([a-z][\w.-]*\w)")
 DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-ANY_JOB = PACKAGE / "jobs" / "main.py"  # which speaks of flags as such
+ANY_JOB = [
+    PACKAGE / "jobs" / f"{name}.py" for name in ("main", "command_line", "help", "settings")
+]  # they speak of flags
 
 
 def parsed(path: pathlib.Path) -> ast.Module:
@@ -34,8 +36,9 @@ def flags_of(job: str) -> set[str]:
     tree = parsed(PACKAGE / "jobs" / f"{job}.py")
     calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)]
     found = {call.args[0].value for call in calls if call.func.attr.startswith("DEFINE_")}
-    adopts = any(call.func.attr == "adopt_module_key_flags" for call in calls)
-    return found | (flags_of("processes") if adopts else set()) | (flags_of("common") if job in JOBS else set())
+    imported = {alias.name for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) for alias in node.names}
+    shared = imported & {"processes", "devices", "settings"} | ({"common"} if job in JOBS else set())
+    return found.union(*map(flags_of, shared))
 
 
 def texts(path: pathlib.Path) -> list[str]:
@@ -71,7 +74,7 @@ def has(job: str, flag: str) -> bool:
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_flags_in_messages(path):
     """Outside of whole commands only a job's own module names flags, and all flags are those of the job that they are for."""
-    if path in (PACKAGE / "__init__.py", ANY_JOB):  # the former's string is for the TPU's compiler
+    if path in (PACKAGE / "__init__.py", *ANY_JOB):  # the former's string is for the TPU's compiler
         return
     job = path.stem if path.parent.name == "jobs" and path.stem in JOBS else None
     wrong = []
@@ -103,7 +106,7 @@ def test_settings_that_messages_name():
 SAYS = """
 import importlib, json, sys
 from refusal_jax.errors import field, setting, spelt
-from refusal_jax.jobs.main import as_flags
+from refusal_jax.jobs.command_line import as_flags
 from refusal_jax.runs.storage import named_by
 from refusal_jax.chat.templates import advice
 importlib.import_module(f"refusal_jax.jobs.{sys.argv[1]}")

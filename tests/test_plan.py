@@ -14,6 +14,7 @@ import pytest
 from real_models import REAL_MODELS
 
 from refusal_jax import UserError
+from refusal_jax.jobs import help
 from refusal_jax.jobs import main as command
 from refusal_jax.models.hf_config import from_hf, load_config
 from refusal_jax.plan import chips, costs, hlo, planner, programs, table
@@ -331,4 +332,4 @@ def test_decoding_copies_no_cache():
 
 
 def test_the_command_knows_the_job():
-    assert "plan" in command.JOBS and "without a TPU" in command.usage()
+    assert "plan" in command.JOBS and "without a TPU" in help.usage(command.JOBS)

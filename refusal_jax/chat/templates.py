@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Collection, Iterator
 
-from refusal_jax.errors import UserError, setting, shown
+from refusal_jax.errors import UserError, did_you_mean, setting, shown
 from refusal_jax.files import damaged, local_path, read_json, read_text
 
 CHATML = (
@@ -70,7 +70,8 @@ def named_template(name: str) -> tuple[str, str]:
         return BUILT_IN[name], f"built in: {name}"
     if not name.endswith(".jinja"):
         raise UserError(
-            f"there is no chat template {name!r}. Instead, " + advice(f"{CHOICES}, or '' for the tokenizer's own")
+            f"there is no chat template {name!r}.{did_you_mean(name, BUILT_IN)} Instead, "
+            + advice(f"{CHOICES}, or '' for the tokenizer's own")
         )
     path = local_path(name)
     text = read_text(path)

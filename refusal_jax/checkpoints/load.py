@@ -21,7 +21,7 @@ from refusal_jax.checkpoints.check import check_tensors
 from refusal_jax.checkpoints.places import Place, Slab
 from refusal_jax.checkpoints.remote import checkpoint_folder
 from refusal_jax.checkpoints.tensor_files import SINGLE, TensorFiles, listed
-from refusal_jax.errors import UserError
+from refusal_jax.errors import UserError, did_you_mean
 from refusal_jax.models.config import ModelConfig
 from refusal_jax.models.decoder import Decoder
 from refusal_jax.models.families import Piece, hf_names, pieces
@@ -47,7 +47,7 @@ def load_decoder(
     """
     folder = checkpoint_folder(folder)
     if dtype not in DTYPES:
-        raise UserError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}.")
+        raise UserError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}.{did_you_mean(dtype, DTYPES)}")
     cfg = load_config(folder)
     mesh = split_for(mesh, cfg.n_kv_heads)
     found: dict[str, dict[tuple, Piece]] = {}

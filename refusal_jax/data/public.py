@@ -18,7 +18,7 @@ import numpy as np
 
 from refusal_jax.data.download import download, short_hash
 from refusal_jax.data.prompts import located_rows
-from refusal_jax.errors import UserError
+from refusal_jax.errors import UserError, did_you_mean
 from refusal_jax.files import file_hash, read_text, write_atomically
 from refusal_jax.progress import each
 from refusal_jax.surrogates import mended
@@ -75,7 +75,8 @@ class Manifest:
         """Returns the sets of these names. Raises UserError for a name that is not there."""
         unknown = [name for name in names if name not in self.sets]
         if unknown:
-            raise UserError(f"there is no public set {unknown[0]!r}. The sets are {', '.join(self.sets)}.")
+            hint = did_you_mean(unknown[0], self.sets)
+            raise UserError(f"there is no public set {unknown[0]!r}.{hint} The sets are {', '.join(self.sets)}.")
         return [self.sets[name] for name in names]
 
 

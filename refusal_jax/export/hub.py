@@ -49,5 +49,5 @@ def cannot_push(folder: pathlib.Path, repository: str, error: Exception) -> User
     return UserError(
         f"The export is whole in {folder}, but could not be pushed to {repository} ({reason}). Log in with `hf auth login`, or "
         f"set HF_TOKEN to a token that may write, check name and network, and push it again: `refusal-jax export "
-        f"--check={folder} --push-to-hub={repository}`"
+        f"--check={folder} --push_to_hub={repository}`"
     )

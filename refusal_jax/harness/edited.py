@@ -18,12 +18,12 @@ from refusal_jax.checkpoints.remote import checkpoint_folder
 from refusal_jax.conditions import Ablate, Add, Baseline
 from refusal_jax.directions import Direction, direction_file, read_each
 from refusal_jax.edits import Edits
-from refusal_jax.errors import UserError, setting
+from refusal_jax.errors import UserError, did_you_mean, setting
 from refusal_jax.export.finished import FinishedStudy
 from refusal_jax.files import local_path
 from refusal_jax.models.config import ModelConfig
 from refusal_jax.models.hf_config import load_config
-from refusal_jax.models.sharding import make_mesh
+from refusal_jax.models.sharding import MESH_AXES, make_mesh, parse_mesh
 
 LOG = logging.getLogger(__name__)
 
@@ -56,10 +56,18 @@ class EditedModel:
 
     @classmethod
     def load(cls, arguments: dict) -> "EditedModel":
-        """From the arguments that `read_arguments` explains, by name. Raises UserError for unknown ones."""
+        """Returns the model for the arguments that `read_arguments` explains, by name. data, fsdp and model, in which a mesh was
+        written formerly, are understood too. Raises UserError for unknown arguments."""
+        arguments = {name.replace("-", "_"): value for name, value in arguments.items()}
+        sides = [arguments.pop(axis, None) for axis in MESH_AXES]
+        if any(side is not None for side in sides):
+            arguments.setdefault("mesh", "x".join(str(side or 1) for side in sides))
         unknown = sorted(set(arguments) - set(ARGUMENTS))
         if unknown:
-            raise UserError(f"unknown model argument {', '.join(unknown)}: the arguments are {', '.join(ARGUMENTS)}.")
+            raise UserError(
+                f"unknown model argument {', '.join(unknown)}: the arguments are {', '.join(ARGUMENTS)}."
+                f"{did_you_mean(unknown[0], ARGUMENTS)}"
+            )
         return read_arguments(**arguments)
 
     def replies(
@@ -129,9 +137,7 @@ def read_arguments(
     position: int | None = None,
     subspace: bool = False,
     dtype: str = "auto",
-    data: int = 1,
-    fsdp: int = 1,
-    model: int = 1,
+    mesh: str = "",
     chat_template: str = "",
     thinking: bool | None = None,
     cache: str = "",
@@ -139,14 +145,14 @@ def read_arguments(
     enable_thinking: bool | None = None,
     chat_template_args: Mapping | None = None,
 ) -> EditedModel:
-    """A model with edits, from what can be written on a command line.
+    """Returns a model with edits, from what can be written on a command line.
 
     pretrained: folder of an HF checkpoint; default, the model of the study that the edit comes from, and with no edit the
     embedded one. ablate, add: folder of a study or file of a direction, to take out or to add. scale: how much to add, or
     with `ablate` alone which part to take out. layer: where to add, default the direction's own; with position, which one of
     a file of mean differences, and alone which row of a file with one for each layer. subspace: whether `ablate` alone takes
-    out the span of all rows of a file, also where there are as many as layers. data, fsdp, model: devices along each axis of
-    the mesh. generation_from_checkpoint: as in `load_model`. enable_thinking: another name of thinking. chat_template_args:
+    out the span of all rows of a file, also where there are as many as layers. mesh: devices along the axes data, fsdp and
+    model, such as 1x1x8; default, one device. generation_from_checkpoint: as in `load_model`. enable_thinking: another name of thinking. chat_template_args:
     more names for the chat template, which win over thinking. The others: as in a study's config. A leading ~ of paths is
     expanded. Raises UserError for directions or settings that cannot be used.
     """
@@ -156,6 +162,7 @@ def read_arguments(
             f"chat_template_args = {chat_template_args!r} is not a mapping of names to values. Give one, such as "
             '{"enable_thinking": false}: on a command line, in a file or JSON object of all model arguments.'
         )
+    shape = parse_mesh(str(mesh)) if mesh else (1, 1, 1)
     paths = [local_path(str(path)) for path in (ablate, add) if path]
     studies = [FinishedStudy.read(path, 1) for path in paths if path.is_dir() and not pretrained]
     told = studies[0].template if studies else {}
@@ -167,7 +174,7 @@ def read_arguments(
     loaded = load_model(
         folder,
         dtype,
-        make_mesh(data, fsdp, model) if (data, fsdp, model) != (1, 1, 1) else None,
+        make_mesh(*shape) if shape != (1, 1, 1) else None,
         progress=True,
         chat_template=chat_template or told.get("chat_template", ""),
         thinking=told.get("thinking", False) if thinking is None else thinking,

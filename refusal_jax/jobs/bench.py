@@ -155,7 +155,7 @@ def _run_oracle(oracle: pathlib.Path, task: dict, folder: pathlib.Path) -> dict:
 def work(file: str) -> None:
     """One job with refusal_jax, alone in a process: reads the task from `file` and writes the result to it."""
     from refusal_jax.chat.model import load_model
-    from refusal_jax.jobs.main import as_flags
+    from refusal_jax.jobs.command_line import as_flags
 
     path = pathlib.Path(file)
     task = json.loads(path.read_text())

@@ -35,9 +35,9 @@ from refusal_jax.errors import UserError, print_error
 from refusal_jax.export.finished import FinishedStudy
 from refusal_jax.files import local_path
 from refusal_jax.harness.edited import model_of, one_each
+from refusal_jax.jobs import devices
 from refusal_jax.models.decoding import in_words
 from refusal_jax.models.hf_config import load_config
-from refusal_jax.models.sharding import make_mesh
 from refusal_jax.study.directions import difference_in_means, extract
 from refusal_jax.surrogates import mended
 from refusal_jax.terminal.screen import escaped
@@ -62,8 +62,6 @@ HISTORY = flags.DEFINE_bool(
     None,
     "Go on with the conversation. Default: yes, but for the embedded model, which knows single requests.",
 )
-DTYPE = flags.DEFINE_string("dtype", "auto", "float32, bfloat16 or float16; auto: float32 on CPU, bfloat16 elsewhere.")
-DEVICES = flags.DEFINE_integer("devices", 1, "Devices to spread the model over.", lower_bound=1)
 CHAT_TEMPLATE = flags.DEFINE_string("chat_template", None, "As in a study's config. Default: the study's.")
 THINKING = flags.DEFINE_bool("thinking", None, "Ask models that can think to do so. Default: as the study did.")
 FROM_CHECKPOINT = flags.DEFINE_bool(
@@ -71,6 +69,7 @@ FROM_CHECKPOINT = flags.DEFINE_bool(
     False,
     "Decode by what the checkpoint's generation_config.json says of greedy decoding, such as repetition_penalty.",
 )
+flags.adopt_module_key_flags(devices)
 
 
 def main(argv) -> None:
@@ -101,11 +100,11 @@ def start() -> Session:
         raise UserError(
             f"--direction is missing: run `refusal-jax study --model={MODEL.value} --workdir=RUN` and give --direction=RUN."
         )
-    mesh = make_mesh(model=DEVICES.value) if DEVICES.value > 1 else None
+    mesh, dtype = devices.asked_mesh(), devices.asked_dtype()
     settings = {"chat_template": CHAT_TEMPLATE.value or "", "thinking": bool(THINKING.value)}
     settings["generation_from_checkpoint"] = FROM_CHECKPOINT.value
     if not DIRECTION.value:
-        model = load_model(demo_model_path(), DTYPE.value, mesh, **settings)
+        model = load_model(demo_model_path(), dtype, mesh, **settings)
         direction = embedded_direction(model)
         return Session(model, direction, MAX_NEW_TOKENS.value, NUMBERS.value, bool(HISTORY.value))
     path = local_path(DIRECTION.value)
@@ -115,7 +114,7 @@ def start() -> Session:
     folder = checkpoint_folder(MODEL.value) if MODEL.value else model_of([path], studies)
     (direction,) = one_each([path], LAYER.value, POSITION.value, load_config(folder).n_layers)
     print(f"The edits use {direction.summary}.")
-    model = load_model(folder, DTYPE.value, mesh, progress=True, **settings)
+    model = load_model(folder, dtype, mesh, progress=True, **settings)
     history = folder != demo_model_path() if HISTORY.value is None else HISTORY.value
     return Session(model, direction, MAX_NEW_TOKENS.value, NUMBERS.value, history)
 

@@ -1,10 +1,14 @@
-"""The flag that every job has. It is read before the job is imported, which takes its own flags from the rest."""
+"""What all jobs share: the flag --log_level, which is read before the job is imported, and how they ask for a flag."""
+
+from typing import TypeVar
 
 from absl import flags
 
 from refusal_jax.errors import UserError
+from refusal_jax.jobs.command_line import flag_error
 from refusal_jax.logs import LEVELS
 
+T = TypeVar("T")
 FLAGS = flags.FlagValues()
 LOG_LEVEL = flags.DEFINE_enum(
     "log_level",
@@ -22,5 +26,12 @@ def parse(job: str, argv: list[str]) -> tuple[str, list[str]]:
     try:
         left = FLAGS([f"refusal-jax {job}", *argv], known_only=True)
     except flags.Error as error:
-        raise UserError(f"{' '.join(str(error).split())} See `refusal-jax {job} --help`.") from None
+        raise flag_error(job, error, FLAGS) from None
     return LOG_LEVEL.value, left[1:]
+
+
+def required(flag: flags.FlagHolder[T | None], advice: str) -> T:
+    """Returns the value of a flag without which the job cannot work. Raises UserError, with the advice, if it is not given."""
+    if not flag.value:
+        raise UserError(f"--{flag.name} is missing{advice}")
+    return flag.value

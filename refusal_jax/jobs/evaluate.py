@@ -27,15 +27,14 @@ from absl import flags
 from refusal_jax.chat.prompts import Chat
 from refusal_jax.checkpoints.remote import checkpoint_folder
 from refusal_jax.conditions import split_stem
-from refusal_jax.errors import UserError
 from refusal_jax.files import local_path, to_json
+from refusal_jax.jobs import common, devices
 from refusal_jax.judges.artifacts import jailbreakbench_artifact, read_completions
 from refusal_jax.judges.choice import parse_judges
 from refusal_jax.judges.evaluations import evaluate_completions
 from refusal_jax.judges.judge import Judge, judge_all
 from refusal_jax.judges.tables import tables, tidy_csv
 from refusal_jax.models.hf_config import load_config
-from refusal_jax.models.sharding import make_mesh
 from refusal_jax.report.concerns import broken_completions, judge_disagreement, unfinished_thoughts
 from refusal_jax.report.summary import JudgedCondition
 from refusal_jax.report.text import rates_table
@@ -44,6 +43,7 @@ from refusal_jax.runs.artifacts import STATISTICS, TIDY
 from refusal_jax.runs.ledger import Ledger
 from refusal_jax.runs.storage import DiskFolder
 
+EXAMPLE = ". Example: refusal-jax evaluate --completions=runs/mine/completions --out=judged."
 COMPLETIONS = flags.DEFINE_string("completions", None, "File or folder of completions.")
 OUT = flags.DEFINE_string("out", None, "Folder for the results: made if new, files in it replaced.")
 JUDGES = flags.DEFINE_list(
@@ -51,27 +51,21 @@ JUDGES = flags.DEFINE_list(
 )
 TOKENIZER = flags.DEFINE_string("tokenizer", None, "Checkpoint in whose tokens lengths are counted. Default: in words.")
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 16, "Completions that a judge model reads at a time.", lower_bound=1)
-DTYPE = flags.DEFINE_string("dtype", "auto", "Of judge models; auto: float32 on CPU, bfloat16 elsewhere.")
-MODEL_AXIS = flags.DEFINE_integer("model_axis", 1, "Devices over which a judge model is split.", lower_bound=1)
 ARTIFACT = flags.DEFINE_bool("artifact", False, "Also write JailbreakBench artifacts, jailbroken by the last judge.")
 METHOD = flags.DEFINE_string("method", "", "The artifact's method. Default: the condition in the file's name.")
-STUDIED = flags.DEFINE_string("model", "", "The artifact's model: who wrote the completions.")
+AUTHOR = flags.DEFINE_string("author", "", "Name of the model that wrote the completions, for artifacts.")
+flags.adopt_module_key_flags(devices)
 
 
 def main(arguments) -> None:
-    for flag in (COMPLETIONS, OUT):
-        if not flag.value:
-            raise UserError(
-                f"--{flag.name} is missing. Example: refusal-jax evaluate --completions=runs/mine/completions --out=judged."
-            )
-    completions = read_completions(local_path(COMPLETIONS.value))
-    mesh = make_mesh(model=MODEL_AXIS.value) if MODEL_AXIS.value > 1 else None
-    judges = parse_judges(JUDGES.value, BATCH_SIZE.value, DTYPE.value, mesh)
+    folder, target = (common.required(flag, EXAMPLE) for flag in (COMPLETIONS, OUT))
+    completions = read_completions(local_path(folder))
+    judges = parse_judges(JUDGES.value, BATCH_SIZE.value, devices.asked_dtype(), devices.asked_mesh())
     chat = None
     if TOKENIZER.value:
-        folder = checkpoint_folder(TOKENIZER.value)
-        chat = Chat.load(folder, load_config(folder).context_length)
-    out = DiskFolder(OUT.value)
+        tokenizer = checkpoint_folder(TOKENIZER.value)
+        chat = Chat.load(tokenizer, load_config(tokenizer).context_length)
+    out = DiskFolder(target)
     with out.held():
         ledger = Ledger.open(out, ledger_name(completions, judges))
         verdicts = judge_all(judges, completions, ledger)
@@ -83,7 +77,7 @@ def main(arguments) -> None:
         out.write(TIDY, tidy_csv(found).encode("utf-8", "replace"))
         out.remove([ledger.name])
     print(rates_table(found))
-    for number, concern in enumerate(concerns_of(files, [judge.name for judge in judges], COMPLETIONS.value), 1):
+    for number, concern in enumerate(concerns_of(files, [judge.name for judge in judges], folder), 1):
         print(f"\n({number}) {concern.text}")
     print(f"\nResults: {out.path.resolve()}")
 
@@ -113,7 +107,7 @@ def results(completions: dict, verdicts: dict, last: str) -> dict[str, dict]:
             dataset, condition = split_stem(name)
             parameters = {
                 "method": METHOD.value or condition or dataset,
-                "model": STUDIED.value or None,
+                "model": AUTHOR.value or None,
                 "attack_type": "white_box",
                 "defense": None,
                 "evaluation_judge": last,

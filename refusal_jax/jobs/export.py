@@ -39,8 +39,10 @@ from refusal_jax.export.provenance import check
 from refusal_jax.export.run import FORMATS, Request, export
 from refusal_jax.export.tensor_edits import WEIGHT_SITES
 from refusal_jax.files import local_path
+from refusal_jax.jobs import common
 from refusal_jax.models.hf_config import load_config
 
+EXAMPLE = ". Example: refusal-jax export --direction=runs/demo --out=edited."
 MODEL = flags.DEFINE_string("model", None, "HF checkpoint folder. Default: the model that the study ran on.")
 DIRECTION = flags.DEFINE_list(
     "direction",
@@ -78,7 +80,7 @@ BASE = flags.DEFINE_string(
     "base_model", "", "The model's name on the hub, for the card. Default: what its folder tells."
 )
 CHECK = flags.DEFINE_string("check", None, "Folder of an export whose files are to be compared with its record.")
-PUSH = flags.DEFINE_string("push-to-hub", None, "Repository (USER/NAME) to upload the verified export to, private.")
+PUSH = flags.DEFINE_string("push_to_hub", None, "Repository (USER/NAME) to upload the verified export to, private.")
 PUBLIC = flags.DEFINE_bool("public", False, "Upload to a public repository.")
 
 
@@ -91,12 +93,9 @@ def main(argv) -> None:
             print(push(folder, PUSH.value, PUBLIC.value))
         return
     for flag in (DIRECTION, OUT):
-        if not flag.value:
-            raise UserError(
-                f"--{flag.name} is missing. Example: refusal-jax export --direction=runs/demo --out=edited."
-            )
+        common.required(flag, EXAMPLE)
     if PUSH.value and not VERIFY.value:
-        raise UserError("Only verified exports are pushed: leave out --noverify or --push-to-hub.")
+        raise UserError("Only verified exports are pushed: leave out --noverify or --push_to_hub.")
     request = read_request(argv)
     report = export(request)
     print(f"Exported: {request.edit.direction.summary}.")
@@ -113,18 +112,18 @@ def main(argv) -> None:
 
 def read_request(argv) -> Request:
     """Returns what the flags ask for. Raises UserError for a direction or model that is not there or does not belong together."""
-    paths = [local_path(path) for path in DIRECTION.value]
+    paths = [local_path(path) for path in common.required(DIRECTION, EXAMPLE)]
     folders = [path for path in paths if path.is_dir() or not path.suffix]
     study = (
         FinishedStudy.read(folders[0], PROMPTS.value)
         if folders
         else FinishedStudy.none(PROMPTS.value, CHAT_TEMPLATE.value)
     )
-    if not MODEL.value and not study.model:
+    source = local_path(MODEL.value) if MODEL.value else study.model
+    if source is None:
         for path in paths:
             direction_file(path)
         raise UserError("--model is missing: a direction from a file does not tell which model it belongs to.")
-    source = local_path(MODEL.value) if MODEL.value else study.model
     if study.model and checkpoint_fingerprint(source) != study.fingerprint:
         if not MODEL.value:
             raise UserError(
@@ -140,7 +139,7 @@ def read_request(argv) -> Request:
     edit = Add(direction, layers, SCALE.value) if adds else Ablate(direction, layers, SITES.value, SCALE.value)
     return Request(
         source,
-        local_path(OUT.value),
+        local_path(common.required(OUT, EXAMPLE)),
         edit,
         study,
         FORMAT.value,

@@ -15,7 +15,7 @@ the model known to `lm_eval.simple_evaluate(model="refusal_jax", …)`.) Install
   scale=X                how much to add (-1 subtracts), or which part to take out
   layer=L, position=P    where to add; of a file of mean differences, which one (layer alone: of a file with a row a layer)
   dtype=NAME             float32, bfloat16, float16; default: float32 on CPU, bfloat16 elsewhere
-  data=N, fsdp=N, model=N   devices along each axis of the mesh
+  mesh=DATAxFSDPxMODEL   devices along each axis of the mesh, such as 1x1x8
   chat_template=NAME|FILE, thinking=true, cache=DIR   as in a study's config
   max_length=N, add_bos_token=true|false, prefix_token_id=ID, think_end_token=TEXT|ID, enable_thinking=true|false,
   chat_template_args={...}   as for the harness's hf model; its other arguments are refused, or said to mean nothing here

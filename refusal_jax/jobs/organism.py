@@ -17,6 +17,7 @@ from absl import flags
 
 from refusal_jax.errors import UserError
 from refusal_jax.files import local_path, to_json, write_atomically
+from refusal_jax.jobs import common
 from refusal_jax.organism.criteria import measure, write_bundle
 from refusal_jax.organism.recipe import Recipe, train
 
@@ -25,11 +26,10 @@ SEEDS = flags.DEFINE_list("seeds", ["0", "1", "2", "3", "4", "5"], "Seeds to try
 
 
 def main(argv) -> None:
-    if not OUT.value:
-        raise UserError("--out is missing: name the folder for the model, e.g. --out=organism.")
+    target = common.required(OUT, ": name the folder for the model, e.g. --out=organism.")
     if not all(seed.isdecimal() for seed in SEEDS.value) or not SEEDS.value:
         raise UserError(f"--seeds = {','.join(SEEDS.value)!r}, expected whole numbers such as 0,1,2.")
-    out = local_path(OUT.value)
+    out = local_path(target)
     if out.exists():
         raise UserError(f"{out} exists already. Remove it, or pass another --out.")
     out.parent.mkdir(parents=True, exist_ok=True)

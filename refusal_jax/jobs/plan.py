@@ -21,8 +21,9 @@ import pathlib
 from absl import flags
 from ml_collections import config_flags
 
-from refusal_jax.errors import UserError
+from refusal_jax.errors import UserError, did_you_mean
 from refusal_jax.files import local_path, read_json, to_json, write_atomically
+from refusal_jax.jobs import devices, settings
 from refusal_jax.models.config import ModelConfig
 from refusal_jax.models.hf_config import from_hf, load_config
 from refusal_jax.plan import table
@@ -30,23 +31,24 @@ from refusal_jax.plan.chips import Slice
 from refusal_jax.plan.planner import MeshShape, Plan, make_plan
 from refusal_jax.plan.programs import USUAL_LENGTH
 from refusal_jax.progress import each
-from refusal_jax.study import config as study_config
 from refusal_jax.study.checks import check_numbers
+from refusal_jax.study.config import StudyConfig
 from refusal_jax.study.study import workload
 
 LOG = logging.getLogger(__name__)
 
 COMMON = ("v5e-16", "v5e-64", "v5p-16", "v6e-8")
-MODEL = flags.DEFINE_string("model", "", "Checkpoint folder, config.json, or the name of one of the paper's models.")
+MODEL = flags.DEFINE_string(
+    "model", None, "Checkpoint folder, config.json, or the name of one of the paper's models, in place of config.model."
+)
 TOPOLOGY = flags.DEFINE_list("topology", "v5e-16", "Slices to plan for, separated by commas.")
 ALL = flags.DEFINE_bool("all", False, f"The paper's 13 models on {', '.join(COMMON)}, or on --topology if given.")
-DTYPE = flags.DEFINE_enum("dtype", "bfloat16", ("bfloat16", "float16", "float32"), "Of the weights on the chips.")
-LENGTH = flags.DEFINE_integer("prompt_tokens", USUAL_LENGTH, "Tokens that prompts are padded to.", lower_bound=8)
-MESH = flags.DEFINE_string("mesh", "", "DATAxFSDPxMODEL, such as 1x1x16; empty: the best that holds the model.")
-OUT = flags.DEFINE_string("out", "", "Name of the files to write, without .json and .md.")
-CONFIG = config_flags.DEFINE_config_file(
-    "config", study_config.__file__, "The study's config, as for `refusal-jax study`."
+LENGTH = flags.DEFINE_integer(
+    "prompt_tokens", USUAL_LENGTH, "Number of tokens that prompts are padded to.", lower_bound=8
 )
+OUT = flags.DEFINE_string("out", "", "Name of the files to write, without .json and .md.")
+for shared in (settings, devices):
+    flags.adopt_module_key_flags(shared)
 
 
 def main(argv) -> None:
@@ -54,19 +56,21 @@ def main(argv) -> None:
         raise UserError(
             "Planning needs the TPU compiler, which is not installed here: pip install 'refusal-jax[plan]'."
         )
-    check_numbers(CONFIG.value)
+    config = settings.study_settings(MODEL.value)
+    check_numbers(config)
     if OUT.value and not pathlib.Path(OUT.value).name:
         raise UserError(f"--out={OUT.value} is no name for files: plans/mine writes plans/mine.json and plans/mine.md.")
     known = json.loads((pathlib.Path(table.__file__).parent / "models.json").read_text(encoding="utf-8"))
     slices = [
         Slice.parse(name) for name in (COMMON if ALL.value and not flags.FLAGS["topology"].present else TOPOLOGY.value)
     ]
-    models = (
-        {name: from_hf(row["config"], name) for name, row in known.items()} if ALL.value else dict([named_model(known)])
-    )
+    if ALL.value:
+        models = {name: from_hf(row["config"], name) for name, row in known.items()}
+    else:
+        models = dict([named_model(config.model, known)])
     plans, jobs = [], [(name, cfg, where) for name, cfg in models.items() for where in slices]
     for name, cfg, where in each(jobs, "planning", "plan"):
-        plan = one(name, cfg, where)
+        plan = one(name, cfg, config, where)
         plans.append((name, plan))
         if not ALL.value:
             print(table.detail(plan, name) + "\n", flush=True)
@@ -79,30 +83,25 @@ def main(argv) -> None:
         )
 
 
-def one(name: str, cfg: ModelConfig, where: Slice) -> Plan:
-    """The plan of one model for one slice, logging what is being compiled."""
+def one(name: str, cfg: ModelConfig, config: StudyConfig, where: Slice) -> Plan:
+    """Returns the plan of one model for one slice, logging what is being compiled."""
 
     def note(text: str) -> None:
         LOG.info(f"compiling for {where.name}: {name}, {text}")
 
-    return make_plan(workload(cfg, DTYPE.value, CONFIG.value, LENGTH.value), where, mesh_shape(), note)
+    dtype = "bfloat16" if config.dtype == "auto" else config.dtype  # as a study on a TPU
+    sides = [max(side, 1) for side in config.mesh.values()] if any(config.mesh.values()) else None
+    mesh = MeshShape(*sides) if sides else None
+    return make_plan(workload(cfg, dtype, config, LENGTH.value), where, mesh, note)
 
 
-def mesh_shape() -> MeshShape | None:
-    """What --mesh asks for. Raises UserError if it is malformed."""
-    if not MESH.value:
-        return None
-    sides = MESH.value.split("x")
-    if len(sides) != 3 or not all(side.isdigit() and int(side) > 0 for side in sides):
-        raise UserError(f"--mesh={MESH.value} is not of the form DATAxFSDPxMODEL, such as 1x1x16.")
-    return MeshShape(*map(int, sides))
-
-
-def named_model(known: dict) -> tuple[str, ModelConfig]:
-    """A name for the model that is asked for, and its config. Raises UserError, with the choices, if there is none."""
-    asked = MODEL.value or CONFIG.value.model
-    if not asked:
-        asked = pathlib.Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
+def named_model(asked: str, known: dict) -> tuple[str, ModelConfig]:
+    """Returns a name for the model that is asked for, and its config. asked: a folder, a config.json, or a name; if it is empty,
+    the config file's name counts. Raises UserError, with the choices, if there is no such model."""
+    given = bool(asked)
+    if not given:
+        file, _, argument = config_flags.get_config_filename(flags.FLAGS["config"]).partition(":")
+        asked = argument or pathlib.Path(file).stem
     path = local_path(asked)
     if path.is_dir():
         return path.resolve().name, load_config(path)
@@ -114,11 +113,11 @@ def named_model(known: dict) -> tuple[str, ModelConfig]:
         return path.resolve().parent.name, from_hf(read_json(path), str(path))
     if path.stem in known:
         return path.stem, from_hf(known[path.stem]["config"], path.stem)
-    if not MODEL.value and asked == "config":
+    if not given and asked == "config":
         raise UserError(
             f"Name a model with --model: a checkpoint folder, a config.json or one of {', '.join(known)}; or --all."
         )
     raise UserError(
-        f"{asked!r} is no checkpoint folder, no config.json and none of the models known by name ({', '.join(known)}). Name one "
-        "with --model, or --all."
+        f"{asked!r} is no checkpoint folder, no config.json and none of the models known by name ({', '.join(known)})."
+        f"{did_you_mean(asked, known)} Name one with --model, or --all."
     )

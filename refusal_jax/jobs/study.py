@@ -26,34 +26,29 @@ report.html.
 import pathlib
 
 from absl import flags
-from ml_collections import config_flags
 
 from refusal_jax import distributed
-from refusal_jax.errors import UserError
-from refusal_jax.jobs import processes
+from refusal_jax.jobs import common, devices, processes, settings
 from refusal_jax.report.text import text_summary
 from refusal_jax.runs.artifacts import REPORT
-from refusal_jax.study import config as study_config
 from refusal_jax.study.study import SECTIONS, run_study
 
 WORKDIR = flags.DEFINE_string(
-    "workdir", None, "Folder of the run, or gs://BUCKET/FOLDER: made if new, continued if there."
+    "workdir", None, "Folder of the run, or gs://BUCKET/FOLDER: it is made if new and continued if there."
 )
-MODEL = flags.DEFINE_string("model", None, "HF checkpoint folder; overrides config.model. Default: the embedded model.")
-CONFIG = config_flags.DEFINE_config_file(
-    "config", study_config.__file__, "Config file; any field is overridden by --config.FIELD=VALUE."
+MODEL = flags.DEFINE_string(
+    "model",
+    None,
+    "Folder or address of a Hugging Face checkpoint, in place of config.model. Default: the embedded demo model.",
 )
-flags.adopt_module_key_flags(processes)
+for shared in (settings, devices, processes):
+    flags.adopt_module_key_flags(shared)
 
 
 def main(argv) -> None:
     processes.join()
-    if not WORKDIR.value:
-        raise UserError("--workdir is missing: name the folder for the results, e.g. --workdir=runs/first.")
-    config = CONFIG.value
-    if MODEL.value is not None:
-        config.model = MODEL.value
-    run = run_study(config, WORKDIR.value)
+    workdir = common.required(WORKDIR, ": name the folder for the results, e.g. --workdir=runs/first.")
+    run = run_study(settings.study_settings(MODEL.value), workdir)
     if not distributed.first():
         return
     if not run.worked:

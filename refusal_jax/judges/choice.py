@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import jax
 
-from refusal_jax.errors import UserError
+from refusal_jax.errors import UserError, did_you_mean
 from refusal_jax.judges.judge import Judge
 from refusal_jax.judges.models import KINDS, ModelJudge
 from refusal_jax.judges.scores import REFUSAL_SCORE, RefusalScore
@@ -35,9 +35,10 @@ def parse_judges(
         if name in WITHOUT_MODEL and not rest:
             judges.append(WITHOUT_MODEL[name])
         elif name not in KINDS:
+            hint = did_you_mean(name, [*WITHOUT_MODEL, *KINDS])
             raise UserError(
-                f"there is no judge {spec!r}. Judges of text: {', '.join(TEXT_JUDGES)}. Judge models, written KIND=FOLDER or "
-                f"KIND=FOLDER@TEMPLATE.txt: {', '.join(KINDS)}. In a study also {REFUSAL_SCORE}."
+                f"there is no judge {spec!r}.{hint} Judges of text: {', '.join(TEXT_JUDGES)}. Judge models, written "
+                f"KIND=FOLDER or KIND=FOLDER@TEMPLATE.txt: {', '.join(KINDS)}. In a study also {REFUSAL_SCORE}."
             )
         elif not rest:
             raise UserError(f"the judge {name!r} is a model: name its checkpoint folder, {name}=FOLDER.")

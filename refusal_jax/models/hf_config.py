@@ -4,7 +4,7 @@ correctly."""
 import os
 import pathlib
 
-from refusal_jax.errors import UserError, shown
+from refusal_jax.errors import UserError, did_you_mean, shown
 from refusal_jax.files import read_json
 from refusal_jax.models.config import ModelConfig
 from refusal_jax.models.hf_attributes import Reader
@@ -34,7 +34,8 @@ def from_hf(hf: dict, where: str = "config.json") -> ModelConfig:
     if not isinstance(model_type, str) or model_type not in READERS:
         raise UserError(
             f"{where} says model_type = {shown(model_type)}, which is not supported. Supported: "
-            f"{', '.join(sorted(READERS))}. Use a checkpoint of one of these architectures, or add this one: README, "
+            f"{', '.join(sorted(READERS))}.{did_you_mean(model_type, READERS)} "
+            "Use a checkpoint of one of these architectures, or add this one: README, "
             '"Adding a family".'
         )
     if hf.get(QUANTISATION):

@@ -14,7 +14,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Float
 
-from refusal_jax.errors import UserError
+from refusal_jax.errors import UserError, setting
 from refusal_jax.models.weights import Weight
 
 MESH_AXES = ("data", "fsdp", "model")
@@ -34,6 +34,15 @@ RULES = {
 }
 
 
+def parse_mesh(text: str) -> tuple[int, int, int]:
+    """Returns the sides of a mesh written as DATAxFSDPxMODEL, such as 2x1x4. Raises UserError for anything else."""
+    sides = text.lower().replace("×", "x").split("x")
+    if len(sides) != len(MESH_AXES) or not all(side.isdecimal() and int(side) > 0 for side in sides):
+        raise UserError(f"{setting('mesh', text)} is not of the form DATAxFSDPxMODEL, such as 1x1x16.")
+    data, fsdp, model = map(int, sides)
+    return data, fsdp, model
+
+
 def make_mesh(data: int = 1, fsdp: int = 1, model: int = 1, devices=None) -> Mesh:
     """Returns a mesh of `data` x `fsdp` x `model` devices, neighbours in `model` being near each other on a TPU.
 
@@ -47,9 +56,7 @@ def make_mesh(data: int = 1, fsdp: int = 1, model: int = 1, devices=None) -> Mes
         raise UserError(f"{name} has no devices: each must be at least 1.")
     count = math.prod(shape)
     if count > len(devices):
-        raise UserError(
-            f"{name} needs {count} devices, there are {len(devices)}. Lower mesh.data, mesh.fsdp or mesh.model."
-        )
+        raise UserError(f"{name} needs {count} devices, there are {len(devices)}. Ask for a smaller mesh.")
     return Mesh(_grid(shape, devices, name), MESH_AXES, axis_types=(jax.sharding.AxisType.Auto,) * len(shape))
 
 

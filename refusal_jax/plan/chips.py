@@ -8,7 +8,7 @@ import dataclasses
 import math
 import re
 
-from refusal_jax.errors import UserError, setting
+from refusal_jax.errors import UserError, did_you_mean, setting
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,8 +83,9 @@ class Slice:
         chip = CHIPS.get(match[2]) if match else None
         if match is None or chip is None:
             raise UserError(
-                f"{setting('topology', text)} is no TPU slice that can be planned for. Name one as gcloud does "
-                f"({', '.join(names())}), several as 2xv5e-16, or give the shape as in v5e:4x4."
+                f"{setting('topology', text)} is no TPU slice that can be planned for. "
+                f"Name one as gcloud does "
+                f"({', '.join(names())}), several as 2xv5e-16, or give the shape as in v5e:4x4.{did_you_mean(text, names())}"
             )
         if match[4]:
             shape = tuple(map(int, match[4].split("x")))

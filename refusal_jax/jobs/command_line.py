@@ -1,0 +1,192 @@
+"""The words of a command, from what a user writes to a job with its flags parsed.
+
+One idea has one spelling in all jobs, which `refusal-jax JOB --help` shows. Older spellings are rewritten here before anything
+reads them, and so are dashes in names. What cannot be understood is answered with the nearest name.
+"""
+
+import importlib
+import re
+import sys
+import types
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from absl import flags
+
+from refusal_jax.errors import UserError, did_you_mean, nearest, shown
+from refusal_jax.files import local_path
+from refusal_jax.settings import in_words
+from refusal_jax.study.config import get_config
+
+# By job, flags that were called otherwise: what they are now, with {} where their value goes.
+SYNONYMS = {
+    "study": {"out": "workdir={}"},
+    "chat": {"devices": "mesh=1x1x{}"},
+    "evaluate": {"model_axis": "mesh=1x1x{}", "model": "author={}"},
+    "data": {"out": "folder={}"},
+}
+WITH_CONFIG = ("study", "plan")
+FLAG = re.compile(r"(--?)([A-Za-z][\w.-]*)(?:=(.*))?", re.DOTALL)
+
+
+def canonical(job: str, argv: list[str]) -> list[str]:
+    """Returns the arguments as the job knows them: names with underscores, today's flags in place of older ones, and --config
+    first, as the fields that it sets are overridden by what follows. Raises UserError for a config file that is not there."""
+    synonyms, words, first = SYNONYMS.get(job, {}), [], []
+    rest = iter(argv)
+    for word in rest:
+        found = FLAG.fullmatch(word)
+        if word == "--":
+            return [*first, *words, word, *rest]
+        if not found:
+            words.append(word)
+            continue
+        name, value = re.sub("^no_", "no", found[2].replace("-", "_")), found[3]
+        is_config = name == "config" and job in WITH_CONFIG
+        if value is None and (name in synonyms or is_config):
+            value = next(rest, None)
+        if value is None:
+            words.append(f"--{name}")
+        elif is_config:
+            first.append(f"--config={config_file(value)}")
+        else:
+            words.append("--" + synonyms.get(name, f"{name}={{}}").format(value))
+    return [*first, *words]
+
+
+def config_file(value: str) -> str:
+    """Returns what --config names, `FILE` or `FILE:NAME`, with a leading ~ expanded. A config that is now one of several in a
+    file, such as configs/llama_3_70b.py, is looked for in the files beside it. Raises UserError if there is none."""
+    name, colon, argument = value.partition(":")
+    path = local_path(name)
+    if path.is_file():
+        return f"{path}{colon}{argument}"
+    beside = sorted(path.parent.glob("*.py"))
+    for other in beside:
+        if re.search(
+            rf'^ +"{re.escape(path.stem)}": ', other.read_text(encoding="utf-8", errors="replace"), re.MULTILINE
+        ):
+            return f"{other}:{path.stem}"
+    hint = did_you_mean(str(path), map(str, beside))
+    raise UserError(f"--config={value}: there is no such file.{hint} A config file is one such as configs/demo.py.")
+
+
+def prepare_job(job: str, argv: list[str]) -> tuple[types.ModuleType, list[str]]:
+    """Returns a job's module, with its flags parsed, and what its `main` takes: its action if it has actions, else all arguments.
+
+    argv: in canonical words. Raises UserError for anything wrong with these, or with the config file that they name.
+    """
+    sys.argv[1:] = [job, *argv]  # where ml_collections looks for fields of the config
+    if job in WITH_CONFIG:
+        check_fields(argv)
+    try:
+        module = importlib.import_module(f"refusal_jax.jobs.{job}")  # reads the config of --config at once
+        if getattr(module, "PASSED_ON", False):
+            return module, argv
+        left = flags.FLAGS([f"refusal-jax {job}", *argv])
+        if job in WITH_CONFIG:
+            check_config(flags.FLAGS["config"].value)
+    except flags.Error as error:
+        raise flag_error(job, error) from None
+    except Exception as error:
+        if job not in WITH_CONFIG or isinstance(error, ModuleNotFoundError):
+            raise  # a fault of ours, or a broken installation
+        raise config_error(error) from None
+    actions = getattr(module, "ACTIONS", ())  # what may follow the job's name
+    if actions and left[1:2] and left[1] not in actions:
+        raise UserError(
+            f"{job} has no action {left[1]!r}: it has {', '.join(actions)}.{did_you_mean(left[1], actions)}"
+        )
+    if left[1 + bool(actions) :]:
+        raise UserError(f"unexpected argument {left[1 + bool(actions)]!r}: flags are written --name=value.")
+    return module, left[1:] if actions else argv
+
+
+def check_config(config: Any) -> None:
+    """Raises UserError for what a config file returned if it is no config, such as None for want of a `return`."""
+    if not hasattr(config, "items"):
+        raise UserError(f"The config file returned {shown(config)}, expected what get_config() of the study returns.")
+
+
+def check_fields(argv: list[str]) -> None:
+    """Raises UserError for an override of a setting that there is not."""
+    paths = {one.path: one.path for one in get_config().described()}
+    sections = {path.partition(".")[0] for path in paths}
+    for word in argv:
+        path = re.match(r"--(?:no)?config\.([^=]+)", word)
+        if path and path[1] not in paths and path[1] not in sections and "[" not in path[1]:
+            raise UserError(
+                f"There is no setting --config.{path[1]}.{did_you_mean_field(path[1])} `refusal-jax study --help` lists all."
+            )
+
+
+def did_you_mean_field(name: str) -> str:
+    """Returns a sentence that asks for the nearest setting, by its whole name or by the last part of it; "" if none is near."""
+    paths = [one.path for one in get_config().described()]
+    last = {path.rpartition(".")[2]: path for path in paths}
+    found = nearest(name, paths) or last.get(nearest(name.rpartition(".")[2], last) or "")
+    return f" Did you mean --config.{found}?" if found else ""
+
+
+def flag_error(job: str, error: flags.Error, values: flags.FlagValues = flags.FLAGS) -> UserError:
+    """Returns what is wrong with one of a job's flags in our words, with the nearest name where there is one."""
+    if told := inner_error(error):
+        return told
+    text, see = " ".join(str(error).split()), f" See `refusal-jax {job} --help`."
+    if isinstance(error, flags.UnrecognizedFlagError):
+        name = error.flagname.replace("-", "_")
+        hint = did_you_mean(f"--{name}", (f"--{flag}" for flag in (*names_of_flags(job), "log_level", "help")))
+        if not hint and job in WITH_CONFIG:
+            hint = did_you_mean_field(name)
+        return UserError(f"Unknown command line flag {error.flagname!r}.{hint}{see}")
+    found = re.match(r"flag --([\w.]+)=(.*?): ", text)
+    if not found or found[1] not in values:
+        return UserError(text.rstrip(".") + "." + see)
+    name, value = found.groups()
+    choices = getattr(values[name].parser, "enum_values", None)
+    if choices:
+        return UserError(f"--{name}={value} is not one of {', '.join(choices)}.{did_you_mean(value, choices)}{see}")
+    kinds = {f"config.{one.path}": in_words(one.kind) for one in get_config().described()}
+    return UserError(f"--{name}={value}: expected {kinds[name]}." if name in kinds else text.rstrip(".") + "." + see)
+
+
+def config_error(error: Exception) -> UserError:
+    """Returns what is wrong with a config file, which may raise anything."""
+    if told := inner_error(error):
+        return told
+    reason = " ".join(str(error).split())
+    return UserError(
+        f"--config cannot be used ({type(error).__name__}: {reason}). Name a config file that exists and runs, such as "
+        "configs/demo.py, and fields that refusal_jax/study/config.py has."
+    )
+
+
+def inner_error(error: BaseException | None) -> UserError | None:
+    """Returns the first UserError of those that led to this one: libraries wrap what config files and settings raise."""
+    found = None
+    while error is not None:
+        found = error if isinstance(error, UserError) else found
+        error = error.__cause__ or error.__context__
+    return found
+
+
+def names_of_flags(job: str) -> Iterator[str]:
+    """Yields the names of a job's flags, those that it shares with others included."""
+    return (flag.name for flag in flags.FLAGS.get_key_flags_for_module(f"refusal_jax.jobs.{job}"))
+
+
+def as_flags(job: str) -> Callable[[str], str | None]:
+    """Returns how a job's flags spell settings, for `errors.spelt`: by a flag of that name or, where the job takes a study's
+    config, by the field of it. A field is also spelt by a flag that has its last name."""
+    names = set(names_of_flags(job))
+
+    def spelling(name: str) -> str | None:
+        path = name.removeprefix("config.")
+        if path in names:
+            return f"--{path}"
+        if "config" in names and (path != name or path in get_config()):
+            return f"--config.{path}"
+        last = path.rpartition(".")[2]
+        return f"--{last}" if path != name and last in names else None
+
+    return spelling
