@@ -1,6 +1,7 @@
 """Statistics against published examples; tables; files of completions; and the job that judges them."""
 
 import csv
+import importlib
 import io
 import json
 import math
@@ -29,12 +30,16 @@ def own_flags():
     for name in held:
         if flags.FLAGS.find_module_defining_flag(name, "").startswith("refusal_jax.jobs."):
             del vars(flags.FLAGS)["__flags"][name]
-    ours = ("refusal_jax.jobs.evaluate", "refusal_jax.jobs.devices")
-    before = {name: sys.modules.pop(name, None) for name in ours}
+    ours, package = ("evaluate", "devices"), importlib.import_module("refusal_jax.jobs")
+    before = {name: sys.modules.pop(f"refusal_jax.jobs.{name}", None) for name in ours}
+    for name in ours:
+        vars(package).pop(name, None)
     yield
     for name in ours:
-        sys.modules.pop(name, None)
-    sys.modules.update({name: module for name, module in before.items() if module})
+        sys.modules.pop(f"refusal_jax.jobs.{name}", None)
+        if before[name]:
+            sys.modules[f"refusal_jax.jobs.{name}"] = before[name]
+            setattr(package, name, before[name])
     vars(flags.FLAGS)["__flags"].clear()
     vars(flags.FLAGS)["__flags"].update(held)
 
