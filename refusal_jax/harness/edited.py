@@ -152,9 +152,9 @@ def read_arguments(
     with `ablate` alone which part to take out. layer: where to add, default the direction's own; with position, which one of
     a file of mean differences, and alone which row of a file with one for each layer. subspace: whether `ablate` alone takes
     out the span of all rows of a file, also where there are as many as layers. mesh: devices along the axes data, fsdp and
-    model, such as 1x1x8; default, one device. generation_from_checkpoint: as in `load_model`. enable_thinking: another name of thinking. chat_template_args:
-    more names for the chat template, which win over thinking. The others: as in a study's config. A leading ~ of paths is
-    expanded. Raises UserError for directions or settings that cannot be used.
+    model, such as 1x1x8; default, one device. generation_from_checkpoint: as in `load_model`. enable_thinking: another name
+    of thinking. chat_template_args: more names for the chat template, which win over thinking. The others: as in a study's
+    config. A leading ~ of paths is expanded. Raises UserError for directions or settings that cannot be used.
     """
     thinking = asked_thinking(thinking, enable_thinking)
     if not isinstance(chat_template_args or {}, Mapping):
