@@ -15,7 +15,8 @@ from latex2mathml.converter import convert
 
 from refusal_jax.axes import AXES
 from refusal_jax.errors import UserError
-from refusal_jax.jobs.main import JOBS, docstring
+from refusal_jax.jobs.help import docstring
+from refusal_jax.jobs.main import JOBS
 from refusal_jax.study.config import get_config
 
 # What a block of commands or code may need that the tests do not have, and how a reader is told.
