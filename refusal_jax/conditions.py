@@ -24,11 +24,11 @@ COMPLETIONS_FOLDER = "completions"
 
 
 class Intervention(abc.ABC):
-    """What is done to a model. name: in settings and in the names of files. verb: in exports and chats, None
+    """What is done to a model. name: in settings and in the names of files. verb: in exports and chats, ""
     where there is nothing to do."""
 
     name: ClassVar[str]
-    verb: ClassVar[str | None] = None
+    verb: ClassVar[str] = ""
 
     @classmethod
     @abc.abstractmethod

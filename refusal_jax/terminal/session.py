@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from refusal_jax.chat.model import ChatModel
+from refusal_jax.chat.prompts import Chat
 from refusal_jax.conditions import Ablate, Add, Baseline
 from refusal_jax.directions import Direction
 from refusal_jax.edits import Edits
@@ -29,7 +30,7 @@ EDITS = ("off", Ablate.verb, Add.verb)
 class Texts:
     """The texts of a growing reply's tokens: a character that several tokens spell belongs to the last of them."""
 
-    chat: object
+    chat: Chat
     texts: list[str] = dataclasses.field(default_factory=list)
     shown: str = ""
 
@@ -164,7 +165,7 @@ class Session:
                 ]
 
     def _turn(self, growth, texts: Sequence[Texts]) -> Turn:
-        unit, pieces, along = np.linalg.norm(self.raw_d), [], []
+        unit, pieces, along = self.direction.norm, [], []
         for row, (ids, active) in enumerate(zip(growth.ids, growth.active, strict=True)):
             values = growth.along[row, self.layer, 1 : 1 + len(ids)]
             values = [None if np.isnan(value) else float(value) for value in values]
