@@ -1,7 +1,8 @@
 """What MkDocs does with the pages beyond Markdown: parts that come from the code, formulas, and notes on what a block needs.
 
 A page says `<!-- generated: NAME -->` where a part of it is made from the code, so that it cannot become wrong; and
-`<!-- needs: NAME -->` before a block of commands or code that the tests do not run, which becomes a note that readers see.
+`<!-- needs: NAME -->` before a block of commands or code that the tests do not run, or `<!-- excerpt: FILE -->` before one that shows
+a part of that file, which become notes that readers see.
 """
 
 import html
@@ -14,7 +15,6 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 from latex2mathml.converter import convert
 
 from refusal_jax.axes import AXES
-from refusal_jax.errors import UserError
 from refusal_jax.jobs.help import docstring
 from refusal_jax.jobs.main import JOBS
 from refusal_jax.study.config import get_config
@@ -26,9 +26,8 @@ NEEDS = {
     "network": "Needs a network",
     "model": "Needs a downloaded model",
     "minutes": "Takes minutes",
-    "checkout": "An excerpt, which needs the rest of its file",
 }
-MARK = re.compile(r"^( *)<!-- (needs|generated): ([\w, ]+) -->$", re.MULTILINE)
+MARK = re.compile(r"^( *)<!-- (needs|generated|excerpt): ([\w, ./]+) -->$", re.MULTILINE)
 FORMULA = re.compile(r'<(span|div) class="arithmatex">\\([(\[])(.*?)\\[)\]]</\1>', re.DOTALL)
 
 
@@ -41,14 +40,14 @@ def axes() -> Iterator[str]:
 
 def settings() -> Iterator[str]:
     """Yields a table of the settings of each section."""
-    section = None
+    sections: dict[str, list[str]] = {}
     for one in get_config().described():
-        name, _, last = one.path.rpartition(".")
-        if name != section:
-            section = name
-            yield f"\n## {name or 'The study'}\n\n| field | default | meaning |\n|---|---|---|"
+        section, _, name = one.path.rpartition(".")
         meaning = html.escape(one.meaning, quote=False).replace("|", "\\|")
-        yield f"| `{last}` | `{one.value!r}` | {meaning} |"
+        sections.setdefault(section, []).append(f"| `{name}` | `{one.value!r}` | {meaning} |")
+    for section, rows in sections.items():
+        yield f"\n## {section or 'The study'}\n\n| field | default | meaning |\n|---|---|---|"
+        yield from rows
 
 
 def jobs() -> Iterator[str]:
@@ -64,10 +63,7 @@ def _marked(found: re.Match) -> str:
     indent, kind, names = found.groups()
     if kind == "generated":
         return "\n".join(GENERATED[names]())
-    try:
-        told = " and ".join(NEEDS[name] for name in names.split(", "))
-    except KeyError as error:
-        raise UserError(f"{found[0].strip()}: {error} is not one of {', '.join(NEEDS)}.") from None
+    told = f"From `{names}`" if kind == "excerpt" else " and ".join(NEEDS[name] for name in names.split(", "))
     return f"{indent}*{told}:*\n{indent}{{ .needs }}\n"
 
 

@@ -81,7 +81,7 @@ class Section:
     template: its part of the page, a Jinja file next to the stage; None if it has none. links: the ids of its headings, with
     their titles, for the page's navigation. values: what the template shows, by name. lines: of the text summary. concerns: the
     stage's evidence against the refusal rates. note: a sentence below the page's headline. first: whether the page shows it
-    before the sections of the stages before it.
+    before the sections of the stages before it. late: whether the text summary has its lines after those of the other stages.
     """
 
     template: pathlib.Path | None = None
@@ -91,3 +91,4 @@ class Section:
     concerns: Callable[[Findings], Sequence[Concern]] = nothing
     note: Callable[[Findings], str] | None = None
     first: bool = False
+    late: bool = False

@@ -243,5 +243,6 @@ STAGE = Stage(
         values,
         lines,
         note=lambda findings: damage_in_words(read_losses(findings.run)),
+        late=True,
     ),
 )
