@@ -21,11 +21,11 @@ from refusal_jax.study.config import get_config
 
 # What a block of commands or code may need that the tests do not have, and how a reader is told.
 NEEDS = {
-    "tpu": "Needs a TPU",
-    "gpu": "Needs a GPU",
-    "network": "Needs a network",
-    "model": "Needs a downloaded model",
-    "minutes": "Takes minutes",
+    "tpu": "needs a TPU",
+    "gpu": "needs a GPU",
+    "network": "needs a network",
+    "model": "needs a downloaded model",
+    "minutes": "takes minutes",
 }
 MARK = re.compile(r"^( *)<!-- (needs|generated|excerpt): ([\w, ./]+) -->$", re.MULTILINE)
 FORMULA = re.compile(r'<(span|div) class="arithmatex">\\([(\[])(.*?)\\[)\]]</\1>', re.DOTALL)
@@ -43,7 +43,7 @@ def settings() -> Iterator[str]:
     sections: dict[str, list[str]] = {}
     for one in get_config().described():
         section, _, name = one.path.rpartition(".")
-        meaning = html.escape(one.meaning, quote=False).replace("|", "\\|")
+        meaning = html.escape(one.meaning, quote=False).replace("|", "\\|").replace("''", "`''`")
         sections.setdefault(section, []).append(f"| `{name}` | `{one.value!r}` | {meaning} |")
     for section, rows in sections.items():
         yield f"\n## {section or 'The study'}\n\n| field | default | meaning |\n|---|---|---|"
@@ -63,8 +63,8 @@ def _marked(found: re.Match) -> str:
     indent, kind, names = found.groups()
     if kind == "generated":
         return "\n".join(GENERATED[names]())
-    told = f"From `{names}`" if kind == "excerpt" else " and ".join(NEEDS[name] for name in names.split(", "))
-    return f"{indent}*{told}:*\n{indent}{{ .needs }}\n"
+    told = f"from `{names}`" if kind == "excerpt" else " and ".join(NEEDS[name] for name in names.split(", "))
+    return f"{indent}*{told[0].upper()}{told[1:]}:*\n{indent}{{ .needs }}\n"
 
 
 def on_page_markdown(markdown: str, **_) -> str:
