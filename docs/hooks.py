@@ -1,8 +1,8 @@
 """What MkDocs does with the pages beyond Markdown: parts that come from the code, formulas, and notes on what a block needs.
 
 A page says `<!-- generated: NAME -->` where a part of it is made from the code, so that it cannot become wrong; and
-`<!-- needs: NAME -->` before a block of commands or code that the tests do not run, or `<!-- excerpt: FILE -->` before one that shows
-a part of that file, which become notes that readers see.
+`<!-- needs: NAME -->` before a block of commands or code that the tests do not run, or `<!-- excerpt: FILE -->` before one that
+shows a part of that file, which become notes that readers see.
 """
 
 import html

@@ -164,6 +164,9 @@ def run(folder: pathlib.Path, command: list[str]) -> str:
         "PATH": f"{folder / 'bin'}:{os.path.dirname(sys.executable)}:{os.environ['PATH']}",
         "PYTHONPATH": str(ROOT),
         "XDG_CACHE_HOME": str(folder / "cache"),
+        "JAX_COMPILATION_CACHE_DIR": str(folder / "cache/xla"),  # shared by commands and code
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
     }
     done = subprocess.run(command, cwd=folder, env=env, text=True, capture_output=True, stdin=subprocess.DEVNULL)
     assert done.returncode == 0, f"{command[-1]}\n{done.stdout}\n{done.stderr}"

@@ -35,8 +35,7 @@ def from_hf(hf: dict, where: str = "config.json") -> ModelConfig:
         raise UserError(
             f"{where} says model_type = {shown(model_type)}, which is not supported. Supported: "
             f"{', '.join(sorted(READERS))}.{did_you_mean(model_type, READERS)} "
-            "Use a checkpoint of one of these architectures, or add this one, as docs/extending.md "
-            "says."
+            "Use a checkpoint of one of these architectures, or add this one: see docs/extending.md."
         )
     if hf.get(QUANTISATION):
         raise UserError(
