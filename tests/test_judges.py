@@ -187,7 +187,8 @@ def test_all_judges_honour_one_protocol(guard):
     rows = with_scores({"a": [*ROWS, cut]}, {"a": [1.0] * 5})
     found = judge_all([judge.on(None) for judge in judges], rows)["a"]
     assert list(found) == ["refusal_score", "llamaguard3", "substring_extended"]
-    assert [verdicts[-1] for verdicts in found.values()] == [Verdict(0, pytest.approx(1 / (1 + np.e))), None, None]
+    scored, *others = (verdicts[-1] for verdicts in found.values())
+    assert scored.label == 0 and scored.probability == pytest.approx(1 / (1 + np.e)) and others == [None, None]
     assert all(isinstance(verdict, Verdict) for verdicts in found.values() for verdict in verdicts[:4])
 
 

@@ -1,7 +1,6 @@
 """The public face of a loaded chat model: encode, logits, generate, all with optional edits."""
 
 import dataclasses
-import math
 import numbers
 import pathlib
 from collections import deque
@@ -9,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import numpy as np
+from jaxtyping import Bool, Float, Int
 
 from refusal_jax.chat.prompts import Chat, TokenBatch
 from refusal_jax.checkpoints.load import load_decoder
@@ -25,18 +25,21 @@ from refusal_jax.models.predict import Prediction, predict
 from refusal_jax.models.sharding import batch_sharding, put
 from refusal_jax.taps import NO_TAPS, Taps
 
+Array = jax.Array | np.ndarray
 CHECK_EVERY = 16  # tokens, after which replies are asked whether they are over
 
 
 @dataclasses.dataclass(frozen=True)
 class Growth:
-    """Replies so far: ids of each row, its end token left out; whether each goes on, bool `[B]`; and float32
-    `[B, L, 1 + N]`, projections at block inputs of the prompt's last token and then of the reply's, NaN where not read yet.
+    """Replies so far.
+
+    ids: each row's tokens without its end token. active: whether each row goes on. along: projections at the inputs of blocks of
+    the prompt's last token and then of the reply's tokens, float32, NaN where they have not been read yet.
     """
 
     ids: list[list[int]]
-    active: np.ndarray
-    along: np.ndarray
+    active: Bool[np.ndarray, " B"]
+    along: Float[np.ndarray, "B L O+1"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,14 +66,16 @@ class ChatModel:
         return self.decoder.cfg
 
     def encode(self, instructions: Sequence[str]) -> TokenBatch:
-        """Chat prompts of the instructions, left-padded: `.tokens` int32 `[B, T]` and `.mask` bool `[B, T]`.
+        """Returns the chat prompts of the instructions, left-padded.
 
         Raises UserError for an empty list or a prompt longer than the model's context.
         """
         return self.chat.encode(instructions)
 
-    def logits(self, tokens, mask, edits: Edits | None = None, positions: str = "last") -> jax.Array:
-        """Float32 logits: `[B, V]` at the last token, or `[B, T, V]` for positions="all".
+    def logits(
+        self, tokens: Int[Array, "B T"], mask: Bool[Array, "B T"], edits: Edits | None = None, positions: str = "last"
+    ) -> Float[jax.Array, "B V"] | Float[jax.Array, "B T V"]:
+        """Returns float32 logits at the last token, or for positions="all" at all tokens.
 
         Raises ValueError for other `positions` or edits that do not fit the batch or the model, UserError for values that
         are not finite at tokens that the mask marks.
@@ -79,7 +84,9 @@ class ChatModel:
             raise ValueError(f"positions must be 'last' or 'all', not {positions!r}")
         return self._checked(tokens, mask, edits, NO_TAPS, positions == "last").logits
 
-    def taps(self, tokens, mask, taps: Taps, edits: Edits | None = None) -> dict[str, jax.Array]:
+    def taps(
+        self, tokens: Int[Array, "B T"], mask: Bool[Array, "B T"], taps: Taps, edits: Edits | None = None
+    ) -> dict[str, jax.Array]:
         """Returns what `taps` asks for, by site, with the axes that `taps.TAP_AXES` lists.
 
         Raises ValueError and UserError as `logits` does, and UserError for a direction that is missing or does not fit.
@@ -102,7 +109,7 @@ class ChatModel:
         *,
         generation_from_checkpoint: bool | None = None,
     ) -> list[str]:
-        """Greedy replies to the instructions, as one batch.
+        """Returns greedy replies to the instructions, which are decoded as one batch.
 
         generation_from_checkpoint: as in `load_model`; None is what the model was loaded with. Raises UserError if prompts
         and replies do not fit the context, for generation settings as `load_model` does, and for values that are not finite.
@@ -113,7 +120,7 @@ class ChatModel:
         return self.chat.decode(self.generate_ids(batch, max_new_tokens, edits))
 
     def decoded(self, from_checkpoint: bool, **more) -> "ChatModel":
-        """The model with replies decoded by the checkpoint's generation settings, or plainly, and by the settings `more`.
+        """Returns the model with replies decoded by the checkpoint's generation settings, or plainly, and by the settings `more`.
 
         Raises UserError for settings that are not computed.
         """
@@ -122,17 +129,19 @@ class ChatModel:
         settings = dataclasses.replace(self.settings, where=where, values=values)
         return dataclasses.replace(self, decoding=settings.decoding(self.chat.eos_ids, self.config.vocab_size))
 
-    def generate_ids(self, batch: TokenBatch, max_new_tokens: int, edits: Edits | None = None) -> np.ndarray:
-        """Greedy replies as ids, int32 `[B, max_new_tokens]`. Raises UserError if they do not fit the context.
+    def generate_ids(
+        self, batch: TokenBatch, max_new_tokens: int, edits: Edits | None = None
+    ) -> Int[np.ndarray, "B {max_new_tokens}"]:
+        """Returns greedy replies as ids, int32. Raises UserError if they do not fit the context.
 
         Where a "longrope" changes its angles on the way, the text so far is read again, as transformers does for Phi 3.
         """
         longest = self._check_room(batch, max_new_tokens)
-        kept, decoding = self._kept_angles(longest), self._decoding(max_new_tokens)
-        if max_new_tokens <= kept:
+        kept, decoding = self._kept_angles(longest, max_new_tokens), self._decoding(max_new_tokens)
+        if kept == max_new_tokens:
             return self._greedy(batch, max_new_tokens, edits, decoding)
-        first = np.asarray(self._greedy(batch, kept, edits, decoding))
-        ended = np.isin(first, self.chat.eos_ids).any(axis=1)
+        first = self._greedy(batch, kept, edits, decoding)
+        ended = np.asarray(np.isin(first, self.chat.eos_ids).any(axis=1, keepdims=True))
         # Ended rows stay in the mask: they too count as the longest, as in transformers.
         grown = TokenBatch(
             np.concatenate([batch.tokens, first], axis=1),
@@ -141,12 +150,11 @@ class ChatModel:
         rest = np.full((len(first), max_new_tokens - kept), self.chat.pad_id, np.int32)
         if not ended.all():
             later = None if decoding is None else decoding.after(kept)
-            grown_ids = np.asarray(self._greedy(grown, max_new_tokens - kept, edits, later))
-            rest = np.where(ended[:, None], rest, grown_ids)
+            rest = np.where(ended, rest, self._greedy(grown, max_new_tokens - kept, edits, later))
         return np.concatenate([first, rest], axis=1)
 
     def _check_room(self, batch: TokenBatch, max_new_tokens: int) -> int:
-        """The longest prompt's number of tokens. Raises UserError if with the reply it does not fit the context."""
+        """Returns the longest prompt's number of tokens. Raises UserError if with the reply it does not fit the context."""
         if not isinstance(max_new_tokens, numbers.Integral):
             raise UserError(f"max_new_tokens is {type(max_new_tokens).__name__}, not a number: pass edits as edits=.")
         longest = int(np.asarray(batch.mask).sum(axis=1).max())
@@ -161,10 +169,10 @@ class ChatModel:
     def replies(
         self, batch: TokenBatch, max_new_tokens: int, edits: Edits | None = None, *, rows: int
     ) -> Iterator[tuple[list[int], list[str]]]:
-        """Greedy replies to any number of prompts, `rows` of which are decoded at a time; edits: one row, or one a prompt.
+        """Decodes greedy replies to any number of prompts, `rows` of which are decoded at a time.
 
-        Yields (numbers of prompts, their replies) as replies end. Whenever a quarter of the rows have ended they take the
-        next prompts. Raises UserError as `generate_ids` does, ValueError as `logits` does.
+        edits: one row, or one for each prompt. Yields (numbers of prompts, their replies) as replies end. Whenever a quarter of
+        the rows have ended, they take the next prompts. Raises UserError as `generate_ids` does, ValueError as `logits` does.
         """
         for index, ids in self.reply_ids(batch, max_new_tokens, edits, rows=rows):
             yield index, self.chat.decode(ids)
@@ -178,8 +186,11 @@ class ChatModel:
         rows: int,
         over: Callable[[int, list[int]], bool] | None = None,
     ) -> Iterator[tuple[list[int], np.ndarray]]:
-        """As `replies`, with the replies as ids `[n, max_new_tokens]`. over: of a prompt's number and the ids of its reply so
-        far, whether that can end; asked from time to time, so a reply may be longer."""
+        """Does what `replies` does, and yields the replies as ids `[n, max_new_tokens]`.
+
+        over: says of a prompt's number and the ids of its reply so far whether the reply may end. It is asked from time to
+        time, so a reply may be longer.
+        """
         longest = self._check_room(batch, max_new_tokens)
         ropes = [kind.rope for kind in self.config.kinds if kind.rope.kind in ("longrope", "dynamic")]
         edits = (edits or Edits.none(self.config.d_model)).for_batch(
@@ -193,11 +204,14 @@ class ChatModel:
         yield from self._reply_ids(batch, max_new_tokens, edits, rows, refill, decoding, over)
 
     def _decoding(self, max_new_tokens: int) -> Decoding | None:
-        """How replies of at most `max_new_tokens` are decoded."""
+        """Returns how replies of at most `max_new_tokens` are decoded."""
         return None if self.decoding is None else self.decoding.of_length(max_new_tokens)
 
     def _reply_ids(self, batch: TokenBatch, max_new_tokens: int, edits: Edits, rows, refill: int, decoding, over=None):
-        """As `reply_ids`, for ropes that allow it; edits: one row a prompt; refill: prompts that are admitted together."""
+        """Does what `reply_ids` does, for ropes that allow it.
+
+        edits: one row for each prompt. refill: how many prompts are admitted together.
+        """
         waiting, owners = deque(range(len(batch.tokens))), [None] * rows
         ending = {"eos_ids": self.chat.eos_ids}
         pad, length = self.chat.pad_id, batch.tokens.shape[1]
@@ -233,7 +247,7 @@ class ChatModel:
                 owners[row] = None
 
     def _reply_in_batches(self, batch: TokenBatch, max_new_tokens: int, edits: Edits, rows: int):
-        """As `reply_ids`, for ropes whose angles depend on the longest row: rows must begin together."""
+        """Does what `reply_ids` does, for ropes whose angles depend on the longest row: rows begin together."""
         for start in range(0, len(batch.tokens), rows):
             index = list(range(start, min(start + rows, len(batch.tokens))))
             padded = index + index[-1:] * (rows - len(index))
@@ -241,18 +255,24 @@ class ChatModel:
             yield index, self.generate_ids(part, max_new_tokens, edits.take(padded))[: len(index)]
 
     def stream(
-        self, batch: TokenBatch, max_new_tokens: int, edits: Edits | None = None, *, probe, steps: int = 4
+        self,
+        batch: TokenBatch,
+        max_new_tokens: int,
+        edits: Edits | None = None,
+        *,
+        probe: Float[Array, " D"],
+        steps: int = 4,
     ) -> Iterator[Growth]:
-        """Greedy replies to a few prompts as they grow, every `steps` tokens, and how far each token is along a direction.
+        """Yields greedy replies to a few prompts as they grow, every `steps` tokens, and each token's projection on a direction.
 
-        probe: the direction, `[D]` of any norm. Replies end early where a "longrope" changes its angles. Raises UserError as
+        probe: the direction, of any norm. Replies end early where a "longrope" changes its angles. Raises UserError as
         `generate_ids` does.
         """
         longest, count = self._check_room(batch, max_new_tokens), len(batch.tokens)
         unit = np.asarray(probe, np.float64) / np.linalg.norm(probe)
         probe_bd = put(np.tile(unit.astype(np.float32), (count, 1)), batch_sharding(self.mesh, count))
         ending, pad = {"eos_ids": self.chat.eos_ids}, self.chat.pad_id
-        sizes = {"length": batch.tokens.shape[1], "max_new_tokens": min(max_new_tokens, self._kept_angles(longest))}
+        sizes = {"length": batch.tokens.shape[1], "max_new_tokens": self._kept_angles(longest, max_new_tokens)}
         decoding = self._decoding(max_new_tokens)
         rows, part = np.arange(count, dtype=np.int32), self.put(batch.tokens, batch.mask, edits)
         state = empty(self.decoder, rows=count, pad_id=pad, probed=True, remembered=decoding is not None, **sizes)
@@ -267,10 +287,10 @@ class ChatModel:
                 return
             state = decode(self.decoder, state, 1, steps, decoding, **ending)[0]
 
-    def _kept_angles(self, longest: int) -> float:
-        """How many tokens can be generated after `longest` before "longrope" changes the angles of all tokens."""
+    def _kept_angles(self, longest: int, most: int) -> int:
+        """Returns how many tokens, at most `most`, can be generated after `longest` before "longrope" changes all angles."""
         spans = (kind.rope.original_context for kind in self.config.kinds if kind.rope.kind == "longrope")
-        return min((span - longest + 1 for span in spans if span >= longest), default=math.inf)
+        return min([most, *(span - longest + 1 for span in spans if span >= longest)])
 
     def _greedy(self, batch: TokenBatch, max_new_tokens: int, edits: Edits | None, decoding) -> np.ndarray:
         rows, cfg = len(batch.tokens), self.config
@@ -281,8 +301,10 @@ class ChatModel:
             ids[done] = part
         return ids
 
-    def put(self, tokens, mask, edits: Edits | None = None):
-        """Tokens, mask and normalised edits on the devices, rows over the mesh's data axes."""
+    def put(
+        self, tokens: Int[Array, "B T"], mask: Bool[Array, "B T"], edits: Edits | None = None
+    ) -> tuple[Int[jax.Array, "B T"], Bool[jax.Array, "B T"], Edits]:
+        """Returns tokens, mask and normalised edits on the devices, with the rows over the mesh's data axes."""
         tokens, mask = np.asarray(tokens, np.int32), np.asarray(mask, bool)
         cfg = self.config
         edits = (edits or Edits.none(cfg.d_model)).for_batch(len(tokens), cfg.n_layers, cfg.d_model)
@@ -301,7 +323,7 @@ def load_model(
     generation_from_checkpoint: bool = False,
     chat: Chat | None = None,
 ) -> ChatModel:
-    """A chat model from an HF checkpoint folder, or from an address of one such as gs://bucket/folder.
+    """Loads a chat model from an HF checkpoint's folder, or from the address of one, such as gs://bucket/folder.
 
     dtype: what the weights are cast to, "float32", "bfloat16" or "float16"; "auto" is float32 on CPU and bfloat16
     elsewhere. mesh: from `sharding.make_mesh`; None is the first device. chat_template: a name of
@@ -322,12 +344,12 @@ def load_model(
 
 
 def weights_dtype(dtype: str) -> str:
-    """The dtype that "auto" stands for on this machine, and any other as it is."""
+    """Returns the dtype that "auto" stands for on this machine, and any other as it is."""
     if dtype != "auto":
         return dtype
     return "float32" if jax.default_backend() == "cpu" else "bfloat16"
 
 
 def demo_model_path() -> pathlib.Path:
-    """The folder of the embedded demo model, an HF checkpoint of 1.8M parameters that ships with the package."""
+    """Returns the folder of the embedded demo model, an HF checkpoint of 1.8M parameters that ships with the package."""
     return pathlib.Path(__file__).parents[1] / "organism" / "model"

@@ -7,6 +7,7 @@ import pathlib
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
+from jaxtyping import Bool, Int
 
 from refusal_jax.chat import templates, thoughts
 from refusal_jax.chat.templates import advice
@@ -21,10 +22,10 @@ KEPT_PROMPTS = 4096  # whose token ids are kept, at 4 bytes a token
 
 @dataclasses.dataclass(frozen=True)
 class TokenBatch:
-    """Left-padded token ids: tokens int32 `[B, T]`; mask bool `[B, T]`, True for real tokens."""
+    """Left-padded token ids, int32; mask: which of them are real tokens."""
 
-    tokens: np.ndarray
-    mask: np.ndarray
+    tokens: Int[np.ndarray, "B T"]
+    mask: Bool[np.ndarray, "B T"]
 
     def padded_to(self, rows: int) -> "TokenBatch":
         """Returns the batch with its last row repeated up to `rows` rows, so that every batch of a stage has one shape."""
@@ -292,7 +293,7 @@ class Chat:
             start = mark + 1
         return "".join([*parts, self.tokenizer.decode(ids[start:], skip_special_tokens=True)])
 
-    def before_end(self, row: Sequence[int]) -> list[int]:
+    def before_end(self, row: Sequence[int] | Int[np.ndarray, " O"]) -> list[int]:
         """Returns the ids up to the first end token."""
         stop = next((i for i, token in enumerate(row) if token in self.eos_ids), len(row))
-        return list(row[:stop])
+        return [int(token) for token in row[:stop]]

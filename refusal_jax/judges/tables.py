@@ -1,7 +1,7 @@
-"""What the verdicts of several judges on several conditions come to: tables with intervals, as JSON and as one tidy CSV.
+"""Aggregates verdicts by judge and condition into tables with intervals, as JSON and as one tidy CSV.
 
-rates (also by category), comparisons of conditions on the same prompts, agreement of judges, and of the completions themselves
-how long, empty or repetitive they are: a model that rambles does not refuse either. All of it is about what follows a
+The tables hold success rates (also by category), comparisons of conditions on the same prompts, the agreement of judges, and how
+long, empty or repetitive the completions are: a model that rambles does not refuse either. All of it is about what follows a
 completion's thought; completions that never leave it are counted apart.
 """
 
@@ -10,6 +10,7 @@ import io
 import itertools
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from refusal_jax.chat.prompts import Chat
 from refusal_jax.chat.thoughts import is_unfinished
@@ -51,12 +52,12 @@ def beginning(response: str, parts: Sequence, cut: int, chat: Chat | None) -> st
 
 def tables(
     completions: Mapping[str, Sequence[dict]],
-    verdicts: Mapping[str, Mapping[str, Sequence[Verdict]]],
+    verdicts: Mapping[str, Mapping[str, Sequence[Verdict | None]]],
     chat: Chat | None,
 ) -> dict[str, list[dict]]:
-    """All tables of `{DATASET_INTERVENTION: completions}` and `{the same: {judge: verdicts}}`.
+    """Returns all tables of `{DATASET_INTERVENTION: completions}` and `{the same: {judge: verdicts}}`.
 
-    chat: the tokenizer in whose tokens lengths are counted; None: lengths are in words.
+    chat: the tokenizer in whose tokens lengths are counted; without one, lengths are in words.
     """
     parts = pieces(completions, chat)
     found = {
@@ -66,10 +67,10 @@ def tables(
         "completions": _completions(completions, parts, "words" if chat is None else "tokens"),
         "by_length": _by_length(completions, verdicts, parts, chat),
     }
-    return _known(found)
+    return {name: _known(table) for name, table in found.items()}
 
 
-def _known(value):
+def _known(value: Any) -> Any:
     """Returns tables with None in place of what is not a number because nothing was counted: JSON has no NaN."""
     if isinstance(value, dict):
         return {key: _known(entry) for key, entry in value.items()}
@@ -83,7 +84,7 @@ def _of(name: str) -> dict:
 
 
 def _rates(completions, verdicts) -> list[dict]:
-    """Success rates, over all completions (category null) and by category."""
+    """Returns success rates, over all completions (category null) and by category."""
     rows = []
     for name, judges in verdicts.items():
         for judge, judged in judges.items():
@@ -95,7 +96,7 @@ def _rates(completions, verdicts) -> list[dict]:
 
 
 def _comparisons(completions, verdicts) -> list[dict]:
-    """Each two conditions of a data set that have the same prompts, success rates compared in pairs."""
+    """Compares the success rates of each two conditions of a data set that have the same prompts, in pairs."""
     rows = []
     for first, second in itertools.combinations(verdicts, 2):
         same = [c["prompt"] for c in completions[first]] == [c["prompt"] for c in completions[second]]
@@ -109,7 +110,7 @@ def _comparisons(completions, verdicts) -> list[dict]:
 
 
 def _agreement(verdicts) -> list[dict]:
-    """Each two judges, over all completions that both judged."""
+    """Returns the agreement of each two judges, over all completions that both judged."""
     names = list(dict.fromkeys(judge for judges in verdicts.values() for judge in judges))
     rows = []
     for first, second in itertools.combinations(names, 2):
@@ -126,8 +127,8 @@ def _both(first: Sequence[Verdict | None], second: Sequence[Verdict | None]) -> 
 
 
 def _completions(completions, parts: Mapping[str, list], unit: str) -> list[dict]:
-    """Length, and the rates of empty and of repetitive completions, of each condition, for those completions that left their
-    thought; and the rate of those that did not."""
+    """Returns, for each condition, the length of its completions and the rates of empty and of repetitive ones, of those that
+    left their thought; and the rate of those that did not."""
     rows = []
     for name, judged in completions.items():
         texts = [c["response"] for c in judged if not is_unfinished(c)]
@@ -146,7 +147,7 @@ def _completions(completions, parts: Mapping[str, list], unit: str) -> list[dict
 
 
 def _by_length(completions, verdicts, parts: Mapping[str, list], chat: Chat | None) -> list[dict]:
-    """Refusal rates by judges of text that see the first tokens only: where in a completion refusals are found."""
+    """Returns refusal rates by judges of text that see the first tokens only, which tells where in a completion refusals are."""
     rows = []
     for name, found in completions.items():
         texts = [c["response"] for c in found if not is_unfinished(c)]
@@ -160,7 +161,7 @@ def _by_length(completions, verdicts, parts: Mapping[str, list], chat: Chat | No
 
 
 def tidy_csv(found: Mapping[str, Sequence[dict]]) -> str:
-    """The tables as one CSV, one number a row, with its interval."""
+    """Returns the tables as one CSV with one number in each row, and its interval."""
     rows = []
     for row in found["rates"]:
         rows.append({**row, "table": "rates", "measure": "success_rate", "value": row["rate"]})
