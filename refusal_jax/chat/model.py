@@ -39,7 +39,7 @@ class Growth:
 
     ids: list[list[int]]
     active: Bool[np.ndarray, " B"]
-    along: Float[np.ndarray, "B L O+1"]
+    along: Float[np.ndarray, "B L n"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,7 +131,7 @@ class ChatModel:
 
     def generate_ids(
         self, batch: TokenBatch, max_new_tokens: int, edits: Edits | None = None
-    ) -> Int[np.ndarray, "B {max_new_tokens}"]:
+    ) -> Int[np.ndarray, "B O"]:
         """Returns greedy replies as ids, int32. Raises UserError if they do not fit the context.
 
         Where a "longrope" changes its angles on the way, the text so far is read again, as transformers does for Phi 3.

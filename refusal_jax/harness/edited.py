@@ -80,16 +80,17 @@ class EditedModel:
         thought_end: str | int | None = None,
         show_marks: bool = False,
     ) -> list[Reply]:
-        """Greedy replies to prompts of token ids, each with its own stop strings; bar: a progress bar to move, if any.
+        """Returns greedy replies to prompts of token ids, each with its own stop strings.
 
-        Prompts of like length share programs. thought_end, show_marks: as for `cut`; before the end of a thought, stop
-        strings end nothing. Raises UserError for a prompt that does not fit the context with its reply.
+        Prompts of like length share programs. bar: the progress to move, if any. thought_end, show_marks: as for `cut`; before
+        the end of a thought, stop strings end nothing. Raises UserError for a prompt that does not fit the context with its
+        reply.
         """
-        replies: list[Reply | None] = [None] * len(prompts)
+        replies: dict[int, Reply] = {}
         for index, length in like_lengths(prompts):
             batch = self.model.chat.pad([prompts[i] for i in index], length)
 
-            def over(number: int, ids: list[int], index=index) -> bool:
+            def over(number: int, ids: list[int], index: Sequence[int] = index) -> bool:
                 reply = self.cut(ids, stops[index[number]], thought_end, show_marks)
                 return reply.ended and not reply.thinking
 
@@ -101,7 +102,7 @@ class EditedModel:
                     replies[index[number]] = self.cut(row, stops[index[number]], thought_end, show_marks)
                 if bar is not None:
                     bar.update(len(numbers))
-        return replies
+        return [replies[i] for i in range(len(prompts))]
 
     def cut(
         self, row: Sequence[int], stops: Sequence[str], thought_end: str | int | None = None, show_marks: bool = False
@@ -114,7 +115,7 @@ class EditedModel:
         chat = self.model.chat
         added = chat.tokenizer.get_added_vocab()
         marks = {added[stop] for stop in stops if stop in added}  # which the text does not show
-        ids, mark = chat.before_end(row), added.get(thought_end, thought_end)
+        ids, mark = chat.before_end(row), added.get(thought_end) if isinstance(thought_end, str) else thought_end
         start = max((i + 1 for i, token in enumerate(ids) if token == mark), default=0)
         stop = next((i for i in range(start, len(ids)) if ids[i] in marks), len(ids))
         shown, thinking = ids[start:stop], thought_end is not None and not start
@@ -215,20 +216,24 @@ def asked_thinking(thinking: bool | None, enable_thinking: bool | None) -> bool 
 
 
 def model_of(paths: Sequence[pathlib.Path], studies: Sequence[FinishedStudy]) -> pathlib.Path:
-    """The checkpoint that the studies ran on, or the embedded one without any edit. Raises UserError if that is not told."""
+    """Returns the checkpoint that the studies ran on, or the embedded one without any edit.
+
+    Raises UserError if that is not told.
+    """
     if not paths:
         return demo_model_path()
     if not studies:
         for path in paths:
             direction_file(path)
         raise UserError("The model is missing: a direction from a file does not tell which model it belongs to.")
-    if checkpoint_fingerprint(studies[0].model) != studies[0].fingerprint:
+    model = studies[0].model
+    if model is None or checkpoint_fingerprint(model) != studies[0].fingerprint:
         raise UserError(
-            f"{studies[0].model} is not the checkpoint that the study {paths[0]} was made from: its files have changed "
+            f"{model} is not the checkpoint that the study {paths[0]} was made from: its files have changed "
             f"since. Give {setting('pretrained', 'FOLDER') or setting('model', 'FOLDER')} if the direction "
             "should be applied all the same."
         )
-    return studies[0].model
+    return model
 
 
 def one_each(paths: Sequence[pathlib.Path], layer: int | None, position: int | None, n_layers: int) -> list[Direction]:

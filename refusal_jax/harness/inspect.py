@@ -156,6 +156,7 @@ class RefusalJaxAPI(ModelAPI):
             self.waiting = [other for other in self.waiting if other is not asked]
         if isinstance(asked.answer, Exception):
             raise asked.answer
+        assert asked.answer is not None  # `_answer` sets it, in this batch or in another's
         return asked.answer
 
     def _answer(self, batch: list[Asked]) -> None:
@@ -195,5 +196,8 @@ def as_text(message: ChatMessage) -> dict[str, str]:
         raise UserError(f"A message of the task holds {what}: this provider reads text only. Use another task.")
     if isinstance(message.content, str):
         return {"role": message.role, "content": message.content}
-    parts = (part.text if part.type == "text" else f"<think>\n{part.reasoning}\n</think>\n" for part in message.content)
+    parts = (
+        f"<think>\n{part.reasoning}\n</think>\n" if isinstance(part, ContentReasoning) else getattr(part, "text", "")
+        for part in message.content
+    )
     return {"role": message.role, "content": "\n".join(parts)}

@@ -311,7 +311,7 @@ def model_argument(name: str) -> str | None:
 
 def greedy_settings(gen_kwargs: dict, max_gen_toks: int) -> dict:
     """A request's generation settings in one form, "until" and "max_gen_toks" among them. Raises UserError for sampling."""
-    settings = normalize_gen_kwargs(gen_kwargs, max_gen_toks)
+    settings = dict(normalize_gen_kwargs(gen_kwargs, max_gen_toks))
     if settings["do_sample"] and settings.get("temperature") != 0:
         raise UserError(
             "The task samples its replies, and this model decodes greedily. Add gen_kwargs do_sample=false,temperature=0 if "

@@ -31,7 +31,9 @@ def escaped(text: str) -> str:
 
 def colour(value: float | None) -> str:
     """The terminal's code for a projection in units of the direction's length; None or NaN: no colour."""
-    level = 0 if value is None else sum(abs(value) >= bound for bound in BOUNDS)
+    if value is None:
+        return ""
+    level = sum(abs(value) >= bound for bound in BOUNDS)
     return f"\x1b[38;5;{(ALONG if value > 0 else AGAINST)[level - 1]}m" if level else ""
 
 

@@ -1,7 +1,7 @@
 """A chat with two copies of a model, one as it is and one edited, and what the tokens project on the direction."""
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 
 import numpy as np
 
@@ -85,9 +85,13 @@ class Session:
 
     @property
     def titles(self) -> list[str]:
-        """What stands above the columns."""
+        """Returns the titles of the columns."""
         scale = "" if self.scale == 1 else f" × {self.scale:g}"
-        edits = {"off": "no edit", "ablate": f"{Ablate.name}{scale}", "add": f"addition{scale} at layer {self.layer}"}
+        edits = {
+            "off": "no edit",
+            Ablate.verb: f"{Ablate.name}{scale}",
+            Add.verb: f"addition{scale} at layer {self.layer}",
+        }
         return [Baseline.name, edits[self.edit]]
 
     def edits(self) -> Edits:
@@ -136,7 +140,7 @@ class Session:
             )
         return int(layer)
 
-    def say(self, text: str) -> Iterator[Turn]:
+    def say(self, text: str) -> Generator[Turn, None, None]:
         """Both replies to a message, as they grow. However that ends, what there is of them enters the conversations.
 
         Raises UserError if a conversation no longer fits the model's context.
@@ -173,6 +177,6 @@ class Session:
             parts = []
             for token, value in zip(texts[row].grown(ids, not active), values, strict=True):
                 number = f"[{value:+z.1f}]" if self.numbers and value is not None and token else ""
-                parts.append(Piece(escaped(token) + number, None if value is None else value / unit))
+                parts.append(Piece(escaped(token) + number, None if value is None else float(value / unit)))
             pieces.append(parts)
         return Turn(pieces, (~growth.active).tolist(), growth.along[:, self.layer, 0].tolist(), along)
