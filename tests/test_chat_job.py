@@ -42,7 +42,9 @@ def test_streams_are_generations_with_their_projections(model, direction):
     last = growths[-1]
     assert last.ids == [model.chat.before_end(row) for row in whole] and not last.active.any()
     assert [len(growth.ids[0]) for growth in growths][:3] == [1, 4, 7]
-    rows = [[*tokens[mask].tolist(), *ids] for tokens, mask, ids in zip(batch.tokens, batch.mask, last.ids, strict=True)]
+    rows = [
+        [*tokens[mask].tolist(), *ids] for tokens, mask, ids in zip(batch.tokens, batch.mask, last.ids, strict=True)
+    ]
     text = model.chat.pad(rows, 80)
     resid_lbpd = model.taps(text.tokens, text.mask, Taps(("resid_pre",)), edits)["resid_pre"]
     for row, ids in enumerate(last.ids):
