@@ -10,7 +10,7 @@ Runs `refusal-jax JOB [FLAGS]` on every worker of a Cloud TPU VM slice. It needs
 quota. For example, a study of a 70B model on 16 spot chips:
 
   bash launch/tpu_vm.sh run --zone=us-west4-a --type=v5e-16 --spot -- \
-    study --config=configs/llama_3_70b.py --model=gs://BUCKET/Meta-Llama-3-70B-Instruct --workdir=gs://BUCKET/runs/llama_3_70b
+    study --config=configs/paper.py:llama_3_70b --model=gs://BUCKET/Meta-Llama-3-70B-Instruct --workdir=gs://BUCKET/runs/llama_3_70b
 
 `run` queues for the slice, installs this checkout on all workers, starts the job detached from ssh, follows it, fetches the
 results and deletes the slice. When the slice is preempted it is deleted, created again, and the same job started, which resumes

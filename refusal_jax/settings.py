@@ -148,6 +148,17 @@ class Settings(Mapping[str, Any]):
         return UnknownField(f"There is no setting {field(self._below(name))}.{hint}")
 
 
+def chosen(name: str, entries: Mapping[str, T], file: str) -> T:
+    """Returns the entry that --config=FILE:NAME names, for config files that hold several. Raises UserError, with the names and
+    the nearest, if there is none."""
+    if name not in entries:
+        what = (
+            f"{file} has no entry {name!r}.{did_you_mean(name, entries)}" if name else f"{file} holds several configs."
+        )
+        raise UserError(f"{what} Write {file}:NAME, with one of {', '.join(entries)}.")
+    return entries[name]
+
+
 def _is_mapping(value: Any) -> TypeGuard[Mapping[str, Any]]:
     return isinstance(value, Mapping) or hasattr(
         value, "items"

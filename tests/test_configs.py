@@ -1,23 +1,28 @@
-"""The files of configs/: each loads, says what it does, and agrees with the paper and with the hardware it names."""
+"""The configs of configs/: each loads, says what it does, and agrees with the paper and with the hardware it names."""
 
+import dataclasses
 import importlib.util
 import pathlib
-import re
+import subprocess
+import sys
 from typing import NamedTuple
 
 import pytest
 from real_models import REAL_MODELS
 
+from refusal_jax import UserError
+from refusal_jax.jobs.command_line import config_file
 from refusal_jax.models.hf_config import from_hf
 from refusal_jax.plan.chips import Slice
+from refusal_jax.plan.costs import roofline
 from refusal_jax.plan.planner import WANTED, ranked_meshes
+from refusal_jax.plan.programs import USUAL_LENGTH, Shapes, programs
 from refusal_jax.study.checks import check_settings
 from refusal_jax.study.config import get_config
 from refusal_jax.study.study import workload
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
 BY_REPO = {real.repo: real for real in REAL_MODELS.values()}
-CHIP_GB = {"v5e": 16, "v6e": 32, "v5p": 95}
 
 
 class Paper(NamedTuple):
@@ -55,98 +60,95 @@ PAPER = {
     "llama_3_8b": Paper("meta-llama/Meta-Llama-3-8B-Instruct", *LLAMA_3, -5, 12, -9.715, 7.681, 0.064),
     "llama_3_70b": Paper("meta-llama/Meta-Llama-3-70B-Instruct", *LLAMA_3, -5, 25, -7.839, 0.126, 0.021),
 }
-OTHERS = set(
-    """
-    llama_3_1_8b qwen2_5_7b qwen3_8b mistral_7b gemma_2_9b gemma_3_4b phi_4 olmo_2_7b granite_3_1_8b glm_4_9b
-    mixtral_8x7b qwen3_30b_a3b olmoe_1b_7b
-    """.split()
-)
-MODELS = sorted(OTHERS | set(PAPER))
-EXPECTED = re.compile(
-    r"Expected:  position (-\d+)(?: \(.*?\))?, layer (\d+), bypass (-\d+\.\d+), induce (\d\.\d{3}), KL (0\.\d{3})\n"
-    r" +\(paper, Table 5: its splits, (float16|bfloat16) on GPUs; on other hardware within 0\.61, 0\.33 and 0\.008\)\n"
-)
-HARDWARE = re.compile(r"Hardware:  TPU (v\d[a-z])-(\d+) \((\d+) x (\d+) GB\); weights ([\d.]+) GB in bfloat16(.*)\n")
 
 
-def load(name: str):
-    """Docstring and settings of a config file."""
-    spec = importlib.util.spec_from_file_location(name, CONFIGS / f"{name}.py")
+def load(file: str):
+    """Returns a config file as a module."""
+    spec = importlib.util.spec_from_file_location(file, CONFIGS / f"{file}.py")
+    assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module.__doc__, module.get_config()
+    return module
 
 
-def flat(config, prefix="") -> dict:
-    """A config's settings by dotted name."""
-    return {
-        key: value
-        for name, part in config.items()
-        for key, value in (flat(part, f"{prefix}{name}.") if hasattr(part, "items") else {prefix + name: part}).items()
-    }
-
-
-def repo_of(text: str) -> str:
-    return re.search(r"hf download (\S+) ", text)[1]
+PAPERS, FAMILIES = load("paper"), load("families")
+FILES = {"paper": PAPERS, "families": FAMILIES}
+MODELS = [(file, name) for file, module in FILES.items() for name in module.MODELS]
 
 
 def test_the_papers_models_and_one_of_each_family_have_a_config():
-    assert {path.stem for path in CONFIGS.glob("*.py")} == {"base", "demo", *MODELS}
-    families = {BY_REPO[repo_of(load(name)[0])].config["model_type"] for name in MODELS}
+    assert {path.stem for path in CONFIGS.glob("*.py")} == {"base", "demo", "paper", "families"}
+    assert list(PAPERS.MODELS) == list(PAPER) and not set(FAMILIES.MODELS) & set(PAPER)
+    families = {BY_REPO[FILES[file].MODELS[name].repo].config["model_type"] for file, name in MODELS}
     others = {"gemma3_text", "glm"}  # their architectures run as gemma3 and, but for two norms, as glm4
     assert families | others == {real.config["model_type"] for real in REAL_MODELS.values()}
 
 
-@pytest.mark.parametrize("name", ["base", "demo", *MODELS])
-def test_a_config_works_and_names_itself(name):
-    text, config = load(name)
+@pytest.mark.parametrize("file,name", [("base", ""), ("demo", ""), *MODELS])
+def test_a_config_works_and_its_file_names_itself(file, name):
+    module = load(file)
+    config = module.get_config(name) if name else module.get_config()
     check_settings(config)
-    assert {key: type(value) for key, value in flat(config).items()} == {
-        key: type(value) for key, value in flat(get_config()).items()
-    }
-    assert f"refusal-jax study --config=configs/{name}.py " in text
+    assert f"refusal-jax study --config=configs/{file}.py{':NAME' if name else ''} " in module.__doc__
     assert set(config.data.values()) >= {"bundled"}  # no file that is not there
-    assert max(map(len, text.splitlines())) <= 120
+    assert max(map(len, module.__doc__.splitlines())) <= 120
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_a_models_commands_fit_together(name):
-    text, _ = load(name)
-    repo = repo_of(text)
-    assert repo in BY_REPO
-    assert f"hf download {repo} --local-dir hf/{name}" in text
-    assert f"--model=hf/{name} --workdir=runs/{name}\n" in text
-    assert "--config.data.harmful_train=FILE" in text
-    assert ("gated" in text) == repo.startswith(("meta-llama/", "google/"))
+@pytest.mark.parametrize("file,name", MODELS)
+def test_a_models_commands_fit_together(file, name):
+    said, model = FILES[file].described(name), FILES[file].MODELS[name]
+    assert f"hf download {model.repo} --local-dir hf/{name}" in said and FILES[file].NOTES.get(name, "") in said
+    assert f"--config=configs/{file}.py:{name} --model=hf/{name} --workdir=runs/{name}\n" in said
+    assert model.repo in BY_REPO and "gated" in FILES[file].__doc__
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_the_model_fits_the_suggested_hardware(name):
-    """On some mesh of the named chips, with the cache of many replies; the head of the config says how much that is."""
-    text, config = load(name)
-    kind, chips, count, memory, weights, rest = HARDWARE.search(text).groups()
-    real, ways = BY_REPO[repo_of(text)], int(chips)
-    assert ways == int(count) and int(memory) == CHIP_GB[kind]
-    assert weights == f"{real.parameters * 2e-9:.1f}"
-    assert rest == ("" if ways == 1 else f", {real.parameters * 2e-9 / ways:.1f} GB a chip")
+@pytest.mark.parametrize("file,name", MODELS)
+def test_the_model_fits_the_suggested_hardware(file, name):
+    """On some mesh of the named chips, with the cache of many replies."""
+    model = FILES[file].MODELS[name]
+    real = BY_REPO[model.repo]
+    assert model.gigabytes == round(real.parameters * 2e-9, 1)
+    config = FILES[file].get_config(name)
     work = workload(from_hf(real.config), "bfloat16", config, 128)
-    assert ranked_meshes(work, Slice.parse(f"{kind}-{chips}"), WANTED.with_settings(config))
+    where, sizes = Slice.parse(model.hardware), WANTED.with_settings(config)
+    mesh = ranked_meshes(work, where, sizes)[0]
+    if file == "paper":
+        work = dataclasses.replace(work, length=USUAL_LENGTH)
+        seconds = sum(p.runs * roofline(work, p, mesh, where) for p in programs(Shapes(work, None), sizes))
+        assert model.minutes == pytest.approx(seconds / 60, rel=0.2)
 
 
 @pytest.mark.parametrize("name", PAPER)
 def test_settings_and_expected_results_of_the_papers_models(name):
-    (text, config), paper = load(name), PAPER[name]
-    assert repo_of(text) == paper.repo and "as in the paper" in text
+    model, paper, config = PAPERS.MODELS[name], PAPER[name], PAPERS.get_config(name)
+    assert (model.repo, model.family.dtype) == (paper.repo, paper.dtype)
     assert (config.chat_template, config.refusal_tokens) == (paper.template, paper.refusal_tokens)
-    position, layer, bypass, induce, kl, dtype = EXPECTED.search(text).groups()
-    numbers = int(position), int(layer), float(bypass), float(induce), float(kl)
-    assert (dtype, *numbers) == (paper.dtype, *paper[4:])
+    assert dataclasses.astuple(PAPERS.TABLE_5[name]) == paper[4:]
     assert paper.layer < int(0.8 * from_hf(BY_REPO[paper.repo].config).n_layers)  # what the selection rule demands
     assert paper.kl <= config.select.kl_threshold and paper.induce >= config.select.induce_threshold
 
 
-@pytest.mark.parametrize("name", sorted(OTHERS))
+@pytest.mark.parametrize("name", FAMILIES.MODELS)
 def test_other_models_leave_the_papers_choices_to_the_data(name):
-    text, config = load(name)
-    assert config.refusal_tokens == () and config.chat_template == "" and config.thinking is False
-    assert "Expected:" not in text and "paper's splits" in text
+    assert FAMILIES.get_config(name) == get_config()
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_a_name_that_is_not_there(file):
+    with pytest.raises(
+        UserError, match=rf"configs/{file}\.py holds several configs\. Write .*:NAME, with one of .*llama_3"
+    ):
+        FILES[file].get_config()
+    first = next(iter(FILES[file].MODELS))
+    with pytest.raises(UserError, match=rf"{file}\.py has no entry '{first}x'\. Did you mean {first}\? Write .*:NAME"):
+        FILES[file].get_config(first + "x")
+
+
+def test_a_config_file_explains_its_models():
+    done = subprocess.run([sys.executable, CONFIGS / "paper.py", "yi_6b"], capture_output=True, text=True, check=True)
+    assert "hf download 01-ai/Yi-6B-Chat" in done.stdout and "layer 20, bypass -6.693" in done.stdout
+
+
+def test_configs_under_their_older_names():
+    for file, name in MODELS:
+        assert config_file(f"configs/{name}.py").endswith(f"configs/{file}.py:{name}")

@@ -3,7 +3,7 @@
   pip install 'refusal-jax[plan]'                                        # the TPU compiler; needs no TPU
   refusal-jax plan --model=DIR --topology=v5e-16                         # a checkpoint folder, or its config.json alone
   refusal-jax plan --model=qwen_72b --topology=v5e-64,v5p-16             # one of the paper's models, by its config's name
-  refusal-jax plan --config=configs/llama_3_70b.py --topology=v5e-16     # with that config's settings
+  refusal-jax plan --config=configs/paper.py:llama_3_70b --topology=v5e-16   # with that config's settings
   refusal-jax plan --all --out=plans                                     # the paper's 13 models on common slices
 
 The study's own programs (extraction, selection, prefill, decoding, loss) are compiled with the real TPU compiler for the

@@ -1,0 +1,82 @@
+"""A model of each other family, with its hardware; template and refusal tokens are left to the checkpoint and the data.
+
+Command:   hf download REPO --local-dir hf/NAME
+           refusal-jax study --config=configs/families.py:NAME --model=hf/NAME --workdir=runs/NAME
+           python configs/families.py NAME    prints both, filled in, with what is said below of NAME
+Access:    checkpoints of meta-llama and google are gated; accept the licence on the hub first
+Prompts:   bundled; for the paper's splits run `refusal-jax data fetch`, then add --config.data.harmful_train=paper, and so
+           on for all six sets
+"""
+
+import dataclasses
+import sys
+
+from refusal_jax.settings import chosen
+from refusal_jax.study.config import StudyConfig
+from refusal_jax.study.config import get_config as base
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """One model. hardware: TPU slice that holds it; gigabytes: of its weights in bfloat16."""
+
+    title: str
+    repo: str
+    hardware: str
+    gigabytes: float
+
+
+MODELS = {
+    "llama_3_1_8b": Model("Llama 3.1 8B Instruct", "meta-llama/Llama-3.1-8B-Instruct", "v5e-4", 16.1),
+    "qwen2_5_7b": Model("Qwen 2.5 7B Instruct", "Qwen/Qwen2.5-7B-Instruct", "v5e-4", 15.2),
+    "qwen3_8b": Model("Qwen 3 8B", "Qwen/Qwen3-8B", "v5e-4", 16.4),
+    "mistral_7b": Model("Mistral 7B Instruct v0.3", "mistralai/Mistral-7B-Instruct-v0.3", "v5e-4", 14.5),
+    "gemma_2_9b": Model("Gemma 2 9B It", "google/gemma-2-9b-it", "v5e-4", 18.5),
+    "gemma_3_4b": Model("Gemma 3 4B It, of which the language model is studied", "google/gemma-3-4b-it", "v5e-1", 7.8),
+    "phi_4": Model("Phi 4 (14B)", "microsoft/phi-4", "v5e-4", 29.3),
+    "olmo_2_7b": Model("OLMo 2 7B Instruct", "allenai/OLMo-2-1124-7B-Instruct", "v5e-4", 14.6),
+    "granite_3_1_8b": Model("Granite 3.1 8B Instruct", "ibm-granite/granite-3.1-8b-instruct", "v5e-4", 16.3),
+    "glm_4_9b": Model("GLM 4 9B (0414)", "zai-org/GLM-4-9B-0414", "v5e-4", 18.8),
+    "mixtral_8x7b": Model("Mixtral 8x7B Instruct v0.1", "mistralai/Mixtral-8x7B-Instruct-v0.1", "v6e-8", 93.4),
+    "qwen3_30b_a3b": Model("Qwen 3 30B (128 experts, 8 a token)", "Qwen/Qwen3-30B-A3B", "v6e-4", 61.1),
+    "olmoe_1b_7b": Model(
+        "OLMoE 1B-7B Instruct (64 experts, 8 a token)",
+        "allenai/OLMoE-1B-7B-0924-Instruct",
+        "v5e-4",
+        13.8,
+    ),
+}
+UNNEEDED = {
+    "llama_3_1_8b": "original/*",
+    "mistral_7b": "consolidated*",
+    "mixtral_8x7b": "consolidated*",
+}
+EMPTY_THOUGHT = "Its own template puts an empty thought before the reply, unless --config.thinking=True."
+NOTES = {
+    "llama_3_1_8b": "Its own template adds a system prompt of two dates; --config.chat_template=llama-3 leaves that out.",
+    "qwen2_5_7b": "Its own template adds a short system prompt; --config.chat_template=chatml leaves that out.",
+    "qwen3_8b": EMPTY_THOUGHT,
+    "qwen3_30b_a3b": EMPTY_THOUGHT,
+    "granite_3_1_8b": "Its own template adds a system prompt with the day's date, so runs of different days differ.",
+}
+
+
+def get_config(name: str = "") -> StudyConfig:
+    """Returns the settings of the study of one model. Raises UserError for a name that is not of MODELS."""
+    chosen(name, MODELS, "configs/families.py")
+    return base()
+
+
+def described(name: str) -> str:
+    """Returns the commands for a model and its hardware."""
+    model = chosen(name, MODELS, "configs/families.py")
+    exclude = f" --exclude '{UNNEEDED[name]}'" if name in UNNEEDED else ""
+    return f"""{model.title}
+  hf download {model.repo} --local-dir hf/{name}{exclude}
+  refusal-jax study --config=configs/families.py:{name} --model=hf/{name} --workdir=runs/{name}
+  Hardware: TPU {model.hardware}; weights {model.gigabytes} GB in bfloat16
+  {NOTES.get(name, "")}""".rstrip()
+
+
+if __name__ == "__main__":
+    print("\n\n".join(map(described, sys.argv[1:] or MODELS)))
