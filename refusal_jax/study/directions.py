@@ -14,7 +14,9 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Bool, Float, Int
 
+from refusal_jax.axes import Array
 from refusal_jax.chat.batches import length_batches
 from refusal_jax.chat.model import ChatModel
 from refusal_jax.data.prompts import BUNDLED
@@ -48,13 +50,22 @@ class Extraction:
     scores: float64 `[n]`; kept: bool `[n]`; mean_lpd: float64 `[L, P, D]`.
     """
 
-    scores: np.ndarray
-    kept: np.ndarray
-    mean_lpd: np.ndarray
+    scores: Float[np.ndarray, " n"]
+    kept: Bool[np.ndarray, " n"]
+    mean_lpd: Float[np.ndarray, "L P D"]
 
 
 @partial(jax.jit, static_argnames="taps")
-def extract_batch(decoder: Decoder, tokens_bt, mask_bt, edits: Edits, valid_b, sign, refusal_ids, taps: Taps):
+def extract_batch(
+    decoder: Decoder,
+    tokens_bt: Int[Array, "B T"],
+    mask_bt: Bool[Array, "B T"],
+    edits: Edits,
+    valid_b: Bool[Array, " B"],
+    sign: Int[Array, ""],
+    refusal_ids: Int[Array, " n"],
+    taps: Taps,
+) -> tuple[Float[Array, " B"], Bool[Array, " B"], Float[Array, "L P D"], Float[Array, "L P D"], Bool[Array, " B"]]:
     """Returns scores `[B]`, which rows are kept `[B]`, the residual sums of these, float32 `[L, P, D]`, the first row's
     residual, and whether each row's values are finite `[B]`.
 
@@ -109,7 +120,9 @@ def extract(
     return Extraction(scores, kept, total / kept.sum())
 
 
-def difference_in_means(harmful_mean: np.ndarray, harmless_mean: np.ndarray) -> np.ndarray:
+def difference_in_means(
+    harmful_mean: Float[np.ndarray, "*n D"], harmless_mean: Float[np.ndarray, "*n D"]
+) -> Float[np.ndarray, "*n D"]:
     """Returns the candidate directions r = μ − ν, the mean of harmful residuals minus that of harmless ones.
 
     Both are float64 with the width D as the last axis, such as `[P, L, D]`, and so is the result.

@@ -5,8 +5,10 @@ import pathlib
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Bool, Float, Int
 from markupsafe import Markup
 
+from refusal_jax.axes import Array
 from refusal_jax.chat.batches import length_batches
 from refusal_jax.edits import EPS, Edits
 from refusal_jax.models.decoder import Decoder
@@ -24,7 +26,13 @@ from refusal_jax.taps import Taps
 
 
 @jax.jit
-def project(decoder: Decoder, tokens_bt, mask_bt, edits: Edits, unit_d) -> jax.Array:
+def project(
+    decoder: Decoder,
+    tokens_bt: Int[Array, "B T"],
+    mask_bt: Bool[Array, "B T"],
+    edits: Edits,
+    unit_d: Float[Array, " D"],
+) -> Float[Array, "B L"]:
     """Returns the last token's residual at each block's input, projected on `unit_d`; float32 `[B, L]`."""
     tapped = decoder.forward(tokens_bt, mask_bt, edits, Taps(("resid_pre",), 1)).taps["resid_pre"]
     along_bl = jnp.einsum("lbd,d->bl", tapped[:, :, 0].astype(jnp.float32), unit_d, precision="highest")

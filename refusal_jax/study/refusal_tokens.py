@@ -12,7 +12,9 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float, Int
 
+from refusal_jax.axes import Array
 from refusal_jax.chat.batches import length_batches
 from refusal_jax.chat.model import ChatModel
 from refusal_jax.chat.prompts import PROBES, Chat
@@ -41,7 +43,7 @@ class Opening:
 
     @property
     def chosen(self) -> bool:
-        """Whether it is a refusal token: at least LEAST_DIFFERENCE more probable after harmful prompts, and at least
+        """Returns whether it is a refusal token: at least LEAST_DIFFERENCE more probable after harmful prompts, and at least
         LEAST_RATIO times as probable.
 
         The first bound leaves out what is too rare to move the refusal score: it decides at a total of one half, so a
@@ -52,7 +54,7 @@ class Opening:
 
 
 def candidate_ids(chat: Chat, openers: Sequence[str] = tuple(OPENERS)) -> tuple[int, ...]:
-    """The tokens that replies beginning with the openers may begin with, sorted.
+    """Returns the tokens that replies beginning with the openers may begin with, sorted.
 
     Of each opener that is the first token of the text alone, and the one that really follows a prompt, both without and
     with a leading space. They differ: SentencePiece puts a space before text that stands alone, and merges a space that
@@ -71,7 +73,7 @@ def candidate_ids(chat: Chat, openers: Sequence[str] = tuple(OPENERS)) -> tuple[
 
 
 def measure_openings(model: ChatModel, harmful: list[str], harmless: list[str], batch_size: int) -> list[Opening]:
-    """The usual openings, by how much more probable they are after the harmful instructions than after the harmless;
+    """Returns the usual openings, by how much more probable they are after the harmful instructions than after the harmless;
     at most SAMPLE of each are used. Probabilities are of the unedited model's next token, float32, means float64."""
     ids = candidate_ids(model.chat)
     means = [_mean_probabilities(model, side[:SAMPLE], ids, batch_size) for side in (harmful, harmless)]
@@ -80,8 +82,11 @@ def measure_openings(model: ChatModel, harmful: list[str], harmless: list[str], 
 
 
 def refusal_openings(openings: Sequence[Opening], chat: Chat) -> tuple[int, ...]:
-    """The ids of the chosen openings, sorted. Raises UserError, with the best candidates, if there are none; it tells what
-    to do where the chat template opens a thought, of which the openings then are."""
+    """Returns the ids of the chosen openings, sorted.
+
+    Raises UserError, with the best candidates, if there are none; it tells what to do where the chat template opens a thought, of
+    which the openings then are.
+    """
     chosen = tuple(sorted(o.id for o in openings if o.chosen))
     if not chosen:
         best = ", ".join(f"{o.text!r} {o.harmful:.3f} and {o.harmless:.3f}" for o in openings[:SHOWN])
@@ -125,16 +130,20 @@ def _thought_advice(chat: Chat) -> str:
     )
 
 
-def _mean_probabilities(model: ChatModel, instructions: list[str], ids: Sequence[int], batch_size: int) -> np.ndarray:
-    """Mean probability of each id as the first token of the reply, float64 `[len(ids)]`."""
+def _mean_probabilities(
+    model: ChatModel, instructions: list[str], ids: Sequence[int], batch_size: int
+) -> Float[np.ndarray, " n"]:
+    """Returns the mean probability of each id as the first token of the reply, float64 `[len(ids)]`."""
     total = np.zeros(len(ids))
     for index, batch in length_batches(model, instructions, batch_size):
-        p_bc = opening_probabilities(model.logits(batch.tokens, batch.mask), np.asarray(ids, np.int32), model.mesh)
-        total += np.asarray(p_bc, np.float64)[: len(index)].sum(axis=0)
+        p_bn = opening_probabilities(model.logits(batch.tokens, batch.mask), np.asarray(ids, np.int32), model.mesh)
+        total += np.asarray(p_bn, np.float64)[: len(index)].sum(axis=0)
     return total / len(instructions)
 
 
 @partial(jax.jit, static_argnames="mesh")
-def opening_probabilities(logits_bv: jax.Array, ids_c: jax.Array, mesh: jax.sharding.Mesh | None = None) -> jax.Array:
-    """Probabilities of the ids, float32 `[B, C]`, whole on every device of `mesh`."""
-    return replicate(mesh, jax.nn.softmax(logits_bv.astype(jnp.float32), axis=-1)[:, ids_c])
+def opening_probabilities(
+    logits_bv: Float[Array, "B V"], ids: Int[Array, " n"], mesh: jax.sharding.Mesh | None = None
+) -> Float[Array, "B n"]:
+    """Returns the probabilities of the ids, float32 `[B, n]`, whole on every device of `mesh`."""
+    return replicate(mesh, jax.nn.softmax(logits_bv.astype(jnp.float32), axis=-1)[:, ids])

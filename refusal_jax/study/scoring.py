@@ -12,7 +12,9 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Bool, Float, Int
 
+from refusal_jax.axes import Array
 from refusal_jax.chat.batches import length_batches
 from refusal_jax.chat.model import ChatModel
 from refusal_jax.edits import Edits
@@ -46,21 +48,30 @@ class Batching:
 
 
 def _for_each(edits: Edits, tree, prompts: int):
-    """Every edit with every prompt, as rows of one batch: edits and prompts' arrays, edit by edit."""
+    """Returns every edit with every prompt, as rows of one batch: edits and prompts' arrays, edit by edit."""
     tiled = jax.tree.map(lambda a: jnp.tile(a, (edits.rows, *(1,) * (a.ndim - 1))), tree)
     return jax.tree.map(lambda a: jnp.repeat(a, prompts, axis=0), edits), tiled
 
 
 @jax.jit
-def last_logits(decoder: Decoder, tokens_bt, mask_bt, edits: Edits):
-    """Logits at the last token, float32 `[B, V]`, V as stored, and whether they are finite, bool `[B]`."""
+def last_logits(
+    decoder: Decoder, tokens_bt: Int[Array, "B T"], mask_bt: Bool[Array, "B T"], edits: Edits
+) -> tuple[Float[Array, "B V"], Bool[Array, " B"]]:
+    """Returns the logits at the last token, float32 `[B, V]`, V as stored, and whether they are finite, bool `[B]`."""
     logits_bv, finite_b = decoder.next_logits(decoder.forward(tokens_bt, mask_bt, edits).resid_btd)
     return constrain(decoder.mesh, logits_bv, "batch", "vocab"), replicate(decoder.mesh, finite_b)
 
 
 @jax.jit
-def score_edits(decoder: Decoder, tokens_bt, mask_bt, edits: Edits, base_bv, refusal_ids):
-    """Refusal scores and KLs against the baseline logits `base_bv` of B prompts under R edits, two `[R, B]`."""
+def score_edits(
+    decoder: Decoder,
+    tokens_bt: Int[Array, "B T"],
+    mask_bt: Bool[Array, "B T"],
+    edits: Edits,
+    base_bv: Float[Array, "B V"],
+    refusal_ids: Int[Array, " n"],
+) -> tuple[Float[Array, "R B"], Float[Array, "R B"]]:
+    """Returns refusal scores and KLs against the baseline logits `base_bv` of B prompts under R edits, two `[R, B]`."""
     shape = edits.rows, len(tokens_bt)
     edits, (tokens, mask, base) = _for_each(edits, (tokens_bt, mask_bt, base_bv), len(tokens_bt))
     logits, _ = last_logits(decoder, constrain(decoder.mesh, tokens, "batch"), mask, edits)
@@ -69,8 +80,15 @@ def score_edits(decoder: Decoder, tokens_bt, mask_bt, edits: Edits, base_bv, ref
 
 
 @jax.jit
-def score_from_layer(decoder: Decoder, x_btd, mask_bt, edits: Edits, layer, refusal_ids):
-    """Refusal scores `[R, B]` of B prompts whose residual at the input of block `layer` is `x_btd`, under R edits."""
+def score_from_layer(
+    decoder: Decoder,
+    x_btd: Float[Array, "B T D"],
+    mask_bt: Bool[jax.Array, "B T"],
+    edits: Edits,
+    layer: Int[Array, ""],
+    refusal_ids: Int[Array, " n"],
+) -> Float[Array, "R B"]:
+    """Returns refusal scores `[R, B]` of B prompts whose residual at the input of block `layer` is `x_btd`, under R edits."""
     shape = edits.rows, len(x_btd)
     edits, (x, mask) = _for_each(edits, (x_btd, mask_bt), len(x_btd))
     x = decoder.run_layers(x, Context.of_prompt(decoder.cfg, mask), edits, layer, decoder.cfg.n_layers)
@@ -78,13 +96,16 @@ def score_from_layer(decoder: Decoder, x_btd, mask_bt, edits: Edits, layer, refu
 
 
 @partial(jax.jit, donate_argnames="x_btd")
-def advance(decoder: Decoder, x_btd, mask_bt, edits: Edits, layer):
-    """The residual after block `layer`, from the one before it."""
+def advance(
+    decoder: Decoder, x_btd: Float[Array, "B T D"], mask_bt: Bool[jax.Array, "B T"], edits: Edits, layer: Int[Array, ""]
+) -> Float[Array, "B T D"]:
+    """Returns the residual after block `layer`, from the one before it."""
     return decoder.run_layers(x_btd, Context.of_prompt(decoder.cfg, mask_bt), edits, layer, layer + 1)
 
 
 @jax.jit
-def embed(decoder: Decoder, tokens_bt):
+def embed(decoder: Decoder, tokens_bt: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+    """Returns the residual at the input of the first block."""
     return decoder.embed_tokens(tokens_bt)
 
 
@@ -99,7 +120,7 @@ class PromptScorer:
 
     @classmethod
     def build(cls, model: ChatModel, instructions: list[str], refusal_ids, batch_size: int) -> "PromptScorer":
-        """Raises UserError if baseline logits are not finite."""
+        """Returns the scorer of these prompts. Raises UserError if baseline logits are not finite."""
         batches, finite, ids = [], [], np.asarray(refusal_ids, np.int32)
         batching = Batching.of(batch_size, len(instructions))
         for index, batch in length_batches(model, instructions, batching.prompts):
@@ -112,7 +133,7 @@ class PromptScorer:
         return cls(model, batches, ids, batching)
 
     def _means(self, edits: Edits, at_once: int, score: Callable[[Edits, int], object]):
-        """Float64 means over prompts, `[M]`, of each array that `score(edits, number of batch)` returns as `[R, B]`.
+        """Returns float64 means over prompts, `[M]`, of each array that `score(edits, number of batch)` returns as `[R, B]`.
 
         edits: M rows, which go to `score` `at_once` at a time, so that one compiled program serves them; all results cross
         to the host together.
@@ -130,8 +151,10 @@ class PromptScorer:
         means = [jax.tree.map(mean, *group) for group in out]
         return jax.tree.map(lambda *groups: np.concatenate(groups)[: edits.rows], *means)
 
-    def ablated(self, directions_md) -> tuple[np.ndarray, np.ndarray]:
-        """Mean refusal scores `[M]` and mean KLs `[M]` under ablation of each direction."""
+    def ablated(
+        self, directions_md: Float[np.ndarray, "M D"]
+    ) -> tuple[Float[np.ndarray, " M"], Float[np.ndarray, " M"]]:
+        """Returns mean refusal scores `[M]` and mean KLs `[M]` under ablation of each direction."""
 
         def score(edits, number):
             _, tokens, mask, _, base = self.batches[number]
