@@ -129,6 +129,16 @@ class EditedModel:
         return Reply(text[:end], stop, end is not None or stop < len(row), thinking, marked)
 
 
+def template_names(given: Mapping | None) -> dict:
+    """Returns more names for the chat template. Raises UserError for what is no mapping."""
+    if isinstance(given or {}, Mapping):
+        return dict(given or {})
+    raise UserError(
+        f"chat_template_args = {given!r} is not a mapping of names to values. Give one, such as "
+        '{"enable_thinking": false}: on a command line, in a file or JSON object of all model arguments.'
+    )
+
+
 def read_arguments(
     pretrained: str = "",
     ablate: str = "",
@@ -158,11 +168,7 @@ def read_arguments(
     config. A leading ~ of paths is expanded. Raises UserError for directions or settings that cannot be used.
     """
     thinking = asked_thinking(thinking, enable_thinking)
-    if not isinstance(chat_template_args or {}, Mapping):
-        raise UserError(
-            f"chat_template_args = {chat_template_args!r} is not a mapping of names to values. Give one, such as "
-            '{"enable_thinking": false}: on a command line, in a file or JSON object of all model arguments.'
-        )
+    names = template_names(chat_template_args)
     shape = parse_mesh(str(mesh)) if mesh else (1, 1, 1)
     paths = [local_path(str(path)) for path in (ablate, add) if path]
     studies = [FinishedStudy.read(path, 1) for path in paths if path.is_dir() and not pretrained]
@@ -185,18 +191,20 @@ def read_arguments(
     for name, direction in (("ablate", ablated), ("add", added)):
         if direction is not None:
             LOG.info(f"{name}: {direction.summary}")
-    chat = dataclasses.replace(loaded.chat, template_arguments=dict(chat_template_args or {}))
+    chat = dataclasses.replace(loaded.chat, template_arguments=names)
     loaded = dataclasses.replace(loaded, chat=chat)
-    return EditedModel(
-        loaded,
-        one_edit(loaded.config, ablated, added, scale),
-        {
-            name: {"sha256": direction.sha256, "scale": scale if name == "add" or not add else 1.0}
-            | ({"layer": direction.layer} if name == "add" else {})
-            for name, direction in (("ablate", ablated), ("add", added))
-            if direction is not None
-        },
-    )
+    record = edit_record(ablated, added, scale)
+    return EditedModel(loaded, one_edit(loaded.config, ablated, added, scale), record)
+
+
+def edit_record(ablated: Direction | None, added: Direction | None, scale: float) -> dict[str, dict]:
+    """Returns what identifies the edits in results: hash and scale of each direction, and the layer of the addition."""
+    found = {}
+    if ablated is not None:
+        found["ablate"] = {"sha256": ablated.sha256, "scale": 1.0 if added is not None else scale}
+    if added is not None:
+        found["add"] = {"sha256": added.sha256, "scale": scale, "layer": added.layer}
+    return found
 
 
 ARGUMENTS = tuple(inspect.signature(read_arguments).parameters)

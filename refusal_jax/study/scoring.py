@@ -82,10 +82,10 @@ def score_edits(
 @jax.jit
 def score_from_layer(
     decoder: Decoder,
-    x_btd: Float[Array, "B T D"],
+    x_btd: Float[jax.Array, "B T D"],
     mask_bt: Bool[jax.Array, "B T"],
     edits: Edits,
-    layer: Int[Array, ""],
+    layer: Int[jax.Array, ""],
     refusal_ids: Int[Array, " n"],
 ) -> Float[Array, "R B"]:
     """Returns refusal scores `[R, B]` of B prompts whose residual at the input of block `layer` is `x_btd`, under R edits."""
@@ -97,7 +97,11 @@ def score_from_layer(
 
 @partial(jax.jit, donate_argnames="x_btd")
 def advance(
-    decoder: Decoder, x_btd: Float[Array, "B T D"], mask_bt: Bool[jax.Array, "B T"], edits: Edits, layer: Int[Array, ""]
+    decoder: Decoder,
+    x_btd: Float[jax.Array, "B T D"],
+    mask_bt: Bool[jax.Array, "B T"],
+    edits: Edits,
+    layer: Int[jax.Array, ""],
 ) -> Float[Array, "B T D"]:
     """Returns the residual after block `layer`, from the one before it."""
     return decoder.run_layers(x_btd, Context.of_prompt(decoder.cfg, mask_bt), edits, layer, layer + 1)
