@@ -9,6 +9,7 @@ import importlib.util
 import os
 import pathlib
 import re
+import runpy
 import shlex
 import subprocess
 import sys
@@ -112,8 +113,9 @@ def sound(job: str, words: list[str]) -> str | None:
         return None  # its flags are the harness's
     names = [word.removeprefix("--").partition("=")[0] for word in words if word.startswith("--")]
     wrong = [name for name in names if not has(job, name)]
-    files = [word.partition("=")[2].partition(":")[0] for word in words if word.startswith("--config=")]
-    return f"{wrong}" if wrong else next((f"no {file}" for file in files if not (ROOT / file).is_file()), None)
+    for file, _, argument in (word.partition("=")[2].partition(":") for word in words if word.startswith("--config=")):
+        runpy.run_path(str(ROOT / file))["get_config"](*[argument] * bool(argument))
+    return f"there is no flag {wrong}" if wrong else None
 
 
 @pytest.mark.parametrize("block", SHELL, ids=str)
