@@ -200,7 +200,7 @@ def test_code_runs(place, page):
 
 def test_readme_shows_what_the_demo_prints(place):
     (table,) = (block.text for block in BLOCKS if block.page.name == "README.md" and block.language == "text")
-    assert table in place[1]
+    assert " ".join(table.split()) in " ".join(place[1].split())  # the page breaks the long lines
     start = next(block.text for block in BLOCKS if block.page.name == "start.md" and block.language == "text")
     assert start in table
     assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 150
