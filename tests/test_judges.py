@@ -214,7 +214,8 @@ def test_a_judges_tokenizer_is_loaded_once_and_sees_each_text_once(guard, monkey
     [
         (
             ["substring"],
-            r"there is no judge 'substring'\. Judges of text: substring_matching.*llamaguard2.*refusal_score",
+            r"there is no judge 'substring'\. Did you mean substring_matching\? Judges of text: substring_matching.*llama"
+            r"guard2.*refusal_score",
         ),
         (["substring_matching=x"], r"there is no judge 'substring_matching=x'"),
         (["llamaguard2"], r"the judge 'llamaguard2' is a model: name its checkpoint folder, llamaguard2=FOLDER"),
