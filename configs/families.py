@@ -4,8 +4,8 @@ Command:   hf download REPO --local-dir hf/NAME
            refusal-jax study --config=configs/families.py:NAME --model=hf/NAME --workdir=runs/NAME
            python configs/families.py NAME    prints both, filled in, with what is said below of NAME
 Access:    checkpoints of meta-llama and google are gated; accept the licence on the hub first
-Prompts:   bundled; for the paper's splits run `refusal-jax data fetch`, then add --config.data.harmful_train=paper, and so
-           on for all six sets
+Prompts:   bundled; for the paper's splits run `refusal-jax data fetch`, then add --config.data.harmful_train=paper, and
+           so on for all six sets
 """
 
 import dataclasses

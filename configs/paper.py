@@ -4,8 +4,8 @@ Command:   hf download REPO --local-dir hf/NAME
            refusal-jax study --config=configs/paper.py:NAME --model=hf/NAME --workdir=runs/NAME
            python configs/paper.py NAME    prints both, filled in, with what is said below of NAME
 Access:    checkpoints of meta-llama and google are gated; accept the licence on the hub first
-Prompts:   bundled; for the paper's splits run `refusal-jax data fetch`, then add --config.data.harmful_train=paper, and so
-           on for all six sets
+Prompts:   bundled; for the paper's splits run `refusal-jax data fetch`, then add --config.data.harmful_train=paper, and
+           so on for all six sets
 Expected:  on the paper's splits, on GPUs and in the paper's precision; on other hardware within 0.61 (bypass), 0.33
            (induce) and 0.008 (KL)
 """

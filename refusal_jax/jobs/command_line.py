@@ -61,13 +61,15 @@ def config_file(value: str) -> str:
     path = local_path(name)
     if path.is_file():
         return f"{path}{colon}{argument}"
-    beside = sorted(path.parent.glob("*.py"))
-    for other in beside:
-        if re.search(
-            rf'^ +"{re.escape(path.stem)}": ', other.read_text(encoding="utf-8", errors="replace"), re.MULTILINE
-        ):
-            return f"{other}:{path.stem}"
-    hint = did_you_mean(str(path), map(str, beside))
+    beside: dict[str, str] = {}
+    for other in sorted(path.parent.glob("*.py")):
+        beside[str(other)] = str(other)
+        text = other.read_text(encoding="utf-8", errors="replace")
+        for entry in re.findall(r'^ +"(\w+)": \w+\(', text, re.MULTILINE):
+            beside.setdefault(str(path.with_name(f"{entry}.py")), f"{other}:{entry}")
+    if str(path) in beside:
+        return beside[str(path)]
+    hint = did_you_mean(beside.get(nearest(str(path), beside) or ""), beside.values())
     raise UserError(f"--config={value}: there is no such file.{hint} A config file is one such as configs/demo.py.")
 
 
