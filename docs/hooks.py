@@ -8,6 +8,7 @@ shows a part of that file, which become notes that readers see.
 import html
 import os
 import re
+import textwrap
 from collections.abc import Iterator
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -51,9 +52,16 @@ def settings() -> Iterator[str]:
 
 
 def jobs() -> Iterator[str]:
-    """Yields the help text of each job."""
+    """Yields the help text of each job; its indented paragraphs are commands and lists, which keep their lines."""
     for job in JOBS:
-        yield f"## {job}\n\n```text\n{docstring(job)}\n```\n"
+        yield f"## {job}\n"
+        for paragraph in docstring(job).split("\n\n"):
+            if paragraph.startswith(" "):
+                lines = re.sub(r" {3,}#", "  #", textwrap.dedent(paragraph))
+                yield f"```text\n{lines}\n```\n"
+            else:
+                parts = re.split("(`[^`]*`)", paragraph)
+                yield "".join(part if part.startswith("`") else html.escape(part, quote=False) for part in parts) + "\n"
 
 
 GENERATED = {"axes": axes, "settings": settings, "jobs": jobs}
@@ -73,10 +81,10 @@ def on_page_markdown(markdown: str, **_) -> str:
 
 
 def on_page_content(content: str, **_) -> str:
-    """Returns the page with its formulas as MathML."""
+    """Returns the page with its formulas as MathML, and flags that are not broken after their dashes."""
 
     def formula(found: re.Match) -> str:
         display = "block" if found[2] == "[" else "inline"
         return convert(html.unescape(found[3]).strip(), display=display)
 
-    return FORMULA.sub(formula, content)
+    return FORMULA.sub(formula, content).replace("<code>--", '<code class="flag">--')
