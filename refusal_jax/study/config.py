@@ -122,8 +122,8 @@ class StudyConfig(Settings):
     )
     refusal_tokens: tuple[int | str, ...] = option(
         (),
-        "How refusals begin, as token ids or strings such as ('I', 'As'), of which the first token counts; their probabilities "
-        "are summed. () measures them on the training prompts",
+        "How refusals begin, as token ids or strings such as ('I', 'As'); for a string, only its first token is used. Their "
+        "probabilities are summed. () measures them on the training prompts",
     )
     positions: OptionalInt = option(
         None, "How many of the last post-instruction tokens are candidate positions; None takes all of them"

@@ -1,4 +1,4 @@
-"""What the edits cost on text that has nothing to do with refusal (paper, section 4.3 and appendix E): cross-entropy loss, and
+"""What the edits cost on text that has nothing to do with refusal (paper, section 4.3 and appendix G): cross-entropy loss, and
 the KL divergence from baseline."""
 
 import dataclasses
