@@ -37,18 +37,20 @@ WORK = "import sys; from refusal_jax.jobs.bench import work; work(sys.argv[1])"
 TOLERANCE = 1e-3  # of scores; what other summation orders leave is smaller
 SCORES = ("refusal_score", "steering_score", "kl_div_score")
 
-MODEL = flags.DEFINE_string("model", "", "Folder of an HF checkpoint; empty: the embedded demo model.")
-INFLATE = flags.DEFINE_bool("inflate", None, "Inflate the model to 127M parameters first (default: if it is the demo).")
-ORACLE = flags.DEFINE_string("oracle", "", "The PyTorch version; empty: tests/oracle.py next to the package.")
-RUN = flags.DEFINE_list("jobs", ",".join(JOBS), "Which jobs to time.")
-ROWS = flags.DEFINE_integer("rows", 32, "Prompts to generate from, as one batch.", lower_bound=1)
-NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 64, "Tokens to generate for each.", lower_bound=1)
-N_TRAIN = flags.DEFINE_integer("n_train", 128, "Train prompts of each side.", lower_bound=1)
-N_VAL = flags.DEFINE_integer("n_val", 32, "Val prompts of each side.", lower_bound=1)
-KL = flags.DEFINE_float(
-    "kl_threshold", 0.1, "Of the selection rule, for models that the paper's threshold does not suit."
+MODEL = flags.DEFINE_string("model", "", "Folder of a Hugging Face checkpoint. Default: the embedded demo model.")
+INFLATE = flags.DEFINE_bool(
+    "inflate", None, "Inflate the model to 127M parameters first. Default: only the demo model is inflated."
 )
-INDUCE = flags.DEFINE_float("induce_threshold", 0.0, "Of the selection rule, likewise.")
+ORACLE = flags.DEFINE_string("oracle", "", "File of the PyTorch version. Default: tests/oracle.py next to the package.")
+RUN = flags.DEFINE_list("jobs", ",".join(JOBS), "Jobs to time.")
+ROWS = flags.DEFINE_integer("rows", 32, "Prompts to generate from, as one batch.", lower_bound=1)
+NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 64, "Number of tokens to generate for each prompt.", lower_bound=1)
+N_TRAIN = flags.DEFINE_integer("n_train", 128, "Number of harmful and of harmless training prompts.", lower_bound=1)
+N_VAL = flags.DEFINE_integer("n_val", 32, "Number of harmful and of harmless validation prompts.", lower_bound=1)
+KL = flags.DEFINE_float(
+    "kl_threshold", 0.1, "KL threshold of the selection rule, for models that the paper's does not suit."
+)
+INDUCE = flags.DEFINE_float("induce_threshold", 0.0, "Induce threshold of the selection rule, likewise.")
 OUT = flags.DEFINE_string("out", "", "JSON file for all numbers.")
 
 

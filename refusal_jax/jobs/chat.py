@@ -47,22 +47,30 @@ from refusal_jax.terminal.show import show_columns, show_plain
 EMBEDDED_LAYER = 4  # at whose input, at the prompt's last token, the study of the embedded model finds its direction
 TRAIN = 128  # prompts of each side for the embedded model's direction, as in a study
 
-MODEL = flags.DEFINE_string("model", None, "HF checkpoint folder. Default: the study's model, or the embedded one.")
+MODEL = flags.DEFINE_string(
+    "model", None, "Folder of a Hugging Face checkpoint. Default: the study's model, or the embedded one."
+)
 DIRECTION = flags.DEFINE_string(
     "direction", None, "Folder of a finished study, or a .npy, .safetensors or .pt file. Needed with --model."
 )
-POSITION = flags.DEFINE_integer("position", None, "Of a file of mean differences: which position, from -1 backwards.")
-LAYER = flags.DEFINE_integer(
-    "layer", None, "Where to read and to add; of mean differences, or of a file with a row for each layer, which one."
+POSITION = flags.DEFINE_integer(
+    "position", None, "Position to take of a file of mean differences, counted backwards from -1."
 )
-MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 512, "The longest reply.", lower_bound=1)
+LAYER = flags.DEFINE_integer(
+    "layer",
+    None,
+    "Layer to read and to add at. For mean differences, or a file with a row a layer, it chooses the row.",
+)
+MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 512, "Longest reply, in tokens.", lower_bound=1)
 NUMBERS = flags.DEFINE_bool("numbers", False, "Show each token's projection as a number too.")
 HISTORY = flags.DEFINE_bool(
     "history",
     None,
     "Go on with the conversation. Default: yes, but for the embedded model, which knows single requests.",
 )
-CHAT_TEMPLATE = flags.DEFINE_string("chat_template", None, "As in a study's config. Default: the study's.")
+CHAT_TEMPLATE = flags.DEFINE_string(
+    "chat_template", None, "Chat template, as in a study's config. Default: the study's."
+)
 THINKING = flags.DEFINE_bool("thinking", None, "Ask models that can think to do so. Default: as the study did.")
 FROM_CHECKPOINT = flags.DEFINE_bool(
     "generation_from_checkpoint",

@@ -26,12 +26,12 @@ from refusal_jax.files import local_path
 
 ACTIONS = ("fetch", "list", "verify")
 SETS = flags.DEFINE_list(
-    "sets", [], "Which sets to fetch, by name. Default: all but those that are streamed from the Hub."
+    "sets", [], "Names of the sets to fetch. Default: all but those that are streamed from the Hub."
 )
 FROM = flags.DEFINE_string("from", None, "Folder with files that were downloaded otherwise, under the names of `list`.")
 ALPACA = flags.DEFINE_string("alpaca", None, "Alpaca's file for the harmless splits: .json, .jsonl or .parquet.")
 FOLDER = flags.DEFINE_string("folder", None, "Where data is kept. Default: refusal_jax/data in the user's cache.")
-ACCEPT = flags.DEFINE_bool("accept_new_hash", False, "Take files whose hash is not known, and record it.")
+ACCEPT = flags.DEFINE_bool("accept_new_hash", False, "Accept files whose hash is not known, and record it.")
 MANIFEST_FILE = flags.DEFINE_string("manifest", str(MANIFEST), "Another manifest of the same form, e.g. of a mirror.")
 
 

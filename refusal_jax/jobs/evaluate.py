@@ -45,14 +45,22 @@ from refusal_jax.runs.storage import DiskFolder
 
 EXAMPLE = ". Example: refusal-jax evaluate --completions=runs/mine/completions --out=judged."
 COMPLETIONS = flags.DEFINE_string("completions", None, "File or folder of completions.")
-OUT = flags.DEFINE_string("out", None, "Folder for the results: made if new, files in it replaced.")
-JUDGES = flags.DEFINE_list(
-    "judges", ["substring_matching"], "NAME, KIND=FOLDER or KIND=FOLDER@TEMPLATE.txt, several with commas."
+OUT = flags.DEFINE_string(
+    "out", None, "Folder for the results. It is made if new; files of the same names are replaced."
 )
-TOKENIZER = flags.DEFINE_string("tokenizer", None, "Checkpoint in whose tokens lengths are counted. Default: in words.")
+JUDGES = flags.DEFINE_list(
+    "judges", ["substring_matching"], "Judges, separated by commas: NAME, KIND=FOLDER or KIND=FOLDER@TEMPLATE.txt."
+)
+TOKENIZER = flags.DEFINE_string(
+    "tokenizer",
+    None,
+    "Checkpoint whose tokenizer counts the lengths of completions. Default: they are counted in words.",
+)
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 16, "Completions that a judge model reads at a time.", lower_bound=1)
-ARTIFACT = flags.DEFINE_bool("artifact", False, "Also write JailbreakBench artifacts, jailbroken by the last judge.")
-METHOD = flags.DEFINE_string("method", "", "The artifact's method. Default: the condition in the file's name.")
+ARTIFACT = flags.DEFINE_bool(
+    "artifact", False, "Also write JailbreakBench artifacts, in which the last judge decides what is jailbroken."
+)
+METHOD = flags.DEFINE_string("method", "", "Method that artifacts name. Default: the condition in the file's name.")
 AUTHOR = flags.DEFINE_string("author", "", "Name of the model that wrote the completions, for artifacts.")
 flags.adopt_module_key_flags(devices)
 

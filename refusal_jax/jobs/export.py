@@ -43,7 +43,9 @@ from refusal_jax.jobs import common
 from refusal_jax.models.hf_config import load_config
 
 EXAMPLE = ". Example: refusal-jax export --direction=runs/demo --out=edited."
-MODEL = flags.DEFINE_string("model", None, "HF checkpoint folder. Default: the model that the study ran on.")
+MODEL = flags.DEFINE_string(
+    "model", None, "Folder of a Hugging Face checkpoint. Default: the model that the study ran on."
+)
 DIRECTION = flags.DEFINE_list(
     "direction",
     None,
@@ -53,29 +55,40 @@ DIRECTION = flags.DEFINE_list(
 SUBSPACE = flags.DEFINE_bool(
     "subspace", False, "Take all rows of a file [J, D], also where J is the model's number of layers."
 )
-POSITION = flags.DEFINE_integer("position", None, "Of mean differences: which position, from -1 backwards.")
+POSITION = flags.DEFINE_integer(
+    "position", None, "Position to take of a file of mean differences, counted backwards from -1."
+)
 LAYER = flags.DEFINE_integer(
     "layer",
     None,
-    "The layer at whose input the direction was read; of mean differences, or of a file with a row for each layer, which one.",
+    "Layer at whose input the direction was read. For mean differences, or a file with a row for each layer, it chooses the row.",
 )
 OUT = flags.DEFINE_string("out", None, "New folder for the export.")
 FORMAT = flags.DEFINE_enum(
-    "format", "hf", FORMATS, "An edited checkpoint, a LoRA adapter for PEFT, or a control vector for llama.cpp."
+    "format",
+    "hf",
+    FORMATS,
+    "What to write: an edited checkpoint, a LoRA adapter for PEFT, or a control vector for llama.cpp.",
 )
-EDIT = flags.DEFINE_enum("edit", Ablate.verb, (Ablate.verb, Add.verb), "Take the direction out, or add it.")
-SCALE = flags.DEFINE_float("scale", 1.0, "Which part to take out, or how much to add: -1 subtracts the direction.")
+EDIT = flags.DEFINE_enum(
+    "edit", Ablate.verb, (Ablate.verb, Add.verb), "Whether to take the direction out or to add it."
+)
+SCALE = flags.DEFINE_float("scale", 1.0, "How much of the direction to take out or to add; -1 subtracts it.")
 LAYERS = flags.DEFINE_string(
     "layers",
     None,
-    "Where: such as 12 or 0-9,14, or all. Default: all for an ablation (the embedding belongs to layer 0), the direction's own "
-    "layer for an addition; for a control vector `all` is 2 to the last.",
+    "Layers to edit, such as 12 or 0-9,14, or all. Default: all for an ablation (the embedding is of layer 0), the direction's "
+    "own layer for an addition; for a control vector `all` is 2 to the last.",
 )
-SITES = flags.DEFINE_list("sites", ",".join(WEIGHT_SITES), "What an ablation edits.")
-TIE = flags.DEFINE_enum("tied", "untie", TIED, "What becomes of an unembedding that is the embedding.")
-PROMPTS = flags.DEFINE_integer("prompts", 16, "Prompts of each side to verify with.", lower_bound=1)
-VERIFY = flags.DEFINE_bool("verify", True, "Verify; without it the export keeps its marker .unverified.")
-CHAT_TEMPLATE = flags.DEFINE_string("chat_template", "", "As in a study's config, for a direction from a file.")
+SITES = flags.DEFINE_list("sites", ",".join(WEIGHT_SITES), "Sites that an ablation edits.")
+TIE = flags.DEFINE_enum("tied", "untie", TIED, "What happens to an unembedding that is also the embedding.")
+PROMPTS = flags.DEFINE_integer(
+    "prompts", 16, "Number of harmful and of harmless prompts to verify with.", lower_bound=1
+)
+VERIFY = flags.DEFINE_bool("verify", True, "Verify the export; without it, the folder keeps its marker .unverified.")
+CHAT_TEMPLATE = flags.DEFINE_string(
+    "chat_template", "", "Chat template, as in a study's config, for a direction from a file."
+)
 BASE = flags.DEFINE_string(
     "base_model", "", "The model's name on the hub, for the card. Default: what its folder tells."
 )

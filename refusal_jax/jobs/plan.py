@@ -1,4 +1,4 @@
-"""Says beforehand, without a TPU, on which slice a study fits, with which mesh and batches, and roughly how long it takes.
+"""Estimates, without a TPU, which slice a study fits on, with which mesh and batches, and roughly how long it takes.
 
   pip install 'refusal-jax[plan]'                                        # the TPU compiler; needs no TPU
   refusal-jax plan --model=DIR --topology=v5e-16                         # a checkpoint folder, or its config.json alone
@@ -7,9 +7,9 @@
   refusal-jax plan --all --out=plans                                     # the paper's 13 models on common slices
 
 The study's own programs (extraction, selection, prefill, decoding, loss) are compiled with the real TPU compiler for the
-slice's topology. What it says of their memory decides which batches fit; a run on such a slice decides by the same code.
+slice's topology. The memory that it reports decides which batches fit; a run on such a slice decides by the same code.
 Times are estimates: the compiler's cycles where it tells them, else operations and bytes against what the chip reaches in
-practice, and communication by its bytes. Slices are called as in gcloud: v5e-16 and v6e-16 count chips, v4-16 and v5p-16
+practice, and communication by its bytes. Slice names follow gcloud: v5e-16 and v6e-16 count chips, v4-16 and v5p-16
 TensorCores, two a chip; 2xv5e-16 is two slices. --out=NAME writes NAME.json and NAME.md.
 """
 
@@ -42,7 +42,9 @@ MODEL = flags.DEFINE_string(
     "model", None, "Checkpoint folder, config.json, or the name of one of the paper's models, in place of config.model."
 )
 TOPOLOGY = flags.DEFINE_list("topology", "v5e-16", "Slices to plan for, separated by commas.")
-ALL = flags.DEFINE_bool("all", False, f"The paper's 13 models on {', '.join(COMMON)}, or on --topology if given.")
+ALL = flags.DEFINE_bool(
+    "all", False, f"Plan for the paper's 13 models on {', '.join(COMMON)}, or on --topology if given."
+)
 LENGTH = flags.DEFINE_integer(
     "prompt_tokens", USUAL_LENGTH, "Number of tokens that prompts are padded to.", lower_bound=8
 )

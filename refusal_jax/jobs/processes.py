@@ -9,13 +9,18 @@ from absl import flags
 from refusal_jax import distributed
 
 COORDINATOR = flags.DEFINE_string(
-    "coordinator", None, "HOST:PORT of process 0, for several processes outside a TPU slice."
+    "coordinator", None, "HOST:PORT of process 0, where several processes run outside a TPU slice."
 )
-NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes run this command together.")
-PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.")
-JOIN_SECONDS = flags.DEFINE_integer("join_seconds", 300, "How long to wait for the other processes.", lower_bound=1)
+NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Number of processes that run this command together.")
+PROCESS_ID = flags.DEFINE_integer("process_id", None, "Number of this process, from 0.")
+JOIN_SECONDS = flags.DEFINE_integer(
+    "join_seconds", 300, "Seconds to wait for the other processes at the start.", lower_bound=1
+)
 HEARTBEAT_SECONDS = flags.DEFINE_integer(
-    "heartbeat_seconds", 30, "A process without a sign of life for so long counts as gone, and all end.", lower_bound=2
+    "heartbeat_seconds",
+    30,
+    "Seconds without a heartbeat after which a process counts as lost and the run stops.",
+    lower_bound=2,
 )
 
 
