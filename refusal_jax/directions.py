@@ -7,7 +7,7 @@ import dataclasses
 import hashlib
 import pathlib
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float
@@ -22,6 +22,7 @@ DIRECTION, METADATA, MEANS = "direction.safetensors", "direction_metadata.json",
 ONE_ONLY = "Only one direction can be used here: save it in a file of its own."
 
 
+@runtime_checkable
 class Run(Protocol):
     """The files of a run's folder, as `refusal_jax.runs.run.Run` reads and writes them."""
 

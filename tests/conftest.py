@@ -14,11 +14,16 @@ os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_DATASETS_
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import jax
+import jaxtyping
 import pytest
-import tiny
 import torch
 
-from refusal_jax import load_model
+# Every call checks the types and the axes of arrays that a function declares; before the package is imported.
+jaxtyping.install_import_hook("refusal_jax", "beartype.beartype")
+
+import tiny  # noqa: E402
+
+from refusal_jax import load_model  # noqa: E402
 
 torch.set_num_threads(min(2, os.cpu_count() or 1))
 

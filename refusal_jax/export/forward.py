@@ -6,7 +6,7 @@ written, or files with edits applied on the way. Axis letters: as in the decoder
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +26,7 @@ READ = (*SITES, "resid_post")
 VOCABULARY_ROWS = 8192  # of the unembedding, in memory at a time
 
 
+@runtime_checkable
 class Weights(Protocol):
     """Tensors by HF name: `rows` gives rows of one, all by default, float32."""
 

@@ -11,7 +11,7 @@ import math
 import os
 import sys
 from collections.abc import Mapping
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +28,7 @@ FLOPS_SHARE, BANDWIDTH_SHARE = 0.6, 0.65  # of the peaks, as the compiler's cycl
 LATENCY = 2e-6  # seconds of one collective, besides its bytes
 
 
+@runtime_checkable
 class Sides(Protocol):
     """The lengths of a mesh's axes: `jax.sharding.Mesh`, or a mesh without devices."""
 
