@@ -15,7 +15,6 @@ from typing import (
     Any,
     ClassVar,
     NamedTuple,
-    Self,
     TypeGuard,
     TypeVar,
     Union,
@@ -30,6 +29,8 @@ T = TypeVar("T")
 OptionalInt = Annotated[int | None, "None is a value"]
 KINDS = {str: "a string", int: "a whole number", float: "a number", bool: "True or False", types.NoneType: "None"}
 MANY = {str: "strings", int: "whole numbers", float: "numbers"}
+
+S = TypeVar("S", bound="Settings")
 
 
 class UnknownField(UserError, AttributeError, KeyError):
@@ -68,7 +69,7 @@ class Settings(Mapping[str, Any]):
         cls._path = path
 
     @classmethod
-    def of(cls, values: Mapping[str, Any]) -> Self:
+    def of(cls: type[S], values: Mapping[str, Any]) -> S:
         """Returns settings that are independent of `values`, such as a nested dictionary or an ml_collections.ConfigDict; what
         that leaves out keeps its default. Raises UserError for unknown names and for values of wrong types."""
         made = cls()
@@ -117,7 +118,7 @@ class Settings(Mapping[str, Any]):
                 holder = holder[name]
             holder[last] = value
 
-    def unlocked(self) -> contextlib.AbstractContextManager[Self]:
+    def unlocked(self) -> contextlib.AbstractContextManager["Settings"]:
         """Returns a context in which nothing differs: config files written for ml_collections.ConfigDict may ask for one."""
         return contextlib.nullcontext(self)
 
