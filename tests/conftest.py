@@ -19,7 +19,7 @@ import pytest
 import torch
 
 # Every call checks the types and the axes of arrays that a function declares; before the package is imported.
-jaxtyping.install_import_hook("refusal_jax", "beartype.beartype")
+jaxtyping.install_import_hook("refusal_jax", "typechecker.check")
 
 import tiny  # noqa: E402
 
