@@ -20,7 +20,7 @@ from refusal_jax.models.hf_config import from_hf, load_config
 from refusal_jax.plan import chips, costs, hlo, planner, programs, table
 from refusal_jax.plan.chips import Slice
 from refusal_jax.plan.planner import MeshShape, Sizes, fit, make_plan, ranked_meshes, run_mesh, run_sizes
-from refusal_jax.plan.programs import Group, Shapes, Workload
+from refusal_jax.plan.programs import Group, Program, Shapes, Workload
 from refusal_jax.study.config import get_config
 from refusal_jax.study.study import workload
 
@@ -156,6 +156,9 @@ def test_only_data_crosses_slices():
     assert all(mesh.data % 2 == 0 for mesh in ranked_meshes(work_of(), Slice.parse("2xv5e-16"), planner.WANTED))
 
 
+SHAPES = object.__new__(Shapes)  # nothing of it is read
+
+
 def program(rows: int, peak: int, error: str = ""):
     """A stand-in for one that needs `peak` bytes a row."""
 
@@ -165,25 +168,27 @@ def program(rows: int, peak: int, error: str = ""):
         analysis = SimpleNamespace(peak_memory_in_bytes=rows * peak)
         return SimpleNamespace(memory_analysis=lambda: analysis)
 
-    return SimpleNamespace(name="step", lower=lambda: SimpleNamespace(compile=compiled))
+    return Program("step", lambda: SimpleNamespace(compile=compiled), runs=1, rows=rows, tokens=1, layers=1)
 
 
 def test_batches_are_halved_until_they_fit():
-    rows, done, why = fit(None, 0, 128, lambda _, rows: [program(rows, 10)], 700.0, 1)
+    rows, done, why = fit(SHAPES, 0, 128, lambda _, rows: [program(rows, 10)], 700.0, 1)
     assert rows == 64 and len(done) == 1 and not why
-    rows, done, why = fit(None, 0, 128, lambda _, rows: [program(rows, 1000)], 700.0, 1)
+    rows, done, why = fit(SHAPES, 0, 128, lambda _, rows: [program(rows, 1000)], 700.0, 1)
     assert rows == 0 and why == "step needs 0.0 GiB a chip in 8 rows, of 0.0 GiB"
-    assert fit(None, 0, 8, lambda _, rows: [program(rows, 1)], 700.0, 16)[0] == 16  # a row for every part of the batch
-    assert fit(None, 0, 128, lambda _, rows: [program(rows, 10)], 700.0, 6)[0] == 60  # whole shares of each
-    assert fit(None, 4, 128, lambda _, rows: [program(rows, 10)], 700.0, 1)[0] == 4  # as the user has set it
-    assert fit(None, 100, 128, lambda _, rows: [program(rows, 10)], 700.0, 1)[0] == 0
+    assert (
+        fit(SHAPES, 0, 8, lambda _, rows: [program(rows, 1)], 700.0, 16)[0] == 16
+    )  # a row for every part of the batch
+    assert fit(SHAPES, 0, 128, lambda _, rows: [program(rows, 10)], 700.0, 6)[0] == 60  # whole shares of each
+    assert fit(SHAPES, 4, 128, lambda _, rows: [program(rows, 10)], 700.0, 1)[0] == 4  # as the user has set it
+    assert fit(SHAPES, 100, 128, lambda _, rows: [program(rows, 10)], 700.0, 1)[0] == 0
 
 
 def test_what_the_compiler_says_of_memory_is_kept_and_other_errors_are_raised():
-    _, _, why = fit(None, 0, 8, lambda _, rows: [program(rows, 1, "RESOURCE_EXHAUSTED: Ran out of Hbm")], 700.0, 1)
+    _, _, why = fit(SHAPES, 0, 8, lambda _, rows: [program(rows, 1, "RESOURCE_EXHAUSTED: Ran out of Hbm")], 700.0, 1)
     assert "Ran out of Hbm" in why
     with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"):
-        fit(None, 0, 8, lambda _, rows: [program(rows, 1, "INTERNAL: a bug")], 700.0, 1)
+        fit(SHAPES, 0, 8, lambda _, rows: [program(rows, 1, "INTERNAL: a bug")], 700.0, 1)
 
 
 @pytest.fixture

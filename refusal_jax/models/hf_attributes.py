@@ -184,7 +184,7 @@ class Reader:
             )
         return sizes
 
-    def main_rope(self, sizes: dict, theta: float = 1e4, spec: dict | None = None, **settings) -> Rope:
+    def main_rope(self, sizes: dict, theta: float = 1e4, spec: Any = None, **settings) -> Rope:
         """Returns the rope of an HF config, which spells it `rope_scaling` (transformers 4) or `rope_parameters` (5)."""
         old, new = self.take("rope_scaling"), self.take("rope_parameters")
         theta = self.take("rope_theta", theta, float)

@@ -119,7 +119,7 @@ def mlp(cfg: ModelConfig, w, h_btd: Float[jax.Array, "B T D"], out) -> Float[jax
 
 
 def route(
-    cfg: ModelConfig, router_ed: Float[jax.Array, "E D"], h_td: Float[jax.Array, "T D"]
+    cfg: ModelConfig, router_ed: Float[Array, "E D"], h_td: Float[Array, "T D"]
 ) -> tuple[Int[jax.Array, "T n"], Float[jax.Array, "T n"]]:
     """Returns the n experts of each token and their weights; float32, as small differences change the choice."""
     logits = linear(h_td.astype(jnp.float32), router_ed.astype(jnp.float32))
@@ -157,7 +157,7 @@ def sharded_experts(mesh, specs, cfg: ModelConfig, router_ed, stacks, layer, h_b
 
 
 def experts(
-    cfg: ModelConfig, router_ed: Float[jax.Array, "E D"], stack, layer, h_td: Float[jax.Array, "T D"]
+    cfg: ModelConfig, router_ed: Float[Array, "E D"], stack, layer, h_td: Float[Array, "T D"]
 ) -> Float[jax.Array, "T D"]:
     """Returns a mixture of experts over T tokens, each of which is computed by its chosen experts only.
 
