@@ -11,4 +11,4 @@ ruff format --check .
 site=$(mktemp -d)
 trap 'rm -rf "$site"' EXIT
 NO_MKDOCS_2_WARNING=1 mkdocs build --strict --quiet --site-dir "$site"
-# pyright  # the rooms are being made clean; the line is switched on when they are
+pyright

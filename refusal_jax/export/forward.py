@@ -155,12 +155,13 @@ class Readings:
 
 
 def read_logits(stream: Stream, rows: np.ndarray, columns: np.ndarray, whole: int, targets: np.ndarray) -> Readings:
-    """What a stream predicts at tokens (row, column) of the batch: the first `whole` of them in full, of the others the
-    cross-entropy (nats) of `targets`. The vocabulary is gone through in blocks."""
+    """Returns what a stream predicts at tokens (row, column) of the batch: the logits of the first `whole` of them, and the
+    cross-entropy (nats) of `targets` for the others. The vocabulary is gone through in blocks."""
     weights = stream.unembed or stream.weights
     cfg, table = weights.cfg, TABLES[weights.cfg.family]
     name = table["embed" if cfg.tied_embeddings else "unembed"]
     norm = jnp.asarray(stream.weights.rows(table["final_norm"]))
+    assert stream.x_btd is not None, "run_streams comes first"
     x_1nd = stream.x_btd[rows, columns][None]
     logits = np.zeros((whole, cfg.vocab_size), np.float32)
     most, total, hit = np.full(len(targets), -np.inf), np.zeros(len(targets)), np.zeros(len(targets))
