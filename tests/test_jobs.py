@@ -269,3 +269,10 @@ def test_the_export_of_a_study_whose_checkpoint_changed_is_refused(finished, tmp
     (study / "prompts.json").write_text("[")
     refused(command("export", f"--direction={study}", f"--out={tmp_path / 'out'}"), "The study in .* is damaged")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_reader_that_stops_reading_is_no_error():
+    command = f"{sys.executable} -m refusal_jax.jobs.main study --help | head -n 1; echo ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=ROOT)
+    first, code = done.stdout.splitlines()
+    assert first.startswith("refusal-jax study: ") and code in ("0", "141") and not done.stderr

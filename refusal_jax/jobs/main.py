@@ -10,6 +10,7 @@ from refusal_jax.jobs import help
 from refusal_jax.jobs.command_line import as_flags, canonical, prepare_job
 
 JOBS = ("study", "plan", "export", "chat", "data", "evaluate", "lm_eval", "bench", "organism")
+PIPE_CLOSED = 141  # as a shell reports a process that SIGPIPE ended
 DISK_ERRORS = (errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EPERM, errno.EDQUOT)
 
 # For a job that only compiles: no TPU is looked for, neither here nor on the network.
@@ -82,18 +83,28 @@ def run_job(job: str, argv: list[str]) -> int:
 
 def main() -> None:
     """Runs the job that the command line names, and exits with its code."""
-    argv = sys.argv[1:]
+    try:
+        code = run(sys.argv[1:])
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever reads our output, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python flushes at its end
+        code = PIPE_CLOSED
+    sys.exit(code)
+
+
+def run(argv: list[str]) -> int:
+    """Runs the job that the command line names, and returns the exit code."""
     if not argv or argv[0] in (*help.WORDS, "help"):
         print(help.usage(JOBS))
-        sys.exit(0)
+        return 0
     job = argv[0].replace("-", "_")
     if job not in JOBS:
         message = (
             f"there is no job {argv[0]!r}.{did_you_mean(job, JOBS)} The jobs are {', '.join(JOBS)}; `refusal-jax` alone"
         )
-        sys.exit(fail(f"{message} explains them."))
+        return fail(f"{message} explains them.")
     prepare_environment(job)
-    sys.exit(run_job(job, argv[1:]))
+    return run_job(job, argv[1:])
 
 
 if __name__ == "__main__":
