@@ -29,8 +29,9 @@ torch.set_num_threads(min(2, os.cpu_count() or 1))
 
 # The files that take longest, longest first. They begin first, so that at the end no process is left alone with one of them.
 LONG = """
-test_finite test_decoder test_demo test_load_cached test_study test_chat_job test_jobs test_processes test_oracle test_decoding
-test_family_studies test_harness test_pipeline test_config test_plan test_launch test_organism test_head_taps test_edits
+test_finite test_decoder test_docs test_demo test_load_cached test_study test_chat_job test_jobs test_processes test_oracle
+test_decoding test_family_studies test_harness test_pipeline test_config test_plan test_launch test_organism test_head_taps
+test_edits
 """.split()
 
 
