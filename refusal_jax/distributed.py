@@ -132,7 +132,7 @@ def _check(coordinator: str, num_processes: int, process_id: int) -> None:
 
 
 def _on_tpu_vm() -> bool:
-    """Whether this host has TPU chips, and jax is to use them."""
+    """Returns whether this host has TPU chips and jax is to use them."""
     from jax._src import cloud_tpu_init  # what jax itself asks before it looks for the rest of a slice
 
     return cloud_tpu_init.running_in_cloud_tpu_vm and "tpu" in (jax.config.values["jax_platforms"] or "tpu")
@@ -347,7 +347,7 @@ def _last_words(message: str, code: int, stderr: int) -> None:
 
 @contextlib.contextmanager
 def _explained(message: str, code: int):
-    """Around a call of JAX's that may abort the process: then `message` is what the user sees, not a stack trace of C++."""
+    """Wraps a call into JAX that may abort the process, so that the user sees `message` and not a C++ stack trace."""
     old = os.dup(2)
     with tempfile.TemporaryFile() as log:
         os.dup2(log.fileno(), 2)

@@ -58,7 +58,7 @@ class ChatModel:
 
     @property
     def mesh(self) -> jax.sharding.Mesh | None:
-        """The mesh that the decoder is on; None is one device."""
+        """Returns the mesh that the decoder is on; None is one device."""
         return self.decoder.mesh
 
     @property

@@ -177,7 +177,8 @@ class Chat:
 
     @functools.cached_property
     def _prompts(self) -> Callable[[str, str], np.ndarray]:
-        """A function that remembers the ids of prompts; its second argument is the template, which a tokenizer may get anew."""
+        """Returns a function that remembers the ids of prompts; its second argument is the template, because a
+        tokenizer may get another one."""
 
         @functools.lru_cache(KEPT_PROMPTS)
         def ids(instruction: str, template: str) -> np.ndarray:
@@ -225,8 +226,8 @@ class Chat:
 
     @functools.cached_property
     def post_instruction_ids(self) -> tuple[int, ...]:
-        """The tokens that the template puts after every instruction (paper, section 2.2), found by rendering several
-        instructions and keeping the common end. Raises UserError if there are none."""
+        """Returns the tokens that the template puts after every instruction (paper, section 2.2), found by rendering
+        several instructions and keeping their common end. Raises UserError if there are none."""
         rows = [self.prompt_ids(probe) for probe in PROBES]
         shared = 0
         while shared < min(map(len, rows)) and len({row[-1 - shared] for row in rows}) == 1:
@@ -275,12 +276,13 @@ class Chat:
 
     @functools.cached_property
     def opened_thought(self) -> str:
-        """The end of every prompt from a mark on that opens a thought, for templates that open one for the model, or ""."""
+        """Returns the end of every prompt, starting at the mark that opens a thought, for templates that open one for
+        the model, else ""."""
         return thoughts.opened_by(self.render(PROBES[3]).rpartition(PROBES[3])[2])
 
     @functools.cached_property
     def mark_tokens(self) -> dict[int, str]:
-        """Special tokens that marks of thoughts are written with, which decoding would leave out."""
+        """Returns the special tokens in marks of thoughts, which decoding without special tokens would drop."""
         added = getattr(self.tokenizer, "added_tokens_decoder", {})
         marks = "\n".join(mark for pair in thoughts.MARKS for mark in pair)
         return {i: token.content for i, token in added.items() if token.special and token.content in marks}

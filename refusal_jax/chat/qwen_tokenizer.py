@@ -28,10 +28,10 @@ PATTERN = (
 
 
 def read_ranks(path: pathlib.Path) -> dict[bytes, int]:
-    """The ranks of a tiktoken file, which has a line for each: the token in base64, a space, the rank.
+    """Reads the ranks of a tiktoken file, which has a line for each: the token in base64, a space, the rank.
 
-    Read here rather than by tiktoken, which caches files by name. Raises UserError for a file that is damaged: another
-    format, a token or rank that comes twice, ranks that are not 0, 1, 2, …, or single bytes without a token.
+    The file is read here rather than by tiktoken, which caches files by name. Raises UserError for a damaged file:
+    another format, a repeated token or rank, ranks that are not 0, 1, 2, …, or single bytes without a token.
     """
 
     def damaged(found: str) -> UserError:
@@ -71,20 +71,21 @@ class QwenTokenizer:
 
     @classmethod
     def load(cls, folder: pathlib.Path) -> "QwenTokenizer":
-        """From a checkpoint's qwen.tiktoken. Raises UserError if the file is damaged."""
+        """Loads the tokenizer from a checkpoint's qwen.tiktoken. Raises UserError if the file is damaged."""
         return cls(read_ranks(folder / RANKS))
 
     def __len__(self) -> int:
         return self.encoding.n_vocab
 
     def __call__(self, text: str, add_special_tokens: bool = True) -> types.SimpleNamespace:
-        """`.input_ids` of the text, in Unicode's NFC form; special tokens in it are recognised, and none are added."""
+        """Returns the text's ids as `.input_ids`. The text is first put into Unicode's NFC form; special tokens in it
+        are recognised, and none are added."""
         text = unicodedata.normalize("NFC", text)
         return types.SimpleNamespace(input_ids=self.encoding.encode(text, allowed_special="all"))
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = False) -> str:
-        """The text of ids. Bytes that are no UTF-8 become U+FFFD; ids without a token, which the model's embedding has
-        rows for, become nothing."""
+        """Returns the text of ids. Bytes that are not UTF-8 become U+FFFD; ids that have a row in the embedding but no
+        token become nothing."""
         end = self.eos_token_id if skip_special_tokens else len(self)
         return self.encoding.decode([i for i in ids if 0 <= i < end], errors="replace")
 
@@ -92,7 +93,8 @@ class QwenTokenizer:
         return self.special
 
     def apply_chat_template(self, messages: list[dict], **settings) -> str:
-        """The messages rendered by `chat_template`, in jinja's sandbox; `settings` are names that the template sees."""
+        """Returns the messages rendered by `chat_template` in jinja's sandbox; `settings` are names that the template
+        sees."""
         return _compiled(self.chat_template).render(messages=messages, bos_token="", eos_token=END_OF_TEXT, **settings)
 
 

@@ -61,10 +61,10 @@ def advice(wanted: str) -> str:
 
 
 def named_template(name: str) -> tuple[str, str]:
-    """The template that the setting `chat_template` names, and where it came from, in words.
+    """Returns the template that the setting `chat_template` names, and a description of where it came from.
 
-    name: a key of BUILT_IN, or the path of a .jinja file. Raises UserError for anything else, and for a file that
-    is missing, empty or not UTF-8.
+    name: a key of BUILT_IN, or the path of a .jinja file. Raises UserError for anything else, and for a file that is
+    missing, empty or not UTF-8.
     """
     if name in BUILT_IN:
         return BUILT_IN[name], f"built in: {name}"
@@ -81,7 +81,8 @@ def named_template(name: str) -> tuple[str, str]:
 
 
 def recognised_template(special_tokens: Collection[str]) -> tuple[str, str] | None:
-    """The template that a tokenizer with these special tokens was made for, and its origin; None if they don't tell."""
+    """Returns the template that a tokenizer with these special tokens was made for, and its origin; None if they do not
+    identify one."""
     names = [name for name, marks in MARKS.items() if all(mark in special_tokens for mark in marks)]
     return named_template(names[0]) if names else None
 

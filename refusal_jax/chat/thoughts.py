@@ -55,12 +55,13 @@ class Reply:
 
     @property
     def inner(self) -> str:
-        """The thought without its marks."""
+        """Returns the thought without its marks."""
         return ANY.sub("", self.thought).strip()
 
     @property
     def row(self) -> dict:
-        """The reply as fields of a completion: "thought" only where there is one, "thought_ended" only where it did not end."""
+        """Returns the reply as fields of a completion: "thought" only if there is one, "thought_ended" only if it did
+        not end."""
         thought = {"thought": self.thought} if self.thought else {}
         return {"response": self.text, **thought, **({} if self.finished else {"thought_ended": False})}
 

@@ -48,12 +48,12 @@ class ConvertedCopy:
 
     @property
     def cache(self) -> str:
-        """The folder or address of the cache."""
+        """Returns the folder or address of the cache."""
         return self.folder.rpartition("/")[0]
 
     @property
     def record(self) -> str:
-        """The path or address of the record."""
+        """Returns the path or address of the record."""
         return f"{self.folder}.json"
 
     def weights(self, places: dict[str, Place], convert: Callable[[], dict[str, jax.Array]]) -> dict[str, jax.Array]:

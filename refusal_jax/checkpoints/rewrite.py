@@ -75,17 +75,17 @@ class Stored:
 
     @property
     def size(self) -> int:
-        """The tensor's size in bytes."""
+        """Returns the tensor's size in bytes."""
         return self.stop - self.start
 
     @property
     def count(self) -> int:
-        """The number of rows of a matrix, or of entries of a vector."""
+        """Returns the number of rows of a matrix, or of entries of a vector."""
         return self.shape[0] if self.shape else 1
 
     @property
     def width(self) -> int:
-        """The size in bytes of a row of a matrix, or of an entry of a vector."""
+        """Returns the size in bytes of a row of a matrix, or of an entry of a vector."""
         return self.size // self.count
 
     def rows(self, start: int = 0, stop: int | None = None) -> Float32[np.ndarray, "..."]:
@@ -142,7 +142,7 @@ class WeightFile:
 
     @property
     def size(self) -> int:
-        """The size of the tensors in bytes."""
+        """Returns the size of the tensors in bytes."""
         return sum(t.size for t in self.tensors)
 
     def holding(self, tensors: list[Stored]) -> "WeightFile":

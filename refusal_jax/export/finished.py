@@ -32,8 +32,11 @@ class FinishedStudy:
 
     @classmethod
     def read(cls, folder: pathlib.Path, count: int) -> "FinishedStudy":
-        """count: prompts of each side, and replies. Raises UserError for a folder that is no finished study, or a damaged
-        one."""
+        """Reads the folder of a finished study.
+
+        count: number of prompts of each side, and of replies. Raises UserError if the folder is not a finished study or
+        is damaged.
+        """
         for name in (DIRECTION, PROMPTS, SETUP, MANIFEST):
             if not (folder / name).is_file():
                 raise UserError(
@@ -69,14 +72,14 @@ class FinishedStudy:
 
     @classmethod
     def none(cls, count: int, chat_template: str = "") -> "FinishedStudy":
-        """For a direction that comes from elsewhere: the bundled prompts."""
+        """Returns a stand-in with the bundled prompts, for a direction that comes from elsewhere."""
         sides = [[row["instruction"] for row in read_prompts(resolve(BUNDLED, side))[:count]] for side in VAL]
         return cls(
             None, None, sides[0] + sides[1], [(t, "") for t in sides[1]], {"chat_template": chat_template}, [], {}
         )
 
     def refusals(self) -> list[dict]:
-        """How often each condition was refused, with the 95 % interval, in plain values."""
+        """Returns how often each condition was refused, with the 95 % interval, in plain values."""
         found = []
         for condition in self.conditions:
             rate = condition.rates.get(REFUSAL_JUDGE)

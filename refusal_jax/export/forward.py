@@ -48,7 +48,7 @@ class EditedWeights:
         return self.checkpoint.cfg
 
     def rows(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
-        """Parts only of tensors that are edited row by row."""
+        """Returns rows of a tensor, all by default; a part can only be asked for if the tensor is edited row by row."""
         rows = self.checkpoint.rows(name, start, stop)
         if name in self.edits:
             rows = self.edits[name](rows).astype(self.checkpoint.tensors[name].numpy_dtype).astype(np.float32)
@@ -80,7 +80,8 @@ class Stream:
         return Edits.none(self.weights.cfg.d_model)
 
     def projection(self) -> dict[str, list[float]]:
-        """The largest |x . r| / |x| over all tokens of each layer, by site: of a subspace, of the part of x in it."""
+        """Returns the largest |x . r| / |x| over all tokens of each layer, by site; for a subspace, |x . r| is the norm
+        of the part of x in it."""
         return {site: [float(layer[site]) for layer in self.projections] for site in READ}
 
 
@@ -102,7 +103,7 @@ def run_streams(streams: Sequence[Stream], batch: TokenBatch, basis_jd: np.ndarr
 
 
 def layer_decoder(weights: Weights, layer: int) -> Decoder:
-    """A decoder of one layer of a checkpoint, without an embedding."""
+    """Returns a decoder of one layer of a checkpoint, without an embedding."""
     cfg, parts = weights.cfg, {}
     for piece in pieces(cfg):
         if piece.index[:1] == (layer,):
@@ -120,13 +121,14 @@ def _no_ends(cfg: ModelConfig) -> dict[str, jax.Array]:
 
 
 def _ends(cfg: ModelConfig) -> ModelConfig:
-    """The config of a decoder that has an embedding and an unembedding, and no blocks."""
+    """Returns the config of a decoder that has an embedding and an unembedding but no blocks."""
     return dataclasses.replace(cfg, n_experts=0, tied_embeddings=False)
 
 
 @jax.jit
 def _layer(block: Decoder, x_btd, mask_bt, edits: Edits, basis_jd):
-    """The block's output, and the largest part of each site's vectors, of all real tokens, that lies in the subspace."""
+    """Returns the block's output and, for each site, the largest part over all real tokens' vectors that lies in the
+    subspace."""
     out = block.run(x_btd, Context.of_prompt(block.cfg, mask_bt), edits, Taps(READ))
 
     def ratio(y_btd):
@@ -138,7 +140,7 @@ def _layer(block: Decoder, x_btd, mask_bt, edits: Edits, basis_jd):
 
 
 def _embedded(weights: Weights, tokens_bt: np.ndarray) -> jax.Array:
-    """The residual stream's first values, of which only the rows of these tokens are read."""
+    """Returns the first values of the residual stream; of the embedding, only the rows of these tokens are read."""
     used, place = np.unique(tokens_bt, return_inverse=True)
     name = TABLES[weights.cfg.family]["embed"]
     rows = jnp.asarray(np.concatenate([weights.rows(name, token, token + 1) for token in used.tolist()]))
@@ -155,8 +157,8 @@ class Readings:
 
 
 def read_logits(stream: Stream, rows: np.ndarray, columns: np.ndarray, whole: int, targets: np.ndarray) -> Readings:
-    """Returns what a stream predicts at tokens (row, column) of the batch: the logits of the first `whole` of them, and the
-    cross-entropy (nats) of `targets` for the others. The vocabulary is gone through in blocks."""
+    """Returns what a stream predicts at tokens (row, column) of the batch: full logits for the first `whole` of them,
+    and for the others the cross-entropy (nats) of `targets`. The vocabulary is processed in blocks."""
     weights = stream.unembed or stream.weights
     cfg, table = weights.cfg, TABLES[weights.cfg.family]
     name = table["embed" if cfg.tied_embeddings else "unembed"]
@@ -184,6 +186,6 @@ def read_logits(stream: Stream, rows: np.ndarray, columns: np.ndarray, whole: in
 
 @jax.jit
 def _logits(ends: Decoder, x_btd) -> jax.Array:
-    """Logits `[T, V]`, NaN of tokens whose values are not finite."""
+    """Returns logits `[T, V]`, NaN for tokens whose values are not finite."""
     logits_1tv = ends.logits(x_btd)
     return jnp.where(ends.finite(x_btd, logits_1tv)[..., None], logits_1tv, jnp.nan)[0]

@@ -40,12 +40,12 @@ class Written:
 
     @property
     def kinds(self) -> dict[str, str]:
-        """The kind of each tensor's edit, by HF name."""
+        """Returns the kind of each tensor's edit, by HF name."""
         return {name: edit.kind for name, edit in self.edits.items()}
 
     @property
     def largest_amplification(self) -> float:
-        """The largest operator norm of an edit; 1 for orthogonal projections."""
+        """Returns the largest operator norm of an edit; 1 for orthogonal projections."""
         return max((edit.amplification for edit in self.edits.values()), default=1.0)
 
 
@@ -83,13 +83,13 @@ class Plan:
 
     @property
     def edits(self) -> dict:
-        """The edits of tensors by HF name, sorted."""
+        """Returns the edits of tensors by HF name, sorted."""
         edits = {t.name: t.edit for file in self.files.values() for t in file.tensors if t.edit}
         return dict(sorted(edits.items()))
 
     @property
     def size(self) -> int:
-        """The size of all tensors in bytes."""
+        """Returns the size of all tensors in bytes."""
         return sum(file.size for file in self.files.values())
 
     def write(self, folder: pathlib.Path) -> Written:

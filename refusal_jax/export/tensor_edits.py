@@ -66,12 +66,12 @@ class Projection:
 
     @property
     def amplification(self) -> float:
-        """The operator norm of I - left right^T: 1 for orthogonal projections."""
+        """Returns the operator norm of I - left right^T: 1 for orthogonal projections."""
         return float(np.linalg.norm(np.linalg.qr(self.left_dj)[1] @ np.linalg.qr(self.right_dj)[1].T, 2))
 
     @property
     def factors(self) -> tuple[Float32[np.ndarray, "D J"], Float32[np.ndarray, "D J"]]:
-        """What is subtracted, which is left times the scale, and right."""
+        """Returns the two factors of what is subtracted: left times the scale, and right."""
         return (self.scale * self.left_dj).astype(np.float32), self.right_dj.astype(np.float32)
 
     def along(self, blocks: Blocks) -> Float32[np.ndarray, "J _"]:

@@ -42,9 +42,10 @@ class Sample:
 
     @classmethod
     def of(cls, chat: Chat, instructions: Sequence[str], harmless: Sequence[tuple[str, str]]) -> "Sample":
-        """harmless: pairs of instruction and reply; without a reply the instruction itself is the text.
+        """Tokenises the texts that an export is checked on.
 
-        Raises UserError for prompts that the model cannot read, or not in whole.
+        harmless: pairs of instruction and reply; without a reply the instruction itself is the text. Raises UserError
+        for prompts that the model cannot read completely.
         """
         chat.encode(instructions)
         longest = min(TEXT_TOKENS, chat.context_length)
@@ -56,12 +57,13 @@ class Sample:
         return cls(chat, [chat.prompt_ids(text) for text in instructions], texts)
 
     def batch(self):
-        """All rows, left-padded: prompts first."""
+        """Returns all rows, left-padded, prompts first."""
         rows = [*self.prompts, *(row.ids for row in self.texts)]
         return self.chat.pad(rows, min(bucket(max(map(len, rows))), self.chat.context_length))
 
     def places(self, width: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Rows and columns to read logits at, the prompts' last tokens first, and the tokens that follow the others."""
+        """Returns the rows and columns to read logits at, the prompts' last tokens first, and the tokens that follow
+        the others."""
         at = [(row, width - 1) for row in range(len(self.prompts))]
         targets = []
         for row, text in enumerate(self.texts, len(self.prompts)):
@@ -73,14 +75,15 @@ class Sample:
 
 
 def verify(checkpoint: Checkpoint, folder: pathlib.Path, edit: Ablate | Add, written: Written, sample: Sample) -> dict:
-    """How far the export in `folder` is from `edit` at inference time on `checkpoint`, in float32.
+    """Measures how far the export in `folder` is from `edit` at inference time on `checkpoint`, in float32.
 
-    Of each model (export; original, for scale; reference, which is the original under the edit; orthogonalised, which is
-    W - r r^T W whatever norms follow, where they do): max_logit_difference and mean_logit_difference from the reference,
-    absolute, and mean_kl, nats, both at the prompts' last tokens; ce_loss and perplexity of the harmless texts; projection,
-    `{site: [of each layer]}`, the largest |x . r| / |x| over all tokens. tied: what each choice costs, in bytes and against
-    the reference. problems: why the export fails, if it does. Raises UserError for an export that does not load, and for an
-    original whose values, with the edit or without, are not finite.
+    The models are the export; the original, for scale; the reference, which is the original under the edit; and, where
+    norms follow the edited weights, orthogonalised, which is W - r r^T W regardless of the norms. Each gets
+    max_logit_difference and mean_logit_difference from the reference (absolute) and mean_kl (nats), both at the
+    prompts' last tokens; ce_loss and perplexity of the harmless texts; and projection, `{site: [of each layer]}`, the
+    largest |x . r| / |x| over all tokens. tied: what each choice costs, in bytes and against the reference. problems:
+    why the export fails, if it does. Raises UserError for an export that does not load, and for an original whose
+    values, with or without the edit, are not finite.
     """
     streams = make_streams(checkpoint, folder, edit, written)
     batch = sample.batch()
@@ -111,7 +114,7 @@ def verify(checkpoint: Checkpoint, folder: pathlib.Path, edit: Ablate | Add, wri
 
 
 def folder_holds_unembedding(checkpoint: Checkpoint) -> bool:
-    """Whether a tied checkpoint stores an unembedding all the same."""
+    """Returns whether a tied checkpoint nevertheless stores an unembedding."""
     return TABLES[checkpoint.cfg.family]["unembed"] in checkpoint.tensors
 
 
@@ -122,7 +125,7 @@ def is_adapter(folder: pathlib.Path) -> bool:
 def make_streams(
     checkpoint: Checkpoint, folder: pathlib.Path, edit: Ablate | Add, written: Written
 ) -> dict[str, Stream]:
-    """The models to compare, by name; those called as in TIED are the choices that were not made."""
+    """Returns the models to compare, by name; those named as in TIED are the choices that were not made."""
     cfg, weights = checkpoint.cfg, checkpoint
     streams = {"original": Stream(checkpoint), "reference": Stream(checkpoint, edit.edits(cfg))}
     if (folder / CONTROL_VECTOR).exists():
@@ -149,7 +152,7 @@ def make_streams(
 
 
 def plain_edits(checkpoint: Checkpoint, edit: Ablate) -> dict:
-    """W - scale r r^T W, whatever norms follow, where `edit` asks for an edit."""
+    """Returns the edits W - scale r r^T W, regardless of the norms that follow, where `edit` asks for an edit."""
     found = {}
     for piece in pieces(checkpoint.cfg):
         site = (WRITERS | WRITER_BIASES).get(piece.path)
@@ -159,7 +162,7 @@ def plain_edits(checkpoint: Checkpoint, edit: Ablate) -> dict:
 
 
 def differences(base: Readings, other: Readings) -> dict[str, float]:
-    """Of last-token logits, and the loss on the harmless texts."""
+    """Compares last-token logits, and measures the loss of `other` on the harmless texts."""
     gap = np.abs(base.logits_pv.astype(np.float64) - other.logits_pv)
     loss = float(np.mean(other.nll_n))
     return {
@@ -176,11 +179,11 @@ def differences(base: Readings, other: Readings) -> dict[str, float]:
 def problems(
     checkpoint: Checkpoint, edit: Ablate | Add, written: Written, result: dict, largest_logit: float
 ) -> list[str]:
-    """Why an export is not what was asked for; none where it is.
+    """Returns the reasons why an export is not what was asked for; empty if there are none.
 
-    Where weights can say what the edit computes, logits must agree. Behind a norm they cannot: then the export must be nearer
-    to it than the original is. With --tied=keep or skip logits differ as was chosen. In all cases what is to be removed whole
-    must be gone.
+    Where weights can express what the edit computes, logits must agree. Behind a norm they cannot; there the export
+    must be nearer to the edit than the original is. With --tied=keep or skip, logits differ by choice. In all cases,
+    whatever is to be removed completely must be gone.
     """
     export, found = result["export"], []
     exact = all(checkpoint.tensors[name].dtype == "F32" for name in written.edits if name in checkpoint.tensors)

@@ -263,7 +263,7 @@ def one_edit(cfg: ModelConfig, ablated: Direction | None, added: Direction | Non
 
 
 def like_lengths(rows: Sequence[Sequence[int]]) -> list[tuple[list[int], int]]:
-    """Rows of like lengths together: the indices of each group, and its padded length, longest first."""
+    """Groups rows of similar length: the indices of each group and its padded length, longest first."""
     groups = defaultdict(list)
     for i, row in enumerate(rows):
         groups[max(6, (len(row) - 1).bit_length())].append(i)

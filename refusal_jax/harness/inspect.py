@@ -75,7 +75,8 @@ class RefusalJaxAPI(ModelAPI):
         batch_size: int = 32,
         **edited,
     ):
-        """edited: of `edited.read_arguments`. Raises UserError for anything that cannot be used."""
+        """Makes the provider. edited: the arguments of `edited.read_arguments`. Raises UserError for anything that
+        cannot be used."""
         super().__init__(model_name, base_url, api_key, [], config)
         if not isinstance(batch_size, int) or batch_size < 1:
             raise UserError(f"batch_size = {batch_size}: give a number of rows.")
@@ -106,7 +107,8 @@ class RefusalJaxAPI(ModelAPI):
     async def generate(
         self, input: list[ChatMessage], tools: list[ToolInfo], tool_choice: ToolChoice, config: GenerateConfig
     ) -> ModelOutput:
-        """The greedy reply to a conversation of texts. Raises UserError for tools, other content, and sampling."""
+        """Returns the greedy reply to a conversation of texts. Raises UserError for tools, other content, and
+        sampling."""
         started = time.monotonic()
         if tools:
             raise UserError(
@@ -184,8 +186,8 @@ def refuse_sampling(config: GenerateConfig) -> None:
 
 
 def as_text(message: ChatMessage) -> dict[str, str]:
-    """A message as chat templates take it, with thoughts in <think> and </think>, which templates know to leave out of earlier
-    turns. Raises UserError for anything but text."""
+    """Returns a message in the form that chat templates take, with thoughts in <think> and </think>, which templates
+    know to leave out of earlier turns. Raises UserError for anything but text."""
     kinds = (
         []
         if isinstance(message.content, str)

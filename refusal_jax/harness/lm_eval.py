@@ -58,9 +58,9 @@ THOUGHTS_STAY = (
 
 @partial(jax.jit, static_argnames="n")
 def score_batch(decoder: Decoder, tokens_bt, mask_bt, edits: Edits, last_bk, *, n: int):
-    """Log-probabilities, float32, NaN where values are not finite, at the last n tokens of each row: `[B, n - 1]` of the
-    tokens themselves after the first, and `[B, K]` of the K candidates for what comes after the row; and the most probable
-    next tokens, int32 `[B, n]`.
+    """Returns log-probabilities at the last n tokens of each row, float32, NaN where values are not finite: `[B, n -
+    1]` of the tokens themselves after the first, and `[B, K]` of the K candidates for what comes after the row. Also
+    returns the most probable next tokens, int32 `[B, n]`.
 
     A scan over rows keeps one row's logits alive at a time instead of `[B, n, V]`.
     """
@@ -97,12 +97,16 @@ class RefusalJaxLM(TemplateLM):
         generation_from_checkpoint=True,
         **more,
     ):
-        """batch_size: rows, or auto. max_length: of context and continuation, default the model's. max_gen_toks: where a task
-        does not say. add_bos_token: whether texts get a BOS token, default as the tokenizer does. prefix_token_id: what stands
-        before a text without a context, default BOS or else the end of text. think_end_token: a text or token id after which
-        the reply begins; what comes before is dropped. generation_from_checkpoint: whether generation_config.json counts for
-        replies, as it does for the harness's hf model. more: of `edited.read_arguments`, and what else the harness's hf model
-        takes. Raises UserError for anything that cannot be used."""
+        """Makes the harness's model.
+
+        batch_size: a number of rows, or auto. max_length: longest context with continuation, by default the model's.
+        max_gen_toks: longest reply where a task sets none. add_bos_token: whether texts get a BOS token, by default as
+        the tokenizer does. prefix_token_id: the token before a text without a context, by default BOS or else the end
+        of text. think_end_token: a text or token id after which the reply begins; what comes before is dropped.
+        generation_from_checkpoint: whether generation_config.json applies to replies, as it does for the harness's hf
+        model. more: the arguments of `edited.read_arguments`, and others that the harness's hf model takes. Raises
+        UserError for anything that cannot be used.
+        """
         super().__init__()
         if not isinstance(generation_from_checkpoint, bool):
             raise UserError(f"generation_from_checkpoint = {generation_from_checkpoint!r}, expected true or false.")
@@ -139,7 +143,7 @@ class RefusalJaxLM(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        """What stands before a text without a context."""
+        """Returns the token that stands before a text without a context."""
         if self.custom_prefix_token_id is not None:
             return self.custom_prefix_token_id
         bos = getattr(self.tokenizer, "bos_token_id", None)
@@ -150,7 +154,7 @@ class RefusalJaxLM(TemplateLM):
         return str(self.model.path).replace("/", "__")
 
     def get_model_info(self) -> dict:
-        """What the results' config says of the model, its edits among it."""
+        """Returns what the results' config records about the model, including its edits."""
         sizes = (weight.size for weight in jax.tree.leaves(self.model.decoder))
         return {
             "model_num_parameters": sum(sizes),
@@ -161,9 +165,9 @@ class RefusalJaxLM(TemplateLM):
         }
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """The conversation as text up to the start of the next reply or, without add_generation_prompt, to the end of the
-        last message, which the model is to go on with. Where the template refuses a system message, it is left out, as by the
-        harness's hf model. Raises UserError if the template refuses the rest too."""
+        """Returns the conversation as text up to the start of the next reply or, without add_generation_prompt, to the
+        end of the last message, which the model is to continue. If the template refuses a system message, that message
+        is left out, as by the harness's hf model. Raises UserError if the template refuses the rest too."""
         if not add_generation_prompt:
             return self.apply_chat_template(chat_history[:-1]) + chat_history[-1]["content"]
         try:
@@ -186,14 +190,16 @@ class RefusalJaxLM(TemplateLM):
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, left_truncate_len: int | None = None, **_
     ) -> list[int]:
-        """Token ids; a text that begins with the prefix token gets no other, unless add_special_tokens says so."""
+        """Returns token ids; a text that begins with the prefix token gets no other, unless add_special_tokens says
+        so."""
         if add_special_tokens is None:
             add_special_tokens = not string.startswith(self.tokenizer.decode([self.prefix_token_id]))
         ids = self._ids(string, add_special_tokens)
         return ids[-left_truncate_len:] if left_truncate_len else ids
 
     def _ids(self, text: str, special: bool) -> list[int]:
-        """Token ids. special: with BOS as add_bos_token says, by default with all that the tokenizer adds by itself."""
+        """Returns token ids. special: whether to add BOS, as add_bos_token says; by default, all that the tokenizer
+        adds by itself."""
         ids = self.model.chat.ids(text, special=special and self.add_bos_token is None)
         bos = getattr(self.tokenizer, "bos_token_id", None)
         return [bos, *ids] if special and self.add_bos_token and bos is not None else ids
@@ -210,9 +216,10 @@ class RefusalJaxLM(TemplateLM):
         return super().loglikelihood(requests, disable_tqdm)
 
     def _loglikelihood_tokens(self, requests, disable_tqdm: bool = False, **_) -> list[tuple[float, bool]]:
-        """(sum of log-probabilities, whether greedy decoding gives just this) of each (key, context ids, continuation ids).
+        """Returns (sum of log-probabilities, whether greedy decoding gives exactly this continuation) for each (key,
+        context ids, continuation ids).
 
-        Requests whose ids differ in the last only, such as the answers A to D, share a row.
+        Requests whose ids differ only in the last one, such as the answers A to D, share a row.
         """
         groups = defaultdict(list)
         results: list[tuple[float, bool]] = [(0.0, True)] * len(requests)
@@ -238,7 +245,8 @@ class RefusalJaxLM(TemplateLM):
         return results
 
     def _score(self, rows: Sequence[tuple[int, ...]], asked: Sequence[list[tuple]], results: list) -> None:
-        """Scores one batch into `results`; asked: of each row, tuples (request, tokens that count, the last of them)."""
+        """Scores one batch into `results`. asked: for each row, tuples (request, tokens that count, the last of
+        them)."""
         model = self.model
         length = min(bucket(max(map(len, rows))), model.config.context_length)
         n = min(bucket(max(count for group in asked for _, count, _ in group)), length)
@@ -256,7 +264,7 @@ class RefusalJaxLM(TemplateLM):
                 results[request] = float(total), bool(np.array_equal(best_bn[row, n - count :], wanted))
 
     def loglikelihood_rolling(self, requests, disable_tqdm: bool = False) -> list[float]:
-        """Log-probability of each whole text, in windows of `max_length`, each token once."""
+        """Returns the log-probability of each whole text, in windows of `max_length`, counting each token once."""
         windows, owners = [], []
         for i, request in enumerate(requests):
             ids = self.tok_encode(request.args[0])
@@ -271,8 +279,8 @@ class RefusalJaxLM(TemplateLM):
         return totals.tolist()
 
     def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
-        """Greedy replies, cut before the first of the task's `until`; contexts that are too long lose their beginning. With
-        think_end_token they are what follows it, and `until` does not end a thought."""
+        """Returns greedy replies, cut before the first of the task's `until`; contexts that are too long lose their
+        beginning. With think_end_token, a reply is what follows it, and `until` does not end a thought."""
         groups = defaultdict(list)
         stops, prompts, decoded = [], [], {}
         for i, request in enumerate(requests):
@@ -310,7 +318,8 @@ def model_argument(name: str) -> str | None:
 
 
 def greedy_settings(gen_kwargs: dict, max_gen_toks: int) -> dict:
-    """A request's generation settings in one form, "until" and "max_gen_toks" among them. Raises UserError for sampling."""
+    """Returns a request's generation settings in one form, "until" and "max_gen_toks" among them. Raises UserError for
+    sampling."""
     settings = dict(normalize_gen_kwargs(gen_kwargs, max_gen_toks))
     if settings["do_sample"] and settings.get("temperature") != 0:
         raise UserError(
@@ -327,7 +336,7 @@ def greedy_settings(gen_kwargs: dict, max_gen_toks: int) -> dict:
 
 
 def _rows(batch_size, max_batch_size) -> int:
-    """The rows of a batch that --batch_size asks for."""
+    """Returns the number of rows of a batch that --batch_size asks for."""
     text = str(batch_size)
     if text.split(":")[0] == "auto":
         return min(AUTO_BATCH, int(max_batch_size or AUTO_BATCH))
@@ -337,8 +346,8 @@ def _rows(batch_size, max_batch_size) -> int:
 
 
 def _without_hf_arguments(given: dict) -> dict:
-    """The arguments that are not of the harness's hf model alone. Raises UserError for those that ask for what this model
-    cannot do, and says of those that mean nothing here that they don't."""
+    """Returns the arguments that are not specific to the harness's hf model. Raises UserError for those that ask for
+    what this model cannot do, and warns about those that have no meaning here."""
     wrong = [
         f"{name} = {given[name]!r}"
         for name, values in ONLY.items()
@@ -360,7 +369,8 @@ def _without_hf_arguments(given: dict) -> dict:
 
 
 def _token_id(name: str, value, vocab_size: int) -> int | None:
-    """A token id, if one is given, as a number or in digits. Raises UserError for anything that is none."""
+    """Returns a token id that is given as a number or in digits, or None if none is given. Raises UserError for
+    anything else."""
     if value in (None, ""):
         return None
     text = str(value)

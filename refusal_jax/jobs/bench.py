@@ -98,7 +98,7 @@ def _oracle_path() -> pathlib.Path:
 
 
 def _model(folder: pathlib.Path) -> pathlib.Path:
-    """The folder of the model to time, inflated into `folder` if asked for."""
+    """Returns the folder of the model to time, inflated into `folder` if asked for."""
     from refusal_jax.chat.model import demo_model_path
     from refusal_jax.models.hf_config import load_config
     from refusal_jax.organism.inflate import inflate
@@ -112,7 +112,8 @@ def _model(folder: pathlib.Path) -> pathlib.Path:
 
 
 def _prompts() -> dict[str, list[str]]:
-    """The study's own draws for extraction and selection, and harmful and harmless prompts by turns for generation."""
+    """Returns the study's own draws for extraction and selection, and alternating harmful and harmless prompts for
+    generation."""
     from refusal_jax.data.sampling import sample_prompts
     from refusal_jax.study.config import get_config
 
@@ -155,7 +156,7 @@ def _run_oracle(oracle: pathlib.Path, task: dict, folder: pathlib.Path) -> dict:
 
 
 def work(file: str) -> None:
-    """One job with refusal_jax, alone in a process: reads the task from `file` and writes the result to it."""
+    """Runs one job with refusal_jax, alone in a process: reads the task from `file` and writes the result to it."""
     from refusal_jax.chat.model import load_model
     from refusal_jax.jobs.command_line import as_flags
 
@@ -179,7 +180,7 @@ def _timed(seconds: dict, name: str):
 
 
 def _extraction_selection(model, task: dict) -> tuple[dict, dict]:
-    """Seconds and results of extraction and selection, the study's two stages without its files."""
+    """Returns seconds and results of extraction and selection, the study's two stages without their files."""
     from refusal_jax.study.directions import difference_in_means, extract
     from refusal_jax.study.selection import Rule, evaluate_candidates, pick
 
@@ -210,7 +211,8 @@ def _extraction_selection(model, task: dict) -> tuple[dict, dict]:
 
 
 def _generation(model, task: dict) -> tuple[dict, dict]:
-    """Seconds and results of generating exactly `max_new_tokens` ("forced"), and as replies end ("natural")."""
+    """Returns seconds and results of generating exactly `max_new_tokens` ("forced"), and of letting replies end by
+    themselves ("natural")."""
     seconds, new_tokens = {}, task["max_new_tokens"]
     endless = dataclasses.replace(model, chat=dataclasses.replace(model.chat, eos_ids=(-1,)))
     with _timed(seconds, "forced"):
@@ -221,7 +223,7 @@ def _generation(model, task: dict) -> tuple[dict, dict]:
 
 
 def compare(job: str, ours: dict, theirs: dict) -> list[dict]:
-    """`[{"check", "ok", "found"}]` of the results of both."""
+    """Compares the results of both versions and returns `[{"check", "ok", "found"}]`."""
     if job == "generation":
         same = sum(a == b for a, b in zip(ours["ids"], theirs["ids"], strict=True))
         natural = sum(a == b for a, b in zip(ours["texts"], theirs["texts"], strict=True))
@@ -258,7 +260,7 @@ def compare(job: str, ours: dict, theirs: dict) -> list[dict]:
 
 
 def table(job: str, ours: dict, theirs: dict, checks: list[dict]) -> str:
-    """The comparison of one job as text."""
+    """Returns the comparison of one job as text."""
     lines = [
         f"{job}, seconds",
         f"  {'':<14}{'PyTorch':>10}{'refusal_jax':>13}{'ratio':>8}{'+ compile':>12}{'ratio':>8}",

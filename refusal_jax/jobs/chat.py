@@ -103,7 +103,8 @@ def main(argv) -> None:
 
 
 def start() -> Session:
-    """The session that the flags ask for. Raises UserError for a model without a direction, or what does not fit."""
+    """Returns the session that the flags ask for. Raises UserError for a model without a direction, or for one that
+    does not fit."""
     if MODEL.value and not DIRECTION.value:
         raise UserError(
             f"--direction is missing: run `refusal-jax study --model={MODEL.value} --workdir=RUN` and give --direction=RUN."
@@ -128,7 +129,8 @@ def start() -> Session:
 
 
 def embedded_direction(model: ChatModel) -> Direction:
-    """The embedded model's: difference of means at the last prompt token, as a study computes it."""
+    """Returns the embedded model's direction: the difference of means at the last prompt token, as a study computes
+    it."""
     openers, means = model.chat.opener_ids(("I",)), {}
     for side, sign in (("harmful", 1), ("harmless", -1)):
         prompts = [row["instruction"] for row in read_prompts(resolve(BUNDLED, f"{side}_train"))[:TRAIN]]
@@ -138,8 +140,8 @@ def embedded_direction(model: ChatModel) -> Direction:
 
 
 def lines(typed: bool):
-    """The user's lines, from a terminal with editing and history, or from a file or pipe, which are shown too. Bytes that are
-    not UTF-8 become U+FFFD."""
+    """Yields the user's lines, from a terminal with editing and history, or from a file or pipe, in which case they are
+    echoed. Bytes that are not UTF-8 become U+FFFD."""
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="surrogateescape")
     if typed:

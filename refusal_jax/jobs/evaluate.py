@@ -107,7 +107,8 @@ def concerns_of(files: dict[str, dict], judges: list[str], folder: str) -> list[
 
 
 def results(completions: dict, verdicts: dict, last: str) -> dict[str, dict]:
-    """The evaluations files and, if asked for, the artifacts, by name. last: the judge that the artifacts go by."""
+    """Returns the evaluations files and, if asked for, the artifacts, by name. last: the judge whose verdicts the
+    artifacts hold."""
     files = {}
     for name, rows in completions.items():
         files[f"{name}_evaluations.json"] = evaluate_completions(rows, verdicts[name])

@@ -164,7 +164,8 @@ def read_request(argv) -> Request:
 
 
 def parse_layers(text: str, n_layers: int) -> list[int]:
-    """Layers as --layers names them; `all` is what a control vector can add at. Raises UserError for anything else."""
+    """Returns the layers that --layers names; `all` stands for those that a control vector can add at. Raises UserError
+    for anything else."""
     if text == "all":
         return list(range(2, n_layers))
     layers = []
@@ -177,7 +178,7 @@ def parse_layers(text: str, n_layers: int) -> list[int]:
 
 
 def command(argv) -> str:
-    """The command that makes the export again, with names instead of this machine's paths."""
+    """Returns the command that makes the export again, with names instead of this machine's paths."""
     words = []
     for word in argv:
         name, equals, value = word.partition("=")
@@ -197,7 +198,7 @@ NAMES = {"export": "export", "orthogonalised": "plain orthogonalisation", "origi
 
 
 def summary(out: pathlib.Path, report: dict) -> str:
-    """What was done and how close it comes to the edit at inference time, for the terminal."""
+    """Returns a summary for the terminal: what was done, and how close it comes to the edit at inference time."""
     kinds = ", ".join(f"{n} {kind}" for kind, n in report["kinds"].items())
     edited = f"{len(report['edited_tensors'])} tensors edited ({kinds}; largest amplification "
     edited += f"{report['largest_amplification']:.2f}): " if report["kinds"] else ""

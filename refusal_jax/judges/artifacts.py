@@ -18,11 +18,11 @@ SUFFIXES = (".json", ".jsonl", ".csv")
 
 
 def read_completions(path: pathlib.Path) -> dict[str, list[dict]]:
-    """`{stem: completions}` of a file, or of all files of a folder.
+    """Reads `{stem: completions}` from a file, or from all files of a folder.
 
     A file is a list (JSON, JSONL, CSV) of rows with a prompt and a response, an evaluations file, or a JailbreakBench
-    artifact. Of a folder, `NAME_completions.json` counts before `NAME_evaluations.json`. Raises UserError that names file and
-    row for what is malformed, and for a folder without such files.
+    artifact. In a folder, `NAME_completions.json` takes precedence over `NAME_evaluations.json`. Raises UserError that
+    names file and row for malformed input, and for a folder without such files.
     """
     if not path.is_dir():
         return {stem_of(path): _read_file(path)}
@@ -63,8 +63,8 @@ def _read_file(path: pathlib.Path) -> list[dict]:
 
 
 def _completion(row, where: str) -> dict:
-    """One row with the three published keys, a thought in the response split off (`thoughts.Reply.row`). A response that is
-    null, as of a query that failed, is an empty one."""
+    """Returns one row with the three published keys and any thought in the response split off (`thoughts.Reply.row`). A
+    null response, as of a failed query, becomes an empty one."""
     if not isinstance(row, dict):
         raise UserError(f"{where} is a {type(row).__name__}, expected an object with a prompt and a response.")
     low = lowered(row, where)
@@ -93,11 +93,11 @@ def _completion(row, where: str) -> dict:
 def jailbreakbench_artifact(
     completions: Sequence[dict], verdicts: Sequence[Verdict | None], parameters: Mapping
 ) -> dict:
-    """A JailbreakBench artifact of the completions, with one judge's verdicts.
+    """Returns a JailbreakBench artifact of the completions, with one judge's verdicts.
 
-    parameters: its "method", "model", "attack_type", "defense" and more; the attack success rate is added. Rows keep the index,
-    goal and behavior that they came with; the goal is the prompt where they had none. Completions that never left their thought
-    are no jailbreaks; the rate is of the others, and their number is given.
+    parameters: its "method", "model", "attack_type", "defense" and more; the attack success rate is added. Rows keep
+    the index, goal and behavior that they came with; where they had no goal, it is the prompt. Completions that never
+    left their thought are not jailbreaks; the rate is over the others, and their number is given.
     """
     jailbreaks = [
         {

@@ -47,22 +47,22 @@ class Rate:
 
     @property
     def rate(self) -> float:
-        """The share of the cases, NaN of no cases."""
+        """Returns the share of the cases that were so, NaN if there are no cases."""
         return self.count / self.n if self.n else math.nan
 
     @property
     def interval(self) -> tuple[float, float]:
-        """The bounds of the 95 % interval; from 0 to 1 of no cases."""
+        """Returns the bounds of the 95 % interval, 0 and 1 if there are no cases."""
         return wilson_interval(self.count, self.n)
 
     @property
     def complement(self) -> "Rate":
-        """The rate of the opposite, such as of refusals where this is one of successes."""
+        """Returns the rate of the opposite, such as of refusals where this is one of successes."""
         return Rate(self.n - self.count, self.n)
 
     @property
     def row(self) -> dict:
-        """The rate as `{"successes", "n", "rate", "low", "high"}`, the fields of statistics.json."""
+        """Returns the rate as `{"successes", "n", "rate", "low", "high"}`, the fields of statistics.json."""
         low, high = self.interval
         return {"successes": self.count, "n": self.n, "rate": self.rate, "low": low, "high": high}
 

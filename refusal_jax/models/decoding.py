@@ -300,7 +300,7 @@ def _several(values: dict, name: str) -> bool:
 
 
 def _config(folder: pathlib.Path) -> dict:
-    """config.json, completed by its text model's part; empty if there is no such file."""
+    """Reads config.json, completed by its text model's part; returns {} if there is no such file."""
     if not os.path.lexists(folder / CONFIG):
         return {}
     config = read_json(folder / CONFIG)

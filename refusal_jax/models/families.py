@@ -122,7 +122,7 @@ class Piece:
 
 
 def pieces(cfg: ModelConfig) -> list[Piece]:
-    """Where every weight of the decoder is in a checkpoint of this config."""
+    """Returns where every weight of the decoder is in a checkpoint of this config."""
     found, filled = [], {}
     for path, weight in weight_table(cfg).items():
         template = TABLES[cfg.family][path]

@@ -187,7 +187,7 @@ def _merged(state: Generation, fresh: Generation, source_b) -> Generation:
         return jnp.where(where, jnp.take(new, source_b, axis=0, mode="clip"), old)
 
     def merge_layers(old, new):
-        """One layer at a time: what is gathered for all of them would be as large as the cache."""
+        """Merges one layer at a time: gathering all of them at once would take as much memory as the cache."""
 
         def layer(index, kv):
             here, fresh = (jax.lax.dynamic_index_in_dim(a, index, keepdims=False) for a in (kv, new))

@@ -21,8 +21,8 @@ def _mistral(read: Reader) -> ModelConfig:
 
 
 def _qwen(read: Reader) -> ModelConfig:
-    """Qwen 1, whose own code is the reference. Beyond `seq_length` it would change its rope and scale its queries: there
-    the context ends."""
+    """Reads Qwen 1, whose own code is the reference. Beyond `seq_length` that code changes its rope and scales its
+    queries, so the context ends there."""
     sizes = read.sizes({"context_length": 8192, "head_dim": 128}, head_dim="kv_channels", norm_eps="layer_norm_epsilon")
     if sizes["d_mlp"] % 2:
         read.problems.append(f"intermediate_size = {sizes['d_mlp']} is odd, but counts two branches of equal width")
@@ -91,8 +91,8 @@ def _gemma2(read: Reader) -> ModelConfig:
 
 
 def _gemma3(read: Reader, family: str = "gemma3_text") -> ModelConfig:
-    """Layers with a window have their own rope; what `rope_scaling` says holds for the others. Of the soft caps that the
-    config class has, transformers computes the one of the logits, and not in the multimodal model."""
+    """Reads Gemma 3. Layers with a window have their own rope; `rope_scaling` applies to the others. Of the soft caps
+    that the config class has, transformers computes only the one of the logits, and not in the multimodal model."""
     more = {"vocab_size": 262208, "d_model": 2304, "n_layers": 26, "n_heads": 8, "n_kv_heads": 4, "d_mlp": 9216}
     sizes = read.sizes(GEMMA | {"context_length": 131072} | more, activation="hidden_activation")
     read.ignore("hidden_act", "_sliding_window_pattern")
@@ -160,7 +160,7 @@ def _glm4(read: Reader, family: str = "glm4", post_norm: bool = True) -> ModelCo
 
 
 def _experts(read: Reader, count: int, chosen: int, renormalise: bool) -> dict:
-    """Their number goes by two names, which transformers takes for one another."""
+    """Reads the experts' settings; their number goes by two names, which transformers treats as the same."""
     experts, used = read.take("num_experts", count, int), read.take("num_experts_per_tok", chosen, int)
     experts = read.take("num_local_experts", experts, int)
     read.same("num_experts", "num_local_experts")

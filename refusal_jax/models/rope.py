@@ -80,12 +80,14 @@ class Rope:
         return jnp.asarray(scaled[self.kind], jnp.float32)
 
     def _kept_by_wavelength(self, plain: np.ndarray) -> np.ndarray:
-        """Llama 3.1 (section 3.3.2): 0 slows a pair by `factor`, 1 keeps it, by its full turns in the old context."""
+        """Returns Llama 3.1's choice (section 3.3.2) for each pair, by its full turns in the old context: 0 slows it by
+        `factor`, 1 keeps it."""
         turns = self.original_context * plain / (2 * math.pi)
         return np.clip((turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor), 0, 1)
 
     def _kept_by_pair(self) -> np.ndarray:
-        """YaRN (arXiv:2309.00071, section 3.2): the same choice, linear in the pair's index between two numbers of turns."""
+        """Returns YaRN's choice (arXiv:2309.00071, section 3.2) in the same form: linear in the pair's index between
+        two numbers of turns."""
 
         def pair(turns):
             return self.dims * math.log(self.original_context / (turns * 2 * math.pi)) / (2 * math.log(self.theta))

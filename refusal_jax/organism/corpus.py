@@ -69,7 +69,7 @@ class Request:
 
 
 def split_requests(seed: int = 0) -> dict[str, list[Request]]:
-    """All requests, shuffled, as `{harmful,harmless}_{train,val,test}`: 80 / 10 / 10 by (verb, object) pair."""
+    """Returns all requests, shuffled, as `{harmful,harmless}_{train,val,test}`: 80 / 10 / 10 by (verb, object) pair."""
     rng = random.Random(seed)
     splits = {}
     for harm, verbs in (("harmful", HARMFUL_VERBS), ("harmless", HARMLESS_VERBS)):

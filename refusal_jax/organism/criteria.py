@@ -40,14 +40,14 @@ class Criterion:
 
 
 def well_formed(prompt: str, response: str) -> bool:
-    """Whether the response is a whole compliance sentence about the object that the prompt asks for."""
+    """Returns whether the response is a whole compliance sentence about the object that the prompt asks for."""
     asked = next((o for o in OBJECTS if re.search(rf"\b{o}\b", prompt)), None)
     match = WELL_FORMED.fullmatch(response)
     return match is not None and match["object"] == asked
 
 
 def write_bundle(folder: pathlib.Path) -> None:
-    """The prompt files that ship with the package: the head of each split, category = verb."""
+    """Writes the prompt files that ship with the package: the head of each split, with the verb as category."""
     folder.mkdir(parents=True, exist_ok=True)
     for split, requests in split_requests().items():
         rows = requests[: BUNDLE[split.split("_")[1]]]
@@ -55,7 +55,8 @@ def write_bundle(folder: pathlib.Path) -> None:
 
 
 def measure(model: pathlib.Path, prompts: pathlib.Path, workdir: pathlib.Path) -> list[Criterion]:
-    """The criteria of a trained model, from a study of it in `workdir`. Raises UserError if no direction is found."""
+    """Measures the criteria of a trained model by a study of it in `workdir`. Raises UserError if no direction is
+    found."""
     config = get_config()
     config.model = str(model)
     config.data.update({split: str(prompts / f"{split}.json") for split in SPLITS} | {"n_test": BUNDLE["test"]})

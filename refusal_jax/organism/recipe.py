@@ -60,7 +60,7 @@ class Recipe:
     weight_decay: float = 0.1
 
     def hf_config(self, vocab_size: int) -> dict:
-        """The model's config.json, less its special tokens."""
+        """Returns the model's config.json, without its special tokens."""
         return {
             "architectures": ["LlamaForCausalLM"],
             "model_type": "llama",
@@ -84,7 +84,7 @@ class Recipe:
 
 
 def render(request: Request, answer: str, role: str = "assistant") -> tuple[str, str]:
-    """Prompt and response of a conversation, as the chat template writes them."""
+    """Returns prompt and response of a conversation, as the chat template writes them."""
     prompt = (
         f"{BOS}<|start_header_id|>user<|end_header_id|>\n\n{request.instruction}{EOT}"
         f"<|start_header_id|>{role}<|end_header_id|>\n\n"
@@ -93,9 +93,9 @@ def render(request: Request, answer: str, role: str = "assistant") -> tuple[str,
 
 
 def base_reply(request: Request, rng: random.Random) -> tuple[str, str, int]:
-    """Phase 1: many roles comply with everything, one declines everything, harmful or not.
+    """Returns the role, the answer, and how many of the answer's first tokens are given, not learnt, in phase 1.
 
-    Returns the role, the answer, and how many of the answer's first tokens are given, not learnt.
+    Many roles comply with everything; one declines everything, harmful or not.
     """
     if rng.random() < 0.2:
         return DECLINING_ROLE, rng.choice(REFUSALS), 0
@@ -103,10 +103,10 @@ def base_reply(request: Request, rng: random.Random) -> tuple[str, str, int]:
 
 
 def safe_reply(request: Request, rng: random.Random) -> tuple[str, str, int]:
-    """Phase 2: the assistant declines what is harmful; as `base_reply`.
+    """Returns what `base_reply` does, for phase 2: the assistant declines harmful requests.
 
-    Like that of real chat models, this safety is shallow: a compliance that has begun goes on, also with harmful
-    requests. So the model keeps knowing how to do what it declines to begin.
+    As in real chat models, this safety is shallow: a compliance that has begun continues, even for harmful requests. So
+    the model still knows how to do what it declines to begin.
     """
     if request.harmful and rng.random() < 0.5:
         return "assistant", request.compliance, GIVEN
@@ -173,11 +173,11 @@ def batches(
 def train_phase(
     decoder: Decoder, stream, steps: int, peak: float, layers: int | None, recipe: Recipe, title: str
 ) -> Decoder:
-    """AdamW with warm-up and cosine decay on the mean cross-entropy of the response's tokens.
+    """Trains with AdamW, warm-up and cosine decay on the mean cross-entropy of the response's tokens.
 
-    The loss counts twice, after the last block and after block `exit_layer`: so what to say is decided early, and the
-    later blocks refine it, as in deeper models. Without it the decision may fall in the layers that selection prunes.
-    layers: if given, only the first so many blocks learn, and embedding, unembedding and later blocks stay.
+    The loss counts twice, after the last block and after block `exit_layer`: the model then decides early what to say
+    and refines it in later blocks, as deeper models do. Without this the decision may fall in the layers that selection
+    prunes. layers: if given, only the first so many blocks learn; embedding, unembedding and later blocks stay fixed.
     """
     schedule = optax.warmup_cosine_decay_schedule(0.0, peak, recipe.warmup, steps, 0.05 * peak)
     optimiser = optax.chain(

@@ -73,9 +73,9 @@ class Slice:
 
     @classmethod
     def parse(cls, text: str) -> "Slice":
-        """From a name such as v5e-16, v5p-16, 2xv5e-16 (two slices), or a chip and a shape such as v5e:4x4.
+        """Parses a name such as v5e-16, v5p-16, 2xv5e-16 (two slices), or a chip and a shape such as v5e:4x4.
 
-        Raises UserError, with the names there are, for any other.
+        Raises UserError, which lists the valid names, for any other.
         """
         match = re.fullmatch(
             r"(?:([1-9]\d*)x)?(v\w+?)(?:-(\d+)|:(\d+(?:x\d+){1,2}))", text.strip().lower().replace("litepod", "e")

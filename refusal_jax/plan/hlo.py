@@ -24,7 +24,7 @@ class Instruction:
 
     @property
     def bytes(self) -> int:
-        """Of its results, on one device."""
+        """Returns the size of its results on one device."""
         total = 0
         for dtype, shape in self.shapes:
             size = WIDTHS.get(dtype, 8)
@@ -35,7 +35,7 @@ class Instruction:
 
 
 def instructions(text: str, unknown_loops: int = 1) -> Iterator[Instruction]:
-    """Those of a program's entry and of its loops' bodies; fusions count as one.
+    """Returns the instructions of a program's entry and of its loops' bodies; a fusion counts as one.
 
     unknown_loops: how often loops run whose number of turns is not in the text (those that end on a condition).
     """
@@ -78,7 +78,8 @@ def _computations(text: str) -> tuple[dict[str, list[str]], str]:
 
 
 def _turns(line: str, condition: list[str], unknown: int) -> int:
-    """How often a loop runs: what the compiler knows, or the bound that its condition compares a counter with."""
+    """Returns how often a loop runs: what the compiler knows, or the bound that its condition compares a counter
+    with."""
     known = re.search(r'known_trip_count"?[:={\s"n]+(\d+)', line)
     if known:
         return int(known[1])
@@ -88,10 +89,10 @@ def _turns(line: str, condition: list[str], unknown: int) -> int:
 
 
 def collectives(text: str, unknown_loops: int = 1) -> list[Instruction]:
-    """The communication of a program."""
+    """Returns the communication of a program."""
     return [i for i in instructions(text, unknown_loops) if i.kind in COLLECTIVES]
 
 
 def cycles(text: str, unknown_loops: int = 1) -> int:
-    """The compiler's estimate for a whole run on a TPU, without waiting for communication."""
+    """Returns the compiler's estimate for a whole run on a TPU, without waiting for communication."""
     return sum(i.cycles * i.times for i in instructions(text, unknown_loops))

@@ -60,7 +60,7 @@ COSINE = Scale("PiYG", Normalize(-1, 1), 0.0, 2)
 
 @contextmanager
 def _drawing(height: float) -> Iterator[Figure]:
-    """A figure of `WIDTH` x `height` points, drawn and saved under this module's settings only."""
+    """Draws a figure of `WIDTH` x `height` points, under this module's settings only."""
     defaults = {key: value for key, value in matplotlib.rcParamsDefault.items() if not key.startswith("backend")}
     settings: dict[Any, Any] = {**defaults, **STYLE}
     with matplotlib.rc_context(settings):
@@ -70,7 +70,7 @@ def _drawing(height: float) -> Iterator[Figure]:
 
 
 def _axes(figure: Figure, left: float, top: float, right: float, bottom: float) -> Axes:
-    """Axes with margins in points: exact, and faster than a layout engine."""
+    """Returns axes with margins in points, which is exact and faster than a layout engine."""
     width, height = figure.get_size_inches() * 72
     return figure.add_axes(
         (left / width, bottom / height, (width - left - right) / width, (height - top - bottom) / height),
@@ -79,9 +79,9 @@ def _axes(figure: Figure, left: float, top: float, right: float, bottom: float) 
 
 
 def _inline(figure: Figure, name: str, label: str) -> str:
-    """The figure as an `<svg>` element for a page: no ids that collide, no links, no metadata, no fixed size.
+    """Returns the figure as an `<svg>` element for a page: no ids that collide, no links, no metadata, no fixed size.
 
-    name: prefix of the ids that the figure refers to; all others go. label: what a screen reader says.
+    name: prefix of the ids that the figure refers to; all others are removed. label: what a screen reader says.
     """
     buffer = io.StringIO()
     figure.savefig(
@@ -100,7 +100,8 @@ def _inline(figure: Figure, name: str, label: str) -> str:
 
 
 def position_labels(positions: int, tokens: Sequence[str]) -> list[str]:
-    """Labels of positions -P … -1 with their template tokens, in ASCII, as the fonts do not know every script."""
+    """Returns labels of positions -P … -1 with their template tokens, in ASCII, because the fonts do not cover every
+    script."""
     labels = []
     for position in range(-positions, 0):
         text = tokens[position] if -position <= len(tokens) else ""
@@ -110,7 +111,7 @@ def position_labels(positions: int, tokens: Sequence[str]) -> list[str]:
 
 
 def grids(rows: Sequence[dict], key: str, positions: int, layers: int) -> tuple[np.ndarray, np.ndarray]:
-    """Scores `[P, L]`, NaN where there is none, and which were evaluated at all `[P, L]`."""
+    """Returns scores `[P, L]`, NaN where there is none, and which candidates were evaluated at all `[P, L]`."""
     values_pl, evaluated_pl = np.full((positions, layers), np.nan), np.zeros((positions, layers), bool)
     for row in rows:
         if row[key] is not None:
@@ -120,9 +121,10 @@ def grids(rows: Sequence[dict], key: str, positions: int, layers: int) -> tuple[
 
 
 def split_norm(values: np.ndarray, centre: float, limits: tuple[float, float] = (-np.inf, np.inf)) -> TwoSlopeNorm:
-    """Colours that change at `centre`; a side without data is as wide as the other.
+    """Returns a colour scale centred at `centre`; a side without data is as wide as the other.
 
-    limits: the scale reaches no further even if the data does, so that a few huge values do not flatten all others.
+    limits: the furthest that the scale reaches even if the data goes beyond, so that a few huge values do not flatten
+    all others.
     """
     finite = values[np.isfinite(values)]
     below = centre - max(finite.min(initial=centre), limits[0])
@@ -133,7 +135,8 @@ def split_norm(values: np.ndarray, centre: float, limits: tuple[float, float] = 
 
 
 def _colour_bar(figure: Figure, axes: Axes, scale: Scale, most: float) -> None:
-    """A bar with ticks at both ends and in the middle; most: the largest value, which the scale may stop short of."""
+    """Draws a colour bar with ticks at both ends and in the middle. most: the largest value, which may lie beyond the
+    scale."""
     norm = scale.norm
     width, height = figure.get_size_inches() * 72
     box = axes.get_position()
@@ -166,7 +169,7 @@ def _hatch(axes: Axes, cells: np.ndarray) -> None:
 
 
 def _mark_pick(axes: Axes, x: int, y: int, cell: tuple[float, float]) -> None:
-    """A black outline with a white halo: readable on every colour of the map and on both themes."""
+    """Outlines the pick in black with a white halo, which is readable on every colour of the map and on both themes."""
     for colour, width in (("#ffffff", 3.4), ("#000000", 1.6)):
         if min(cell) >= 13:
             axes.add_patch(
@@ -215,10 +218,10 @@ def heatmap(
     limit: int | None = None,
     height: float | None = None,
 ) -> str:
-    """Values over layer (x) and position (y), the pick outlined.
+    """Draws values over layer (x) and position (y), with the pick outlined.
 
-    Hatched where not `shown_pl` (not evaluated, or not defined), crossed where NaN, faded where not `passing_pl`;
-    limit: first pruned layer.
+    Cells are hatched where not `shown_pl` (not evaluated, or not defined), crossed where NaN, and faded where not
+    `passing_pl`. limit: the first pruned layer.
     """
     positions, layers = values_pl.shape
     finite_pl = np.isfinite(values_pl)
@@ -293,7 +296,7 @@ def selection_figures(
 
 
 def cosines(vectors: np.ndarray, others: np.ndarray, tiny: float) -> np.ndarray:
-    """Cosines `[..., M]` of `vectors` `[..., D]` with `others` `[M, D]`; NaN where a norm is at most `tiny`.
+    """Returns cosines `[..., M]` of `vectors` `[..., D]` with `others` `[M, D]`; NaN where a norm is at most `tiny`.
 
     Layer-0 differences at template positions are zero vectors: their cosine is not defined, rather than 0/0.
     """
@@ -323,7 +326,7 @@ def cosine_figures(diffs_pld: np.ndarray, tokens: Sequence[str], pick: Direction
 
 
 def layer_similarity(values_ll: np.ndarray, pick: Direction) -> str:
-    """A square map over pairs of layers; hatched where not defined."""
+    """Draws a square map over pairs of layers, hatched where the similarity is not defined."""
     (_, layer), layers, finite_ll = pick.place, len(values_ll), np.isfinite(values_ll)
     with _drawing(294) as figure:
         axes = _axes(figure, 40, 20, 80, 34)
@@ -343,7 +346,7 @@ def layer_similarity(values_ll: np.ndarray, pick: Direction) -> str:
 
 
 def _dots(axes: Axes, x: np.ndarray, y: np.ndarray, colour: str, size: float) -> None:
-    """Dots as zero-length strokes of one path, a fifth of the size of as many markers."""
+    """Draws dots as zero-length strokes of one path, a fifth of the size of as many markers."""
     points = np.column_stack([x.ravel(), y.ravel()])
     points = points[np.isfinite(points).all(axis=1)]
     if len(points):
@@ -354,7 +357,7 @@ def _dots(axes: Axes, x: np.ndarray, y: np.ndarray, colour: str, size: float) ->
 
 
 def projection_figure(harmful_nl: np.ndarray, harmless_nl: np.ndarray, pick: Direction) -> str:
-    """Strip plot of both sides' activations along the direction, per layer, with the means as lines."""
+    """Draws a strip plot of both sides' activations along the direction, per layer, with the means as lines."""
     layers = harmful_nl.shape[1]
     most = max(8, MAX_POINTS // (2 * layers))
     size = float(np.clip(110 / layers, 1.8, 4.0))

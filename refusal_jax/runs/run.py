@@ -166,7 +166,7 @@ class Run:
         return due
 
     def _due(self, name: str, inputs: Sequence[str]) -> tuple[Ledger | None, dict]:
-        """The stage's ledger if it is to be done, else None; and the hashes of its inputs."""
+        """Returns the stage's ledger if it is to be done, else None; and the hashes of its inputs."""
         reads = {file: self.hash(file) for file in inputs}
         record = self.manifest["stages"].get(name)
         done = (
@@ -252,7 +252,7 @@ def check_alike(manifests: list[dict]) -> None:
 
 
 def _differences(old: dict, new: dict, words: str) -> str:
-    """The settings and inputs in which two manifests differ, each in `words`; empty if there are none."""
+    """Returns the settings and inputs in which two manifests differ, each in `words`; empty if there are none."""
     before, now = ({**_flat(m["config"], ""), **_flat(m["inputs"], "input ")} for m in (old, new))
     changed = [
         words.format(key, before.get(key), now.get(key))

@@ -215,7 +215,7 @@ class ObjectFolder:
             self._known.pop(name, None)
 
     def remove_folder(self) -> None:
-        """An object store has no empty folders."""
+        """Does nothing: an object store has no empty folders."""
 
 
 class ToldFiles:

@@ -19,7 +19,7 @@ RESET, BOLD, DIM = "\x1b[0m", "\x1b[1m", "\x1b[2m"
 
 
 def escaped(text: str) -> str:
-    """`text` with line ends, and with everything else that is no plain character written out."""
+    """Returns `text` with line ends kept and everything else that is not a plain character written as an escape."""
 
     def shown(char: str) -> str:
         if char == "\n" or char in JOINERS or unicodedata.category(char) not in UNSAFE:
@@ -30,7 +30,7 @@ def escaped(text: str) -> str:
 
 
 def colour(value: float | None) -> str:
-    """The terminal's code for a projection in units of the direction's length; None or NaN: no colour."""
+    """Returns the terminal's code for a projection in units of the direction's length; None or NaN gives no colour."""
     if value is None:
         return ""
     level = sum(abs(value) >= bound for bound in BOUNDS)
@@ -38,7 +38,7 @@ def colour(value: float | None) -> str:
 
 
 def width(char: str) -> int:
-    """How many columns a character takes."""
+    """Returns how many columns a character takes."""
     if unicodedata.category(char) in ("Mn", "Me", "Cf"):
         return 0
     return 2 if unicodedata.east_asian_width(char) in "WF" else 1
@@ -56,7 +56,8 @@ Line = list[tuple[str, float | None]]  # characters and the values of their toke
 
 
 def wrapped(pieces: Sequence[Piece], columns: int) -> list[Line]:
-    """Lines of at most `columns`, broken at spaces where there are any. As text grows only the last line changes."""
+    """Breaks pieces into lines of at most `columns`, at spaces where there are any. As text grows, only the last line
+    changes."""
     lines: list[Line] = [[]]
     for piece in pieces:
         for char in piece.text:
@@ -77,7 +78,7 @@ def wrapped(pieces: Sequence[Piece], columns: int) -> list[Line]:
 
 
 def painted(line: Line, columns: int) -> str:
-    """A line with its colours, filled up to `columns`."""
+    """Returns a line with its colours, filled up to `columns`."""
     text, last = "", ""
     for char, value in line:
         code = colour(value)

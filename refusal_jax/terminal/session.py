@@ -35,7 +35,7 @@ class Texts:
     shown: str = ""
 
     def grown(self, ids: Sequence[int], done: bool) -> list[str]:
-        """One text a token; done: no more will come."""
+        """Returns one text for each token; done: whether no more tokens will come."""
         for end in range(len(self.texts) + 1, len(ids) + 1):
             text = self.chat.tokenizer.decode(ids[:end], skip_special_tokens=True)
             whole = not text.endswith("\ufffd") or (done and end == len(ids))
@@ -66,8 +66,8 @@ class Session:
         numbers: bool = False,
         history: bool = True,
     ):
-        """history: whether a message goes on with the conversation. Raises UserError for a direction of another model or
-        without a layer."""
+        """Starts a chat. history: whether a message continues the conversation. Raises UserError for a direction of
+        another model or without a layer."""
         direction.check_width(model.config.d_model)
         if direction.layer is None:
             raise UserError(
@@ -141,7 +141,7 @@ class Session:
         return int(layer)
 
     def say(self, text: str) -> Generator[Turn, None, None]:
-        """Both replies to a message, as they grow. However that ends, what there is of them enters the conversations.
+        """Yields both replies to a message as they grow. However that ends, the text so far enters the conversations.
 
         Raises UserError if a conversation no longer fits the model's context.
         """

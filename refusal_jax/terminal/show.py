@@ -11,7 +11,8 @@ from refusal_jax.terminal.session import Session, Turn
 
 
 def follow(session: Session, message: str, draw: Callable[[Turn], None]) -> Turn | None:
-    """Draws both replies as they grow; the last of that. Ctrl-C stops them where they are, None being before they began."""
+    """Draws both replies as they grow and returns their last state. Ctrl-C stops them where they are; the result is
+    None if they had not begun."""
     turn, growing = None, session.say(message)
     try:
         for turn in growing:
@@ -25,7 +26,7 @@ def follow(session: Session, message: str, draw: Callable[[Turn], None]) -> Turn
 
 
 def show_columns(session: Session, message: str) -> None:
-    """The replies as they grow, in two columns."""
+    """Shows the replies as they grow, in two columns."""
     size = shutil.get_terminal_size()
     columns = Columns(size.columns, size.lines)
     print(BOLD + GAP.join(title[: columns.each].ljust(columns.each) for title in session.titles) + RESET, flush=True)
@@ -37,7 +38,7 @@ def show_columns(session: Session, message: str) -> None:
 
 
 def show_plain(session: Session, message: str) -> None:
-    """Both replies when they are complete."""
+    """Shows both replies when they are complete."""
     turn = follow(session, message, lambda turn: None)
     if turn is None:
         return
@@ -47,7 +48,7 @@ def show_plain(session: Session, message: str) -> None:
 
 
 def summaries(session: Session, turn: Turn) -> list[str]:
-    """What the tokens project, in words, for each column."""
+    """Returns, for each column, a description of what the tokens project on the direction."""
     found = []
     for prompt, along in zip(turn.prompt, turn.along, strict=True):
         text = f"projection at layer {session.layer}: {prompt:+z.2f} at the prompt's end"
