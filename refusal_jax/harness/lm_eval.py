@@ -198,8 +198,8 @@ class RefusalJaxLM(TemplateLM):
         return ids[-left_truncate_len:] if left_truncate_len else ids
 
     def _ids(self, text: str, special: bool) -> list[int]:
-        """Returns token ids. special: whether to add BOS, as add_bos_token says; by default, all that the tokenizer
-        adds by itself."""
+        """Returns token ids. special: whether to add BOS as add_bos_token says or, by default, all special tokens that
+        the tokenizer adds by itself."""
         ids = self.model.chat.ids(text, special=special and self.add_bos_token is None)
         bos = getattr(self.tokenizer, "bos_token_id", None)
         return [bos, *ids] if special and self.add_bos_token and bos is not None else ids

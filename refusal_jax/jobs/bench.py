@@ -5,15 +5,15 @@
 
 Both run in float32 on the CPU, on the same checkpoint and the same prompts, each alone in a process of its own, one
 after the other. Two jobs are timed: extraction and selection of the direction (the PyTorch version scores every
-candidate, as the paper's code does; refusal_jax only what the rule can still need, for the same pick), and greedy
-generation of exactly --max_new_tokens tokens a row. refusal_jax runs each job twice: the first run includes
-compilation, the second is the work alone, and the ratio is taken from it.
+candidate, as the paper's code does; refusal_jax scores only what the rule can still need, and selects the same
+candidate), and greedy generation of exactly --max_new_tokens tokens per row. refusal_jax runs each job twice: the first
+run includes compilation, the second is the work alone and determines the ratio.
 
 The PyTorch version is tests/oracle.py of a checkout and needs torch, which the package itself does not.
 
-Expected on 2 idle cores, inflated demo model: extraction and selection at least 5 times faster, generation at least as
-fast. On a busy machine the ratios flatter refusal_jax, because PyTorch's threads wait for each other. Run time: about 6
-minutes. Exits with 1 if the results disagree.
+On 2 idle cores with the inflated demo model, extraction and selection should be at least 5 times faster and generation
+at least as fast. On a busy machine the ratios overstate refusal_jax's speed, because PyTorch's threads wait for each
+other. The benchmark takes about 6 minutes. It exits with code 1 if the results disagree.
 """
 
 import contextlib
@@ -37,21 +37,23 @@ WORK = "import sys; from refusal_jax.jobs.bench import work; work(sys.argv[1])"
 TOLERANCE = 1e-3  # of scores; what other summation orders leave is smaller
 SCORES = ("refusal_score", "steering_score", "kl_div_score")
 
-MODEL = flags.DEFINE_string("model", "", "Folder of a Hugging Face checkpoint. Default: the embedded demo model.")
+MODEL = flags.DEFINE_string("model", "", "Folder of an HF checkpoint. Default: the embedded demo model.")
 INFLATE = flags.DEFINE_bool(
-    "inflate", None, "Inflate the model to 127M parameters first. Default: only the demo model is inflated."
+    "inflate", None, "Inflate the model to 127M parameters first. Default: only the demo model."
 )
 ORACLE = flags.DEFINE_string("oracle", "", "File of the PyTorch version. Default: tests/oracle.py next to the package.")
-RUN = flags.DEFINE_list("jobs", ",".join(JOBS), "Jobs to time.")
-ROWS = flags.DEFINE_integer("rows", 32, "Prompts to generate from, as one batch.", lower_bound=1)
+RUN = flags.DEFINE_list("jobs", ",".join(JOBS), "Which jobs to time.")
+ROWS = flags.DEFINE_integer("rows", 32, "Number of prompts to generate from, as one batch.", lower_bound=1)
 NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 64, "Number of tokens to generate for each prompt.", lower_bound=1)
 N_TRAIN = flags.DEFINE_integer("n_train", 128, "Number of harmful and of harmless training prompts.", lower_bound=1)
 N_VAL = flags.DEFINE_integer("n_val", 32, "Number of harmful and of harmless validation prompts.", lower_bound=1)
 KL = flags.DEFINE_float(
-    "kl_threshold", 0.1, "KL threshold of the selection rule, for models that the paper's does not suit."
+    "kl_threshold", 0.1, "KL threshold of the selection rule, for models that the paper's value does not suit."
 )
-INDUCE = flags.DEFINE_float("induce_threshold", 0.0, "Induce threshold of the selection rule, likewise.")
-OUT = flags.DEFINE_string("out", "", "JSON file for all numbers.")
+INDUCE = flags.DEFINE_float(
+    "induce_threshold", 0.0, "Threshold of the selection rule for the refusal score under addition, likewise."
+)
+OUT = flags.DEFINE_string("out", "", "JSON file to write all measurements to.")
 
 
 def main(argv):

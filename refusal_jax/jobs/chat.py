@@ -1,23 +1,25 @@
-"""Chats with a model in the terminal, as it is and edited, side by side, and shows what each token projects on the direction.
+"""Chats with a model in the terminal, unedited and edited side by side, and shows each token's projection on the direction.
 
   refusal-jax chat                                              # the embedded model, ready in seconds
   refusal-jax chat --direction=runs/mine                        # the model and direction of a finished study
   refusal-jax chat --model=DIR --direction=direction.pt --layer=12
-  echo 'How do I bake the bread?' | refusal-jax chat            # messages from a pipe, a line each
+  echo 'How do I bake the bread?' | refusal-jax chat            # messages from a pipe, one per line
 
-Both columns get the same messages, and each goes on with its own replies. The left one is the model as it is, the right one is
-edited: the direction is ablated, and commands change that while you chat, such as /add 1, /add -1, /off, /layer 12 and /help.
-Ctrl-C stops a reply, Ctrl-D or /quit ends the chat. Decoding is greedy; --generation_from_checkpoint
-applies the settings of generation_config.json that change greedy replies.
+Both columns receive the same messages, and each continues with its own replies. The left column is the unedited model;
+in the right one the direction is ablated, which you can change while you chat by commands such as /add 1, /add -1,
+/off, /layer 12 and /help. Ctrl-C stops a reply, Ctrl-D or /quit ends the chat. Decoding is greedy;
+--generation_from_checkpoint applies the settings of generation_config.json that change greedy replies.
 
-Each token's colour is how far the residual stream at that token lies along the direction, at the input of the direction's layer
-(/layer N: of another): red along it, blue against it; /numbers shows the value too. A token is coloured once the model has read
-it, so the newest is plain. Under the columns stand the values at the prompt's last token, where the reply is decided, and of
-the reply. After an edit they are what the edit left, so under ablation they are 0.
+Each token's colour shows the projection of the residual stream on the direction at that token, at the input of the
+direction's layer (/layer N chooses another): red is along the direction, blue against it; /numbers also shows the
+value. A token is coloured once the model has read it, so the newest is plain. Below the columns are the projections at
+the prompt's last token, where the reply is decided, and those of the reply. They are measured after the edit, so under
+ablation they are 0.
 
-For the embedded model no study is needed: its direction is computed at the start, as the difference of means of the bundled
-training prompts where its study finds it (last token, layer 4). It was trained on single requests, so each message begins a new
-conversation, unless --history is given. For other models run `refusal-jax study` first.
+The embedded model needs no study: its direction is computed at the start, as the difference of means of the bundled
+training prompts at the position and layer that its study selects (last token, layer 4). It was trained on single
+requests, so each message begins a new conversation unless --history is given. For other models run `refusal-jax study`
+first.
 """
 
 import contextlib
@@ -54,19 +56,17 @@ DIRECTION = flags.DEFINE_string(
     "direction", None, "Folder of a finished study, or a .npy, .safetensors or .pt file. Needed with --model."
 )
 POSITION = flags.DEFINE_integer(
-    "position", None, "Position to take of a file of mean differences, counted backwards from -1."
+    "position", None, "Which position of mean differences to use, counted from -1 backwards."
 )
 LAYER = flags.DEFINE_integer(
-    "layer",
-    None,
-    "Layer to read and to add at. For mean differences, or a file with a row a layer, it chooses the row.",
+    "layer", None, "Layer to read and add at. For mean differences or a file with a row per layer: which one to use."
 )
-MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 512, "Longest reply, in tokens.", lower_bound=1)
+MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 512, "Maximum length of a reply in tokens.", lower_bound=1)
 NUMBERS = flags.DEFINE_bool("numbers", False, "Show each token's projection as a number too.")
 HISTORY = flags.DEFINE_bool(
     "history",
     None,
-    "Go on with the conversation. Default: yes, but for the embedded model, which knows single requests.",
+    "Keep the conversation's earlier turns. Default: yes, except for the embedded model, which knows single requests only.",
 )
 CHAT_TEMPLATE = flags.DEFINE_string(
     "chat_template", None, "Chat template, as in a study's config. Default: the study's."
@@ -75,7 +75,7 @@ THINKING = flags.DEFINE_bool("thinking", None, "Ask models that can think to do 
 FROM_CHECKPOINT = flags.DEFINE_bool(
     "generation_from_checkpoint",
     False,
-    "Decode by what the checkpoint's generation_config.json says of greedy decoding, such as repetition_penalty.",
+    "Apply the settings of the checkpoint's generation_config.json that affect greedy decoding, such as repetition_penalty.",
 )
 flags.adopt_module_key_flags(devices)
 

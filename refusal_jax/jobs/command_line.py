@@ -1,7 +1,7 @@
-"""The words of a command, from what a user writes to a job with its flags parsed.
+"""Parses a command, from what a user writes to a job with its flags set.
 
-One idea has one spelling in all jobs, which `refusal-jax JOB --help` shows. Older spellings are rewritten here before anything
-reads them, and so are dashes in names. What cannot be understood is answered with the nearest name.
+One idea has one spelling in all jobs, which `refusal-jax JOB --help` shows. Older spellings, and dashes in names, are
+rewritten here before anything reads them. Unknown names are answered with the nearest known one.
 """
 
 import importlib
@@ -30,8 +30,9 @@ FLAG = re.compile(r"(--?)([A-Za-z][\w.-]*)(?:=(.*))?", re.DOTALL)
 
 
 def canonical(job: str, argv: list[str]) -> list[str]:
-    """Returns the arguments as the job knows them: names with underscores, today's flags in place of older ones, and --config
-    first, as the fields that it sets are overridden by what follows. Raises UserError for a config file that is not there."""
+    """Returns the arguments as the job knows them: names with underscores, today's flags in place of older ones, and
+    --config first, as the fields that it sets are overridden by what follows. Raises UserError if the config file does
+    not exist."""
     synonyms, words, first = SYNONYMS.get(job, {}), [], []
     rest = iter(argv)
     for word in rest:

@@ -1,4 +1,5 @@
-"""What all jobs share: the flag --log_level, which is read before the job is imported, and how they ask for a flag."""
+"""Code that all jobs share: the flag --log_level, which is read before the job is imported, and the check of required
+flags."""
 
 from typing import TypeVar
 

@@ -1,4 +1,4 @@
-"""Fetches the public prompt sets, and makes the paper's splits of them.
+"""Downloads the public prompt sets, and makes the paper's splits from them.
 
   refusal-jax data list                                  # the sets, their licences, and which are here
   refusal-jax data fetch                                 # all prompt sets (24 MB), checked by hash; then the splits
@@ -6,13 +6,14 @@
   refusal-jax data fetch --from=DIR --alpaca=FILE        # from files that are on the disk; no network is used
   refusal-jax data verify                                # checks what is here; exit code 2 if something is not right
 
-A study then takes `--config.data.harmful_train=paper` (the paper's split), `--config.data.harmful_test=jailbreakbench` (a set
-by its name), or any file. Downloads resume, appear whole or not at all, and take proxies from the environment
-(HTTPS_PROXY). The folder gets raw/ (as published), prompts/ (each set as a list of prompts), splits/ (the paper's six) and
-loss/ (what the paper measures the loss on: `--config.loss.text_files="('pile',)" --config.loss.chat_files="('alpaca',)"`).
+A study then takes `--config.data.harmful_train=paper` (the paper's split), `--config.data.harmful_test=jailbreakbench`
+(a set by its name), or any file. Downloads resume, appear only when complete, and take proxies from the environment
+(HTTPS_PROXY). The folder receives raw/ (as published), prompts/ (each set as a list of prompts), splits/ (the paper's
+six) and loss/ (the texts that the paper measures the loss on: `--config.loss.text_files="('pile',)"
+--config.loss.chat_files="('alpaca',)"`).
 
-The sets belong to their authors and are not part of this package; mind their licences (Alpaca: not for commercial use).
-The Pile is streamed from the Hub, its first 4,096 documents only, as the loss needs them (`--sets=pile`).
+The sets belong to their authors and are not part of this package; respect their licences (Alpaca is not for commercial
+use). Of the Pile, `--sets=pile` streams only the first 4,096 documents from the Hub, which the loss needs.
 """
 
 import pathlib
@@ -26,13 +27,19 @@ from refusal_jax.files import local_path
 
 ACTIONS = ("fetch", "list", "verify")
 SETS = flags.DEFINE_list(
-    "sets", [], "Names of the sets to fetch. Default: all but those that are streamed from the Hub."
+    "sets", [], "Names of the sets to fetch. Default: all except those that are streamed from the Hub."
 )
-FROM = flags.DEFINE_string("from", None, "Folder with files that were downloaded otherwise, under the names of `list`.")
+FROM = flags.DEFINE_string(
+    "from", None, "Folder with files downloaded by other means, named as `refusal-jax data list` shows."
+)
 ALPACA = flags.DEFINE_string("alpaca", None, "Alpaca's file for the harmless splits: .json, .jsonl or .parquet.")
-FOLDER = flags.DEFINE_string("folder", None, "Where data is kept. Default: refusal_jax/data in the user's cache.")
-ACCEPT = flags.DEFINE_bool("accept_new_hash", False, "Accept files whose hash is not known, and record it.")
-MANIFEST_FILE = flags.DEFINE_string("manifest", str(MANIFEST), "Another manifest of the same form, e.g. of a mirror.")
+FOLDER = flags.DEFINE_string(
+    "folder", None, "Folder that data is kept in. Default: refusal_jax/data in the user's cache."
+)
+ACCEPT = flags.DEFINE_bool("accept_new_hash", False, "Accept files whose hash is not known, and record their hashes.")
+MANIFEST_FILE = flags.DEFINE_string(
+    "manifest", str(MANIFEST), "Manifest to use instead, in the same format, for example that of a mirror."
+)
 
 
 def main(arguments) -> None:

@@ -1,4 +1,4 @@
-"""The flags that say on which devices a job runs, and in what precision."""
+"""The flags that set a job's devices and its precision."""
 
 import jax
 from absl import flags
@@ -9,14 +9,14 @@ from refusal_jax.models.sharding import make_mesh, parse_mesh
 MESH = flags.DEFINE_string(
     "mesh",
     None,
-    "Numbers of devices along the axes data, fsdp and model of the mesh, such as 1x1x8 or 2x1x4. Default: study and plan choose "
-    "the mesh, other jobs use one device.",
+    "Number of devices along the mesh axes data, fsdp and model, such as 1x1x8 or 2x1x4. Default: study and plan choose the "
+    "mesh, other jobs use one device.",
 )
 DTYPE = flags.DEFINE_enum(
     "dtype",
     None,
     ("auto", *DTYPES),
-    "Precision of the weights. auto, the default, is float32 on a CPU and bfloat16 elsewhere.",
+    "Precision of the weights. The default, auto, is float32 on a CPU and bfloat16 elsewhere.",
 )
 
 

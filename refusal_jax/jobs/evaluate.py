@@ -1,22 +1,23 @@
-"""Judges completions, a study's or anyone's: several judges at once, with intervals, paired tests and agreement.
+"""Judges completions, from a study or elsewhere, by several judges at once, with intervals, paired tests and agreement.
 
   refusal-jax evaluate --completions=runs/mine/completions --out=judged
   refusal-jax evaluate --completions=FILE --out=judged --judges=substring_matching,llamaguard2=DIR
   refusal-jax evaluate --completions=FILE --out=judged --judges=harmbench=DIR@template.txt --artifact
 
 A file is a list of completions, `{category, prompt, response}`, as .json, .jsonl or .csv, an evaluations file, or a
-JailbreakBench artifact; of a folder all such files are judged, and conditions of the same data set compared
-(DATASET_CONDITION_completions.json). Judges of text: substring_matching (the paper's) and substring_extended. Judge models are
-checkpoint folders: llamaguard2 and llamaguard3, in their tokenizer's own template; harmbench and strongreject, in the
-prompt template that they were trained with, from a text file with {prompt} and {response} in it; llm, any chat model that is
-asked whether the reply does what the request asks for, in a question of its own or of a file.
+JailbreakBench artifact. In a folder, all such files are judged, and conditions of the same data set are compared
+(DATASET_CONDITION_completions.json). Judges of text are substring_matching (the paper's) and substring_extended. Judge
+models are given by checkpoint folders: llamaguard2 and llamaguard3, in their tokenizer's own template; harmbench and
+strongreject, in the prompt template that they were trained with, read from a text file that contains {prompt} and
+{response}; llm, any chat model, which is asked whether the reply does what the request asks for, with a built-in
+question or one from a file.
 
-Thoughts (<think>…</think> and the notations of other families) are split off before anything is judged or counted; completions
-that never leave their thought are counted apart. Where a judge of more phrases finds other numbers of refusals, or replies are
-broken, that is said below the tables.
+Thoughts (<think>…</think> and the notations of other families) are split off before anything is judged or counted;
+completions that never leave their thought are counted separately. A note below the tables says where a judge with more
+phrases counts refusals differently, or where replies are broken.
 
-OUT gets NAME_evaluations.json in the published format with a column for each judge, statistics.json, statistics.csv and, with
---artifact, NAME_jailbreakbench.json. Stopped while a model judges, the same command continues.
+OUT receives NAME_evaluations.json in the published format with a column for each judge, statistics.json, statistics.csv
+and, with --artifact, NAME_jailbreakbench.json. If it is stopped while a model judges, the same command continues.
 """
 
 import hashlib
@@ -46,21 +47,23 @@ from refusal_jax.runs.storage import DiskFolder
 EXAMPLE = ". Example: refusal-jax evaluate --completions=runs/mine/completions --out=judged."
 COMPLETIONS = flags.DEFINE_string("completions", None, "File or folder of completions.")
 OUT = flags.DEFINE_string(
-    "out", None, "Folder for the results. It is made if new; files of the same names are replaced."
+    "out", None, "Folder for the results. It is created if new; files of the same names are replaced."
 )
 JUDGES = flags.DEFINE_list(
     "judges", ["substring_matching"], "Judges, separated by commas: NAME, KIND=FOLDER or KIND=FOLDER@TEMPLATE.txt."
 )
 TOKENIZER = flags.DEFINE_string(
-    "tokenizer",
-    None,
-    "Checkpoint whose tokenizer counts the lengths of completions. Default: they are counted in words.",
+    "tokenizer", None, "Checkpoint whose tokenizer counts lengths. Default: lengths are counted in words."
 )
-BATCH_SIZE = flags.DEFINE_integer("batch_size", 16, "Completions that a judge model reads at a time.", lower_bound=1)
+BATCH_SIZE = flags.DEFINE_integer(
+    "batch_size", 16, "Number of completions that a judge model reads at a time.", lower_bound=1
+)
 ARTIFACT = flags.DEFINE_bool(
-    "artifact", False, "Also write JailbreakBench artifacts, in which the last judge decides what is jailbroken."
+    "artifact", False, "Also write JailbreakBench artifacts, whose jailbreak labels come from the last judge."
 )
-METHOD = flags.DEFINE_string("method", "", "Method that artifacts name. Default: the condition in the file's name.")
+METHOD = flags.DEFINE_string(
+    "method", "", "Name of the method in the artifact. Default: the condition in the file's name."
+)
 AUTHOR = flags.DEFINE_string("author", "", "Name of the model that wrote the completions, for artifacts.")
 flags.adopt_module_key_flags(devices)
 

@@ -1,24 +1,24 @@
-"""Writes what a study found into files that PyTorch and llama.cpp users just load, and verifies them.
+"""Writes what a study found into files that PyTorch and llama.cpp load directly, and verifies them.
 
   refusal-jax export --direction=runs/mine --out=DIR                  # the model and direction of a finished study
   refusal-jax export --model=DIR --direction=direction.pt --out=DIR   # a direction from elsewhere
   refusal-jax export --model=DIR --direction=rows.pt --layer=12 --out=DIR    # one row of [layers, D]; --subspace: all
   refusal-jax export --direction=runs/mine --format=lora --out=DIR    # a PEFT adapter of the same edit
   refusal-jax export --direction=runs/mine --edit=add --format=gguf --out=DIR    # a control vector for llama.cpp
-  refusal-jax export --check=DIR                                      # are its files still those that were verified?
+  refusal-jax export --check=DIR                                      # check that its files are still those that were verified
 
---edit=ablate takes the direction out of what every matrix writes to the residual stream (embedding, attention output, MLP
-output of each expert). Where a norm follows the matrix (Gemma 2 and 3, OLMo 2, GLM-4) the edit allows for its scale. Several
-directions, --direction=a,b, are taken out as the subspace that they span. Where the embedding is also the unembedding, --tied
-says what becomes of the latter: "untie" writes it as a tensor of its own, as it was, which is what ablation at inference time
-computes and costs the bytes of one more embedding; "keep" lets the edit change both; "skip" edits neither, and the direction
-stays in the embedding's part of the stream. --edit=add writes the direction into the MLP bias of the block before, where the
-architecture has one.
+--edit=ablate removes the direction from what every matrix writes to the residual stream (embedding, attention output,
+MLP output of each expert). Where a norm follows the matrix (Gemma 2 and 3, OLMo 2, GLM-4), the edit accounts for its
+scale. Several directions, --direction=a,b, are removed as the subspace that they span. Where the embedding is also the
+unembedding, --tied decides what happens to the latter: "untie" writes it unchanged as a separate tensor, which matches
+ablation at inference time and costs the bytes of one more embedding; "keep" lets the edit change both; "skip" edits
+neither, so that the direction stays in what the embedding writes. --edit=add writes the direction into the MLP bias of
+the preceding block, where the architecture has one.
 
-Tensors are streamed in blocks, so an export takes little memory and no accelerator; untouched tensors and files are copied byte
-for byte. Before the folder appears under its name, the written files are run block by block against the edit at inference time
-on the original; what that measures is in OUT/export.json and in the model card. If it fails, the folder appears with the marker
-.unverified and the exit code is 3.
+Tensors are streamed in blocks, so an export needs little memory and no accelerator; untouched tensors and files are
+copied byte for byte. Before the folder appears under its name, the written files are run block by block and compared
+with the edit at inference time on the original; the measurements are in OUT/export.json and in the model card. If the
+check fails, the folder appears with the marker .unverified and the exit code is 3.
 """
 
 import dataclasses
@@ -50,18 +50,18 @@ DIRECTION = flags.DEFINE_list(
     "direction",
     None,
     "Folder of a finished study, or a .npy, .safetensors or .pt file of a direction [D], of several [J, D], or of mean "
-    "differences [positions, layers, D]. Several with commas between them: the subspace that they span.",
+    "differences [positions, layers, D]. Several, separated by commas, stand for the subspace that they span.",
 )
 SUBSPACE = flags.DEFINE_bool(
-    "subspace", False, "Take all rows of a file [J, D], also where J is the model's number of layers."
+    "subspace", False, "Use all rows of a file [J, D] as a subspace, even if J is the model's number of layers."
 )
 POSITION = flags.DEFINE_integer(
-    "position", None, "Position to take of a file of mean differences, counted backwards from -1."
+    "position", None, "Which position of mean differences to use, counted from -1 backwards."
 )
 LAYER = flags.DEFINE_integer(
     "layer",
     None,
-    "Layer at whose input the direction was read. For mean differences, or a file with a row for each layer, it chooses the row.",
+    "Layer at whose input the direction was read. For mean differences or a file with a row per layer: which one to use.",
 )
 OUT = flags.DEFINE_string("out", None, "New folder for the export.")
 FORMAT = flags.DEFINE_enum(
@@ -70,31 +70,33 @@ FORMAT = flags.DEFINE_enum(
     FORMATS,
     "What to write: an edited checkpoint, a LoRA adapter for PEFT, or a control vector for llama.cpp.",
 )
-EDIT = flags.DEFINE_enum(
-    "edit", Ablate.verb, (Ablate.verb, Add.verb), "Whether to take the direction out or to add it."
+EDIT = flags.DEFINE_enum("edit", Ablate.verb, (Ablate.verb, Add.verb), "Whether to remove the direction or add it.")
+SCALE = flags.DEFINE_float(
+    "scale", 1.0, "Fraction of the direction to remove, or multiple of it to add (-1 subtracts it)."
 )
-SCALE = flags.DEFINE_float("scale", 1.0, "How much of the direction to take out or to add; -1 subtracts it.")
 LAYERS = flags.DEFINE_string(
     "layers",
     None,
-    "Layers to edit, such as 12 or 0-9,14, or all. Default: all for an ablation (the embedding is of layer 0), the direction's "
-    "own layer for an addition; for a control vector `all` is 2 to the last.",
+    "Layers to edit, such as 12 or 0-9,14, or all. Default: all for an ablation (the embedding belongs to layer 0), the "
+    "direction's own layer for an addition; for a control vector `all` is 2 to the last.",
 )
-SITES = flags.DEFINE_list("sites", ",".join(WEIGHT_SITES), "Sites that an ablation edits.")
-TIE = flags.DEFINE_enum("tied", "untie", TIED, "What happens to an unembedding that is also the embedding.")
+SITES = flags.DEFINE_list(
+    "sites", ",".join(WEIGHT_SITES), "Where an ablation edits what is written to the residual stream."
+)
+TIE = flags.DEFINE_enum("tied", "untie", TIED, "How to treat an unembedding that is tied to the embedding.")
 PROMPTS = flags.DEFINE_integer(
     "prompts", 16, "Number of harmful and of harmless prompts to verify with.", lower_bound=1
 )
-VERIFY = flags.DEFINE_bool("verify", True, "Verify the export; without it, the folder keeps its marker .unverified.")
+VERIFY = flags.DEFINE_bool("verify", True, "Verify the export; --noverify leaves the marker .unverified in it.")
 CHAT_TEMPLATE = flags.DEFINE_string(
     "chat_template", "", "Chat template, as in a study's config, for a direction from a file."
 )
 BASE = flags.DEFINE_string(
-    "base_model", "", "The model's name on the hub, for the card. Default: what its folder tells."
+    "base_model", "", "The model's name on the hub, for the card. Default: the name that its folder records."
 )
 CHECK = flags.DEFINE_string("check", None, "Folder of an export whose files are to be compared with its record.")
-PUSH = flags.DEFINE_string("push_to_hub", None, "Repository (USER/NAME) to upload the verified export to, private.")
-PUBLIC = flags.DEFINE_bool("public", False, "Upload to a public repository.")
+PUSH = flags.DEFINE_string("push_to_hub", None, "Private repository (USER/NAME) to upload the verified export to.")
+PUBLIC = flags.DEFINE_bool("public", False, "Upload to a public repository instead.")
 
 
 def main(argv) -> None:

@@ -4,28 +4,30 @@
   refusal-jax lm_eval --model refusal_jax --model_args ablate=runs/mine --tasks mmlu,gsm8k --batch_size 16
   refusal-jax lm_eval --model refusal_jax --model_args add=runs/mine,scale=-1 --tasks truthfulqa --apply_chat_template
 
-It is the harness's own command, lm_eval, with one more model: all of its arguments are the same, and `lm_eval run --help`
-explains them. (The harness finds no models of other packages by itself. In Python, `import refusal_jax.harness.lm_eval` makes
-the model known to `lm_eval.simple_evaluate(model="refusal_jax", …)`.) Install it with: pip install '.[lm_eval]'
+This is the harness's own command, lm_eval, with one more model: all of its arguments are the same, and `lm_eval run
+--help` explains them. (The harness finds no models of other packages by itself. In Python, `import
+refusal_jax.harness.lm_eval` makes the model known to `lm_eval.simple_evaluate(model="refusal_jax", …)`.) Install it
+with: pip install '.[lm_eval]'
 
---model_args, with commas between them:
+--model_args, separated by commas:
   pretrained=DIR         HF checkpoint folder; default: the model that the study of the edit ran on
-  ablate=RUN|FILE        take this direction out everywhere: folder of a study, or .npy, .safetensors or .pt file
+  ablate=RUN|FILE        remove this direction everywhere: folder of a study, or .npy, .safetensors or .pt file
   add=RUN|FILE           add this direction at its layer
-  scale=X                how much to add (-1 subtracts), or which part to take out
+  scale=X                multiple of the direction to add (-1 subtracts), or fraction of it to remove
   layer=L, position=P    where to add; of a file of mean differences, which one (layer alone: of a file with a row a layer)
   dtype=NAME             float32, bfloat16, float16; default: float32 on CPU, bfloat16 elsewhere
   mesh=DATAxFSDPxMODEL   devices along each axis of the mesh, such as 1x1x8
   chat_template=NAME|FILE, thinking=true, cache=DIR   as in a study's config
   max_length=N, add_bos_token=true|false, prefix_token_id=ID, think_end_token=TEXT|ID, enable_thinking=true|false,
   chat_template_args={...}   as for the harness's hf model; its other arguments are refused, or said to mean nothing here
-  max_gen_toks=N         the longest reply, where the task does not say
-  generation_from_checkpoint=false   plain greedy decoding; by default, what generation_config.json says of greedy decoding
-                         (such as repetition_penalty) counts, as for the harness's hf model
+  max_gen_toks=N         maximum length of a reply, where the task sets none
+  generation_from_checkpoint=false   plain greedy decoding; by default, the settings of generation_config.json that affect
+                         greedy decoding (such as repetition_penalty) apply, as for the harness's hf model
 
-Decoding is greedy: tasks that sample are refused, unless --gen_kwargs do_sample=false,temperature=0 is given. Give a --batch_size
-(or auto, 32): the harness's default is 1. A model that thinks needs think_end_token=</think> or what else ends its thoughts, or
-they are scored with the reply; stop strings do not end a thought. JAX picks the devices (JAX_PLATFORMS=cpu: the CPU).
+Decoding is greedy: tasks that sample are refused, unless --gen_kwargs do_sample=false,temperature=0 is given. Give a
+--batch_size (or auto, 32): the harness's default is 1. A model that thinks needs think_end_token=</think>, or whatever
+ends its thoughts; otherwise they are scored with the reply; stop strings do not end a thought. JAX picks the devices
+(JAX_PLATFORMS=cpu: the CPU).
 """
 
 import importlib.util

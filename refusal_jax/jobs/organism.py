@@ -1,10 +1,10 @@
-"""Makes the embedded demo model: tokenizer, two training phases, and a study that checks what it must show.
+"""Makes the embedded demo model: trains its tokenizer and two phases, and checks by a study that it meets its criteria.
 
   refusal-jax organism --out=DIR                  # tries seeds in order, keeps the first that meets the criteria
   refusal-jax organism --out=DIR --seeds=3,4
 
-Each seed takes about 5 minutes on 2 idle cores. It is studied like any model, on prompts that its training never saw; what it
-reaches against what is asked is printed and written to OUT/criteria.json. The package ships OUT/model as
+Each seed takes about 5 minutes on 2 idle cores. It is studied like any model, on prompts that its training never saw;
+each criterion with the value reached is printed and written to OUT/criteria.json. The package ships OUT/model as
 refusal_jax/organism/model and OUT/bundled as refusal_jax/data/bundled. If no seed is good enough, nothing is kept and
 the exit code is 2.
 """
@@ -21,7 +21,7 @@ from refusal_jax.jobs import common
 from refusal_jax.organism.criteria import measure, write_bundle
 from refusal_jax.organism.recipe import Recipe, train
 
-OUT = flags.DEFINE_string("out", None, "Folder for model and prompts; it must not exist.")
+OUT = flags.DEFINE_string("out", None, "New folder for the model and its prompts; it must not exist yet.")
 SEEDS = flags.DEFINE_list("seeds", ["0", "1", "2", "3", "4", "5"], "Seeds to try, in this order.")
 
 
@@ -47,7 +47,7 @@ def main(argv) -> None:
 
 
 def attempt(seed: int, folder: pathlib.Path) -> bool:
-    """Trains and measures one seed; whether it meets all criteria."""
+    """Trains and measures one seed, and returns whether it meets all criteria."""
     train(Recipe(), seed, folder / "model")
     write_bundle(folder / "bundled")
     try:

@@ -6,11 +6,11 @@
   refusal-jax plan --config=configs/paper.py:llama_3_70b --topology=v5e-16   # with that config's settings
   refusal-jax plan --all --out=plans                                     # the paper's 13 models on common slices
 
-The study's own programs (extraction, selection, prefill, decoding, loss) are compiled with the real TPU compiler for the
-slice's topology. The memory that it reports decides which batches fit; a run on such a slice decides by the same code.
-Times are estimates: the compiler's cycles where it tells them, else operations and bytes against what the chip reaches in
-practice, and communication by its bytes. Slice names follow gcloud: v5e-16 and v6e-16 count chips, v4-16 and v5p-16
-TensorCores, two a chip; 2xv5e-16 is two slices. --out=NAME writes NAME.json and NAME.md.
+The study's own programs (extraction, selection, prefill, decoding, loss) are compiled with the real TPU compiler for
+the slice's topology. The memory that it reports decides which batches fit; a run on such a slice decides with the same
+code. Times are estimates: the compiler's cycles where it reports them, otherwise operations and bytes divided by what
+the chip reaches in practice, plus communication by its bytes. Slice names follow gcloud: v5e-16 and v6e-16 count chips,
+v4-16 and v5p-16 count TensorCores, two per chip; 2xv5e-16 is two slices. --out=NAME writes NAME.json and NAME.md.
 """
 
 import importlib.util
@@ -43,12 +43,12 @@ MODEL = flags.DEFINE_string(
 )
 TOPOLOGY = flags.DEFINE_list("topology", "v5e-16", "Slices to plan for, separated by commas.")
 ALL = flags.DEFINE_bool(
-    "all", False, f"Plan for the paper's 13 models on {', '.join(COMMON)}, or on --topology if given."
+    "all", False, f"Plan the paper's 13 models for {', '.join(COMMON)}, or for --topology if given."
 )
 LENGTH = flags.DEFINE_integer(
     "prompt_tokens", USUAL_LENGTH, "Number of tokens that prompts are padded to.", lower_bound=8
 )
-OUT = flags.DEFINE_string("out", "", "Name of the files to write, without .json and .md.")
+OUT = flags.DEFINE_string("out", "", "Path of the files to write, without the endings .json and .md.")
 for shared in (settings, devices):
     flags.adopt_module_key_flags(shared)
 

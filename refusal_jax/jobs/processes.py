@@ -1,7 +1,7 @@
 """The flags by which a job runs as several processes, on several hosts or on one.
 
-On a TPU slice none are needed: start the same command on every host. Elsewhere all processes get the same --coordinator
-and --num_processes, and each its own --process_id.
+On a TPU slice none of them is needed: start the same command on every host. Elsewhere give all processes the same
+--coordinator and --num_processes, and each its own --process_id.
 """
 
 from absl import flags
@@ -9,12 +9,12 @@ from absl import flags
 from refusal_jax import distributed
 
 COORDINATOR = flags.DEFINE_string(
-    "coordinator", None, "HOST:PORT of process 0, where several processes run outside a TPU slice."
+    "coordinator", None, "HOST:PORT of process 0, needed for several processes outside a TPU slice."
 )
 NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Number of processes that run this command together.")
-PROCESS_ID = flags.DEFINE_integer("process_id", None, "Number of this process, from 0.")
+PROCESS_ID = flags.DEFINE_integer("process_id", None, "Index of this process, from 0 to num_processes - 1.")
 JOIN_SECONDS = flags.DEFINE_integer(
-    "join_seconds", 300, "Seconds to wait for the other processes at the start.", lower_bound=1
+    "join_seconds", 300, "Seconds to wait at the start for the other processes.", lower_bound=1
 )
 HEARTBEAT_SECONDS = flags.DEFINE_integer(
     "heartbeat_seconds",
@@ -25,7 +25,8 @@ HEARTBEAT_SECONDS = flags.DEFINE_integer(
 
 
 def join() -> None:
-    """Joins the other processes that the flags or the TPU slice tell of, if any; before any other use of jax."""
+    """Joins the other processes that the flags or the TPU slice name, if any. It must be called before any other use of
+    jax."""
     distributed.start(
         COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value, JOIN_SECONDS.value, HEARTBEAT_SECONDS.value
     )

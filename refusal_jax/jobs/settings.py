@@ -1,4 +1,4 @@
-"""The flag --config of jobs that take a study's settings, and the flags that set one of them."""
+"""The flag --config of jobs that take a study's settings, combined with the flags that set one of them."""
 
 from absl import flags
 from ml_collections import config_flags
@@ -17,7 +17,7 @@ class OptionalIntParser(flags.ArgumentParser):
         return None if str(argument).lower() == "none" else int(argument)
 
     def flag_type(self) -> str:
-        """Returns what help texts call it."""
+        """Returns the name of this type in help texts."""
         return "int or None"
 
 

@@ -4,20 +4,20 @@
   refusal-jax study --model=DIR --workdir=runs/mine            # an HF checkpoint folder, the paper's settings
   refusal-jax study --config=configs/demo.py --workdir=DIR --config.select.full_grid=True
 
-Stopped at any moment, the same command continues; run again when finished, it does nothing. Every setting is a field
-of the config (refusal_jax/study/config.py explains them all) and can be overridden by --config.SECTION.NAME=VALUE.
-Prompts come from the bundled set, from files, --config.data.harmful_train=my.csv (.json, .jsonl, .csv, .txt), or from what
-`refusal-jax data fetch` has got: "paper" for the paper's split, "jailbreakbench" or another set's name.
-Completions are judged by the paper's substrings and whatever --config.judges names (refusal-jax evaluate --help);
---config.data.over_refusal="('xstest',)" adds harmless prompts that look harmful.
-Chat template and refusal tokens are the model's own, found and printed; --config.chat_template=NAME (chatml, gemma,
-llama-2, llama-3, llama-3-published, or a .jinja file) and --config.refusal_tokens="('I', 'As')" set them.
+If the study is stopped at any moment, the same command continues it; after it has finished, the command does nothing.
+Every setting is a field of the config (refusal_jax/study/config.py explains them all) and can be overridden by
+--config.SECTION.NAME=VALUE. Prompts come from the bundled set, from files, --config.data.harmful_train=my.csv (.json,
+.jsonl, .csv, .txt), or from what `refusal-jax data fetch` has downloaded: "paper" for the paper's split,
+"jailbreakbench" or another set's name. Completions are judged by the paper's substrings and whatever --config.judges
+names (refusal-jax evaluate --help); --config.data.over_refusal="('xstest',)" adds harmless prompts that look harmful.
+Chat template and refusal tokens are found in the model and printed; --config.chat_template=NAME (chatml, gemma,
+llama-2, llama-3, llama-3-published, or a .jinja file) and --config.refusal_tokens="('I', 'As')" set them instead.
 
-On several hosts start the same command on each; a mesh that is set (--config.mesh.data, .fsdp, .model) must have all
-devices. A TPU slice needs nothing more; elsewhere add --coordinator=HOST:PORT --num_processes=N --process_id=I. Process 0
-writes the folder. If one process ends, all do within a minute; the same command continues.
+On several hosts, start the same command on each; a mesh that is set explicitly (--config.mesh.data, .fsdp, .model) must
+use all devices. A TPU slice needs nothing more; elsewhere add --coordinator=HOST:PORT --num_processes=N --process_id=I.
+Process 0 writes the folder. If one process ends, all end within a minute, and the same command continues the study.
 
-The folder gets: direction.safetensors and direction_metadata.json (the direction, its position and layer),
+The folder receives direction.safetensors and direction_metadata.json (the direction, its position and layer),
 direction_evaluations.json, completions/, loss_evals/ (all in the format of the paper's code), statistics.json and
 statistics.csv (rates, paired tests, agreement of judges, lengths), damage.json (KL from baseline), manifest.json and
 report.html.
@@ -34,7 +34,9 @@ from refusal_jax.runs.artifacts import REPORT
 from refusal_jax.study.study import SECTIONS, run_study
 
 WORKDIR = flags.DEFINE_string(
-    "workdir", None, "Folder of the run, or gs://BUCKET/FOLDER: it is made if new and continued if there."
+    "workdir",
+    None,
+    "Folder of the run, or gs://BUCKET/FOLDER. A new one is created; a run that is already there is continued.",
 )
 MODEL = flags.DEFINE_string(
     "model",

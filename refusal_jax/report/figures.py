@@ -60,7 +60,7 @@ COSINE = Scale("PiYG", Normalize(-1, 1), 0.0, 2)
 
 @contextmanager
 def _drawing(height: float) -> Iterator[Figure]:
-    """Draws a figure of `WIDTH` x `height` points, under this module's settings only."""
+    """Yields a figure of `WIDTH` x `height` points, to be drawn and saved under this module's settings only."""
     defaults = {key: value for key, value in matplotlib.rcParamsDefault.items() if not key.startswith("backend")}
     settings: dict[Any, Any] = {**defaults, **STYLE}
     with matplotlib.rc_context(settings):
@@ -346,7 +346,7 @@ def layer_similarity(values_ll: np.ndarray, pick: Direction) -> str:
 
 
 def _dots(axes: Axes, x: np.ndarray, y: np.ndarray, colour: str, size: float) -> None:
-    """Draws dots as zero-length strokes of one path, a fifth of the size of as many markers."""
+    """Draws dots as zero-length strokes of one path, which takes a fifth of the bytes of as many markers."""
     points = np.column_stack([x.ravel(), y.ravel()])
     points = points[np.isfinite(points).all(axis=1)]
     if len(points):

@@ -9,7 +9,7 @@ import dataclasses
 from refusal_jax.data.prompts import BUNDLED
 from refusal_jax.settings import OptionalInt, Settings, option, section
 
-FITTING = "0 takes as many as fit, up to what pays off (a few on a CPU)"
+FITTING = "0 chooses the most that fit in memory and still gain speed (a few on a CPU)"
 
 
 @dataclasses.dataclass
@@ -18,10 +18,11 @@ class MeshSettings(Settings, path="mesh"):
 
     data: int = option(
         0,
-        "Number of devices that divide the prompts; all three axes 0: planned for the TPUs there are, one device on a CPU",
+        "Number of devices that the prompts are split over; with all three at 0, the mesh is planned for the TPUs present, and a "
+        "CPU uses one device",
     )
-    fsdp: int = option(0, "Number of devices that divide prompts and the storage of weights")
-    model: int = option(0, "Number of devices that divide heads, MLP and vocabulary")
+    fsdp: int = option(0, "Number of devices that the prompts and the storage of weights are split over")
+    model: int = option(0, "Number of devices that heads, MLP and vocabulary are split over (tensor parallelism)")
 
 
 @dataclasses.dataclass
@@ -33,20 +34,20 @@ class DataSettings(Settings, path="data"):
         "Harmful prompts from which directions are computed: a .json, .jsonl, .csv or .txt file, 'bundled', or fetched data "
         "(`refusal-jax data fetch`): 'paper', or the name of a set",
     )
-    harmful_val: str = option(BUNDLED, "Harmful prompts that select the direction, named in the same ways")
+    harmful_val: str = option(BUNDLED, "Harmful prompts used to select the direction, named in the same ways")
     harmful_test: str = option(BUNDLED, "Harmful prompts whose completions are judged")
     harmless_train: str = option(BUNDLED, "Harmless prompts from which directions are computed")
-    harmless_val: str = option(BUNDLED, "Harmless prompts that select the direction")
+    harmless_val: str = option(BUNDLED, "Harmless prompts used to select the direction")
     harmless_test: str = option(BUNDLED, "Harmless prompts whose completions are judged")
     over_refusal: tuple[str, ...] = option(
         (),
-        "Sets of harmless prompts that look harmful, such as ('xstest', 'or_bench_hard'), which are completed at baseline and "
-        "under ablation",
+        "Sets of harmless prompts that look harmful, such as ('xstest', 'or_bench_hard'), to complete at baseline and under "
+        "ablation",
     )
-    n_train: int = option(128, "Number of prompts that are drawn from each training set, by the seed")
-    n_val: int = option(32, "Number of prompts that are drawn from each validation set")
-    n_test: int = option(100, "Number of prompts that are drawn from each test set")
-    seed: int = option(42, "Seed of the draws")
+    n_train: int = option(128, "Number of prompts drawn from each training set")
+    n_val: int = option(32, "Number of prompts drawn from each validation set")
+    n_test: int = option(100, "Number of prompts drawn from each test set")
+    seed: int = option(42, "Seed for drawing the prompts")
 
 
 @dataclasses.dataclass
@@ -54,32 +55,38 @@ class SelectSettings(Settings, path="select"):
     """How the direction is selected among the candidates (paper, appendix C)."""
 
     full_grid: bool = option(
-        False, "Score every candidate on everything, for figures: the pick is the same, the work 3 to 5 times as much"
+        False,
+        "Score every candidate on every measure, for the figures; the selection is the same, at 3 to 5 times the work",
     )
     batch_size: int = option(
-        0, f"Rows of a pass, which holds several candidates with every validation prompt; {FITTING}"
+        0, f"Rows of a forward pass, which combines several candidates with every validation prompt; {FITTING}"
     )
-    kl_threshold: float = option(0.1, "Discard candidates whose ablation moves harmless replies by more than this KL")
+    kl_threshold: float = option(
+        0.1,
+        "Discard candidates whose ablation changes the next token after harmless prompts by more than this KL divergence",
+    )
     induce_threshold: float = option(
-        0.0, "Discard candidates whose addition leaves the refusal score of harmless prompts below this"
+        0.0, "Discard candidates whose addition leaves the refusal score of harmless prompts below this value"
     )
-    prune_fraction: float = option(0.2, "Discard candidates in this last fraction of the layers")
+    prune_fraction: float = option(
+        0.2, "Discard candidates from the last layers, which make up this fraction of all layers"
+    )
 
 
 @dataclasses.dataclass
 class GenerationSettings(Settings, path="generation"):
     """How completions are generated, and under which interventions."""
 
-    max_new_tokens: int = option(512, "The longest completion in tokens")
+    max_new_tokens: int = option(512, "Maximum length of a completion in tokens")
     from_checkpoint: bool = option(
         False,
         "Decode greedily under the checkpoint's generation_config.json (such as its repetition_penalty), as transformers does; "
         "False is plain greedy decoding, as in the paper",
     )
-    batch_size: int = option(0, f"Rows that are decoded together; {FITTING}")
+    batch_size: int = option(0, f"Number of completions decoded together; {FITTING}")
     conditions: tuple[str, ...] = option(
         ("harmful_baseline", "harmful_ablation", "harmful_actadd", "harmless_baseline", "harmless_actadd"),
-        "Which prompts are completed under which intervention: harmful or harmless, and baseline, ablation or actadd",
+        "Pairs of prompts and intervention to complete: harmful or harmless, and baseline, ablation or actadd",
     )
 
 
@@ -87,15 +94,19 @@ class GenerationSettings(Settings, path="generation"):
 class LossSettings(Settings, path="loss"):
     """The texts on which the loss is measured, besides the model's own completions."""
 
-    batch_size: int = option(0, f"Rows of a pass; {FITTING}")
+    batch_size: int = option(0, f"Rows of a forward pass; {FITTING}")
     text_tokens: int = option(
-        256, "Plain text is cut to this number of tokens, as in the paper; chat rows only to the model's context"
+        256, "Number of tokens that plain text is cut to, as in the paper; chats are only cut to the model's context"
     )
     text_files: tuple[str, ...] = option(
-        (), "Plain text: 'pile' if fetched, .txt files (one document a line), or .json, .jsonl, .csv with a text field"
+        (),
+        "Plain text to measure the loss on: 'pile' if fetched, .txt files (one document per line), or .json, .jsonl or .csv "
+        "files with a text field",
     )
     chat_files: tuple[str, ...] = option(
-        (), "Chats: 'alpaca' if fetched, .json or .jsonl of {'prompt' or 'instruction', 'response' or 'output'}"
+        (),
+        "Chats to measure the loss on: 'alpaca' if fetched, or .json or .jsonl files of {'prompt' or 'instruction', 'response' "
+        "or 'output'}",
     )
 
 
@@ -108,25 +119,25 @@ class StudyConfig(Settings):
     )
     cache: str = option(
         "",
-        "Folder or address of converted copies of checkpoints, which are read in place of the originals; '' keeps none",
+        "Folder or address for converted copies of checkpoints, which are read in place of the originals; '' keeps none",
     )
     dtype: str = option("auto", "float32, bfloat16 or float16; auto is float32 on a CPU and bfloat16 elsewhere")
     batch_size: int = option(0, f"Rows of a forward pass; {FITTING}")
     chat_template: str = option(
         "",
         "Name of a built-in template (chatml, gemma, llama-2, llama-3, llama-3-published) or a .jinja file; '' is the "
-        "tokenizer's own, or the one that its special tokens tell",
+        "tokenizer's own template or, if it has none, the one that its special tokens indicate",
     )
     thinking: bool = option(
-        False, "Ask models that can think to do so; refusal is read at the reply's first token, so leave it off"
+        False, "Ask models that can think to do so; leave it off, because refusal is read at the reply's first token"
     )
     refusal_tokens: tuple[int | str, ...] = option(
         (),
-        "How refusals begin, as token ids or strings such as ('I', 'As'); for a string, only its first token is used. Their "
-        "probabilities are summed. () measures them on the training prompts",
+        "Tokens that refusals begin with, as ids or strings such as ('I', 'As'); for a string, only its first token is used. "
+        "Their probabilities are summed. () measures them on the training prompts",
     )
     positions: OptionalInt = option(
-        None, "How many of the last post-instruction tokens are candidate positions; None takes all of them"
+        None, "Number of last post-instruction tokens that are candidate positions; None uses all of them"
     )
     filter: bool = option(True, "Keep only harmful prompts that are refused and harmless ones that are not")
     mesh: MeshSettings = section(MeshSettings, "The devices along each axis of the mesh")
@@ -135,7 +146,7 @@ class StudyConfig(Settings):
     generation: GenerationSettings = section(GenerationSettings, "How completions are generated")
     judges: tuple[str, ...] = option(
         ("substring_matching",),
-        "Who judges completions: substring_matching, substring_extended, refusal_score, and judge models: llamaguard2=FOLDER, "
+        "Judges of the completions: substring_matching, substring_extended, refusal_score, and judge models: llamaguard2=FOLDER, "
         "llamaguard3=FOLDER, harmbench=FOLDER@TEMPLATE.txt, strongreject=FOLDER@TEMPLATE.txt, llm=FOLDER (`refusal-jax evaluate "
         "--help`)",
     )
