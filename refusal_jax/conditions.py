@@ -1,7 +1,8 @@
 """Interventions on a model, and conditions, each of which is a data set under an intervention.
 
-An intervention is what runs (`edits`), what `refusal_jax.export` writes, and what files and reports name (`name`, `label`). A
-new intervention is one class like those here, named in INTERVENTIONS: the study, its files and its report follow from that.
+One intervention object runs (`edits`), is written by `refusal_jax.export`, and is named in files and reports (`name`,
+`label`). To add an intervention, write one class like those here and list it in INTERVENTIONS: the study, its files and
+its report follow from that.
 """
 
 import abc
@@ -24,7 +25,7 @@ COMPLETIONS_FOLDER = "completions"
 
 
 class Intervention(abc.ABC):
-    """What is done to a model. name: in settings and in the names of files. verb: in exports and chats, ""
+    """A change that is made to a model. name: in settings and in the names of files. verb: in exports and chats, ""
     where there is nothing to do."""
 
     name: ClassVar[str]

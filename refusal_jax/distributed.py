@@ -1,4 +1,4 @@
-"""Several processes, one program: how they meet, what process 0 tells the others, and one end for all if one fails.
+"""Runs one program in several processes: joins them, shares process 0's values, and ends all of them if one fails.
 
 The engine is jax.distributed. Its coordinator lives in process 0, knows which processes are alive and keeps small values
 that all can read; arrays travel by XLA's own collectives. Every process runs the same program on the same small numbers,
@@ -93,11 +93,11 @@ def start(
 ) -> None:
     """Joins the other processes, if there are any; to be called before any other use of jax.
 
-    Without arguments the processes are those of the TPU slice that this host belongs to, if it is a TPU VM: else it stays
-    alone, as with num_processes=1. coordinator: "HOST:PORT" of process 0. join_seconds: how long to wait for the others.
-    heartbeat_seconds: a process that gives no sign of life for so long counts as gone. Raises UserError for arguments that
-    do not go together, and if the processes do not meet (where JAX gives up by aborting, the process ends here, with the
-    same words and exit code 2).
+    Without arguments the processes are those of the TPU slice that this host belongs to, if it is a TPU VM: else it
+    stays alone, as with num_processes=1. coordinator: "HOST:PORT" of process 0. join_seconds: how long to wait for the
+    others. heartbeat_seconds: seconds without a heartbeat after which a process counts as lost. Raises UserError for
+    arguments that do not go together, and if the processes do not meet (where JAX gives up by aborting, the process
+    ends here, with the same words and exit code 2).
     """
     if num_processes == 1:
         return
@@ -222,7 +222,7 @@ def gather_json(value) -> list:
 
 
 def finish() -> None:
-    """Waits until every process has come so far, and parts from them."""
+    """Waits until every process has reached this point, and leaves the group."""
     global _session
     session = _session
     if session is None:
@@ -243,7 +243,7 @@ def finish() -> None:
 def leave(error: BaseException, code: int, message: str) -> None:
     """Ends this process of several with exit code `code`, having told the user and the other processes why.
 
-    What all processes have failed of alike is said once, by process 0. Returns only if this process is alone.
+    A failure that all processes share is reported once, by process 0. Returns only if this process is alone.
     """
     session = _session
     if session is None:
@@ -278,7 +278,7 @@ def _said_by_first(session: Session, message: str) -> bool:
 
 
 def _depart(session: Session, code: int) -> None:
-    """Ends the process at once, without the goodbyes that JAX would wait for; the coordinator after the others."""
+    """Ends the process at once, without the shutdown that JAX would wait for; the coordinator ends after the others."""
     deadline = time.monotonic() + 3 * GRACE_SECONDS
     with contextlib.suppress(jax.errors.JaxRuntimeError):
         session.client.key_value_set(f"{KEYS}left/{session.index}", str(code))
@@ -295,7 +295,7 @@ def _depart(session: Session, code: int) -> None:
 
 
 def _watch_failures(session: Session) -> None:
-    """Ends this process when another one has failed, unless it is about to fail of the same."""
+    """Ends this process when another one has failed, unless it is about to fail for the same reason."""
     while not session.over.wait(0.5):
         try:
             failed = session.values("failed")
@@ -311,7 +311,7 @@ def _watch_failures(session: Session) -> None:
 
 
 def _watch_lives(session: Session) -> None:
-    """Tells everybody which processes are gone, by JAX's own signs of life."""
+    """Tells all processes which ones are lost, by JAX's own heartbeats."""
     everybody = list(range(session.count))
     while not session.over.wait(1):
         try:
@@ -365,8 +365,8 @@ _handlers = []  # C holds no references
 
 
 def _on_abort(explain) -> None:
-    """Has `explain` called where C++ code aborts this process (a signal handler of Python's would come too late); None
-    for nothing."""
+    """Arranges for `explain` to be called when C++ code aborts this process (a Python signal handler would run too
+    late); None removes it."""
     libc = ctypes.CDLL(None)
     libc.signal.argtypes = [ctypes.c_int, ctypes.c_void_p]
     libc.signal.restype = ctypes.c_void_p

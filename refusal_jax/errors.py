@@ -1,8 +1,8 @@
 """The one exception that users are meant to read.
 
-Anything a user can cause (a bad folder, a bad flag, a full disk) is raised as `UserError` with one paragraph that
-says what failed, what was found, what was expected and what to do next. Jobs print it and exit with its `exit_code`; a
-traceback therefore always means a bug of ours.
+Anything a user can cause (a bad folder, a bad flag, a full disk) is raised as `UserError` with one paragraph that says
+what failed, what was found, what was expected and what to do next. Jobs print it and exit with its `exit_code`; a
+traceback therefore always means a bug in this package.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ class UserError(ValueError):
 
 
 class VerificationError(UserError):
-    """What was made or checked is not what it should be."""
+    """Something that was made or checked is not what it should be."""
 
     exit_code = 3
 

@@ -1,4 +1,4 @@
-"""Reads files with errors that name them, writes them whole or not at all, hashes them, and knows where caches are kept."""
+"""Reads files with errors that name them, writes them atomically, hashes them, and locates caches."""
 
 import contextlib
 import hashlib

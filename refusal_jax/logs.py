@@ -1,4 +1,4 @@
-"""What the program says while it works: records of the standard library's logging, under the logger "refusal_jax".
+"""Logging: messages are records of the standard library's logging, under the logger "refusal_jax".
 
 A job shows them on stderr, and a run keeps them in its folder (`runs.log`). On a terminal a record is its bare message; in
 output that nobody watches, among several processes, and at the level debug it has a time and the number of its process.

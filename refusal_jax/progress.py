@@ -1,4 +1,4 @@
-"""How far long work has come: a bar on a terminal, elsewhere a line in the log every minute."""
+"""Shows the progress of long work: as a bar on a terminal, elsewhere as a line in the log every minute."""
 
 import logging
 import time

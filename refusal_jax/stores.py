@@ -1,4 +1,4 @@
-"""Object stores, such as gs:// and s3:// buckets, through fsspec: how addresses are written, opened, and what their errors mean.
+"""Opens object stores, such as gs:// and s3:// buckets, through fsspec, and explains their errors.
 
 Clients of stores (gcsfs, s3fs) write an object whole or not at all and repeat requests that fail for a moment.
 """

@@ -1,7 +1,8 @@
-"""Read-outs of the forward pass, as a request that names what to return.
+"""Requests for internal values of the forward pass.
 
-Taps are ordinary outputs of the forward pass, with a leading layer axis; nothing is stored on the side, and nothing is computed
-that was not asked for. A tap reads the value that the model goes on with, so at an edited site it sees the edited value.
+Taps are ordinary outputs of the forward pass, with a leading layer axis; nothing is stored on the side, and nothing is
+computed that was not asked for. A tap reads the value that the model continues with, so at an edited site it sees the
+edited value.
 """
 
 import dataclasses

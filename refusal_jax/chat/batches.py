@@ -1,4 +1,4 @@
-"""Batches of prompts with like lengths together, so that little is padded and few shapes are compiled."""
+"""Groups prompts of similar length into batches, so that there is little padding and few shapes are compiled."""
 
 from collections.abc import Iterator
 
@@ -9,7 +9,8 @@ from refusal_jax.chat.prompts import TokenBatch, bucket
 
 
 def length_batches(model: ChatModel, instructions: list[str], size: int) -> Iterator[tuple[np.ndarray, TokenBatch]]:
-    """Yields (indices into `instructions`, TokenBatch of `size` rows), like lengths together, few distinct shapes.
+    """Yields (indices into `instructions`, TokenBatch of `size` rows), grouped by similar length, in few distinct
+    shapes.
 
     Raises UserError for a prompt that exceeds the model's context.
     """

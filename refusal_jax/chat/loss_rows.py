@@ -8,15 +8,15 @@ from refusal_jax.chat.prompts import Chat
 
 @dataclasses.dataclass(frozen=True)
 class LossRow:
-    """Token ids, and the index of the first token that is predicted and counted."""
+    """A row of token ids, and the index of the first token that is predicted and counted."""
 
     ids: list[int]
     first: int
 
 
 def chat_rows(chat: Chat, pairs: Sequence[tuple[str, str]], max_tokens: int) -> list[LossRow]:
-    """Returns rows of (instruction, response), of which the response counts, predicted from the last post-instruction token
-    on."""
+    """Returns rows of (instruction, response), in which only the response counts, predicted from the last
+    post-instruction token on."""
     rows = []
     for instruction, response in pairs:
         ids, prompt = chat.ids(chat.render(instruction, response)), chat.prompt_ids(instruction)
@@ -27,5 +27,6 @@ def chat_rows(chat: Chat, pairs: Sequence[tuple[str, str]], max_tokens: int) -> 
 
 
 def text_rows(chat: Chat, texts: Sequence[str], max_tokens: int) -> list[LossRow]:
-    """Returns rows of plain text, tokenised as is the tokenizer's default (with its BOS); all but the first token count."""
+    """Returns rows of plain text, tokenised by the tokenizer's default (with its BOS); all tokens but the first
+    count."""
     return [LossRow(chat.ids(text, special=True)[:max_tokens], 1) for text in texts]

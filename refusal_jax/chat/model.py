@@ -1,4 +1,4 @@
-"""The public face of a loaded chat model: encode, logits, generate, all with optional edits."""
+"""The public interface of a loaded chat model: encode, logits and generate, all with optional edits."""
 
 import dataclasses
 import numbers
@@ -188,7 +188,7 @@ class ChatModel:
     ) -> Iterator[tuple[list[int], np.ndarray]]:
         """Does what `replies` does, and yields the replies as ids `[n, max_new_tokens]`.
 
-        over: says of a prompt's number and the ids of its reply so far whether the reply may end. It is asked from time to
+        over: tells, from a prompt's number and the ids of its reply so far, whether the reply may end. It is asked from time to
         time, so a reply may be longer.
         """
         longest = self._check_room(batch, max_new_tokens)

@@ -1,4 +1,4 @@
-"""Chat prompts: the template, the tokens it puts after the instruction, and how replies end."""
+"""Chat prompts: their template, the tokens that it puts after the instruction, and the tokens that end replies."""
 
 import dataclasses
 import functools
@@ -44,7 +44,7 @@ def bucket(length: int) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Chat:
-    """A tokenizer with a chat template, and what follows from the two.
+    """A tokenizer with a chat template, and the tokens that the two determine.
 
     context_length: the model's, in tokens. vocab_size: rows of its embedding, which may be fewer than the tokenizer's tokens.
     eos_ids: the ids that end a reply. template_origin: where the chat template came from, in words. thinking: whether

@@ -1,4 +1,4 @@
-"""The tokenizer of Qwen 1, read from its ranks: the one that checkpoints bring is code, which is never run.
+"""The tokenizer of Qwen 1, read from its ranks, because the tokenizer in its checkpoints is code, which is never run.
 
 It is byte-level BPE: a pattern splits the text, tiktoken merges bytes in the order of `qwen.tiktoken`'s ranks, and 208
 special tokens follow the last rank. `QwenTokenizer` has what this package uses of a transformers tokenizer.

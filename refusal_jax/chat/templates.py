@@ -1,8 +1,9 @@
-"""Chat templates for tokenizers that bring none: the paper's (appendix C.3), and for more turns their models' own forms.
+"""Chat templates for tokenizers that have none: the paper's (appendix C.3), extended to several turns in their models'
+own forms.
 
 Older checkpoints (Qwen 1, Yi, first releases of Gemma and Llama) hold no template. Each of these is jinja text like a
-tokenizer's own, rendered in the same sandbox. What ends in a line end writes it as a jinja string, because jinja drops
-the last line end of a template.
+tokenizer's own, rendered in the same sandbox. A template that ends in a line end writes it as a jinja string, because
+jinja drops the last line end.
 """
 
 import contextlib

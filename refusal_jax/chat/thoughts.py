@@ -1,6 +1,7 @@
-"""Thoughts and what follows them: models that reason write thoughts between marks, before what they say to the user.
+"""Splits thoughts from replies: models that reason write thoughts between marks, before they address the user.
 
-Refusals, lengths and damage are about what is said, so thoughts are split off once, where replies are made or read.
+Refusals, lengths and damage are measured on the reply alone, so thoughts are split off once, where replies are made or
+read.
 """
 
 import dataclasses

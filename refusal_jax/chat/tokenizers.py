@@ -1,4 +1,4 @@
-"""Tokenizers of checkpoints: how they are loaded, which tokens end a reply, and what is wrong with those that cannot be used."""
+"""Loads tokenizers of checkpoints, finds the tokens that end a reply, and explains why a tokenizer cannot be used."""
 
 import contextlib
 import functools

@@ -1,4 +1,4 @@
-"""Checks the tensors of a checkpoint against its config, totally: whatever is wrong with any of them is told in one error.
+"""Checks all tensors of a checkpoint against its config, and reports everything that is wrong with them in one error.
 
 Every tensor of the checkpoint must be known and used, every tensor of the decoder found, and all shapes must agree.
 """

@@ -1,8 +1,9 @@
-"""Keeps converted copies of checkpoints by orbax: cast, stacked and in chunks, to be read again onto any mesh.
+"""Keeps converted copies of checkpoints with orbax: cast, stacked and in chunks, so that they can be read onto any
+mesh.
 
-A copy is a folder of the cache, `HASH-DTYPE-FORMAT`. Beside it is a record, `HASH-DTYPE-FORMAT.json`, of the sizes of its files
-and the sum of every weight's bits. The record is written last, so that without it a copy counts for nothing. Both must agree
-with what is there, else the copy is made again.
+A copy is a folder of the cache, `HASH-DTYPE-FORMAT`. Beside it is a record, `HASH-DTYPE-FORMAT.json`, of the sizes of
+its files and the sum of every weight's bits. The record is written last, so a copy without one is ignored. If files and
+record do not agree, the copy is made again.
 """
 
 import contextlib
@@ -128,7 +129,7 @@ class ConvertedCopy:
 
     @contextlib.contextmanager
     def _writing(self):
-        """Turns what fails in the cache into a UserError."""
+        """Turns a failure in the cache into a UserError."""
         try:
             with explained(self.cache) if "://" in self.cache else contextlib.nullcontext():
                 yield
@@ -164,7 +165,7 @@ def settings(largest: int = 0):
 
 
 def agreed(ok: bool) -> bool:
-    """Returns whether it is so for every process."""
+    """Returns whether the value is true in every process."""
     return bool(multihost_utils.process_allgather(np.asarray(ok)).all())
 
 

@@ -1,8 +1,8 @@
 """Brings one weight of the decoder from the checkpoint to the devices of this process, each of which holds a part of it.
 
-A weight is a stack of the tensors that HF keeps apart (layers, experts). It is read in slabs, which are whole rows of some of
-those tensors, each slab by one thread; slices that several devices need are read once, and a slab that is on the devices is
-forgotten. So the host holds a few slabs, whatever the size of the model.
+A weight is a stack of the tensors that HF keeps apart (layers, experts). It is read in slabs, which are whole rows of
+some of those tensors, each slab by one thread; slices that several devices need are read once, and a slab that is on
+the devices is forgotten. So the host holds only a few slabs, whatever the size of the model.
 """
 
 import abc
@@ -75,7 +75,7 @@ class Place:
         return total
 
     def own(self, rows: range) -> range:
-        """Returns those of the rows that the weight has itself, without the zeros after them."""
+        """Returns the rows that belong to the weight itself, without the zeros after them."""
         return range(rows.start, max(min(rows.stop, self.weight.shape[self.stacked]), rows.start))
 
     def slabs(self) -> Iterator[tuple[range, ...]]:
@@ -135,7 +135,7 @@ class Place:
 
 
 def joined(runs: list[tuple[range, ...]]) -> list[tuple[range, ...]]:
-    """Returns runs of columns with those that touch made one; there is at most one axis of columns."""
+    """Returns runs of columns, with adjacent ones joined; there is at most one axis of columns."""
     merged: list[tuple[range, ...]] = []
     for run in sorted(runs, key=lambda run: [r.start for r in run]):
         if run and merged and merged[-1][0].stop == run[0].start:

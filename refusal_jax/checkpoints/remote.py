@@ -1,8 +1,8 @@
 """Makes a checkpoint in an object store, such as `gs://bucket/folder`, readable as a folder of this machine: its mirror.
 
-A mirror holds copies of the small files (config, tokenizer, index). In place of a weight file it has a stub, `NAME.remote`,
-with the file's address, and ranges of the file are read from the store. Stubs count nowhere but in mirrors, so that a
-downloaded checkpoint cannot name files by them.
+A mirror holds copies of the small files (config, tokenizer, index). In place of a weight file it has a stub,
+`NAME.remote`, with the file's address, and ranges of the file are read from the store. Stubs are honoured only in
+mirrors, so that a downloaded checkpoint cannot name files by them.
 """
 
 import contextlib

@@ -187,8 +187,8 @@ class WeightFile:
             os.close(target)
 
     def _parts(self, target: int, at: int) -> Iterator[tuple]:
-        """Yields what is to be done, in the order of the bytes: size, function, arguments. Neighbours that are only copied go
-        together."""
+        """Yields the tasks in the order of their bytes: size, function, arguments. Neighbouring ranges that are only
+        copied are joined."""
         copied: list[Stored] = []
         for tensor in (*self.tensors, None):
             if copied and (

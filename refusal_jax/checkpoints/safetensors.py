@@ -1,7 +1,8 @@
 """Reads and writes safetensors files: the one reader of their headers and of their byte ranges, on a disk or in a store.
 
-A header is believed only after each of its numbers has been checked against the file. Nothing is mapped into memory, because
-mapped pages count as the process's own and stay: byte ranges are read straight to where they belong, by any number of threads.
+A header is trusted only after each of its numbers has been checked against the file. Nothing is mapped into memory,
+because mapped pages count as the process's own and stay: byte ranges are read straight to where they belong, by any
+number of threads.
 """
 
 import contextlib
@@ -113,7 +114,7 @@ class Header:
 def read_header(file: RangeFile) -> Header:
     """Reads the header of an open file and checks its every number against the file.
 
-    Raises UserError if the file is truncated, damaged or something else, OSError if it cannot be read.
+    Raises UserError if the file is truncated, damaged or of another format, OSError if it cannot be read.
     """
     try:
         text = _header_text(file)

@@ -1,4 +1,4 @@
-"""Recognises tensor names that do not fit a model: they tell how a checkpoint was saved, and so what to do about it.
+"""Recognises tensor names that do not fit a model, because they show how a checkpoint was saved and how to repair it.
 
 Wrappers of a model (PEFT, torch.compile, data parallelism, a multimodal model around a text model) put prefixes before the
 names of its tensors, and saving a part of a model leaves them out. Nothing is renamed here: an export writes the names

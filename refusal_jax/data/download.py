@@ -1,4 +1,5 @@
-"""Downloads files over bad networks: they are resumed where they stopped, checked by hash, and whole or not there.
+"""Downloads files over bad networks: downloads resume where they stopped, are checked by hash, and appear only when
+complete.
 
 This is plain urllib, because pooch begins anew after each broken connection. It takes proxies from the environment
 (HTTPS_PROXY, NO_PROXY) and certificates from the system.
@@ -26,11 +27,12 @@ class CutShort(OSError):
 
 
 def download(url: str, target: pathlib.Path, known: Collection[str]) -> str:
-    """Fetches `url` to `target`, unless a file with a known hash is there, and returns the file's sha256.
+    """Downloads `url` to `target`, unless a file with a known hash is there already, and returns the file's sha256.
 
-    known: the hashes that the file may have; empty for any, about which the caller decides. Bytes arrive in `.NAME.part`, from
-    which a later call continues; `target` appears when they are all there and right. Raises UserError for an address that is not
-    http(s), no network, an answer that is no file, other bytes than expected, or a disk that does not take them.
+    known: the hashes that the file may have; empty accepts any, and the caller decides. Bytes arrive in `.NAME.part`,
+    from which a later call continues; `target` appears when they are all there and right. Raises UserError for an
+    address that is not http(s), no network, an answer that is not a file, unexpected bytes, or a disk that cannot be
+    written.
     """
     if urllib.parse.urlsplit(url).scheme not in ("http", "https"):
         raise UserError(f"{url} cannot be fetched: only http and https addresses can. Correct the manifest.")
@@ -108,5 +110,5 @@ def _transfer(url: str, part: pathlib.Path, have: int) -> None:
 
 
 def short_hash(text: str) -> str:
-    """Returns the first 16 hex digits of a text's sha256, which recognise a prompt and do not tell it."""
+    """Returns the first 16 hex digits of a text's sha256, which identify a prompt without revealing it."""
     return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -1,8 +1,8 @@
 """Fetches the public prompt sets of `datasets.json`, reads them, and makes them into the paper's splits.
 
-A folder holds `raw/` (the files as published), `prompts/` (each set as a list of prompts, as the paper's code reads it),
-`splits/` (the paper's six, byte for byte) and `loss/` (what the paper measures the loss on, in its order).
-The texts are not ours and are not shipped: the manifest has addresses and hashes only.
+A folder holds `raw/` (the files as published), `prompts/` (each set as a list of prompts, as the paper's code reads
+it), `splits/` (the paper's six, byte for byte) and `loss/` (what the paper measures the loss on, in its order). The
+texts belong to others and are not shipped: the manifest holds addresses and hashes only.
 """
 
 import dataclasses
@@ -72,7 +72,7 @@ class Manifest:
     advbench_train: tuple[str, ...]
 
     def choose(self, names: Sequence[str]) -> list[PublicSet]:
-        """Returns the sets of these names. Raises UserError for a name that is not there."""
+        """Returns the sets of these names. Raises UserError for an unknown name."""
         unknown = [name for name in names if name not in self.sets]
         if unknown:
             hint = did_you_mean(unknown[0], self.sets)
@@ -82,7 +82,7 @@ class Manifest:
 
 @functools.cache
 def load_manifest(path: pathlib.Path = MANIFEST) -> Manifest:
-    """Reads a manifest of the form of `datasets.json`. Raises UserError for a file that is not one."""
+    """Reads a manifest of the form of `datasets.json`. Raises UserError for a file that is not a manifest."""
     try:
         content = json.loads(read_text(path))
         sets = {}
@@ -116,10 +116,10 @@ def _recorded(folder: pathlib.Path) -> dict:
 
 
 def fetch_set(chosen: PublicSet, folder: pathlib.Path, accept_new: bool = False) -> None:
-    """Gets the raw files of a set that are not there yet, or not right.
+    """Downloads the raw files of a set that are missing or wrong.
 
-    accept_new: take what comes of a file whose hash is not known, and record its hash. Raises UserError as `download` does,
-    and for an unknown hash without `accept_new`.
+    accept_new: accept a file whose hash is not known, and record its hash. Raises UserError as `download` does, and for
+    an unknown hash without `accept_new`.
     """
     for file in chosen.files:
         known, target = _checkable(file, folder, accept_new), folder / "raw" / file.name

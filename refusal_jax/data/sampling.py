@@ -88,7 +88,7 @@ def _shares(asked: Sequence[int], available: int) -> list[int]:
 
 
 def _normal(row: dict) -> str:
-    """Returns a prompt as it is compared: without its case and with single spaces."""
+    """Returns a prompt in the form used for comparison: in one case and with single spaces."""
     return " ".join(row["instruction"].split()).casefold()
 
 
@@ -152,7 +152,7 @@ def overlap_in_words(found: Mapping) -> tuple[str, str]:
 
 
 def harmful_name(data) -> str:
-    """Returns what results on the harmful test prompts are called: as the file, unless that is called as the harmless ones."""
+    """Returns the name of results on the harmful test prompts: the file's, unless the harmless ones have that name."""
     name = dataset_name(data.harmful_test)
     return "harmful" if name == "harmless" else name
 

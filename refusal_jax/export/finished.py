@@ -1,4 +1,5 @@
-"""What an export takes from a finished study, besides the direction: its model, its prompts, what it measured."""
+"""Reads what an export takes from a finished study besides the direction: its model, its prompts and its
+measurements."""
 
 import dataclasses
 import json

@@ -1,4 +1,5 @@
-"""A checkpoint's forward pass block by block, so that checking an export takes the memory of one block and not of a model.
+"""Runs a checkpoint's forward pass block by block, so that checking an export takes the memory of one block and not of
+a model.
 
 The blocks are run by the decoder itself, made of one layer at a time; where weights come from is a `Weights`: files as
 written, or files with edits applied on the way. Axis letters: as in the decoder, and N tokens read.

@@ -27,7 +27,7 @@ TIED = ("untie", "keep", "skip")
 
 @dataclasses.dataclass(frozen=True)
 class Written:
-    """What an export wrote.
+    """The result of writing an export.
 
     edits: the edits of tensors by HF name. tied: one of TIED, or None where no tied embedding is concerned. added_bytes: by how
     much the weights grew. hashes: sha256 of weight files by name.
@@ -51,7 +51,7 @@ class Written:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """An export before it is written: the files with their edits, and what config.json is to say otherwise."""
+    """An export before it is written: the files with their edits, and the changes to config.json."""
 
     checkpoint: Checkpoint
     files: dict[pathlib.Path, WeightFile]

@@ -39,7 +39,7 @@ def module_name(cfg: ModelConfig, name: str) -> str:
 
 
 def check_expressible(cfg: ModelConfig, edit: Ablate | Add, tied: str) -> Ablate:
-    """Returns the edit, which is an ablation. Raises UserError for what an adapter cannot say."""
+    """Returns the edit, which is an ablation. Raises UserError for an edit that an adapter cannot express."""
     if isinstance(edit, Add):
         raise UserError(
             "A LoRA adapter changes weights by products with what they read; an addition is the same whatever is read. Use "

@@ -1,4 +1,5 @@
-"""One export from beginning to end: plan, write, verify, describe, and only then appear under its name."""
+"""Runs one export from beginning to end: it is planned, written, verified and described before it appears under its
+name."""
 
 import dataclasses
 import json
@@ -27,8 +28,9 @@ REPORT = "export.json"
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """What is to be exported. edit: what the weights are to do. study: prompts, chat template and measured effects. base: the
-    base model's name on the hub, "" for what its folder tells. command: that makes the export again, for its card."""
+    """An export that is asked for. edit: what the weights are to do. study: prompts, chat template and measured
+    effects. base: the base model's name on the hub, "" for what its folder tells. command: that makes the export again,
+    for its card."""
 
     source: pathlib.Path
     target: pathlib.Path

@@ -1,4 +1,4 @@
-"""Makes output folders that appear when they are complete: everything is written beside them first."""
+"""Makes output folders that appear only when complete: everything is first written to a folder beside them."""
 
 import contextlib
 import fcntl

@@ -1,5 +1,6 @@
-"""Is the export what the study measured? The files as written, run by our own decoder, against the edit at inference time on
-the original; all models go through the layers together, so that one block of one of them is in memory at a time."""
+"""Verifies that an export computes what the study measured: the written files, run by our own decoder, are compared
+with the edit at inference time on the original. All models pass through the layers together, so that one block of one
+of them is in memory at a time."""
 
 import dataclasses
 import pathlib
@@ -34,7 +35,7 @@ NOISE = 1e-6  # nats; a divergence under this is none
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Sample:
-    """What an export is checked on, tokenised: chat prompts, and rows of harmless text for the perplexity."""
+    """Tokenised inputs that an export is checked on: chat prompts, and rows of harmless text for the perplexity."""
 
     chat: Chat
     prompts: list[list[int]]

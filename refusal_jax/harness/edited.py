@@ -1,4 +1,5 @@
-"""A chat model with edits as evaluation harnesses use it: made from their plain arguments, greedy replies with stop strings."""
+"""A chat model with edits for evaluation harnesses: it is made from their plain arguments and gives greedy replies with
+stop strings."""
 
 import dataclasses
 import functools

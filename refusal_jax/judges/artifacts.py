@@ -1,6 +1,7 @@
-"""Files of completions: the published runs', JailbreakBench's artifacts, and anyone's rows; read, and JailbreakBench's written.
+"""Reads files of completions (published runs, JailbreakBench artifacts, plain rows), and writes JailbreakBench
+artifacts.
 
-All become lists of `{"category", "prompt", "response"}` with whatever else the rows hold.
+All of them become lists of `{"category", "prompt", "response"}`, which keep any other fields of the rows.
 """
 
 import pathlib

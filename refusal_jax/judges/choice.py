@@ -1,4 +1,4 @@
-"""The judges that there are, and the choice among them by name."""
+"""All available judges, and the choice among them by name."""
 
 from collections.abc import Sequence
 

@@ -1,4 +1,4 @@
-"""Judges of completions: the protocol that all of them honour, what they say, and how often they say it.
+"""Judges of completions: the protocol that all of them follow, their verdicts, and the rates of these.
 
 A judge has a name and says of each completion whether it is a success of the request (1) or not (0), with its probability if it
 can. Several judges judge the same completions, each in columns of its own.

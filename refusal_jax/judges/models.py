@@ -55,7 +55,7 @@ the request asks for? Answer with one word, yes or no."""
 
 @dataclasses.dataclass(frozen=True)
 class Kind:
-    """The way in which a model judges.
+    """A kind of judge model.
 
     labels: its answers, and the probability of success that each stands for. form: "guard", the tokenizer's own template of both
     turns; "text", a prompt template as it is; "chat", one as the message of a user. least_words: a completion of fewer words

@@ -1,4 +1,4 @@
-"""The refusal score as a judge: what the studied model itself would say first, before any reply is written."""
+"""The refusal score as a judge: it reads what the studied model would say first, before any reply is written."""
 
 import dataclasses
 import math

@@ -31,7 +31,7 @@ def wilson_interval(successes: int, n: int) -> tuple[float, float]:
 
 @dataclasses.dataclass(frozen=True)
 class Rate:
-    """How often something was so: `count` of `n` cases, with the 95 % Wilson interval of the rate.
+    """A frequency: `count` of `n` cases, with the 95 % Wilson interval of the rate.
 
     Every rate of this package is one of these: those of tables, of reports and verdicts, of concerns and of model cards.
     """
@@ -47,7 +47,7 @@ class Rate:
 
     @property
     def rate(self) -> float:
-        """Returns the share of the cases that were so, NaN if there are no cases."""
+        """Returns the share of the cases, NaN if there are none."""
         return self.count / self.n if self.n else math.nan
 
     @property

@@ -1,4 +1,4 @@
-"""Attention, and what all blocks see alike: rotary tables and which tokens may attend to which.
+"""Attention, and what all blocks share: rotary tables, and the mask of which tokens may attend to which.
 
 Layers of one kind (`ModelConfig.kinds`) share one `View`; a layer picks its own by index, so that layers which look back
 differently run through the same scanned body.

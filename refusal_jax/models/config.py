@@ -1,4 +1,4 @@
-"""What the decoder needs to know about an architecture."""
+"""The description of an architecture that the decoder needs."""
 
 import dataclasses
 

@@ -153,7 +153,8 @@ class Block(Stack):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Output:
-    """The results of a pass through all blocks; what a caller drops is dead code, and gone after compilation.
+    """The results of a pass through all blocks; results that a caller does not use are removed in compilation as dead
+    code.
 
     resid_btd: the last block's output, before the final norm. taps: what was asked for by `Taps`, by site, each with a leading
     L axis. kv: the tokens' keys and values, a pair of `[L, B, K, T, H]`, or a list of L pairs of `[B, K, T, H]` where layers

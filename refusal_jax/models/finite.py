@@ -1,4 +1,5 @@
-"""Values that overflow are errors: NaN in float16 would pass for a model that does not refuse, or replies `!!!!`."""
+"""Reports values that overflow as errors: NaN in float16 would look like a model that does not refuse, or one that
+replies `!!!!`."""
 
 import numpy as np
 

@@ -1,4 +1,4 @@
-"""What single heads compute, for taps: their outputs, their attention patterns, and what they write along a direction.
+"""Taps of single attention heads: their outputs, their attention patterns, and their contributions along a direction.
 
 A head's part of attn_out . d needs no head's output in the width of the residual stream. All that follows the heads (output
 projection, post-norm, residual multiplier, edits) is linear once the norm's denominator of a token is known: so the direction is

@@ -1,4 +1,4 @@
-"""The forward pass as one jitted program: what a model predicts, and what was tapped on the way."""
+"""The forward pass as one jitted program, which returns predictions and taps."""
 
 import dataclasses
 from functools import partial

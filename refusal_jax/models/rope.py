@@ -126,9 +126,9 @@ def rope_from_hf(
 ) -> Rope:
     """Returns the `Rope` of an HF rope specification (a `rope_scaling` or `rope_parameters` object, possibly empty).
 
-    theta, partial: what holds where the specification does not say; partial None: the architecture rotates whole heads.
-    context: max_position_embeddings. settings: further fields of `Rope`. Raises ValueError with what is wrong, to follow
-    "rope_scaling" in a message.
+    theta, partial: defaults where the specification has none; partial None: the architecture rotates whole heads.
+    context: max_position_embeddings. settings: further fields of `Rope`. Raises ValueError with what is wrong, to
+    follow "rope_scaling" in a message.
     """
     kind = spec.get("rope_type") or spec.get("type") or "default"
     kind = RENAMED.get(kind, kind) if isinstance(kind, str) else kind

@@ -1,9 +1,9 @@
-"""Which array axis lives on which mesh axis.
+"""Maps array axes to mesh axes.
 
 Weights name their axes logically ("heads", "mlp", "vocab", "embed"); the rules below place them on a mesh whose axes
-are `data` (batch rows), `fsdp` (batch rows and weight storage) and `model` (tensor parallelism). For a model, `model` is
-split in two, `kv` ways among the key/value heads and `q` ways among the queries of each, so that there may be more ways
-than key/value heads. All engines are JAX's: arrays carry shardings, and GSPMD inserts the communication.
+are `data` (batch rows), `fsdp` (batch rows and weight storage) and `model` (tensor parallelism). For a model, `model`
+is split in two, `kv` ways among the key/value heads and `q` ways among the queries of each, so that there may be more
+ways than key/value heads. JAX does the rest: arrays carry shardings, and GSPMD inserts the communication.
 """
 
 import math
@@ -44,7 +44,7 @@ def parse_mesh(text: str) -> tuple[int, int, int]:
 
 
 def make_mesh(data: int = 1, fsdp: int = 1, model: int = 1, devices=None) -> Mesh:
-    """Returns a mesh of `data` x `fsdp` x `model` devices, neighbours in `model` being near each other on a TPU.
+    """Returns a mesh of `data` x `fsdp` x `model` devices, with neighbours along `model` close to each other on a TPU.
 
     On several slices `data` must be a multiple of their number: only it crosses the slow network between them. Raises
     UserError if there are not that many devices, or for sizes under 1.

@@ -1,4 +1,4 @@
-"""What the embedded model must show before it ships, measured by the study itself on held-out prompts."""
+"""The criteria that the embedded model must meet before it ships, measured by the study itself on held-out prompts."""
 
 import dataclasses
 import pathlib

@@ -1,8 +1,8 @@
-"""How long a program takes on a slice, roughly, and how much memory.
+"""Estimates how long a program takes on a slice, and how much memory it needs.
 
-Where the compiled program's text can be had, its own cycles are summed; else operations and bytes are divided by what the
-chip does of its peak in practice. Communication is added, as if nothing overlapped with it: the estimate leans to the slow
-side there, and to the fast side in leaving out the host.
+If the compiled program's text is available, its own cycles are summed; otherwise operations and bytes are divided by
+the rates that the chip reaches in practice. Communication is added as if nothing overlapped with it, which makes the
+estimate slow; leaving out the host makes it fast.
 """
 
 import contextlib
@@ -56,7 +56,7 @@ class Cost:
 def parameters(cfg: ModelConfig, active: bool = False) -> int:
     """Returns the number of parameters.
 
-    active: only those that one token is multiplied with: of the experts the chosen ones, and no embedding.
+    active: counts only those used per token, which leaves out experts that are not chosen and the embedding.
     """
     total = 0
     for path, weight in weight_table(cfg).items():

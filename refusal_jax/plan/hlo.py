@@ -1,6 +1,6 @@
-"""What a compiled program does, read off its text: communication by kind and size, and the compiler's own cycles.
+"""Reads a compiled program's text: its communication by kind and size, and the compiler's own cycles.
 
-The text lists a loop's body once; here everything counts as often as it runs.
+The text lists a loop's body once; here everything is counted as often as it runs.
 """
 
 import dataclasses

@@ -1,6 +1,6 @@
-"""Which mesh and which batches: meshes are ranked by estimate, and on the first ones batches are compiled until they fit.
+"""Chooses mesh and batches: meshes are ranked by estimate, and on the best ones batches are compiled until they fit.
 
-A run on real devices takes its sizes from the same functions, so that what was planned is what runs.
+A run on real devices takes its sizes from the same functions, so that it runs as planned.
 """
 
 import dataclasses

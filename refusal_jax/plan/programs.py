@@ -1,4 +1,5 @@
-"""What the stages of a study give to be planned: compiled programs, how often they run, and the shapes of what goes in.
+"""The descriptions that stages of a study give to the planner: compiled programs, how often they run, and the shapes of
+their inputs.
 
 Shapes suffice, so that a program is compiled without a device's memory. Which programs there are is the stages' part: they
 hand in a `Group` each.
@@ -41,7 +42,7 @@ class Sizes:
 
 @dataclasses.dataclass(frozen=True)
 class Workload:
-    """What is studied, and with how much.
+    """The model and settings of a study that is planned.
 
     cfg: the model's. dtype: of its weights. config: the study's settings. length: tokens that its prompts are padded to.
     groups: the programs of its stages, in the order of the study.

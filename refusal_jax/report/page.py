@@ -1,4 +1,5 @@
-"""One self-contained HTML page about a run: what was found, how well, at what price, and how to read it.
+"""Writes one self-contained HTML page about a run: its findings, how certain they are, their cost, and how to read
+them.
 
 The page loads nothing and runs nothing (its policy forbids both), so it can be mailed, archived and opened anywhere.
 Everything in it that came from a model, a prompt file or a path is escaped by the template engine; only our own

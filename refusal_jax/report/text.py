@@ -1,4 +1,4 @@
-"""What a finished study prints: the report's numbers, for a terminal."""
+"""The report's numbers of a finished study, as text for a terminal."""
 
 from collections.abc import Sequence
 

@@ -45,7 +45,8 @@ LOG = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class Extraction:
-    """What one pass over a set of prompts gives: the score of each, which were kept, and their mean residual at block inputs.
+    """The result of one pass over a set of prompts: the score of each, which were kept, and their mean residual at
+    block inputs.
 
     scores: float64 `[n]`; kept: bool `[n]`; mean_lpd: float64 `[L, P, D]`.
     """

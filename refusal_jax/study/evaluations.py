@@ -1,4 +1,4 @@
-"""What the judges say of the completions, and the tables of their verdicts."""
+"""The stage in which judges judge the completions, with the tables of their verdicts."""
 
 import pathlib
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""Which tokens refusals of a model begin with, found in its own probabilities.
+"""Finds the tokens that a model's refusals begin with, from its own probabilities.
 
 The paper names refusal tokens by hand, from replies that were read (section 2.3). Here usual beginnings of replies are
 measured instead: a refusal token is one that the model puts first after harmful prompts, and not after harmless ones.
@@ -56,9 +56,9 @@ class Opening:
 def candidate_ids(chat: Chat, openers: Sequence[str] = tuple(OPENERS)) -> tuple[int, ...]:
     """Returns the tokens that replies beginning with the openers may begin with, sorted.
 
-    Of each opener that is the first token of the text alone, and the one that really follows a prompt, both without and
-    with a leading space. They differ: SentencePiece puts a space before text that stands alone, and merges a space that
-    ends the template with the word. A token that is no beginning of the opener's text is left out.
+    For each opener these are the first token of the text alone and the one that follows a prompt, each with and without
+    a leading space. They differ: SentencePiece puts a space before text that stands alone, and merges a space that ends
+    the template with the word. A token that does not begin the opener's text is left out.
     """
     prompt, found = chat.prompt_ids(PROBES[0]), set()
     for opener in openers:

@@ -1,4 +1,5 @@
-"""What the stages of one study share: its settings, its run, and the model, which is loaded when a stage first needs it."""
+"""State that the stages of one study share: its settings, its run, and the model, which is loaded when a stage first
+needs it."""
 
 import functools
 import gc

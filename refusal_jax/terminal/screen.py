@@ -1,4 +1,4 @@
-"""What a terminal shows of replies: two columns side by side that grow together, with a colour for each token.
+"""Draws replies on a terminal: two columns side by side that grow together, with a colour for each token.
 
 A model's text is untrusted: whatever could steer the terminal is shown as an escape such as \\x1b and never sent.
 """

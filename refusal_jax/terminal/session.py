@@ -1,4 +1,5 @@
-"""A chat with two copies of a model, one as it is and one edited, and what the tokens project on the direction."""
+"""A chat with two copies of a model, one unedited and one edited, and the projections of the tokens on the
+direction."""
 
 import dataclasses
 from collections.abc import Generator, Sequence
@@ -104,7 +105,8 @@ class Session:
         return Edits.concat([one.edits(self.model.config) for one in (Baseline(), edited[self.edit])])
 
     def command(self, line: str) -> str:
-        """Does what a line that begins with "/" says; what to show for it. Raises UserError for what is no command."""
+        """Runs a command line that begins with "/" and returns what to show for it. Raises UserError for an unknown
+        command."""
         name, _, argument = line[1:].strip().partition(" ")
         if name in EDITS and not (name == "off" and argument):
             self.scale = self._number(name, argument) if argument else 1.0
