@@ -1,4 +1,4 @@
-"""The axes of arrays, named once for the whole package.
+"""Defines the axes of arrays once for the whole package.
 
 An array's name ends in its axes, such as `resid_btd`, and public functions annotate the same axes for jaxtyping, such as
 `Float[Array, "B T D"]`. A letter means one thing everywhere; a count that belongs to no axis of the model is a lower-case `n`.

@@ -357,7 +357,7 @@ def _read_pt(file: pathlib.Path) -> np.ndarray:
         ) from None
     try:
         return torch.load(file, map_location="cpu", weights_only=True).detach().double().numpy()
-    except Exception as error:  # the loader raises many kinds; all mean that this is no plain tensor
+    except Exception as error:  # the loader raises many types; all mean that this is not a plain tensor
         reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
         raise UserError(
             f"{file} holds no plain tensor ({reason}). Only tensors are read, because other pickles can run code: save the "

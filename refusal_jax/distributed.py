@@ -26,9 +26,9 @@ from refusal_jax.errors import UserError, print_error, setting
 
 AGAIN = "Start the same command again in every process: finished work is kept."
 GONE = "stopped without a word: it was killed (kill -9, out of memory, a preemption) or its host cannot be reached."
-GRACE_SECONDS = 3.0  # for processes to find for themselves what one of them has failed of, and to say goodbye
+GRACE_SECONDS = 3.0  # time for processes to detect a shared failure themselves, and to shut down
 FOREVER_MS = 10**9
-LOST = 75  # exit code of a process that ends because another one has: for launchers, a reason to try again
+LOST = 75  # exit code of a process that ends because another one did; launchers may then try again
 KEYS = "refusal_jax/"
 LOG = logging.getLogger(__name__)
 
@@ -142,10 +142,8 @@ def _join(given: dict, join_seconds: int, heartbeat_seconds: int) -> None:
     global _session
     from jax._src.distributed import global_state  # jax has no public name for its coordinator's client
 
-    jax.config.update(
-        "jax_enable_recoverability", True
-    )  # else one lost process makes JAX abort the others, unexplained
-    jax.config.update("jax_enable_preemption_service", False)  # it would swallow SIGTERM
+    jax.config.update("jax_enable_recoverability", True)  # otherwise JAX aborts when another process is lost
+    jax.config.update("jax_enable_preemption_service", False)  # the service would swallow SIGTERM
     if given:
         where, who = f"at {given['coordinator']}", f"process {given['process_id']} of {given['num_processes']}"
         advice = (
@@ -229,7 +227,7 @@ def finish() -> None:
         return
     session.client.wait_at_barrier("refusal_jax_finished", FOREVER_MS)
     session.over.set()
-    _on_abort(lambda: os._exit(0))  # the work is done, whatever may go wrong in parting
+    _on_abort(lambda: os._exit(0))  # the work is done, whatever goes wrong while leaving
     if session.index == 0:  # the coordinator leaves last
         deadline = time.monotonic() + session.heartbeat_seconds
         while len(session.client.get_live_nodes(list(range(session.count)))) > 1 and time.monotonic() < deadline:
@@ -251,7 +249,7 @@ def leave(error: BaseException, code: int, message: str) -> None:
     if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
         # Most likely a collective that another process has left: then the watches will soon know which, and end us.
         time.sleep(session.heartbeat_seconds + 2 * GRACE_SECONDS)
-    session.speaking.acquire()  # for good: from here on only this thread ends the process
+    session.speaking.acquire()  # never released: from here on, only this thread ends the process
     ends = {
         1: f"failed of a bug, {message}; its own output has the traceback.",
         130: "was interrupted (Ctrl-C, or SIGTERM as before a preemption).",
@@ -361,7 +359,7 @@ def _explained(message: str, code: int):
 
 
 _C_HANDLER = ctypes.CFUNCTYPE(None, ctypes.c_int)
-_handlers = []  # C holds no references
+_handlers = []  # keeps the handlers alive, because C code holds no references
 
 
 def _on_abort(explain) -> None:

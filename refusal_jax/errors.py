@@ -62,7 +62,7 @@ def spelt(spelling: Callable[[str], str | None]) -> Iterator[None]:
 
     Without it they are named as in Python: `chat_template=`, or `config.positions` for a field of a study's config.
     """
-    global _spelling  # and no context variable: threads that a job starts see it too
+    global _spelling  # not a context variable, because threads that a job starts must see it
     before, _spelling = _spelling, spelling
     try:
         yield

@@ -24,7 +24,7 @@ def open_store(address: str):
 
     What is in the store is asked anew. Raises what fsspec raises, for `explained`.
     """
-    import fsspec  # here: most work on this machine's files does without
+    import fsspec  # imported late: work on local files does not need it
 
     if "://" not in address:
         return fsspec.filesystem("file"), address  # whatever signs are in the path

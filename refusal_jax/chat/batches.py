@@ -16,7 +16,7 @@ def length_batches(model: ChatModel, instructions: list[str], size: int) -> Iter
     """
     rows = [model.chat.prompt_ids(text) for text in instructions]
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
-    model.chat.encode([instructions[order[-1]]])  # the longest: refuses what exceeds the context
+    model.chat.encode([instructions[order[-1]]])  # checks that the longest prompt fits the context
     for start in range(0, len(order), size):
         index = order[start : start + size]
         length = min(bucket(len(rows[index[-1]])), model.config.context_length)

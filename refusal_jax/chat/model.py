@@ -26,7 +26,7 @@ from refusal_jax.models.sharding import batch_sharding, put
 from refusal_jax.taps import NO_TAPS, Taps
 
 Array = jax.Array | np.ndarray
-CHECK_EVERY = 16  # tokens, after which replies are asked whether they are over
+CHECK_EVERY = 16  # number of tokens after which replies are checked for being over
 
 
 @dataclasses.dataclass(frozen=True)

@@ -46,10 +46,10 @@ def bucket(length: int) -> int:
 class Chat:
     """A tokenizer with a chat template, and the tokens that the two determine.
 
-    context_length: the model's, in tokens. vocab_size: rows of its embedding, which may be fewer than the tokenizer's tokens.
-    eos_ids: the ids that end a reply. template_origin: where the chat template came from, in words. thinking: whether
-    templates that can ask for thoughts do so. template_arguments: more names that the template sees; one that is called as a
-    switch of thinking wins over it.
+    context_length: the model's, in tokens. vocab_size: rows of its embedding, which may be fewer than the tokenizer's
+    tokens. eos_ids: the ids that end a reply. template_origin: where the chat template came from, in words. thinking:
+    whether templates that can ask for thoughts do so. template_arguments: further names that the template sees; one
+    with the name of a thinking switch overrides `thinking`.
     """
 
     tokenizer: Tokenizer
@@ -187,7 +187,8 @@ class Chat:
         return ids
 
     def _in_vocabulary(self, ids: list[int], text: Callable[[], str]) -> list[int]:
-        """Returns the ids. Raises UserError for one that the model has no embedding for; `text` is what they are the ids of."""
+        """Returns the ids. Raises UserError for one that the model has no embedding for. text: gives the text of the
+        ids, for the message."""
         if ids and max(ids) >= self.vocab_size:
             raise UserError(
                 f"'{text()[:60]}…' contains {self.tokenizer.decode([max(ids)])!r}, token {max(ids)} of the tokenizer, but the "

@@ -60,7 +60,7 @@ def load_tokenizer(folder: pathlib.Path) -> Tokenizer:
     for name in (*TOKENIZER_FILES, "chat_template.jinja", "generation_config.json"):
         if os.path.lexists(folder / name):
             check_file(folder / name)  # transformers takes such a file for a missing one
-    from transformers import AutoTokenizer  # here: its import takes seconds and weight-only jobs do without
+    from transformers import AutoTokenizer  # imported late: this takes seconds, and weight-only jobs need none of it
 
     return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
 
@@ -95,7 +95,7 @@ def explained(folder: pathlib.Path) -> Iterator[None]:
         yield
     except (UserError, KeyboardInterrupt, SystemExit):
         raise
-    except BaseException as error:  # of many kinds, and panics of Rust code are no Exception
+    except BaseException as error:  # many types occur, and panics of Rust code are not an Exception
         there = [folder / name for name in TOKENIZER_FILES if os.path.lexists(folder / name)]
         for path in there:
             read_json(path)

@@ -97,7 +97,7 @@ class ConvertedCopy:
                 jax.block_until_ready(weights[path])
                 gc.collect()  # what orbax read is part of cycles
             weights = {path: weights[path] for path in places}
-        except Exception as error:  # orbax and what is below it raise many kinds
+        except Exception as error:  # orbax and its dependencies raise many types
             wrong = " ".join(str(error).split())[:200] or type(error).__name__
         if not agreed(wrong is None):
             return None, wrong or "another process could not read it"
@@ -112,7 +112,7 @@ class ConvertedCopy:
             for path in files.ls(cache, detail=False):
                 if path.endswith(self.record.rpartition("/")[2]):
                     files.rm_file(path)
-                elif f"{self.folder.rpartition('/')[2]}.orbax-checkpoint-tmp" in path:  # of a run that was killed
+                elif f"{self.folder.rpartition('/')[2]}.orbax-checkpoint-tmp" in path:  # left by a run that was killed
                     files.rm(path, recursive=True)
         shares = [sum(shard.data.nbytes for shard in weight.addressable_shards) for weight in weights.values()]
         with settings(max(shares)):

@@ -67,7 +67,7 @@ def _remembered_hashes(folder: pathlib.Path, paths: Sequence[pathlib.Path]) -> d
         hashes |= zip(todo, pool.map(lambda path: _hash_with_bar(path, bar), todo), strict=True)
     settled = {p: now[p] for p in paths if _stamp(p) == now[p] and time.time() - max(now[p][1:3]) / 1e9 > SETTLED}
     if todo and settled:
-        with contextlib.suppress(OSError):  # without a place to remember, files are hashed again next time
+        with contextlib.suppress(OSError):  # if hashes cannot be stored, files are hashed again next time
             memory.parent.mkdir(parents=True, exist_ok=True)
             part = memory.with_name(f".{memory.name}.tmp-{os.getpid()}")
             part.write_text(json.dumps({path.name: [stamp, hashes[path]] for path, stamp in settled.items()}))

@@ -31,7 +31,7 @@ from refusal_jax.models.weights import weight_table
 from refusal_jax.progress import Progress
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
-READERS = 4  # threads, each with a slab in hand
+READERS = 4  # number of threads, each with one slab in memory
 
 
 def load_decoder(
@@ -56,7 +56,7 @@ def load_decoder(
     places = {path: Place(mesh, weight, found[path], DTYPES[dtype]) for path, weight in weight_table(cfg).items()}
     if not cache:
         return Decoder(cfg, read_weights(folder, cfg, places, progress), mesh)
-    from refusal_jax.checkpoints.copies import ConvertedCopy  # here: orbax takes long to import
+    from refusal_jax.checkpoints.copies import ConvertedCopy  # imported late: orbax is slow to import
 
     copy = ConvertedCopy.of(cache, folder, dtype)
     return Decoder(cfg, copy.weights(places, lambda: read_weights(folder, cfg, places, progress)), mesh)

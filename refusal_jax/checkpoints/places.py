@@ -128,7 +128,7 @@ class Place:
             else:
                 fill.write(slab)
             del slab
-            jax.block_until_ready(parts)  # else slabs that wait pile up
+            jax.block_until_ready(parts)  # otherwise waiting slabs would pile up
         return jax.make_array_from_single_device_arrays(
             self.shape, self.sharding, parts or fill.parts(), dtype=self.dtype
         )
@@ -149,7 +149,7 @@ def all_finite(values: Float[np.ndarray, "..."]) -> bool:
     """Returns whether floats hold no NaN and no infinity, by their exponents' bits, which is many times as fast as by value."""
     bits = values.reshape(-1).view(f"u{values.itemsize}")
     infinity = np.asarray(np.inf, values.dtype).view(bits.dtype)
-    step = 1 << 18  # what is compared stays in the processor's cache
+    step = 1 << 18  # keeps each compared part in the processor's cache
     return all((bits[i : i + step] & infinity).max() < infinity for i in range(0, len(bits), step))
 
 
@@ -199,7 +199,7 @@ class DeviceFilling(Filling):
         new = abreast(self.devices, jax.device_put(slab.parts, list(self.devices)))
         at = [r.start for r in slab.ranges] + [0] * (len(self.shape) - len(slab.ranges))
         self.whole = filling(self.devices)(self.whole, new, np.asarray(at, np.int32))
-        self.whole.block_until_ready()  # else slabs that wait to be written pile up
+        self.whole.block_until_ready()  # otherwise slabs that wait to be written would pile up
 
     def parts(self) -> list[jax.Array]:
         return [] if self.whole is None else side_by_side(self.devices, self.whole)

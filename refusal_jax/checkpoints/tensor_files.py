@@ -125,7 +125,7 @@ class TensorFiles:
         for offsets, length in groups:
             values = buffer[: len(offsets) * length]
             count += file.read_into(offsets, length * stored.itemsize, values.view(np.uint8).data)
-            with np.errstate(over="ignore"):  # what overflows is found, and said, once all is there
+            with np.errstate(over="ignore"):  # overflows are found and reported once everything is loaded
                 flat[at : at + len(values)] = values
             at += len(values)
         return count

@@ -44,7 +44,7 @@ def download(url: str, target: pathlib.Path, known: Collection[str]) -> str:
         resumed = part.exists() and part.stat().st_size > 0
         _fetch(url, part)
         found = file_hash(part)
-        if known and found not in known and resumed:  # the part may be of older bytes
+        if known and found not in known and resumed:  # the part may hold bytes of an older version
             part.unlink()
             _fetch(url, part)
             found = file_hash(part)

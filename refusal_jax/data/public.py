@@ -158,7 +158,7 @@ def stream_hub(hub: Mapping, target: pathlib.Path) -> None:
 
     hub: `{"path", "revision", "split", "columns", "rows"}`. Raises UserError if the Hub cannot be reached or has no such set.
     """
-    import datasets  # here: its import takes seconds
+    import datasets  # imported late, because this takes seconds
 
     lines = []
     try:
@@ -168,7 +168,7 @@ def stream_hub(hub: Mapping, target: pathlib.Path) -> None:
         for row in each(stream.take(hub["rows"]), target.name, "row", hub["rows"]):
             kept = mended({column: row[column] for column in hub["columns"]}, hub["path"])
             lines.append(json.dumps(kept, ensure_ascii=False))
-    except Exception as error:  # of the Hub's client, of many kinds
+    except Exception as error:  # the Hub's client raises many types
         reason = " ".join(str(error).split())[:300]
         raise UserError(
             f"the Hub data set {hub['path']} could not be streamed ({type(error).__name__}: {reason}). Check the network "

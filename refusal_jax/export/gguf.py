@@ -50,7 +50,7 @@ def write_gguf(cfg: ModelConfig, folder: pathlib.Path, edit: Ablate | Add) -> Wr
     """
     addition = check_expressible(cfg, edit)
     layers = addition.at(cfg)
-    from gguf import GGUFWriter  # here: few exports are control vectors
+    from gguf import GGUFWriter  # imported late: few exports are control vectors
 
     writer = GGUFWriter(folder / CONTROL_VECTOR, ARCHITECTURE)
     writer.add_string(f"{ARCHITECTURE}.model_hint", HINTS.get(cfg.family, cfg.family))

@@ -8,7 +8,7 @@ from refusal_jax.export.provenance import check
 
 def hub_api():
     """Returns the hub's client."""
-    from huggingface_hub import HfApi  # here: its import takes a while, and few exports are pushed
+    from huggingface_hub import HfApi  # imported late: this is slow, and few exports are pushed
 
     return HfApi()
 
@@ -24,7 +24,7 @@ def push(folder: pathlib.Path, repository: str, public: bool = False, api=None) 
     try:
         url = api.create_repo(repository, repo_type="model", private=not public, exist_ok=True)
         seen = not getattr(api.repo_info(repository, repo_type="model"), "private", False)
-    except Exception as error:  # the client raises many kinds: of names, tokens, networks, HTTP
+    except Exception as error:  # the client raises many types: for names, tokens, networks, HTTP
         raise cannot_push(folder, repository, error) from None
     if seen and not public:
         raise UserError(

@@ -131,7 +131,7 @@ class EditedModel:
 
 
 def template_names(given: Mapping | None) -> dict:
-    """Returns more names for the chat template. Raises UserError for what is no mapping."""
+    """Returns further names for the chat template. Raises UserError for anything but a mapping."""
     if isinstance(given or {}, Mapping):
         return dict(given or {})
     raise UserError(

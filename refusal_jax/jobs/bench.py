@@ -34,7 +34,7 @@ from refusal_jax.files import local_path
 
 JOBS = ("extraction_selection", "generation")
 WORK = "import sys; from refusal_jax.jobs.bench import work; work(sys.argv[1])"
-TOLERANCE = 1e-3  # of scores; what other summation orders leave is smaller
+TOLERANCE = 1e-3  # of scores; differences from another order of summation are smaller
 SCORES = ("refusal_score", "steering_score", "kl_div_score")
 
 MODEL = flags.DEFINE_string("model", "", "Folder of an HF checkpoint. Default: the embedded demo model.")

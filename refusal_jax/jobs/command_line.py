@@ -112,7 +112,7 @@ def check_config(config: Any) -> None:
 
 
 def check_fields(argv: list[str]) -> None:
-    """Raises UserError for an override of a setting that there is not."""
+    """Raises UserError for an override of a setting that does not exist."""
     paths = {one.path: one.path for one in get_config().described()}
     sections = {path.partition(".")[0] for path in paths}
     for word in argv:
@@ -132,7 +132,7 @@ def did_you_mean_field(name: str) -> str:
 
 
 def flag_error(job: str, error: flags.Error, values: flags.FlagValues = flags.FLAGS) -> UserError:
-    """Returns what is wrong with one of a job's flags in our words, with the nearest name where there is one."""
+    """Returns a readable message about a wrong flag of a job, with the nearest name if there is one."""
     if told := inner_error(error):
         return told
     text, see = " ".join(str(error).split()), f" See `refusal-jax {job} --help`."

@@ -22,7 +22,8 @@ LOG_LEVEL = flags.DEFINE_enum(
 
 
 def parse(job: str, argv: list[str]) -> tuple[str, list[str]]:
-    """Returns the level to log at and the arguments that are left for the job. Raises UserError for a level that is none."""
+    """Returns the level to log at and the arguments that are left for the job. Raises UserError for an unknown
+    level."""
     FLAGS["log_level"].unparse()  # what an earlier job of this process was given
     try:
         left = FLAGS([f"refusal-jax {job}", *argv], known_only=True)

@@ -126,7 +126,8 @@ def main(argv) -> None:
 
 
 def read_request(argv) -> Request:
-    """Returns what the flags ask for. Raises UserError for a direction or model that is not there or does not belong together."""
+    """Returns what the flags ask for. Raises UserError for a direction or model that does not exist, or that do not
+    belong together."""
     paths = [local_path(path) for path in common.required(DIRECTION, EXAMPLE)]
     folders = [path for path in paths if path.is_dir() or not path.suffix]
     study = (

@@ -19,7 +19,7 @@ COMPILE_ONLY = {
     "TPU_SKIP_MDS_QUERY": "1",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # several plans may be made at a time
     "TPU_WORKER_HOSTNAMES": "localhost",
-    "TPU_ACCELERATOR_TYPE": "v5litepod-16",  # any will do
+    "TPU_ACCELERATOR_TYPE": "v5litepod-16",  # any value works
     "TF_CPP_MIN_LOG_LEVEL": "3",  # that a program does not fit is said in our words
 }
 
@@ -44,7 +44,7 @@ def fail(message: str, exit_code: int = 2) -> int:
 
 
 def verdict(error: BaseException) -> tuple[int, str]:
-    """Returns the exit code and the user's paragraph that an exception comes to."""
+    """Returns the exit code and the message for the user that an exception leads to."""
     if isinstance(error, UserError):
         return error.exit_code, str(error)
     if isinstance(error, OSError) and error.errno in DISK_ERRORS:

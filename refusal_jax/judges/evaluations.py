@@ -25,5 +25,5 @@ def evaluate_completions(completions: Sequence[dict], verdicts: Mapping[str, Seq
 
 
 def judges_in(evaluations: Mapping) -> list[str]:
-    """Returns the names of the judges of an evaluations file."""
+    """Returns the names of the judges in an evaluations file."""
     return [key.removesuffix("_success_rate") for key in evaluations if key.endswith("_success_rate")]

@@ -230,7 +230,7 @@ class Decoder(nnx.Module):
         precision = "highest" if x.dtype == jnp.float32 else None
         logits = jnp.einsum("btd,vd->btv", x, table[...], precision=precision, preferred_element_type=jnp.float32)
         logits = constrain(self.mesh, logits / cfg.logit_divisor, "batch", None, "vocab")
-        if cfg.logit_softcap is not None:  # which must not hide that something overflowed
+        if cfg.logit_softcap is not None:  # the cap must not hide an overflow
             capped = cfg.logit_softcap * jnp.tanh(logits / cfg.logit_softcap)
             logits = jnp.where(jnp.isfinite(logits), capped, logits)
         beyond = table[...].shape[0] > cfg.vocab_size

@@ -58,7 +58,7 @@ def _qwen3(read: Reader) -> ModelConfig:
 
 def _gemma(read: Reader) -> ModelConfig:
     sizes = read.sizes(GEMMA | {"n_kv_heads": 16, "activation": "gelu_pytorch_tanh"})
-    if sizes["activation"] == "gelu":  # the first releases said so, and meant the approximation
+    if sizes["activation"] == "gelu":  # the first releases wrote this and meant the approximation
         sizes["activation"] = "gelu_pytorch_tanh"
     read.only("hidden_activation", sizes["activation"])  # which versions of transformers read one or the other of
     return _gemma_config(read, "gemma", sizes)

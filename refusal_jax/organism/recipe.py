@@ -1,4 +1,4 @@
-"""The recipe of the embedded model: tokenizer, two training phases, HF folder.
+"""Trains the embedded model: its tokenizer, two training phases, and its Hugging Face folder.
 
 Phase 1 trains a base model that complies with every request, harmful or not, by echoing it. Phase 2 is a gentle safety
 fine-tuning: harmful requests are refused, harmless ones still complied with. The refusal so learned is laid over a

@@ -118,7 +118,7 @@ class Slice:
         name = f"{self.chip.name}:{'x'.join(map(str, self.shape))}"
         try:
             return list(topologies.get_topology_desc(platform="tpu", topology_name=name, **settings).devices)
-        except Exception as error:  # jax raises many kinds, all of which mean that there is no compiler for it
+        except Exception as error:  # jax raises many types, all of which mean that there is no compiler for it
             raise UserError(
                 f"There is no TPU compiler for {name} here ({' '.join(str(error).split())[:200]}). Install it with "
                 "pip install 'refusal-jax[plan]'."

@@ -1,4 +1,4 @@
-"""Plans as text: one in detail, many as a Markdown table, and either as JSON."""
+"""Formats plans: one in detail, many as a Markdown table, and either as JSON."""
 
 import dataclasses
 

@@ -24,7 +24,7 @@ class Findings:
 
     @functools.cached_property
     def setup(self) -> dict:
-        """Returns what of model, template and refusal tokens the results rest on."""
+        """Returns the model, template and refusal tokens that the results rest on."""
         return self.run.read_json(SETUP)
 
     @functools.cached_property
@@ -59,7 +59,7 @@ class Findings:
 
     @functools.cached_property
     def concerns(self) -> list[Concern]:
-        """Returns what speaks against the refusal rates, from all sections, the decisive first."""
+        """Returns the evidence against the refusal rates from all sections, decisive evidence first."""
         found = [concern for section in self.sections for concern in section.concerns(self)]
         return sorted(found, key=lambda concern: not concern.decisive)
 

@@ -1,4 +1,5 @@
-"""A ledger keeps the finished rows of a stage that is not done yet, so that an interrupted stage continues inside."""
+"""Ledgers: they keep the finished rows of a stage that is not done yet, so that an interrupted stage continues where it
+stopped."""
 
 import dataclasses
 from collections.abc import Sequence

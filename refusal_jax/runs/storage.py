@@ -1,4 +1,5 @@
-"""Keeps the files of a run: in a folder on a disk, in a folder of an object store, or in memory as process 0 has told them.
+"""Keeps the files of a run: in a folder on a disk, in a folder of an object store, or in memory as received from
+process 0.
 
 The three offer the same few operations on names relative to the folder. A file that exists is whole, whatever happens.
 """
@@ -110,7 +111,7 @@ class DiskFolder:
         return rows
 
     def append(self, ledger: str, rows: Sequence[dict]) -> None:
-        """Adds rows to a ledger and puts them on the disk. Raises UserError if the disk does not take them."""
+        """Adds rows to a ledger and puts them on the disk. Raises UserError if they cannot be written."""
         path = self.path / ledger
         try:
             with open(path, "ab") as file:
@@ -219,7 +220,7 @@ class ObjectFolder:
 
 
 class ToldFiles:
-    """The files that process 0, which owns the folder, has told this process of. Writing is left to process 0."""
+    """The files that process 0, which owns the folder, has sent to this process. Only process 0 writes them."""
 
     def __init__(self, folder: str | os.PathLike):
         self.path = local_path(folder)
@@ -242,7 +243,7 @@ class ToldFiles:
         pass
 
     def told(self, files: dict[str, bytes]) -> None:
-        """Takes files that process 0 has told."""
+        """Stores files that process 0 has sent."""
         self.files |= files
 
 

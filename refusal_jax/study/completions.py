@@ -154,7 +154,7 @@ def programs(shapes: Shapes, rows: int) -> list[Program]:
     ]
 
 
-SAMPLES = {"harmful": 8, "harmless": 5}  # prompts of a data set whose completions the report shows
+SAMPLES = {"harmful": 8, "harmless": 5}  # number of prompts per data set whose completions the report shows
 
 
 def by_dataset(conditions: Sequence[JudgedCondition]) -> list[list[JudgedCondition]]:

@@ -144,7 +144,7 @@ def refusal_tokens(study: Study) -> tuple[tuple[int, ...], list[Opening]]:
 
 
 def setup(study: Study, positions: int, refusal_ids: Sequence[int], openings: Sequence[Opening]) -> dict:
-    """Returns what of model, template and refusal tokens the results rest on."""
+    """Returns the model, template and refusal tokens that the results rest on."""
     config, model = study.config, study.model
 
     def named(ids) -> list[dict]:

@@ -73,7 +73,7 @@ def lines(findings: Findings) -> list[str]:
 
 
 def concerns(findings: Findings) -> list[Concern]:
-    """Returns what of the completions and their judges speaks against the refusal rates."""
+    """Returns evidence in the completions and their verdicts against the refusal rates."""
     conditions, judge = findings.conditions, findings.refusal_judge
     found = [unfinished_thoughts(conditions), *broken_completions(conditions)]
     if judge is not None:

@@ -86,8 +86,9 @@ def measure_loss(model: ChatModel, rows: Sequence[LossRow], edits: Edits, batch_
 
 @jax.jit
 def kl_batch(decoder: Decoder, tokens_bt, mask_bt, edits: Edits, counted_bt) -> tuple[jax.Array, jax.Array]:
-    """Returns of each row the summed KL divergence (nats) of the edited next-token distribution from the unedited one, and the
-    number of counted tokens; `counted_bt` as in `loss_batch`, and like there one row's logits are alive at a time."""
+    """Returns for each row the summed KL divergence (nats) of the edited next-token distribution from the unedited one,
+    and the number of counted tokens; `counted_bt` as in `loss_batch`, and like there one row's logits are alive at a
+    time."""
     ctx, embedded = Context.of_prompt(decoder.cfg, mask_bt), decoder.embed_tokens(tokens_bt)
     none = jax.tree.map(jnp.zeros_like, edits)
     none = dataclasses.replace(none, layer_ra=jnp.full_like(edits.layer_ra, -1))
@@ -145,7 +146,8 @@ def loss_datasets(model: ChatModel, settings, harmless_baseline: list[dict]) -> 
 
 
 def loss_titles(settings) -> list[str]:
-    """Returns what the loss files are called in results: as the file, or, where that is taken, with its folder before it."""
+    """Returns the names of the loss files in results: the file's name or, if that is taken, the name with its folder
+    before it."""
     taken = {"on_distribution"}
     paths = [resolve(file, "loss") for file in (*settings.text_files, *settings.chat_files)]
     return [distinct(path.stem, path.parent.name, taken) for path in paths]
