@@ -188,8 +188,8 @@ class ChatModel:
     ) -> Iterator[tuple[list[int], np.ndarray]]:
         """Does what `replies` does, and yields the replies as ids `[n, max_new_tokens]`.
 
-        over: tells, from a prompt's number and the ids of its reply so far, whether the reply may end. It is asked from time to
-        time, so a reply may be longer.
+        over: tells from a prompt's number and the ids of its reply so far whether the reply may end. It is asked from
+        time to time, so a reply may be longer.
         """
         longest = self._check_room(batch, max_new_tokens)
         ropes = [kind.rope for kind in self.config.kinds if kind.rope.kind in ("longrope", "dynamic")]

@@ -1,4 +1,4 @@
-"""Chats with a model in the terminal, unedited and edited side by side, and shows each token's projection on the direction.
+"""Chats with a model in the terminal, unedited and edited side by side, and shows each token's projection.
 
   refusal-jax chat                                              # the embedded model, ready in seconds
   refusal-jax chat --direction=runs/mine                        # the model and direction of a finished study

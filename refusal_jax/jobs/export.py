@@ -5,7 +5,7 @@
   refusal-jax export --model=DIR --direction=rows.pt --layer=12 --out=DIR    # one row of [layers, D]; --subspace: all
   refusal-jax export --direction=runs/mine --format=lora --out=DIR    # a PEFT adapter of the same edit
   refusal-jax export --direction=runs/mine --edit=add --format=gguf --out=DIR    # a control vector for llama.cpp
-  refusal-jax export --check=DIR                                      # check that its files are still those that were verified
+  refusal-jax export --check=DIR                                      # check that its files are as they were verified
 
 --edit=ablate removes the direction from what every matrix writes to the residual stream (embedding, attention output,
 MLP output of each expert). Where a norm follows the matrix (Gemma 2 and 3, OLMo 2, GLM-4), the edit accounts for its

@@ -1,5 +1,5 @@
-"""What the edits cost on text that has nothing to do with refusal (paper, section 4.3 and appendix G): cross-entropy loss, and
-the KL divergence from baseline."""
+"""Measures what the edits cost on text unrelated to refusal (paper, section 4.3 and appendix G): cross-entropy loss,
+and the KL divergence from baseline."""
 
 import dataclasses
 import math
