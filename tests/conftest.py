@@ -47,6 +47,14 @@ def forgotten_programs():
     jax.clear_caches()
 
 
+@pytest.fixture
+def unchecked():
+    """Leaves declared types unchecked, for tests that pass stand-ins, or wrong values whose error is ours."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
 @pytest.fixture(scope="session")
 def llama(tmp_path_factory):
     """A tiny grouped-query Llama: the checkpoint's folder. Read only."""

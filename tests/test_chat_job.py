@@ -160,6 +160,7 @@ def test_untrusted_text_cannot_steer_the_terminal():
     assert escaped("né\n\t日本 👩‍🔬") == "né\n    日本 👩‍🔬"
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_characters_of_several_tokens():
     tokens = {0: b"a", 1: "é".encode()[:1], 2: "é".encode()[1:], 3: b"\xff"}
     decode = lambda ids, skip_special_tokens: b"".join(tokens[i] for i in ids).decode(errors="replace")  # noqa: E731

@@ -151,6 +151,7 @@ def test_new_tokens_that_do_not_fit_the_context(model, wanted):
         model.generate_ids(batch, wanted)
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_edits_in_the_place_of_the_number_of_tokens(model):
     with pytest.raises(UserError, match="max_new_tokens is Edits, not a number: pass edits as edits="):
         model.generate(["help"], Edits.none(model.config.d_model))

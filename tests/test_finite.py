@@ -121,6 +121,7 @@ def test_judges(folder, monkeypatch):
         judge.judge([{"prompt": "a", "response": "b"}])
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_projections(llama, tmp_path):
     model = load_model(scaled(llama, tmp_path / "model", 3e4, layer=0), "float16")
     study = types.SimpleNamespace(
