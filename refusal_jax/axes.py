@@ -4,10 +4,18 @@ An array's name ends in its axes, such as `resid_btd`, and public functions anno
 `Float[Array, "B T D"]`. A letter means one thing everywhere; a count that belongs to no axis of the model is a lower-case `n`.
 """
 
+from typing import TYPE_CHECKING, Any
+
 import jax
 import numpy as np
 
 Array = jax.Array | np.ndarray  # where both come in: jitted functions take either
+# Fields of a pytree. Where JAX rebuilds the tree, it puts other things in an array's place, such as its shape.
+if TYPE_CHECKING:
+    Leaf = jax.Array
+    EitherLeaf = Array
+else:
+    Leaf = EitherLeaf = Any
 
 AXES = {
     "B": "rows of a batch, which are prompts",

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
-from refusal_jax.axes import Array
+from refusal_jax.axes import Array, EitherLeaf
 
 SITES = ("resid_pre", "attn_out", "mlp_out")
 EPS = 1e-8  # of r / (|r| + EPS): a zero direction stays zero instead of becoming 0 / 0
@@ -43,10 +43,10 @@ class Edits:
     layer_ra: int32 `[R, A]`, the layers of the addition, -1 for none.
     """
 
-    ablate_rjd: Array
-    gate_rls: Array
-    add_rd: Array
-    layer_ra: Array
+    ablate_rjd: EitherLeaf
+    gate_rls: EitherLeaf
+    add_rd: EitherLeaf
+    layer_ra: EitherLeaf
 
     @classmethod
     def none(cls, d_model: int, rows: int = 1) -> "Edits":

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool
 
-from refusal_jax.axes import Array
+from refusal_jax.axes import Array, EitherLeaf
 from refusal_jax.errors import UserError
 
 # The residual stream in TransformerLens's vocabulary; attn_out and mlp_out are what is added to it, after any post-norm.
@@ -49,7 +49,7 @@ class Taps:
 
     sites: tuple[str, ...] = dataclasses.field(default=(), metadata={"static": True})
     last: int | None = dataclasses.field(default=None, metadata={"static": True})
-    along: Array | None = None
+    along: EitherLeaf | None = None
 
     def __post_init__(self):
         unknown = [site for site in self.sites if site not in TAP_AXES]

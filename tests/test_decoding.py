@@ -224,6 +224,7 @@ def test_an_ngram_longer_than_the_row(model):
     np.testing.assert_array_equal(long.generate_ids(batch, 5), model.generate_ids(batch, 5))
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_plain_decoding_does_not_look_at_prompts(model):
     """Plain greedy decoding is the program without settings, not one with neutral settings."""
     batch = model.encode(PROMPTS)

@@ -30,7 +30,7 @@ STAGES = ["prompts", "activations", "selection", "projections", "completions", "
 @pytest.fixture(autouse=True)
 def no_report(monkeypatch):
     """The page has tests of its own."""
-    monkeypatch.setattr(report_stage, "write_report", lambda run, *more: run.path(REPORT).write_text("page"))
+    monkeypatch.setattr(report_stage, "write_report", lambda run, *more: run.write(REPORT, b"page"))
 
 
 @pytest.fixture(scope="module")
@@ -341,6 +341,7 @@ def test_home_folders_in_a_config(field, value, config, tmp_path, monkeypatch):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_prompts_that_splits_share_are_said(config, tmp_path, caplog):
     caplog.set_level(logging.INFO, "refusal_jax")
     config.data.harmless_val = config.data.harmless_train

@@ -34,6 +34,12 @@ DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float
 READERS = 4  # number of threads, each with one slab in memory
 
 
+def check_dtype(dtype: str) -> None:
+    """Raises UserError for a name that is none of `DTYPES`."""
+    if dtype not in DTYPES:
+        raise UserError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}.{did_you_mean(dtype, DTYPES)}")
+
+
 def load_decoder(
     folder: str | pathlib.Path, dtype: str = "float32", mesh=None, progress: bool = False, cache: str = ""
 ) -> Decoder:
@@ -46,8 +52,7 @@ def load_decoder(
     for a cache that cannot be written.
     """
     folder = checkpoint_folder(folder)
-    if dtype not in DTYPES:
-        raise UserError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}.{did_you_mean(dtype, DTYPES)}")
+    check_dtype(dtype)
     cfg = load_config(folder)
     mesh = split_for(mesh, cfg.n_kv_heads)
     found: dict[str, dict[tuple, Piece]] = {}

@@ -6,7 +6,7 @@ import json
 import pathlib
 from collections.abc import Iterator
 
-from refusal_jax.errors import UserError
+from refusal_jax.errors import UserError, did_you_mean
 from refusal_jax.files import cache_folder, local_path, read_text
 from refusal_jax.surrogates import joined, mended
 
@@ -46,8 +46,10 @@ def resolve(source: str, split: str) -> pathlib.Path:
     name = f"loss/{source}.jsonl" if split == "loss" else f"prompts/{source}.json"
     path = data_folder() / (f"splits/{split}.json" if source == PAPER else name)
     if not path.is_file():
+        there = sorted(known.stem for known in path.parent.glob(f"*{path.suffix}"))
+        hint = did_you_mean(source, [BUNDLED, PAPER, *there])
         raise UserError(
-            f"{source!r} is no file, and {path} is not there. Run `refusal-jax data fetch` to get the public sets, "
+            f"{source!r} is no file, and {path} is not there.{hint} Run `refusal-jax data fetch` to get the public sets, "
             "`refusal-jax data list` for their names, or name a .json, .jsonl, .csv or .txt file."
         )
     return path

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Bool, Float, Int
 
-from refusal_jax.axes import Array
+from refusal_jax.axes import Array, Leaf
 from refusal_jax.models.cache import Cache
 from refusal_jax.models.config import ModelConfig
 from refusal_jax.models.rope import rotate
@@ -24,10 +24,10 @@ from refusal_jax.models.rope import rotate
 class View:
     """Rotary tables of the new tokens and what these may attend to, for layers of one kind."""
 
-    cos_btr: jax.Array  # float32 [B, T, rotated pairs]
-    sin_btr: jax.Array  # float32 [B, T, rotated pairs]
-    allowed_btt: jax.Array  # bool [B, T, T], of the new tokens among themselves
-    allowed_btc: jax.Array | None  # bool [B, T, C], of the new tokens to the cache's slots, if there is one
+    cos_btr: Leaf  # float32 [B, T, rotated pairs]
+    sin_btr: Leaf  # float32 [B, T, rotated pairs]
+    allowed_btt: Leaf  # bool [B, T, T], of the new tokens among themselves
+    allowed_btc: Leaf | None  # bool [B, T, C], of the new tokens to the cache's slots, if there is one
     interleaved: bool = dataclasses.field(metadata={"static": True})
 
     def rotate(self, x_btnh: Float[jax.Array, "B T N H"]) -> Float[jax.Array, "B T N H"]:

@@ -8,6 +8,8 @@ import jax.numpy as jnp
 from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Bool, Int
 
+from refusal_jax.axes import Leaf
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -21,9 +23,9 @@ class Cache:
     """
 
     kv: Any  # keys and values: a pair of [L, B, K, C, H], or a list of L pairs of [B, K, C, H]
-    mask_bc: jax.Array  # bool [B, C]
+    mask_bc: Leaf  # bool [B, C]
     filled: Any  # int32 scalar, slots written since the start
-    position_b: jax.Array  # int32 [B], the position of each row's next token
+    position_b: Leaf  # int32 [B], the position of each row's next token
 
     @property
     def slots(self) -> int:

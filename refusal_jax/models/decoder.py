@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Bool, Float, Int
 
-from refusal_jax.axes import Array
+from refusal_jax.axes import Array, Leaf
 from refusal_jax.edits import SITES, Edits
 from refusal_jax.models.attention import Context, Segment, View, attend
 from refusal_jax.models.cache import Cache
@@ -46,10 +46,10 @@ def unstacked(tree, n_layers: int) -> list:
 class Layer:
     """Values that differ between layers, besides their weights: one layer's, or all layers' on a leading L axis."""
 
-    index: jax.Array  # int32
-    kind: jax.Array  # int32, index into the context's views
-    gate_rs: jax.Array  # float32 [R, S], the ablation gates of `Edits`
-    add_r: jax.Array  # float32 [R], its addition gates
+    index: Leaf  # int32
+    kind: Leaf  # int32, index into the context's views
+    gate_rs: Leaf  # float32 [R, S], the ablation gates of `Edits`
+    add_r: Leaf  # float32 [R], its addition gates
 
 
 class Stack(nnx.Module):
@@ -161,8 +161,8 @@ class Output:
     were unstacked.
     """
 
-    resid_btd: jax.Array
-    taps: dict[str, jax.Array]
+    resid_btd: Leaf
+    taps: dict[str, Leaf]
     kv: KV
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from refusal_jax.axes import Leaf
 from refusal_jax.edits import Edits
 from refusal_jax.models.cache import Cache
 from refusal_jax.models.decoder import Decoder, unstacked
@@ -31,16 +32,16 @@ class Generation:
 
     cache: Any  # a `Cache`
     edits: Any  # `Edits` of the rows, in the form of `Edits.for_batch`
-    token_b: jax.Array  # int32 [B], each row's newest token, which the cache does not hold yet
-    count_b: jax.Array  # int32 [B], tokens of the reply so far
-    active_b: jax.Array  # bool [B], whether the reply goes on
-    out_bo: jax.Array  # int32 [B, O], the replies, padded
-    finite_b: jax.Array  # bool [B], whether all that the reply was chosen by is finite; a row that is not has ended
-    prompt_bt: jax.Array | None = None  # int32 [B, T], the prompts' tokens, -1 for padding, if decoding looks at them
-    probe_bd: jax.Array | None = None  # float32 [B, D], unit directions that tokens are projected on, if wanted
+    token_b: Leaf  # int32 [B], each row's newest token, which the cache does not hold yet
+    count_b: Leaf  # int32 [B], tokens of the reply so far
+    active_b: Leaf  # bool [B], whether the reply goes on
+    out_bo: Leaf  # int32 [B, O], the replies, padded
+    finite_b: Leaf  # bool [B], whether all that the reply was chosen by is finite; a row that is not has ended
+    prompt_bt: Leaf | None = None  # int32 [B, T], the prompts' tokens, -1 for padding, if decoding looks at them
+    probe_bd: Leaf | None = None  # float32 [B, D], unit directions that tokens are projected on, if wanted
     # float32 [B, L, 1 + O]: projections at block inputs, of the prompt's last token and then the reply's; NaN where a
     # token has not been read
-    along_blo: jax.Array | None = None
+    along_blo: Leaf | None = None
 
     def placed(self, mesh) -> "Generation":
         """Returns the state, inside a jitted function, with every array placed by its axes: programs can then hand it on."""

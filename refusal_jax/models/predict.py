@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Bool, Int
 
-from refusal_jax.axes import Array
+from refusal_jax.axes import Array, Leaf
 from refusal_jax.edits import Edits
 from refusal_jax.models.decoder import Decoder
 from refusal_jax.models.sharding import replicate
@@ -20,9 +20,9 @@ class Prediction:
     """Logits, float32 `[B, V]` of the next token or `[B, T, V]` of the one after each; taps by site; and whether all of them
     are finite where a row has tokens, bool `[B]`."""
 
-    logits: jax.Array
-    taps: dict[str, jax.Array]
-    finite_b: jax.Array
+    logits: Leaf
+    taps: dict[str, Leaf]
+    finite_b: Leaf
 
 
 @partial(jax.jit, static_argnames="last")

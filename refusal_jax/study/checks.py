@@ -1,6 +1,8 @@
 """Checks of a study's settings before any work is done."""
 
+from refusal_jax.chat.model import weights_dtype
 from refusal_jax.chat.templates import named_template
+from refusal_jax.checkpoints.load import check_dtype
 from refusal_jax.conditions import Condition, datasets
 from refusal_jax.data.prompts import read_chat_pairs, read_prompts, resolve
 from refusal_jax.errors import UserError, field
@@ -15,6 +17,7 @@ def check_settings(config: StudyConfig) -> list[Judge]:
 
     Raises UserError for settings and files that cannot work with any model.
     """
+    check_dtype(weights_dtype(config.dtype))
     if config.chat_template:
         named_template(config.chat_template)
     if not config.generation.conditions:
