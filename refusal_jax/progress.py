@@ -1,8 +1,8 @@
 """Shows the progress of long work: as a bar on a terminal, elsewhere as a line in the log every minute."""
 
 import logging
-import time
 from collections.abc import Iterable, Iterator, Sequence
+from time import monotonic
 from typing import TypeVar
 
 from tqdm import tqdm
@@ -26,7 +26,7 @@ class Progress:
     ):
         self.title, self.total, self.unit, self.quiet = title, total, unit, quiet
         self.n = self.before = done
-        self.started = self.said = time.monotonic()
+        self.started = self.said = monotonic()
         self.note = ""
         self.bar = None
         if not quiet and distributed.first() and logs.on_terminal():
@@ -49,7 +49,7 @@ class Progress:
             if note:
                 self.bar.set_postfix_str(note, refresh=False)
             self.bar.update(count)
-        elif not self.quiet and (now := time.monotonic()) - self.said >= EVERY_SECONDS:
+        elif not self.quiet and (now := monotonic()) - self.said >= EVERY_SECONDS:
             self.said = now
             LOG.info(self.line(now - self.started))
 

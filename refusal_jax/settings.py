@@ -69,9 +69,12 @@ class Settings(Mapping[str, Any]):
         cls._path = path
 
     @classmethod
-    def of(cls: type[S], values: Mapping[str, Any]) -> S:
-        """Returns settings that are independent of `values`, such as a nested dictionary or an ml_collections.ConfigDict; what
-        that leaves out keeps its default. Raises UserError for unknown names and for values of wrong types."""
+    def of(cls: type[S], values: Any) -> S:
+        """Returns settings that are independent of `values`; what these leave out keeps its default.
+
+        values: a nested mapping, such as a dictionary or an ml_collections.ConfigDict. Raises UserError for unknown names and
+        for values of wrong types.
+        """
         made = cls()
         made.update(values)
         return made

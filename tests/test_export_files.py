@@ -305,6 +305,7 @@ def test_an_export_that_fails_its_verification_says_so(llama, tmp_path, monkeypa
         check(tmp_path / "out")
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_what_verification_accepts():
     edit = edit_of()
     cfg = types.SimpleNamespace(post_norm=True)

@@ -390,6 +390,7 @@ def test_a_template_that_refuses_a_conversation(tmp_path):
         chat.render_messages(talk)
 
 
+@pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -262,7 +262,7 @@ def test_axes_that_the_mesh_does_not_divide(llama, model):
 
 
 def test_mesh_larger_than_the_machine():
-    with pytest.raises(UserError, match="data=3 x fsdp=2 x model=2 needs 12 devices, there are 8. Lower"):
+    with pytest.raises(UserError, match="data=3 x fsdp=2 x model=2 needs 12 devices, there are 8. Ask for a smaller"):
         make_mesh(3, 2, 2)
 
 

@@ -243,7 +243,7 @@ def test_other_processes_draw_no_bar(monkeypatch):
 def test_progress_is_a_line_a_minute_elsewhere(monkeypatch, caplog):
     caplog.set_level(logging.INFO, "refusal_jax")
     clock = iter(range(0, 1000, 25))
-    monkeypatch.setattr(progress.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(progress, "monotonic", lambda: next(clock))
     assert list(each(iter("abcdef"), "reading", "row", 6)) == list("abcdef")
     assert caplog.messages == ["reading: 3 of 6 (50%), 0.04 row/s", "reading: 6 of 6 (100%), 0.04 row/s"]
 

@@ -285,7 +285,9 @@ def test_files_that_cannot_be_taken(files, tmp_path):
     (source / "xstest_prompts.csv").unlink()
     with pytest.raises(UserError, match=r"holds no complete set\. The files are called xstest_prompts\.csv"):
         take_files(manifest.choose(["xstest"]), source, tmp_path / "data")
-    with pytest.raises(UserError, match="there is no public set 'xtest'. The sets are advbench, "):
+    with pytest.raises(
+        UserError, match=r"there is no public set 'xtest'\. Did you mean xstest\? The sets are advbench, "
+    ):
         manifest.choose(["xtest"])
 
 
