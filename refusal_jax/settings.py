@@ -104,7 +104,7 @@ class Settings(Mapping[str, Any]):
     def __len__(self) -> int:
         return len(dataclasses.fields(self))
 
-    def update(self, values: Mapping[str, Any] | None = None, /, **more: Any) -> None:
+    def update(self, values: Any = None, /, **more: Any) -> None:
         """Assigns the values given by name; a mapping given for a section changes the fields that it names."""
         for name, value in {**(values or {}), **more}.items():
             if _is_mapping(value) and isinstance(self[name], Settings):

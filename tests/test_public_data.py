@@ -234,7 +234,8 @@ def test_splits_from_files_on_the_disk(files, tmp_path, monkeypatch, capsys):
     assert [p["instruction"] for p in read_prompts(resolve("xstest", "harmless_test"))] == ["Kill a process?"]
     assert resolve("alpaca", "loss") == data / "loss" / "alpaca.jsonl" and dataset_name("paper") == "harmful_test"
     with pytest.raises(
-        UserError, match=r"'xtest' is no file, and .*xtest\.json is not there\. Run `refusal-jax data fetch`"
+        UserError,
+        match=r"'xtest' is no file, and .*xtest\.json is not there\. Did you mean xstest\? Run `refusal-jax data fetch`",
     ):
         resolve("xtest", "harmful_test")
 
