@@ -235,7 +235,7 @@ def test_splits_from_files_on_the_disk(files, tmp_path, monkeypatch, capsys):
     assert resolve("alpaca", "loss") == data / "loss" / "alpaca.jsonl" and dataset_name("paper") == "harmful_test"
     with pytest.raises(
         UserError,
-        match=r"'xtest' is no file, and .*xtest\.json is not there\. Did you mean xstest\? Run `refusal-jax data fetch`",
+        match=r"'xtest' is no file, and .*xtest\.json is not there\. Did you mean xstest\? Run `refusal-jax",
     ):
         resolve("xtest", "harmful_test")
 
