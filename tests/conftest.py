@@ -17,9 +17,10 @@ import jax
 import jaxtyping
 import pytest
 import torch
+import typechecker
 
-# Every call checks the types and the axes of arrays that a function declares; before the package is imported.
-jaxtyping.install_import_hook("refusal_jax", "typechecker.check")
+# Calls check the types and the axes of arrays that a function declares. Before the package is imported.
+typechecker.switch_on()
 
 import tiny  # noqa: E402
 
