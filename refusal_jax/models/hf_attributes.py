@@ -169,8 +169,9 @@ class Reader:
         if sizes["activation"] not in ACTIVATIONS:
             name = names.get("activation", "hidden_act")
             self.problems.append(f"{name} = {shown(sizes['activation'])} is not one of {', '.join(ACTIVATIONS)}")
+            sizes["activation"] = next(iter(ACTIVATIONS))  # the reading goes on, to report everything at once
         missing = [field for field in SIZES if sizes[field] is None and field not in defaults]
-        if missing:  # which is reported; the reading goes on with what fits, to report everything at once
+        if missing:  # which is reported
             sizes |= {field: 64 for field in missing}
             return sizes | {"n_kv_heads": sizes["n_heads"], "head_dim": 64}
         if sizes["n_layers"] > MOST_LAYERS:
