@@ -67,6 +67,7 @@ setup(
         "docs": DOCS,
         # peft reads exports back; shellcheck reads launch/.
         "test": [
+            "beartype>=0.19",  # checks declared types in tests
             "pytest>=8.0",
             "pytest-xdist>=3.6",
             "libtpu>=0.0.40",  # to compile for TPUs
