@@ -20,8 +20,10 @@ from refusal_jax.study.config import get_config as base
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """What the paper's runs share: chat template, refusal tokens ("I", and of Qwen "As" too), and precision. unneeded: files of
-    the checkpoints that need not be downloaded."""
+    """The settings that a family's models share in the paper: chat template and refusal tokens ("I", for Qwen also "As").
+
+    unneeded: files of the checkpoints that need not be downloaded.
+    """
 
     template: str
     refusal_tokens: tuple[int, ...]
@@ -66,7 +68,7 @@ MODELS = {
 
 @dataclasses.dataclass(frozen=True)
 class Expected:
-    """What the paper's Table 5 says of the selected direction."""
+    """The selected direction in the paper's Table 5."""
 
     position: int
     layer: int

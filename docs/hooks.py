@@ -1,4 +1,4 @@
-"""What MkDocs does with the pages beyond Markdown: parts that come from the code, formulas, and notes on what a block needs.
+"""Extends MkDocs: fills in parts that come from the code, sets formulas, and adds notes on what a block needs.
 
 A page says `<!-- generated: NAME -->` where a part of it is made from the code, so that it cannot become wrong; and
 `<!-- needs: NAME -->` before a block of commands or code that the tests do not run, or `<!-- excerpt: FILE -->` before one that

@@ -42,7 +42,7 @@ class Slab:
 
 
 class Place:
-    """Where one weight goes: which part of it each of this process's devices holds.
+    """The place of one weight: the part of it that each of this process's devices holds.
 
     shape, sharding: those of the whole weight, from `weight_place`; rows beyond the weight's own are zeros that no file holds.
     stacked: how many leading axes HF keeps apart. held: each device's range along every axis. bands: what is read together,

@@ -61,7 +61,7 @@ class PublicSet:
 
 @dataclasses.dataclass(frozen=True)
 class Manifest:
-    """What `datasets.json` holds.
+    """The content of `datasets.json`.
 
     sets: the public sets by name. splits: `{split: {"rows", "sha256"}}`. advbench_train: the hashes of AdvBench's part of the
     train split, in its order, because that draw was not seeded.

@@ -15,6 +15,7 @@ with: pip install '.[lm_eval]'
   add=RUN|FILE           add this direction at its layer
   scale=X                multiple of the direction to add (-1 subtracts), or fraction of it to remove
   layer=L, position=P    where to add; of a file of mean differences, which one (layer alone: of a file with a row a layer)
+  subspace=true          remove the span of all rows of the file that ablate names
   dtype=NAME             float32, bfloat16, float16; default: float32 on CPU, bfloat16 elsewhere
   mesh=DATAxFSDPxMODEL   devices along each axis of the mesh, such as 1x1x8
   chat_template=NAME|FILE, thinking=true, cache=DIR   as in a study's config

@@ -1,6 +1,6 @@
 """Runs the paper's whole study on a chat model: directions, selection, completions, loss, report.
 
-  refusal-jax study --workdir=runs/first                       # the embedded model, about a minute on a laptop
+  refusal-jax study --workdir=runs/first                       # the embedded model, about half a minute on a laptop
   refusal-jax study --model=DIR --workdir=runs/mine            # an HF checkpoint folder, the paper's settings
   refusal-jax study --config=configs/demo.py --workdir=DIR --config.select.full_grid=True
 

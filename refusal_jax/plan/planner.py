@@ -118,7 +118,7 @@ def fit(shapes: Shapes, given: int, wanted: int, describe, limit: float, ways: i
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What a study would need on a slice.
+    """An estimate of what a study needs on a slice.
 
     sizes: the rows of batches, 0 where nothing fits. stages: the costs of those that fit, by name. problems: what does not
     fit, and why.

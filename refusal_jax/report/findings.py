@@ -16,7 +16,7 @@ from refusal_jax.runs.run import Run
 
 
 class Findings:
-    """What several sections of a report need of a run; artifacts are read through `run`, which parses each of them once."""
+    """The parts of a run that several sections of a report read. Artifacts come through `run`, which parses each of them once."""
 
     def __init__(self, run: Run, sections: Sequence["Section"]):
         self.run = run
@@ -76,7 +76,7 @@ def nothing(findings: Findings) -> list:
 
 @dataclasses.dataclass(frozen=True)
 class Section:
-    """What a stage adds to the report on a run.
+    """A section that a stage adds to the report on a run.
 
     template: its part of the page, a Jinja file next to the stage; None if it has none. links: the ids of its headings, with
     their titles, for the page's navigation. values: what the template shows, by name. lines: of the text summary. concerns: the

@@ -27,7 +27,7 @@ class MeshSettings(Settings, path="mesh"):
 
 @dataclasses.dataclass
 class DataSettings(Settings, path="data"):
-    """Where prompts come from, and how many are drawn."""
+    """The settings of the prompts: their sources, and how many are drawn."""
 
     harmful_train: str = option(
         BUNDLED,
