@@ -42,7 +42,11 @@ def entry(start: int, stop: int, shape=None, dtype="F32") -> dict:
 def test_header(files):
     header = files.headers[files.folder / SINGLE]
     assert header.metadata == {"format": "pt"} and json.loads(header.text)["cube"]["shape"] == [2, 3, 4]
-    assert files.shapes["none"] == (0, 3) and files.dtypes["ids"] == "I64" and files.shapes["number"] == ()
+    assert (
+        files.tensors["none"].shape == (0, 3)
+        and files.tensors["ids"].dtype == "I64"
+        and files.tensors["number"].shape == ()
+    )
     assert [e.start for e in header.tensors.values()] == sorted(e.start for e in header.tensors.values())
     assert files.bytes_read == 0
 
@@ -150,7 +154,9 @@ def test_a_header_beyond_the_limit(tmp_path, monkeypatch):
 def test_tensors_of_no_size_between_others(tmp_path):
     write(tmp_path, {"b": entry(0, 8), "none": entry(0, 0, [0, 5]), "c": entry(8, 8, [0])}, bytes(8))
     files = TensorFiles.open(tmp_path)
-    assert files.shapes == {"none": (0, 5), "b": (2,), "c": (0,)} and files.read("none").shape == (0, 5)
+    assert {n: t.shape for n, t in files.tensors.items()} == {"none": (0, 5), "b": (2,), "c": (0,)} and files.read(
+        "none"
+    ).shape == (0, 5)
 
 
 def test_small_dtypes(tmp_path):

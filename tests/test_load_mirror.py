@@ -94,7 +94,7 @@ def test_what_changed_is_copied_again(store, monkeypatch):
 
 
 def test_sharded_checkpoints_and_missing_shards(llama, store):
-    index = {"weight_map": dict.fromkeys(TensorFiles.open(llama).file_of, "a.safetensors")}
+    index = {"weight_map": dict.fromkeys(TensorFiles.open(llama).tensors, "a.safetensors")}
     store.pipe_file(f"{ADDRESS}/model.safetensors.index.json", json.dumps(index).encode())
     store.mv(f"{ADDRESS}/{SINGLE}", f"{ADDRESS}/a.safetensors")
     assert load_decoder(ADDRESS).cfg.n_layers == 3
@@ -123,7 +123,7 @@ def test_a_file_that_changes_while_being_read(store):
     files = TensorFiles.open(checkpoint_folder(ADDRESS))
     store.pipe_file(f"{ADDRESS}/{SINGLE}", store.cat_file(f"{ADDRESS}/{SINGLE}")[:-8])
     with pytest.raises(UserError, match=r"could not be read \(the store sent [\d,]+ of [\d,]+ bytes"):
-        for name in files.file_of:
+        for name in files.tensors:
             files.read(name)
     store.rm_file(f"{ADDRESS}/{SINGLE}")
     with pytest.raises(UserError, match=r"could not be read \(FileNotFoundError"):

@@ -116,7 +116,7 @@ def test_a_process_reads_its_share_and_no_more(mesh, checkpoints, monkeypatch):
 
 
 def tiny_dtype(files: TensorFiles, name: str):
-    return {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}[files.dtypes[name]]
+    return {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}[files.tensors[name].dtype]
 
 
 @pytest.mark.parametrize("kind", [DeviceFilling, HostFilling])

@@ -23,18 +23,18 @@ def check_tensors(cfg: ModelConfig, files: TensorFiles, share: tuple[int, int] =
     """
     _check_not_quantised(files)
     shapes = hf_shapes(cfg)
-    missing = sorted(set(shapes) - set(files.file_of))
-    extra = sorted(n for n in set(files.file_of) - set(shapes) if not is_spare(cfg, n))
+    missing = sorted(set(shapes) - set(files.tensors))
+    extra = sorted(n for n in set(files.tensors) - set(shapes) if not is_spare(cfg, n))
     names = renamed(cfg, extra, missing)
     missing = [n for n in missing if n not in names.values()]
     extra = [n for n in extra if n not in names]
-    holding = {n: n for n in shapes if n in files.file_of} | {new: n for n, new in names.items() if new in shapes}
+    holding = {n: n for n in shapes if n in files.tensors} | {new: n for n, new in names.items() if new in shapes}
     wrong = [
-        f"{n} is {list(files.shapes[n])}, expected {list(shapes[new])}"
+        f"{n} is {list(files.tensors[n].shape)}, expected {list(shapes[new])}"
         for new, n in holding.items()
-        if files.shapes[n] != shapes[new]
+        if files.tensors[n].shape != shapes[new]
     ]
-    kinds = [f"{n} is {files.dtypes[n]}" for n in holding.values() if files.dtypes[n] not in STORED]
+    kinds = [f"{n} is {files.tensors[n].dtype}" for n in holding.values() if files.tensors[n].dtype not in STORED]
     problems = [
         f"{len(group)} {what}: {listed(group)}"
         for what, group in (
@@ -62,9 +62,9 @@ def check_tensors(cfg: ModelConfig, files: TensorFiles, share: tuple[int, int] =
 def _check_tied(cfg: ModelConfig, files: TensorFiles, share: tuple[int, int]) -> None:
     """Raises UserError if the checkpoint ties its unembedding by its config and stores another one all the same."""
     embed, unembed = (TABLES[cfg.family][path] for path in ("embed", "unembed"))
-    if not cfg.tied_embeddings or unembed not in files.file_of:
+    if not cfg.tied_embeddings or unembed not in files.tensors:
         return
-    same = files.shapes[embed] == files.shapes[unembed] and files.dtypes[unembed] in STORED
+    same = files.tensors[embed].shape == files.tensors[unembed].shape and files.tensors[unembed].dtype in STORED
     part, parts = share
     stop = cfg.vocab_size * (part + 1) // parts
     for start in range(cfg.vocab_size * part // parts, stop, TIED_ROWS):
@@ -93,11 +93,11 @@ QUANTISED = {
 
 def _check_not_quantised(files: TensorFiles) -> None:
     """Raises UserError for a quantised checkpoint whose config.json does not say so."""
-    found = [(name, form) for name in files.file_of for end, form in QUANTISED.items() if name.endswith(end)]
-    found += [(name, "fp8") for name, dtype in files.dtypes.items() if dtype.startswith("F8")]
+    found = [(name, form) for name in files.tensors for end, form in QUANTISED.items() if name.endswith(end)]
+    found += [(name, "fp8") for name, tensor in files.tensors.items() if tensor.dtype.startswith("F8")]
     if found:
         name, form = min(found, key=lambda item: list(QUANTISED.values()).index(item[1]))
         raise UserError(
-            f"The weights of {files.folder} are quantised ({form}: it holds {name}, {files.dtypes[name]}), which cannot "
+            f"The weights of {files.folder} are quantised ({form}: it holds {name}, {files.tensors[name].dtype}), which cannot "
             "be edited exactly. Use the original float16, bfloat16 or float32 checkpoint of the model."
         )

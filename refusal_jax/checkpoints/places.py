@@ -19,7 +19,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Float, Shaped
 
-from refusal_jax.checkpoints.tensor_files import STORED, TensorFiles
+from refusal_jax.checkpoints.tensor_files import TensorFiles
 from refusal_jax.models.families import Piece
 from refusal_jax.models.sharding import weight_place
 from refusal_jax.models.weights import Weight
@@ -71,7 +71,8 @@ class Place:
         for (*outer, rows), runs in self.bands.items():
             cells = len(self.own(rows)) * sum(math.prod(map(len, run)) for run in runs)
             for index in itertools.product(*outer):
-                total += cells * np.dtype(STORED[files.dtypes[self.pieces[index].name]]).itemsize
+                tensor = files.tensors[self.pieces[index].name]
+                total += cells * tensor.nbytes // max(math.prod(tensor.shape), 1)
         return total
 
     def own(self, rows: range) -> range:

@@ -8,6 +8,7 @@ import os
 import pathlib
 import threading
 from types import EllipsisType
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Shaped
@@ -15,6 +16,7 @@ from jaxtyping import Shaped
 from refusal_jax.checkpoints.remote import STUB, RemoteFile, is_there, stub_of
 from refusal_jax.checkpoints.safetensors import (
     FLOATS,
+    Extent,
     Header,
     LocalFile,
     RangeFile,
@@ -34,17 +36,77 @@ STORED = {
 CAST_VALUES = 1 << 20  # of a tensor of another dtype, read at a time
 
 
+@runtime_checkable
+class Tensor(Protocol):
+    """A tensor of a checkpoint, however it is stored, of which any part can be read, by several threads at a time.
+
+    dtype: the dtype in which its values come, by safetensors' name. nbytes: how many bytes of its file it takes. path: that
+    file's.
+    """
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def dtype(self) -> str: ...
+
+    @property
+    def nbytes(self) -> int: ...
+
+    @property
+    def path(self) -> pathlib.Path: ...
+
+    def read_into(self, index: tuple[slice, ...], out: np.ndarray) -> int:
+        """Reads the part that `index` (slices without steps) selects into a row-major array of its shape; values are cast to
+        that array's dtype. Returns how many bytes of the file were read. Raises UserError if they cannot be."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class PlainTensor:
+    """A tensor whose values stand in a safetensors file as they are."""
+
+    name: str
+    path: pathlib.Path
+    file: RangeFile
+    extent: Extent
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.extent.shape
+
+    @property
+    def dtype(self) -> str:
+        return self.extent.dtype
+
+    @property
+    def nbytes(self) -> int:
+        return self.extent.stop - self.extent.start
+
+    def read_into(self, index: tuple[slice, ...], out: Shaped[np.ndarray, "..."]) -> int:
+        """Reads as `Tensor.read_into` does. Raises UserError if the file cannot be read."""
+        stored = np.dtype(STORED[self.dtype])
+        begins, run, selected = segments(self.shape, index)
+        if selected != out.shape or not out.flags.c_contiguous:
+            raise ValueError(f"{self.name}: an array of shape {out.shape} cannot take {selected}")
+        begins, flat = self.extent.start + begins * stored.itemsize, out.reshape(-1)
+        if not flat.size:
+            return 0
+        with reading(self.path):
+            if stored == out.dtype:
+                return self.file.read_into(begins, run * stored.itemsize, flat.view(np.uint8).data)
+            return _cast_into(self.file, begins, run, stored, flat)
+
+
 @dataclasses.dataclass
 class TensorFiles:
-    """The open weight files of a checkpoint folder: which of them holds which tensor, with shapes and dtypes from the headers.
+    """The open weight files of a checkpoint folder, and the tensors in them by name.
 
-    bytes_read: how many bytes of tensors have been read so far, headers apart.
+    headers: of each safetensors file. bytes_read: how many bytes of tensors have been read so far, headers apart.
     """
 
     folder: pathlib.Path
-    file_of: dict[str, pathlib.Path]
-    shapes: dict[str, tuple[int, ...]]
-    dtypes: dict[str, str]
+    tensors: dict[str, Tensor]
     handles: dict[pathlib.Path, RangeFile]
     headers: dict[pathlib.Path, Header]
     bytes_read: int = 0
@@ -57,7 +119,7 @@ class TensorFiles:
         Raises UserError for missing, corrupt or outside files, and for tensors that are held twice.
         """
         paths, weight_map = checkpoint_files(folder)
-        opened = cls(folder, {}, {}, {}, {}, {})
+        opened = cls(folder, {}, {}, {})
         problems = []
         for path in paths:
             with reading(path):
@@ -65,12 +127,12 @@ class TensorFiles:
                 file = opened.handles[path] = RemoteFile(stub) if stub else LocalFile(path)
                 header = opened.headers[path] = read_header(file)
             for name, extent in header.tensors.items():
-                if name in opened.file_of:
-                    problems.append(f"{name} is in both {opened.file_of[name].name} and {path.name}")
+                if name in opened.tensors:
+                    problems.append(f"{name} is in both {opened.tensors[name].path.name} and {path.name}")
                     continue
-                opened.file_of[name], opened.shapes[name], opened.dtypes[name] = path, extent.shape, extent.dtype
+                opened.tensors[name] = PlainTensor(name, path, file, extent)
         for name, file in weight_map.items():
-            if opened.file_of.get(name, folder / file) != folder / file or name not in opened.file_of:
+            if name not in opened.tensors or opened.tensors[name].path != folder / file:
                 problems.append(f"{INDEX} places {name} in {file}, which does not hold it")
         if problems:
             raise UserError(
@@ -84,8 +146,8 @@ class TensorFiles:
 
         Raises UserError if the file cannot be read.
         """
-        shape = segments(self.shapes[name], () if index is ... else index)[2]
-        out = np.empty(shape, STORED[self.dtypes[name]])
+        tensor = self.tensors[name]
+        out = np.empty(segments(tensor.shape, () if index is ... else index)[2], STORED[tensor.dtype])
         self.read_into(name, index, out)
         return out
 
@@ -94,41 +156,30 @@ class TensorFiles:
 
         Raises UserError if the file cannot be read.
         """
-        path, stored = self.file_of[name], np.dtype(STORED[self.dtypes[name]])
-        file, extent = self.handles[path], self.headers[path].tensors[name]
-        begins, run, selected = segments(extent.shape, () if index is ... else index)
-        if selected != out.shape or not out.flags.c_contiguous:
-            raise ValueError(f"{name}: an array of shape {out.shape} cannot take {selected}")
-        begins, flat = extent.start + begins * stored.itemsize, out.reshape(-1)
-        if not flat.size:
-            return
-        with reading(path):
-            if stored == out.dtype:
-                count = file.read_into(begins, run * stored.itemsize, flat.view(np.uint8).data)
-            else:
-                count = self._cast_into(file, begins, run, stored, flat)
+        count = self.tensors[name].read_into(() if index is ... else index, out)
         with self.lock:
             self.bytes_read += count
 
-    def _cast_into(self, file: RangeFile, begins: np.ndarray, run: int, stored: np.dtype, flat: np.ndarray) -> int:
-        """Reads runs of another dtype through a buffer, many at a time or each in parts; returns how many bytes were read."""
-        count, buffer = 0, np.empty(min(max(CAST_VALUES, 1), flat.size), stored)
-        if run > len(buffer):
-            parts = range(0, run, len(buffer))
-            begins = (begins[:, None] + np.asarray(parts) * stored.itemsize).ravel()
-            sizes = [min(len(buffer), run - part) for part in parts] * (len(begins) // len(parts))
-            groups = [(begins[i : i + 1], size) for i, size in enumerate(sizes)]
-        else:
-            step = len(buffer) // run
-            groups = [(begins[i : i + step], run) for i in range(0, len(begins), step)]
-        at = 0
-        for offsets, length in groups:
-            values = buffer[: len(offsets) * length]
-            count += file.read_into(offsets, length * stored.itemsize, values.view(np.uint8).data)
-            with np.errstate(over="ignore"):  # overflows are found and reported once everything is loaded
-                flat[at : at + len(values)] = values
-            at += len(values)
-        return count
+
+def _cast_into(file: RangeFile, begins: np.ndarray, run: int, stored: np.dtype, flat: np.ndarray) -> int:
+    """Reads runs of another dtype through a buffer, many at a time or each in parts; returns how many bytes were read."""
+    count, buffer = 0, np.empty(min(max(CAST_VALUES, 1), flat.size), stored)
+    if run > len(buffer):
+        parts = range(0, run, len(buffer))
+        begins = (begins[:, None] + np.asarray(parts) * stored.itemsize).ravel()
+        sizes = [min(len(buffer), run - part) for part in parts] * (len(begins) // len(parts))
+        groups = [(begins[i : i + 1], size) for i, size in enumerate(sizes)]
+    else:
+        step = len(buffer) // run
+        groups = [(begins[i : i + step], run) for i in range(0, len(begins), step)]
+    at = 0
+    for offsets, length in groups:
+        values = buffer[: len(offsets) * length]
+        count += file.read_into(offsets, length * stored.itemsize, values.view(np.uint8).data)
+        with np.errstate(over="ignore"):  # overflows are found and reported once everything is loaded
+            flat[at : at + len(values)] = values
+        at += len(values)
+    return count
 
 
 def checkpoint_files(folder: pathlib.Path) -> tuple[list[pathlib.Path], dict[str, str]]:
