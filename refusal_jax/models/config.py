@@ -15,7 +15,7 @@ class AttentionKind:
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """Sizes of a decoder, then its switches. The names are this project's; `hf_readers` says which HF attribute each comes
+    """Sizes of a decoder, then its switches. The names are this project's; `readers/` says which HF attribute each comes
     from."""
 
     family: str

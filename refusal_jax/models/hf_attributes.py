@@ -131,7 +131,7 @@ class Reader:
             raise UserError(
                 f"{self.where} cannot be run faithfully: {'; '.join(self.problems)}. Nothing was loaded, because "
                 "ignoring an attribute would give wrong activations. Use a checkpoint of a supported architecture, or "
-                "teach refusal_jax/models/hf_readers.py the attribute."
+                "teach its reader in refusal_jax/models/readers/ the attribute."
             )
 
     def rope(self, spec, context: int, name: str = "rope_scaling", **settings) -> Rope:
