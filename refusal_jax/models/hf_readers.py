@@ -10,6 +10,4 @@ from refusal_jax.models.config import ModelConfig
 from refusal_jax.models.hf_attributes import Reader
 from refusal_jax.models.readers import gemma, llama, mixtures, qwen
 
-READERS: dict[str, Callable[[Reader], ModelConfig]] = (
-    llama.READERS | qwen.READERS | gemma.READERS | mixtures.READERS
-)
+READERS: dict[str, Callable[[Reader], ModelConfig]] = llama.READERS | qwen.READERS | gemma.READERS | mixtures.READERS
