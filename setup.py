@@ -35,7 +35,6 @@ setup(
     install_requires=[
         "absl-py>=2.1",
         "datasets>=3.0",
-        "filelock>=3.13",
         "flax>=0.12,<0.13",
         "fsspec>=2024.2",  # object stores
         "gguf>=0.17",  # control vectors for llama.cpp

@@ -1,14 +1,25 @@
 """Reads files with errors that name them, writes them atomically, hashes them, and locates caches."""
 
 import contextlib
+import errno
+import fcntl
 import hashlib
 import json
+import logging
 import os
 import pathlib
 
 import platformdirs
 
 from refusal_jax.errors import UserError
+
+LOG = logging.getLogger(__name__)
+
+NO_LOCKS = (
+    errno.ENOLCK,
+    errno.ENOSYS,
+    errno.EOPNOTSUPP,
+)  # how network file systems that are mounted without locks answer
 
 
 def read_text(path: pathlib.Path) -> str:
@@ -48,6 +59,25 @@ def cannot_write(path: pathlib.Path, error: OSError) -> UserError:
         f"{path} could not be written: {error.strerror or error}. Free space on the disk or choose a folder "
         "that you may write to, then run the same command again: finished work is kept."
     )
+
+
+def lock(number: int, path: pathlib.Path) -> bool:
+    """Locks an open file or folder for this process until it is closed, and returns False if another process holds it.
+
+    On a file system without locks, such as NFS without its lock service, it warns and goes on. number: the file's descriptor.
+    Raises OSError if the file system fails.
+    """
+    try:
+        fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        LOG.warning(
+            f"The file system of {path} has no locks ({error.strerror}): make sure that only one process writes there at a time."
+        )
+    return True
 
 
 def local_path(path: str | os.PathLike) -> pathlib.Path:

@@ -12,7 +12,7 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
 from refusal_jax import UserError
-from refusal_jax.files import local_path, to_json, write_atomically
+from refusal_jax.files import NO_LOCKS, local_path, to_json, write_atomically
 from refusal_jax.runs import storage
 from refusal_jax.runs.ledger import Ledger
 from refusal_jax.runs.run import MANIFEST, Run, versions
@@ -270,6 +270,24 @@ def test_folder_in_use(tmp_path):
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     with open(tmp_path / ".lock") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # free again
+
+
+@pytest.mark.parametrize("number", NO_LOCKS)
+def test_file_system_without_locks(number, tmp_path, monkeypatch, caplog):
+    def flock(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    for _ in range(2):  # the .lock of an earlier run is not taken for another process
+        with Run.open(tmp_path, CONFIG, INPUTS) as run:
+            assert run.worked == []
+    assert f"The file system of {tmp_path} has no locks ({os.strerror(number)})" in caplog.text
+    number = errno.EIO
+    with (
+        pytest.raises(UserError, match=r"\.lock could not be written: Input/output error"),
+        Run.open(tmp_path, CONFIG, INPUTS),
+    ):
+        pass
 
 
 def forbid_writing(monkeypatch, under):

@@ -1,14 +1,13 @@
 """Makes output folders that appear only when complete: everything is first written to a folder beside them."""
 
 import contextlib
-import fcntl
 import os
 import pathlib
 import shutil
 from collections.abc import Iterator
 
 from refusal_jax.errors import UserError
-from refusal_jax.files import check_file
+from refusal_jax.files import check_file, lock
 
 PROVENANCE, UNVERIFIED = "refusal_jax.json", ".unverified"
 # Weights in other files than those edited would be the unedited ones, and indexes of such files name nothing.
@@ -44,7 +43,7 @@ def staged(target: pathlib.Path, size: int = 0) -> Iterator[pathlib.Path]:
             raise UserError(
                 f"{target} needs {size:,} bytes, its disk has {free:,} free. Free space, or pass a folder on another disk."
             )
-        lock = _locked(staging)
+        number = _locked(staging)
     except OSError as error:
         raise _refused(target, error) from None
     left = staging
@@ -59,7 +58,7 @@ def staged(target: pathlib.Path, size: int = 0) -> Iterator[pathlib.Path]:
     finally:
         if left is not None:
             shutil.rmtree(left, ignore_errors=True)
-        os.close(lock)
+        os.close(number)
 
 
 def _refused(target: pathlib.Path, error: OSError) -> UserError:
@@ -75,16 +74,14 @@ def _locked(staging: pathlib.Path) -> int:
         raise UserError(f"{staging} is a link, and nothing is written through links. Remove it.")
     while True:
         staging.mkdir(exist_ok=True)
-        lock = os.open(staging, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(lock)
-            raise UserError(f"Another process is writing {staging}. Wait for it, or pass another folder.") from None
+        number = os.open(staging, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        if not lock(number, staging):
+            os.close(number)
+            raise UserError(f"Another process is writing {staging}. Wait for it, or pass another folder.")
         if not any(staging.iterdir()):
-            return lock
+            return number
         shutil.rmtree(staging)  # of a process that was killed
-        os.close(lock)
+        os.close(number)
 
 
 def sync(path: pathlib.Path) -> None:

@@ -11,10 +11,8 @@ import pathlib
 import time
 from collections.abc import Iterator, Sequence
 
-import filelock
-
 from refusal_jax.errors import UserError, setting
-from refusal_jax.files import cannot_write, local_path, write_atomically
+from refusal_jax.files import cannot_write, local_path, lock, write_atomically
 from refusal_jax.stores import explained, is_in_store, open_store
 
 STORES = ("gs", "s3")
@@ -63,22 +61,23 @@ class DiskFolder:
         Raises UserError if another process is in it, or if it cannot be written.
         """
         path = self.path / ".lock"
-        lock = filelock.FileLock(path, blocking=False)  # the system frees it when the process ends, however it ends
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            lock.acquire()
-        except filelock.Timeout:
-            raise UserError(
-                f"Another process is working in {self.path}. Wait for it, or choose another folder{named_by()}."
-            ) from None
+            file = open(path, "ab")  # noqa: SIM115, the next statement closes it
         except OSError as error:
             raise cannot_write(path, error) from None
-        try:
+        with file:
+            try:
+                free = lock(file.fileno(), self.path)  # the system frees it when the process ends, however it ends
+            except OSError as error:
+                raise cannot_write(path, error) from None
+            if not free:
+                raise UserError(
+                    f"Another process is working in {self.path}. Wait for it, or choose another folder{named_by()}."
+                )
             for leftover in self.path.rglob(".*.tmp-*"):
                 leftover.unlink(missing_ok=True)
             yield
-        finally:
-            lock.release()
 
     def exists(self, name: str) -> bool:
         """Returns whether a file is there."""
