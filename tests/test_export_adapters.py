@@ -159,3 +159,9 @@ def test_a_card_whose_metadata_are_damaged_counts_as_one_without(front, tmp_path
     (tmp_path / "README.md").write_text(f"---\n{front}\n---\n\nText")
     metadata, text = read_card(tmp_path)
     assert metadata == {} and text.strip() == "Text"
+
+
+@pytest.mark.parametrize("language", ["no", "[en, no]", "\n- en\n- no"])
+def test_norwegian_is_a_language_and_not_false(language, tmp_path):
+    (tmp_path / "README.md").write_text(f"---\nlicense: mit\nlanguage: {language}\n---\nText")
+    assert read_card(tmp_path)[0] == {"license": "mit", "language": ["en", "no"] if "en" in language else ["no"]}

@@ -36,7 +36,11 @@ def read_card(folder: pathlib.Path) -> tuple[dict[str, Any], str]:
     if not front:
         return {}, text
     try:
-        return ModelCard(text, ignore_metadata_errors=True).data.to_dict(), text[front.end() :]
+        data = ModelCard(text, ignore_metadata_errors=True).data.to_dict()
+        if "language" in data:  # YAML reads Norwegian, no, as false
+            listed = data["language"] if isinstance(data["language"], list) else [data["language"]]
+            data["language"] = ["no" if name is False else name for name in listed]
+        return data, text[front.end() :]
     except Exception:  # of YAML, such as the 99th of a month, or of fields that are not what they should be
         return {}, text[front.end() :]
 
