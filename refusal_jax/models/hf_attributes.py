@@ -1,39 +1,28 @@
-"""The attributes of an HF config by allow-list.
+"""The attributes of an HF config.
 
-Every attribute is either handled (it changes `ModelConfig`), inert (it cannot change what inference computes), or
-unsupported: then any value but the one that means "off" is an error that names the attribute.
+Every attribute that transformers reads is either handled (it changes `ModelConfig`), inert (it cannot change what inference
+computes), or unsupported: then any value but the one that means "off" is an error that names the attribute. `unread_keys` says
+what becomes of the rest.
 """
 
 from collections.abc import Callable
 from typing import Any
 
 from refusal_jax.errors import UserError, shown
+from refusal_jax.models import unread_keys
 from refusal_jax.models.config import AttentionKind, ModelConfig
-from refusal_jax.models.rope import Rope, is_number, rope_from_hf
-
-# Attributes that cannot change the logits of inference: bookkeeping, training, and the defaults of `generate`.
-INERT = frozenset(
-    """
-    _name_or_path architectures auto_map torch_dtype dtype transformers_version model_type use_cache initializer_range
-    attention_dropout hidden_dropout pretraining_tp bos_token_id eos_token_id pad_token_id unk_token_id
-    return_dict output_hidden_states output_attentions is_encoder_decoder is_decoder id2label label2id problem_type
-    finetuning_task task_specific_params tokenizer_class prefix chunk_size_feed_forward _attn_implementation
-    _attn_implementation_autoset add_cross_attention tie_encoder_decoder use_return_dict torchscript
-    cross_attention_hidden_size decoder_start_token_id sep_token_id
-    max_length min_length do_sample early_stopping num_beams num_beam_groups diversity_penalty temperature top_k
-    top_p typical_p repetition_penalty length_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size bad_words_ids
-    num_return_sequences output_scores return_dict_in_generate forced_bos_token_id forced_eos_token_id
-    is_llama_config unsloth_fixed unsloth_version transformers.js_config max_sequence_length model_max_length
-    tokenizer_model_max_length _flash_attn_2_enabled use_flash_attention_2 attn_implementation experts_implementation
-    _experts_implementation _commit_hash neftune_noise_alpha gradient_checkpointing num_logits_to_keep pad_token
-    router_aux_loss_coef output_router_logits router_jitter_noise embd_pdrop resid_pdrop cache_implementation
-    remove_invalid_values exponential_decay_length_penalty suppress_tokens begin_suppress_tokens
-""".split()
-)
-
+from refusal_jax.models.rope import Rope, is_number, rope_from_hf, unread_parts
 
 # The activations that the decoder computes, by HF name ("gelu_pytorch_tanh" is the tanh approximation).
 ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh", "relu")
+SAME_ACTIVATION = {
+    "swish": "silu",
+    "gelu_python": "gelu",
+    "gelu_new": "gelu_pytorch_tanh",
+    "gelu_fast": "gelu_pytorch_tanh",
+    "gelu_accurate": "gelu_pytorch_tanh",
+    "gelu_python_tanh": "gelu_pytorch_tanh",
+}
 # Field of `ModelConfig` -> HF attribute and its type, where a family does not say otherwise.
 SIZES: dict[str, tuple[str, type | None]] = {
     "vocab_size": ("vocab_size", int),
@@ -70,6 +59,7 @@ class Reader:
         self.seen: set[str] = set()
         self.fixed: set[str] = set()
         self.ignored: set[str] = set()
+        self.notes: list[str] = []  # parts of handled attributes that are passed over
 
     def take(self, name: str, default=None, kind=None, required: bool = False, least: int = 1) -> Any:
         """Returns the attribute's value, or `default` where it is missing or null; anything wrong becomes a problem."""
@@ -79,6 +69,8 @@ class Reader:
             if required:
                 self.problems.append(f"{name} is missing")
             return default
+        if kind is int and isinstance(value, float) and value.is_integer():  # as some tools write 16384.0
+            value = int(value)
         if kind is int and (not isinstance(value, int) or isinstance(value, bool) or not least <= value <= MOST):
             kind_of = "a positive integer" if least == 1 else f"an integer from {least} up"
             limit = f" of at most {MOST:,}" if isinstance(value, int) and value > MOST else ""
@@ -116,29 +108,41 @@ class Reader:
             found = " and ".join(f"{name} = {shown(value)}" for name, value in values.items())
             self.problems.append(f"{found} disagree")
 
-    def finish(self, beside: dict) -> None:
-        """Raises UserError if there is any problem. beside: what surrounds these attributes in a multimodal config.
+    def finish(self, beside: dict, known: bool = True) -> None:
+        """Raises UserError if there is any problem, else names in a note what was passed over.
 
-        "Off" is null, false, zero or empty.
+        beside: what surrounds these attributes in a multimodal config. known: whether transformers implements the
+        `model_type`; if not, every attribute that is left must be off or inert.
         """
-        left = {
-            name: value for name, value in self.hf.items() if name not in self.seen | self.fixed | self.ignored
-        } | beside
+        other = unread_keys.other_model(self.hf.get("architectures"))
+        if other:
+            self.problems.append(f"architectures = {shown(other)} is another model than the language model itself")
+        inside = self.seen | self.fixed | self.ignored
+        left = {name: value for name, value in self.hf.items() if name not in inside}
+        left |= {name: value for name, value in beside.items() if name not in self.hf or value != self.hf[name]}
+        passed = []
         for name, value in sorted(left.items()):
-            if name not in INERT and value not in (None, False, {}, []):
-                self.problems.append(f"{name[:80]} = {shown(value)} is not supported")
+            if name in unread_keys.INERT or unread_keys.is_off(value):
+                continue
+            wrong = (
+                unread_keys.problem(name, value, self.hf) if known else f"{name[:80]} = {shown(value)} is not supported"
+            )
+            (self.problems if wrong else passed).append(wrong or name[:80])
         if self.problems:
             raise UserError(
                 f"{self.where} cannot be run faithfully: {'; '.join(self.problems)}. Nothing was loaded, because "
                 "ignoring an attribute would give wrong activations. Use a checkpoint of a supported architecture, or "
                 "teach its reader in refusal_jax/models/readers/ the attribute."
             )
+        if passed + self.notes:
+            unread_keys.tell(self.where, tuple(passed + self.notes))
 
     def rope(self, spec, context: int, name: str = "rope_scaling", **settings) -> Rope:
         """Returns `rope_from_hf` of the attribute `name`, whose error becomes one of the problems."""
         try:
             if not isinstance(spec, dict):
                 raise ValueError(f" = {shown(spec)}, expected an object")
+            self.notes += [f"{name}.{part}" for part in unread_parts(spec)]
             return rope_from_hf(spec, context=context, **settings)
         except ValueError as error:
             self.problems.append(f"{name}{error}")
@@ -166,6 +170,7 @@ class Reader:
         sizes = {}
         for field, (name, kind) in SIZES.items():
             sizes[field] = self.take(names.get(field, name), defaults.get(field), kind, required=field not in defaults)
+        sizes["activation"] = SAME_ACTIVATION.get(str(sizes["activation"]), sizes["activation"])
         if sizes["activation"] not in ACTIVATIONS:
             name = names.get("activation", "hidden_act")
             self.problems.append(f"{name} = {shown(sizes['activation'])} is not one of {', '.join(ACTIVATIONS)}")

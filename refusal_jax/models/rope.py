@@ -26,6 +26,10 @@ KEYS = {
     "yarn": {"factor", "attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate", SPAN},
     "longrope": {"factor", "attention_factor", "short_factor", "long_factor", SPAN},
 }
+# Keys of a specification that its kind does not read: those of other kinds, and what is known to change nothing in transformers.
+# (vLLM multiplies by `attn_factor`. The sections of "mrope" are for images; text has the same position in all of them.)
+UNREAD = set().union(*KEYS.values()) | {"finetuned", "attn_factor", "max_position_embeddings"}
+UNREAD |= {"mrope_section", "mrope_interleaved"}
 MOST_CONTEXT = 1 << 40  # tokens; beyond any model, within what numbers hold
 RENAMED = {"su": "longrope"}
 FLOATS = (1e-37, 1e37)  # what float32 holds
@@ -121,6 +125,19 @@ def rotate(
     return jnp.concatenate([turned.astype(x_btnh.dtype), rest], -1)
 
 
+def _kind(spec: dict) -> str:
+    kind = spec.get("rope_type") or spec.get("type") or "default"
+    kind = RENAMED.get(kind, kind) if isinstance(kind, str) else kind
+    if not isinstance(kind, str) or kind not in KEYS:
+        raise ValueError(f" type {shown(kind)} is not supported ({', '.join(KEYS)} are)")
+    return kind
+
+
+def unread_parts(spec: dict) -> list[str]:
+    """Returns the keys of an HF rope specification that its kind does not read; raises ValueError for an unknown kind."""
+    return sorted(k for k in UNREAD - COMMON_KEYS - KEYS[_kind(spec)] if spec.get(k) is not None)
+
+
 def rope_from_hf(
     spec: dict, *, theta: float, head_dim: int, context: int, partial: float | None = None, **settings
 ) -> Rope:
@@ -130,11 +147,8 @@ def rope_from_hf(
     context: max_position_embeddings. settings: further fields of `Rope`. Raises ValueError with what is wrong, to
     follow "rope_scaling" in a message.
     """
-    kind = spec.get("rope_type") or spec.get("type") or "default"
-    kind = RENAMED.get(kind, kind) if isinstance(kind, str) else kind
-    if not isinstance(kind, str) or kind not in KEYS:
-        raise ValueError(f" type {shown(kind)} is not supported ({', '.join(KEYS)} are)")
-    unknown = sorted(k for k in set(spec) - COMMON_KEYS - KEYS[kind] if spec[k] is not None)
+    kind = _kind(spec)
+    unknown = sorted(k for k in set(spec) - COMMON_KEYS - KEYS[kind] - UNREAD if spec[k] is not None)
     if unknown:
         found = "." + ", ".join(f"{k} = {shown(spec[k])}" for k in unknown)
         raise ValueError(f"{found} is not supported with type {kind!r}")

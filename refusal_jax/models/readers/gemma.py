@@ -21,6 +21,7 @@ GEMMA = {"context_length": 8192, "head_dim": 256, "tied_embeddings": True, "acti
 
 def _gemma_config(read: Reader, family: str, sizes: dict, **more) -> ModelConfig:
     bias = read.take("attention_bias", False, bool)
+    read.only("use_bidirectional_attention", False)
     scale = sizes["d_model"] ** 0.5
     return read.config(family, sizes, norm_offset=1.0, embed_scale=scale, qkv_bias=bias, o_bias=bias, **more)
 
@@ -53,10 +54,24 @@ def _gemma3(read: Reader, family: str = "gemma3_text") -> ModelConfig:
     unknown = sorted(set(ropes) - {"full_attention", "sliding_attention"})
     read.problems += [f"rope_parameters.{name} = {shown(ropes[name])} is not supported" for name in unknown]
     wide, narrow = ropes.get("full_attention") or {}, ropes.get("sliding_attention") or {}
+    old = read.take("rope_scaling", {}, dict)
+    if old.get("type", "default") != "default" and "rope_type" not in {
+        **old,
+        **(wide if isinstance(wide, dict) else {}),
+    }:
+        read.problems.append(
+            f"rope_scaling = {shown(old)} is read differently by versions of transformers: 4 scales by it, 5 does not, as its "
+            "kind is called type; call it rope_type if it is meant to count, or remove it"
+        )
     if isinstance(wide, dict):
-        wide = wide | read.take("rope_scaling", {}, dict)
+        wide = wide | old
     theta = read.take("rope_local_base_freq", 1e4, float)
-    more = {} if family == "gemma3" else {"logit_softcap": read.take("final_logit_softcapping", None, float)}
+    read.only("attn_logit_softcapping", None)
+    more = {}
+    if family == "gemma3":
+        read.only("final_logit_softcapping", None)
+    else:
+        more["logit_softcap"] = read.take("final_logit_softcapping", None, float)
     return _gemma_config(
         read,
         family,

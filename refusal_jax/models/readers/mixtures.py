@@ -25,6 +25,8 @@ def _mixtral(read: Reader) -> ModelConfig:
 def _qwen3_moe(read: Reader) -> ModelConfig:
     sizes = read.sizes({"n_kv_heads": 4, "context_length": 32768, "d_mlp": 768}, d_mlp="moe_intermediate_size")
     read.only("decoder_sparse_step", 1)
+    read.only("mlp_only_layers", [])
+    read.only("use_qk_norm", True)  # transformers does not read it, and always has these norms
     read.ignore(
         "intermediate_size", "max_window_layers"
     )  # of layers without experts, which `mlp_only_layers` would name
@@ -36,6 +38,7 @@ def _qwen3_moe(read: Reader) -> ModelConfig:
 
 def _olmoe(read: Reader) -> ModelConfig:
     sizes = read.sizes({"context_length": 4096, "norm_eps": 1e-5})
+    read.only("sliding_window", None)
     bias, clip = read.take("attention_bias", False, bool), read.take("clip_qkv", None, float)
     experts = _experts(read, 64, 8, read.take("norm_topk_prob", False, bool))
     return read.config("olmoe", sizes, qk_norm="all", qkv_bias=bias, o_bias=bias, qkv_clip=clip, **experts)

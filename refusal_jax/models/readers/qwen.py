@@ -1,5 +1,6 @@
 """Reads configs of Qwen without experts."""
 
+from refusal_jax.errors import shown
 from refusal_jax.models.config import ModelConfig
 from refusal_jax.models.hf_attributes import Reader
 
@@ -15,11 +16,19 @@ def _qwen(read: Reader) -> ModelConfig:
     if read.take("use_dynamic_ntk", True, bool) | read.take("use_logn_attn", True, bool):
         sizes["context_length"] = min(length, sizes["context_length"])
     theta, partial = read.take("rotary_emb_base", 1e4, float), read.take("rotary_pct", 1.0, float)
+    read.ignore("rope_theta")
+    if read.hf.get("rope_theta") not in (None, theta):
+        read.problems.append(
+            f"rope_theta = {shown(read.hf['rope_theta'])} disagrees with rotary_emb_base = {theta}, "
+            "the only one that Qwen 1's own code reads"
+        )
+    for name in ("rope_scaling", "rope_parameters"):  # which its code does not read
+        read.only(name, None)
     bias = not read.take("no_bias", True, bool)
     read.only("scale_attn_weights", True)
     read.ignore("bf16", "fp16", "fp32", "use_flash_attn", "softmax_in_fp32", "onnx_safe", "use_cache_kernel")
-    read.ignore("attn_dropout_prob", "emb_dropout_prob")
-    rope = read.main_rope(sizes, theta, partial=partial)
+    read.ignore("attn_dropout_prob", "emb_dropout_prob", "padded_vocab_size", "tokenizer_type", "params_dtype")
+    rope = read.rope({}, sizes["context_length"], theta=theta, head_dim=sizes["head_dim"], partial=partial)
     return read.config("qwen", sizes, rope=rope, qkv_bias=True, o_bias=bias, mlp_bias=bias)
 
 
