@@ -31,6 +31,8 @@ MODELS = {
     "qwen2_5_7b": Model("Qwen 2.5 7B Instruct", "Qwen/Qwen2.5-7B-Instruct", "v5e-4", 15.2),
     "qwen3_8b": Model("Qwen 3 8B", "Qwen/Qwen3-8B", "v5e-4", 16.4),
     "mistral_7b": Model("Mistral 7B Instruct v0.3", "mistralai/Mistral-7B-Instruct-v0.3", "v5e-4", 14.5),
+    "smollm3_3b": Model("SmolLM3 3B", "HuggingFaceTB/SmolLM3-3B", "v5e-1", 6.2),
+    "exaone_4_32b": Model("EXAONE 4.0 32B", "LGAI-EXAONE/EXAONE-4.0-32B", "v5e-8", 64.0),
     "gemma_2_9b": Model("Gemma 2 9B It", "google/gemma-2-9b-it", "v5e-4", 18.5),
     "gemma_3_4b": Model("Gemma 3 4B It, of which the language model is studied", "google/gemma-3-4b-it", "v5e-1", 7.8),
     "phi_4": Model("Phi 4 (14B)", "microsoft/phi-4", "v5e-4", 29.3),

@@ -61,6 +61,14 @@ FAMILIES = {
     "qwen": {"mha": {}, "biased": {"no_bias": False, "head_dim": 8}},
     "qwen2": HEADS | {"windows": {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}},
     "qwen3": {k: {"head_dim": 16} | v for k, v in HEADS.items()} | {"biased": {"head_dim": 8, "attention_bias": True}},
+    "smollm3": {
+        "gqa": {"no_rope_layer_interval": 2},
+        "windows": {"use_sliding_window": True, "sliding_window": 5, "no_rope_layers": [0, 1, 0], "attention_bias": True},
+    },
+    "exaone4": {
+        "gqa": {"sliding_window": 6, "sliding_window_pattern": 2, "head_dim": 16},
+        "no-window": {"sliding_window": None, "layer_types": ["full_attention"] * 3, "tie_word_embeddings": True},
+    },
     "gemma": {k: {"head_dim": 16} | v for k, v in HEADS.items()},
     "gemma2": {k: GEMMA2 | v for k, v in HEADS.items()}
     | {"capped": GEMMA2 | {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 1.5}},

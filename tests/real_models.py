@@ -482,6 +482,47 @@ OTHERS = {
     ),
 }
 
+# --- Families in which some layers have no rope ----------------------------------------------------------------------
+
+SMOLLM_3 = family("smollm3", "SmolLM3ForCausalLM", hidden_act="silu", attention_bias=False, attention_dropout=0.0)
+SMOLLM_3 |= {
+    "layer_types": ["full_attention"] * 36,
+    "max_window_layers": 28,
+    "mlp_bias": False,
+    "no_rope_layer_interval": 4,
+    "no_rope_layers": [1, 1, 1, 0] * 9,
+    "pretraining_tp": 2,
+    "rms_norm_eps": 1e-6,
+    "rope_scaling": None,
+    "rope_theta": 5000000.0,
+    "sliding_window": None,
+    "use_sliding_window": False,
+}
+EXAONE_4 = family("exaone4", "Exaone4ForCausalLM", hidden_act="silu", attention_dropout=0.0, rms_norm_eps=1e-5)
+EXAONE_4 |= {"head_dim": 128, "rope_scaling": LLAMA_3_1_ROPE | {"factor": 16.0}, "rope_theta": 1000000}
+
+ROPELESS = {
+    "SmolLM3-3B": Real("HuggingFaceTB/SmolLM3-3B", 3_075_098_624, SMOLLM_3 | shape(2048, 36, 16, 4, 11008, 128256, 65536)),
+    "EXAONE-4.0-1.2B": Real(
+        "LGAI-EXAONE/EXAONE-4.0-1.2B",
+        1_279_391_488,
+        EXAONE_4
+        | shape(2048, 30, 32, 8, 4096, 102400, 65536, head_dim=64, tie_word_embeddings=True)
+        | {"layer_types": ["full_attention"] * 30, "sliding_window": None, "sliding_window_pattern": None},
+    ),
+    "EXAONE-4.0-32B": Real(
+        "LGAI-EXAONE/EXAONE-4.0-32B",
+        32_003_216_384,
+        EXAONE_4
+        | shape(5120, 64, 40, 8, 27392, 102400, 131072, tie_word_embeddings=False)
+        | {
+            "layer_types": (["sliding_attention"] * 3 + ["full_attention"]) * 16,
+            "sliding_window": 4096,
+            "sliding_window_pattern": "LLLG",
+        },
+    ),
+}
+
 # --- Mixtures of experts ---------------------------------------------------------------------------------------------
 
 MIXTRAL = family("mixtral", "MixtralForCausalLM", hidden_act="silu", attention_dropout=0.0, rms_norm_eps=1e-5)
@@ -545,4 +586,4 @@ MIXTURES = {
     ),
 }
 
-REAL_MODELS = QWEN_1 | LLAMAS | GEMMAS | QWENS | MISTRALS | PHIS | OTHERS | MIXTURES
+REAL_MODELS = QWEN_1 | LLAMAS | GEMMAS | QWENS | MISTRALS | PHIS | OTHERS | ROPELESS | MIXTURES

@@ -7,7 +7,8 @@ from refusal_jax.models.rope import Rope
 
 @dataclasses.dataclass(frozen=True)
 class AttentionKind:
-    """How layers of one kind attend: their rotary embedding, and the number of tokens that a query sees (None: all)."""
+    """How layers of one kind attend: their rotary embedding (`Rope.off` for none), and the number of tokens that a query sees
+    (None: all)."""
 
     rope: Rope
     window: int | None = None

@@ -83,6 +83,8 @@ TABLES = {
     "qwen": QWEN,
     "qwen2": LLAMA,
     "qwen3": LLAMA,
+    "smollm3": LLAMA,
+    "exaone4": OLMO2,
     "gemma": LLAMA,
     "gemma2": GEMMA2,
     "gemma3_text": GEMMA2,

@@ -202,15 +202,20 @@ class Reader:
             spec, name=name, theta=theta, head_dim=sizes["head_dim"], context=sizes["context_length"], **settings
         )
 
-    def config(self, family: str, sizes: dict, *, rope=None, local_rope=None, windows=None, **switches) -> ModelConfig:
-        """Returns the config. windows: each layer's. local_rope: that of layers with a window, if it differs. switches: fields
-        of `ModelConfig`."""
+    def config(
+        self, family: str, sizes: dict, *, rope=None, local_rope=None, windows=None, ropeless=(), **switches
+    ) -> ModelConfig:
+        """Returns the config. windows: each layer's. local_rope: that of layers with a window, if it differs. ropeless: the
+        layers whose queries and keys are not rotated. switches: fields of `ModelConfig`."""
         rope = rope or self.main_rope(sizes)
         if sizes["n_layers"] * switches.get("n_experts", 0) > MOST_EXPERTS:
             self.problems.append(
                 f"{switches['n_experts']} experts in each layer, expected at most {MOST_EXPERTS:,} in all"
             )
-        layers = [AttentionKind((w and local_rope) or rope, w) for w in windows or [None] * sizes["n_layers"]]
+        layers = [
+            AttentionKind(rope.off() if layer in ropeless else (w and local_rope) or rope, w)
+            for layer, w in enumerate(windows or [None] * sizes["n_layers"])
+        ]
         kinds = tuple(dict.fromkeys(layers))
         stretched = int(rope.factor * rope.original_context) if rope.kind in ("yarn", "dynamic") else 0
         fields: dict[str, Any] = sizes | {"context_length": max(sizes["context_length"], stretched)}

@@ -32,6 +32,7 @@ UNREAD = set().union(*KEYS.values()) | {"finetuned", "attn_factor", "max_positio
 UNREAD |= {"mrope_section", "mrope_interleaved"}
 MOST_CONTEXT = 1 << 40  # tokens; beyond any model, within what numbers hold
 RENAMED = {"su": "longrope"}
+NONE = "none"  # the kind of a rope that turns nothing, which no HF config spells
 FLOATS = (1e-37, 1e37)  # what float32 holds
 
 
@@ -44,7 +45,7 @@ def is_number(value) -> bool:
 class Rope:
     """One rotary embedding.
 
-    theta: the base. dims: how many leading entries of a head are rotated, in pairs. kind: a key of `KEYS`.
+    theta: the base. dims: how many leading entries of a head are rotated, in pairs. kind: a key of `KEYS`, or NONE.
     original_context: tokens of the context before rescaling. attention_factor: scales cosines and sines.
     interleaved: pairs are neighbours (2i, 2i + 1) instead of (i, i + dims / 2). The rest belongs to single kinds.
     """
@@ -64,6 +65,10 @@ class Rope:
     short_factors: tuple[float, ...] = ()  # longrope
     long_factors: tuple[float, ...] = ()
 
+    def off(self) -> "Rope":
+        """Returns the rope of layers without one, as wide as this one, so that both run through the same scanned body."""
+        return Rope(self.theta, self.dims, NONE, interleaved=self.interleaved)
+
     def inverse_frequencies(self, length) -> Float[jax.Array, " n"]:
         """Returns radians per token of each rotated pair, float32 `[dims / 2]`; length: tokens of the longest row (traced)."""
         powers = np.arange(0, self.dims, 2) / self.dims
@@ -77,7 +82,7 @@ class Rope:
                 jnp.asarray(plain / np.asarray(f), jnp.float32) for f in (self.short_factors, self.long_factors)
             )
             return jnp.where(length > self.original_context, long, short)
-        scaled = {"default": plain, "linear": plain / self.factor}
+        scaled = {"default": plain, "linear": plain / self.factor, NONE: 0 * plain}
         if self.kind in ("llama3", "yarn"):
             keep = self._kept_by_wavelength(plain) if self.kind == "llama3" else self._kept_by_pair()
             scaled[self.kind] = keep * plain + (1 - keep) * plain / self.factor
