@@ -69,6 +69,20 @@ FAMILIES = {
         "gqa": {"sliding_window": 6, "sliding_window_pattern": 2, "head_dim": 16},
         "no-window": {"sliding_window": None, "layer_types": ["full_attention"] * 3, "tie_word_embeddings": True},
     },
+    "cohere": {"gqa": {}, "normed": {"use_qk_norm": True, "logit_scale": 0.4, "attention_bias": True}},
+    "cohere2": {
+        "gqa": {"sliding_window": 6, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
+        "untied": {"sliding_window": 5, "num_hidden_layers": 4, "attention_bias": True, "tie_word_embeddings": False},
+    },
+    "hunyuan_v1_dense": {
+        "gqa": {"head_dim": 16},
+        "alpha": {
+            "head_dim": 8,
+            "rope_parameters": {"rope_type": "dynamic", "rope_theta": 100.0, "alpha": 50.0, "factor": 1.0},
+            "attention_bias": True,
+            "tie_word_embeddings": True,
+        },
+    },
     "gemma": {k: {"head_dim": 16} | v for k, v in HEADS.items()},
     "gemma2": {k: GEMMA2 | v for k, v in HEADS.items()}
     | {"capped": GEMMA2 | {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 1.5}},
@@ -174,6 +188,7 @@ def hf_taps(model, tokens, mask) -> dict[str, np.ndarray]:
     """Every tap site of every layer, `{site: [L, B, T, D]}`, caught by forward hooks."""
     caught = {site: [] for site in RESIDUAL_SITES}
     layers, scale = text_model(model).layers, getattr(model.config, "residual_multiplier", 1.0)
+    parallel = not hasattr(layers[0], "post_attention_layernorm")  # then nothing reads the residual in the middle
 
     def first(value):
         return value[0] if isinstance(value, tuple) else value
@@ -188,20 +203,23 @@ def hf_taps(model, tokens, mask) -> dict[str, np.ndarray]:
     for layer in layers:
         attention, mlp = oracle.writers(layer)
         reads_mid = getattr(layer, "pre_feedforward_layernorm", None)  # the module that gets the residual in the middle
-        if reads_mid is None:
+        if reads_mid is None and not parallel:
             reads_mid = layer.mlp if attention is layer.post_attention_layernorm else layer.post_attention_layernorm
         hooks += [
             layer.register_forward_pre_hook(before("resid_pre"), with_kwargs=True),
             attention.register_forward_hook(after("attn_out", scale)),
-            reads_mid.register_forward_pre_hook(before("resid_mid"), with_kwargs=True),
             mlp.register_forward_hook(after("mlp_out", scale)),
             layer.register_forward_hook(after("resid_post")),
         ]
+        if not parallel:
+            hooks.append(reads_mid.register_forward_pre_hook(before("resid_mid"), with_kwargs=True))
     try:
         hf_forward(model, tokens, mask)
     finally:
         for hook in hooks:
             hook.remove()
+    if parallel:
+        caught["resid_mid"] = [pre + out for pre, out in zip(caught["resid_pre"], caught["attn_out"], strict=True)]
     return {site: torch.stack(values).numpy() for site, values in caught.items()}
 
 

@@ -23,6 +23,9 @@ HINTS = {
     "gemma3_text": "gemma3",
     "glm": "chatglm",
     "qwen3_moe": "qwen3moe",
+    "cohere": "command-r",
+    "hunyuan_v1_dense": "hunyuan-dense",
+    "gpt_oss": "gpt-oss",
 }
 
 

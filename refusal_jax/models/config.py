@@ -34,9 +34,12 @@ class ModelConfig:
     norm_eps: float
     tied_embeddings: bool
     norm_offset: float = 0.0  # norms multiply by offset + weight
+    centred_norms: bool = False  # norms take the mean away first, as LayerNorm does (not in families with post-norms)
     pre_norm: bool = True  # norms before attention and MLP
     post_norm: bool = False  # norms after them, before their output is added to the residual
-    qk_norm: str = ""  # "head": each head's queries and keys are normed; "all": all heads together
+    parallel: bool = False  # attention and MLP read the same normed input, and have one norm
+    qk_norm: str = ""  # "head": each head's queries and keys are normed; "each": with weights of its own; "all": all together
+    norm_after_rope: bool = False  # queries and keys are normed once they are rotated
     qkv_bias: bool = False
     o_bias: bool = False
     mlp_bias: bool = False

@@ -22,7 +22,7 @@ from refusal_jax.models.attention import Context, Segment, View, attend
 from refusal_jax.models.cache import Cache
 from refusal_jax.models.config import ModelConfig
 from refusal_jax.models.head_taps import Heads, read_heads
-from refusal_jax.models.layers import GATED, experts, linear, lookup, mlp, rms_norm, row_parallel, sharded_experts
+from refusal_jax.models.layers import GATED, experts, linear, lookup, mlp, normed, row_parallel, sharded_experts
 from refusal_jax.models.sharding import constrain, constrain_residual, split_for, weight_place, weight_spec
 from refusal_jax.models.weights import weight_table
 from refusal_jax.taps import NO_TAPS, Taps
@@ -72,7 +72,7 @@ class Block(Stack):
     def norm(self, name: str, x):
         """Returns `x` through the norm of that name, or as it is where the architecture has none."""
         scale = self.weight(name)
-        return x if scale is None else rms_norm(x, scale, self.cfg.norm_eps, self.cfg.norm_offset)
+        return x if scale is None else normed(self.cfg, x, scale)
 
     def spec(self, name: str) -> jax.sharding.PartitionSpec:
         """Returns how a weight is placed on the mesh, its layer axis included; of no axes without a mesh."""
@@ -92,15 +92,20 @@ class Block(Stack):
             x = jax.lax.optimization_barrier(linear(h_btd, w(name), w(f"{name}_bias")))
             x = self.norm(f"{name}_norm", x) if cfg.qk_norm == "all" else x
             x = x if cfg.qkv_clip is None else jnp.clip(x, -cfg.qkv_clip, cfg.qkv_clip)
-            x = x.reshape(*x.shape[:2], count, cfg.head_dim)
-            return self.norm(f"{name}_norm", x) if cfg.qk_norm == "head" else x
+            return x.reshape(*x.shape[:2], count, cfg.head_dim)
+
+        def placed(name: str, x):
+            """Returns queries or keys with their norm and rope."""
+            if cfg.norm_after_rope:
+                return self.norm(f"{name}_norm", view.rotate(x))
+            return view.rotate(self.norm(f"{name}_norm", x) if cfg.qk_norm in ("head", "each") else x)
 
         q, k, v = heads("q", cfg.n_heads), heads("k", cfg.n_kv_heads), heads("v", cfg.n_kv_heads)
-        k, v = (constrain(self.mesh, a.swapaxes(1, 2), "batch", "kv_heads") for a in (view.rotate(k), v))
+        k, v = (constrain(self.mesh, a.swapaxes(1, 2), "batch", "kv_heads") for a in (placed("k", k), v))
         segments: list[Segment] = [(k, v, view.allowed_btt)]
         if past is not None and view.allowed_btc is not None:
             segments.insert(0, (*past, view.allowed_btc))
-        q, norm_d = view.rotate(q), w("attn_post_norm")
+        q, norm_d = placed("q", q), w("attn_post_norm")
         z = attend(q, segments, cfg.query_scale, cfg.attention_softcap)
         norm_d = None if norm_d is None else cfg.norm_offset + norm_d.astype(jnp.float32)
         return Heads(q, segments, z, self.out("o", z), w("o"), w("o_bias"), norm_d), (k, v)
@@ -139,10 +144,12 @@ class Block(Stack):
             return edits.ablated(out, gates[site])
 
         resid_pre = edits.added(edits.ablated(own(x_btd), gates["resid_pre"]), layer.add_r)
-        heads, new = self.attention(read(resid_pre, "attn_norm"), ctx.view(layer.kind), past)
+        attn_in = read(resid_pre, "attn_norm")
+        heads, new = self.attention(attn_in, ctx.view(layer.kind), past)
         attn_out = added(heads.out_btd, "attn_post_norm", "attn_out")
         resid_mid = resid_pre + attn_out
-        mlp_out = added(self.mlp(read(resid_mid, "mlp_norm"), layer, stack), "mlp_post_norm", "mlp_out")
+        mlp_in = attn_in if cfg.parallel else read(resid_mid, "mlp_norm")
+        mlp_out = added(self.mlp(mlp_in, layer, stack), "mlp_post_norm", "mlp_out")
         resid_post = own(resid_mid + mlp_out)  # placed after the last edit: else what a tap wants spreads backwards
         tapped = taps.read(
             resid_pre=resid_pre, attn_out=attn_out, resid_mid=resid_mid, mlp_out=mlp_out, resid_post=resid_post
@@ -226,7 +233,7 @@ class Decoder(nnx.Module):
         """Returns final norm and unembedding in float32, with V as stored: -inf for tokens beyond the vocabulary."""
         cfg = self.cfg
         table = self.embed if cfg.tied_embeddings else self.unembed
-        x = constrain(self.mesh, rms_norm(x_btd, self.final_norm[...], cfg.norm_eps, cfg.norm_offset), "batch")
+        x = constrain(self.mesh, normed(cfg, x_btd, self.final_norm[...]), "batch")
         precision = "highest" if x.dtype == jnp.float32 else None
         logits = jnp.einsum("btd,vd->btv", x, table[...], precision=precision, preferred_element_type=jnp.float32)
         logits = constrain(self.mesh, logits / cfg.logit_divisor, "batch", None, "vocab")

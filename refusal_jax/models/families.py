@@ -65,6 +65,10 @@ OLMO2 = LLAMA | {
     "blocks.mlp_post_norm": "model.layers.{l}.post_feedforward_layernorm.weight",
 }
 GEMMA2 = OLMO2 | {"blocks.mlp_norm": "model.layers.{l}.pre_feedforward_layernorm.weight"}
+HUNYUAN = LLAMA | {
+    "blocks.q_norm": "model.layers.{l}.self_attn.query_layernorm.weight",
+    "blocks.k_norm": "model.layers.{l}.self_attn.key_layernorm.weight",
+}
 MIXTRAL = LLAMA | {
     "blocks.router": "model.layers.{l}.block_sparse_moe.gate.weight",
     "blocks.gate": "model.layers.{l}.block_sparse_moe.experts.{e}.w1.weight",
@@ -85,6 +89,9 @@ TABLES = {
     "qwen3": LLAMA,
     "smollm3": LLAMA,
     "exaone4": OLMO2,
+    "cohere": LLAMA,
+    "cohere2": LLAMA,
+    "hunyuan_v1_dense": HUNYUAN,
     "gemma": LLAMA,
     "gemma2": GEMMA2,
     "gemma3_text": GEMMA2,

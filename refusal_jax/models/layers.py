@@ -103,13 +103,14 @@ def row_parallel(
     return y if bias is None else y + bias
 
 
-def rms_norm(
-    x: Float[jax.Array, "... D"], scale_d: Float[jax.Array, " D"], eps: float, offset: float
-) -> Float[jax.Array, "... D"]:
-    """Returns the RMS norm of the last axis times `offset + scale_d`; float32 inside, the dtype of x outside."""
+def normed(cfg: ModelConfig, x: Float[jax.Array, "... D"], scale: Float[jax.Array, "... D"]) -> Float[jax.Array, "... D"]:
+    """Returns the RMS norm of the last axis, less its mean where norms are centred, times `norm_offset + scale`; float32 inside,
+    the dtype of x outside."""
     x32 = x.astype(jnp.float32)
-    x32 = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
-    return ((offset + scale_d.astype(jnp.float32)) * x32).astype(x.dtype)
+    if cfg.centred_norms:
+        x32 = x32 - jnp.mean(x32, axis=-1, keepdims=True)
+    x32 = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + cfg.norm_eps)
+    return ((cfg.norm_offset + scale.astype(jnp.float32)) * x32).astype(x.dtype)
 
 
 def mlp(cfg: ModelConfig, w, h_btd: Float[jax.Array, "B T D"], out) -> Float[jax.Array, "B T D"]:

@@ -40,7 +40,8 @@ def _growth(cfg: ModelConfig) -> float:
 
 
 def _norms(cfg: ModelConfig) -> dict[str, Weight]:
-    names = ["attn_norm", "mlp_norm"] * cfg.pre_norm + ["attn_post_norm", "mlp_post_norm"] * cfg.post_norm
+    names = ["attn_norm", "mlp_norm"][: 2 - cfg.parallel] * cfg.pre_norm
+    names += ["attn_post_norm", "mlp_post_norm"] * cfg.post_norm
     return {name: Weight((cfg.d_model,), ("norm",), None) for name in names}
 
 
@@ -61,7 +62,10 @@ def _attention(cfg: ModelConfig) -> dict[str, Weight]:
         }
     if cfg.o_bias:
         block["o_bias"] = Weight((d,), ("norm",), 0.0)
-    if cfg.qk_norm:
+    if cfg.qk_norm == "each":
+        block["q_norm"] = Weight((cfg.n_heads, cfg.head_dim), ("heads", "norm"), None, queries)
+        block["k_norm"] = Weight((cfg.n_kv_heads, cfg.head_dim), ("kv_heads", "norm"), None, keys)
+    elif cfg.qk_norm:
         shared = cfg.qk_norm == "head"
         block["q_norm"] = Weight((cfg.head_dim if shared else q,), ("norm",), None)
         block["k_norm"] = Weight((cfg.head_dim if shared else kv,), ("norm",), None)

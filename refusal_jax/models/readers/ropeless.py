@@ -45,4 +45,43 @@ def _exaone4(read: Reader) -> ModelConfig:
     )
 
 
-READERS = {"smollm3": _smollm3, "exaone4": _exaone4}
+def _command(read: Reader, theta: float) -> tuple[dict, dict]:
+    """Returns the sizes and the switches that all models of Cohere share: a parallel block, LayerNorm, scaled logits."""
+    sizes = read.sizes(
+        {"context_length": 8192, "norm_eps": 1e-5, "tied_embeddings": True}, norm_eps="layer_norm_eps"
+    )
+    bias, scale = read.take("attention_bias", False, bool), read.take("logit_scale", 0.0625, float)
+    switches = {"parallel": True, "centred_norms": True, "logit_divisor": 1 / scale, "qkv_bias": bias, "o_bias": bias}
+    return sizes, switches | {"rope": read.main_rope(sizes, theta, interleaved=True)}
+
+
+def _cohere(read: Reader) -> ModelConfig:
+    sizes, switches = _command(read, 5e5)
+    return read.config("cohere", sizes, qk_norm="each" if read.take("use_qk_norm", False, bool) else "", **switches)
+
+
+def _cohere2(read: Reader) -> ModelConfig:
+    """Reads Command R7B and Command A, in which layers without a window have no rope."""
+    sizes, switches = _command(read, 1e4)
+    window, every = read.take_optional("sliding_window", 4096, int), read.take("sliding_window_pattern", 4, int)
+    read.same("sliding_window_pattern", "layer_switch")
+    read.ignore("layer_switch")
+    for name, value in COHERE2_SAYS.items():
+        read.only(name, value)
+    windows = read.windows(sizes["n_layers"], window, lambda layer: (layer + 1) % every)
+    ropeless = [layer for layer, here in enumerate(windows) if not here]
+    return read.config("cohere2", sizes, windows=windows, ropeless=ropeless, **switches)
+
+
+# What published configs of Command R7B say besides, which transformers does not read.
+COHERE2_SAYS = {
+    "order_of_interleaved_layers": "local_attn_first",
+    "position_embedding_type": "rope_gptj",
+    "rotary_pct": 1.0,
+    "use_embedding_sharing": True,
+    "use_gated_activation": True,
+    "use_parallel_block": True,
+    "use_parallel_embedding": False,
+    "use_qk_norm": False,
+}
+READERS = {"smollm3": _smollm3, "exaone4": _exaone4, "cohere": _cohere, "cohere2": _cohere2}
