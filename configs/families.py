@@ -3,7 +3,7 @@
 Command:   hf download REPO --local-dir hf/NAME
            refusal-jax study --config=configs/families.py:NAME --model=hf/NAME --workdir=runs/NAME
            python configs/families.py NAME    prints both, filled in, with what is said below of NAME
-Access:    checkpoints of meta-llama and google are gated; accept the licence on the hub first
+Access:    checkpoints of meta-llama, google and CohereLabs are gated; accept the licence on the hub first
 Prompts:   bundled; for the paper's splits run `refusal-jax data fetch`, then add --config.data.harmful_train=paper, and
            so on for all six sets
 """
@@ -33,6 +33,9 @@ MODELS = {
     "mistral_7b": Model("Mistral 7B Instruct v0.3", "mistralai/Mistral-7B-Instruct-v0.3", "v5e-4", 14.5),
     "smollm3_3b": Model("SmolLM3 3B", "HuggingFaceTB/SmolLM3-3B", "v5e-1", 6.2),
     "exaone_4_32b": Model("EXAONE 4.0 32B", "LGAI-EXAONE/EXAONE-4.0-32B", "v5e-8", 64.0),
+    "aya_expanse_8b": Model("Aya Expanse 8B", "CohereLabs/aya-expanse-8b", "v5e-4", 16.1),
+    "command_r7b": Model("Command R7B", "CohereLabs/c4ai-command-r7b-12-2024", "v5e-4", 16.1),
+    "hunyuan_7b": Model("Hunyuan 7B Instruct", "tencent/Hunyuan-7B-Instruct", "v5e-4", 15.0),
     "gemma_2_9b": Model("Gemma 2 9B It", "google/gemma-2-9b-it", "v5e-4", 18.5),
     "gemma_3_4b": Model("Gemma 3 4B It, of which the language model is studied", "google/gemma-3-4b-it", "v5e-1", 7.8),
     "phi_4": Model("Phi 4 (14B)", "microsoft/phi-4", "v5e-4", 29.3),

@@ -63,7 +63,12 @@ FAMILIES = {
     "qwen3": {k: {"head_dim": 16} | v for k, v in HEADS.items()} | {"biased": {"head_dim": 8, "attention_bias": True}},
     "smollm3": {
         "gqa": {"no_rope_layer_interval": 2},
-        "windows": {"use_sliding_window": True, "sliding_window": 5, "no_rope_layers": [0, 1, 0], "attention_bias": True},
+        "windows": {
+            "use_sliding_window": True,
+            "sliding_window": 5,
+            "no_rope_layers": [0, 1, 0],
+            "attention_bias": True,
+        },
     },
     "exaone4": {
         "gqa": {"sliding_window": 6, "sliding_window_pattern": 2, "head_dim": 16},
@@ -71,8 +76,8 @@ FAMILIES = {
     },
     "cohere": {"gqa": {}, "normed": {"use_qk_norm": True, "logit_scale": 0.4, "attention_bias": True}},
     "cohere2": {
-        "gqa": {"sliding_window": 6, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
-        "untied": {"sliding_window": 5, "num_hidden_layers": 4, "attention_bias": True, "tie_word_embeddings": False},
+        "gqa": {"sliding_window": 6, "sliding_window_pattern": 2},
+        "untied": {"sliding_window": 5, "num_hidden_layers": 4, "tie_word_embeddings": False, "logit_scale": 0.6},
     },
     "hunyuan_v1_dense": {
         "gqa": {"head_dim": 16},

@@ -502,7 +502,9 @@ EXAONE_4 = family("exaone4", "Exaone4ForCausalLM", hidden_act="silu", attention_
 EXAONE_4 |= {"head_dim": 128, "rope_scaling": LLAMA_3_1_ROPE | {"factor": 16.0}, "rope_theta": 1000000}
 
 ROPELESS = {
-    "SmolLM3-3B": Real("HuggingFaceTB/SmolLM3-3B", 3_075_098_624, SMOLLM_3 | shape(2048, 36, 16, 4, 11008, 128256, 65536)),
+    "SmolLM3-3B": Real(
+        "HuggingFaceTB/SmolLM3-3B", 3_075_098_624, SMOLLM_3 | shape(2048, 36, 16, 4, 11008, 128256, 65536)
+    ),
     "EXAONE-4.0-1.2B": Real(
         "LGAI-EXAONE/EXAONE-4.0-1.2B",
         1_279_391_488,
@@ -520,6 +522,101 @@ ROPELESS = {
             "sliding_window": 4096,
             "sliding_window_pattern": "LLLG",
         },
+    ),
+}
+
+COHERE = family("cohere", "CohereForCausalLM", hidden_act="silu", attention_bias=False, attention_dropout=0.0)
+COHERE |= {"layer_norm_eps": 1e-5, "torch_dtype": "float16"}
+COHERE_2 = COHERE | {"model_type": "cohere2", "architectures": ["Cohere2ForCausalLM"], "torch_dtype": "bfloat16"}
+COHERE_2 |= {
+    "cache_implementation": "hybrid",
+    "head_dim": 128,
+    "layer_switch": 4,
+    "order_of_interleaved_layers": "local_attn_first",
+    "position_embedding_type": "rope_gptj",
+    "rope_scaling": None,
+    "rope_theta": 50000,
+    "rotary_pct": 1.0,
+    "sliding_window": 4096,
+    "sliding_window_pattern": 4,
+    "use_embedding_sharing": True,
+    "use_gated_activation": True,
+    "use_parallel_block": True,
+    "use_parallel_embedding": False,
+}
+
+COHERES = {
+    "c4ai-command-r-v01": Real(
+        "CohereLabs/c4ai-command-r-v01",
+        34_980_831_232,
+        COHERE
+        | shape(8192, 40, 64, 64, 22528, 256000, 8192, logit_scale=0.0625, rope_theta=8000000.0)
+        | {"model_max_length": 131072, "use_qk_norm": False},
+    ),
+    "c4ai-command-r-plus": Real(
+        "CohereLabs/c4ai-command-r-plus",
+        103_810_674_688,
+        COHERE
+        | shape(12288, 64, 96, 8, 33792, 256000, 131072, logit_scale=0.8333333333333334, rope_theta=75000000.0)
+        | {"use_qk_norm": True},
+    ),
+    "aya-expanse-8b": Real(
+        "CohereLabs/aya-expanse-8b",
+        8_028_033_024,
+        COHERE
+        | shape(4096, 32, 32, 8, 14336, 256000, 8192, logit_scale=0.125, rope_theta=10000)
+        | {"model_max_length": 8192, "use_qk_norm": False},
+    ),
+    "c4ai-command-r7b-12-2024": Real(
+        "CohereLabs/c4ai-command-r7b-12-2024",
+        8_028_033_024,
+        COHERE_2 | shape(4096, 32, 32, 8, 14336, 256000, 132096, logit_scale=0.25),
+    ),
+    "c4ai-command-a-03-2025": Real(
+        "CohereLabs/c4ai-command-a-03-2025",
+        111_057_580_032,
+        COHERE_2 | shape(12288, 64, 96, 8, 36864, 256000, 131072, logit_scale=0.25),
+    ),
+}
+HUNYUAN = family("hunyuan_v1_dense", "HunYuanDenseV1ForCausalLM", hidden_act="silu", rms_norm_eps=1e-5)
+HUNYUAN |= {
+    "add_classification_head": False,
+    "attention_bias": False,
+    "attention_dropout": 0.1,
+    "attention_head_dim": 128,
+    "cla_share_factor": 2,
+    "class_num": 0,
+    "head_dim": 128,
+    "mlp_bias": False,
+    "norm_type": "rms",
+    "pool_type": "last",
+    "position_embedding_xdrope": False,
+    "pretraining_tp": 1,
+    "rope_scaling": {
+        "alpha": 1000.0,
+        "beta_fast": 32,
+        "beta_slow": 1,
+        "factor": 1.0,
+        "mscale": 1.0,
+        "mscale_all_dim": 0.0,
+        "type": "dynamic",
+    },
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": True,
+    "use_cla": False,
+    "use_qk_norm": True,
+    "use_rotary_pos_emb": True,
+}
+HUNYUANS = {
+    "Hunyuan-0.5B-Instruct": Real(
+        "tencent/Hunyuan-0.5B-Instruct",
+        539_010_048,
+        HUNYUAN | shape(1024, 24, 16, 8, 3584, 120818, 262144),
+    ),
+    "Hunyuan-7B-Instruct": Real(
+        "tencent/Hunyuan-7B-Instruct",
+        7_504_568_320,
+        HUNYUAN | shape(4096, 32, 32, 8, 14336, 128167, 262144, org_vocab_size=128167),
     ),
 }
 
@@ -586,4 +683,4 @@ MIXTURES = {
     ),
 }
 
-REAL_MODELS = QWEN_1 | LLAMAS | GEMMAS | QWENS | MISTRALS | PHIS | OTHERS | ROPELESS | MIXTURES
+REAL_MODELS = QWEN_1 | LLAMAS | GEMMAS | QWENS | MISTRALS | PHIS | OTHERS | ROPELESS | COHERES | HUNYUANS | MIXTURES

@@ -66,6 +66,7 @@ SMALL = {
     "intermediate_size": 24,
     "max_position_embeddings": 64,
     "rms_norm_eps": 1e-2,
+    "layer_norm_eps": 1e-2,
     "rope_theta": 100.0,
     "tie_word_embeddings": False,
 }
@@ -94,6 +95,8 @@ ON = {
     "kv_channels": 8,
     "no_bias": False,
     "layer_norm_epsilon": 1e-2,
+    "logit_scale": 0.5,
+    "use_qk_norm": True,
     "rotary_emb_base": 100.0,
     "rotary_pct": 0.5,
     "seq_length": 32,
@@ -112,6 +115,7 @@ OTHER_VALUE = {
     "max_position_embeddings": 28,
     "rms_norm_eps": 3e-2,
     "layer_norm_epsilon": 3e-2,
+    "layer_norm_eps": 3e-2,
     "rope_theta": 7.0,
     "rotary_emb_base": 7.0,
     "tie_word_embeddings": True,
@@ -138,6 +142,7 @@ OF_FAMILY = {
         (family, "num_local_experts"): ({"num_experts": None, "num_local_experts": 4}, 5)
         for family in ("mixtral", "qwen3_moe", "olmoe")
     },
+    ("hunyuan_v1_dense", "attention_head_dim"): ({"head_dim": None}, 12),
     ("qwen", "use_logn_attn"): ({"use_dynamic_ntk": False}, True),  # either of the two ends the context at seq_length
     ("qwen", "rotary_emb_base"): ({"rope_theta": None}, 7.0),
     ("gemma3_text", "rope_parameters"): ({}, {"sliding_attention": {"rope_type": "default", "rope_theta": 7.0}}),

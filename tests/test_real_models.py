@@ -41,6 +41,8 @@ def has_rope(attention) -> bool:
     """Whether a layer's own code rotates its queries and keys, which families write in ways of their own."""
     if hasattr(attention, "is_sliding") and hasattr(attention, "sliding_window_pattern"):  # EXAONE 4
         return attention.sliding_window is None or attention.is_sliding
+    if type(attention).__name__ == "Cohere2Attention":
+        return attention.sliding_window is not None
     return bool(getattr(attention, "use_rope", True))
 
 
@@ -91,7 +93,7 @@ def test_transformers_computes_with_the_same_numbers(name):
         angles, length = getattr(rotary, f"{which}inv_freq"), getattr(rotary, f"{which}attention_scaling")
         np.testing.assert_allclose(kind.rope.inverse_frequencies(16), angles * has_rope(attention), rtol=3e-6)
         assert kind.rope.attention_factor == pytest.approx(length)
-    norms = [module for module in model.modules() if type(module).__name__.endswith("RMSNorm")]
+    norms = [module for module in model.modules() if type(module).__name__.endswith(("RMSNorm", "LayerNorm"))]
     assert {getattr(norm, "variance_epsilon", getattr(norm, "eps", None)) for norm in norms} == {cfg.norm_eps}
     assert cfg.activation == (getattr(config, "hidden_activation", None) or config.hidden_act)
     assert cfg.context_length == config.max_position_embeddings

@@ -38,7 +38,9 @@ class ModelConfig:
     pre_norm: bool = True  # norms before attention and MLP
     post_norm: bool = False  # norms after them, before their output is added to the residual
     parallel: bool = False  # attention and MLP read the same normed input, and have one norm
-    qk_norm: str = ""  # "head": each head's queries and keys are normed; "each": with weights of its own; "all": all together
+    qk_norm: str = (
+        ""  # "head": each head's queries and keys are normed; "each": with weights of its own; "all": all together
+    )
     norm_after_rope: bool = False  # queries and keys are normed once they are rotated
     qkv_bias: bool = False
     o_bias: bool = False

@@ -103,7 +103,9 @@ def row_parallel(
     return y if bias is None else y + bias
 
 
-def normed(cfg: ModelConfig, x: Float[jax.Array, "... D"], scale: Float[jax.Array, "... D"]) -> Float[jax.Array, "... D"]:
+def normed(
+    cfg: ModelConfig, x: Float[jax.Array, "... D"], scale: Float[jax.Array, "... D"]
+) -> Float[jax.Array, "... D"]:
     """Returns the RMS norm of the last axis, less its mean where norms are centred, times `norm_offset + scale`; float32 inside,
     the dtype of x outside."""
     x32 = x.astype(jnp.float32)

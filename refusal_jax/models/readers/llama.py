@@ -4,7 +4,7 @@ from functools import partial
 
 from refusal_jax.models.config import ModelConfig
 from refusal_jax.models.hf_attributes import Reader
-from refusal_jax.models.rope import SPAN
+from refusal_jax.models.rope import SPAN, is_number
 
 
 def _llama(read: Reader) -> ModelConfig:
@@ -59,6 +59,47 @@ def _glm4(read: Reader, family: str = "glm4", post_norm: bool = True) -> ModelCo
     return read.config(family, sizes, rope=rope, post_norm=post_norm, qkv_bias=bias)
 
 
+def _hunyuan(read: Reader) -> ModelConfig:
+    """Reads Hunyuan's dense models. A rope of type "dynamic" with an `alpha` does not depend on the length: its base is that
+    of NTK-aware scaling by a constant."""
+    sizes = read.sizes({"norm_eps": 1e-5, "head_dim": read.take("attention_head_dim", None, int)})
+    read.same("head_dim", "attention_head_dim")
+    for name, value in HUNYUAN_SAYS.items():
+        read.only(name, value)
+    read.ignore(*HUNYUAN_IGNORED)
+    bias, theta = read.take("attention_bias", False, bool), read.take("rope_theta", 1e4, float)
+    spec, width = read.take("rope_scaling") or read.take("rope_parameters") or {}, sizes["head_dim"]
+    if (
+        isinstance(spec, dict)
+        and "dynamic" in (spec.get("rope_type"), spec.get("type"))
+        and is_number(spec.get("alpha"))
+    ):
+        base = spec.get("rope_theta") or theta
+        stretched = base * spec["alpha"] ** (width / (width - 2)) if is_number(base) and width > 2 else base
+        spec = {name: value for name, value in spec.items() if name not in UNREAD_WITH_ALPHA}
+        spec |= {"rope_type": "default", "rope_theta": stretched}
+    rope = read.main_rope(sizes, theta, spec=spec)
+    return read.config(
+        "hunyuan_v1_dense", sizes, rope=rope, qk_norm="head", norm_after_rope=True, qkv_bias=bias, o_bias=bias
+    )
+
+
+# What published configs of Hunyuan say besides, which transformers does not read.
+HUNYUAN_SAYS = {
+    "mlp_bias": False,
+    "norm_type": "rms",
+    "num_experts": 1,
+    "position_embedding_xdrope": False,
+    "use_cla": False,
+    "use_mla": False,
+    "use_qk_norm": True,
+    "use_rotary_pos_emb": True,
+}
+HUNYUAN_IGNORED = """
+    add_classification_head cla_share_factor class_num dense_list eod_token_id im_end_id im_newline_id im_start_id mask_init_id
+    org_vocab_size pad_id pool_type text_end_id text_start_id
+""".split()
+UNREAD_WITH_ALPHA = {"alpha", "type", "factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim"}
 READERS = {
     "llama": _llama,
     "mistral": _mistral,
@@ -67,4 +108,5 @@ READERS = {
     "granite": _granite,
     "glm": partial(_glm4, family="glm", post_norm=False),
     "glm4": _glm4,
+    "hunyuan_v1_dense": _hunyuan,
 }

@@ -47,9 +47,7 @@ def _exaone4(read: Reader) -> ModelConfig:
 
 def _command(read: Reader, theta: float) -> tuple[dict, dict]:
     """Returns the sizes and the switches that all models of Cohere share: a parallel block, LayerNorm, scaled logits."""
-    sizes = read.sizes(
-        {"context_length": 8192, "norm_eps": 1e-5, "tied_embeddings": True}, norm_eps="layer_norm_eps"
-    )
+    sizes = read.sizes({"context_length": 8192, "norm_eps": 1e-5, "tied_embeddings": True}, norm_eps="layer_norm_eps")
     bias, scale = read.take("attention_bias", False, bool), read.take("logit_scale", 0.0625, float)
     switches = {"parallel": True, "centred_norms": True, "logit_divisor": 1 / scale, "qkv_bias": bias, "o_bias": bias}
     return sizes, switches | {"rope": read.main_rope(sizes, theta, interleaved=True)}
