@@ -111,6 +111,7 @@ OTHER_VALUE = {
     "num_attention_heads": 8,
     "num_key_value_heads": 4,
     "head_dim": 12,
+    "attention_head_dim": 12,
     "intermediate_size": 26,
     "max_position_embeddings": 28,
     "rms_norm_eps": 3e-2,
@@ -262,6 +263,20 @@ def test_an_unknown_attribute_is_an_error_that_names_it(name, value):
         from_hf(hf(**{name: value}))
 
 
+@pytest.mark.parametrize(
+    "pattern,window,windowed", [("LLG", 3, "11010"), (2, 3, "10101"), (None, 3, "00000"), ("LLG", None, "00000")]
+)
+def test_patterns_of_windows(pattern, window, windowed):
+    """EXAONE 4's, in all the ways in which its configs spell them; without a window all layers have a rope."""
+    hf = {"model_type": "exaone4", "sliding_window": window, "sliding_window_pattern": pattern, "num_hidden_layers": 5}
+    cfg = from_hf({name: value for name, value in BASE.items() if "bias" not in name} | hf)
+    kinds = [cfg.kinds[kind] for kind in cfg.layer_kinds]
+    assert [kind.window for kind in kinds] == [3 if flag == "1" else None for flag in windowed]
+    assert [kind.rope.kind for kind in kinds] == [
+        "default" if not window or flag == "1" else "none" for flag in windowed
+    ]
+
+
 @pytest.mark.parametrize("value", [None, False, {}, []])
 def test_an_unknown_attribute_that_is_off_is_accepted(value):
     assert from_hf(BASE | {"sliding_window": value}) == from_hf(BASE)
@@ -333,6 +348,14 @@ BAD = {
     "layer-types": (
         {"model_type": "gemma2", "layer_types": ["full_attention"]},
         "layer_types = .*for each of 4 layers",
+    ),
+    "roped-layers": (
+        {"model_type": "smollm3", "no_rope_layers": [1, 2, 0, 1]},
+        r"no_rope_layers = \[1, 2, 0, 1\], expected 0 or 1 for each of 4 layers",
+    ),
+    "pattern": (
+        {"model_type": "exaone4", "sliding_window_pattern": "LxG"},
+        "sliding_window_pattern = 'LxG', expected a number or a text such as 'LLLG'",
     ),
     "no-window": (
         {"model_type": "qwen2", "layer_types": ["sliding_attention"] * 4},
