@@ -50,6 +50,18 @@ VISION = {
 # Narrow caps, windows of a few tokens, small thetas: every switch has to change the outputs of a tiny model.
 GEMMA2 = {"head_dim": 8, "sliding_window": 6, "query_pre_attn_scalar": 10, "num_hidden_layers": 4}
 EXPERTS = {"num_experts": 6, "num_experts_per_tok": 2}
+QWEN_MIXTURE = {"moe_intermediate_size": 24, "shared_expert_intermediate_size": 40} | EXPERTS
+GLM_MIXTURE = {"moe_intermediate_size": 24, "n_routed_experts": 12, "num_experts_per_tok": 3, "head_dim": 16}
+GLM_MIXTURE |= {"routed_scaling_factor": 1.7}
+PARTIAL = {"rope_type": "default", "rope_theta": 1000.0, "partial_rotary_factor": 0.5}
+GRANITE = {
+    "embedding_multiplier": 2.5,
+    "logits_scaling": 3.0,
+    "residual_multiplier": 0.6,
+    "attention_multiplier": 0.3,
+    "tie_word_embeddings": True,
+    "attention_bias": True,
+}
 FAMILIES = {
     "llama": HEADS
     | {
@@ -107,18 +119,7 @@ FAMILIES = {
         },
     },
     "olmo2": HEADS | {"biased": {"attention_bias": True}},
-    "granite": HEADS
-    | {
-        "scaled": {
-            "embedding_multiplier": 2.5,
-            "logits_scaling": 3.0,
-            "residual_multiplier": 0.6,
-            "attention_multiplier": 0.3,
-            "tie_word_embeddings": True,
-            "attention_bias": True,
-            "mlp_bias": True,
-        }
-    },
+    "granite": HEADS | {"scaled": GRANITE | {"mlp_bias": True}},
     "glm": {k: {"head_dim": 8} | v for k, v in HEADS.items()},
     "glm4": {k: {"head_dim": 16} | v for k, v in HEADS.items()}
     | {"unbiased": {"attention_bias": False, "head_dim": 8}},
@@ -132,6 +133,27 @@ FAMILIES = {
             "num_experts_per_tok": 3,
             "moe_intermediate_size": 8,
         }
+    },
+    "qwen2_moe": {
+        "gqa": QWEN_MIXTURE,
+        "alternating": QWEN_MIXTURE | {"num_hidden_layers": 5, "decoder_sparse_step": 2, "mlp_only_layers": [3]},
+        "windows": QWEN_MIXTURE
+        | {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1, "qkv_bias": False},
+    },
+    "glm4_moe": {
+        "gqa": GLM_MIXTURE,
+        "grouped": GLM_MIXTURE
+        | {"n_group": 4, "topk_group": 2, "use_qk_norm": True, "attention_bias": True, "n_shared_experts": 2}
+        | {"first_k_dense_replace": 2, "partial_rotary_factor": 1.0},
+        "dense": GLM_MIXTURE | {"first_k_dense_replace": 3},
+    },
+    "granitemoe": {
+        "gqa": {"num_local_experts": 5},
+        "scaled": {"num_local_experts": 6, "num_experts_per_tok": 3} | GRANITE,
+    },
+    "granitemoeshared": {"gqa": {"num_local_experts": 5, "shared_intermediate_size": 40} | GRANITE},
+    "minimax_m2": {
+        "gqa": {"num_local_experts": 6, "num_experts_per_tok": 3, "head_dim": 16, "rope_parameters": PARTIAL},
     },
     "olmoe": {k: EXPERTS | v for k, v in HEADS.items()}
     | {"clipped": EXPERTS | {"clip_qkv": 0.7, "norm_topk_prob": True}},
@@ -204,9 +226,12 @@ def hf_taps(model, tokens, mask) -> dict[str, np.ndarray]:
     def after(site, factor=1.0):
         return lambda module, args, out: caught[site].append(factor * first(out))
 
+    def more(site, factor):
+        return lambda module, args, out: caught[site].append(caught[site].pop() + factor * first(out))
+
     hooks = []
     for layer in layers:
-        attention, mlp = oracle.writers(layer)
+        attention, mlp, *beside = oracle.writers(layer)
         reads_mid = getattr(layer, "pre_feedforward_layernorm", None)  # the module that gets the residual in the middle
         if reads_mid is None and not parallel:
             reads_mid = layer.mlp if attention is layer.post_attention_layernorm else layer.post_attention_layernorm
@@ -214,6 +239,7 @@ def hf_taps(model, tokens, mask) -> dict[str, np.ndarray]:
             layer.register_forward_pre_hook(before("resid_pre"), with_kwargs=True),
             attention.register_forward_hook(after("attn_out", scale)),
             mlp.register_forward_hook(after("mlp_out", scale)),
+            *(module.register_forward_hook(more("mlp_out", scale)) for module in beside),
             layer.register_forward_hook(after("resid_post")),
         ]
         if not parallel:

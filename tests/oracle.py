@@ -52,15 +52,17 @@ def _edit_output(edit, module, args, output):
     return (edit(output[0]), *output[1:]) if isinstance(output, tuple) else edit(output)
 
 
-def writers(layer) -> tuple[torch.nn.Module, torch.nn.Module]:
-    """The modules of a block whose outputs are added to the residual: norms, where they follow attention and MLP."""
+def writers(layer) -> tuple[torch.nn.Module, ...]:
+    """The modules of a block whose outputs are added to the residual, attention's first: norms, where they follow attention and
+    MLP. Experts of Granite stand where others have an MLP, and what all tokens go through stands beside them."""
     for names in (
         ("post_self_attn_layernorm", "post_mlp_layernorm"),
         ("post_attention_layernorm", "post_feedforward_layernorm"),
     ):
         if all(hasattr(layer, name) for name in names):
             return tuple(getattr(layer, name) for name in names)
-    return layer.self_attn, layer.mlp
+    mlps = [getattr(layer, name, None) for name in ("mlp", "block_sparse_moe", "shared_mlp")]
+    return layer.self_attn, *(mlp for mlp in mlps if mlp is not None)
 
 
 def ablation(layers, direction) -> list[Hook]:

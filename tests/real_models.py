@@ -642,7 +642,118 @@ QWEN_3_MOE |= {
     "router_aux_loss_coef": 0.001,
 }
 
+QWEN_2_MOE = family("qwen2_moe", "Qwen2MoeForCausalLM", hidden_act="silu", attention_dropout=0.0, rms_norm_eps=1e-6)
+QWEN_2_MOE |= {
+    "decoder_sparse_step": 1,
+    "norm_topk_prob": False,
+    "output_router_logits": False,
+    "rope_theta": 1000000.0,
+    "router_aux_loss_coef": 0.001,
+    "tie_word_embeddings": False,
+    "use_sliding_window": False,
+}
+GLM_4_MOE = family("glm4_moe", "Glm4MoeForCausalLM", hidden_act="silu", attention_bias=True, attention_dropout=0.0)
+GLM_4_MOE |= {
+    "head_dim": 128,
+    "n_group": 1,
+    "n_shared_experts": 1,
+    "norm_topk_prob": True,
+    "num_experts_per_tok": 8,
+    "num_nextn_predict_layers": 1,
+    "pad_token_id": 151329,
+    "partial_rotary_factor": 0.5,
+    "rms_norm_eps": 1e-5,
+    "rope_scaling": None,
+    "rope_theta": 1000000,
+    "tie_word_embeddings": False,
+    "topk_group": 1,
+}
+GRANITE_MOE = GRANITE | {"model_type": "granitemoe", "architectures": ["GraniteMoeForCausalLM"]}
+GRANITE_MOE |= {"attention_multiplier": 0.015625, "logits_scaling": 6.0, "num_experts_per_tok": 8}
+GRANITE_MOE |= {"output_router_logits": False, "router_aux_loss_coef": 0.0, "rope_theta": 10000000.0}
+del GRANITE_MOE["mlp_bias"]
+
 MIXTURES = {
+    "Qwen1.5-MoE-A2.7B-Chat": Real(
+        "Qwen/Qwen1.5-MoE-A2.7B-Chat",
+        14_315_784_192,
+        QWEN_2_MOE
+        | shape(2048, 24, 16, 16, 5632, 151936, 8192, sliding_window=32768, max_window_layers=21)
+        | {"moe_intermediate_size": 1408, "shared_expert_intermediate_size": 5632}
+        | {"num_experts": 60, "num_experts_per_tok": 4},
+    ),
+    "Qwen2-57B-A14B-Instruct": Real(
+        "Qwen/Qwen2-57B-A14B-Instruct",
+        57_408_658_944,
+        QWEN_2_MOE
+        | shape(3584, 28, 28, 4, 18944, 151936, 32768, sliding_window=65536, max_window_layers=28)
+        | {"moe_intermediate_size": 2560, "shared_expert_intermediate_size": 20480}
+        | {"num_experts": 64, "num_experts_per_tok": 8},
+    ),
+    # Both without the layer that guesses tokens ahead, which the hub counts and transformers does not load.
+    "GLM-4.5": Real(
+        "zai-org/GLM-4.5",
+        352_797_829_024,
+        GLM_4_MOE
+        | shape(5120, 92, 96, 8, 12288, 151552, 131072, moe_intermediate_size=1536, n_routed_experts=160)
+        | {"first_k_dense_replace": 3, "routed_scaling_factor": 2.5, "use_qk_norm": True},
+    ),
+    "GLM-4.5-Air": Real(
+        "zai-org/GLM-4.5-Air",
+        106_852_251_264,
+        GLM_4_MOE
+        | shape(4096, 46, 96, 8, 10944, 151552, 131072, moe_intermediate_size=1408, n_routed_experts=128)
+        | {"first_k_dense_replace": 1, "routed_scaling_factor": 1.0, "use_qk_norm": False},
+    ),
+    "granite-3.1-1b-a400m-instruct": Real(
+        "ibm-granite/granite-3.1-1b-a400m-instruct",
+        1_334_628_352,
+        GRANITE_MOE | shape(1024, 24, 16, 8, 512, 49155, 131072, num_local_experts=32),
+    ),
+    "granite-3.1-3b-a800m-instruct": Real(
+        "ibm-granite/granite-3.1-3b-a800m-instruct",
+        3_298_793_472,
+        GRANITE_MOE | shape(1536, 32, 24, 8, 512, 49155, 131072, num_local_experts=40),
+    ),
+    "moe-7b-1b-active-shared-experts": Real(
+        "ibm-research/moe-7b-1b-active-shared-experts",
+        6_370_887_168,
+        GRANITE_MOE
+        | {"model_type": "granitemoeshared", "architectures": ["GraniteMoeSharedForCausalLM"]}
+        | shape(1536, 40, 24, 8, 512, 49152, 4096, num_local_experts=62, shared_intermediate_size=1024),
+    ),
+    # Published in fp8; these are the numbers of its config without that.
+    "MiniMax-M2": Real(
+        "MiniMaxAI/MiniMax-M2",
+        228_689_764_864,
+        family("minimax_m2", "MiniMaxM2ForCausalLM", hidden_act="silu", attention_dropout=0.0)
+        | shape(3072, 62, 48, 8, 1536, 200064, 196608, head_dim=128, rotary_dim=64)
+        | {
+            "attn_type_list": [1] * 62,
+            "layernorm_full_attention_beta": 1.0,
+            "layernorm_linear_attention_beta": 1.0,
+            "layernorm_mlp_beta": 1.0,
+            "mlp_intermediate_size": 8192,
+            "mtp_transformer_layers": 1,
+            "num_experts_per_tok": 8,
+            "num_local_experts": 256,
+            "num_mtp_modules": 3,
+            "output_router_logits": False,
+            "qk_norm_type": "per_layer",
+            "rms_norm_eps": 1e-6,
+            "rope_theta": 5000000,
+            "router_aux_loss_coef": 0.001,
+            "router_jitter_noise": 0.0,
+            "scoring_func": "sigmoid",
+            "shared_intermediate_size": 0,
+            "shared_moe_mode": "sigmoid",
+            "sliding_window": None,
+            "tie_word_embeddings": False,
+            "use_mtp": True,
+            "use_qk_norm": True,
+            "use_routing_bias": True,
+        },
+    ),
     "Mixtral-8x7B-Instruct-v0.1": Real(
         "mistralai/Mixtral-8x7B-Instruct-v0.1",
         46_702_792_704,

@@ -39,6 +39,7 @@ from refusal_jax.models.hf_config import load_config
 
 # With biases, tied embeddings and scalars where a family has them.
 VARIANTS = {"llama": "biased", "qwen": "biased", "olmo2": "biased", "granite": "scaled", "phi3": "longrope"}
+VARIANTS |= {"qwen2_moe": "alternating", "glm4_moe": "grouped", "granitemoe": "scaled"}
 
 
 @dataclasses.dataclass
@@ -90,14 +91,18 @@ def test_exactly_the_writers_are_edited_every_expert_among_them(case):
     cfg, names = load_config(case.source), set(case.report["edited_tensors"])
     wanted = {"embed", "blocks.o", "blocks.down"} | ({"blocks.o_bias"} if cfg.o_bias else set())
     wanted |= {"blocks.down_bias"} if cfg.mlp_bias else set()
+    wanted |= {"blocks.shared_down"} if cfg.d_shared else set()
+    wanted |= {"blocks.dense_down"} if cfg.dense_layers else set()
     assert names == {name for path in wanted for name in hf_names(cfg, path)}
-    assert len(names) >= 1 + cfg.n_layers * (1 + max(cfg.n_experts, 1))
+    experts = 1 if case.family.startswith("granitemoe") else cfg.n_experts  # one tensor of all of them
+    mlps = len(cfg.sparse_layers) * (experts + bool(cfg.d_shared)) + cfg.n_layers - len(cfg.sparse_layers)
+    assert len(names) >= 1 + cfg.n_layers + mlps
     untied = {TABLES[case.family]["unembed"]} if cfg.tied_embeddings else set()
     assert differences(case.source, case.target) == names | untied
     assert set(case.report["kinds"]) == ({"orthogonal", "oblique"} if case.family in POST_NORM else {"orthogonal"})
     tensors = tensors_of(case.target)
     for name, edit in Plan.of(Checkpoint.open(case.source), edit_of()).edits.items():
-        rows = tensors[name] if edit.by_rows else tensors[name].T
+        rows = tensors[name] if edit.by_rows else np.swapaxes(tensors[name], -1, -2)
         assert part(rows, edit.right_dj[:, 0] / np.linalg.norm(edit.right_dj)) < 1e-5, name
 
 

@@ -41,14 +41,15 @@ def test_experts(case, renormalise):
         gate, up, down = (stack[name][1, expert] for name in GATED)
         return (np.asarray(ACTIVATE[cfg.activation](h @ gate.T)) * (h @ up.T)) @ down.T
 
-    picked, weights = (np.asarray(a) for a in route(cfg, router, h))
+    own = {"router": router}
+    picked, weights = (np.asarray(a) for a in route(cfg, own.get, h))
     share = np.zeros((tokens, count), np.float32)
     np.put_along_axis(share, picked, weights, axis=1)
     if preference:
         assert set(picked.ravel()) == set(range(chosen))
     assert not renormalise or np.allclose(share.sum(1), 1)
     expected = sum(share[:, [expert]] * dense(expert) for expert in range(count))
-    ours = jax.jit(lambda stack, layer, h: experts(cfg, router, stack.get, layer, h))(stack, 1, h)
+    ours = jax.jit(lambda stack, layer, h: experts(cfg, own.get, stack.get, layer, h))(stack, 1, h)
     np.testing.assert_allclose(np.asarray(ours), expected, rtol=1e-4, atol=1e-4)
 
 
@@ -58,6 +59,7 @@ def test_no_product_of_every_token_with_every_expert():
     shapes = {"gate": (2, 64, f, d), "up": (2, 64, f, d), "down": (2, 64, d, f)}
     shapes = {name: jax.ShapeDtypeStruct(shape, "float32") for name, shape in shapes.items()}
     router, h = (jax.ShapeDtypeStruct(shape, "float32") for shape in ((64, d), (tokens, d)))
-    program = jax.jit(lambda router, stack, h: experts(cfg, router, stack.get, 0, h)).lower(router, shapes, h).compile()
+    run = jax.jit(lambda router, stack, h: experts(cfg, {"router": router}.get, stack.get, 0, h))
+    program = run.lower(router, shapes, h).compile()
     blocks = tokens * 2 // 32 + 64  # as many rows as pairs, and at most one block a expert that is not full
     assert program.memory_analysis().temp_size_in_bytes < 3 * blocks * 32 * d * 4 < tokens * 64 * d * 4

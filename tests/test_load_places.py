@@ -32,7 +32,7 @@ def checkpoints(tmp_path_factory):
     made = {
         "tied": tiny.tiny_llama(root / "tied", layers=2, tied=True, attention_bias=True),
         "mixed": tiny.tiny_llama(root / "mixed", layers=2),
-        **{family: families.tiny_model(root / family, family) for family in ("phi3", "qwen3_moe")},
+        **{family: families.tiny_model(root / family, family) for family in ("phi3", "qwen3_moe", "granitemoe")},
     }
     tensors = load_file(made["mixed"] / SINGLE)
     kinds = (np.float16, ml_dtypes.bfloat16, np.float32)
@@ -53,7 +53,8 @@ def stored(folder: pathlib.Path) -> dict[str, np.ndarray]:
     cfg, tensors = load_config(folder), load_file(folder / SINGLE)
     found = {path: np.full(weight.shape, np.nan, np.float32) for path, weight in weight_table(cfg).items()}
     for piece in pieces(cfg):
-        found[piece.path][piece.index] = tensors[piece.name][piece.start : piece.stop].astype(np.float32)
+        rows = tensors[piece.name][piece.within][piece.start : piece.stop]
+        found[piece.path][piece.index] = rows.astype(np.float32)
     return found
 
 
@@ -65,7 +66,7 @@ def places(folder: pathlib.Path, mesh, dtype=np.float32) -> dict[str, Place]:
     return {path: Place(mesh, weight, found[path], dtype) for path, weight in weight_table(cfg).items()}
 
 
-@pytest.mark.parametrize("name", ["tied", "mixed", "phi3", "qwen3_moe"])
+@pytest.mark.parametrize("name", ["tied", "mixed", "phi3", "qwen3_moe", "granitemoe"])
 @pytest.mark.parametrize("block", [place.SLAB_BYTES, 1000, 1])
 def test_values_and_bytes(name, block, checkpoints, opened, monkeypatch):
     monkeypatch.setattr(place, "SLAB_BYTES", block)

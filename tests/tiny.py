@@ -125,7 +125,8 @@ def randomise(model, seed: int) -> None:
     """Gives every parameter of a transformers model a value that matters."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for name, weight in model.named_parameters():
+        corrections = [(name, buffer) for name, buffer in model.named_buffers() if "correction" in name]
+        for name, weight in [*model.named_parameters(), *corrections]:
             noise, gemma = torch.randn(weight.shape, generator=generator), "gemma" in model.config.model_type
             if name.endswith("norm.weight"):
                 weight.copy_(0.3 * noise + (not gemma))  # Gemma adds the 1 itself

@@ -24,7 +24,7 @@ from refusal_jax.checkpoints.tensor_files import SINGLE, TensorFiles, listed
 from refusal_jax.errors import UserError, did_you_mean
 from refusal_jax.models.config import ModelConfig
 from refusal_jax.models.decoder import Decoder
-from refusal_jax.models.families import Piece, hf_names, pieces
+from refusal_jax.models.families import Piece, hf_names, hf_shapes, pieces
 from refusal_jax.models.hf_config import load_config
 from refusal_jax.models.sharding import split_for
 from refusal_jax.models.weights import weight_table
@@ -58,7 +58,10 @@ def load_decoder(
     found: dict[str, dict[tuple, Piece]] = {}
     for piece in pieces(cfg):
         found.setdefault(piece.path, {})[piece.index] = piece
-    places = {path: Place(mesh, weight, found[path], DTYPES[dtype]) for path, weight in weight_table(cfg).items()}
+    places = {
+        path: Place(mesh, weight, found[path], weight.stored_as(DTYPES[dtype]))
+        for path, weight in weight_table(cfg).items()
+    }
     if not cache:
         return Decoder(cfg, read_weights(folder, cfg, places, progress), mesh)
     from refusal_jax.checkpoints.copies import ConvertedCopy  # imported late: orbax is slow to import
@@ -88,8 +91,9 @@ def read_weights(
         if not ok
     ]
     if bad:
+        dtype = weights["embed"].dtype
         raise UserError(
-            f"{folder} holds NaN or infinite weights (as {next(iter(weights.values())).dtype}): {listed(bad)}. The checkpoint "
+            f"{folder} holds NaN or infinite weights (as {dtype}): {listed(bad)}. The checkpoint "
             "is damaged, or its values do not fit this dtype: try bfloat16 or float32."
         )
     return weights
@@ -133,10 +137,9 @@ def ahead(pool: ThreadPoolExecutor, work: Callable, jobs: Iterable) -> Iterator:
 
 def save_weights(decoder: Decoder, folder: pathlib.Path) -> None:
     """Writes `model.safetensors` in HF's names and layout: `load_decoder` backwards, for models of one file."""
-    weights, tensors = jax.device_get(decoder.weights()), {}
-    for piece in pieces(decoder.cfg):  # of fused tensors, in the order of their rows
-        tensors.setdefault(piece.name, []).append(
-            np.asarray(weights[piece.path])[piece.index][: piece.stop - piece.start]
-        )
-    whole = {name: np.ascontiguousarray(np.concatenate(parts)) for name, parts in sorted(tensors.items())}
-    save_file(whole, folder / SINGLE, metadata={"format": "pt"})
+    weights, shapes, tensors = jax.device_get(decoder.weights()), hf_shapes(decoder.cfg), {}
+    for piece in pieces(decoder.cfg):
+        value = np.asarray(weights[piece.path])[piece.index][: piece.stop - piece.start]
+        whole = tensors.setdefault(piece.name, np.empty(shapes[piece.name], value.dtype))
+        whole[(*piece.within, slice(piece.start, piece.stop))] = value
+    save_file(dict(sorted(tensors.items())), folder / SINGLE, metadata={"format": "pt"})

@@ -104,8 +104,12 @@ class Place:
                 for at in np.ndindex(*map(len, outer)):
                     piece = self.pieces[tuple(a[i] for a, i in zip(outer, at, strict=True))]
                     wanted = slice(piece.start + own.start, piece.start + own.stop)
+                    outer_of_file = (slice(i, i + 1) for i in piece.within)
+                    target = values[at][: len(own)]
                     files.read_into(
-                        piece.name, (wanted, *(slice(a.start, a.stop) for a in run)), values[at][: len(own)]
+                        piece.name,
+                        (*outer_of_file, wanted, *(slice(a.start, a.stop) for a in run)),
+                        target.reshape((1,) * len(piece.within) + target.shape),
                     )
                     values[at][len(own) :] = 0
                 finite = finite and all_finite(values)

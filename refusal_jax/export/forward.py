@@ -107,13 +107,19 @@ def layer_decoder(weights: Weights, layer: int) -> Decoder:
     """Returns a decoder of one layer of a checkpoint, without an embedding."""
     cfg, parts = weights.cfg, {}
     for piece in pieces(cfg):
-        if piece.index[:1] == (layer,):
-            parts.setdefault(piece.path, []).append(weights.rows(piece.name, piece.start, piece.stop))
+        if piece.layer == layer:
+            parts.setdefault(piece.path, []).append(piece.rows(weights.rows))
     experts = {piece.path for piece in pieces(cfg) if len(piece.index) == 2}
     stacked = {
         path: jnp.asarray((np.stack(found) if path in experts else found[0])[None]) for path, found in parts.items()
     }
-    one = dataclasses.replace(cfg, n_layers=1, layer_kinds=(cfg.layer_kinds[layer],), tied_embeddings=True)
+    one = dataclasses.replace(
+        cfg,
+        n_layers=1,
+        layer_kinds=(cfg.layer_kinds[layer],),
+        dense_layers=(0,) if layer in cfg.dense_layers else (),
+        tied_embeddings=True,
+    )
     return Decoder(one, stacked | _no_ends(cfg))
 
 
@@ -123,7 +129,7 @@ def _no_ends(cfg: ModelConfig) -> dict[str, jax.Array]:
 
 def _ends(cfg: ModelConfig) -> ModelConfig:
     """Returns the config of a decoder that has an embedding and an unembedding but no blocks."""
-    return dataclasses.replace(cfg, n_experts=0, tied_embeddings=False)
+    return dataclasses.replace(cfg, n_experts=0, dense_layers=(), tied_embeddings=False)
 
 
 @jax.jit

@@ -22,10 +22,14 @@ HINTS = {
     "mixtral": "llama",
     "gemma3_text": "gemma3",
     "glm": "chatglm",
+    "qwen2_moe": "qwen2moe",
     "qwen3_moe": "qwen3moe",
     "cohere": "command-r",
     "hunyuan_v1_dense": "hunyuan-dense",
     "gpt_oss": "gpt-oss",
+    "glm4_moe": "glm4moe",
+    "granitemoeshared": "granitemoe",
+    "minimax_m2": "minimax-m2",
 }
 
 

@@ -28,7 +28,9 @@ from refusal_jax.progress import each
 ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 TIED = ("untie", "skip")
 PREFIX = "base_model.model."
-EXPERT = re.compile(r"(.*\.)(?:block_sparse_moe|mlp)\.experts\.(\d+)\.(?:w2|down_proj)\.weight")  # that writes
+# The matrix of an expert that writes, and the tensor of those of all experts.
+EXPERT = re.compile(r"(.*\.)(?:block_sparse_moe|mlp)\.experts\.(\d+)\.(?:w2|down_proj)\.weight")
+EXPERTS = re.compile(r"(.*\.block_sparse_moe\.)output_linear\.weight")
 
 
 def module_name(cfg: ModelConfig, name: str) -> str:
@@ -36,6 +38,15 @@ def module_name(cfg: ModelConfig, name: str) -> str:
     module = name.rsplit(".", 1)[0]
     # Multimodal checkpoints keep the order of names that transformers had when they came out.
     return re.sub(r"^language_model\.model\.", "model.language_model.", module) if cfg.family == "gemma3" else module
+
+
+def experts_of(cfg: ModelConfig, name: str) -> tuple[str, range] | None:
+    """Returns the module in transformers that holds a layer's experts and which of them an HF tensor holds the writing matrix of;
+    None for a tensor that holds none."""
+    one, all_of_them = EXPERT.fullmatch(name), EXPERTS.fullmatch(name)
+    if one:
+        return f"{one[1]}mlp.experts", range(int(one[2]), int(one[2]) + 1)
+    return (f"{all_of_them[1]}experts", range(cfg.n_experts)) if all_of_them else None
 
 
 def check_expressible(cfg: ModelConfig, edit: Ablate | Add, tied: str) -> Ablate:
@@ -75,10 +86,12 @@ def write_lora(checkpoint: Checkpoint, folder: pathlib.Path, edit: Ablate | Add,
         found = pool.map(lambda name: factors(checkpoint.tensors[name], matrices[name], rank), matrices)
         found = list(each(found, "exporting", "tensor", len(matrices)))
     for name, (a, b) in zip(matrices, found, strict=True):
-        module, expert = module_name(cfg, name), EXPERT.fullmatch(name)
-        if expert:
-            experts.setdefault(f"{expert[1]}mlp.experts", {})[int(expert[2])] = (a, b)
+        held = experts_of(cfg, name)
+        if held:
+            a_ejf = a.reshape(-1, *a.shape[-2:])
+            experts.setdefault(held[0], {}).update((e, (a_jf, b)) for e, a_jf in zip(held[1], a_ejf, strict=True))
             continue
+        module = module_name(cfg, name)
         modules.append(module)
         kind = "lora_embedding_{}" if name == embed else "lora_{}.weight"
         tensors |= {f"{PREFIX}{module}.{kind.format(letter)}": m for letter, m in (("A", a), ("B", b))}
@@ -88,6 +101,8 @@ def write_lora(checkpoint: Checkpoint, folder: pathlib.Path, edit: Ablate | Add,
         b_dje = np.stack([b for _, b in pairs], axis=-1)
         tensors[f"{PREFIX}{module}.lora_B.weight"] = b_dje.reshape(len(b_dje), -1)  # [out, J * experts]
     tensors |= biases
+    # In mixtures PEFT takes every module called down_proj for experts of an older transformers, but leaves parameters alone.
+    beside = [module for module in modules if cfg.n_experts and module.endswith(".down_proj")]
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -98,8 +113,8 @@ def write_lora(checkpoint: Checkpoint, folder: pathlib.Path, edit: Ablate | Add,
         "lora_dropout": 0.0,
         "bias": "all" if biases else "none",
         "fan_in_fan_out": False,
-        "target_modules": modules,
-        "target_parameters": [f"{module}.down_proj" for module in experts] or None,
+        "target_modules": [module for module in modules if module not in beside],
+        "target_parameters": [f"{m}.down_proj" for m in experts] + [f"{m}.weight" for m in beside] or None,
     }
     (folder / ADAPTER).write_bytes(save({k: np.ascontiguousarray(v) for k, v in tensors.items()}, {"format": "pt"}))
     (folder / ADAPTER_CONFIG).write_bytes(to_json(config))
@@ -108,16 +123,18 @@ def write_lora(checkpoint: Checkpoint, folder: pathlib.Path, edit: Ablate | Add,
 
 def factors(
     tensor: Stored, edit: Projection, rank: int
-) -> tuple[Float32[np.ndarray, "J _"], Float32[np.ndarray, "_ J"]]:
+) -> tuple[Float32[np.ndarray, "*E J _"], Float32[np.ndarray, "_ J"]]:
     """Returns A `[J, in]` and B `[out, J]` of a tensor's edit, with zeros up to the rank; `[J, V]` and `[D, J]` of an
-    embedding."""
+    embedding; `[E, J, in]` and `[out, J]` of a tensor of all experts."""
     left, right = edit.factors
     if edit.by_rows:
         a = np.concatenate([np.einsum("nd,dj->jn", block, right) for _, block in tensor.blocks()], axis=1)
+    elif len(tensor.shape) > 2:
+        a = np.concatenate([np.einsum("edf,dj->ejf", block, right) for _, block in tensor.blocks()])
     else:
         a = edit.along(tensor.blocks())
-    more = rank - len(a)
-    return np.pad(a, ((0, more), (0, 0))), np.pad(-left, ((0, 0), (0, more)))
+    more = rank - left.shape[1]
+    return np.pad(a, [(0, 0)] * (a.ndim - 2) + [(0, more), (0, 0)]), np.pad(-left, ((0, 0), (0, more)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,26 +155,24 @@ class AdaptedWeights:
 
     def rows(self, name: str, start: int = 0, stop: int | None = None) -> Float32[np.ndarray, "..."]:
         """Returns rows of a tensor, all by default."""
-        rows, module, expert = (
-            self.checkpoint.rows(name, start, stop),
-            module_name(self.cfg, name),
-            EXPERT.fullmatch(name),
-        )
+        rows, held = self.checkpoint.rows(name, start, stop), experts_of(self.cfg, name)
+        module = held[0] if held else module_name(self.cfg, name)
         stop = self.checkpoint.tensors[name].count if stop is None else stop
         if name.endswith(".bias"):
             edited = self.tensors.get(f"{PREFIX}{module}.base_layer.bias")
             return rows if edited is None else edited[start:stop]
         embeds = name == TABLES[self.cfg.family]["embed"]
-        module = f"{expert[1]}mlp.experts" if expert else module
         names = [f"{PREFIX}{module}.lora_{f'embedding_{x}' if embeds else f'{x}.weight'}" for x in "AB"]
         if names[0] not in self.tensors:
             return rows
         a, b = (self.tensors[name] for name in names)
         if embeds:
             return rows + a[:, start:stop].T @ b.T
-        if expert:
+        if held:
             # As PEFT has them: A by expert, then rank; B by rank, then expert.
             count = self.cfg.n_experts
-            a = a.reshape(count, -1, a.shape[1])[int(expert[2])]
-            b = b.reshape(len(b), -1, count)[..., int(expert[2])]
+            a_ejf, b_dje = a.reshape(count, -1, a.shape[1]), b.reshape(len(b), -1, count)
+            if len(held[1]) == count and rows.ndim == 3:
+                return rows + np.einsum("dje,ejf->edf", b_dje, a_ejf)[start:stop]
+            a, b = a_ejf[held[1].start], b_dje[..., held[1].start]
         return rows + b[start:stop] @ a

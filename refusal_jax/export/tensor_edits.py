@@ -94,9 +94,13 @@ class Projection:
                 block -= np.einsum("...j,dj->...d", np.einsum("...d,dj->...j", block, right), left)
                 yield start, block
             return
-        along = self.along(blocks())
+        along = None
         for start, block in blocks():
-            block -= np.einsum("dj,jf->df", left[start : start + len(block)], along)
+            if block.ndim > 2:  # a tensor of all experts, each with a matrix of its own
+                block -= np.einsum("dj,ejf->edf", left, np.einsum("dj,edf->ejf", right, block))
+            else:
+                along = self.along(blocks()) if along is None else along
+                block -= np.einsum("dj,jf->df", left[start : start + len(block)], along)
             yield start, block
 
     def __call__(self, tensor: Float[np.ndarray, "..."]) -> Float[np.ndarray, "..."]:
@@ -161,16 +165,16 @@ def tensor_edits(checkpoint: Checkpoint, edit: Ablate) -> dict[str, Projection]:
     """
     cfg, edits = checkpoint.cfg, {}
     all_pieces = pieces(cfg)
-    uses = Counter(piece.name for piece in all_pieces)
+    uses = Counter(name for name, _ in {(piece.name, piece.path) for piece in all_pieces})
     for piece in all_pieces:
         site = (WRITERS | WRITER_BIASES).get(piece.path)
-        if site is None or not edit.reaches(piece.index[0] if piece.index else 0, site):
+        if site is None or not edit.reaches(piece.layer or 0, site):
             continue
         if uses[piece.name] > 1:
             raise ValueError(f"{piece.name} holds {piece.path} fused with other weights; teach `Projection` its rows")
         scale_d = None
         if cfg.post_norm and site in POST_NORMS:
-            norm = TABLES[cfg.family][POST_NORMS[site]].format(l=piece.index[0])
+            norm = TABLES[cfg.family][POST_NORMS[site]].format(l=piece.layer)
             scale_d = cfg.norm_offset + checkpoint.rows(norm).astype(np.float64)
         one = projection(piece.path, edit.direction.basis_jd, scale_d, edit.scale)
         if one is not None:

@@ -157,7 +157,7 @@ def plain_edits(checkpoint: Checkpoint, edit: Ablate) -> dict:
     found = {}
     for piece in pieces(checkpoint.cfg):
         site = (WRITERS | WRITER_BIASES).get(piece.path)
-        if site and edit.reaches(piece.index[0] if piece.index else 0, site):
+        if site and edit.reaches(piece.layer or 0, site):
             found[piece.name] = projection(piece.path, edit.direction.basis_jd, scale=edit.scale)
     return found
 

@@ -54,7 +54,22 @@ class ModelConfig:
     logit_divisor: float = 1.0
     n_experts: int = 0  # 0: one dense MLP
     experts_per_token: int = 0
+    router_scores: str = "softmax"  # or "sigmoid": what the router makes of its logits
+    router_correction: bool = False  # each expert has a constant that is added to its score for the choice only
+    expert_groups: int = 1  # the experts are in so many groups,
+    groups_per_token: int = 1  # of which a token chooses so many first
     renormalise_experts: bool = False  # the chosen experts' router weights are made to sum to 1
+    routed_scale: float = 1.0  # multiplies them after that
+    d_shared: int = 0  # width of an MLP that every token goes through beside its experts; 0: none
+    shared_gate: bool = False  # a sigmoid, one number for each token, multiplies that MLP's output
+    dense_layers: tuple[int, ...] = ()  # layers with one MLP among layers with experts
+    d_dense: int = 0  # its width
+    draft_layers: int = 0  # layers after the last that a checkpoint may hold; they guess tokens ahead and are not run
+
+    @property
+    def sparse_layers(self) -> tuple[int, ...]:
+        """Returns the layers that have experts."""
+        return tuple(l for l in range(self.n_layers) if l not in self.dense_layers) if self.n_experts else ()
 
     @property
     def queries_per_kv(self) -> int:

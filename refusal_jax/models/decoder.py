@@ -9,10 +9,12 @@ Norms, softmax, rotary angles and logits are float32 whatever the weights' dtype
 
 import dataclasses
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Bool, Float, Int
 
@@ -22,9 +24,9 @@ from refusal_jax.models.attention import Context, Segment, View, attend
 from refusal_jax.models.cache import Cache
 from refusal_jax.models.config import ModelConfig
 from refusal_jax.models.head_taps import Heads, read_heads
-from refusal_jax.models.layers import GATED, experts, linear, lookup, mlp, normed, row_parallel, sharded_experts
+from refusal_jax.models.layers import GATED, linear, lookup, mixture, mlp, normed, row_parallel, sharded_mixture
 from refusal_jax.models.sharding import constrain, constrain_residual, split_for, weight_place, weight_spec
-from refusal_jax.models.weights import weight_table
+from refusal_jax.models.weights import Weight, beside_experts, names_apart, weight_table
 from refusal_jax.taps import NO_TAPS, Taps
 
 # Parameters by path, or their shapes.
@@ -46,7 +48,8 @@ def unstacked(tree, n_layers: int) -> list:
 class Layer:
     """Values that differ between layers, besides their weights: one layer's, or all layers' on a leading L axis."""
 
-    index: Leaf  # int32
+    sparse: Leaf  # bool, whether it has experts
+    place: Leaf  # int32, its number among the layers that have experts, or among those that have none
     kind: Leaf  # int32, index into the context's views
     gate_rs: Leaf  # float32 [R, S], the ablation gates of `Edits`
     add_r: Leaf  # float32 [R], its addition gates
@@ -78,10 +81,14 @@ class Block(Stack):
         """Returns how a weight is placed on the mesh, its layer axis included; of no axes without a mesh."""
         return weight_spec(self.mesh, weight_table(self.cfg)[f"blocks.{name}"])
 
-    def out(self, name: str, x_btf: Float[jax.Array, "B T F"]) -> Float[jax.Array, "B T D"]:
-        """Returns `x_btf` through the weight of that name, which writes to the residual stream, plus its bias; placed as rows."""
+    def out(self, name: str, x_btf: Float[jax.Array, "B T F"], weight=None) -> Float[jax.Array, "B T D"]:
+        """Returns `x_btf` through the weight of that name, which writes to the residual stream, plus its bias; placed as rows.
+
+        weight: gives weights by name in place of `self.weight`.
+        """
+        weight = weight or self.weight
         spec = jax.sharding.PartitionSpec(*self.spec(name)[1:])
-        return row_parallel(self.mesh, spec, x_btf, self.weight(name), self.weight(f"{name}_bias"))
+        return row_parallel(self.mesh, spec, x_btf, weight(name), weight(f"{name}_bias"))
 
     def attention(self, h_btd: Float[jax.Array, "B T D"], view: View, past: LayerKV | None) -> tuple[Heads, LayerKV]:
         """Returns attention on the input `[B, T, D]`, and the tokens' keys and values, `[B, K, T, H]` each."""
@@ -110,22 +117,41 @@ class Block(Stack):
         norm_d = None if norm_d is None else cfg.norm_offset + norm_d.astype(jnp.float32)
         return Heads(q, segments, z, self.out("o", z), w("o"), w("o_bias"), norm_d), (k, v)
 
-    def mlp(self, h_btd: Float[jax.Array, "B T D"], layer: Layer, stack: Stack | None) -> Float[jax.Array, "B T D"]:
-        """Returns the MLP of its input; stack: all layers' experts, if the architecture has any."""
-        if stack is None:
-            return mlp(self.cfg, self.weight, h_btd, self.out)
-        router, stacks = self.weight("router"), {name: stack.weight(name) for name in GATED}
-        if self.mesh is None:
-            h_rd = h_btd.reshape(-1, h_btd.shape[-1])
-            return experts(self.cfg, router, stacks.get, layer.index, h_rd).reshape(h_btd.shape)
-        specs = {name: self.spec(name) for name in GATED}
-        specs["router"] = jax.sharding.PartitionSpec(*self.spec("router")[1:])
-        return sharded_experts(self.mesh, specs, self.cfg, router, stacks, layer.index, h_btd)
+    def mlp(self, h_btd: Float[jax.Array, "B T D"], layer: Layer, apart: Stack | None) -> Float[jax.Array, "B T D"]:
+        """Returns the MLP of its input, which may be a mixture of experts. apart: as in `__call__`."""
+        cfg = self.cfg
 
-    def __call__(self, x_btd, layer: Layer, ctx: Context, edits: Edits, taps: Taps, past=None, stack=None):
+        def here(name: str):
+            """Returns this layer's weight of that name, which is sliced only where it is used."""
+            stack = None if apart is None else apart.weight(name)
+            return (
+                self.weight(name) if stack is None else jax.lax.dynamic_index_in_dim(stack, layer.place, keepdims=False)
+            )
+
+        def dense(h_btd, kind: str = "dense_"):
+            return mlp(cfg, here, h_btd, partial(self.out, weight=here), kind)
+
+        def sparse(h_btd):
+            stacks = {name: apart.weight(name) for name in GATED}
+            if self.mesh is None:
+                h_td = h_btd.reshape(-1, h_btd.shape[-1])
+                return mixture(cfg, here, stacks.get, layer.place, h_td).reshape(h_btd.shape)
+            weights = {name: here(name) for name in beside_experts(cfg)}
+            specs = {name: self.spec(name) for name in GATED}
+            specs |= {name: jax.sharding.PartitionSpec(*self.spec(name)[1:]) for name in weights}
+            return sharded_mixture(self.mesh, specs, cfg, weights, stacks, layer.place, h_btd)
+
+        if not cfg.n_experts:
+            return dense(h_btd, "")
+        if not cfg.dense_layers:
+            return sparse(h_btd)
+        return jax.lax.cond(layer.sparse, sparse, dense, h_btd) if cfg.sparse_layers else dense(h_btd)
+
+    def __call__(self, x_btd, layer: Layer, ctx: Context, edits: Edits, taps: Taps, past=None, apart=None):
         """Returns the block's output `[B, T, D]`, its taps, and the keys and values of its tokens, each `[B, K, T, H]`.
 
-        past: keys and values of the tokens before, from a cache. stack: as in `mlp`.
+        past: keys and values of the tokens before, from a cache. apart: the weights of all layers that are not among the block's
+        own, if there are any (`Decoder.apart`).
         """
         cfg = self.cfg
         gates = {name: layer.gate_rs[:, i] for i, name in enumerate(SITES)}
@@ -149,7 +175,7 @@ class Block(Stack):
         attn_out = added(heads.out_btd, "attn_post_norm", "attn_out")
         resid_mid = resid_pre + attn_out
         mlp_in = attn_in if cfg.parallel else read(resid_mid, "mlp_norm")
-        mlp_out = added(self.mlp(mlp_in, layer, stack), "mlp_post_norm", "mlp_out")
+        mlp_out = added(self.mlp(mlp_in, layer, apart), "mlp_post_norm", "mlp_out")
         resid_post = own(resid_mid + mlp_out)  # placed after the last edit: else what a tap wants spreads backwards
         tapped = taps.read(
             resid_pre=resid_pre, attn_out=attn_out, resid_mid=resid_mid, mlp_out=mlp_out, resid_post=resid_post
@@ -182,8 +208,8 @@ class Decoder(nnx.Module):
         self.cfg, self.mesh = cfg, mesh
         self.embed = nnx.Param(weights["embed"])
         stacked = {p.removeprefix("blocks."): a for p, a in weights.items() if p.startswith("blocks.")}
-        # Experts stay out of the scan, which would copy a layer's whole set to use a few.
-        self.experts = Stack(cfg, {name: stacked.pop(name) for name in GATED}, mesh) if cfg.n_experts else None
+        # Experts stay out of the scan, which would copy a layer's whole set to use a few. So does what only some layers have.
+        self.apart = Stack(cfg, {name: stacked.pop(name) for name in names_apart(cfg)}, mesh) if cfg.n_experts else None
         self.blocks = Block(cfg, stacked, mesh)
         self.final_norm = nnx.Param(weights["final_norm"])
         if not cfg.tied_embeddings:
@@ -197,7 +223,7 @@ class Decoder(nnx.Module):
 
         def make(w, k):
             neutral = jnp.full(w.shape, 1 - cfg.norm_offset, dtype)
-            return neutral if w.std is None else w.std * jax.random.normal(k, w.shape, dtype)
+            return neutral if w.std is None else w.std * jax.random.normal(k, w.shape, w.stored_as(dtype))
 
         return cls(cfg, {path: make(w, k) for (path, w), k in zip(table.items(), keys, strict=True)})
 
@@ -208,7 +234,7 @@ class Decoder(nnx.Module):
             name = path.removeprefix("blocks.")
             if name == path:
                 return getattr(self, path)[...]
-            return (self.experts if self.experts and name in GATED else self.blocks).weight(name)
+            return (self.apart if self.apart and name in names_apart(self.cfg) else self.blocks).weight(name)
 
         return {path: find(path) for path in weight_table(self.cfg)}
 
@@ -216,8 +242,12 @@ class Decoder(nnx.Module):
     def abstract(cls, cfg: ModelConfig, dtype, mesh: jax.sharding.Mesh | None) -> "Decoder":
         """Returns a decoder of shapes, dtypes and shardings in place of arrays, which is enough to compile with."""
         mesh = split_for(mesh, cfg.n_kv_heads)
-        places = {path: weight_place(mesh, weight) for path, weight in weight_table(cfg).items()}
-        return cls(cfg, {p: jax.ShapeDtypeStruct(s, dtype, sharding=sh) for p, (s, sh) in places.items()}, mesh)
+
+        def shape(weight: Weight):
+            place, sharding = weight_place(mesh, weight)
+            return jax.ShapeDtypeStruct(place, weight.stored_as(dtype), sharding=sharding)
+
+        return cls(cfg, {path: shape(weight) for path, weight in weight_table(cfg).items()}, mesh)
 
     @property
     def dtype(self):
@@ -255,8 +285,10 @@ class Decoder(nnx.Module):
     def layers(self, edits: Edits) -> tuple[Block, Layer]:
         """Returns the weights of the blocks and what else differs between layers, both with a leading L axis."""
         gates_lrs, add_lr = edits.layer_gates(self.cfg.n_layers)
-        index_l, kind_l = jnp.arange(self.cfg.n_layers), jnp.asarray(self.cfg.layer_kinds, jnp.int32)
-        return self.blocks, Layer(index_l, kind_l, gates_lrs, add_lr)
+        sparse_l = np.isin(np.arange(self.cfg.n_layers), self.cfg.sparse_layers)
+        place_l = np.where(sparse_l, np.cumsum(sparse_l), np.cumsum(~sparse_l)) - 1
+        kind_l = jnp.asarray(self.cfg.layer_kinds, jnp.int32)
+        return self.blocks, Layer(jnp.asarray(sparse_l), jnp.asarray(place_l, jnp.int32), kind_l, gates_lrs, add_lr)
 
     def forward(
         self,
@@ -299,7 +331,7 @@ class Decoder(nnx.Module):
 
         def body(x, layer):
             (block, own), past = layer
-            x, tapped, new = block(x, own, ctx, edits, taps, past, self.experts)
+            x, tapped, new = block(x, own, ctx, edits, taps, past, self.apart)
             return x, (tapped, new)
 
         layers = self.layers(edits) if layers is None else layers
@@ -322,6 +354,6 @@ class Decoder(nnx.Module):
 
         def body(index, x):
             block, own = jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, index, keepdims=False), layers)
-            return block(x, own, ctx, edits, NO_TAPS, None, self.experts)[0]
+            return block(x, own, ctx, edits, NO_TAPS, None, self.apart)[0]
 
         return jax.lax.fori_loop(start, stop, body, x_btd)

@@ -3,13 +3,17 @@ backwards by saving and by weight edits."""
 
 import dataclasses
 import re
+from collections.abc import Callable
+
+import numpy as np
 
 from refusal_jax.models.config import ModelConfig
 from refusal_jax.models.weights import weight_table
 
 # Decoder path -> HF name, `{l}` being the layer and `{e}` the expert. Layouts agree: `[out, in]`, vocabulary first. Paths
-# that share a name are that tensor's rows one after the other, in this order (fused projections). A table may have more
-# paths than a config has weights (biases, a tied unembedding).
+# that share a name are that tensor's rows one after the other, in this order (fused projections). An expert's weight whose
+# name has no `{e}` is one of a tensor of all experts, along its first axis. A table may have more paths than a config has
+# weights (biases, a tied unembedding).
 LLAMA = {
     "embed": "model.embed_tokens.weight",
     "blocks.attn_norm": "model.layers.{l}.input_layernorm.weight",
@@ -75,12 +79,39 @@ MIXTRAL = LLAMA | {
     "blocks.up": "model.layers.{l}.block_sparse_moe.experts.{e}.w3.weight",
     "blocks.down": "model.layers.{l}.block_sparse_moe.experts.{e}.w2.weight",
 }
-QWEN3_MOE = LLAMA | {
-    "blocks.router": "model.layers.{l}.mlp.gate.weight",
-    "blocks.gate": "model.layers.{l}.mlp.experts.{e}.gate_proj.weight",
-    "blocks.up": "model.layers.{l}.mlp.experts.{e}.up_proj.weight",
-    "blocks.down": "model.layers.{l}.mlp.experts.{e}.down_proj.weight",
+DENSE = {
+    f"blocks.dense_{part}": LLAMA[f"blocks.{part}"] for part in ("gate", "up", "down")
+}  # among layers with experts
+QWEN3_MOE = (
+    LLAMA
+    | DENSE
+    | {
+        "blocks.router": "model.layers.{l}.mlp.gate.weight",
+        "blocks.gate": "model.layers.{l}.mlp.experts.{e}.gate_proj.weight",
+        "blocks.up": "model.layers.{l}.mlp.experts.{e}.up_proj.weight",
+        "blocks.down": "model.layers.{l}.mlp.experts.{e}.down_proj.weight",
+    }
+)
+QWEN2_MOE = QWEN3_MOE | {
+    "blocks.shared_router": "model.layers.{l}.mlp.shared_expert_gate.weight",
+    "blocks.shared_gate": "model.layers.{l}.mlp.shared_expert.gate_proj.weight",
+    "blocks.shared_up": "model.layers.{l}.mlp.shared_expert.up_proj.weight",
+    "blocks.shared_down": "model.layers.{l}.mlp.shared_expert.down_proj.weight",
 }
+GLM4_MOE = QWEN3_MOE | {
+    "blocks.router_correction": "model.layers.{l}.mlp.gate.e_score_correction_bias",
+    "blocks.shared_gate": "model.layers.{l}.mlp.shared_experts.gate_proj.weight",
+    "blocks.shared_up": "model.layers.{l}.mlp.shared_experts.up_proj.weight",
+    "blocks.shared_down": "model.layers.{l}.mlp.shared_experts.down_proj.weight",
+}
+GRANITE_MOE = LLAMA | {
+    "blocks.router": "model.layers.{l}.block_sparse_moe.router.layer.weight",
+    **{f"blocks.{part}": "model.layers.{l}.block_sparse_moe.input_linear.weight" for part in ("gate", "up")},
+    "blocks.down": "model.layers.{l}.block_sparse_moe.output_linear.weight",
+    **{f"blocks.shared_{part}": "model.layers.{l}.shared_mlp.input_linear.weight" for part in ("gate", "up")},
+    "blocks.shared_down": "model.layers.{l}.shared_mlp.output_linear.weight",
+}
+MINIMAX_M2 = MIXTRAL | {"blocks.router_correction": "model.layers.{l}.block_sparse_moe.e_score_correction_bias"}
 TABLES = {
     "llama": LLAMA,
     "mistral": LLAMA,
@@ -104,15 +135,22 @@ TABLES = {
     "mixtral": MIXTRAL,
     "qwen3_moe": QWEN3_MOE,
     "olmoe": QWEN3_MOE,
+    "qwen2_moe": QWEN2_MOE,
+    "glm4_moe": GLM4_MOE,
+    "granitemoe": GRANITE_MOE,
+    "granitemoeshared": GRANITE_MOE,
+    "minimax_m2": MINIMAX_M2,
 }
 
 # Tensors that a checkpoint may hold and that the text model's forward pass does not need: what old checkpoints stored
 # although inference recomputes it, and the other parts of a multimodal model.
 DERIVED = re.compile(r"rotary_emb\.inv_freq$")
+DRAFT = re.compile(r"^model\.layers\.(\d+)\.")
 OTHER_PARTS = {"gemma3": re.compile(r"^(vision_tower|multi_modal_projector)\.")}
 
 # Decoder paths whose rows or columns write to the residual stream, and the edit site each of them serves.
-WRITERS = {"embed": "resid_pre", "blocks.o": "attn_out", "blocks.down": "mlp_out"}
+WRITERS = {"embed": "resid_pre", "blocks.o": "attn_out"}
+WRITERS |= {f"blocks.{kind}down": "mlp_out" for kind in ("", "dense_", "shared_")}
 WRITER_BIASES = {"blocks.o_bias": "attn_out", "blocks.down_bias": "mlp_out"}
 
 
@@ -120,7 +158,8 @@ WRITER_BIASES = {"blocks.o_bias": "attn_out", "blocks.down_bias": "mlp_out"}
 class Piece:
     """One decoder weight in HF's files: rows `start` to `stop` of the tensor `name` are `path[index]`.
 
-    index: (), (layer,) or (layer, expert).
+    index: (), (layer,) or (layer, expert), the layer being counted among those that have such a weight. layer: counted among
+    all. within: (), or (expert,) of a tensor of all experts, whose rows are meant.
     """
 
     name: str
@@ -128,6 +167,15 @@ class Piece:
     index: tuple[int, ...]
     start: int
     stop: int
+    layer: int | None = None
+    within: tuple[int, ...] = ()
+
+    def rows(self, read: Callable[..., np.ndarray]) -> np.ndarray:
+        """Returns the weight by a function of a tensor's name and a range along its first axis."""
+        if not self.within:
+            return read(self.name, self.start, self.stop)
+        (expert,) = self.within
+        return read(self.name, expert, expert + 1)[0, self.start : self.stop]
 
 
 def pieces(cfg: ModelConfig) -> list[Piece]:
@@ -135,14 +183,14 @@ def pieces(cfg: ModelConfig) -> list[Piece]:
     found, filled = [], {}
     for path, weight in weight_table(cfg).items():
         template = TABLES[cfg.family][path]
-        layers = range(cfg.n_layers) if "{l}" in template else (None,)
-        experts = range(cfg.n_experts) if "{e}" in template else (None,)
-        for l in layers:
-            for e in experts:
-                name, index = template.format(l=l, e=e), tuple(i for i in (l, e) if i is not None)
-                start = filled.get(name, 0)
-                filled[name] = start + weight.shape[len(index)]
-                found.append(Piece(name, path, index, start, filled[name]))
+        for place, layer in enumerate(weight.layers or (None,)):
+            for expert in range(cfg.n_experts) if weight.per_expert else (None,):
+                name = template.format(l=layer, e=expert)
+                index = tuple(i for i in (None if layer is None else place, expert) if i is not None)
+                within = index[1:] if "{e}" not in template else ()
+                start = filled.get((name, within), 0)
+                stop = filled[name, within] = start + weight.shape[len(index)]
+                found.append(Piece(name, path, index, start, stop, layer, within))
     return found
 
 
@@ -150,17 +198,19 @@ def hf_shapes(cfg: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Returns every HF tensor that a checkpoint of this config must hold, and its shape."""
     table, shapes = weight_table(cfg), {}
     for piece in pieces(cfg):
-        shapes[piece.name] = (piece.stop, *table[piece.path].shape[len(piece.index) + 1 :])
+        outer = (cfg.n_experts,) * len(piece.within)
+        shapes[piece.name] = (*outer, piece.stop, *table[piece.path].shape[len(piece.index) + 1 :])
     return shapes
 
 
 def hf_names(cfg: ModelConfig, path: str) -> list[str]:
     """Returns the HF tensors behind a decoder path, in the order of its layers and experts."""
-    return [piece.name for piece in pieces(cfg) if piece.path == path]
+    return list(dict.fromkeys(piece.name for piece in pieces(cfg) if piece.path == path))
 
 
 def is_spare(cfg: ModelConfig, name: str) -> bool:
     """Returns whether a checkpoint may hold this tensor although the decoder does not need it."""
-    other = OTHER_PARTS.get(cfg.family)
+    other, draft = OTHER_PARTS.get(cfg.family), DRAFT.match(name)
     tied = cfg.tied_embeddings and name == TABLES[cfg.family]["unembed"]
-    return tied or bool(DERIVED.search(name)) or bool(other and other.search(name))
+    ahead = bool(draft) and cfg.n_layers <= int(draft[1]) < cfg.n_layers + cfg.draft_layers
+    return tied or ahead or bool(DERIVED.search(name)) or bool(other and other.search(name))

@@ -1,6 +1,7 @@
 """The arithmetic of a block outside attention: projections, norms, the MLP, and routing to experts."""
 
 import math
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -115,62 +116,103 @@ def normed(
     return ((cfg.norm_offset + scale.astype(jnp.float32)) * x32).astype(x.dtype)
 
 
-def mlp(cfg: ModelConfig, w, h_btd: Float[jax.Array, "B T D"], out) -> Float[jax.Array, "B T D"]:
-    """Returns the gated MLP of a block; `w(name)` gives a weight of the block, `out` multiplies with "down"."""
-    gate, up = linear(h_btd, w("gate"), w("gate_bias")), linear(h_btd, w("up"), w("up_bias"))
-    return out("down", ACTIVATE[cfg.activation](gate) * up)
+def mlp(cfg: ModelConfig, w, h_btd: Float[jax.Array, "*B D"], out, kind: str = "") -> Float[jax.Array, "*B D"]:
+    """Returns a gated MLP; `w(name)` gives a weight of the block, `out` multiplies with "down". kind: what the names begin
+    with."""
+    gate, up = (linear(h_btd, w(f"{kind}{name}"), w(f"{kind}{name}_bias")) for name in ("gate", "up"))
+    return out(f"{kind}down", ACTIVATE[cfg.activation](gate) * up)
 
 
-def route(
-    cfg: ModelConfig, router_ed: Float[Array, "E D"], h_td: Float[Array, "T D"]
-) -> tuple[Int[jax.Array, "T n"], Float[jax.Array, "T n"]]:
-    """Returns the n experts of each token and their weights; float32, as small differences change the choice."""
-    logits = linear(h_td.astype(jnp.float32), router_ed.astype(jnp.float32))
-    weights, chosen = jax.lax.top_k(jax.nn.softmax(logits, axis=-1), cfg.experts_per_token)
-    if cfg.renormalise_experts:
-        weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
-    return chosen, weights
+def route(cfg: ModelConfig, w, h_td: Float[Array, "T D"]) -> tuple[Int[jax.Array, "T n"], Float[jax.Array, "T n"]]:
+    """Returns the n experts of each token and their weights; float32, as small differences change the choice.
+
+    w(name): a weight of the block.
+    """
+    logits = linear(h_td.astype(jnp.float32), w("router").astype(jnp.float32))
+    score = {"softmax": partial(jax.nn.softmax, axis=-1), "sigmoid": jax.nn.sigmoid}[cfg.router_scores]
+    scores_te = choice_te = score(logits)
+    if cfg.router_correction:
+        choice_te = choice_te + w("router_correction").astype(jnp.float32)
+    if cfg.expert_groups > 1:  # a group counts as much as its two best experts
+        groups_tge = choice_te.reshape(len(h_td), cfg.expert_groups, -1)
+        best_tg = jnp.sum(jax.lax.top_k(groups_tge, 2)[0], axis=-1)
+        open_tg = jnp.any(
+            jax.nn.one_hot(jax.lax.top_k(best_tg, cfg.groups_per_token)[1], cfg.expert_groups, dtype=bool), 1
+        )
+        choice_te = jnp.where(open_tg[..., None], groups_tge, -jnp.inf).reshape(choice_te.shape)
+    chosen_tn = jax.lax.top_k(choice_te, cfg.experts_per_token)[1]
+    weights_tn = jnp.take_along_axis(scores_te, chosen_tn, axis=-1)
+    if cfg.renormalise_experts:  # sigmoids may all be next to zero
+        weights_tn = weights_tn / jnp.maximum(jnp.sum(weights_tn, axis=-1, keepdims=True), 1e-20)
+    return chosen_tn, weights_tn * cfg.routed_scale
 
 
 GATED = ("gate", "up", "down")  # the weights that each expert has of its own
 
 
-def sharded_experts(mesh, specs, cfg: ModelConfig, router_ed, stacks, layer, h_btd) -> jax.Array:
-    """Runs `experts` on a mesh: each part of the batch is routed where it is, and each chip computes its features of all experts.
+def mixture(
+    cfg: ModelConfig, w, stack, place, h_td: Float[Array, "T D"], once=lambda y_td, name: y_td
+) -> Float[jax.Array, "T D"]:
+    """Returns what experts, and what every token goes through beside them, make of T tokens.
 
-    specs: of the router and of each of `stacks`, which are the weights of `GATED` for all layers. Returns `[B, T, D]`, placed as
-    rows.
+    w(name): a weight of the block. stack, place: as in `experts`. once: what becomes of each of the two before they are summed;
+    name: the weight that it was multiplied with last.
+    """
+    y_td = once(experts(cfg, w, stack, place, h_td), "down")
+    if not cfg.d_shared:
+        return y_td
+    shared_td = mlp(cfg, w, h_td, lambda name, x: linear(x, w(name)), "shared_")
+    if cfg.shared_gate:
+        gate_t1 = jax.nn.sigmoid(linear(h_td.astype(jnp.float32), w("shared_router").astype(jnp.float32)))
+        shared_td = (gate_t1 * shared_td).astype(h_td.dtype)
+    return y_td + once(shared_td, "shared_down")
+
+
+def sharded_mixture(mesh, specs, cfg: ModelConfig, weights, stacks, place, h_btd) -> jax.Array:
+    """Runs `mixture` on a mesh: each part of the batch is routed where it is, and each chip computes its features of all
+    experts.
+
+    specs: of each of `weights`, the block's own, and of `stacks`, those of `GATED` for all layers. Returns `[B, T, D]`, placed
+    as rows.
     """
 
-    def part(router_ed, stacks, layer, h_btd):
+    def part(weights, stacks, place, h_btd):
         if mesh.shape[STORAGE] > 1:  # gather one layer's experts, outside a loop that chips leave at odds
-            here = {name: jax.lax.dynamic_index_in_dim(w, layer, keepdims=True) for name, w in stacks.items()}
-            stacks, layer = {name: _gathered(mesh, w, specs[name]) for name, w in here.items()}, 0
-        router_ed = _gathered(mesh, router_ed, specs["router"])
-        y = experts(cfg, router_ed, stacks.get, layer, h_btd.reshape(-1, h_btd.shape[-1])).reshape(h_btd.shape)
+            here = {name: jax.lax.dynamic_index_in_dim(w, place, keepdims=True) for name, w in stacks.items()}
+            stacks, place = {name: _gathered(mesh, w, specs[name]) for name, w in here.items()}, 0
+        weights = {name: _gathered(mesh, w, specs[name]) for name, w in weights.items()}
+        y = mixture(cfg, weights.get, stacks.get, place, h_btd.reshape(-1, h_btd.shape[-1]), once).reshape(h_btd.shape)
         if axis is None:
             return jax.lax.psum(y, features)
         return jax.lax.psum_scatter(y, features, scatter_dimension=axis, tiled=True)
 
-    features = _names(specs["down"][-1])
-    batch, place, axis = _scatter(mesh, h_btd.shape[0], h_btd.shape[1], features)
-    inputs = specs["router"], {name: specs[name] for name in stacks}, PartitionSpec(), PartitionSpec(batch)
-    run = jax.shard_map(part, mesh=mesh, in_specs=inputs, out_specs=place, check_vma=False)
-    return run(router_ed, stacks, jnp.asarray(layer), h_btd)
+    def once(y_td, name):
+        """Returns what is to be summed over all of `features`, along some of which the weight may not be divided."""
+        alike = tuple(n for n in features if n not in _names(specs[name][-1]))
+        return jnp.where(jax.lax.axis_index(alike) == 0, y_td, 0) if alike else y_td
+
+    features = max((_names(specs[name][-1]) for name in ("down", "shared_down") if name in specs), key=len)
+    batch, placed, axis = _scatter(mesh, h_btd.shape[0], h_btd.shape[1], features)
+    inputs = (
+        *({name: specs[name] for name in group} for group in (weights, stacks)),
+        PartitionSpec(),
+        PartitionSpec(batch),
+    )
+    run = jax.shard_map(part, mesh=mesh, in_specs=inputs, out_specs=placed, check_vma=False)
+    return run(weights, stacks, jnp.asarray(place), h_btd)
 
 
-def experts(
-    cfg: ModelConfig, router_ed: Float[Array, "E D"], stack, layer, h_td: Float[Array, "T D"]
-) -> Float[jax.Array, "T D"]:
+def experts(cfg: ModelConfig, w, stack, place, h_td: Float[Array, "T D"]) -> Float[jax.Array, "T D"]:
     """Returns a mixture of experts over T tokens, each of which is computed by its chosen experts only.
 
-    stack(name): one of `GATED` of all layers, `[L, E, out, in]`; layer: int32 scalar, the one wanted.
+    w(name): a weight of the block. stack(name): one of `GATED` of all layers that have experts, `[L, E, out, in]`; place: int32
+    scalar, the one wanted.
 
     The (token, expert) pairs are sorted by expert and laid out in blocks of M rows, each of one expert, which a loop over
     the blocks in use multiplies. `jax.lax.ragged_dot` would say the same in one line, but compiles to a product of every
     token with every expert, on CPU and on TPU v5e alike (jax 0.10: 64 times the work for 64 experts).
     """
-    chosen_tn, weights_tn = route(cfg, router_ed, h_td)
+    chosen_tn, weights_tn = route(cfg, w, h_td)
     pairs, n = chosen_tn.size, cfg.n_experts
     m = min(256, max(8, 1 << (pairs // n).bit_length()))  # rows of a block: about an expert's share, in tiles
     expert_p = chosen_tn.reshape(-1)
@@ -186,7 +228,7 @@ def experts(
     owner_s = jnp.searchsorted(ends_e, jnp.arange(blocks), side="right")
 
     def block(index, out_smd):
-        gate, up, down = (stack(name)[layer, owner_s[index]] for name in GATED)
+        gate, up, down = (stack(name)[place, owner_s[index]] for name in GATED)
         x = jax.lax.dynamic_index_in_dim(x_smd, index, keepdims=False)
         y = linear(ACTIVATE[cfg.activation](linear(x, gate)) * linear(x, up), down)
         return jax.lax.dynamic_update_index_in_dim(out_smd, y, index, 0)

@@ -29,6 +29,7 @@ RULES = {
     "tokens": ("kv", "q"),
     "vocab": ("kv", "q"),
     "experts": (),
+    "routes": (),
     "layers": (),
     "norm": (),
 }

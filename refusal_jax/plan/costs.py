@@ -17,7 +17,6 @@ import jax
 import jax.numpy as jnp
 
 from refusal_jax.models.config import ModelConfig
-from refusal_jax.models.layers import GATED
 from refusal_jax.models.sharding import STORAGE
 from refusal_jax.models.weights import weight_table
 from refusal_jax.plan.chips import GIB, Slice
@@ -63,10 +62,18 @@ def parameters(cfg: ModelConfig, active: bool = False) -> int:
         size = math.prod(weight.shape)
         if active and path == "embed" and not cfg.tied_embeddings:
             continue
-        if active and cfg.n_experts and path.removeprefix("blocks.") in GATED:
+        if active and weight.per_expert:
             size = size * cfg.experts_per_token // cfg.n_experts
         total += size
     return total
+
+
+def mlp_width(cfg: ModelConfig) -> float:
+    """Returns the width of what a token goes through in an MLP, with experts and without, on average over the layers."""
+    if not cfg.n_experts:
+        return cfg.d_mlp
+    sparse = len(cfg.sparse_layers) * (cfg.d_mlp * cfg.experts_per_token + cfg.d_shared)
+    return (sparse + len(cfg.dense_layers) * cfg.d_dense) / cfg.n_layers
 
 
 def weight_bytes(work: Workload) -> int:
@@ -99,11 +106,7 @@ def traffic(work: Workload, program: Program, mesh: Sides) -> float:
     weights = weight_bytes(work) / model * (3 if shape[STORAGE] > 1 else 1)  # gathered: written and read again
     share = program.layers / work.cfg.n_layers
     tokens = max(program.rows // batch, 1) * program.tokens
-    inner = (
-        2 * work.cfg.d_mlp * max(work.cfg.experts_per_token, 1) / model
-        + 6 * work.cfg.d_model / model
-        + 4 * work.cfg.d_model
-    )
+    inner = 2 * mlp_width(work.cfg) / model + 6 * work.cfg.d_model / model + 4 * work.cfg.d_model
     activations = 2 * width * tokens * inner * program.layers
     cached = cache_bytes(work, program.rows) / batch / min(model, work.cfg.n_kv_heads) if program.cached else 0
     return program.steps * (weights * share + activations + cached)

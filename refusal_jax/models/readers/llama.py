@@ -37,19 +37,21 @@ def _olmo2(read: Reader) -> ModelConfig:
     return read.config("olmo2", sizes, pre_norm=False, post_norm=True, qk_norm="all", qkv_bias=bias, o_bias=bias)
 
 
-def _granite(read: Reader) -> ModelConfig:
+def granite_switches(read: Reader) -> dict:
+    """Reads what Granite's models have in common, with experts and without: multipliers, and biases of the attention."""
     bias = read.take("attention_bias", False, bool)
-    return read.config(
-        "granite",
-        read.sizes(),
-        qkv_bias=bias,
-        o_bias=bias,
-        mlp_bias=read.take("mlp_bias", False, bool),
-        embed_scale=read.take("embedding_multiplier", 1.0, float),
-        residual_scale=read.take("residual_multiplier", 1.0, float),
-        query_scale=read.take("attention_multiplier", 1.0, float),
-        logit_divisor=read.take("logits_scaling", 1.0, float),
-    )
+    return {
+        "qkv_bias": bias,
+        "o_bias": bias,
+        "embed_scale": read.take("embedding_multiplier", 1.0, float),
+        "residual_scale": read.take("residual_multiplier", 1.0, float),
+        "query_scale": read.take("attention_multiplier", 1.0, float),
+        "logit_divisor": read.take("logits_scaling", 1.0, float),
+    }
+
+
+def _granite(read: Reader) -> ModelConfig:
+    return read.config("granite", read.sizes(), mlp_bias=read.take("mlp_bias", False, bool), **granite_switches(read))
 
 
 def _glm4(read: Reader, family: str = "glm4", post_norm: bool = True) -> ModelConfig:

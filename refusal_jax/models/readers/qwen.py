@@ -41,8 +41,10 @@ def _qwen2(read: Reader, family: str = "qwen2", head_dim: int | None = None, **s
 
 def qwen_window(read: Reader) -> int | None:
     """Returns the window of Qwen's layers that have one, None if its config switches windows off."""
-    window = read.take_optional("sliding_window", 4096, int)
-    return window if read.take("use_sliding_window", False, bool) else None
+    if read.take("use_sliding_window", False, bool):
+        return read.take_optional("sliding_window", 4096, int)
+    read.ignore("sliding_window")
+    return None
 
 
 def _qwen3(read: Reader) -> ModelConfig:
