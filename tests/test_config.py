@@ -5,6 +5,7 @@ import json
 import math
 import os
 import pathlib
+import re
 import textwrap
 
 import jax
@@ -21,6 +22,7 @@ from refusal_jax.models.hf_attributes import Reader
 from refusal_jax.models.hf_config import from_hf, load_config
 from refusal_jax.models.hf_readers import READERS
 from refusal_jax.models.predict import predict
+from refusal_jax.models.quantisation import quantisation_of
 from refusal_jax.models.rope import Rope
 from refusal_jax.models.unread_keys import INERT
 from refusal_jax.taps import Taps
@@ -471,19 +473,81 @@ def test_unsupported_architecture(model_type):
         from_hf(hf(model_type=model_type))
 
 
+GROUPS = {"group_0": {"weights": {"num_bits": 4, "type": "int"}, "targets": ["Linear"]}}
+
+
 @pytest.mark.parametrize(
-    "value,method",
+    "value,found",
     [
-        ({"quant_method": "gptq", "bits": 4}, "gptq"),
-        ({"quant_method": "awq"}, "awq"),
-        ({"quant_method": "fp8"}, "fp8"),
-        ({"load_in_4bit": True}, "bitsandbytes"),
-        ("4bit", "unknown"),
+        ("4bit", "it is '4bit', expected an object with a quant_method"),
+        ({"quant_method": "hqq"}, "quant_method = 'hqq' is not supported"),
+        ({"bits": 4}, "quant_method = None is not supported"),
+        ({"quant_method": "fp8", "weight_block_size": [128]}, r"weight_block_size = \[128\], expected two positive"),
+        ({"quant_method": "fp8", "expert_dtype": "fp4"}, "expert_dtype = 'fp4' is not supported"),
+        ({"quant_method": "modelopt", "quant_algo": "W4A8_AWQ"}, "'modelopt' with quant_algo = 'W4A8_AWQ' is not"),
+        ({"load_in_4bit": True, "bnb_4bit_quant_type": "af4"}, "bnb_4bit_quant_type = 'af4', expected nf4 or fp4"),
+        ({"quant_method": "gptq", "bits": 5}, "bits = 5 of GPTQ, expected one of 2, 3, 4, 8"),
+        ({"quant_method": "gptq", "bits": "4"}, "bits = '4' is no int"),
+        (
+            {"quant_method": "gptq", "bits": 4, "is_marlin_format": True},
+            "checkpoint_format = 'marlin' is not supported",
+        ),
+        (
+            {"quant_method": "awq", "version": "gemv_fast"},
+            "AWQ with version = 'gemv_fast' and bits = 4, expected 4 bits",
+        ),
+        ({"quant_method": "awq", "backend": "ipex"}, "AWQ with backend = 'ipex' is not supported"),
+        ({"quant_method": "compressed-tensors", "format": "marlin-24"}, "format = 'marlin-24' of compressed-tensors"),
+        (
+            {"quant_method": "compressed-tensors", "format": "pack-quantized"},
+            "config_groups = None, expected an object",
+        ),
+        (
+            {"quant_method": "compressed-tensors", "config_groups": GROUPS, "transform_config": {"a": 1}},
+            r"transform_config = \{'a': 1\} is not supported",
+        ),
+        (
+            {"quant_method": "compressed-tensors", "config_groups": GROUPS, "sparsity_config": {"format": "2:4"}},
+            "sparsity_config with format = '2:4' is not supported",
+        ),
     ],
 )
-def test_quantised_weights(value, method):
-    with pytest.raises(UserError, match=f"quantised with '{method}', which cannot be edited exactly"):
+def test_quantised_weights_that_cannot_be_read(value, found):
+    with pytest.raises(
+        UserError, match=f"The quantization_config of config.json cannot be read: {found}.*Use the orig"
+    ):
         from_hf(hf(quantization_config=value))
+
+
+@pytest.mark.parametrize(
+    "value,what,activations",
+    [
+        (
+            {"quant_method": "fp8", "weight_block_size": [128, 128]},
+            "fp8 with a scale for each block of 128 x 128",
+            True,
+        ),
+        ({"quant_method": "fbgemm_fp8"}, "fp8 with a scale for each row", True),
+        ({"quant_method": "modelopt", "quantization": {"quant_algo": "FP8"}}, "ModelOpt's fp8", True),
+        ({"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}, "bitsandbytes nf4", False),
+        ({"load_in_8bit": True, "load_in_4bit": False}, "bitsandbytes int8", True),
+        ({"quant_method": "gptq", "bits": 3}, "GPTQ with 3 bits", False),
+        ({"quant_method": "awq"}, "AWQ with 4 bits", False),
+        ({"quant_method": "mxfp4"}, "mxfp4", False),
+        (
+            {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": GROUPS},
+            r"compressed-tensors, pack-quantized \(packed integers\)",
+            False,
+        ),
+    ],
+)
+def test_quantised_weights_change_nothing_else(value, what, activations):
+    assert from_hf(hf(quantization_config=value)) == from_hf(hf())
+    found = quantisation_of(
+        {"text_config": {"compression_config": value}}
+    )  # where older and multimodal configs have it
+    assert re.match(f"The weights are dequantised from {what} as they are read.", found.note)
+    assert ("runtime quantises activations too, which is not computed" in found.note) == activations
 
 
 def test_the_text_part_of_a_multimodal_config():

@@ -21,6 +21,7 @@ from refusal_jax.checkpoints import rewrite
 from refusal_jax.checkpoints.rewrite import Checkpoint, WeightFile, copy_range
 from refusal_jax.checkpoints.safetensors import LocalFile, read_header
 from refusal_jax.checkpoints.tensor_files import INDEX, SINGLE
+from refusal_jax.checkpoints.tensors import PlainTensor
 from refusal_jax.errors import VerificationError
 from refusal_jax.export import run, staging, verify
 from refusal_jax.export.hf import Plan
@@ -41,7 +42,8 @@ def write(file: WeightFile, path) -> str:
 
 def opened(path) -> WeightFile:
     file = LocalFile(path)
-    return WeightFile.of(file, read_header(file))
+    header = read_header(file)
+    return WeightFile.of(header, {n: PlainTensor(n, path, file, extent) for n, extent in header.tensors.items()})
 
 
 def test_untouched_tensors_and_files_are_copied_byte_for_byte(tmp_path, monkeypatch):
@@ -106,7 +108,7 @@ def test_every_tensor_of_a_new_header_begins_at_a_multiple_of_its_size(tmp_path)
     file = opened(tmp_path / "file")
     by_name = {t.name: t for t in file.tensors}
     added, zeros = (
-        dataclasses.replace(by_name["b"], **changes) for changes in ({"name": "d"}, {"name": "z", "file": None})
+        dataclasses.replace(by_name["b"], **changes) for changes in ({"name": "d"}, {"name": "z", "source": None})
     )
     new = file.holding([by_name["a"], added, by_name["b"], zeros])
     assert write(new, tmp_path / "new") == digest(tmp_path / "new")

@@ -15,7 +15,8 @@ from safetensors.numpy import load_file, save_file
 
 from refusal_jax import UserError, load_model, make_mesh
 from refusal_jax.checkpoints.load import load_decoder, save_weights
-from refusal_jax.checkpoints.tensor_files import INDEX, SINGLE, listed
+from refusal_jax.checkpoints.tensor_files import INDEX, SINGLE
+from refusal_jax.checkpoints.tensors import listed
 
 Q0, NORM = "model.layers.0.self_attn.q_proj.weight", "model.norm.weight"
 
@@ -307,7 +308,8 @@ def test_quantised_tensors_are_recognised(ending, form, folder):
     name = f"model.layers.0.mlp.up_proj.{ending}"
     save_file(load_file(folder / SINGLE) | {name: np.zeros(3, np.int32)}, folder / SINGLE, metadata={"format": "pt"})
     with pytest.raises(
-        UserError, match=rf"are quantised \({form}: it holds {name}, I32\), which cannot be edited exactly"
+        UserError,
+        match=rf"are quantised \({form}: it holds {name}, I32\), but its config.json has no quantization_config",
     ):
         load_decoder(folder)
 

@@ -12,7 +12,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from refusal_jax import UserError
-from refusal_jax.checkpoints import safetensors, tensor_files
+from refusal_jax.checkpoints import safetensors, tensors
 from refusal_jax.checkpoints.safetensors import LocalFile, framed, header_text, read_header, read_tensors
 from refusal_jax.checkpoints.tensor_files import SINGLE, TensorFiles
 
@@ -54,7 +54,7 @@ def test_header(files):
 @pytest.mark.parametrize("name,whole", [("cube", CUBE), ("half", CUBE.astype(np.float16)), ("matrix", MATRIX)])
 @pytest.mark.parametrize("values", [1 << 20, 5, 1])
 def test_slices(name, whole, values, files, monkeypatch):
-    monkeypatch.setattr(tensor_files, "CAST_VALUES", values)
+    monkeypatch.setattr(tensors, "CAST_VALUES", values)
     axes = [[slice(None), slice(1, 2), slice(0, size - 1), slice(2, 2)] for size in whole.shape]
     for index in [(), *itertools.product(*axes)]:
         expected, before = whole[index], files.bytes_read

@@ -5,8 +5,9 @@ Every tensor of the checkpoint must be known and used, every tensor of the decod
 
 import numpy as np
 
-from refusal_jax.checkpoints.tensor_files import STORED, TensorFiles, listed
+from refusal_jax.checkpoints.tensor_files import TensorFiles
 from refusal_jax.checkpoints.tensor_names import rename_advice, renamed, unmerged_advice
+from refusal_jax.checkpoints.tensors import STORED, listed
 from refusal_jax.errors import UserError
 from refusal_jax.models.config import ModelConfig
 from refusal_jax.models.families import TABLES, hf_shapes, is_spare
@@ -21,7 +22,7 @@ def check_tensors(cfg: ModelConfig, files: TensorFiles, share: tuple[int, int] =
 
     share: (i, n), where n processes check the same checkpoint and this is the i-th: each reads a part of what must be read.
     """
-    _check_not_quantised(files)
+    _check_dequantised(files)
     shapes = hf_shapes(cfg)
     missing = sorted(set(shapes) - set(files.tensors))
     extra = sorted(n for n in set(files.tensors) - set(shapes) if not is_spare(cfg, n))
@@ -85,19 +86,29 @@ QUANTISED = {
     ".absmax": "bitsandbytes",
     ".quant_map": "bitsandbytes",
     ".SCB": "bitsandbytes",
+    ".weight_packed": "compressed-tensors",
+    "_blocks": "mxfp4",
     ".weight_scale_inv": "fp8",
     ".weight_scale": "fp8",
     ".input_scale": "fp8",
 }
 
 
-def _check_not_quantised(files: TensorFiles) -> None:
-    """Raises UserError for a quantised checkpoint whose config.json does not say so."""
+def _check_dequantised(files: TensorFiles) -> None:
+    """Raises UserError for tensors of a quantised checkpoint that belong to no weight, as where its config.json does not say how
+    it is quantised."""
     found = [(name, form) for name in files.tensors for end, form in QUANTISED.items() if name.endswith(end)]
     found += [(name, "fp8") for name, tensor in files.tensors.items() if tensor.dtype.startswith("F8")]
-    if found:
-        name, form = min(found, key=lambda item: list(QUANTISED.values()).index(item[1]))
+    if not found:
+        return
+    name, form = min(found, key=lambda item: list(QUANTISED.values()).index(item[1]))
+    held = f"it holds {name}, {files.tensors[name].dtype}"
+    if files.quantisation is None:
         raise UserError(
-            f"The weights of {files.folder} are quantised ({form}: it holds {name}, {files.tensors[name].dtype}), which cannot "
-            "be edited exactly. Use the original float16, bfloat16 or float32 checkpoint of the model."
+            f"The weights of {files.folder} are quantised ({form}: {held}), but its config.json has no quantization_config, "
+            "which says how. Take config.json from the original checkpoint."
         )
+    raise UserError(
+        f"The weights of {files.folder} are quantised otherwise than its config.json says: {held}, which does not belong to a "
+        f"weight in {files.quantisation.what}. Take config.json from the original checkpoint."
+    )

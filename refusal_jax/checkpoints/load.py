@@ -6,6 +6,7 @@ finite.
 """
 
 import itertools
+import logging
 import pathlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -20,7 +21,8 @@ from safetensors.numpy import save_file
 from refusal_jax.checkpoints.check import check_tensors
 from refusal_jax.checkpoints.places import Place, Slab
 from refusal_jax.checkpoints.remote import checkpoint_folder
-from refusal_jax.checkpoints.tensor_files import SINGLE, TensorFiles, listed
+from refusal_jax.checkpoints.tensor_files import SINGLE, TensorFiles
+from refusal_jax.checkpoints.tensors import listed
 from refusal_jax.errors import UserError, did_you_mean
 from refusal_jax.models.config import ModelConfig
 from refusal_jax.models.decoder import Decoder
@@ -31,6 +33,8 @@ from refusal_jax.models.weights import weight_table
 from refusal_jax.progress import Progress
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
+LOG = logging.getLogger(__name__)
+
 READERS = 4  # number of threads, each with one slab in memory
 
 
@@ -105,6 +109,8 @@ def read_share(
     """Reads the weights without waiting for other processes; returns also whether this process's part of each is finite."""
     files = TensorFiles.open(folder)
     check_tensors(cfg, files, (jax.process_index(), jax.process_count()))
+    if files.quantisation is not None:
+        LOG.info(f"{folder}: {files.quantisation.note}")
     ranges = {path: list(place.slabs()) for path, place in places.items()}
     jobs = [(places[path], slab) for path, slabs in ranges.items() for slab in slabs]
     total, before = sum(place.share(files) for place in places.values()), files.bytes_read

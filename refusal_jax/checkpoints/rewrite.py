@@ -1,7 +1,7 @@
-"""Writes copies of safetensors files in which some tensors are edited, with several threads, for exports.
+"""Writes copies of a checkpoint's weight files in which some tensors are edited, with several threads, for exports.
 
-Untouched ranges of bytes are copied by the kernel and never pass through Python. Memory: a block of rows for each thread,
-whatever the size of the checkpoint.
+Weights that are not stored as plain numbers are written in bfloat16, in files made anew. Untouched ranges of bytes are copied
+by the kernel and never pass through Python. Memory: a block of rows for each thread, whatever the size of the checkpoint.
 """
 
 import contextlib
@@ -11,7 +11,8 @@ import hashlib
 import math
 import os
 import pathlib
-from collections.abc import Callable, Iterable, Iterator
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Protocol, runtime_checkable
 
@@ -20,6 +21,7 @@ from jaxtyping import Float32
 
 from refusal_jax.checkpoints.check import check_tensors
 from refusal_jax.checkpoints.safetensors import (
+    BITS,
     Header,
     LocalFile,
     RangeFile,
@@ -28,13 +30,18 @@ from refusal_jax.checkpoints.safetensors import (
     read_range,
     reading,
 )
-from refusal_jax.checkpoints.tensor_files import STORED, TensorFiles
+from refusal_jax.checkpoints.tensor_files import SINGLE, TensorFiles
+from refusal_jax.checkpoints.tensors import STORED, PlainTensor, Tensor
 from refusal_jax.errors import UserError
 from refusal_jax.models.config import ModelConfig
 from refusal_jax.models.hf_config import load_config
+from refusal_jax.models.quantisation import Quantisation
 
 COPY_BYTES = 64 << 20  # of an untouched range, in one task
 BLOCK_BYTES = 256 << 10  # of a tensor, as stored, in memory at a time: what comes of it stays in a core's cache
+DEQUANTISED_BYTES = 4 << 20  # the same of one that is dequantised, whose rows may be many small ranges of its file
+UNPACKED_ROWS = 32  # are packed together by some formats, so that blocks should hold whole ones
+SHARD_BYTES = 5 << 30  # of a weight file, at most, where a checkpoint's files are made anew
 HASH_BYTES = 4 << 20
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG)
 
@@ -52,17 +59,15 @@ class BlockEdit(Protocol):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Stored:
-    """A tensor that a file holds, or is to hold: bytes `start` to `stop` of `file`, changed by `edit`.
+    """A tensor that a file holds, or is to hold: what `source` reads, as `dtype` and changed by `edit`.
 
-    dtype: by safetensors' name. file: None for a new tensor of zeros. edit: None for a tensor that stays as it is.
+    dtype: by safetensors' name. source: None for a new tensor of zeros. edit: None for a tensor that stays as it is.
     """
 
     name: str
     dtype: str
     shape: tuple[int, ...]
-    file: RangeFile | None
-    start: int
-    stop: int
+    source: Tensor | None
     edit: BlockEdit | None = None
 
     @property
@@ -76,7 +81,7 @@ class Stored:
     @property
     def size(self) -> int:
         """Returns the tensor's size in bytes."""
-        return self.stop - self.start
+        return math.prod(self.shape) * BITS[self.dtype] // 8
 
     @property
     def count(self) -> int:
@@ -88,32 +93,39 @@ class Stored:
         """Returns the size in bytes of a row of a matrix, or of an entry of a vector."""
         return self.size // self.count
 
+    @property
+    def place(self) -> PlainTensor | None:
+        """Returns the source if its bytes are those of this tensor before the edit."""
+        same = isinstance(self.source, PlainTensor) and self.source.dtype == self.dtype
+        return self.source if same and isinstance(self.source, PlainTensor) else None
+
     def rows(self, start: int = 0, stop: int | None = None) -> Float32[np.ndarray, "..."]:
-        """Reads rows of a matrix, or entries of a vector, as they are before the edit.
+        """Reads rows of a matrix, or entries of a vector, as they are before the edit, rounded to the tensor's dtype.
 
         Raises UserError if the file cannot be read.
         """
         stop = self.count if stop is None else stop
-        data = bytearray((stop - start) * self.width)
-        if self.file is not None:
-            with reading(self.file.path):
-                self.file.read_into([self.start + start * self.width], len(data), memoryview(data))
-        values = np.frombuffer(data, self.numpy_dtype)
-        return values.astype(np.float32, copy=False).reshape(-1, *self.shape[1:])
+        if self.source is None:
+            return np.zeros((stop - start, *self.shape[1:]), np.float32)
+        values = np.empty((stop - start, *self.shape[1:]), self.numpy_dtype)
+        index = (slice(start, stop),) if self.shape else ()
+        self.source.read_into(index, values if self.shape else values.reshape(()))
+        return values.astype(np.float32, copy=False)
 
     def blocks(self) -> Iterator[tuple[int, np.ndarray]]:
-        """Yields `rows` in blocks of about BLOCK_BYTES, each with its first row."""
-        step = max(BLOCK_BYTES // self.width, 1) if len(self.shape) > 1 else self.count
-        for first in range(0, self.count, step):
-            yield first, self.rows(first, min(first + step, self.count))
+        """Yields `rows` in blocks, each with its first row."""
+        step = max((BLOCK_BYTES if self.place else DEQUANTISED_BYTES) // max(self.width, 1), 1)
+        step = step // UNPACKED_ROWS * UNPACKED_ROWS or step
+        for first in range(0, self.count, step if len(self.shape) > 1 else self.count):
+            yield first, self.rows(first, min(first + step, self.count) if len(self.shape) > 1 else self.count)
 
-    def edited_blocks(self, edit: BlockEdit) -> Iterator[tuple[int, memoryview]]:
-        """Yields the bytes that an edit makes of the tensor, block by block, each with its offset.
+    def written_blocks(self) -> Iterator[tuple[int, memoryview]]:
+        """Yields the bytes that the source and the edit make of the tensor, block by block, each with its offset.
 
         Raises UserError if they are not finite.
         """
         dtype = self.numpy_dtype
-        for first, block in edit.blocks(self.blocks):
+        for first, block in self.blocks() if self.edit is None else self.edit.blocks(self.blocks):
             stored = block.astype(dtype, copy=False)
             suspect = block if dtype.itemsize == 4 or dtype.kind == "V" else stored  # the cast to float16 may overflow
             if not np.isfinite(suspect).all():
@@ -135,10 +147,10 @@ class WeightFile:
     tensors: tuple[Stored, ...]
 
     @classmethod
-    def of(cls, file: RangeFile, header: Header) -> "WeightFile":
-        """Returns an open file as it is. header: of that file, from `safetensors.read_header`."""
-        tensors = (Stored(name, e.dtype, e.shape, file, e.start, e.stop) for name, e in header.tensors.items())
-        return cls(header.text, header.metadata, tuple(tensors))
+    def of(cls, header: Header, tensors: Mapping[str, Tensor]) -> "WeightFile":
+        """Returns an open file as it is. header: of that file, from `safetensors.read_header`. tensors: those in it, and more."""
+        held = (Stored(name, e.dtype, e.shape, tensors[name]) for name, e in header.tensors.items())
+        return cls(header.text, header.metadata, tuple(held))
 
     @property
     def size(self) -> int:
@@ -189,34 +201,30 @@ class WeightFile:
     def _parts(self, target: int, at: int) -> Iterator[tuple]:
         """Yields the tasks in the order of their bytes: size, function, arguments. Neighbouring ranges that are only
         copied are joined."""
-        copied: list[Stored] = []
+        copied: list[PlainTensor] = []
         for tensor in (*self.tensors, None):
+            place = tensor.place if tensor is not None and tensor.edit is None else None
             if copied and (
-                tensor is None
-                or tensor.edit is not None
-                or tensor.file is not copied[-1].file
-                or tensor.start != copied[-1].stop
+                place is None or place.file is not copied[-1].file or place.extent.start != copied[-1].extent.stop
             ):
-                start, stop = copied[0].start, copied[-1].stop
+                start, stop = copied[0].extent.start, copied[-1].extent.stop
                 for first in range(start, stop, COPY_BYTES):
                     size = min(COPY_BYTES, stop - first)
                     yield size, copy_range, copied[0].file, first, target, at, size
                     at += size
                 copied = []
-            if tensor is None:
-                return
-            if tensor.edit is not None or tensor.file is None:
+            if place is not None:
+                copied.append(place)
+            elif tensor is not None:
                 yield tensor.size, _write_tensor, tensor, target, at
                 at += tensor.size
-            else:
-                copied.append(tensor)
 
 
 def _write_tensor(tensor: Stored, target: int, at: int) -> None:
-    if tensor.edit is None:
+    if tensor.edit is None and tensor.source is None:
         return _write_at(target, bytes(tensor.size), at)
     with np.errstate(over="ignore", invalid="ignore"):  # what comes of it is looked at
-        for offset, data in tensor.edited_blocks(tensor.edit):
+        for offset, data in tensor.written_blocks():
             _write_at(target, data, at + offset)
 
 
@@ -255,12 +263,18 @@ def _copy_in_kernel(source: int, start: int, target: int, at: int, size: int) ->
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-    """An HF checkpoint folder: its config, its weight files, and its tensors by name."""
+    """An HF checkpoint folder: its config, its weight files, and its tensors by name.
+
+    quantisation: how the weights are stored, where they are dequantised as they are read. anew: whether `files` are not those of
+    the folder but of a copy, as the weights do not stand in files of safetensors as they are.
+    """
 
     folder: pathlib.Path
     cfg: ModelConfig
     files: dict[pathlib.Path, WeightFile]
     tensors: dict[str, Stored]
+    quantisation: Quantisation | None = None
+    anew: bool = False
 
     @classmethod
     def open(cls, folder: pathlib.Path) -> "Checkpoint":
@@ -268,9 +282,40 @@ class Checkpoint:
         would."""
         cfg, found = load_config(folder), TensorFiles.open(folder)
         check_tensors(cfg, found)
-        files = {path: WeightFile.of(found.handles[path], header) for path, header in found.headers.items()}
-        return cls(folder, cfg, files, {t.name: t for file in files.values() for t in file.tensors})
+        anew = not all(isinstance(tensor, PlainTensor) for tensor in found.tensors.values())
+        if anew:
+            files = copied_files(folder, found)
+        else:
+            files = {path: WeightFile.of(header, found.tensors) for path, header in found.headers.items()}
+        tensors = {t.name: t for file in files.values() for t in file.tensors}
+        return cls(folder, cfg, files, tensors, found.quantisation, anew)
 
     def rows(self, name: str, start: int = 0, stop: int | None = None) -> Float32[np.ndarray, "..."]:
         """Reads rows of a tensor, all by default."""
         return self.tensors[name].rows(start, stop)
+
+
+def copied_files(folder: pathlib.Path, found: TensorFiles) -> dict[pathlib.Path, WeightFile]:
+    """Returns the files of a copy of a checkpoint as safetensors, by the paths that they would have in its folder.
+
+    Quantised weights and all matrices beside them are in bfloat16. Vectors that are stored in float32 stay so: some models need
+    it, such as for a router's corrections, and they are small.
+    """
+    shards: list[list[Stored]] = [[]]
+    for name in sorted(found.tensors, key=in_order):
+        tensor = found.tensors[name]
+        kept = found.quantisation is None or tensor.dtype not in STORED
+        kept = kept or (tensor.dtype == "F32" and len(tensor.shape) < 2)
+        one = Stored(name, tensor.dtype if kept else "BF16", tensor.shape, tensor)
+        if shards[-1] and sum(t.size for t in shards[-1]) + one.size > SHARD_BYTES:
+            shards.append([])
+        shards[-1].append(one)
+    many = len(shards) > 1
+    names = [f"model-{i:05}-of-{len(shards):05}.safetensors" if many else SINGLE for i in range(1, len(shards) + 1)]
+    empty = WeightFile(b"", {"format": "pt"}, ())
+    return {folder / name: empty.holding(shard) for name, shard in zip(names, shards, strict=True)}
+
+
+def in_order(name: str) -> list[tuple[str, int]]:
+    """Returns what to sort names by, so that layer 10 comes after layer 9."""
+    return [(text, int(number or 0)) for text, number in re.findall(r"(\D+)(\d*)", name)]

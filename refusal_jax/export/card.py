@@ -20,6 +20,12 @@ USE = {
     "lora": "An adapter for `peft`: `PeftModel.from_pretrained(base, folder)`. {tied}",
     "gguf": "A control vector for llama.cpp: `llama-cli -m MODEL.gguf --control-vector control-vector.gguf`.",
 }
+# What follows from the base model's weights being dequantised.
+DEQUANTISED = {
+    "hf": "This copy holds them in bfloat16, without what the base model's config.json said of quantisation.",
+    "lora": "The adapter was made of, and verified with, these weights in bfloat16.",
+    "gguf": "The control vector was verified with these weights in bfloat16.",
+}
 ADAPTER_TIED = (
     "The base model's embedding is also its unembedding; as an adapter the edit concerns the embedding alone, merged it changes "
     "both."
@@ -67,6 +73,7 @@ def write_card(folder: pathlib.Path, source: pathlib.Path, report: dict, command
     sections = [
         f"# {base['name']}, refusal direction {'ablated' if report['edit']['kind'] == 'ablate' else 'added'}",
         _what(report),
+        *([f"{report['dequantised']} {DEQUANTISED[form]}"] if "dequantised" in report else []),
         USE[form].format(tied=ADAPTER_TIED if report["tied"] == "untie" else "").strip(),
         "## Safety\n\n" + SAFETY,
         "## Measured\n\n" + _measured(report),

@@ -1,6 +1,7 @@
 """Writes an edited HF checkpoint: the whole checkpoint is copied, and only the edited tensors change.
 
-Headers, shard layout, index and all other files stay as they were, unless tensors are added: an unembedding, or biases.
+Headers, shard layout, index and all other files stay as they were, unless tensors are added: an unembedding, or biases. From
+weights that are dequantised as they are read, files are made anew in bfloat16.
 """
 
 import dataclasses
@@ -17,12 +18,15 @@ from refusal_jax.export.tensor_edits import BIAS_SWITCHES, bias_additions, wante
 from refusal_jax.files import read_json, to_json
 from refusal_jax.models.families import TABLES, hf_shapes
 from refusal_jax.models.hf_config import from_hf
+from refusal_jax.models.quantisation import without_quantisation
 from refusal_jax.progress import Progress
 
 THREADS = 8  # at most; each holds a block of rows
 # What to do with an embedding that is also the unembedding: give the model an unembedding of its own, the embedding as it
 # was; let the edit change both; edit neither.
 TIED = ("untie", "keep", "skip")
+# Files beside the weights that tell loaders how these are quantised, which they are not any more in an export.
+QUANTISATION_FILES = ("quantize_config.json", "quant_config.json", "hf_quant_config.json", "recipe.yaml")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,8 +99,8 @@ class Plan:
     def write(self, folder: pathlib.Path) -> Written:
         """Writes into an empty folder. Raises UserError for values that are not finite, OSError for a disk that refuses."""
         checkpoint = self.checkpoint
-        copy_other_files(checkpoint.folder, folder)
-        if self.config:
+        copy_other_files(checkpoint.folder, folder, (*QUANTISATION_FILES, INDEX) if checkpoint.anew else ())
+        if self.config or checkpoint.anew:
             self._write_config(folder)
         hashes = {}
         pool = ThreadPoolExecutor(min(THREADS, os.cpu_count() or 1))
@@ -110,15 +114,22 @@ class Plan:
         return Written(self.edits, self.tied, added, hashes)
 
     def _write_config(self, folder: pathlib.Path) -> None:
-        """Makes config.json say what changed, and the index, if there is one, name the tensors that are new."""
-        hf = read_json(self.checkpoint.folder / "config.json")
+        """Makes config.json say what changed, and the index, if there is one, name the tensors that are new, or all of them."""
+        source = self.checkpoint.folder
+        hf = read_json(source / "config.json")
+        if self.checkpoint.quantisation is not None:
+            hf = in_bfloat16(hf)
         for part in (hf, hf.get("text_config")):
             if isinstance(part, dict):
                 part |= self.config
         (folder / "config.json").write_bytes(to_json(hf))
-        if not (self.checkpoint.folder / INDEX).exists():
+        if self.checkpoint.anew:
+            if len(self.files) > 1:
+                (folder / INDEX).write_bytes(to_json(self._index()))
             return
-        index = read_json(self.checkpoint.folder / INDEX)
+        if not (source / INDEX).exists():
+            return
+        index = read_json(source / INDEX)
         new = {t: path for path, file in self.files.items() for t in file.tensors if t.name not in index["weight_map"]}
         index["weight_map"] |= {t.name: path.name for t, path in new.items()}
         sizes = {"total_size": sum(t.size for t in new), "total_parameters": sum(math.prod(t.shape) for t in new)}
@@ -128,6 +139,21 @@ class Plan:
                 key: metadata[key] + more for key, more in sizes.items() if isinstance(metadata.get(key), int | float)
             }
         (folder / INDEX).write_bytes(to_json(index))
+
+    def _index(self) -> dict:
+        """Returns the index of files that were made anew."""
+        held = {t.name: path.name for path, file in self.files.items() for t in file.tensors}
+        return {"metadata": {"total_size": self.size}, "weight_map": dict(sorted(held.items()))}
+
+
+def in_bfloat16(hf: dict) -> dict:
+    """Returns the config.json of a quantised checkpoint as that of a copy of its weights in bfloat16."""
+    hf = without_quantisation(hf)
+    for part in (hf, hf.get("text_config")):
+        names = [name for name in ("dtype", "torch_dtype") if isinstance(part, dict) and name in part]
+        if isinstance(part, dict) and (names or part is hf):
+            part |= dict.fromkeys(names or ["torch_dtype"], "bfloat16")
+    return hf
 
 
 def ablated_files(
@@ -160,6 +186,5 @@ def with_zero_biases(checkpoint: Checkpoint, config: dict) -> dict[pathlib.Path,
     file_of = {t.name: path for path, tensors in files.items() for t in tensors}
     for name in sorted(after.keys() - before.keys()):
         weight = checkpoint.tensors[name.removesuffix("bias") + "weight"]
-        size = math.prod(after[name]) * weight.size // math.prod(weight.shape)
-        files[file_of[weight.name]].append(Stored(name, weight.dtype, after[name], None, 0, size))
+        files[file_of[weight.name]].append(Stored(name, weight.dtype, after[name], None))
     return {path: dataclasses.replace(checkpoint.files[path], tensors=tuple(held)) for path, held in files.items()}

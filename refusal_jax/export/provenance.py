@@ -5,7 +5,7 @@ import re
 import time
 
 from refusal_jax.checkpoints.fingerprint import checkpoint_fingerprint
-from refusal_jax.checkpoints.tensor_files import listed
+from refusal_jax.checkpoints.tensors import listed
 from refusal_jax.errors import UserError, VerificationError
 from refusal_jax.export.staging import PROVENANCE, UNVERIFIED
 from refusal_jax.files import file_hash, read_json, to_json

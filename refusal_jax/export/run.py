@@ -20,7 +20,6 @@ from refusal_jax.export.staging import UNVERIFIED, check_target, staged, sync_fi
 from refusal_jax.export.tensor_edits import check_edit
 from refusal_jax.export.verify import Sample, verify
 from refusal_jax.files import to_json
-from refusal_jax.models.config import ModelConfig
 
 FORMATS = ("hf", "lora", "gguf")
 REPORT = "export.json"
@@ -82,25 +81,28 @@ def export(request: Request) -> dict:
             pool.submit(sync_files, folder)  # the disk works while the processor does
             found = verify(checkpoint, folder, edit, written, sample) if sample else None
         seconds["verify"] = round(time.monotonic() - start - seconds["write"], 3)
-        report = describe(request, cfg, written, base, found) | {"seconds": seconds}
+        report = describe(request, checkpoint, written, base, found) | {"seconds": seconds}
         (folder / REPORT).write_bytes(to_json(report))
         write_card(folder, request.source, report, request.command)
         verified = found is not None and not found["problems"]
         if not verified:
             reasons = found["problems"] if found else ["verification was switched off"]
             (folder / UNVERIFIED).write_text("".join(f"{reason}\n" for reason in reasons), encoding="utf-8")
-        kept = ("format", "edit", "direction", "base", "tied")
-        record = {key: report[key] for key in kept} | {"verified": verified, "command": request.command}
+        kept = ("format", "edit", "direction", "base", "tied", "dequantised")
+        record = {key: report[key] for key in kept if key in report} | {
+            "verified": verified,
+            "command": request.command,
+        }
         write_provenance(folder, record, written.hashes)
     return report
 
 
-def describe(request: Request, cfg: ModelConfig, written: hf.Written, base: dict, found: dict | None) -> dict:
-    """Returns the report of an export, in plain values."""
+def describe(request: Request, checkpoint: Checkpoint, written: hf.Written, base: dict, found: dict | None) -> dict:
+    """Returns the report of an export, in plain values. "dequantised" is in it where the checkpoint's weights are quantised."""
     direction = request.edit.direction
     report = {
         "format": request.form,
-        "edit": request.edit.described(cfg),
+        "edit": request.edit.described(checkpoint.cfg),
         "direction": {"count": len(direction.raw_jd), "sha256": direction.sha256, "files": direction.files},
         "base": base,
         "tied": written.tied,
@@ -112,4 +114,6 @@ def describe(request: Request, cfg: ModelConfig, written: hf.Written, base: dict
         "losses": request.study.losses,
         "verification": found,
     }
+    if checkpoint.quantisation is not None:
+        report["dequantised"] = checkpoint.quantisation.note
     return json.loads(to_json(report))

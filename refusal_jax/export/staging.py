@@ -4,8 +4,9 @@ import contextlib
 import os
 import pathlib
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
+from refusal_jax.checkpoints.remote import STUB
 from refusal_jax.errors import UserError
 from refusal_jax.files import check_file, lock
 
@@ -100,13 +101,14 @@ def sync_files(folder: pathlib.Path) -> None:
             sync(path)
 
 
-def copy_other_files(source: pathlib.Path, staging: pathlib.Path) -> None:
-    """Copies all files but the weights, contents of links instead of links; hidden files and other weight formats stay
-    behind. Raises UserError for what is neither a file nor a folder."""
+def copy_other_files(source: pathlib.Path, staging: pathlib.Path, without: Sequence[str] = ()) -> None:
+    """Copies all files but the weights, contents of links instead of links; hidden files, other weight formats and files of the
+    names `without` stay behind. Raises UserError for what is neither a file nor a folder."""
     for path in sorted(source.rglob("*")):
         relative = path.relative_to(source)
         hidden = any(part.startswith(".") for part in relative.parts)
-        if path.is_dir() or hidden or path.name.endswith(WEIGHTS) or path.name == PROVENANCE:
+        left = path.name == PROVENANCE or path.name in without
+        if path.is_dir() or hidden or left or path.name.removesuffix(STUB).endswith(WEIGHTS):
             continue
         check_file(path)
         (staging / relative).parent.mkdir(parents=True, exist_ok=True)

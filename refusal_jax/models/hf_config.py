@@ -8,8 +8,8 @@ from refusal_jax.files import read_json
 from refusal_jax.models.config import ModelConfig
 from refusal_jax.models.hf_attributes import Reader
 from refusal_jax.models.hf_readers import READERS
+from refusal_jax.models.quantisation import quantisation_of, without_quantisation
 
-QUANTISATION = "quantization_config"
 ADAPTER = "adapter_config.json"
 MERGE = """
 
@@ -26,8 +26,8 @@ def from_hf(hf: dict, where: str = "config.json") -> ModelConfig:
     """Returns the `ModelConfig` of an HF config given as a dict.
 
     Of a multimodal config (one with a `text_config`) the text model is read. Raises UserError that lists everything
-    wrong at once: unknown architecture, quantised weights, missing or malformed attributes, and non-default attributes
-    that this code does not handle.
+    wrong at once: missing or malformed attributes, and non-default attributes that this code does not handle; before that, for an
+    unknown architecture and for weights quantised by a method that cannot be read.
     """
     model_type = hf.get("model_type")
     if not isinstance(model_type, str) or model_type not in READERS:
@@ -36,11 +36,8 @@ def from_hf(hf: dict, where: str = "config.json") -> ModelConfig:
             f"{', '.join(sorted(READERS))}.{did_you_mean(model_type, READERS)} "
             "Use a checkpoint of one of these architectures, or add this one: see docs/extending.md."
         )
-    if hf.get(QUANTISATION):
-        raise UserError(
-            f"{where} describes weights quantised with {shown(_quantisation(hf[QUANTISATION]))}, which cannot be edited "
-            "exactly. Use the original float16, bfloat16 or float32 checkpoint of the model."
-        )
+    quantisation_of(hf)
+    hf = without_quantisation(hf)
     hf, beside = _text_part(hf, where) if model_type in MULTIMODAL else (hf, {})
     read = Reader(hf, where)
     config = READERS[model_type](read)
@@ -70,14 +67,6 @@ def _text_part(hf: dict, where: str) -> tuple[dict, dict]:
     beside = {k: v for k, v in hf.items() if k not in MULTIMODAL[hf["model_type"]] | {"text_config"}}
     # Whether the embeddings are tied is said here for the whole model, and what the text part says does not count.
     return text | {"tie_word_embeddings": beside.pop("tie_word_embeddings", True)}, beside
-
-
-def _quantisation(spec) -> str:
-    """Returns the name of a quantisation format, for messages."""
-    if not isinstance(spec, dict):
-        return "unknown"
-    old = "bitsandbytes" if spec.get("load_in_4bit") or spec.get("load_in_8bit") else "unknown"
-    return str(spec.get("quant_method") or old)
 
 
 def load_config(folder: str | pathlib.Path) -> ModelConfig:

@@ -25,6 +25,7 @@ from refusal_jax.edits import Edits
 from refusal_jax.errors import UserError, field, setting
 from refusal_jax.models.decoder import Decoder
 from refusal_jax.models.finite import check_finite
+from refusal_jax.models.quantisation import read_quantisation
 from refusal_jax.models.scores import refusal_score
 from refusal_jax.models.sharding import replicate
 from refusal_jax.plan.programs import Group, Program, Shapes
@@ -150,8 +151,10 @@ def setup(study: Study, positions: int, refusal_ids: Sequence[int], openings: Se
     def named(ids) -> list[dict]:
         return [{"id": i, "text": text} for i, text in zip(ids, model.chat.token_names(ids), strict=True)]
 
+    quantisation = read_quantisation(study.folder)
     return {
         "model": str(study.folder.resolve()),
+        **({"dequantised": quantisation.note} if quantisation else {}),
         "dtype": str(model.decoder.dtype),
         "n_layers": model.config.n_layers,
         "d_model": model.config.d_model,
@@ -260,13 +263,17 @@ def setup_lines(setup: dict) -> list[str]:
         f"Prompts: bundled ({', '.join(bundled)}). They are made for the embedded model, and results on another mean "
         f"little: give all six sets, {field('data.harmful_train', 'FILE')} and so on."
     )
-    return [warning] * bool(bundled) + [
-        f"Chat template: {setup['chat_template']}, thinking {'on' if setup['thinking'] else 'off'}. Post-instruction "
-        f"tokens: {' '.join(token['text'] for token in setup['post_instruction_tokens'])}",
-        f"Refusal tokens, from {setup['refusal_tokens_from']}"
-        f"{' (mean probability after harmful and harmless prompts)' if openings else ''}: {', '.join(tokens)}",
-        *filter(None, [decoding_line(setup)]),
-    ]
+    return (
+        [warning] * bool(bundled)
+        + [setup["dequantised"]] * ("dequantised" in setup)
+        + [
+            f"Chat template: {setup['chat_template']}, thinking {'on' if setup['thinking'] else 'off'}. Post-instruction "
+            f"tokens: {' '.join(token['text'] for token in setup['post_instruction_tokens'])}",
+            f"Refusal tokens, from {setup['refusal_tokens_from']}"
+            f"{' (mean probability after harmful and harmless prompts)' if openings else ''}: {', '.join(tokens)}",
+            *filter(None, [decoding_line(setup)]),
+        ]
+    )
 
 
 def values(findings: Findings) -> dict:

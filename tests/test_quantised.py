@@ -1,0 +1,129 @@
+"""Quantised checkpoints are dequantised as they are read, to exactly what their formats say, in any part; and exported in
+bfloat16."""
+
+import json
+import pathlib
+
+import ml_dtypes
+import numpy as np
+import pytest
+import quantised
+import tiny
+import torch
+from exports import exported, transformers_agrees
+from safetensors.numpy import load_file
+from safetensors.torch import load_file as torch_load
+from safetensors.torch import save_file as torch_save
+
+from refusal_jax.checkpoints.load import load_decoder
+from refusal_jax.checkpoints.tensor_files import SINGLE, TensorFiles
+from refusal_jax.errors import UserError
+
+PARTS = ((), (slice(3, 41),), (slice(0, 5), slice(7, 90)), (slice(33, 34), slice(40, 41)), (slice(2, 2),))
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    return tiny.tiny_llama(tmp_path_factory.mktemp("source"), head_dim=16, mlp=96, layers=2)
+
+
+@pytest.fixture(scope="module", params=quantised.FORMATS)
+def case(request, source, tmp_path_factory):
+    """A quantised checkpoint's folder and the weights that it stands for."""
+    folder = tmp_path_factory.mktemp("quantised") / request.param
+    return folder, quantised.quantise(source, folder, request.param)
+
+
+def test_values_are_those_of_the_format_in_any_part(case):
+    folder, meant = case
+    files = TensorFiles.open(folder)
+    assert files.tensors.keys() == meant.keys()
+    for name, values in meant.items():
+        for part in PARTS if values.ndim == 2 else ((),):
+            np.testing.assert_array_equal(files.read(name, part), values.numpy()[part], err_msg=f"{name} {part}")
+    rounded = np.empty(meant["model.layers.0.mlp.down_proj.weight"].shape, ml_dtypes.bfloat16)
+    before = files.bytes_read
+    files.read_into("model.layers.0.mlp.down_proj.weight", (), rounded)
+    assert files.bytes_read - before == files.tensors["model.layers.0.mlp.down_proj.weight"].nbytes
+    np.testing.assert_array_equal(rounded, meant["model.layers.0.mlp.down_proj.weight"].numpy().astype(rounded.dtype))
+
+
+def test_the_decoder_computes_what_the_weights_stand_for(case):
+    folder, plain = case[0], case[0].with_name(f"{case[0].name}-plain")
+    ours, theirs = (load_decoder(path) for path in (folder, plain))
+    for path, weight in theirs.weights().items():
+        np.testing.assert_array_equal(ours.weights()[path], weight)
+
+
+def test_an_export_is_a_bfloat16_checkpoint(case, tmp_path):
+    folder, meant = case
+    report = exported(folder, tmp_path / "out")
+    assert report["verification"]["problems"] == []
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert "quantization_config" not in config and config["dtype"] == "bfloat16"
+    written = load_file(tmp_path / "out" / "model.safetensors")
+    assert written.keys() == meant.keys()
+    for name, values in meant.items():
+        assert written[name].dtype == (ml_dtypes.bfloat16 if values.ndim > 1 else np.float32)
+        if name not in report["edited_tensors"]:
+            np.testing.assert_array_equal(written[name], values.numpy().astype(written[name].dtype))
+    transformers_agrees(tmp_path / "out")
+    what = TensorFiles.open(folder).quantisation.what
+    assert what in report["dequantised"] and what in (tmp_path / "out" / "README.md").read_text()
+    assert json.loads((tmp_path / "out" / "refusal_jax.json").read_text())["dequantised"] == report["dequantised"]
+
+
+def broken(source, folder, name: str, **changes) -> pathlib.Path:
+    """A quantised checkpoint with tensors changed: by module of the first layer and ending, a tensor or None."""
+    quantised.quantise(source, folder, name)
+    tensors = torch_load(folder / SINGLE)
+    for key, value in changes.items():
+        key = "model.layers.0.self_attn.q_proj." + key
+        tensors.pop(key, None)
+        tensors |= {} if value is None else {key: value}
+    torch_save(tensors, folder / SINGLE, {"format": "pt"})
+    return folder
+
+
+Q = r"model\.layers\.0\.self_attn\.q_proj"
+
+
+@pytest.mark.parametrize(
+    "name,changes,settings,found",
+    [
+        ("fp8-block", {"weight_scale_inv": None}, {}, rf"{Q}\.weight, F8_E4M3, has no scale"),
+        ("fp8-block", {"weight_scale": torch.ones(1)}, {}, rf"{Q}\.weight, F8_E4M3, has two scales"),
+        (
+            "fp8-block",
+            {},
+            {"weight_block_size": [32, 32]},
+            r"scale_inv is F32 \[\d, \d\], which does not fit .* blocks of 32 x",
+        ),
+        ("fp8-block", {}, {"modules_to_not_convert": ["self_attn.q_proj"]}, "names self_attn.q_proj as not quantised"),
+        (
+            "fp8-row",
+            {"weight_scale": torch.ones(3)},
+            {},
+            r"is F32 \[3\], which does not fit .*with a scale for all of it or",
+        ),
+    ],
+)
+def test_tensors_that_do_not_fit_the_config(source, tmp_path, name, changes, settings, found):
+    folder = broken(source, tmp_path / "broken", name, **changes)
+    spec = json.loads((folder / "config.json").read_text())["quantization_config"]
+    tiny.edit_json(folder / "config.json", quantization_config=spec | settings)
+    with pytest.raises(UserError, match=f"do not fit the quantization_config of its config.json.*{found}"):
+        TensorFiles.open(folder)
+
+
+def test_a_config_that_says_otherwise_than_the_tensors(source, tmp_path):
+    quantised.quantise(source, tmp_path / "fp8", "fp8-block")
+    config = tmp_path / "fp8" / "config.json"
+    tiny.edit_json(config, quantization_config=None)
+    with pytest.raises(
+        UserError, match=r"are quantised \(fp8.*its config.json has no quantization_config, which says how"
+    ):
+        load_decoder(tmp_path / "fp8")
+    tiny.edit_json(tmp_path / "fp8-plain" / "config.json", quantization_config={"quant_method": "fp8"})
+    with pytest.raises(UserError, match=r"no tensor is quantised so \(found: .*F32"):
+        TensorFiles.open(tmp_path / "fp8-plain")
