@@ -484,7 +484,10 @@ GROUPS = {"group_0": {"weights": {"num_bits": 4, "type": "int"}, "targets": ["Li
         ({"bits": 4}, "quant_method = None is not supported"),
         ({"quant_method": "fp8", "weight_block_size": [128]}, r"weight_block_size = \[128\], expected two positive"),
         ({"quant_method": "fp8", "expert_dtype": "fp4"}, "expert_dtype = 'fp4' is not supported"),
-        ({"quant_method": "modelopt", "quant_algo": "W4A8_AWQ"}, "'modelopt' with quant_algo = 'W4A8_AWQ' is not"),
+        (
+            {"quant_method": "modelopt", "quant_algo": "W4A8_AWQ"},
+            "quant_method = 'modelopt' with quant_algo = 'W4A8_AWQ' is not",
+        ),
         ({"load_in_4bit": True, "bnb_4bit_quant_type": "af4"}, "bnb_4bit_quant_type = 'af4', expected nf4 or fp4"),
         ({"quant_method": "gptq", "bits": 5}, "bits = 5 of GPTQ, expected one of 2, 3, 4, 8"),
         ({"quant_method": "gptq", "bits": "4"}, "bits = '4' is no int"),

@@ -113,7 +113,10 @@ def test_every_tensor_of_a_new_header_begins_at_a_multiple_of_its_size(tmp_path)
     new = file.holding([by_name["a"], added, by_name["b"], zeros])
     assert write(new, tmp_path / "new") == digest(tmp_path / "new")
     found = opened(tmp_path / "new")
-    assert all(t.start % {"F16": 2, "F32": 4}[t.dtype] == 0 for t in found.tensors) and len(found.header) % 8 == 0
+    assert (
+        all(t.source.extent.start % {"F16": 2, "F32": 4}[t.dtype] == 0 for t in found.tensors)
+        and len(found.header) % 8 == 0
+    )
     back = load_file(tmp_path / "new")
     assert back["d"].tobytes() == back["b"].tobytes() == arrays["b"].tobytes() and not back["z"].any()
     with pytest.raises(FileExistsError):
@@ -129,7 +132,9 @@ def test_weights_that_are_no_numbers_and_files_cut_short_are_found(llama, tmp_pa
         fast(source, tmp_path / "out")
     assert not (tmp_path / "out").exists()
     tensor = Checkpoint.open(llama).tensors["lm_head.weight"]
-    late = dataclasses.replace(tensor, start=tensor.start + 10**6, stop=tensor.stop + 10**6)
+    extent = tensor.source.extent
+    beyond = dataclasses.replace(extent, start=extent.start + 10**6, stop=extent.stop + 10**6)
+    late = dataclasses.replace(tensor, source=dataclasses.replace(tensor.source, extent=beyond))
     with pytest.raises(UserError, match=r"safetensors could not be read \(it ends at byte [\d,]+, before its header"):
         late.rows()
 

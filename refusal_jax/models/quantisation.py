@@ -125,7 +125,7 @@ def _fbgemm(given: Quantisation) -> Quantisation:
 
 def _modelopt(given: Quantisation) -> Quantisation:
     inner = given.settings.get("quantization")
-    settings = given.settings | inner if isinstance(inner, Mapping) else given.settings
+    settings = {**given.settings, **inner} if isinstance(inner, Mapping) else given.settings
     algorithm = settings.get("quant_algo")
     if algorithm not in ("FP8", "NVFP4"):
         raise unreadable(f"quant_method = 'modelopt' with quant_algo = {shown(algorithm)} is not supported")

@@ -37,7 +37,7 @@ def scaled(
 
     block: how many rows and columns share a scale; None: all of the weight, or of a row, by the shape of the scales.
     """
-    if len(weight.shape) == 3 and len(scale.shape) == 3 and len(scale) == len(weight):
+    if len(weight.shape) == 3 and scale.shape[:-2] == weight.shape[:1]:
         pairs = [(part(weight, i), part(scale, i)) for i in range(weight.shape[0])]
         found = [scaled(parts, *pair, block) for pair in pairs]
         whole = tuple(matrix for matrix in found if isinstance(matrix, Dequantised))
