@@ -119,6 +119,25 @@ FAMILIES = {
         },
     },
     "olmo2": HEADS | {"biased": {"attention_bias": True}},
+    "olmo3": {
+        k: {"sliding_window": 6, "num_hidden_layers": 4} | v
+        for k, v in (
+            HEADS
+            | {
+                "biased": {"attention_bias": True},
+                "yarn": {
+                    "rope_parameters": {"full_attention": YARN, "sliding_attention": GEMMA3_ROPES["sliding_attention"]}
+                },
+            }
+        ).items()
+    },
+    "seed_oss": {
+        k: {"head_dim": 16, "attention_out_bias": k == "mha", "mlp_bias": k == "mqa"} | v for k, v in HEADS.items()
+    }
+    | {"unbiased": {"head_dim": 8, "attention_bias": False}},
+    "ernie4_5": {k: {"head_dim": 8, "use_bias": k == "mqa"} | v for k, v in HEADS.items()}
+    | {"untied": {"head_dim": 16, "tie_word_embeddings": False}},
+    "cwm": {k: {"head_dim": 16, "sliding_window": 5, "num_hidden_layers": 4} | v for k, v in HEADS.items()},
     "granite": HEADS | {"scaled": GRANITE | {"mlp_bias": True}},
     "glm": {k: {"head_dim": 8} | v for k, v in HEADS.items()},
     "glm4": {k: {"head_dim": 16} | v for k, v in HEADS.items()}

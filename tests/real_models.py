@@ -482,6 +482,54 @@ OTHERS = {
     ),
 }
 
+# --- Llama's relatives with windows or biases of their own ----------------------------------------------------------
+
+OLMO_3_ROPE = {"attention_factor": 1.2079441541679836, "beta_fast": 32, "beta_slow": 1, "factor": 8.0}
+OLMO_3_ROPE |= {"original_max_position_embeddings": 8192, "rope_type": "yarn"}
+OLMO_3 = OLMO_2 | {"model_type": "olmo3", "architectures": ["Olmo3ForCausalLM"], "rope_scaling": OLMO_3_ROPE}
+OLMO_3 |= {"sliding_window": 4096}
+CWM_ROPE = LLAMA_3_1_ROPE | {"factor": 16.0}
+
+RELATIVES = {
+    "Olmo-3-7B-Instruct": Real(
+        "allenai/Olmo-3-7B-Instruct",
+        7_298_011_136,
+        OLMO_3
+        | shape(4096, 32, 32, 32, 11008, 100278, 65536)
+        | {"layer_types": ["sliding_attention", "sliding_attention", "sliding_attention", "full_attention"] * 8},
+    ),
+    "Olmo-3.1-32B-Instruct": Real(
+        "allenai/Olmo-3.1-32B-Instruct", 32_233_522_176, OLMO_3 | shape(5120, 64, 40, 8, 27648, 100278, 65536)
+    ),
+    "Seed-OSS-36B-Instruct": Real(
+        "ByteDance-Seed/Seed-OSS-36B-Instruct",
+        36_151_104_512,
+        family("seed_oss", "SeedOssForCausalLM", hidden_act="silu", attention_bias=True, attention_out_bias=False)
+        | shape(5120, 64, 80, 8, 27648, 155136, 524288, head_dim=128, rope_theta=10000000.0)
+        | {
+            "attention_dropout": 0.1,
+            "mlp_bias": False,
+            "residual_dropout": 0.1,
+            "rms_norm_eps": 1e-6,
+            "rope_scaling": {"rope_type": "default"},
+            "tie_word_embeddings": False,
+        },
+    ),
+    "ERNIE-4.5-0.3B-PT": Real(
+        "baidu/ERNIE-4.5-0.3B-PT",
+        360_748_032,
+        family("ernie4_5", "Ernie4_5ForCausalLM", hidden_act="silu", head_dim=128, rms_norm_eps=1e-5)
+        | shape(1024, 18, 16, 2, 3072, 103424, 131072, rope_theta=500000.0, tie_word_embeddings=True, use_bias=False),
+    ),
+    "cwm": Real(
+        "facebook/cwm",
+        32_581_097_472,
+        family("cwm", "CwmForCausalLM", hidden_act="silu", head_dim=128, rms_norm_eps=1e-5, mlp_bias=False)
+        | shape(6144, 64, 48, 8, 21504, 128256, 131072, rope_theta=1000000.0, rope_scaling=CWM_ROPE)
+        | {"sliding_window": 8192, "tie_word_embeddings": False},
+    ),
+}
+
 # --- Families in which some layers have no rope ----------------------------------------------------------------------
 
 SMOLLM_3 = family("smollm3", "SmolLM3ForCausalLM", hidden_act="silu", attention_bias=False, attention_dropout=0.0)
@@ -794,4 +842,6 @@ MIXTURES = {
     ),
 }
 
-REAL_MODELS = QWEN_1 | LLAMAS | GEMMAS | QWENS | MISTRALS | PHIS | OTHERS | ROPELESS | COHERES | HUNYUANS | MIXTURES
+REAL_MODELS = (
+    QWEN_1 | LLAMAS | GEMMAS | QWENS | MISTRALS | PHIS | OTHERS | RELATIVES | ROPELESS | COHERES | HUNYUANS | MIXTURES
+)

@@ -196,7 +196,9 @@ def wanted_edits(checkpoint: Checkpoint, edit: Ablate, tied: str | None) -> dict
 
 
 # Families whose MLP may have biases, with the attribute of config.json that says so, for checkpoints that have none.
-BIAS_SWITCHES = {"llama": ("mlp_bias", True), "granite": ("mlp_bias", True), "qwen": ("no_bias", False)}
+BIAS_SWITCHES = dict.fromkeys(("llama", "granite", "seed_oss", "cwm"), ("mlp_bias", True)) | {
+    "qwen": ("no_bias", False)
+}
 
 
 def bias_additions(cfg: ModelConfig, edit: Add) -> dict[str, Addition]:

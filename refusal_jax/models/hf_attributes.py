@@ -169,7 +169,9 @@ class Reader:
         defaults = DEFAULTS | (defaults or {})
         sizes = {}
         for field, (name, kind) in SIZES.items():
-            sizes[field] = self.take(names.get(field, name), defaults.get(field), kind, required=field not in defaults)
+            take = self.take_optional if field in ("n_kv_heads", "head_dim") and field in defaults else self.take
+            more = {} if field in defaults else {"required": True}
+            sizes[field] = take(names.get(field, name), defaults.get(field), kind, **more)
         sizes["activation"] = SAME_ACTIVATION.get(str(sizes["activation"]), sizes["activation"])
         if sizes["activation"] not in ACTIVATIONS:
             name = names.get("activation", "hidden_act")
@@ -201,6 +203,29 @@ class Reader:
         return self.rope(
             spec, name=name, theta=theta, head_dim=sizes["head_dim"], context=sizes["context_length"], **settings
         )
+
+    def two_ropes(self, sizes: dict, theta: float, local_theta: float, local_name: str = "") -> dict[str, Rope]:
+        """Returns the ropes of layers that see everything and of those with a window, as `config` takes them.
+
+        `rope_scaling` applies to the former only. theta, local_theta: their defaults. local_name: the attribute that the latter
+        is called by where `rope_parameters` does not say it.
+        """
+        ropes, old = self.take("rope_parameters", {}, dict), self.take("rope_scaling", {}, dict)
+        kinds = ("full_attention", "sliding_attention")
+        self.problems += [
+            f"rope_parameters.{k} = {shown(ropes[k])} is not supported" for k in sorted(set(ropes) - {*kinds})
+        ]
+        wide, narrow = (ropes.get(kind) or {} for kind in kinds)
+        if isinstance(wide, dict):
+            if old.get("type", "default") != "default" and "rope_type" not in old | wide:
+                self.problems.append(
+                    f"rope_scaling = {shown(old)} is read differently by versions of transformers: 4 scales by it, 5 does not, "
+                    "as its kind is called type; call it rope_type if it is meant to count, or remove it"
+                )
+            wide = wide | old
+        local = self.take(local_name, local_theta, float) if local_name else local_theta
+        size = {"head_dim": sizes["head_dim"], "context": sizes["context_length"]}
+        return {"rope": self.main_rope(sizes, theta, wide), "local_rope": self.rope(narrow, theta=local, **size)}
 
     def config(
         self, family: str, sizes: dict, *, rope=None, local_rope=None, windows=None, ropeless=(), **switches

@@ -2,7 +2,6 @@
 
 from functools import partial
 
-from refusal_jax.errors import shown
 from refusal_jax.models.config import ModelConfig
 from refusal_jax.models.hf_attributes import Reader
 
@@ -50,39 +49,15 @@ def _gemma3(read: Reader, family: str = "gemma3_text") -> ModelConfig:
     read.ignore("hidden_act", "_sliding_window_pattern")
     window, every = read.take_optional("sliding_window", 4096, int), read.take("sliding_window_pattern", 6, int)
     windows = read.windows(sizes["n_layers"], window, lambda layer: (layer + 1) % every)
-    ropes = read.take("rope_parameters", {}, dict)
-    unknown = sorted(set(ropes) - {"full_attention", "sliding_attention"})
-    read.problems += [f"rope_parameters.{name} = {shown(ropes[name])} is not supported" for name in unknown]
-    wide, narrow = ropes.get("full_attention") or {}, ropes.get("sliding_attention") or {}
-    old = read.take("rope_scaling", {}, dict)
-    if old.get("type", "default") != "default" and "rope_type" not in {
-        **old,
-        **(wide if isinstance(wide, dict) else {}),
-    }:
-        read.problems.append(
-            f"rope_scaling = {shown(old)} is read differently by versions of transformers: 4 scales by it, 5 does not, as its "
-            "kind is called type; call it rope_type if it is meant to count, or remove it"
-        )
-    if isinstance(wide, dict):
-        wide = wide | old
-    theta = read.take("rope_local_base_freq", 1e4, float)
+    ropes = read.two_ropes(sizes, 1e6, 1e4, "rope_local_base_freq")
     read.only("attn_logit_softcapping", None)
     more = {}
     if family == "gemma3":
         read.only("final_logit_softcapping", None)
     else:
         more["logit_softcap"] = read.take("final_logit_softcapping", None, float)
-    return _gemma_config(
-        read,
-        family,
-        sizes,
-        windows=windows,
-        rope=read.main_rope(sizes, 1e6, wide),
-        local_rope=read.rope(narrow, theta=theta, head_dim=sizes["head_dim"], context=sizes["context_length"]),
-        qk_norm="head",
-        **_gemma2_switches(read),
-        **more,
-    )
+    switches = {"qk_norm": "head"} | _gemma2_switches(read) | more
+    return _gemma_config(read, family, sizes, windows=windows, **ropes, **switches)
 
 
 READERS = {

@@ -2,6 +2,7 @@
 
 from functools import partial
 
+from refusal_jax.errors import shown
 from refusal_jax.models.config import ModelConfig
 from refusal_jax.models.hf_attributes import Reader
 from refusal_jax.models.rope import SPAN, is_number
@@ -35,6 +36,50 @@ def _olmo2(read: Reader) -> ModelConfig:
     bias = read.take("attention_bias", False, bool)
     sizes = read.sizes({"norm_eps": 1e-5})
     return read.config("olmo2", sizes, pre_norm=False, post_norm=True, qk_norm="all", qkv_bias=bias, o_bias=bias)
+
+
+def _olmo3(read: Reader) -> ModelConfig:
+    """Reads OLMo 3. Layers with a window have a plain rope; `rope_scaling` applies to the others."""
+    bias, theta = read.take("attention_bias", False, bool), 5e5
+    sizes = read.sizes({"norm_eps": 1e-5})
+    window = read.take_optional("sliding_window", 4096, int)
+    windows = read.windows(sizes["n_layers"], window, lambda layer: (layer + 1) % 4)
+    if not read.hf.get("rope_parameters") and read.hf.get("rope_theta") not in (None, theta):
+        read.problems.append(
+            f"rope_theta = {shown(read.hf['rope_theta'])} is read differently by versions of transformers (5 keeps {theta} in "
+            "layers with a window); write rope_parameters with a rope_theta for full_attention and for sliding_attention"
+        )
+    switches = {"pre_norm": False, "post_norm": True, "qk_norm": "all", "qkv_bias": bias, "o_bias": bias}
+    return read.config("olmo3", sizes, windows=windows, **read.two_ropes(sizes, theta, theta), **switches)
+
+
+def _seed_oss(read: Reader) -> ModelConfig:
+    sizes = read.sizes({"n_kv_heads": 8, "head_dim": 128, "context_length": 524288})
+    biases = {
+        "qkv_bias": read.take("attention_bias", True, bool),
+        "o_bias": read.take("attention_out_bias", False, bool),
+        "mlp_bias": read.take("mlp_bias", False, bool),
+    }
+    return read.config("seed_oss", sizes, **biases)
+
+
+def _ernie(read: Reader) -> ModelConfig:
+    defaults = {"n_kv_heads": 2, "head_dim": 128, "context_length": 131072, "norm_eps": 1e-5, "tied_embeddings": True}
+    sizes, bias = read.sizes(defaults), read.take("use_bias", False, bool)
+    rope = read.main_rope(sizes, 5e5, interleaved=True)
+    return read.config("ernie4_5", sizes, rope=rope, qkv_bias=bias, o_bias=bias, mlp_bias=bias)
+
+
+CWM_ROPE = {"rope_type": "llama3", "rope_theta": 1e6, "factor": 16.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+
+
+def _cwm(read: Reader) -> ModelConfig:
+    sizes = read.sizes({"n_kv_heads": 8, "head_dim": 128, "context_length": 131072, "norm_eps": 1e-5})
+    window = read.take_optional("sliding_window", 8192, int)
+    windows = read.windows(sizes["n_layers"], window, lambda layer: layer % 4)
+    given = read.take("rope_scaling") or read.take("rope_parameters")
+    rope = read.main_rope(sizes, 1e6, given or CWM_ROPE | {SPAN: 8192})
+    return read.config("cwm", sizes, rope=rope, windows=windows, mlp_bias=read.take("mlp_bias", False, bool))
 
 
 def granite_switches(read: Reader) -> dict:
@@ -107,6 +152,10 @@ READERS = {
     "mistral": _mistral,
     "phi3": _phi3,
     "olmo2": _olmo2,
+    "olmo3": _olmo3,
+    "seed_oss": _seed_oss,
+    "ernie4_5": _ernie,
+    "cwm": _cwm,
     "granite": _granite,
     "glm": partial(_glm4, family="glm", post_norm=False),
     "glm4": _glm4,
