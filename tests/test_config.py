@@ -128,7 +128,6 @@ OTHER_VALUE = {
     "num_attention_heads": 8,
     "num_key_value_heads": 4,
     "head_dim": 12,
-    "attention_head_dim": 12,
     "intermediate_size": 26,
     "max_position_embeddings": 28,
     "rms_norm_eps": 3e-2,
@@ -164,7 +163,6 @@ OF_FAMILY = {
         (family, "num_local_experts"): ({"num_experts": None, "num_local_experts": 4}, 5)
         for family in ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "granitemoe", "granitemoeshared", "minimax_m2")
     },
-    ("hunyuan_v1_dense", "attention_head_dim"): ({"head_dim": None}, 12),
     ("glm4_moe", "num_local_experts"): ({"n_routed_experts": None, "num_local_experts": 8}, 12),
     ("glm4_moe", "num_mtp_layers"): ({"num_nextn_predict_layers": None}, 2),
     ("minimax_m2", "rotary_dim"): ({"partial_rotary_factor": None}, 8),

@@ -109,7 +109,8 @@ def _glm4(read: Reader, family: str = "glm4", post_norm: bool = True) -> ModelCo
 def _hunyuan(read: Reader) -> ModelConfig:
     """Reads Hunyuan's dense models. A rope of type "dynamic" with an `alpha` does not depend on the length: its base is that
     of NTK-aware scaling by a constant."""
-    sizes = read.sizes({"norm_eps": 1e-5, "head_dim": read.take("attention_head_dim", None, int)})
+    sizes = read.sizes({"norm_eps": 1e-5})
+    read.ignore("attention_head_dim")  # the same again
     read.same("head_dim", "attention_head_dim")
     for name, value in HUNYUAN_SAYS.items():
         read.only(name, value)
