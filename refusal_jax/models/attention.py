@@ -86,7 +86,7 @@ class Context:
 Segment = tuple[jax.Array, jax.Array, jax.Array]
 
 
-def _probabilities(q_btnh, segments: Sequence[Segment], scale: float, softcap: float | None) -> list[jax.Array]:
+def _probabilities(q_btnh, segments: Sequence[Segment], sinks_n, scale: float, softcap: float | None) -> list[jax.Array]:
     """Returns the softmax over all segments together, float32 `[B, K, G, T, C]` for each; as in `attend`."""
     b, t, n, h = q_btnh.shape
     kv_heads = segments[0][0].shape[1]
@@ -103,23 +103,30 @@ def _probabilities(q_btnh, segments: Sequence[Segment], scale: float, softcap: f
         return jnp.where(allowed_btc[:, None, None], scores, jnp.finfo(jnp.float32).min)
 
     scores = [score(k, allowed) for k, _, allowed in segments]
-    highest = functools.reduce(jnp.maximum, (jnp.max(s, axis=-1, keepdims=True) for s in scores))
+    sinks = [] if sinks_n is None else [sinks_n.astype(jnp.float32).reshape(1, kv_heads, n // kv_heads, 1, 1)]
+    highest = functools.reduce(jnp.maximum, [*(jnp.max(s, axis=-1, keepdims=True) for s in scores), *sinks])
     weights = [jnp.exp(s - highest) for s in scores]
-    total = functools.reduce(operator.add, (jnp.sum(w, axis=-1, keepdims=True) for w in weights))
+    totals = [*(jnp.sum(w, axis=-1, keepdims=True) for w in weights), *(jnp.exp(s - highest) for s in sinks)]
+    total = functools.reduce(operator.add, totals)
     return [w / total for w in weights]
 
 
 def attend(
-    q_btnh: Float[jax.Array, "B T N H"], segments: Sequence[Segment], scale: float, softcap: float | None
+    q_btnh: Float[jax.Array, "B T N H"],
+    segments: Sequence[Segment],
+    sinks_n: Float[jax.Array, " N"] | None,
+    scale: float,
+    softcap: float | None,
 ) -> Float[jax.Array, "B T N*H"]:
     """Returns grouped-query attention over one or more segments of keys and values, softmax in float32.
 
     Scores of all segments share one softmax. Cached and new keys stay separate arrays: to attend, a decode step need not copy the
-    cache. scale multiplies the scores, which `softcap` then bends.
+    cache. scale multiplies the scores, which `softcap` then bends. sinks_n: a score of each head that takes part in the softmax
+    and has no value, so that a head need not attend to anything.
     """
     b, t, n, h = q_btnh.shape
     precision = "highest" if q_btnh.dtype == jnp.float32 else None
-    probabilities = _probabilities(q_btnh, segments, scale, softcap)
+    probabilities = _probabilities(q_btnh, segments, sinks_n, scale, softcap)
     parts = [
         jnp.einsum("bkgtc,bkch->bkgth", p.astype(v.dtype), v, precision=precision)
         for p, (_, v, _) in zip(probabilities, segments, strict=True)
@@ -129,13 +136,19 @@ def attend(
 
 
 def pattern(
-    q_bqnh: Float[jax.Array, "B Q N H"], segments: Sequence[Segment], scale: float, softcap: float | None
+    q_bqnh: Float[jax.Array, "B Q N H"],
+    segments: Sequence[Segment],
+    sinks_n: Float[jax.Array, " N"] | None,
+    scale: float,
+    softcap: float | None,
 ) -> Float[jax.Array, "B N Q C"]:
     """Returns the probabilities with which `attend` weighs the values of all segments, one after the other, for these queries
-    alone; exactly 0 where a query may not attend."""
+    alone; exactly 0 where a query may not attend. With sinks they sum to less than 1."""
     b, q, n, _ = q_bqnh.shape
     found = [
         jnp.where(allowed_bqc[:, None, None], p_bkgqc, 0.0)
-        for p_bkgqc, (_, _, allowed_bqc) in zip(_probabilities(q_bqnh, segments, scale, softcap), segments, strict=True)
+        for p_bkgqc, (_, _, allowed_bqc) in zip(
+            _probabilities(q_bqnh, segments, sinks_n, scale, softcap), segments, strict=True
+        )
     ]
     return jnp.concatenate(found, axis=-1).reshape(b, n, q, -1)

@@ -45,6 +45,7 @@ class ModelConfig:
     qkv_bias: bool = False
     o_bias: bool = False
     mlp_bias: bool = False
+    sinks: bool = False  # each head has a score without a key that takes part in its softmax
     qkv_clip: float | None = None  # queries, keys and values are clipped to +- this
     query_scale: float = 1.0  # multiplies q . k
     attention_softcap: float | None = None  # scores become cap * tanh(score / cap)

@@ -113,9 +113,9 @@ class Block(Stack):
         if past is not None and view.allowed_btc is not None:
             segments.insert(0, (*past, view.allowed_btc))
         q, norm_d = placed("q", q), w("attn_post_norm")
-        z = attend(q, segments, cfg.query_scale, cfg.attention_softcap)
+        z = attend(q, segments, w("sinks"), cfg.query_scale, cfg.attention_softcap)
         norm_d = None if norm_d is None else cfg.norm_offset + norm_d.astype(jnp.float32)
-        return Heads(q, segments, z, self.out("o", z), w("o"), w("o_bias"), norm_d), (k, v)
+        return Heads(q, segments, w("sinks"), z, self.out("o", z), w("o"), w("o_bias"), norm_d), (k, v)
 
     def mlp(self, h_btd: Float[jax.Array, "B T D"], layer: Layer, apart: Stack | None) -> Float[jax.Array, "B T D"]:
         """Returns the MLP of its input, which may be a mixture of experts. apart: as in `__call__`."""

@@ -22,14 +22,15 @@ from refusal_jax.taps import ALONG_SITES, HEAD_SITES, Taps
 class Heads:
     """One layer's attention on the way from its queries to the residual stream.
 
-    q_btnh: queries, `[B, T, N, H]`. segments: what they attend to. z_btf: outputs of the heads, `[B, T, N * H]`. out_btd: their
-    output projection with its bias, `[B, T, D]`, before any post-norm. o_df, o_bias_d: the weight and bias of the projection, the
-    latter None without one. norm_d: what a post-norm multiplies its input with besides dividing it by its norm, None without a
-    post-norm.
+    q_btnh: queries, `[B, T, N, H]`. segments, sinks_n: what they attend to, as in `attend`. z_btf: outputs of the heads,
+    `[B, T, N * H]`. out_btd: their output projection with its bias, `[B, T, D]`, before any post-norm. o_df, o_bias_d: the weight
+    and bias of the projection, the latter None without one. norm_d: what a post-norm multiplies its input with besides dividing
+    it by its norm, None without a post-norm.
     """
 
     q_btnh: jax.Array
     segments: list[Segment]
+    sinks_n: jax.Array | None
     z_btf: jax.Array
     out_btd: jax.Array
     o_df: jax.Array
@@ -48,7 +49,8 @@ def read_heads(cfg: ModelConfig, mesh, heads: Heads, edits: Edits, gate_r, taps:
     read = {"z": z_bpnh}
     if taps.asks("pattern", "result_along_by_source"):
         segments = [(k, v, taps.cut(allowed)) for k, v, allowed in heads.segments]
-        pattern_bnqt = pattern(taps.cut(heads.q_btnh), segments, cfg.query_scale, cfg.attention_softcap)
+        q_bqnh = taps.cut(heads.q_btnh)
+        pattern_bnqt = pattern(q_bqnh, segments, heads.sinks_n, cfg.query_scale, cfg.attention_softcap)
         read["pattern"] = constrain(mesh, pattern_bnqt, "batch", divided)
     if taps.asks(*ALONG_SITES):
         along_bd = _before_norm(cfg, heads, edits, gate_r, taps.along)

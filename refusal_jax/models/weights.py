@@ -100,6 +100,8 @@ def _attention(cfg: ModelConfig) -> dict[str, Weight]:
         }
     if cfg.o_bias:
         block["o_bias"] = Weight((d,), ("norm",), 0.0)
+    if cfg.sinks:
+        block["sinks"] = Weight((cfg.n_heads,), ("heads",), 0.0, queries)
     if cfg.qk_norm == "each":
         block["q_norm"] = Weight((cfg.n_heads, cfg.head_dim), ("heads", "norm"), None, queries)
         block["k_norm"] = Weight((cfg.n_kv_heads, cfg.head_dim), ("kv_heads", "norm"), None, keys)
