@@ -48,6 +48,12 @@ MODELS = {
     "glm_4_9b": Model("GLM 4 9B (0414)", "zai-org/GLM-4-9B-0414", "v5e-4", 18.8),
     "mixtral_8x7b": Model("Mixtral 8x7B Instruct v0.1", "mistralai/Mixtral-8x7B-Instruct-v0.1", "v6e-8", 93.4),
     "qwen3_30b_a3b": Model("Qwen 3 30B (128 experts, 8 a token)", "Qwen/Qwen3-30B-A3B", "v6e-4", 61.1),
+    "gpt_oss_20b": Model(
+        "gpt-oss 20B (32 experts, 4 a token), from a copy in bfloat16",
+        "openai/gpt-oss-20b",
+        "v5e-8",
+        41.8,
+    ),
     "olmoe_1b_7b": Model(
         "OLMoE 1B-7B Instruct (64 experts, 8 a token)",
         "allenai/OLMoE-1B-7B-0924-Instruct",

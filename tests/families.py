@@ -177,6 +177,12 @@ FAMILIES = {
     "olmoe": {k: EXPERTS | v for k, v in HEADS.items()}
     | {"clipped": EXPERTS | {"clip_qkv": 0.7, "norm_topk_prob": True}},
 }
+GPT_OSS = {"head_dim": 16, "num_local_experts": 5, "num_experts_per_tok": 2, "swiglu_limit": 0.8, "sliding_window": 6}
+FAMILIES["gpt_oss"] = {
+    "gqa": GPT_OSS | {"rope_parameters": YARN | {"truncate": False}},
+    "unbiased": GPT_OSS
+    | {"attention_bias": False, "tie_word_embeddings": True, "swiglu_alpha": 1.0, "num_experts_per_tok": 1},
+}
 ROPE_VARIANTS = {
     "linear": ROPES["linear"],
     "llama3": ROPES["llama3"],

@@ -721,6 +721,30 @@ GRANITE_MOE |= {"attention_multiplier": 0.015625, "logits_scaling": 6.0, "num_ex
 GRANITE_MOE |= {"output_router_logits": False, "router_aux_loss_coef": 0.0, "rope_theta": 10000000.0}
 del GRANITE_MOE["mlp_bias"]
 
+GPT_OSS = family("gpt_oss", "GptOssForCausalLM", hidden_act="silu", attention_bias=True, attention_dropout=0.0)
+GPT_OSS |= {
+    "experts_per_token": 4,
+    "head_dim": 64,
+    "initial_context_length": 4096,
+    "num_experts_per_tok": 4,
+    "output_router_logits": False,
+    "rms_norm_eps": 1e-5,
+    "rope_scaling": {
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
+        "factor": 32.0,
+        "original_max_position_embeddings": 4096,
+        "rope_type": "yarn",
+        "truncate": False,
+    },
+    "rope_theta": 150000,
+    "router_aux_loss_coef": 0.9,
+    "sliding_window": 128,
+    "swiglu_limit": 7.0,
+    "tie_word_embeddings": False,
+}
+GPT_OSS |= {"layer_types": ["sliding_attention", "full_attention"] * 12}
+
 MIXTURES = {
     "Qwen1.5-MoE-A2.7B-Chat": Real(
         "Qwen/Qwen1.5-MoE-A2.7B-Chat",
@@ -821,6 +845,18 @@ MIXTURES = {
         "Qwen/Qwen3-235B-A22B",
         235_093_634_560,
         QWEN_3_MOE | shape(4096, 94, 64, 4, 12288, 151936, 40960, moe_intermediate_size=1536, max_window_layers=94),
+    ),
+    "gpt-oss-20b": Real(
+        "openai/gpt-oss-20b",
+        20_914_757_184,
+        GPT_OSS | shape(2880, 24, 64, 8, 2880, 201088, 131072, num_local_experts=32),
+    ),
+    "gpt-oss-120b": Real(
+        "openai/gpt-oss-120b",
+        116_829_156_672,
+        GPT_OSS
+        | shape(2880, 36, 64, 8, 2880, 201088, 131072, num_local_experts=128)
+        | {"layer_types": ["sliding_attention", "full_attention"] * 18},
     ),
     "OLMoE-1B-7B-0924-Instruct": Real(
         "allenai/OLMoE-1B-7B-0924-Instruct",

@@ -100,6 +100,8 @@ ON = {
     "no_bias": False,
     "layer_norm_epsilon": 1e-2,
     "logit_scale": 0.5,
+    "swiglu_alpha": 1.5,
+    "swiglu_limit": 0.3,
     "use_qk_norm": True,
     "rotary_emb_base": 100.0,
     "rotary_pct": 0.5,
@@ -163,6 +165,7 @@ OF_FAMILY = {
         (family, "num_local_experts"): ({"num_experts": None, "num_local_experts": 4}, 5)
         for family in ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "granitemoe", "granitemoeshared", "minimax_m2")
     },
+    ("gpt_oss", "max_position_embeddings"): ({}, 200_000),  # beyond what its default rope stretches to
     ("glm4_moe", "num_local_experts"): ({"n_routed_experts": None, "num_local_experts": 8}, 12),
     ("glm4_moe", "num_mtp_layers"): ({"num_nextn_predict_layers": None}, 2),
     ("minimax_m2", "rotary_dim"): ({"partial_rotary_factor": None}, 8),

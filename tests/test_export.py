@@ -94,7 +94,7 @@ def test_exactly_the_writers_are_edited_every_expert_among_them(case):
     wanted |= {"blocks.shared_down"} if cfg.d_shared else set()
     wanted |= {"blocks.dense_down"} if cfg.dense_layers else set()
     assert names == {name for path in wanted for name in hf_names(cfg, path)}
-    experts = 1 if case.family.startswith("granitemoe") else cfg.n_experts  # one tensor of all of them
+    experts = 1 if case.family.startswith(("granitemoe", "gpt_oss")) else cfg.n_experts  # one tensor of all of them
     mlps = len(cfg.sparse_layers) * (experts + bool(cfg.d_shared)) + cfg.n_layers - len(cfg.sparse_layers)
     assert len(names) >= 1 + cfg.n_layers + mlps
     untied = {TABLES[case.family]["unembed"]} if cfg.tied_embeddings else set()
@@ -201,6 +201,7 @@ BIASED = {
     "llama": {"mlp_bias": False},
     "granite": {"mlp_bias": True, "residual_multiplier": 0.6},
     "qwen": {"no_bias": True},
+    "gpt_oss": {"num_experts_per_tok": 3},  # whose weights sum to 1, and so does what all their biases gain
 }
 
 
@@ -218,9 +219,9 @@ def test_an_addition_is_a_bias_of_the_block_before(tmp_path, family):
     assert report["edited_tensors"] == {name: "addition"} and found["problems"] == []
     assert found["export"]["max_logit_difference"] < 1e-3 < 0.1 < found["original"]["max_logit_difference"]
     cfg = load_config(tmp_path / "out")
-    assert cfg.mlp_bias and load_config(source).mlp_bias == (family == "granite")
+    assert cfg.mlp_bias and load_config(source).mlp_bias == (family in ("granite", "gpt_oss"))
     new = differences(source, tmp_path / "out") - {name}
-    assert all(not tensors_of(tmp_path / "out")[other].any() for other in new) and bool(new) == (family != "granite")
+    assert all(not tensors_of(tmp_path / "out")[other].any() for other in new) and bool(new) == (family not in ("granite", "gpt_oss"))
     assert report["added_bytes"] == sum(tensors_of(tmp_path / "out")[n].nbytes for n in new | {name}) * bool(new)
     TensorFiles.open(tmp_path / "out")  # the index tells the truth
     transformers_agrees(tmp_path / "out")

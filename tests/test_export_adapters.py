@@ -20,7 +20,7 @@ from refusal_jax.models.families import TABLES
 
 # With biases where a family may have them, experts, norms behind the writers, another order of names, scaled embeddings.
 # Our own reading of adapters is tried on those that differ in it.
-VERIFIED = ("llama", "gemma3", "mixtral", "granitemoe")
+VERIFIED = ("llama", "gemma3", "mixtral", "gpt_oss", "granitemoe")
 FAMILIES = {
     "llama": "biased",
     "gemma3": "gqa",
@@ -29,6 +29,7 @@ FAMILIES = {
     "mixtral": "gqa",
     "qwen3_moe": "gqa",
     "olmoe": "gqa",
+    "gpt_oss": "gqa",
     "qwen2_moe": "alternating",
     "glm4_moe": "grouped",
     "granitemoe": "scaled",

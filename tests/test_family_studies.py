@@ -42,7 +42,15 @@ def test_the_whole_study_runs(family, variant, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "family,variant", [("phi3", "longrope"), ("gemma3", "gqa"), ("glm4", "mqa"), ("olmoe", "clipped")]
+    "family,variant",
+    [
+        ("phi3", "longrope"),
+        ("gemma3", "gqa"),
+        ("glm4", "mqa"),
+        ("olmoe", "clipped"),
+        ("gpt_oss", "gqa"),
+        ("cohere", "normed"),
+    ],
 )
 def test_a_mesh_changes_nothing(family, variant, tmp_path):
     """Fused tensors are cut across their parts, experts along their width, and what does not divide is replicated."""

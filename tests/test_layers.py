@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from test_config import ON, SMALL, read
 
-from refusal_jax.models.layers import ACTIVATE, GATED, experts, route
+from refusal_jax.models.layers import ACTIVATE, experts, route
 
 # tokens, experts, experts a token, how much the router prefers the first experts
 CASES = {
@@ -35,10 +35,10 @@ def test_experts(case, renormalise):
         h[:, 0], router[:, 0] = 1, 0
         router[:chosen, 0] = preference
     shapes = {"gate": (f, d), "up": (f, d), "down": (d, f)}
-    stack = {name: rng.normal(size=(layers, count, *shapes[name])).astype(np.float32) * 0.3 for name in GATED}
+    stack = {name: rng.normal(size=(layers, count, *shapes[name])).astype(np.float32) * 0.3 for name in shapes}
 
     def dense(expert):
-        gate, up, down = (stack[name][1, expert] for name in GATED)
+        gate, up, down = (stack[name][1, expert] for name in shapes)
         return (np.asarray(ACTIVATE[cfg.activation](h @ gate.T)) * (h @ up.T)) @ down.T
 
     own = {"router": router}
@@ -49,7 +49,7 @@ def test_experts(case, renormalise):
         assert set(picked.ravel()) == set(range(chosen))
     assert not renormalise or np.allclose(share.sum(1), 1)
     expected = sum(share[:, [expert]] * dense(expert) for expert in range(count))
-    ours = jax.jit(lambda stack, layer, h: experts(cfg, own.get, stack.get, layer, h))(stack, 1, h)
+    ours = jax.jit(lambda stack, layer, h: experts(cfg, stack.get, layer, h, *route(cfg, own.get, h)))(stack, 1, h)
     np.testing.assert_allclose(np.asarray(ours), expected, rtol=1e-4, atol=1e-4)
 
 
@@ -59,7 +59,7 @@ def test_no_product_of_every_token_with_every_expert():
     shapes = {"gate": (2, 64, f, d), "up": (2, 64, f, d), "down": (2, 64, d, f)}
     shapes = {name: jax.ShapeDtypeStruct(shape, "float32") for name, shape in shapes.items()}
     router, h = (jax.ShapeDtypeStruct(shape, "float32") for shape in ((64, d), (tokens, d)))
-    run = jax.jit(lambda router, stack, h: experts(cfg, {"router": router}.get, stack.get, 0, h))
+    run = jax.jit(lambda router, stack, h: experts(cfg, stack.get, 0, h, *route(cfg, {"router": router}.get, h)))
     program = run.lower(router, shapes, h).compile()
     blocks = tokens * 2 // 32 + 64  # as many rows as pairs, and at most one block a expert that is not full
     assert program.memory_analysis().temp_size_in_bytes < 3 * blocks * 32 * d * 4 < tokens * 64 * d * 4

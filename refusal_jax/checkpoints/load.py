@@ -145,7 +145,8 @@ def save_weights(decoder: Decoder, folder: pathlib.Path) -> None:
     """Writes `model.safetensors` in HF's names and layout: `load_decoder` backwards, for models of one file."""
     weights, shapes, tensors = jax.device_get(decoder.weights()), hf_shapes(decoder.cfg), {}
     for piece in pieces(decoder.cfg):
-        value = np.asarray(weights[piece.path])[piece.index][: piece.stop - piece.start]
+        value = np.asarray(weights[piece.path])[piece.index][: len(range(piece.start, piece.stop, piece.step))]
         whole = tensors.setdefault(piece.name, np.empty(shapes[piece.name], value.dtype))
-        whole[(*piece.within, slice(piece.start, piece.stop))] = value
+        expert = tuple(slice(i, i + 1) for i in piece.within)
+        piece.of(whole[expert], piece.start, piece.stop)[...] = value
     save_file(dict(sorted(tensors.items())), folder / SINGLE, metadata={"format": "pt"})

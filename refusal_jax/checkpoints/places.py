@@ -71,8 +71,9 @@ class Place:
         for (*outer, rows), runs in self.bands.items():
             cells = len(self.own(rows)) * sum(math.prod(map(len, run)) for run in runs)
             for index in itertools.product(*outer):
-                tensor = files.tensors[self.pieces[index].name]
-                total += cells * tensor.nbytes // max(math.prod(tensor.shape), 1)
+                piece = self.pieces[index]
+                tensor = files.tensors[piece.name]
+                total += cells * piece.step * tensor.nbytes // max(math.prod(tensor.shape), 1)
         return total
 
     def own(self, rows: range) -> range:
@@ -103,14 +104,11 @@ class Place:
                 values = found[leading, run] = np.empty([*map(len, (*outer, rows)), *map(len, run)], self.dtype)
                 for at in np.ndindex(*map(len, outer)):
                     piece = self.pieces[tuple(a[i] for a, i in zip(outer, at, strict=True))]
-                    wanted = slice(piece.start + own.start, piece.start + own.stop)
-                    outer_of_file = (slice(i, i + 1) for i in piece.within)
-                    target = values[at][: len(own)]
-                    files.read_into(
-                        piece.name,
-                        (*outer_of_file, wanted, *(slice(a.start, a.stop) for a in run)),
-                        target.reshape((1,) * len(piece.within) + target.shape),
-                    )
+                    target, span = values[at][: len(own)], piece.span(own, tuple(slice(a.start, a.stop) for a in run))
+                    if piece.plain:
+                        files.read_into(piece.name, span, target.reshape((1,) * len(piece.within) + target.shape))
+                    else:
+                        target[...] = piece.of(files.read(piece.name, span))
                     values[at][len(own) :] = 0
                 finite = finite and all_finite(values)
         return Slab(ranges, [self._part(found, held) for held in self.held.values()], finite)

@@ -22,7 +22,7 @@ from refusal_jax.export.hf import THREADS, Written
 from refusal_jax.export.tensor_edits import Projection, wanted_edits
 from refusal_jax.files import to_json
 from refusal_jax.models.config import ModelConfig
-from refusal_jax.models.families import TABLES
+from refusal_jax.models.families import TABLES, TRANSPOSED
 from refusal_jax.progress import each
 
 ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -30,7 +30,7 @@ TIED = ("untie", "skip")
 PREFIX = "base_model.model."
 # The matrix of an expert that writes, and the tensor of those of all experts.
 EXPERT = re.compile(r"(.*\.)(?:block_sparse_moe|mlp)\.experts\.(\d+)\.(?:w2|down_proj)\.weight")
-EXPERTS = re.compile(r"(.*\.block_sparse_moe\.)output_linear\.weight")
+EXPERTS = re.compile(r"(.*\.block_sparse_moe\.)output_linear\.weight|(.*\.mlp\.)experts\.down_proj")
 
 
 def module_name(cfg: ModelConfig, name: str) -> str:
@@ -46,7 +46,12 @@ def experts_of(cfg: ModelConfig, name: str) -> tuple[str, range] | None:
     one, all_of_them = EXPERT.fullmatch(name), EXPERTS.fullmatch(name)
     if one:
         return f"{one[1]}mlp.experts", range(int(one[2]), int(one[2]) + 1)
-    return (f"{all_of_them[1]}experts", range(cfg.n_experts)) if all_of_them else None
+    return (f"{all_of_them[1] or all_of_them[2]}experts", range(cfg.n_experts)) if all_of_them else None
+
+
+def stored_bias(cfg: ModelConfig, name: str) -> str:
+    """Returns the name in an adapter of an edited bias, which is a parameter of a module that the adapter wraps."""
+    return f"{PREFIX}{module_name(cfg, name)}.base_layer.{name.rsplit('.', 1)[1]}"
 
 
 def check_expressible(cfg: ModelConfig, edit: Ablate | Add, tied: str) -> Ablate:
@@ -76,12 +81,8 @@ def write_lora(checkpoint: Checkpoint, folder: pathlib.Path, edit: Ablate | Add,
     edits = wanted_edits(checkpoint, ablation, chosen)
     rank = max(one.left_dj.shape[1] for one in edits.values())
     tensors, modules, experts = {}, [], {}
-    matrices = {name: one for name, one in edits.items() if not name.endswith(".bias")}
-    biases = {
-        f"{PREFIX}{module_name(cfg, name)}.base_layer.bias": one(checkpoint.rows(name))
-        for name, one in edits.items()
-        if name not in matrices
-    }
+    matrices = {name: one for name, one in edits.items() if not name.endswith("bias")}
+    biases = {stored_bias(cfg, name): one(checkpoint.rows(name)) for name, one in edits.items() if name not in matrices}
     with ThreadPoolExecutor(min(THREADS, os.cpu_count() or 1)) as pool:
         found = pool.map(lambda name: factors(checkpoint.tensors[name], matrices[name], rank), matrices)
         found = list(each(found, "exporting", "tensor", len(matrices)))
@@ -127,7 +128,9 @@ def factors(
     """Returns A `[J, in]` and B `[out, J]` of a tensor's edit, with zeros up to the rank; `[J, V]` and `[D, J]` of an
     embedding; `[E, J, in]` and `[out, J]` of a tensor of all experts."""
     left, right = edit.factors
-    if edit.by_rows:
+    if edit.by_rows and len(tensor.shape) > 2:
+        a = np.concatenate([np.einsum("efd,dj->ejf", block, right) for _, block in tensor.blocks()])
+    elif edit.by_rows:
         a = np.concatenate([np.einsum("nd,dj->jn", block, right) for _, block in tensor.blocks()], axis=1)
     elif len(tensor.shape) > 2:
         a = np.concatenate([np.einsum("edf,dj->ejf", block, right) for _, block in tensor.blocks()])
@@ -158,9 +161,11 @@ class AdaptedWeights:
         rows, held = self.checkpoint.rows(name, start, stop), experts_of(self.cfg, name)
         module = held[0] if held else module_name(self.cfg, name)
         stop = self.checkpoint.tensors[name].count if stop is None else stop
-        if name.endswith(".bias"):
-            edited = self.tensors.get(f"{PREFIX}{module}.base_layer.bias")
+        if name.endswith("bias"):
+            edited = self.tensors.get(stored_bias(self.cfg, name))
             return rows if edited is None else edited[start:stop]
+        if not held and not name.endswith(".weight"):  # another parameter of a module that holds experts
+            return rows
         embeds = name == TABLES[self.cfg.family]["embed"]
         names = [f"{PREFIX}{module}.lora_{f'embedding_{x}' if embeds else f'{x}.weight'}" for x in "AB"]
         if names[0] not in self.tensors:
@@ -173,6 +178,7 @@ class AdaptedWeights:
             count = self.cfg.n_experts
             a_ejf, b_dje = a.reshape(count, -1, a.shape[1]), b.reshape(len(b), -1, count)
             if len(held[1]) == count and rows.ndim == 3:
-                return rows + np.einsum("dje,ejf->edf", b_dje, a_ejf)[start:stop]
+                change = np.einsum("dje,ejf->edf", b_dje, a_ejf)[start:stop]
+                return rows + (change.swapaxes(1, 2) if self.cfg.family in TRANSPOSED else change)
             a, b = a_ejf[held[1].start], b_dje[..., held[1].start]
         return rows + b[start:stop] @ a

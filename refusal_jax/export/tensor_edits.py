@@ -134,13 +134,14 @@ def projection(
     basis_jd: Float64[np.ndarray, "J D"],
     scale_d: Float64[np.ndarray, " D"] | None = None,
     scale: float = 1.0,
+    transposed: bool = False,
 ) -> Projection | None:
     """Returns the edit that takes the orthonormal `basis_jd` out of what the weight `path` writes.
 
-    scale_d: what a norm after it multiplies by (None: there is no norm). scale: which part of what is there is removed. Returns
-    None where the norm lets nothing of the directions through.
+    scale_d: what a norm after it multiplies by (None: there is no norm). scale: which part of what is there is removed.
+    transposed: whether its tensor is `[in, out]`. Returns None where the norm lets nothing of the directions through.
     """
-    by_rows, basis_dj = path == "embed" or path in WRITER_BIASES, basis_jd.T
+    by_rows, basis_dj = transposed or path == "embed" or path in WRITER_BIASES, basis_jd.T
     if scale_d is None:
         return Projection(basis_dj, basis_dj, by_rows, "orthogonal", scale)
     seen_dj = basis_dj * scale_d[:, None]
@@ -176,7 +177,7 @@ def tensor_edits(checkpoint: Checkpoint, edit: Ablate) -> dict[str, Projection]:
         if cfg.post_norm and site in POST_NORMS:
             norm = TABLES[cfg.family][POST_NORMS[site]].format(l=piece.layer)
             scale_d = cfg.norm_offset + checkpoint.rows(norm).astype(np.float64)
-        one = projection(piece.path, edit.direction.basis_jd, scale_d, edit.scale)
+        one = projection(piece.path, edit.direction.basis_jd, scale_d, edit.scale, piece.transposed)
         if one is not None:
             edits[piece.name] = one
     return edits

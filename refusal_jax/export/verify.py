@@ -158,7 +158,8 @@ def plain_edits(checkpoint: Checkpoint, edit: Ablate) -> dict:
     for piece in pieces(checkpoint.cfg):
         site = (WRITERS | WRITER_BIASES).get(piece.path)
         if site and edit.reaches(piece.layer or 0, site):
-            found[piece.name] = projection(piece.path, edit.direction.basis_jd, scale=edit.scale)
+            basis_jd, turned = edit.direction.basis_jd, piece.transposed
+            found[piece.name] = projection(piece.path, basis_jd, scale=edit.scale, transposed=turned)
     return found
 
 

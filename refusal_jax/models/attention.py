@@ -86,7 +86,9 @@ class Context:
 Segment = tuple[jax.Array, jax.Array, jax.Array]
 
 
-def _probabilities(q_btnh, segments: Sequence[Segment], sinks_n, scale: float, softcap: float | None) -> list[jax.Array]:
+def _probabilities(
+    q_btnh, segments: Sequence[Segment], sinks_n, scale: float, softcap: float | None
+) -> list[jax.Array]:
     """Returns the softmax over all segments together, float32 `[B, K, G, T, C]` for each; as in `attend`."""
     b, t, n, h = q_btnh.shape
     kv_heads = segments[0][0].shape[1]

@@ -42,6 +42,9 @@ class ModelConfig:
         ""  # "head": each head's queries and keys are normed; "each": with weights of its own; "all": all together
     )
     norm_after_rope: bool = False  # queries and keys are normed once they are rotated
+    gate_slope: float = 1.0  # a, where an MLP's gate is activation(a * gate) / a
+    gated_limit: float | None = None  # an MLP's gate is at most this, its other branch from - this to this
+    up_offset: float = 0.0  # is added to the other branch
     qkv_bias: bool = False
     o_bias: bool = False
     mlp_bias: bool = False
@@ -55,6 +58,7 @@ class ModelConfig:
     logit_divisor: float = 1.0
     n_experts: int = 0  # 0: one dense MLP
     experts_per_token: int = 0
+    router_bias: bool = False
     router_scores: str = "softmax"  # or "sigmoid": what the router makes of its logits
     router_correction: bool = False  # each expert has a constant that is added to its score for the choice only
     expert_groups: int = 1  # the experts are in so many groups,

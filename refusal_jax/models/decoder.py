@@ -24,9 +24,9 @@ from refusal_jax.models.attention import Context, Segment, View, attend
 from refusal_jax.models.cache import Cache
 from refusal_jax.models.config import ModelConfig
 from refusal_jax.models.head_taps import Heads, read_heads
-from refusal_jax.models.layers import GATED, linear, lookup, mixture, mlp, normed, row_parallel, sharded_mixture
+from refusal_jax.models.layers import linear, lookup, mixture, mlp, normed, row_parallel, sharded_mixture
 from refusal_jax.models.sharding import constrain, constrain_residual, split_for, weight_place, weight_spec
-from refusal_jax.models.weights import Weight, beside_experts, names_apart, weight_table
+from refusal_jax.models.weights import Weight, mixture_names, names_apart, weight_table
 from refusal_jax.taps import NO_TAPS, Taps
 
 # Parameters by path, or their shapes.
@@ -132,12 +132,12 @@ class Block(Stack):
             return mlp(cfg, here, h_btd, partial(self.out, weight=here), kind)
 
         def sparse(h_btd):
-            stacks = {name: apart.weight(name) for name in GATED}
+            stacks = {name: apart.weight(name) for name in mixture_names(cfg, per_expert=True)}
             if self.mesh is None:
                 h_td = h_btd.reshape(-1, h_btd.shape[-1])
                 return mixture(cfg, here, stacks.get, layer.place, h_td).reshape(h_btd.shape)
-            weights = {name: here(name) for name in beside_experts(cfg)}
-            specs = {name: self.spec(name) for name in GATED}
+            weights = {name: here(name) for name in mixture_names(cfg, per_expert=False)}
+            specs = {name: self.spec(name) for name in stacks}
             specs |= {name: jax.sharding.PartitionSpec(*self.spec(name)[1:]) for name in weights}
             return sharded_mixture(self.mesh, specs, cfg, weights, stacks, layer.place, h_btd)
 

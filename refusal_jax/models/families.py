@@ -112,6 +112,15 @@ GRANITE_MOE = LLAMA | {
     "blocks.shared_down": "model.layers.{l}.shared_mlp.output_linear.weight",
 }
 MINIMAX_M2 = MIXTRAL | {"blocks.router_correction": "model.layers.{l}.block_sparse_moe.e_score_correction_bias"}
+GPT_OSS = LLAMA | {
+    "blocks.sinks": "model.layers.{l}.self_attn.sinks",
+    "blocks.router": "model.layers.{l}.mlp.router.weight",
+    "blocks.router_bias": "model.layers.{l}.mlp.router.bias",
+    **{f"blocks.{part}": "model.layers.{l}.mlp.experts.gate_up_proj" for part in ("gate", "up")},
+    **{f"blocks.{part}_bias": "model.layers.{l}.mlp.experts.gate_up_proj_bias" for part in ("gate", "up")},
+    "blocks.down": "model.layers.{l}.mlp.experts.down_proj",
+    "blocks.down_bias": "model.layers.{l}.mlp.experts.down_proj_bias",
+}
 TABLES = {
     "llama": LLAMA,
     "mistral": LLAMA,
@@ -144,7 +153,12 @@ TABLES = {
     "granitemoe": GRANITE_MOE,
     "granitemoeshared": GRANITE_MOE,
     "minimax_m2": MINIMAX_M2,
+    "gpt_oss": GPT_OSS,
 }
+# Decoder paths, by family, whose tensors are laid out otherwise: as `[in, out]`, and with the rows of the paths that share a name
+# taking turns (all of the first rows, then all of the second, …).
+TRANSPOSED = {"gpt_oss": {"blocks.gate", "blocks.up", "blocks.down"}}
+ALTERNATING = {"gpt_oss": {"blocks.gate", "blocks.up", "blocks.gate_bias", "blocks.up_bias"}}
 
 # Tensors that a checkpoint may hold and that the text model's forward pass does not need: what old checkpoints stored
 # although inference recomputes it, and the other parts of a multimodal model.
@@ -160,10 +174,11 @@ WRITER_BIASES = {"blocks.o_bias": "attn_out", "blocks.down_bias": "mlp_out"}
 
 @dataclasses.dataclass(frozen=True)
 class Piece:
-    """One decoder weight in HF's files: rows `start` to `stop` of the tensor `name` are `path[index]`.
+    """One decoder weight in HF's files: rows `start` to `stop` of the tensor `name`, in steps of `step`, are `path[index]`.
 
     index: (), (layer,) or (layer, expert), the layer being counted among those that have such a weight. layer: counted among
-    all. within: (), or (expert,) of a tensor of all experts, whose rows are meant.
+    all. within: (), or (expert,) of a tensor of all experts, whose rows are meant. transposed: whether these are the tensor's
+    columns.
     """
 
     name: str
@@ -173,28 +188,49 @@ class Piece:
     stop: int
     layer: int | None = None
     within: tuple[int, ...] = ()
+    step: int = 1
+    transposed: bool = False
+
+    @property
+    def plain(self) -> bool:
+        """Returns whether rows of the weight are whole rows of the tensor, one after the other."""
+        return self.step == 1 and not self.transposed
+
+    def span(self, rows: range, columns: tuple[slice, ...]) -> tuple[slice, ...]:
+        """Returns the smallest part of the tensor that holds these rows and columns of the weight."""
+        first = self.start + self.step * rows.start
+        axes = (slice(first, first + self.step * (len(rows) - 1) + 1 if rows else first), *columns)
+        return (*(slice(i, i + 1) for i in self.within), *(axes[::-1] if self.transposed else axes))
+
+    def of(self, part: np.ndarray, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """Returns a view of a part of the tensor, that of the weight's expert alone, as rows and columns of the weight; start,
+        stop: where its rows are in the part."""
+        matrix = part[(0,) * len(self.within)]
+        return (matrix.T if self.transposed else matrix)[start : stop : self.step]
 
     def rows(self, read: Callable[..., np.ndarray]) -> np.ndarray:
         """Returns the weight by a function of a tensor's name and a range along its first axis."""
-        if not self.within:
-            return read(self.name, self.start, self.stop)
-        (expert,) = self.within
-        return read(self.name, expert, expert + 1)[0, self.start : self.stop]
+        if not self.within and not self.transposed:
+            return self.of(read(self.name, self.start, self.stop))
+        ranges = ((expert, expert + 1) for expert in self.within)
+        return self.of(read(self.name, *next(ranges, ())), self.start, self.stop)
 
 
 def pieces(cfg: ModelConfig) -> list[Piece]:
     """Returns where every weight of the decoder is in a checkpoint of this config."""
-    found, filled = [], {}
-    for path, weight in weight_table(cfg).items():
+    found, filled, table = [], {}, weight_table(cfg)
+    transposed, alternating = TRANSPOSED.get(cfg.family, ()), ALTERNATING.get(cfg.family, ())
+    for path, weight in table.items():
         template = TABLES[cfg.family][path]
+        turns = [other for other in table if TABLES[cfg.family][other] == template] if path in alternating else [path]
         for place, layer in enumerate(weight.layers or (None,)):
             for expert in range(cfg.n_experts) if weight.per_expert else (None,):
                 name = template.format(l=layer, e=expert)
                 index = tuple(i for i in (None if layer is None else place, expert) if i is not None)
                 within = index[1:] if "{e}" not in template else ()
-                start = filled.get((name, within), 0)
-                stop = filled[name, within] = start + weight.shape[len(index)]
-                found.append(Piece(name, path, index, start, stop, layer, within))
+                start = turns.index(path) or (0 if path in alternating else filled.get((name, within), 0))
+                stop = filled[name, within] = start + len(turns) * (weight.shape[len(index)] - 1) + 1
+                found.append(Piece(name, path, index, start, stop, layer, within, len(turns), path in transposed))
     return found
 
 
@@ -203,7 +239,8 @@ def hf_shapes(cfg: ModelConfig) -> dict[str, tuple[int, ...]]:
     table, shapes = weight_table(cfg), {}
     for piece in pieces(cfg):
         outer = (cfg.n_experts,) * len(piece.within)
-        shapes[piece.name] = (*outer, piece.stop, *table[piece.path].shape[len(piece.index) + 1 :])
+        matrix = piece.stop, *table[piece.path].shape[len(piece.index) + 1 :]
+        shapes[piece.name] = (*outer, *(matrix[::-1] if piece.transposed else matrix))
     return shapes
 
 

@@ -164,14 +164,19 @@ class Reader:
             return [window if kind == "sliding_attention" else None for kind in types]
         return [None] * n_layers
 
-    def sizes(self, defaults: dict | None = None, **names: str) -> dict[str, Any]:
-        """Returns the fields of `SIZES`. defaults: by field. names: fields whose HF attribute is called differently."""
+    def sizes(self, defaults: dict | None = None, **names: str | None) -> dict[str, Any]:
+        """Returns the fields of `SIZES`. defaults: by field. names: fields whose HF attribute is called differently, or None for
+        those that the architecture does not leave to its config."""
         defaults = DEFAULTS | (defaults or {})
         sizes = {}
         for field, (name, kind) in SIZES.items():
+            attribute = names.get(field, name)
+            if attribute is None:
+                sizes[field] = defaults[field]
+                continue
             take = self.take_optional if field in ("n_kv_heads", "head_dim") and field in defaults else self.take
             more = {} if field in defaults else {"required": True}
-            sizes[field] = take(names.get(field, name), defaults.get(field), kind, **more)
+            sizes[field] = take(attribute, defaults.get(field), kind, **more)
         sizes["activation"] = SAME_ACTIVATION.get(str(sizes["activation"]), sizes["activation"])
         if sizes["activation"] not in ACTIVATIONS:
             name = names.get("activation", "hidden_act")

@@ -116,11 +116,22 @@ def normed(
     return ((cfg.norm_offset + scale.astype(jnp.float32)) * x32).astype(x.dtype)
 
 
+def gated(
+    cfg: ModelConfig, gate: Float[jax.Array, "... F"], up: Float[jax.Array, "... F"]
+) -> Float[jax.Array, "... F"]:
+    """Returns the product of an MLP's two branches: activation(gate) * up, both clamped where the architecture says so."""
+    if cfg.gated_limit is not None:
+        gate, up = jnp.minimum(gate, cfg.gated_limit), jnp.clip(up, -cfg.gated_limit, cfg.gated_limit)
+    steep = cfg.gate_slope != 1
+    gate = ACTIVATE[cfg.activation](cfg.gate_slope * gate) / cfg.gate_slope if steep else ACTIVATE[cfg.activation](gate)
+    return gate * (up + cfg.up_offset if cfg.up_offset else up)
+
+
 def mlp(cfg: ModelConfig, w, h_btd: Float[jax.Array, "*B D"], out, kind: str = "") -> Float[jax.Array, "*B D"]:
     """Returns a gated MLP; `w(name)` gives a weight of the block, `out` multiplies with "down". kind: what the names begin
     with."""
     gate, up = (linear(h_btd, w(f"{kind}{name}"), w(f"{kind}{name}_bias")) for name in ("gate", "up"))
-    return out(f"{kind}down", ACTIVATE[cfg.activation](gate) * up)
+    return out(f"{kind}down", gated(cfg, gate, up))
 
 
 def route(cfg: ModelConfig, w, h_td: Float[Array, "T D"]) -> tuple[Int[jax.Array, "T n"], Float[jax.Array, "T n"]]:
@@ -129,6 +140,8 @@ def route(cfg: ModelConfig, w, h_td: Float[Array, "T D"]) -> tuple[Int[jax.Array
     w(name): a weight of the block.
     """
     logits = linear(h_td.astype(jnp.float32), w("router").astype(jnp.float32))
+    if cfg.router_bias:
+        logits = logits + w("router_bias").astype(jnp.float32)
     score = {"softmax": partial(jax.nn.softmax, axis=-1), "sigmoid": jax.nn.sigmoid}[cfg.router_scores]
     scores_te = choice_te = score(logits)
     if cfg.router_correction:
@@ -147,9 +160,6 @@ def route(cfg: ModelConfig, w, h_td: Float[Array, "T D"]) -> tuple[Int[jax.Array
     return chosen_tn, weights_tn * cfg.routed_scale
 
 
-GATED = ("gate", "up", "down")  # the weights that each expert has of its own
-
-
 def mixture(
     cfg: ModelConfig, w, stack, place, h_td: Float[Array, "T D"], once=lambda y_td, name: y_td
 ) -> Float[jax.Array, "T D"]:
@@ -158,7 +168,13 @@ def mixture(
     w(name): a weight of the block. stack, place: as in `experts`. once: what becomes of each of the two before they are summed;
     name: the weight that it was multiplied with last.
     """
-    y_td = once(experts(cfg, w, stack, place, h_td), "down")
+    chosen_tn, weights_tn = route(cfg, w, h_td)
+    y_td = once(experts(cfg, stack, place, h_td, chosen_tn, weights_tn), "down")
+    if cfg.mlp_bias:  # what the experts add whatever they read, by their weights
+        bias_ed = stack("down_bias")[place].astype(jnp.float32)
+        share_te = jnp.einsum("tn,tne->te", weights_tn, jax.nn.one_hot(chosen_tn, cfg.n_experts))
+        added_td = jnp.einsum("te,ed->td", share_te, bias_ed, precision="highest")
+        y_td = y_td + once(added_td.astype(y_td.dtype), "down_bias")
     if not cfg.d_shared:
         return y_td
     shared_td = mlp(cfg, w, h_td, lambda name, x: linear(x, w(name)), "shared_")
@@ -172,7 +188,7 @@ def sharded_mixture(mesh, specs, cfg: ModelConfig, weights, stacks, place, h_btd
     """Runs `mixture` on a mesh: each part of the batch is routed where it is, and each chip computes its features of all
     experts.
 
-    specs: of each of `weights`, the block's own, and of `stacks`, those of `GATED` for all layers. Returns `[B, T, D]`, placed
+    specs: of each of `weights`, the block's own, and of `stacks`, the experts' own in all layers. Returns `[B, T, D]`, placed
     as rows.
     """
 
@@ -202,17 +218,24 @@ def sharded_mixture(mesh, specs, cfg: ModelConfig, weights, stacks, place, h_btd
     return run(weights, stacks, jnp.asarray(place), h_btd)
 
 
-def experts(cfg: ModelConfig, w, stack, place, h_td: Float[Array, "T D"]) -> Float[jax.Array, "T D"]:
-    """Returns a mixture of experts over T tokens, each of which is computed by its chosen experts only.
+def experts(
+    cfg: ModelConfig,
+    stack,
+    place,
+    h_td: Float[Array, "T D"],
+    chosen_tn: Int[Array, "T n"],
+    weights_tn: Float[Array, "T n"],
+) -> Float[jax.Array, "T D"]:
+    """Returns a mixture of experts over T tokens, each of which is computed by its chosen experts only, without the biases of
+    "down".
 
-    w(name): a weight of the block. stack(name): one of `GATED` of all layers that have experts, `[L, E, out, in]`; place: int32
-    scalar, the one wanted.
+    stack(name): "gate", "up" or "down" of all layers that have experts, `[L, E, out, in]`, or a bias, `[L, E, out]`, None where
+    there is none; place: int32 scalar, the layer wanted. chosen_tn, weights_tn: of each token, as `route` gives them.
 
     The (token, expert) pairs are sorted by expert and laid out in blocks of M rows, each of one expert, which a loop over
     the blocks in use multiplies. `jax.lax.ragged_dot` would say the same in one line, but compiles to a product of every
     token with every expert, on CPU and on TPU v5e alike (jax 0.10: 64 times the work for 64 experts).
     """
-    chosen_tn, weights_tn = route(cfg, w, h_td)
     pairs, n = chosen_tn.size, cfg.n_experts
     m = min(256, max(8, 1 << (pairs // n).bit_length()))  # rows of a block: about an expert's share, in tiles
     expert_p = chosen_tn.reshape(-1)
@@ -228,9 +251,13 @@ def experts(cfg: ModelConfig, w, stack, place, h_td: Float[Array, "T D"]) -> Flo
     owner_s = jnp.searchsorted(ends_e, jnp.arange(blocks), side="right")
 
     def block(index, out_smd):
-        gate, up, down = (stack(name)[place, owner_s[index]] for name in GATED)
+        def own(name: str):
+            found = stack(name)
+            return None if found is None else found[place, owner_s[index]]
+
         x = jax.lax.dynamic_index_in_dim(x_smd, index, keepdims=False)
-        y = linear(ACTIVATE[cfg.activation](linear(x, gate)) * linear(x, up), down)
+        gate, up = (linear(x, own(name), own(f"{name}_bias")) for name in ("gate", "up"))
+        y = linear(gated(cfg, gate, up), own("down"))
         return jax.lax.dynamic_update_index_in_dim(out_smd, y, index, 0)
 
     out_smd = jax.lax.fori_loop(0, ends_e[-1], block, jnp.zeros_like(x_smd))

@@ -67,9 +67,9 @@ def names_apart(cfg: ModelConfig) -> set[str]:
     }
 
 
-def beside_experts(cfg: ModelConfig) -> list[str]:
-    """Returns the names of the weights that layers with experts have besides those of each expert, for their MLP."""
-    return [name for name, weight in _experts(cfg).items() if not weight.per_expert]
+def mixture_names(cfg: ModelConfig, per_expert: bool) -> list[str]:
+    """Returns the names of the weights that layers with experts have for their MLP: those of each expert, or those besides."""
+    return [name for name, weight in _experts(cfg).items() if weight.per_expert == per_expert]
 
 
 def _growth(cfg: ModelConfig) -> float:
@@ -138,6 +138,8 @@ def _experts(cfg: ModelConfig) -> dict[str, Weight]:
     }
     # What is added to scores must be as exact as they are; what they are made of then is, too, as in transformers.
     block["router"] = Weight((n, d), ("routes", "embed"), d**-0.5, exact=cfg.router_correction)
+    if cfg.router_bias:
+        block["router_bias"] = Weight((n,), ("routes",), 0.0)
     if cfg.router_correction:
         block["router_correction"] = Weight((n,), ("routes",), 0.0, exact=True)
     if cfg.d_shared:

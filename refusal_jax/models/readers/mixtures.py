@@ -134,6 +134,41 @@ def _minimax_m2(read: Reader) -> ModelConfig:
     )
 
 
+def _gpt_oss(read: Reader) -> ModelConfig:
+    """Reads gpt-oss, whose router makes probabilities of its choice's logits alone: as if it renormalised those of all."""
+    sizes = read.sizes({"n_kv_heads": 8, "head_dim": 64, "context_length": 131072, "norm_eps": 1e-5}, activation=None)
+    read.only("hidden_act", "silu")
+    read.same("experts_per_token", "num_experts_per_tok")
+    read.ignore("experts_per_token", "initial_context_length")
+    window, bias = read.take_optional("sliding_window", 128, int), read.take("attention_bias", True, bool)
+    spec = read.take("rope_scaling") or read.take("rope_parameters") or GPT_OSS_ROPE
+    limit = read.take("swiglu_limit", 7.0, float)
+    return read.config(
+        "gpt_oss",
+        sizes,
+        rope=read.main_rope(sizes, 1.5e5, spec),
+        windows=read.windows(sizes["n_layers"], window, lambda layer: layer % 2 == 0),
+        sinks=True,
+        qkv_bias=bias,
+        o_bias=bias,
+        mlp_bias=True,
+        router_bias=True,
+        gate_slope=read.take("swiglu_alpha", 1.702, float),
+        gated_limit=limit,
+        up_offset=1.0,
+        **_experts(read, 128, 4, True, "num_local_experts"),
+    )
+
+
+# What its config class supplies.
+GPT_OSS_ROPE = {
+    "rope_type": "yarn",
+    "factor": 32.0,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "truncate": False,
+    "original_max_position_embeddings": 4096,
+}
 READERS = {
     "mixtral": _mixtral,
     "qwen2_moe": _qwen2_moe,
@@ -143,4 +178,5 @@ READERS = {
     "granitemoe": _granitemoe,
     "granitemoeshared": _granitemoeshared,
     "minimax_m2": _minimax_m2,
+    "gpt_oss": _gpt_oss,
 }
