@@ -221,7 +221,9 @@ def test_an_addition_is_a_bias_of_the_block_before(tmp_path, family):
     cfg = load_config(tmp_path / "out")
     assert cfg.mlp_bias and load_config(source).mlp_bias == (family in ("granite", "gpt_oss"))
     new = differences(source, tmp_path / "out") - {name}
-    assert all(not tensors_of(tmp_path / "out")[other].any() for other in new) and bool(new) == (family not in ("granite", "gpt_oss"))
+    assert all(not tensors_of(tmp_path / "out")[other].any() for other in new) and bool(new) == (
+        family not in ("granite", "gpt_oss")
+    )
     assert report["added_bytes"] == sum(tensors_of(tmp_path / "out")[n].nbytes for n in new | {name}) * bool(new)
     TensorFiles.open(tmp_path / "out")  # the index tells the truth
     transformers_agrees(tmp_path / "out")

@@ -25,6 +25,7 @@ from refusal_jax.models.sharding import weight_place
 from refusal_jax.models.weights import Weight
 
 ALIGNMENT = 64  # bytes
+STRIP = 64  # columns of a transposed matrix that are copied at a time
 SLAB_BYTES = 32 << 20  # bytes of a weight that are read at a time, for all devices of this process
 
 
@@ -108,7 +109,9 @@ class Place:
                     if piece.plain:
                         files.read_into(piece.name, span, target.reshape((1,) * len(piece.within) + target.shape))
                     else:
-                        target[...] = piece.of(files.read(piece.name, span))
+                        part = np.empty([s.stop - s.start for s in span], self.dtype)
+                        files.read_into(piece.name, span, part)
+                        copy_in_strips(piece.of(part), target)
                     values[at][len(own) :] = 0
                 finite = finite and all_finite(values)
         return Slab(ranges, [self._part(found, held) for held in self.held.values()], finite)
@@ -146,6 +149,13 @@ def joined(runs: list[tuple[range, ...]]) -> list[tuple[range, ...]]:
         else:
             merged.append(run)
     return merged
+
+
+def copy_in_strips(source: Shaped[np.ndarray, "..."], target: Shaped[np.ndarray, "..."]) -> None:
+    """Copies a matrix, or a vector, that lies transposed in memory, strip by strip: several times as fast as at once, since what
+    a strip touches stays in the processor's cache."""
+    for first in range(0, target.shape[-1], STRIP):
+        target[..., first : first + STRIP] = source[..., first : first + STRIP]
 
 
 def all_finite(values: Float[np.ndarray, "..."]) -> bool:
