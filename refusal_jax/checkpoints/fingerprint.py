@@ -13,6 +13,7 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
+from refusal_jax.checkpoints.gguf_mirror import gguf_files, own_tokenizer
 from refusal_jax.errors import UserError
 from refusal_jax.files import cache_folder
 from refusal_jax.progress import Progress
@@ -30,20 +31,25 @@ def checkpoint_fingerprint(folder: pathlib.Path) -> str:
     """Returns a hash, in hex, of the names and contents of a checkpoint's files, which differs if a single byte of them does.
 
     Hidden files and subfolders do not count; weights in formats that are never loaded count by name and size. In the mirror
-    of an address the weights are stubs, which hold what the store says of the version. Raises UserError if the folder or a file
-    of it cannot be read.
+    of an address the weights are stubs, which hold what the store says of the version. For the mirror of a GGUF file only that
+    file's content counts, and its tokenizer's files where the user gave them. Raises UserError if the folder or a file of it
+    cannot be read.
     """
     try:
         paths = sorted(p for p in folder.iterdir() if p.is_file() and not p.name.startswith("."))
+        weights = gguf_files(folder)
+        if weights:
+            paths = [*weights, *own_tokenizer(folder)]
         sizes = {path: path.stat().st_size for path in paths}
-        large = [p for p in paths if sizes[p] > SMALL and not p.name.endswith(NEVER_READ)]
-        hashes = _remembered_hashes(folder, large)
+        unread = {path for path in paths if path.name.endswith(NEVER_READ)} - set(weights)
+        hashes = _remembered_hashes(folder, [path for path in paths if sizes[path] > SMALL and path not in unread])
         digest = hashlib.sha256()
         for path in paths:
-            digest.update(f"{path.name}\0{sizes[path]}\0".encode("utf-8", "surrogateescape"))
+            name = "" if path in weights else path.name
+            digest.update(f"{name}\0{sizes[path]}\0".encode("utf-8", "surrogateescape"))
             if path in hashes:
                 digest.update(bytes.fromhex(hashes[path]))
-            elif not path.name.endswith(NEVER_READ):
+            elif path not in unread:
                 digest.update(path.read_bytes())
     except OSError as error:
         raise UserError(
@@ -54,7 +60,7 @@ def checkpoint_fingerprint(folder: pathlib.Path) -> str:
 
 
 def _remembered_hashes(folder: pathlib.Path, paths: Sequence[pathlib.Path]) -> dict[pathlib.Path, str]:
-    """Returns the sha256 of files of a folder: remembered for those that have not been touched since, computed for the others."""
+    """Returns the sha256 of files, of a folder or what it mirrors: remembered for those that have not been touched since, computed for the others."""
     if not paths:
         return {}
     memory = _memory(folder)

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from refusal_jax.checkpoints.gguf_mirror import as_folder
 from refusal_jax.errors import UserError
 from refusal_jax.files import cache_folder, local_path, read_json, to_json, write_atomically
 from refusal_jax.stores import explained, open_store, store_address
@@ -26,14 +27,16 @@ STAMPS = ("md5Hash", "md5", "crc32c", "ETag", "etag", "generation", "LastModifie
 
 
 def checkpoint_folder(path: str | os.PathLike) -> pathlib.Path:
-    """Returns the folder of a checkpoint on this machine: `path` itself or, for an address such as gs://bucket/folder, its
-    mirror, brought up to date.
+    """Returns the folder of a checkpoint on this machine: `path` itself or, for an address such as gs://bucket/folder and for a
+    GGUF file, its mirror, brought up to date.
 
     Raises UserError if nothing is there, it may not be read, or support for its kind of address is not installed.
     """
     address = store_address(path)
     if address is None:
-        return local_path(path)
+        return as_folder(local_path(path))
+    if address.endswith(".gguf"):
+        raise UserError(f"{address} is a GGUF file, which is read from a disk only. Copy it to this machine and pass its path.")
     with explained(address):
         files, place = open_store(address)
         found = {

@@ -1,6 +1,6 @@
 """Finds the tensors of a checkpoint folder and reads slices of them, whichever file, on a disk or in a store, holds them.
 
-Only safetensors are read; pickled weights are refused. Quantised weights are dequantised as they are read.
+Only safetensors and GGUF files are read; pickled weights are refused. Quantised weights are dequantised as they are read.
 """
 
 import dataclasses
@@ -12,6 +12,7 @@ from types import EllipsisType
 import numpy as np
 from jaxtyping import Shaped
 
+from refusal_jax.checkpoints.gguf_mirror import gguf_files, open_gguf
 from refusal_jax.checkpoints.quantised.formats import dequantised
 from refusal_jax.checkpoints.remote import STUB, RemoteFile, is_there, stub_of
 from refusal_jax.checkpoints.safetensors import Header, LocalFile, RangeFile, read_header, reading, segments
@@ -48,6 +49,8 @@ class TensorFiles:
         Raises UserError for missing, corrupt or outside files, for tensors that are held twice, and for quantised ones that are
         not stored as config.json says.
         """
+        if gguf_files(folder):
+            return cls(folder, *open_gguf(folder), {}, read_quantisation(folder))
         paths, weight_map = checkpoint_files(folder)
         opened = cls(folder, {}, {}, {})
         problems, stored = [], {}

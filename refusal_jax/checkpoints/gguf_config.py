@@ -1,0 +1,395 @@
+"""Makes HF's config of a model from the metadata of its GGUF file, by allow-list: what may change the logits and is not known here
+is an error.
+
+Numbers of float32 are written as they were before they were stored, 1e-06 and not 9.99999997e-07. What llama.cpp derives from
+sizes instead of metadata (Gemma's scale of queries) is derived here in the same way.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from refusal_jax.checkpoints.gguf_blocks import PLAIN
+from refusal_jax.checkpoints.gguf_header import GgufHeader
+from refusal_jax.checkpoints.gguf_tensors import Layout, as_values
+from refusal_jax.errors import UserError, did_you_mean, shown
+
+ROPE_TENSORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
+# Keys of any architecture that tell where a model comes from, or repeat what its tensors say.
+INERT = ("vocab_size", "tensor_data_layout", "rope.scaling.finetuned", "attention.layer_norm_epsilon")
+NOT_MODELS = {
+    "clip": "holds the vision part of a multimodal model (mmproj), not a language model. Pass the file of the language model",
+    "controlvector": "holds a control vector, not a model. Pass the file of the model that it steers",
+    "adapter": "holds an adapter (LoRA) without its model. Merge the two with llama.cpp's llama-export-lora and pass the result",
+    "mmproj": "holds the vision part of a multimodal model (mmproj), not a language model. Pass the file of the language model",
+    "imatrix": "holds an importance matrix, not a model. Pass the file of the model that was quantised with it",
+    "vocab": "holds a vocabulary without weights. Pass the file of the model",
+}
+LLAMA_3_SPANS = (8192, 4096, 16384, 32768)  # tokens of the context before rescaling; 8192 in all models of Meta
+
+
+class Metadata:
+    """Takes an architecture's settings out of a file's metadata, and remembers which, so that the rest can be judged."""
+
+    def __init__(self, header: GgufHeader, architecture: str):
+        self.header, self.architecture = header, architecture
+        self.seen: set[str] = set(INERT)
+        self.problems: list[str] = []
+
+    def has(self, ending: str) -> bool:
+        """Returns whether any tensor's name ends so."""
+        return any(name.endswith(ending) for name in self.header.tensors)
+
+    def take(self, key: str, kind: type, default: Any = None, required: bool = False) -> Any:
+        """Returns a setting; of a list with one value for each layer, that value. Anything wrong becomes a problem."""
+        self.seen.add(key)
+        value = self.header.metadata.get(f"{self.architecture}.{key}")
+        if isinstance(value, list) and value and all(one == value[0] for one in value):
+            value = value[0]
+        if value is None:
+            if required:
+                self.problems.append(f"{self.architecture}.{key} is missing")
+            return default
+        right = type(value) in ((int, float) if kind is float else (kind,))
+        if not right or (kind is not bool and not 0 <= value < 2**31):
+            self.problems.append(f"{self.architecture}.{key} = {shown(value)}, expected one {kind.__name__} in range")
+            return default
+        return plain(value) if kind is float else value
+
+    def only(self, key: str, *values: Any) -> None:
+        """Makes any value of a setting but these a problem."""
+        self.seen.add(key)
+        found = self.header.metadata.get(f"{self.architecture}.{key}")
+        if found is not None and found not in values:
+            self.problems.append(f"{self.architecture}.{key} = {shown(found)}, and only {shown(values[0])} is computed")
+
+    def finish(self) -> None:
+        """Raises UserError if there is any problem. Settings that are zero, false or empty are off."""
+        prefix = f"{self.architecture}."
+        for key, value in sorted(self.header.metadata.items()):
+            if key.startswith(prefix) and key.removeprefix(prefix) not in self.seen and value not in (0, False, "", []):
+                self.problems.append(f"{key[:80]} = {shown(value)} is not supported")
+        if self.problems:
+            raise UserError(
+                f"{self.header.paths[0]} cannot be run faithfully: {'; '.join(self.problems)}. Nothing was loaded, because ignoring "
+                "a setting would give wrong activations. Use the original Hugging Face checkpoint of the model."
+            )
+
+
+def plain(value: float) -> float:
+    """Returns the shortest decimal number that float32 stores as this one."""
+    return float(str(np.float32(value))) if math.isfinite(value) else value
+
+
+@dataclasses.dataclass(frozen=True)
+class Architecture:
+    """An architecture of GGUF. read: returns what is this architecture's own in HF's config. layout: of its tensors."""
+
+    read: Callable[[Metadata, dict], dict]
+    layout: Layout = Layout()
+
+
+def architecture_of(header: GgufHeader) -> Architecture:
+    """Returns the architecture of a GGUF model. Raises UserError for another one, and for files that hold no model."""
+    name, kind = (header.metadata.get(f"general.{key}") for key in ("architecture", "type"))
+    for found in (kind, name):
+        if isinstance(found, str) and found in NOT_MODELS:
+            raise UserError(f"{header.paths[0]} {NOT_MODELS[found]}.")
+    if kind not in (None, "model"):
+        raise UserError(f"{header.paths[0]} says that it holds {shown(kind)}, expected a model.")
+    if not isinstance(name, str) or name not in ARCHITECTURES:
+        raise UserError(
+            f"{header.paths[0]} is of the architecture {shown(name)}, which is not read from GGUF files. Supported: "
+            f"{', '.join(sorted(ARCHITECTURES))}.{did_you_mean(name, ARCHITECTURES)} Use the original Hugging Face checkpoint of "
+            "the model, if its architecture is supported there."
+        )
+    return ARCHITECTURES[name]
+
+
+def gguf_config(header: GgufHeader) -> dict[str, Any]:
+    """Returns HF's config of a GGUF model. Raises UserError for settings that are missing, malformed or not supported."""
+    architecture = architecture_of(header)
+    read = Metadata(header, header.metadata["general.architecture"])
+    hidden, heads = (read.take(key, int, required=True) for key in ("embedding_length", "attention.head_count"))
+    head_dim = read.take("attention.key_length", int) or (hidden or 0) // (heads or 1)
+    embedding = header.tensors.get("token_embd.weight")
+    if embedding is None or len(embedding.shape) != 2:
+        read.problems.append("there is no tensor token_embd.weight, a matrix")
+    read.only("attention.value_length", head_dim)
+    read.only("attention.causal", True)
+    config = {
+        "vocab_size": embedding.shape[0] if embedding else 1,
+        "hidden_size": hidden,
+        "num_hidden_layers": read.take("block_count", int, required=True),
+        "num_attention_heads": heads,
+        "num_key_value_heads": read.take("attention.head_count_kv", int) or heads,
+        "head_dim": head_dim,
+        "intermediate_size": read.take("feed_forward_length", int, required="expert_count" not in _own_keys(read)),
+        "max_position_embeddings": read.take("context_length", int, required=True),
+        "rms_norm_eps": read.take("attention.layer_norm_rms_epsilon", float, required=True),
+        "rope_theta": read.take("rope.freq_base", float, 10000.0),
+        "tie_word_embeddings": "output.weight" not in header.tensors,
+    }
+    config |= architecture.read(read, config)
+    read.finish()
+    ids = {"bos_token_id": "bos", "eos_token_id": "eos", "pad_token_id": "padding"}
+    ids = {name: header.metadata.get(f"tokenizer.ggml.{key}_token_id") for name, key in ids.items()}
+    plain_types = {t.type.name for t in header.tensors.values()} <= {"F32", "F16"}
+    stored = {t.type for t in header.tensors.values() if len(t.shape) > 1} or {None}
+    dtype = {"F32": "float32", "F16": "float16"}.get(next(iter(stored)).name) if plain_types and len(stored) == 1 else None
+    named = {"architectures": [CLASSES[config["model_type"]]], "torch_dtype": dtype or "bfloat16"}
+    found = config | {key: value for key, value in ids.items() if value is not None} | named
+    return {key: value for key, value in found.items() if value is not None}
+
+
+def quantised_types(header: GgufHeader) -> list[str]:
+    """Returns the names of the types of a model's matrices that are dequantised, the most frequent first."""
+    counts: dict[str, int] = {}
+    for tensor in header.tensors.values():
+        if tensor.type not in PLAIN:
+            counts[tensor.type.name] = counts.get(tensor.type.name, 0) + math.prod(tensor.shape)
+    return sorted(counts, key=lambda name: -counts[name])
+
+
+def _own_keys(read: Metadata) -> set[str]:
+    return {key.removeprefix(f"{read.architecture}.") for key in read.header.metadata}
+
+
+def _rope(read: Metadata, config: dict) -> dict | None:
+    """Returns HF's `rope_scaling` of a model, None if there is none."""
+    kind, factor = _scaling_kind(read), read.take("rope.scaling.factor", float) or read.take("rope.scale_linear", float)
+    read.seen.add("rope.scale_linear")
+    span = read.take("rope.scaling.original_context_length", int)
+    if kind != "longrope":
+        read.only("rope.scaling.attn_factor", 1.0)
+    scaling = None
+    if kind in ("linear", "yarn") and factor not in (None, 0.0, 1.0):
+        scaling = {"rope_type": kind, "factor": factor}
+        if kind == "yarn":
+            scaling |= {"original_max_position_embeddings": span or config["max_position_embeddings"]} | _yarn(read)
+    elif kind == "longrope":
+        scaling = _longrope(read, config, span)
+    if "rope_freqs.weight" in read.header.tensors:
+        if scaling:
+            read.problems.append(f"rope_freqs.weight together with a rope of type {kind}")
+        scaling = _by_factors(read, config)
+    return scaling
+
+
+def _scaling_kind(read: Metadata) -> str:
+    """Returns the kind of a rope's rescaling: llama.cpp takes a factor without a kind for a linear one."""
+    read.seen.add("rope.scaling.type")
+    kind = read.header.metadata.get(f"{read.architecture}.rope.scaling.type", "linear")
+    if kind not in ("none", "linear", "yarn", "longrope"):
+        read.problems.append(f"{read.architecture}.rope.scaling.type = {shown(kind)} is not supported")
+        return "none"
+    return kind
+
+
+def _yarn(read: Metadata) -> dict:
+    read.only("rope.scaling.yarn_ext_factor", 1.0)
+    names = {"attention_factor": "attn_factor", "beta_fast": "beta_fast", "beta_slow": "beta_slow"}
+    found = {name: read.take(f"rope.scaling.yarn_{key}", float) for name, key in names.items()}
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def _factors(read: Metadata, name: str, config: dict) -> list[float]:
+    """Returns the numbers that a tensor divides the frequencies of rotated pairs by."""
+    stored, pairs = read.header.tensors.get(name), (config["head_dim"] or 0) // 2
+    values = as_values(stored) if stored else np.empty(0, np.float32)
+    if not len(values) or len(values) > pairs or not (np.isfinite(values) & (values > 0)).all():
+        read.problems.append(f"{name} is missing or malformed, expected {pairs} positive numbers or fewer")
+        return [1.0]
+    return [plain(float(value)) for value in values]
+
+
+def _longrope(read: Metadata, config: dict, span: int | None) -> dict | None:
+    """Returns LongRoPE's settings, if the file has its factors: Phi-3's own files with a short context have none."""
+    if ROPE_TENSORS[1] not in read.header.tensors:
+        return None
+    span = span or config["max_position_embeddings"] or 1
+    scaling: dict[str, Any] = {"rope_type": "longrope", "original_max_position_embeddings": span}
+    scaling |= {
+        f"{kind}_factor": _factors(read, f"rope_factors_{kind}.weight", config) for kind in ("short", "long")
+    }
+    attention, grown = read.take("rope.scaling.attn_factor", float), (config["max_position_embeddings"] or 1) / span
+    usual = math.sqrt(1 + math.log(grown) / math.log(span)) if grown > 1 and span > 1 else 1.0
+    if attention is not None and abs(attention - usual) > 1e-5:
+        scaling["attention_factor"] = attention
+    return scaling
+
+
+def _by_factors(read: Metadata, config: dict) -> dict | None:
+    """Returns the settings of a rope whose pairs are slowed by given factors: Llama 3's formula where it gives them, else as
+    LongRoPE of one length, which computes the same."""
+    factors = np.asarray(_factors(read, ROPE_TENSORS[0], config))
+    if (factors == 1).all() or 2 * len(factors) != config["head_dim"]:
+        if 2 * len(factors) != config["head_dim"]:
+            read.problems.append(f"{ROPE_TENSORS[0]} has {len(factors)} numbers, expected {(config['head_dim'] or 0) // 2}")
+        return None
+    turns = config["rope_theta"] ** -(np.arange(len(factors)) / len(factors)) / (2 * math.pi)  # in a token
+    most = float(factors.max())
+    for span in LLAMA_3_SPANS:
+        kept = np.clip((span * turns - 1) / 3, 0, 1)
+        if np.allclose(1 / ((1 - kept) / most + kept), factors, rtol=2e-6):
+            names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+            return {"rope_type": "llama3"} | dict(zip(names, (most, 1.0, 4.0, span), strict=True))
+    listed = factors.tolist()
+    span = {"original_max_position_embeddings": config["max_position_embeddings"], "attention_factor": 1.0}
+    return {"rope_type": "longrope", "short_factor": listed, "long_factor": listed} | span
+
+
+def _whole_heads(read: Metadata, config: dict) -> dict:
+    """Returns the rope of an architecture that rotates whole heads."""
+    read.only("rope.dimension_count", config["head_dim"])
+    return {"rope_scaling": _rope(read, config)}
+
+
+def _llama(read: Metadata, config: dict) -> dict:
+    """Reads Llama, and what uses its architecture: Mistral, and Mixtral with experts."""
+    own = _whole_heads(read, config)
+    window = read.take("attention.sliding_window", int)
+    if read.take("expert_count", int):
+        experts = {"num_local_experts": "expert_count", "num_experts_per_tok": "expert_used_count"}
+        own |= {name: read.take(key, int, required=True) for name, key in experts.items()}
+        return own | {"model_type": "mixtral", "sliding_window": window or None}
+    if window:
+        return own | {"model_type": "mistral", "sliding_window": window}
+    bias = read.has("attn_q.bias") or read.has("attn_output.bias") or read.has("attn_qkv.bias")
+    return own | {"model_type": "llama", "attention_bias": bias, "mlp_bias": read.has("ffn_up.bias")}
+
+
+def _qwen2(read: Metadata, config: dict) -> dict:
+    return _whole_heads(read, config) | {"model_type": "qwen2", "use_sliding_window": False}
+
+
+def _qwen3(read: Metadata, config: dict) -> dict:
+    own = {"model_type": "qwen3", "use_sliding_window": False, "attention_bias": read.has("attn_q.bias")}
+    return _whole_heads(read, config) | own
+
+
+def _qwen3_moe(read: Metadata, config: dict) -> dict:
+    used = read.take("expert_used_count", int, required=True)
+    width = read.take("expert_feed_forward_length", int) or (config["intermediate_size"] or 0) // (used or 1)
+    read.only("expert_gating_func", 1)  # softmax
+    read.only("expert_weights_norm", True)
+    read.only("expert_group_count", 1)
+    read.only("expert_group_used_count", 1)
+    return _qwen3(read, config) | {
+        "model_type": "qwen3_moe",
+        "num_experts": read.take("expert_count", int, required=True),
+        "num_experts_per_tok": used,
+        "moe_intermediate_size": width,
+        "norm_topk_prob": True,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+    }
+
+
+def _gemma(read: Metadata, config: dict) -> dict:
+    activation = {"hidden_act": "gelu_pytorch_tanh", "hidden_activation": "gelu_pytorch_tanh"}
+    return _whole_heads(read, config) | {"model_type": "gemma"} | activation
+
+
+def _query_scalar(config: dict, large: int) -> int | None:
+    """Returns what Gemma scales queries by: in the largest model, which llama.cpp knows by its layers, the heads' share of the
+    residual stream, else the size of a head."""
+    wide = config["num_hidden_layers"] == large
+    return (config["hidden_size"] or 0) // (config["num_attention_heads"] or 1) if wide else config["head_dim"]
+
+
+def _windows(read: Metadata, config: dict, every: int) -> list[str]:
+    """Returns the kind of each layer: one in `every` sees all tokens, where the file says nothing else."""
+    key, count = "attention.sliding_window_pattern", config["num_hidden_layers"] or 0
+    value = read.header.metadata.get(f"{read.architecture}.{key}")
+    read.seen.add(key)
+    if isinstance(value, list):
+        if len(value) != count:
+            read.problems.append(f"{read.architecture}.{key} has {len(value)} values, expected one for each of {count} layers")
+        windowed = [bool(one) for one in value]
+    else:
+        every = every if value is None else read.take(key, int, every)
+        windowed = [every == 0 or (layer + 1) % every != 0 for layer in range(count)]
+    return ["sliding_attention" if is_windowed else "full_attention" for is_windowed in windowed]
+
+
+def _gemma2(read: Metadata, config: dict) -> dict:
+    base = read.take("rope.freq_base_swa", float, config["rope_theta"])
+    if base != config["rope_theta"]:
+        read.problems.append(f"gemma2.rope.freq_base_swa = {base} differs from rope.freq_base")
+    return _gemma(read, config) | {
+        "model_type": "gemma2",
+        "query_pre_attn_scalar": _query_scalar(config, 46),
+        "sliding_window": read.take("attention.sliding_window", int, 4096),
+        "layer_types": _windows(read, config, 2),
+        "attn_logit_softcapping": read.take("attn_logit_softcapping", float, 50.0),
+        "final_logit_softcapping": read.take("final_logit_softcapping", float, 30.0),
+    }
+
+
+def _gemma3(read: Metadata, config: dict) -> dict:
+    """Reads the text model of Gemma 3. Layers with a window have a rope of their own, which is never rescaled."""
+    own = _gemma(read, config)
+    theta, scaling = config.pop("rope_theta"), own.pop("rope_scaling")
+    local, window = read.take("rope.freq_base_swa", float, 10000.0), read.take("attention.sliding_window", int)
+    types = _windows(read, config, 6) if window else ["full_attention"] * (config["num_hidden_layers"] or 0)
+    return own | {
+        "model_type": "gemma3_text",
+        "query_pre_attn_scalar": _query_scalar(config, 62),
+        "sliding_window": window or None,
+        "layer_types": types,
+        "final_logit_softcapping": read.take("final_logit_softcapping", float) or None,
+        "rope_parameters": {
+            "full_attention": {"rope_type": "default", "rope_theta": theta} | (scaling or {}),
+            "sliding_attention": {"rope_type": "default", "rope_theta": local},
+        },
+    }
+
+
+def _phi3(read: Metadata, config: dict) -> dict:
+    rotated = read.take("rope.dimension_count", int, config["head_dim"])
+    kind = "longrope" if ROPE_TENSORS[1] in read.header.tensors else _scaling_kind(read)
+    if kind not in ("none", "linear", "longrope"):
+        read.problems.append(f"{read.architecture}.rope.scaling.type = {kind} is not supported")
+    span = read.take("rope.scaling.original_context_length", int) or config["max_position_embeddings"]
+    scaling = _longrope(read, config, span)
+    read.only("rope.scaling.attn_factor", 1.0) if scaling is None else None
+    read.seen.add("rope.scaling.type")
+    if scaling:
+        scaling.pop("original_max_position_embeddings")
+        scaling["type"] = scaling.pop("rope_type")
+    return {
+        "model_type": "phi3",
+        "rope_scaling": scaling,
+        "original_max_position_embeddings": span,
+        "partial_rotary_factor": rotated / config["head_dim"] if config["head_dim"] else 1.0,
+        "sliding_window": read.take("attention.sliding_window", int) or None,
+    }
+
+
+CLASSES = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "mixtral": "MixtralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "qwen3_moe": "Qwen3MoeForCausalLM",
+    "gemma": "GemmaForCausalLM",
+    "gemma2": "Gemma2ForCausalLM",
+    "gemma3_text": "Gemma3ForCausalLM",
+    "phi3": "Phi3ForCausalLM",
+}
+GEMMA_LAYOUT = Layout(norm_offset=1.0)
+ARCHITECTURES: dict[str, Architecture] = {
+    "llama": Architecture(_llama, Layout(permuted=True)),
+    "qwen2": Architecture(_qwen2),
+    "qwen3": Architecture(_qwen3),
+    "qwen3moe": Architecture(_qwen3_moe),
+    "gemma": Architecture(_gemma, GEMMA_LAYOUT),
+    "gemma2": Architecture(_gemma2, GEMMA_LAYOUT),
+    "gemma3": Architecture(_gemma3, GEMMA_LAYOUT),
+    "phi3": Architecture(_phi3, Layout(fused_mlp=True)),
+}

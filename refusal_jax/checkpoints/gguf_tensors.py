@@ -1,0 +1,271 @@
+"""Presents the tensors of a GGUF file under HF's names, in HF's layout, and dequantised as they are read.
+
+What llama.cpp's converter did to a checkpoint is undone: it renamed tensors, stacked experts, put the two halves of each head's
+rotated rows together (Llama), and added 1 to norms (Gemma). Fused tensors may be fused here or there.
+"""
+
+import dataclasses
+import pathlib
+from collections.abc import Iterator
+
+import numpy as np
+from jaxtyping import Float32, Int64, Shaped
+
+from refusal_jax.checkpoints.gguf_blocks import PLAIN, block_of, dequantise
+from refusal_jax.checkpoints.gguf_header import GgufHeader, Stored
+from refusal_jax.checkpoints.safetensors import LocalFile, RangeFile, reading
+from refusal_jax.checkpoints.tensors import Tensor, listed
+from refusal_jax.errors import UserError
+from refusal_jax.models.config import ModelConfig
+from refusal_jax.models.families import Piece, pieces
+from refusal_jax.models.weights import Weight, weight_table
+
+CHUNK_VALUES = 1 << 18  # that are dequantised at a time, in float32
+PERMUTED = ("blocks.q", "blocks.k", "blocks.q_bias", "blocks.k_bias")
+# GGUF name, `{l}` being the layer and `{e}` the expert -> the decoder paths whose rows it holds, one after the other. Of several
+# names for a path the first that the file has counts. Where experts are stacked, each has the rows of all these paths.
+NAMES: dict[str, tuple[str, ...]] = {
+    "token_embd.weight": ("embed",),
+    "output_norm.weight": ("final_norm",),
+    "output.weight": ("unembed",),
+    "blk.{l}.attn_norm.weight": ("blocks.attn_norm",),
+    "blk.{l}.post_attention_norm.weight": ("blocks.attn_post_norm",),
+    "blk.{l}.ffn_norm.weight": ("blocks.mlp_norm",),
+    "blk.{l}.post_ffw_norm.weight": ("blocks.mlp_post_norm",),
+    "blk.{l}.attn_q_norm.weight": ("blocks.q_norm",),
+    "blk.{l}.attn_k_norm.weight": ("blocks.k_norm",),
+    "blk.{l}.attn_q.weight": ("blocks.q",),
+    "blk.{l}.attn_k.weight": ("blocks.k",),
+    "blk.{l}.attn_v.weight": ("blocks.v",),
+    "blk.{l}.attn_qkv.weight": ("blocks.q", "blocks.k", "blocks.v"),
+    "blk.{l}.attn_q.bias": ("blocks.q_bias",),
+    "blk.{l}.attn_k.bias": ("blocks.k_bias",),
+    "blk.{l}.attn_v.bias": ("blocks.v_bias",),
+    "blk.{l}.attn_qkv.bias": ("blocks.q_bias", "blocks.k_bias", "blocks.v_bias"),
+    "blk.{l}.attn_output.weight": ("blocks.o",),
+    "blk.{l}.attn_output.bias": ("blocks.o_bias",),
+    "blk.{l}.ffn_gate.weight": ("blocks.gate",),
+    "blk.{l}.ffn_up.weight": ("blocks.up",),
+    "blk.{l}.ffn_down.weight": ("blocks.down",),
+    "blk.{l}.ffn_gate.bias": ("blocks.gate_bias",),
+    "blk.{l}.ffn_up.bias": ("blocks.up_bias",),
+    "blk.{l}.ffn_down.bias": ("blocks.down_bias",),
+}
+FUSED_MLP = {"blk.{l}.ffn_up.weight": ("blocks.gate", "blocks.up")}  # of Phi-3
+EXPERTS = {
+    "blk.{l}.ffn_gate_inp.weight": ("blocks.router",),
+    "blk.{l}.ffn_gate_exps.weight": ("blocks.gate",),
+    "blk.{l}.ffn_up_exps.weight": ("blocks.up",),
+    "blk.{l}.ffn_gate_up_exps.weight": ("blocks.gate", "blocks.up"),
+    "blk.{l}.ffn_down_exps.weight": ("blocks.down",),
+    "blk.{l}.ffn_gate.{e}.weight": ("blocks.gate",),  # of the first files of Mixtral
+    "blk.{l}.ffn_up.{e}.weight": ("blocks.up",),
+    "blk.{l}.ffn_down.{e}.weight": ("blocks.down",),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """How an architecture lays its tensors out, where architectures differ.
+
+    permuted: whether the rows of queries and keys are in llama.cpp's order. norm_offset: what was added to norms. fused_mlp:
+    whether one tensor holds gate and up.
+    """
+
+    permuted: bool = False
+    norm_offset: float = 0.0
+    fused_mlp: bool = False
+
+    def names(self, cfg: ModelConfig) -> dict[str, tuple[str, ...]]:
+        """Returns the decoder paths that each GGUF name holds."""
+        experts = ("gate", "up", "down") if cfg.n_experts else ()
+        dense = {n: paths for n, paths in NAMES.items() if paths[0].removeprefix("blocks.") not in experts}
+        return dense | (EXPERTS if cfg.n_experts else FUSED_MLP if self.fused_mlp else {})
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """Rows of a stored tensor: `count` of them from `first` on. head: how many rows of each head are interleaved, 0 for none.
+
+    A vector's entries count as rows.
+    """
+
+    stored: Stored
+    file: RangeFile
+    first: int
+    count: int
+    head: int = 0
+
+    @property
+    def width(self) -> int:
+        """Returns the number of values in a row."""
+        return self.stored.shape[-1] if len(self.stored.shape) > 1 else 1
+
+    @property
+    def row_bytes(self) -> int:
+        block, size = block_of(self.stored.type)
+        return self.width // block * size
+
+    def spans(self, start: int, stop: int, width: int) -> Iterator[tuple[int, int]]:
+        """Yields ranges of rows of which about CHUNK_VALUES values are selected. Of interleaved rows, whole heads are read."""
+        step = max(CHUNK_VALUES // max(width, 1), 1)
+        if self.head:
+            step = -(-step // self.head) * self.head
+        while start < stop:
+            end = min((start // step + 1) * step, stop)
+            yield start, end
+            start = end
+
+    def read_into(self, rows: tuple[int, int], columns: tuple[int, int], out: Shaped[np.ndarray, "R C"], offset: float) -> int:
+        """Reads rows and columns of this part, with `offset` added. Returns how many bytes of the file were read."""
+        block, size = block_of(self.stored.type)
+        left, right = columns[0] // block, -(-columns[1] // block)
+        length, whole = (right - left) * size, left == 0 and (right - left) * size == self.row_bytes
+        count = 0
+        for start, stop in self.spans(*rows, (right - left) * block):
+            order = self._order(start, stop)
+            low, high = (start, stop) if order is None else (int(order.min()), int(order.max()) + 1)
+            data = np.empty((high - low, length), np.uint8)
+            begin = self.stored.start + (self.first + low) * self.row_bytes + left * size
+            begins, run = ([begin], data.nbytes) if whole else (begin + np.arange(high - low) * self.row_bytes, length)
+            count += self.file.read_into(begins, run, memoryview(data).cast("B"))
+            if order is not None:
+                data = data[order - low]
+            target = out[start - rows[0] : stop - rows[0]]
+            if target.dtype == np.float32 and target.shape[1] == (right - left) * block:
+                values = target
+            else:
+                values = np.empty((stop - start, (right - left) * block), np.float32)
+            dequantise(self.stored.type, data.reshape(-1, size), values.reshape(-1, block))
+            if offset:
+                values += offset
+            if values is not target:
+                with np.errstate(over="ignore"):  # overflows are found and reported once everything is loaded
+                    target[:] = values[:, columns[0] - left * block : columns[1] - left * block]
+        return count
+
+    def _order(self, start: int, stop: int) -> Int64[np.ndarray, " n"] | None:
+        """Returns where rows are stored that HF has in order, if they are interleaved."""
+        if not self.head:
+            return None
+        rows = np.arange(start, stop)
+        heads, inside = rows // self.head, rows % self.head
+        return heads * self.head + inside % (self.head // 2) * 2 + inside // (self.head // 2)
+
+
+@dataclasses.dataclass(frozen=True)
+class GgufTensor:
+    """A tensor by its HF name, whose rows are those of its parts; a `Tensor` of checkpoints.
+
+    dtype: BF16 where it is dequantised, else as it is stored.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    parts: tuple[Part, ...]
+    offset: float = 0.0
+
+    @property
+    def dtype(self) -> str:
+        stored = {part.stored.type for part in self.parts}
+        return stored.pop().name if len(stored) == 1 and stored <= set(PLAIN) else "BF16"
+
+    @property
+    def nbytes(self) -> int:
+        return sum(part.count * part.row_bytes for part in self.parts)
+
+    @property
+    def path(self) -> pathlib.Path:
+        return self.parts[0].stored.path
+
+    def read_into(self, index: tuple[slice, ...], out: Shaped[np.ndarray, "..."]) -> int:
+        """Reads as `Tensor.read_into` does. Raises UserError if the file cannot be read."""
+        spans = [s.indices(n)[:2] for s, n in zip(index, self.shape, strict=False)]
+        spans += [(0, n) for n in self.shape[len(spans) :]]
+        selected = tuple(max(stop - start, 0) for start, stop in spans)
+        if selected != out.shape or not out.flags.c_contiguous:
+            raise ValueError(f"{self.name}: an array of shape {out.shape} cannot take {selected}")
+        if not out.size:
+            return 0
+        (start, stop), columns = spans[0], spans[1] if len(spans) > 1 else (0, 1)
+        matrix, count, base = out.reshape(stop - start, -1), 0, 0
+        for part in self.parts:
+            low, high = max(start, base), min(stop, base + part.count)
+            if low < high:
+                with reading(part.stored.path):
+                    rows = low - base, high - base
+                    count += part.read_into(rows, columns, matrix[low - start : high - start], self.offset)
+            base += part.count
+        return count
+
+
+def gguf_tensors(
+    header: GgufHeader, cfg: ModelConfig, layout: Layout, used: frozenset[str]
+) -> tuple[dict[str, Tensor], dict[pathlib.Path, RangeFile]]:
+    """Returns the tensors of a GGUF model by HF name, and its open files.
+
+    used: names of tensors that its config was made of. Raises UserError, with everything that is wrong, unless the file holds
+    exactly the tensors of the config, in the right shapes.
+    """
+    with reading(header.paths[0]):
+        files: dict[pathlib.Path, RangeFile] = {path: LocalFile(path) for path in header.paths}
+    weights, names = weight_table(cfg), layout.names(cfg)
+    places = {path: [(name, held) for name, held in names.items() if path in held] for path in weights}
+    parts: dict[str, list[Part]] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
+    offsets: dict[str, float] = {}
+    missing, known, wrong = set(), set(used), set()
+    for piece in pieces(cfg):
+        found = _place(header, weights, places[piece.path], piece)
+        if isinstance(found, str):
+            missing.add(found)
+            continue
+        stored, first, expected = found
+        known.add(stored.name)
+        if stored.shape != expected:
+            wrong.add(f"{stored.name} is {list(stored.shape)}, expected {list(expected)}")
+        head = cfg.head_dim if layout.permuted and piece.path in PERMUTED else 0
+        parts.setdefault(piece.name, []).append(
+            Part(stored, files[stored.path], first, piece.stop - piece.start, head)
+        )
+        shapes[piece.name] = (piece.stop, *weights[piece.path].shape[len(piece.index) + 1 :])
+        offsets[piece.name] = -layout.norm_offset if piece.path.endswith("norm") else 0.0
+    groups = (("missing", missing), ("unknown", set(header.tensors) - known), ("misshapen", wrong))
+    problems = [f"{len(group)} {what}: {listed(sorted(group))}" for what, group in groups if group]
+    if problems:
+        raise UserError(
+            f"The tensors of {header.paths[0]} do not fit its metadata: {'. '.join(problems)}. The file is of a variant of its "
+            "architecture that is not computed here, or damaged. Use the original Hugging Face checkpoint of the model."
+        )
+    tensors = {name: GgufTensor(name, shapes[name], tuple(held), offsets[name]) for name, held in parts.items()}
+    return dict(tensors), files
+
+
+def _place(
+    header: GgufHeader, weights: dict[str, Weight], places: list[tuple[str, tuple[str, ...]]], piece: Piece
+) -> tuple[Stored, int, tuple[int, ...]] | str:
+    """Returns the stored tensor that holds a piece, at which row it begins, and the shape that tensor must have; or, if the file
+    has none, the name that it should have. places: the names that may hold the piece, each with all that it holds."""
+    layer, expert = (*piece.index, 0, 0)[:2]
+    names = [template.format(l=layer, e=expert) for template, _ in places] or [f"the tensor of {piece.path}"]
+    at = next((i for i, name in enumerate(names) if name in header.tensors), None)
+    if at is None:
+        return names[0]
+    template, paths = places[at]
+    shapes = [weights[path].shape[len(piece.index) :] for path in paths]
+    rows, at_row = sum(shape[0] for shape in shapes), sum(shape[0] for shape in shapes[: paths.index(piece.path)])
+    stored, expected = header.tensors[names[at]], (rows, *shapes[0][1:])
+    if len(piece.index) > 1 and "{e}" not in template:
+        return stored, at_row + expert * rows, (weights[piece.path].shape[1], *expected)
+    return stored, at_row, expected
+
+
+def as_values(stored: Stored) -> Float32[np.ndarray, " n"]:
+    """Reads a whole stored vector, such as the factors of a rope. Raises UserError if it cannot be read or is no vector."""
+    if len(stored.shape) != 1 or stored.type not in PLAIN:
+        raise UserError(f"{stored.path} holds {stored.name} as {stored.type.name} {list(stored.shape)}, expected a vector.")
+    out = np.empty(stored.shape, np.float32)
+    with reading(stored.path):
+        part = Part(stored, LocalFile(stored.path), 0, len(out))
+        part.read_into((0, len(out)), (0, 1), out[:, None], 0.0)
+    return out
