@@ -60,7 +60,8 @@ def checkpoint_fingerprint(folder: pathlib.Path) -> str:
 
 
 def _remembered_hashes(folder: pathlib.Path, paths: Sequence[pathlib.Path]) -> dict[pathlib.Path, str]:
-    """Returns the sha256 of files, of a folder or what it mirrors: remembered for those that have not been touched since, computed for the others."""
+    """Returns the sha256 of files of a folder, or that it mirrors: remembered for those that have not been touched since,
+    computed for the others."""
     if not paths:
         return {}
     memory = _memory(folder)

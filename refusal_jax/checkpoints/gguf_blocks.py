@@ -24,12 +24,16 @@ BLOCKS = 1 << 10  # at a time: their values stay in a core's cache
 Out = np.ndarray  # float32, `[blocks, values of a block]`
 
 
-def dequantise(kind: GGMLQuantizationType, data: UInt8[np.ndarray, "n size"], out: Float32[np.ndarray, "n values"]) -> None:
+def dequantise(
+    kind: GGMLQuantizationType, data: UInt8[np.ndarray, "n size"], out: Float32[np.ndarray, "n values"]
+) -> None:
     """Writes the values of whole blocks of a type of `READABLE` to `out`."""
     if kind in PLAIN:
         out[:] = data.view(PLAIN[kind])
         return
-    with np.errstate(over="ignore", invalid="ignore"):  # damaged scales; what is not finite is reported once all is loaded
+    with np.errstate(
+        over="ignore", invalid="ignore"
+    ):  # damaged scales; what is not finite is reported once all is loaded
         if kind not in _UNPACK:
             out[:] = dequantize(data, kind)
             return

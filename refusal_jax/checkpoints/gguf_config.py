@@ -1,5 +1,5 @@
-"""Makes HF's config of a model from the metadata of its GGUF file, by allow-list: what may change the logits and is not known here
-is an error.
+"""Makes HF's config of a model from the metadata of its GGUF file, by allow-list: what may change the logits and is not known
+here is an error.
 
 Numbers of float32 are written as they were before they were stored, 1e-06 and not 9.99999997e-07. What llama.cpp derives from
 sizes instead of metadata (Gemma's scale of queries) is derived here in the same way.
@@ -16,6 +16,7 @@ from refusal_jax.checkpoints.gguf_blocks import PLAIN
 from refusal_jax.checkpoints.gguf_header import GgufHeader
 from refusal_jax.checkpoints.gguf_tensors import Layout, as_values
 from refusal_jax.errors import UserError, did_you_mean, shown
+from refusal_jax.models.quantisation import GGUF
 
 ROPE_TENSORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
 # Keys of any architecture that tell where a model comes from, or repeat what its tensors say.
@@ -46,7 +47,7 @@ class Metadata:
     def take(self, key: str, kind: type, default: Any = None, required: bool = False) -> Any:
         """Returns a setting; of a list with one value for each layer, that value. Anything wrong becomes a problem."""
         self.seen.add(key)
-        value = self.header.metadata.get(f"{self.architecture}.{key}")
+        value: Any = self.header.metadata.get(f"{self.architecture}.{key}")
         if isinstance(value, list) and value and all(one == value[0] for one in value):
             value = value[0]
         if value is None:
@@ -57,7 +58,7 @@ class Metadata:
         if not right or (kind is not bool and not 0 <= value < 2**31):
             self.problems.append(f"{self.architecture}.{key} = {shown(value)}, expected one {kind.__name__} in range")
             return default
-        return plain(value) if kind is float else value
+        return plain(float(value)) if kind is float else value
 
     def only(self, key: str, *values: Any) -> None:
         """Makes any value of a setting but these a problem."""
@@ -74,8 +75,8 @@ class Metadata:
                 self.problems.append(f"{key[:80]} = {shown(value)} is not supported")
         if self.problems:
             raise UserError(
-                f"{self.header.paths[0]} cannot be run faithfully: {'; '.join(self.problems)}. Nothing was loaded, because ignoring "
-                "a setting would give wrong activations. Use the original Hugging Face checkpoint of the model."
+                f"{self.header.paths[0]} cannot be run faithfully: {'; '.join(self.problems)}. Nothing was loaded, because "
+                "ignoring a setting would give wrong activations. Use the original Hugging Face checkpoint of the model."
             )
 
 
@@ -89,7 +90,7 @@ class Architecture:
     """An architecture of GGUF. read: returns what is this architecture's own in HF's config. layout: of its tensors."""
 
     read: Callable[[Metadata, dict], dict]
-    layout: Layout = Layout()
+    layout: Layout
 
 
 def architecture_of(header: GgufHeader) -> Architecture:
@@ -137,11 +138,12 @@ def gguf_config(header: GgufHeader) -> dict[str, Any]:
     read.finish()
     ids = {"bos_token_id": "bos", "eos_token_id": "eos", "pad_token_id": "padding"}
     ids = {name: header.metadata.get(f"tokenizer.ggml.{key}_token_id") for name, key in ids.items()}
-    plain_types = {t.type.name for t in header.tensors.values()} <= {"F32", "F16"}
-    stored = {t.type for t in header.tensors.values() if len(t.shape) > 1} or {None}
-    dtype = {"F32": "float32", "F16": "float16"}.get(next(iter(stored)).name) if plain_types and len(stored) == 1 else None
+    stored = {t.type.name for t in header.tensors.values() if len(t.shape) > 1}
+    dtype = {"F32": "float32", "F16": "float16"}.get(stored.pop()) if len(stored) == 1 else None
     named = {"architectures": [CLASSES[config["model_type"]]], "torch_dtype": dtype or "bfloat16"}
     found = config | {key: value for key, value in ids.items() if value is not None} | named
+    if types := quantised_types(header):
+        found["quantization_config"] = {"quant_method": GGUF, "types": types}
     return {key: value for key, value in found.items() if value is not None}
 
 
@@ -212,9 +214,7 @@ def _longrope(read: Metadata, config: dict, span: int | None) -> dict | None:
         return None
     span = span or config["max_position_embeddings"] or 1
     scaling: dict[str, Any] = {"rope_type": "longrope", "original_max_position_embeddings": span}
-    scaling |= {
-        f"{kind}_factor": _factors(read, f"rope_factors_{kind}.weight", config) for kind in ("short", "long")
-    }
+    scaling |= {f"{kind}_factor": _factors(read, f"rope_factors_{kind}.weight", config) for kind in ("short", "long")}
     attention, grown = read.take("rope.scaling.attn_factor", float), (config["max_position_embeddings"] or 1) / span
     usual = math.sqrt(1 + math.log(grown) / math.log(span)) if grown > 1 and span > 1 else 1.0
     if attention is not None and abs(attention - usual) > 1e-5:
@@ -228,7 +228,9 @@ def _by_factors(read: Metadata, config: dict) -> dict | None:
     factors = np.asarray(_factors(read, ROPE_TENSORS[0], config))
     if (factors == 1).all() or 2 * len(factors) != config["head_dim"]:
         if 2 * len(factors) != config["head_dim"]:
-            read.problems.append(f"{ROPE_TENSORS[0]} has {len(factors)} numbers, expected {(config['head_dim'] or 0) // 2}")
+            read.problems.append(
+                f"{ROPE_TENSORS[0]} has {len(factors)} numbers, expected {(config['head_dim'] or 0) // 2}"
+            )
         return None
     turns = config["rope_theta"] ** -(np.arange(len(factors)) / len(factors)) / (2 * math.pi)  # in a token
     most = float(factors.max())
@@ -308,7 +310,9 @@ def _windows(read: Metadata, config: dict, every: int) -> list[str]:
     read.seen.add(key)
     if isinstance(value, list):
         if len(value) != count:
-            read.problems.append(f"{read.architecture}.{key} has {len(value)} values, expected one for each of {count} layers")
+            read.problems.append(
+                f"{read.architecture}.{key} has {len(value)} values, expected one for each of {count} layers"
+            )
         windowed = [bool(one) for one in value]
     else:
         every = every if value is None else read.take(key, int, every)
@@ -382,12 +386,12 @@ CLASSES = {
     "gemma3_text": "Gemma3ForCausalLM",
     "phi3": "Phi3ForCausalLM",
 }
-GEMMA_LAYOUT = Layout(norm_offset=1.0)
+PLAIN_LAYOUT, GEMMA_LAYOUT = Layout(), Layout(norm_offset=1.0)
 ARCHITECTURES: dict[str, Architecture] = {
     "llama": Architecture(_llama, Layout(permuted=True)),
-    "qwen2": Architecture(_qwen2),
-    "qwen3": Architecture(_qwen3),
-    "qwen3moe": Architecture(_qwen3_moe),
+    "qwen2": Architecture(_qwen2, PLAIN_LAYOUT),
+    "qwen3": Architecture(_qwen3, PLAIN_LAYOUT),
+    "qwen3moe": Architecture(_qwen3_moe, PLAIN_LAYOUT),
     "gemma": Architecture(_gemma, GEMMA_LAYOUT),
     "gemma2": Architecture(_gemma2, GEMMA_LAYOUT),
     "gemma3": Architecture(_gemma3, GEMMA_LAYOUT),

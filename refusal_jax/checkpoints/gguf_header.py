@@ -285,7 +285,9 @@ def _tensor(cursor: Cursor, path: pathlib.Path) -> Stored:
     shape = tuple(cursor.number("<u8") for _ in range(axes))[::-1]
     kind, start = cursor.number("<u4"), cursor.number("<u8")
     if kind not in list(GGMLQuantizationType) or GGMLQuantizationType(kind) not in GGML_QUANT_SIZES:
-        raise ValueError(f"{shown(name)} is of the unknown type {kind}: it needs a newer version of the package gguf, or is wrong")
+        raise ValueError(
+            f"{shown(name)} is of the unknown type {kind}: it needs a newer version of the package gguf, or is wrong"
+        )
     kind = GGMLQuantizationType(kind)
     block, _ = GGML_QUANT_SIZES[kind]
     if not all(0 < size <= cursor.file.size * block for size in shape) or shape[-1] % block:

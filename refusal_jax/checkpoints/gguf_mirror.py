@@ -1,7 +1,7 @@
 """Makes a GGUF file readable as an HF checkpoint folder: its mirror.
 
-A mirror lies in the cache and holds what the file's metadata tell, as HF's files: config, tokenizer, chat template. Its stub names
-the GGUF files, which the tensors are read from. Stubs are honoured only in mirrors, so that a downloaded checkpoint cannot
+A mirror lies in the cache and holds what the file's metadata tell, as HF's files: config, tokenizer, chat template. Its stub
+names the GGUF files, which the tensors are read from. Stubs are honoured only in mirrors, so that a downloaded checkpoint cannot
 name files by them.
 """
 

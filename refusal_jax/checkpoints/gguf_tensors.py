@@ -116,7 +116,9 @@ class Part:
             yield start, end
             start = end
 
-    def read_into(self, rows: tuple[int, int], columns: tuple[int, int], out: Shaped[np.ndarray, "R C"], offset: float) -> int:
+    def read_into(
+        self, rows: tuple[int, int], columns: tuple[int, int], out: Shaped[np.ndarray, "R C"], offset: float
+    ) -> int:
         """Reads rows and columns of this part, with `offset` added. Returns how many bytes of the file were read."""
         block, size = block_of(self.stored.type)
         left, right = columns[0] // block, -(-columns[1] // block)
@@ -128,7 +130,7 @@ class Part:
             data = np.empty((high - low, length), np.uint8)
             begin = self.stored.start + (self.first + low) * self.row_bytes + left * size
             begins, run = ([begin], data.nbytes) if whole else (begin + np.arange(high - low) * self.row_bytes, length)
-            count += self.file.read_into(begins, run, memoryview(data).cast("B"))
+            count += self.file.read_into(begins, run, data.reshape(-1).data)
             if order is not None:
                 data = data[order - low]
             target = out[start - rows[0] : stop - rows[0]]
@@ -225,9 +227,7 @@ def gguf_tensors(
         if stored.shape != expected:
             wrong.add(f"{stored.name} is {list(stored.shape)}, expected {list(expected)}")
         head = cfg.head_dim if layout.permuted and piece.path in PERMUTED else 0
-        parts.setdefault(piece.name, []).append(
-            Part(stored, files[stored.path], first, piece.stop - piece.start, head)
-        )
+        parts.setdefault(piece.name, []).append(Part(stored, files[stored.path], first, piece.stop - piece.start, head))
         shapes[piece.name] = (piece.stop, *weights[piece.path].shape[len(piece.index) + 1 :])
         offsets[piece.name] = -layout.norm_offset if piece.path.endswith("norm") else 0.0
     groups = (("missing", missing), ("unknown", set(header.tensors) - known), ("misshapen", wrong))
@@ -263,7 +263,9 @@ def _place(
 def as_values(stored: Stored) -> Float32[np.ndarray, " n"]:
     """Reads a whole stored vector, such as the factors of a rope. Raises UserError if it cannot be read or is no vector."""
     if len(stored.shape) != 1 or stored.type not in PLAIN:
-        raise UserError(f"{stored.path} holds {stored.name} as {stored.type.name} {list(stored.shape)}, expected a vector.")
+        raise UserError(
+            f"{stored.path} holds {stored.name} as {stored.type.name} {list(stored.shape)}, expected a vector."
+        )
     out = np.empty(stored.shape, np.float32)
     with reading(stored.path):
         part = Part(stored, LocalFile(stored.path), 0, len(out))

@@ -42,9 +42,7 @@ class Splitting:
 GPT_2, DIGITS = Splitting(gpt2=True), Splitting(gpt2=True, digits=True)
 LLAMA_3 = Splitting((rf"{SHORT}|{WORDS}|\p{{N}}{{1,3}}|{REST}",), whole=True, bos=True)
 QWEN_2 = Splitting((rf"{SHORT}|{WORDS}|\p{{N}}|{REST}",), nfc=True)
-GPT_4O = Splitting(
-    (rf"{BEFORE}{UPPER}*{LOWER}+{SHORT}?|{BEFORE}{UPPER}+{LOWER}*{SHORT}?|\p{{N}}{{1,3}}|{CASED_REST}",)
-)
+GPT_4O = Splitting((rf"{BEFORE}{UPPER}*{LOWER}+{SHORT}?|{BEFORE}{UPPER}+{LOWER}*{SHORT}?|\p{{N}}{{1,3}}|{CASED_REST}",))
 TEKKEN = Splitting((rf"{BEFORE}{UPPER}*{LOWER}+|{BEFORE}{UPPER}+{LOWER}*|\p{{N}}|{CASED_REST}",), whole=True, bos=True)
 DEEPSEEK_3 = Splitting(
     (
@@ -54,7 +52,9 @@ DEEPSEEK_3 = Splitting(
         r"| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
     )
 )
-DEEPSEEK_CODER = Splitting((r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", "[\u4e00-\u9fa5\u0800-\u4e00\uac00-\ud7ff]+"), digits=True)
+DEEPSEEK_CODER = Splitting(
+    (r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", "[\u4e00-\u9fa5\u0800-\u4e00\uac00-\ud7ff]+"), digits=True
+)
 SEED = Splitting((rf"{SHORT}|{WORDS}|\p{{N}}| ?[^\s\p{{L}}\p{{N}}\r\n]+|\s*[\r\n]+|\s+(?!\S)|\s+",))
 SPLITTINGS: dict[str, Splitting] = {
     **dict.fromkeys(("gpt-2", "phi-2", "olmo", "mellum", "exaone4", "trillion", "a.x-4.0", "gigachat"), GPT_2),
@@ -99,14 +99,14 @@ class Vocabulary:
             raise UserError(f"{where} holds no tokenizer (tokenizer.ggml.model and tokens). {_ADVICE}")
         if model not in ("gpt2", "llama"):
             raise UserError(
-                f"{where} has a tokenizer of the kind {shown(model)}, and 'gpt2' (byte-level) and 'llama' (SentencePiece) are read. "
-                f"{_ADVICE}"
+                f"{where} has a tokenizer of the kind {shown(model)}, and 'gpt2' (byte-level) and 'llama' (SentencePiece) are "
+                f"read. {_ADVICE}"
             )
-        splitting = take("pre") if take("pre") not in (None, "default") else BY_ARCHITECTURE.get(architecture)
+        splitting = take("pre") if take("pre") not in (None, "default") else BY_ARCHITECTURE.get(str(architecture))
         if model == "gpt2" and splitting not in SPLITTINGS:
             raise UserError(
-                f"{where} splits text in a way called {shown(take('pre'))} (tokenizer.ggml.pre), which is not known, so some texts "
-                f"would get wrong tokens. {_ADVICE}"
+                f"{where} splits text in a way called {shown(take('pre'))} (tokenizer.ggml.pre), which is not known, so some "
+                f"texts would get wrong tokens. {_ADVICE}"
             )
         count = len(tokens)
         types, scores, merges = take("token_type", [NORMAL] * count), take("scores", [0.0] * count), take("merges")
@@ -114,11 +114,14 @@ class Vocabulary:
         roles = {key: value for key, value in roles.items() if value not in (None, 2**32 - 1)}
         bad = [key for key, value in roles.items() if type(value) is not int or not 0 <= value < count]
         right = all(isinstance(one, list) and len(one) == count for one in (types, scores))
-        pairs = None if merges is None else [_pair(merge) for merge in merges] if isinstance(merges, list) else [None]
-        if bad or not right or len(set(tokens)) != count or (pairs and None in pairs) or (model == "gpt2" and not pairs):
+        pairs = [pair for merge in merges or () if (pair := _pair(merge))] if isinstance(merges, list | None) else []
+        right = (
+            right and len(set(tokens)) == count and len(pairs) == len(merges or ()) and bool(pairs or model == "llama")
+        )
+        if bad or not right:
             found = f"{bad[0]}_token_id is {shown(roles[bad[0]])}" if bad else "its lists do not fit together"
             raise UserError(f"{where} holds a damaged tokenizer of {count:,} tokens: {found}. {_ADVICE}")
-        return cls(where, model, splitting or "", tokens, types, scores, pairs, roles, metadata)
+        return cls(where, model, splitting or "", tokens, types, scores, pairs or None, roles, metadata)
 
     def flag(self, key: str, default: bool) -> bool:
         """Returns a setting that is true or false."""
@@ -131,8 +134,8 @@ class Vocabulary:
 
 
 _ADVICE = (
-    "Put the file into a folder of its own together with tokenizer.json and tokenizer_config.json of the original model, and pass "
-    "that folder."
+    "Put the file into a folder of its own together with tokenizer.json and tokenizer_config.json of the original model, and "
+    "pass that folder."
 )
 
 
@@ -177,7 +180,9 @@ def _added(words: Vocabulary, kind: int, special: bool) -> list:
     """Returns the tokens of a type, which are found whole in a text before it is split."""
     from tokenizers import AddedToken
 
-    strip = words.model == "llama" and words.metadata.get("general.architecture") == "phi3"  # what follows Phi-3's marks
+    strip = (
+        words.model == "llama" and words.metadata.get("general.architecture") == "phi3"
+    )  # what follows Phi-3's marks
     kept = ("<unk>", "<s>", "<|endoftext|>")
     found = (_spelt(words, i) for i, own in enumerate(words.types) if own == kind)
     return [AddedToken(t, normalized=False, special=special, rstrip=strip and t not in kept) for t in found]
@@ -261,5 +266,7 @@ def _framing(words: Vocabulary, bos_by_default: bool):
     second = [token if token != "$A" else "$B" for token in single]
     ids = {token: i for i, token in enumerate(words.tokens) if token in (first, last)}
     return processors.TemplateProcessing(
-        single=list(single), pair=[*single, *(f"{t}:1" if t[:1] == "$" else f"{t}:1" for t in second)], special_tokens=list(ids.items())
+        single=list(single),
+        pair=[*single, *(f"{token}:1" for token in second)],
+        special_tokens=list(ids.items()),
     )

@@ -36,7 +36,9 @@ def checkpoint_folder(path: str | os.PathLike) -> pathlib.Path:
     if address is None:
         return as_folder(local_path(path))
     if address.endswith(".gguf"):
-        raise UserError(f"{address} is a GGUF file, which is read from a disk only. Copy it to this machine and pass its path.")
+        raise UserError(
+            f"{address} is a GGUF file, which is read from a disk only. Copy it to this machine and pass its path."
+        )
     with explained(address):
         files, place = open_store(address)
         found = {

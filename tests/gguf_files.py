@@ -1,0 +1,167 @@
+"""Writes tiny HF checkpoints as GGUF files, as llama.cpp's converter does, with the gguf library's names of tensors."""
+
+import json
+import math
+import pathlib
+
+import gguf
+import numpy as np
+from gguf import GGMLQuantizationType as Type
+from safetensors.numpy import load_file, save_file
+
+ARCHITECTURES = {"gemma3_text": "gemma3", "mistral": "llama", "mixtral": "llama", "qwen3_moe": "qwen3moe"}
+# Of HF names that the library's table lacks, as converters merge experts under these.
+MERGED = {"w1": "ffn_gate_exps", "w2": "ffn_down_exps", "w3": "ffn_up_exps"}
+MERGED |= {"gate_proj": "ffn_gate_exps", "down_proj": "ffn_down_exps", "up_proj": "ffn_up_exps"}
+PLAIN = (Type.F32, Type.F16, Type.BF16)
+
+
+def permuted(weight: np.ndarray, heads: int) -> np.ndarray:
+    """Rows of queries or keys with the two halves of each head in turn."""
+    return weight.reshape(heads, 2, -1, *weight.shape[1:]).swapaxes(1, 2).reshape(weight.shape)
+
+
+def raw(values: np.ndarray, kind: Type) -> np.ndarray:
+    """What a tensor's bytes are as this type, of which NumPy makes its own numbers where it has them."""
+    return (
+        values.astype({Type.F32: np.float32, Type.F16: np.float16}[kind])
+        if kind in PLAIN[:2]
+        else gguf.quantize(values, kind)
+    )
+
+
+def write_gguf(
+    folder: pathlib.Path, path: pathlib.Path, kind: Type = Type.F32, split: int = 0, **changes
+) -> pathlib.Path:
+    """Writes the checkpoint in `folder` as GGUF and returns the file. Its matrices are stored as `kind`, and those of the folder
+    become what that type holds. split: tensors of a file, 0 for one file. changes: of metadata; None leaves a key out.
+    """
+    hf, weights = json.loads((folder / "config.json").read_text()), load_file(folder / "model.safetensors")
+    family = hf["model_type"]
+    arch = ARCHITECTURES.get(family, family)
+    number = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == arch)
+    names = gguf.get_tensor_name_map(number, hf["num_hidden_layers"])
+    writer = gguf.GGUFWriter(path, arch, split_max_tensors=split)
+    metadata = settings(hf, arch) | tokenizer(folder) | {"general.type": "model", "general.name": path.stem} | changes
+    for key, value in metadata.items():
+        if value is not None and key != "general.architecture":
+            add(writer, key, value)
+    experts: dict[str, dict[int, np.ndarray]] = {}
+    for name, weight in sorted(weights.items()):
+        weight = weight.astype(np.float32)
+        rows = weight.shape[-1] % gguf.GGML_QUANT_SIZES[kind][0] == 0
+        stored = kind if weight.ndim > 1 and rows and "gate.weight" not in name else Type.F32
+        if stored is not Type.F32:
+            weight = gguf.dequantize(raw(weight, stored), stored)
+            weights[name] = weight
+        if arch == "llama" and ("q_proj" in name or "k_proj" in name):
+            weight = permuted(weight, hf["num_attention_heads" if "q_proj" in name else "num_key_value_heads"])
+        if arch.startswith("gemma") and name.endswith("norm.weight"):
+            weight = weight + 1
+        stem, ending = name.rsplit(".", 1)
+        if ".experts." in name:
+            layer, expert, part = stem.split(".")[2], int(stem.split(".")[-2]), stem.split(".")[-1]
+            experts.setdefault(f"blk.{layer}.{MERGED[part]}.weight", {})[expert] = raw(weight, stored)
+            if len(experts[f"blk.{layer}.{MERGED[part]}.weight"]) < (hf.get("num_experts") or hf["num_local_experts"]):
+                continue
+            target = f"blk.{layer}.{MERGED[part]}.weight"
+            data = np.stack([experts[target][i] for i in sorted(experts[target])])
+        else:
+            target, data = f"{names.get_name(stem)}.{ending}", raw(weight, stored)
+        writer.add_tensor(target, data, raw_dtype=None if stored in PLAIN[:2] else stored)
+    for name, factors in rope_factors(hf).items():
+        writer.add_tensor(name, np.asarray(factors, np.float32))
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path if not split else next(iter(sorted(path.parent.glob(f"{path.stem}-00001-of-*.gguf"))))
+
+
+def add(writer: gguf.GGUFWriter, key: str, value) -> None:
+    """Adds metadata of the type that a value of Python suggests."""
+    kinds = {bool: "bool", int: "uint32", float: "float32", str: "string", list: "array"}
+    getattr(writer, f"add_{kinds[type(value)]}")(key, value)
+
+
+def settings(hf: dict, arch: str) -> dict:
+    """The metadata of an HF config, as the converter of each architecture writes it."""
+    head_dim = hf.get("head_dim") or hf["hidden_size"] // hf["num_attention_heads"]
+    ropes = hf.get("rope_parameters") or {}
+    rope = ropes.get("full_attention", ropes)
+    found = {
+        "context_length": hf["max_position_embeddings"],
+        "embedding_length": hf["hidden_size"],
+        "block_count": hf["num_hidden_layers"],
+        "feed_forward_length": hf["intermediate_size"],
+        "attention.head_count": hf["num_attention_heads"],
+        "attention.head_count_kv": hf["num_key_value_heads"],
+        "attention.layer_norm_rms_epsilon": float(hf["rms_norm_eps"]),
+        "rope.freq_base": float(rope.get("rope_theta", 10000.0)),
+    }
+    if arch != "phi3":
+        found |= {"attention.key_length": head_dim, "attention.value_length": head_dim}
+    if arch in ("llama", "phi3"):
+        found["rope.dimension_count"] = int(head_dim * rope.get("partial_rotary_factor", 1.0))
+    if rope.get("rope_type") in ("linear", "yarn"):
+        found |= {"rope.scaling.type": rope["rope_type"], "rope.scaling.factor": float(rope["factor"])}
+    if rope.get("rope_type") == "yarn":
+        found["rope.scaling.original_context_length"] = rope["original_max_position_embeddings"]
+    if rope.get("rope_type") == "longrope":
+        grown = hf["max_position_embeddings"] / hf["original_max_position_embeddings"]
+        attention = math.sqrt(1 + math.log(grown) / math.log(hf["original_max_position_embeddings"]))
+        found |= {"rope.scaling.attn_factor": attention}
+    if arch == "phi3":
+        found |= {"rope.scaling.original_context_length": hf["original_max_position_embeddings"]}
+    if "sliding_attention" in ropes:
+        found["rope.freq_base_swa"] = float(ropes["sliding_attention"]["rope_theta"])
+    if hf.get("sliding_window") and not arch.startswith("qwen"):
+        found["attention.sliding_window"] = hf["sliding_window"]
+    for key in ("attn_logit_softcapping", "final_logit_softcapping"):
+        if arch == "gemma2" or hf.get(key):
+            found |= {key: float(hf[key])} if arch.startswith("gemma") else {}
+    if experts := hf.get("num_experts") or hf.get("num_local_experts"):
+        found |= {"expert_count": experts, "expert_used_count": hf["num_experts_per_tok"]}
+    if "moe_intermediate_size" in hf:
+        found["expert_feed_forward_length"] = hf["moe_intermediate_size"]
+    return {f"{arch}.{key}": value for key, value in found.items()}
+
+
+def rope_factors(hf: dict) -> dict[str, list[float]]:
+    """The tensors that slow rotated pairs down, which Llama 3 and LongRoPE have."""
+    ropes = hf.get("rope_parameters") or {}
+    if ropes.get("rope_type") == "longrope":
+        return {f"rope_factors_{kind}.weight": ropes[f"{kind}_factor"] for kind in ("short", "long")}
+    if ropes.get("rope_type") != "llama3":
+        return {}
+    dim, span, factors = hf["head_dim"], ropes["original_max_position_embeddings"], []
+    for i in range(0, dim, 2):
+        length = 2 * math.pi * ropes["rope_theta"] ** (i / dim)
+        low, high = ropes["low_freq_factor"], ropes["high_freq_factor"]
+        smooth = min(max((span / length - low) / (high - low), 0), 1)
+        factors.append(1 / ((1 - smooth) / ropes["factor"] + smooth))
+    return {"rope_freqs.weight": factors}
+
+
+def tokenizer(folder: pathlib.Path, pre: str = "llama-bpe") -> dict:
+    """The metadata of a byte-level tokenizer."""
+    whole = json.loads((folder / "tokenizer.json").read_text())
+    added = {entry["content"]: entry for entry in whole["added_tokens"]}
+    ids = whole["model"]["vocab"] | {text: entry["id"] for text, entry in added.items()}
+    tokens = sorted(ids, key=ids.get)
+    named = json.loads((folder / "tokenizer_config.json").read_text())
+    template = folder / "chat_template.jinja"
+    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in whole["model"]["merges"]]
+    return {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": pre,
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": [(3 if added[t]["special"] else 4) if t in added else 1 for t in tokens],
+        "tokenizer.ggml.merges": merges,
+        "tokenizer.ggml.bos_token_id": ids[named["bos_token"]],
+        "tokenizer.ggml.eos_token_id": ids[named["eos_token"]],
+        "tokenizer.ggml.padding_token_id": ids[named["pad_token"]],
+        "tokenizer.ggml.add_bos_token": False,
+        "tokenizer.chat_template": template.read_text() if template.is_file() else None,
+    }

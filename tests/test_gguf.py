@@ -1,0 +1,186 @@
+"""GGUF files as checkpoints: equal to the HF checkpoints that they were made of, for every architecture and type."""
+
+import json
+import pathlib
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from families import tiny_model
+from gguf import GGMLQuantizationType as Type
+from gguf_files import add, settings, tokenizer, write_gguf
+from tiny import hf_forward, left_padded
+from transformers import AutoModelForCausalLM, GgufConfig
+
+from refusal_jax import load_model
+from refusal_jax.checkpoints import gguf_tensors
+from refusal_jax.checkpoints.gguf_blocks import READABLE, block_of, dequantise
+from refusal_jax.checkpoints.load import load_decoder
+from refusal_jax.checkpoints.remote import checkpoint_folder
+from refusal_jax.checkpoints.tensor_files import TensorFiles
+from refusal_jax.models.hf_config import load_config
+from refusal_jax.models.sharding import make_mesh
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    """A cache of its own for each test."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+LLAMA_3 = {
+    "rope_type": "llama3",
+    "rope_theta": 500000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+GEMMA2 = {"head_dim": 8, "query_pre_attn_scalar": 8, "num_hidden_layers": 4, "sliding_window": 6}
+CASES = {
+    "llama": ("llama", "gqa", {}),
+    "llama-biased": ("llama", "biased", {"hidden_act": "silu"}),
+    "llama-tied": ("llama", "tied", {"hidden_act": "silu"}),
+    "llama-3": ("llama", "gqa", {"rope_parameters": LLAMA_3, "head_dim": 16, "max_position_embeddings": 131072}),
+    "llama-linear": ("llama", "rope-linear", {}),
+    "llama-yarn": ("llama", "rope-yarn", {}),
+    "mistral": ("mistral", "window", {}),
+    "mixtral": ("mixtral", "gqa", {}),
+    "qwen2": ("qwen2", "gqa", {}),
+    "qwen3": ("qwen3", "gqa", {}),
+    "qwen3-biased": ("qwen3", "biased", {}),
+    "qwen3moe": ("qwen3_moe", "renormalised", {"num_experts": 5, "moe_intermediate_size": 32}),
+    "gemma": ("gemma", "gqa", {}),
+    "gemma2": ("gemma2", "capped", GEMMA2),
+    "gemma3": (
+        "gemma3_text",
+        "gqa",
+        GEMMA2 | {"num_hidden_layers": 6, "layer_types": (["sliding_attention"] * 5 + ["full_attention"])},
+    ),
+    "phi3": ("phi3", "gqa", {"sliding_window": 9}),
+    "phi3-long": ("phi3", "longrope", {}),
+}
+LOADED = (
+    "llama",
+    "qwen2",
+    "qwen3moe",
+)  # by transformers too, which reads no rope, window or cap, nor other architectures
+
+
+def made(tmp_path: pathlib.Path, case: str, kind: Type = Type.F32, **more):
+    """The folder of a tiny checkpoint, and the GGUF file of the same."""
+    family, variant, config = CASES[case]
+    folder = tiny_model(tmp_path / "hf", family, variant, **config)
+    return folder, write_gguf(folder, tmp_path / "tiny.gguf", kind, **more)
+
+
+def whole(files: TensorFiles, name: str) -> np.ndarray:
+    """A tensor's values in float32."""
+    out = np.empty(files.tensors[name].shape, np.float32)
+    files.read_into(name, (), out)
+    return out
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_architecture_is_the_checkpoint_it_was_made_of(tmp_path, case):
+    """Equal configs and equal tensors: so logits, taps and edits are equal too."""
+    folder, path = made(tmp_path, case, Type.Q8_0)
+    mirror = checkpoint_folder(path)
+    assert load_config(mirror) == load_config(folder)
+    ours, theirs = TensorFiles.open(mirror), TensorFiles.open(folder)
+    assert set(ours.tensors) == set(theirs.tensors) - (
+        {"lm_head.weight"} if load_config(folder).tied_embeddings else set()
+    )
+    for name, tensor in ours.tensors.items():
+        assert tensor.dtype in ("BF16", "F32") and tensor.shape == theirs.tensors[name].shape
+        exact = "norm" not in name
+        np.testing.assert_allclose(whole(ours, name), whole(theirs, name), rtol=0, atol=0 if exact else 1.2e-7)
+    assert ours.bytes_read == sum(tensor.nbytes for tensor in ours.tensors.values())
+
+
+@pytest.mark.parametrize("case", ("llama", "qwen2", "gemma2", "mixtral"))
+def test_logits_are_those_of_transformers(tmp_path, case):
+    folder, path = made(tmp_path, case, Type.Q8_0)
+    loader = {"gguf_file": path.name, "quantization_config": GgufConfig(dequantize=True)}
+    where = (path.parent, loader) if case in LOADED else (folder, {})
+    theirs = AutoModelForCausalLM.from_pretrained(
+        where[0], dtype=torch.float32, attn_implementation="eager", **where[1]
+    )
+    ours = load_model(path)
+    tokens, mask = left_padded([11, 24], ours.decoder.cfg.vocab_size)
+    want = hf_forward(theirs.eval(), tokens, mask).logits.numpy()[:, -1]
+    np.testing.assert_allclose(np.asarray(ours.logits(tokens, mask)), want, atol=1e-4)
+
+
+def test_blocks_of_every_type_are_the_librarys():
+    """Bit for bit, on random bytes: whatever the scales are."""
+    rng = np.random.default_rng(0)
+    for kind in READABLE:
+        values, size = block_of(kind)
+        data = rng.integers(0, 256, (70, size), dtype=np.uint8)
+        out = np.empty((70, values), np.float32)
+        dequantise(kind, data, out)
+        with np.errstate(all="ignore"):
+            if kind is Type.Q8_K:  # which the library lacks
+                want = data[:, :4].copy().view(np.float32) * data[:, 4:260].view(np.int8).astype(np.float32)
+            else:
+                want = gguf.dequantize(data, kind).astype(np.float32)
+        np.testing.assert_array_equal(out, want, err_msg=kind.name)
+
+
+def random_gguf(path: pathlib.Path, kind: Type, seed: int = 0) -> pathlib.Path:
+    """A llama of one layer whose matrices are random blocks of a type."""
+    values, size = block_of(kind)
+    rng, width = np.random.default_rng(seed), 512
+    sizes = {"hidden_size": width, "intermediate_size": width, "head_dim": 128}
+    folder = tiny_model(path.parent / f"hf-{kind.name}", "llama", **sizes)
+    hf = json.loads((folder / "config.json").read_text()) | {"num_hidden_layers": 1}
+    writer = gguf.GGUFWriter(path, "llama")
+    for key, value in (settings(hf, "llama") | tokenizer(folder)).items():
+        if value is not None:
+            add(writer, key, value)
+    shapes = {"token_embd": 328, "output": 328, "blk.0.attn_q": 512, "blk.0.attn_k": 256, "blk.0.attn_v": 256}
+    shapes |= {f"blk.0.{name}": width for name in ("attn_output", "ffn_gate", "ffn_up", "ffn_down")}
+    for name, rows in shapes.items():
+        data = rng.integers(0, 100, (rows, width // values * size), dtype=np.uint8)  # small bytes: scales are finite
+        writer.add_tensor(f"{name}.weight", data, raw_dtype=kind)
+    for name in ("output_norm", "blk.0.attn_norm", "blk.0.ffn_norm"):
+        writer.add_tensor(f"{name}.weight", np.ones(width, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+@pytest.mark.parametrize("kind", (Type.Q4_K, Type.Q5_1, Type.BF16), ids=lambda kind: kind.name)
+def test_parts_of_tensors_are_read_with_their_blocks_only(tmp_path, kind, monkeypatch):
+    monkeypatch.setattr(gguf_tensors, "CHUNK_VALUES", 3000)  # many chunks of a tensor
+    files = TensorFiles.open(checkpoint_folder(random_gguf(tmp_path / "tiny.gguf", kind)))
+    block, size = block_of(kind)
+    for name in ("model.layers.0.self_attn.q_proj.weight", "model.layers.0.mlp.down_proj.weight"):
+        want = whole(files, name)
+        for rows, columns in (
+            ((0, 512), (0, 512)),
+            ((128, 384), (0, 512)),
+            ((0, 512), (256, 512)),
+            ((5, 130), (100, 301)),
+        ):
+            before, out = files.bytes_read, np.empty((rows[1] - rows[0], columns[1] - columns[0]), np.float32)
+            files.read_into(name, (slice(*rows), slice(*columns)), out)
+            np.testing.assert_array_equal(out, want[slice(*rows), slice(*columns)])
+            blocks = -(-columns[1] // block) - columns[0] // block
+            least = (rows[1] - rows[0]) * blocks * size
+            assert least <= files.bytes_read - before <= least * (2 if "q_proj" in name and rows[0] % 128 else 1)
+        np.testing.assert_array_equal(files.read(name), want.astype(files.read(name).dtype))  # rounded once
+    with pytest.raises(ValueError, match="cannot take"):
+        files.read_into(name, (), np.empty((1, 2), np.float32))
+
+
+def test_a_mesh_reads_what_its_devices_hold(tmp_path):
+    path = random_gguf(tmp_path / "tiny.gguf", Type.Q8_0)
+    want = load_decoder(path).weights()
+    got = load_decoder(path, mesh=make_mesh(fsdp=2, model=4)).weights()
+    for name, weight in want.items():
+        np.testing.assert_array_equal(got[name], weight)
