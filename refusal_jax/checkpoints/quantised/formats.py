@@ -7,7 +7,7 @@ they are read.
 import pathlib
 from collections.abc import Callable
 
-from refusal_jax.checkpoints.quantised import fp8
+from refusal_jax.checkpoints.quantised import awq, bitsandbytes, compressed, fp4, fp8, gptq
 from refusal_jax.checkpoints.quantised.parts import Parts
 from refusal_jax.checkpoints.tensors import PlainTensor, Tensor, listed
 from refusal_jax.errors import UserError
@@ -16,6 +16,12 @@ from refusal_jax.models.quantisation import Quantisation
 FORMATS: dict[str, Callable[[Parts], None]] = {
     "fp8": fp8.assemble,
     "fbgemm_fp8": fp8.assemble,
+    "modelopt": fp4.assemble_modelopt,
+    "bitsandbytes": bitsandbytes.assemble,
+    "gptq": gptq.assemble,
+    "awq": awq.assemble,
+    "compressed-tensors": compressed.assemble,
+    "mxfp4": fp4.assemble_mxfp4,
 }
 
 

@@ -51,6 +51,12 @@ def part(tensor: PlainTensor, index: int) -> PlainTensor:
     return dataclasses.replace(tensor, extent=extent)
 
 
+def as_bytes(tensor: PlainTensor) -> PlainTensor:
+    """Returns a tensor's bytes as such."""
+    extent = dataclasses.replace(tensor.extent, dtype="U8", shape=(tensor.nbytes,))
+    return dataclasses.replace(tensor, extent=extent)
+
+
 def whole(tensor: PlainTensor) -> Shaped[np.ndarray, "..."]:
     """Reads a tensor in the dtype in which it is stored."""
     values = np.empty(tensor.shape, READABLE[tensor.dtype])

@@ -2,12 +2,17 @@
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
-from refusal_jax.checkpoints.quantised.dequantised import Dequantised, Stacked
+import numpy as np
+from jaxtyping import Shaped
+
+from refusal_jax.checkpoints.quantised.matrices import whole
 from refusal_jax.checkpoints.tensors import PlainTensor, Tensor
 from refusal_jax.models.quantisation import Quantisation
 
+READERS = 16  # threads that read small tensors
 # What the formats' own runtimes quantise activations and caches with, which are not quantised here.
 RUNTIME = re.compile(
     r"\.(input|activation|output|[qkv]|[kv]_proj\.[kv]|kv)_scale(_ub)?$|\.(input|output)_(global_scale|zero_point|min|max)$|"
@@ -48,6 +53,11 @@ class Parts:
             return None
         return [tensor for tensor in found.values() if tensor is not None]
 
+    def read(self, tensors: Sequence[PlainTensor]) -> list[Shaped[np.ndarray, "..."]]:
+        """Reads small tensors whole, many at a time, as they may be in a store. Raises UserError if a file cannot be read."""
+        with ThreadPoolExecutor(READERS) as pool:
+            return list(pool.map(whole, tensors))
+
     def fits(self, tensor: PlainTensor, shape: tuple[int, ...], *dtypes: str) -> bool:
         """Returns whether a tensor is of this shape and one of these dtypes; it is a problem if not."""
         if tensor.shape == shape and tensor.dtype in dtypes:
@@ -57,7 +67,7 @@ class Parts:
         )
         return False
 
-    def add(self, name: str, tensor: Dequantised | Stacked) -> None:
+    def add(self, name: str, tensor: Tensor) -> None:
         """Adds a weight; it is a problem if there is one of this name, or if its module is not to be quantised."""
         if name in self.left or name in self.found:
             self.problems.append(f"{name} is there as it is and quantised")
