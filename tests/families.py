@@ -180,8 +180,9 @@ FAMILIES = {
 GPT_OSS = {"head_dim": 16, "num_local_experts": 5, "num_experts_per_tok": 2, "swiglu_limit": 0.8, "sliding_window": 6}
 FAMILIES["gpt_oss"] = {
     "gqa": GPT_OSS | {"rope_parameters": YARN | {"truncate": False}},
-    "unbiased": GPT_OSS
-    | {"attention_bias": False, "tie_word_embeddings": True, "swiglu_alpha": 1.0, "num_experts_per_tok": 1},
+    # As wide inside as outside, as the published ones are: then no shape tells how a matrix lies.
+    "square": GPT_OSS
+    | {"attention_bias": False, "tie_word_embeddings": True, "swiglu_alpha": 1.0, "intermediate_size": 32},
 }
 ROPE_VARIANTS = {
     "linear": ROPES["linear"],
