@@ -44,7 +44,8 @@ Settings, as flags or in the environment (--zone is TPU_ZONE, and so on):
   TPU_CREATE_FLAGS      more flags for `queued-resources create`, for example "--network=n --internal-ips --service-account=s"
   TPU_SSH_FLAGS         more flags for ssh and scp, for example "--tunnel-through-iap"
 
-The job's exit codes 1 and 2 (a bug, bad input) are final, and become this script's. A job that crashed or vanished on a worker
+The job's exit codes 1 to 4 (a bug, bad input, a failed verification, no direction) are final, and become this script's; with 4
+the results are fetched as with 0. A job that crashed or vanished on a worker
 is started again (`follow` alone exits with 75 then). The workdir of a spot slice must be on gs://, because a preemption takes the
 disks along, and so should that of any slice with several workers. The VMs' service account needs read access to the model and
 write access to the workdir. Settings, job and logs are shown and sent in clear: no place for secrets.
@@ -311,7 +312,7 @@ verdict() { # on workers that all ended: 0, $AGAIN, or the job's exit code
   for code in $ended; do
     case "$code" in
       0) ;;
-      1 | 2) final="$code" ;;
+      [1-4]) final="$code" ;;
       130) [ "$final" -ne 0 ] || final=130 ;;
       *) return "$AGAIN" ;; # killed by a signal
     esac
@@ -377,10 +378,10 @@ run() {
     fetch_logs
     [ "$code" -eq 0 ] || last_lines "$TPU_RESULTS/$TPU_NAME-logs/0.log" >&2 || true
   fi
-  if [ "$code" -eq 0 ]; then
+  if [ "$code" -eq 0 ] || [ "$code" -eq 4 ]; then # a study that found no direction has a report, too
     fetch || { TPU_DELETE=never; say "the results could not be fetched"; return 1; } # they may be on its disk only
   fi
-  case "$TPU_DELETE $code" in always\ * | "success 0") [ -z "$SLICE" ] || delete_slice || true ;; esac
+  case "$TPU_DELETE $code" in always\ * | "success 0" | "success 4") [ -z "$SLICE" ] || delete_slice || true ;; esac
   return "$code"
 }
 
@@ -396,7 +397,7 @@ dry_run() { # the commands of `run`, in order; the loops are comments
   describe tpu-vm 'value(state,networkEndpoints.len())'
   install_workers
   start_workers
-  note "every $TPU_POLL seconds until all workers exited 0; exit codes 1 and 2 are final, else up to $TPU_TRIES tries"
+  note "every $TPU_POLL seconds until all workers exited 0; exit codes 1 to 4 are final, else up to $TPU_TRIES tries"
   answers any status || true
   fetch_logs
   fetch

@@ -235,8 +235,12 @@ class Condition:
         """Returns what reports call the intervention on this data set."""
         return self.intervention.label(self.dataset.harmful)
 
-    def edits(self, direction: Direction, cfg: ModelConfig) -> Edits:
-        """Returns the one-row edit of a model. Raises UserError for a direction of another model."""
+    def edits(self, direction: Direction | None, cfg: ModelConfig) -> Edits:
+        """Returns the one-row edit of a model; only the baseline needs no direction. Raises UserError for a direction of another
+        model."""
+        if self.intervention is Baseline:
+            return Baseline().edits(cfg)
+        assert direction is not None
         return self.intervention.of(direction, self.dataset.harmful).edits(cfg)
 
     def file(self, kind: Kind) -> str:

@@ -19,6 +19,7 @@ from refusal_jax.errors import UserError, setting
 from refusal_jax.files import file_hash, read_json, to_json, write_atomically
 
 DIRECTION, METADATA, MEANS = "direction.safetensors", "direction_metadata.json", "mean_diffs"
+NO_DIRECTION = "no_direction.json"  # in the folder of a study that found none
 ONE_ONLY = "Only one direction can be used here: save it in a file of its own."
 
 
@@ -30,6 +31,17 @@ class Run(Protocol):
     def read_tensors(self, name: str) -> dict[str, np.ndarray]: ...
     def write_json(self, name: str, value) -> None: ...
     def write_tensors(self, name: str, tensors: dict[str, np.ndarray]) -> None: ...
+
+
+def check_found(folder: pathlib.Path) -> None:
+    """Raises UserError if the folder is that of a study that found no direction."""
+    if (folder / NO_DIRECTION).is_file():
+        claim = read_json(folder / NO_DIRECTION).get("claim", "")
+        raise UserError(
+            f"The study in {folder} found no direction, so there is nothing to take from it: {claim} Its report.html shows how "
+            "near the candidates came, and the same `refusal-jax study` command continues it with other settings of the "
+            "selection."
+        )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -276,7 +288,9 @@ def _check_layer(layer: int, n_layers: int) -> None:
 
 
 def direction_file(path: pathlib.Path) -> pathlib.Path:
-    """Returns the file of a direction: `path`, or the one in the folder of a study. Raises UserError if there is none."""
+    """Returns the file of a direction: `path`, or the one in the folder of a study. Raises UserError if there is none, such as
+    after a study that found none."""
+    check_found(path)
     file = path / DIRECTION if path.is_dir() else path
     if file.suffix not in READERS:
         raise UserError(

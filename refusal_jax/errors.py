@@ -31,6 +31,26 @@ class VerificationError(UserError):
     exit_code = 3
 
 
+class NoDirection(UserError):
+    """A study found no direction: a result, which its report tells, and no bad input.
+
+    why: "refusal_tokens", "filter" or "candidates", the step that left nothing. reason: the same as a clause. claim: what was
+    found, with its numbers; remedy: what to do; both whole sentences. run: of the study, where it is finished, a
+    `refusal_jax.runs.run.Run`.
+    """
+
+    exit_code = 4
+
+    def __init__(self, why: str, reason: str, claim: str, remedy: str, run: object = None):
+        super().__init__(f"{claim} {remedy}")
+        self.why, self.reason, self.claim, self.remedy, self.run = why, reason, claim, remedy, run
+
+    @property
+    def record(self) -> dict[str, str]:
+        """Returns the content of no_direction.json."""
+        return {"why": self.why, "reason": self.reason, "claim": self.claim, "remedy": self.remedy}
+
+
 def shown(value) -> str:
     """Returns the `repr` of a value from a file, shortened: a message stays readable, however large or deep the value is."""
     return _short.repr(value)

@@ -11,6 +11,7 @@ import pytest
 from refusal_jax import UserError
 from refusal_jax.data.prompts import BUNDLED, dataset_name, read_prompts, resolve, write_prompts
 from refusal_jax.data.sampling import SPLITS, sample_prompts
+from refusal_jax.errors import NoDirection
 from refusal_jax.files import file_hash
 from refusal_jax.judges.evaluations import evaluate_completions
 from refusal_jax.judges.statistics import wilson_interval
@@ -327,13 +328,14 @@ def test_no_candidate_passes():
         "of 6, 2 are at layer 16 or above, 1 have NaN scores, 1 have an induce score under 0.0, 2 of the rest a KL over "
         "0.1. Nearest: position -2, layer 5, induce 1.500, KL 0.2500."
     )
-    with pytest.raises(UserError, match="No candidate direction passes the filter") as error:
+    with pytest.raises(NoDirection, match="No candidate direction passes the filter") as error:
         pick(rows, Rule(20))
+    assert error.value.exit_code == 4 and error.value.why == "candidates"
     assert message in str(error.value)
     with pytest.raises(UserError, match="Nearest: position -1, layer 4, induce -3.000, KL"):
         pick(rows[:4], Rule(20))
     with pytest.raises(UserError, match=r"KL over 0\.1\. This model's refusal may not be"):
-        pick(rows[:3], Rule(20))
+        pick(rows[2:3], Rule(20))
 
 
 @needs_runs

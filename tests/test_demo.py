@@ -195,21 +195,6 @@ def test_a_mesh_of_eight_devices_gives_the_same_study(finished, tmp_path, mesh):
     assert all((tmp_path / "run" / n).read_bytes() == (finished[0] / n).read_bytes() for n in same)
 
 
-def test_no_passing_candidate_says_what_removed_how_many(tmp_path):
-    config = small_config()
-    config.select.kl_threshold = -1.0
-    with pytest.raises(UserError, match=r"No candidate direction passes.*KL over -1.0\. Nearest: position .* KL "):
-        run_study(config, tmp_path / "run")
-    assert not (tmp_path / "run" / "direction_metadata.json").exists()
-
-
-def test_refusals_that_begin_otherwise_keep_nothing(tmp_path):
-    config = small_config()
-    config.refusal_tokens = ("zebra",)
-    with pytest.raises(UserError, match="kept none of the 32 prompts of 'harmful_train': no harmful prompt is refused"):
-        run_study(config, tmp_path / "run")
-
-
 def test_settings_that_cannot_work_are_refused(tmp_path):
     config = small_config(n_test=0)
     with pytest.raises(UserError, match=r"^config\.data\.n_test = 0, expected at least 1"):

@@ -208,9 +208,14 @@ def test_a_damaged_checkpoint_is_refused_before_work(tmp_path):
 
 
 def test_a_random_model_has_no_direction_and_says_so(tmp_path):
-    model = tiny.tiny_llama(tmp_path / "model")
-    done = command("study", f"--model={model}", f"--workdir={tmp_path / 'run'}", *SMALL)
-    refused(done, "No usual beginning of a reply|kept none of the 32 prompts|No candidate direction passes")
+    folder = tiny.tiny_llama(tmp_path / "model")
+    done = command("study", f"--model={folder}", f"--workdir={tmp_path / 'run'}", *SMALL)
+    assert done.returncode == 4 and done.stderr.count("error:") == 1
+    assert "No direction was found" in done.stdout and f"Report: {tmp_path / 'run' / 'report.html'}" in done.stdout
+    for job in (("chat",), ("export", f"--out={tmp_path / 'out'}")):
+        refused(command(*job, f"--direction={tmp_path / 'run'}"), "found no direction, so there is nothing to take")
+    judged = command("evaluate", f"--completions={tmp_path / 'run' / 'completions'}", f"--out={tmp_path / 'judged'}")
+    assert judged.returncode == 0 and "baseline" in judged.stdout
 
 
 @pytest.fixture(scope="module")

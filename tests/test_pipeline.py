@@ -204,14 +204,6 @@ def test_refusal_tokens_from_data(config, tmp_path, monkeypatch):
     assert pipeline.run_study(config, tmp_path / "run").worked == []
 
 
-def test_no_refusal_tokens_in_the_data(config, tmp_path, monkeypatch):
-    config.update(refusal_tokens=())
-    monkeypatch.setattr(directions, "measure_openings", lambda *args: [Opening(40, "I", 0.2, 0.2)])
-    with pytest.raises(UserError, match=r"No usual beginning of a reply tells .*'I' 0\.200 and 0\.200"):
-        pipeline.run_study(config, tmp_path / "run")
-    assert not (tmp_path / "run").exists()
-
-
 def test_generation_settings_of_the_checkpoint(config, llama, tmp_path):
     folder = shutil.copytree(llama, tmp_path / "model")
     tiny.edit_json(folder / "generation_config.json", repetition_penalty=1.9, top_k=3)

@@ -1,6 +1,7 @@
 """Refusal tokens from data: which tokens are candidates, their probabilities, and which are chosen."""
 
 import dataclasses
+import re
 import textwrap
 
 import numpy as np
@@ -19,6 +20,7 @@ from refusal_jax.study.refusal_tokens import (
     Opening,
     candidate_ids,
     measure_openings,
+    nothing_chosen,
     refusal_openings,
 )
 
@@ -100,13 +102,11 @@ def test_what_is_chosen(harmful, harmless, chosen, model):
 
 def test_nothing_is_chosen(model):
     rows = [Opening(i, f"T{i}", 0.3 - i / 100, 0.2) for i in range(9)]
-    message = (
-        r"No usual beginning of a reply tells harmful .*: 'T0' 0\.300 and 0\.200, .*'T4' 0\.260 and 0\.200\. "
-        r"The model may not refuse, .*set config\.refusal_tokens.*check config\.chat_template\."
+    assert refusal_openings(rows, model.chat) == ()
+    said = nothing_chosen(rows)
+    assert re.search(
+        r"No usual beginning of a reply tells .*: 'T0' 0\.300 and 0\.200, .*'T4' 0\.260 and 0\.200\.$", said
     )
-    with pytest.raises(UserError, match=message) as caught:
-        refusal_openings(rows, model.chat)
-    assert "T5" not in str(caught.value)
 
 
 @pytest.mark.parametrize("thinking", [False, True])
@@ -123,8 +123,7 @@ def test_a_template_that_always_opens_a_thought(thinking, tmp_path, monkeypatch)
     exec(textwrap.dedent(str(caught.value).partition("\n\n")[2]), {})
     closed = Chat.load(tmp_path, 64, chat_template="closed.jinja", thinking=thinking)
     assert closed.render("hi") == f"{chat.render('hi')}\n</think>\n\n" and closed.opened_thought == ""
-    with pytest.raises(UserError, match=r"The model may not refuse"):
-        refusal_openings([Opening(40, "I", 0.2, 0.2)], closed)
+    assert refusal_openings([Opening(40, "I", 0.2, 0.2)], closed) == ()
 
 
 def test_a_template_that_opens_a_thought_when_asked_to(tmp_path):

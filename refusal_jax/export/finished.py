@@ -7,7 +7,7 @@ import pathlib
 
 from refusal_jax.conditions import Baseline
 from refusal_jax.data.prompts import BUNDLED, read_prompts, resolve
-from refusal_jax.directions import DIRECTION
+from refusal_jax.directions import DIRECTION, check_found
 from refusal_jax.errors import UserError
 from refusal_jax.files import read_json
 from refusal_jax.report.summary import REFUSAL_JUDGE, JudgedCondition, read_conditions, read_losses
@@ -35,9 +35,10 @@ class FinishedStudy:
     def read(cls, folder: pathlib.Path, count: int) -> "FinishedStudy":
         """Reads the folder of a finished study.
 
-        count: number of prompts of each side, and of replies. Raises UserError if the folder is not a finished study or
-        is damaged.
+        count: number of prompts of each side, and of replies. Raises UserError if the folder is not a finished study, is
+        damaged, or holds a study that found no direction.
         """
+        check_found(folder)
         for name in (DIRECTION, PROMPTS, SETUP, MANIFEST):
             if not (folder / name).is_file():
                 raise UserError(

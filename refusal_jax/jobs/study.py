@@ -5,6 +5,10 @@
   refusal-jax study --config=configs/demo.py --workdir=DIR --config.select.full_grid=True
 
 If the study is stopped at any moment, the same command continues it; after it has finished, the command does nothing.
+If no direction passes the selection, or the model does not refuse, the exit code is 4. The report then has the refusal rates
+of the unedited model and the nearest candidates, and the same command with other --config.select, --config.filter,
+--config.refusal_tokens or --config.positions tries again with what was measured.
+
 Every setting is a field of the config (refusal_jax/study/config.py explains them all) and can be overridden by
 --config.SECTION.NAME=VALUE. Prompts come from the bundled set, from files, --config.data.harmful_train=my.csv (.json,
 .jsonl, .csv, .txt), or from what `refusal-jax data fetch` has downloaded: "paper" for the paper's split,
@@ -28,9 +32,11 @@ import pathlib
 from absl import flags
 
 from refusal_jax import distributed
+from refusal_jax.errors import NoDirection
 from refusal_jax.jobs import common, devices, processes, settings
 from refusal_jax.report.text import text_summary
 from refusal_jax.runs.artifacts import REPORT
+from refusal_jax.runs.run import Run
 from refusal_jax.study.study import SECTIONS, run_study
 
 WORKDIR = flags.DEFINE_string(
@@ -50,7 +56,16 @@ for shared in (settings, devices, processes):
 def main(argv) -> None:
     processes.join()
     workdir = common.required(WORKDIR, ": name the folder for the results, e.g. --workdir=runs/first.")
-    run = run_study(settings.study_settings(MODEL.value), workdir)
+    try:
+        show(run_study(settings.study_settings(MODEL.value), workdir))
+    except NoDirection as none:
+        assert isinstance(none.run, Run)
+        show(none.run)
+        raise
+
+
+def show(run: Run) -> None:
+    """Prints the numbers of a finished study, and where its report is."""
     if not distributed.first():
         return
     if not run.worked:

@@ -211,14 +211,14 @@ def heatmap(
     values_pl: np.ndarray,
     y_labels: Sequence[str],
     scale: Scale,
-    pick: Direction,
+    pick: Direction | None,
     *,
     shown_pl: np.ndarray | None = None,
     passing_pl: np.ndarray | None = None,
     limit: int | None = None,
     height: float | None = None,
 ) -> str:
-    """Draws values over layer (x) and position (y), with the pick outlined.
+    """Draws values over layer (x) and position (y), with the pick outlined, if there is one.
 
     Cells are hatched where not `shown_pl` (not evaluated, or not defined), crossed where NaN, and faded where not
     `passing_pl`. limit: the first pruned layer.
@@ -240,8 +240,9 @@ def heatmap(
             _write_values(axes, values_pl, shade, scale.digits)
         if limit is not None:
             _mark_pruned(axes, limit, layers)
-        position, layer = pick.place
-        _mark_pick(axes, layer, position + positions, cell)
+        if pick is not None:
+            position, layer = pick.place
+            _mark_pick(axes, layer, position + positions, cell)
         axes.set_yticks(range(positions), y_labels, parse_math=False)
         _layer_axis(axes, layers)
         axes.set_ylim(positions - 0.5, -0.5)
@@ -260,7 +261,7 @@ class Limits:
 
 
 def selection_figures(
-    rows: Sequence[dict], passing: Sequence[dict], limits: Limits, tokens: Sequence[str], pick: Direction
+    rows: Sequence[dict], passing: Sequence[dict], limits: Limits, tokens: Sequence[str], pick: Direction | None
 ) -> dict[str, str]:
     """Returns bypass, induce and KL of every candidate as `{score key: svg}`.
 

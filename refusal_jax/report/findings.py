@@ -10,8 +10,8 @@ from refusal_jax.directions import Direction
 from refusal_jax.judges.choice import REFUSAL_JUDGES
 from refusal_jax.report.concerns import Concern
 from refusal_jax.report.summary import REFUSAL_JUDGE, JudgedCondition, judges_of, read_conditions
-from refusal_jax.report.verdict import verdict_in_words
-from refusal_jax.runs.artifacts import SETUP
+from refusal_jax.report.verdict import verdict_in_words, verdict_without_direction
+from refusal_jax.runs.artifacts import NO_DIRECTION, SETUP
 from refusal_jax.runs.run import Run
 
 
@@ -20,7 +20,13 @@ class Findings:
 
     def __init__(self, run: Run, sections: Sequence["Section"]):
         self.run = run
+        sections = [section for section in sections if self.none is None or not section.of_direction]
         self.sections = sorted(sections, key=lambda section: not section.first)
+
+    @functools.cached_property
+    def none(self) -> dict | None:
+        """Returns why there is no direction, as in no_direction.json; None if there is one."""
+        return self.run.read_json(NO_DIRECTION) if self.run.exists(NO_DIRECTION) else None
 
     @functools.cached_property
     def setup(self) -> dict:
@@ -28,9 +34,9 @@ class Findings:
         return self.run.read_json(SETUP)
 
     @functools.cached_property
-    def direction(self) -> Direction:
-        """Returns the selected direction."""
-        return Direction.selected(self.run)
+    def direction(self) -> Direction | None:
+        """Returns the selected direction; None if the study found none."""
+        return Direction.selected(self.run) if self.none is None else None
 
     @functools.cached_property
     def conditions(self) -> list[JudgedCondition]:
@@ -66,6 +72,8 @@ class Findings:
     @functools.cached_property
     def verdict(self) -> tuple[str, str]:
         """Returns the strength of the effect, and the verdict in words."""
+        if self.none is not None:
+            return verdict_without_direction(self.conditions, self.judges, self.none["reason"], self.concerns)
         return verdict_in_words(self.conditions, self.judges, self.concerns)
 
 
@@ -82,6 +90,7 @@ class Section:
     their titles, for the page's navigation. values: what the template shows, by name. lines: of the text summary. concerns: the
     stage's evidence against the refusal rates. note: a sentence below the page's headline. first: whether the page shows it
     before the sections of the stages before it. late: whether the text summary has its lines after those of the other stages.
+    of_direction: whether it is about a direction, so that it is left out if the study found none.
     """
 
     template: pathlib.Path | None = None
@@ -92,3 +101,4 @@ class Section:
     note: Callable[[Findings], str] | None = None
     first: bool = False
     late: bool = False
+    of_direction: bool = False

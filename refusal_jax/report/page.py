@@ -89,7 +89,8 @@ def page_context(findings: Findings) -> dict:
     for section in findings.sections:
         if section.template:
             html = env.get_template(section.template.name).render(shared | section.values(findings))
-            sections.append({"links": section.links, "html": Markup(html)})
+            links = {name: title for name, title in section.links.items() if f'id="{name}"' in html}
+            sections.append({"links": links, "html": Markup(html)})
     return shared | {
         "sections": sections,
         "notes": [section.note(findings) for section in findings.sections if section.note],

@@ -17,7 +17,7 @@ def decoding_line(setup: dict) -> str:
 def text_summary(run: Run, sections: Sequence[Section]) -> str:
     """Returns the lines that the stages add to the report, what speaks against the numbers, and the verdict in words."""
     findings, lines = Findings(run, sections), []
-    for section in sorted(sections, key=lambda section: section.late):
+    for section in sorted(findings.sections, key=lambda section: section.late):
         lines += section.lines(findings)
     if findings.concerns:
         lines += ["", "What speaks against these numbers:"]

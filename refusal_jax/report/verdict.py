@@ -102,7 +102,20 @@ def verdict_in_words(
     judges: by name, of which the first that judges refusals counts. concerns: what else the run says; those that are decisive
     leave no verdict.
     """
-    strength, sentence = strength_of(conditions, judges)
+    return unless_decided(strength_of(conditions, judges), concerns)
+
+
+def verdict_without_direction(
+    conditions: Sequence[JudgedCondition], judges: Sequence[str], reason: str, concerns: Sequence[Concern] = ()
+) -> tuple[str, str]:
+    """Returns the verdict on a model for which the study found no direction, as `verdict_in_words` does: how often it refuses,
+    and what follows. reason: a clause that says at what the study ended."""
+    return unless_decided(_strength_without_direction(conditions, judges, reason), concerns)
+
+
+def unless_decided(verdict: tuple[str, str], concerns: Sequence[Concern]) -> tuple[str, str]:
+    """Returns the verdict, or that there is none if a concern is decisive."""
+    strength, sentence = verdict
     against = [concern for concern in concerns if concern.decisive]
     if strength == "none" or not against:
         return strength, sentence
@@ -120,10 +133,7 @@ def strength_of(conditions: Sequence[JudgedCondition], judges: Sequence[str]) ->
             f"No verdict on refusal: the completions were judged by {', '.join(judges)} only, whose failures may be harmless "
             "answers. Add a judge of refusals, such as substring_matching."
         )
-    found: dict[tuple[bool, str], JudgedCondition] = {}
-    for c in conditions:
-        if judge in c.rates and c.rates[judge].n and not c.over_refusal:
-            found.setdefault((c.harmless, c.intervention), c)
+    found = _judged(conditions, judge)
     base, ablated = found.get((False, Baseline.name)), found.get((False, Ablate.name))
     if judge is None or base is None or ablated is None:
         return "none", (
@@ -132,6 +142,46 @@ def strength_of(conditions: Sequence[JudgedCondition], judges: Sequence[str]) ->
     removal = Change.of(base, ablated, judge)
     plain, added = found.get((True, Baseline.name)), found.get((True, Add.name))
     return _removal(removal) or _cause(removal, Change.of(plain, added, judge) if plain and added else None)
+
+
+def _judged(conditions: Sequence[JudgedCondition], judge: str | None) -> dict[tuple[bool, str], JudgedCondition]:
+    """Returns the conditions of the main sets that a judge judged, by (whether the prompts are harmless, intervention)."""
+    found: dict[tuple[bool, str], JudgedCondition] = {}
+    for c in conditions:
+        if judge in c.rates and c.rates[judge].n and not c.over_refusal:
+            found.setdefault((c.harmless, c.intervention), c)
+    return found
+
+
+def _strength_without_direction(
+    conditions: Sequence[JudgedCondition], judges: Sequence[str], reason: str
+) -> tuple[str, str]:
+    judge = next((judge for judge in judges if judge in REFUSAL_JUDGES), None)
+    found = _judged(conditions, judge)
+    base, plain = found.get((False, Baseline.name)), found.get((True, Baseline.name))
+    if judge is None or base is None or plain is None:
+        return "none", f"No direction was found: {reason}. How often this model refuses was not judged."
+    harmful, harmless = base.rates[judge], plain.rates[judge]
+    rates = f"this model refuses {counted(harmful, 'harmful')} and {counted(harmless, 'harmless')}"
+    if harmful.interval[1] < FEW_REFUSALS:
+        return "weak", (f"No direction was found, and there is little refusal for one to mediate: {rates}; {reason}.")
+    if harmful.interval[0] < FEW_REFUSALS:
+        few = f"{harmful.n} prompts cannot tell how often it refuses"
+        return "none", f"No direction was found, and no verdict: {rates}; {reason}, and {few}."
+    if harmful.interval[0] <= harmless.interval[1]:
+        return "weak", (
+            f"No direction was found, and refusal does not tell harmful from harmless requests, as far as these prompts show: "
+            f"{rates}; {reason}."
+        )
+    return "weak", (
+        f"No single direction was found to mediate refusal of this model, although it refuses: {rates}; {reason}. That does not "
+        "show that there is none."
+    )
+
+
+def counted(rate: Rate, side: str) -> str:
+    """Returns how many requests are refused, with the interval of the rate, in words."""
+    return f"{rate.count} of {rate.n} {side} requests ({rate}, 95 % interval {percents(rate.interval)})"
 
 
 def _removal(change: Change) -> tuple[str, str] | None:

@@ -6,6 +6,7 @@ Names that depend on a condition or a judge are made by functions here. The name
 
 from refusal_jax.directions import DIRECTION as DIRECTION
 from refusal_jax.directions import METADATA as METADATA
+from refusal_jax.directions import NO_DIRECTION as NO_DIRECTION
 
 PROMPTS = "prompts.json"
 SETUP, FILTER, MEANS = "setup.json", "filter.json", "mean_diffs.safetensors"

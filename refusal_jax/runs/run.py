@@ -15,7 +15,7 @@ import os
 import pathlib
 import platform
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -25,6 +25,7 @@ from refusal_jax import distributed
 from refusal_jax.errors import UserError
 from refusal_jax.files import to_json
 from refusal_jax.runs import log
+from refusal_jax.runs.artifacts import NO_DIRECTION
 from refusal_jax.runs.ledger import Ledger, Storage
 from refusal_jax.runs.stage import S, Stage
 from refusal_jax.runs.storage import DiskFolder, ObjectFolder, ToldFiles, named_by, open_storage
@@ -41,17 +42,22 @@ class Run:
         self.storage = storage or open_storage(folder)
         self.manifest, self.new = manifest, new
         self._parsed: dict[str, tuple[bytes, Any]] = {}  # what the stage at work has read, by name
+        self._wrote: set[str] = set()  # the files that the stage at work has written
         self.worked: list[str] = []  # names of the stages that did work in this process
         self.log: log.LogFile | None = None  # of the process that owns the folder
 
     @classmethod
     @contextlib.contextmanager
-    def open(cls, folder: str | os.PathLike, config: dict, inputs: dict):
+    def open(
+        cls, folder: str | os.PathLike, config: dict, inputs: dict, retried: Mapping[str, Sequence[str]] | None = None
+    ):
         """Creates the folder, or continues the run that is in it, and keeps other processes out.
 
         folder: on a disk, or gs://BUCKET/FOLDER, from which other runs are not kept out. config: the study's settings.
-        inputs: names and hashes of model and data. Raises UserError if the folder holds a run of other settings or inputs,
-        holds something else, is in use, or cannot be written, and if process 0 runs other settings or inputs.
+        inputs: names and hashes of model and data. retried: for stages by name, the settings that may be changed if the run in
+        the folder found no direction; these stages are then due again. Raises UserError if the folder holds a run of other
+        settings or inputs, holds something else, is in use, or cannot be written, and if process 0 runs other settings or
+        inputs.
         """
         fresh = json.loads(to_json({"config": config, "inputs": inputs, "stages": {}}))
         check_alike(distributed.gather_json(fresh))
@@ -70,8 +76,12 @@ class Run:
         with storage.held():
             new = not storage.exists(MANIFEST)
             if not new:
-                manifest = _parsed_manifest(storage.place(MANIFEST), storage.read(MANIFEST))
+                manifest = old = _parsed_manifest(storage.place(MANIFEST), storage.read(MANIFEST))
+                if storage.exists(NO_DIRECTION):
+                    manifest = try_again(old, fresh, retried or {})
                 check_same(folder, manifest, fresh)
+                if manifest != old:
+                    storage.write(MANIFEST, to_json(manifest))
             else:
                 manifest = fresh
                 storage.write(MANIFEST, to_json(manifest))
@@ -114,6 +124,12 @@ class Run:
     def write(self, name: str, data: bytes) -> None:
         """Writes a file at once and whole, if this process owns the folder. Raises UserError if that fails."""
         self.storage.write(name, data)
+        self._wrote.add(name)
+
+    def intact(self, name: str) -> bool:
+        """Returns whether a file is there as the stage that is recorded to have written it left it."""
+        hashes = [record["writes"][name] for record in self.manifest["stages"].values() if name in record["writes"]]
+        return self.exists(name) and self.hash(name) in hashes
 
     def write_json(self, name: str, value) -> None:
         self.write(name, to_json(value))
@@ -137,22 +153,26 @@ class Run:
         return self._parsed[name][1]
 
     def stage(self, stage: Stage[S], shared: S) -> bool:
-        """Runs a stage unless it is done and what it read and wrote is unchanged; returns whether it ran.
+        """Runs a stage unless it cannot be done, or is done and what it read and wrote is unchanged; returns whether it ran.
 
-        shared: what the work is given; it must write every output. What it returns, if anything, is recorded as `found`: what
-        the stage settled that the config left open. Of several processes all work, or only process 0 where the stage needs no
-        device; all have the outputs afterwards.
+        shared: what the work is given. What it returns, if anything, is recorded as `found`: what the stage settled that the
+        config left open. Of several processes all work, or only process 0 where the stage needs no device; all have the outputs
+        afterwards.
         """
-        name, outputs, alone = stage.name, stage.outputs(shared), stage.without_devices(shared)
-        owner = distributed.first()
+        name, alone, owner = stage.name, stage.without_devices(shared), distributed.first()
+        if reason := stage.skipped(shared):
+            self._skip(name, reason)
+            return False
         ledger, reads = self._due(name, stage.inputs(shared)) if owner else (None, {})
         due, rows = distributed.share_json([ledger is not None, ledger.rows if ledger else []])
         if due and (owner or not alone):
             LOG.info(f"{name}: {'continues from ' + str(len(rows)) + ' rows' if rows else 'starts'}")
             start = time.monotonic()
+            self._wrote.clear()
             found = stage.work(shared, ledger or Ledger(self.storage, name, rows))
             seconds = time.monotonic() - start
             if owner:
+                outputs = [file for file in stage.outputs(shared) if file in self._wrote]
                 self._record(name, reads, outputs, round(seconds, 3), found)
             LOG.info(f"{name}: done in {seconds:.1f} s")
         if due:
@@ -162,15 +182,24 @@ class Run:
         if self.log:
             self.log.flush()
         self._parsed.clear()
-        self._pass_on(name, outputs)
+        self._pass_on(name)
         return due
+
+    def _skip(self, name: str, reason: str) -> None:
+        """Enters into the manifest that a stage cannot be done, and removes what it once wrote."""
+        LOG.info(f"{name}: skipped. {reason}")
+        if distributed.first() and self.manifest["stages"].get(name, {}).get("skipped") != reason:
+            self._record(name, {}, [], 0.0, None)
+            self.manifest["stages"][name]["skipped"] = reason
+            self.write_json(MANIFEST, self.manifest)
 
     def _due(self, name: str, inputs: Sequence[str]) -> tuple[Ledger | None, dict]:
         """Returns the stage's ledger if it is to be done, else None; and the hashes of its inputs."""
-        reads = {file: self.hash(file) for file in inputs}
+        reads = {file: self.hash(file) for file in inputs if self.exists(file)}
         record = self.manifest["stages"].get(name)
         done = (
             record
+            and "skipped" not in record
             and record["reads"] == reads
             and all(self.exists(f) and self.hash(f) == h for f, h in record["writes"].items())
         )
@@ -180,7 +209,9 @@ class Run:
         return Ledger.open(self._owned, f".ledger-{name}-{tag}.jsonl"), reads
 
     def _record(self, name: str, reads: dict, outputs: Sequence[str], seconds: float, found: dict | None) -> None:
-        """Enters a stage that is done into the manifest; its ledgers go."""
+        """Enters a stage that is done into the manifest. What it wrote before and not now goes, and so do its ledgers, unless
+        there is no direction: then other settings of the selection can still use the scores in them."""
+        self._owned.remove([file for file in self._writes(name) if file not in outputs])
         self.manifest["stages"][name] = {
             "reads": reads,
             "writes": {file: self.hash(file) for file in outputs},
@@ -190,17 +221,23 @@ class Run:
             **({"found": found} if found else {}),
         }
         self.write_json(MANIFEST, self.manifest)
-        self._owned.remove(self._ledgers(f"{name}-"))
+        if NO_DIRECTION not in outputs:
+            self._owned.remove(self._ledgers(f"{name}-"))
+
+    def _writes(self, name: str) -> list[str]:
+        """Returns the names of the files that a stage is recorded to have written."""
+        return list(self.manifest["stages"].get(name, {}).get("writes", ()))
 
     def _ledgers(self, prefix: str) -> list[str]:
         return [name for name in self._owned.names() if name.startswith(f".ledger-{prefix}")]
 
-    def _pass_on(self, name: str, outputs: Sequence[str]) -> None:
+    def _pass_on(self, name: str) -> None:
         """Gives the record and the outputs of a stage to the other processes, if there are any."""
         if not distributed.several():
             return
         if distributed.first():
-            files = {MANIFEST: to_json(self.manifest["stages"][name]), **{f: self.storage.read(f) for f in outputs}}
+            written = {file: self.storage.read(file) for file in self._writes(name)}
+            files = {MANIFEST: to_json(self.manifest["stages"][name]), **written}
             distributed.share(save({file: np.frombuffer(data, np.uint8) for file, data in files.items()}))
         else:
             files = {file: array.tobytes() for file, array in load(distributed.share(None)).items()}
@@ -222,6 +259,19 @@ def _parsed_manifest(path, data: bytes) -> dict:
     except (ValueError, KeyError, TypeError):
         pass
     raise UserError(f"{path} is damaged, so the run in its folder cannot be continued. Pass a new folder{named_by()}.")
+
+
+def try_again(old: dict, new: dict, retried: Mapping[str, Sequence[str]]) -> dict:
+    """Returns the manifest of a run that found no direction, with those settings of `new` that may be changed in such a run; the
+    stages that changed ones decide are due again. retried: these settings, by stage."""
+    manifest = {**old, "config": dict(old["config"]), "stages": dict(old["stages"])}
+    for stage, names in retried.items():
+        changed = [name for name in names if old["config"].get(name) != new["config"].get(name)]
+        manifest["config"] |= {name: new["config"].get(name) for name in changed}
+        if changed and stage in old["stages"]:
+            LOG.info(f"This run found no direction. It tries again with other settings ({', '.join(changed)}).")
+            manifest["stages"][stage] = old["stages"][stage] | {"reads": {}}
+    return manifest
 
 
 def check_same(folder, old: dict, new: dict) -> None:

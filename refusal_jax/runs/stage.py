@@ -19,9 +19,12 @@ class Stage(Generic[S]):
 
     name: as the manifest records it. work: does the work, given what the stages share and a ledger; what it returns, if
     anything, goes into the manifest as what the stage found. reads, writes: names of files in the run's folder, or a
-    function that gives them where they depend on the settings. alone: whether one process does the work because no device
-    is needed, or a function that says so. programs: the compiled programs for `refusal_jax.plan`, a `plan.programs.Group`.
-    section: what the stage adds to the report, a `report.section.Section`.
+    function that gives them where they depend on the settings; a file that it reads may be missing, and then the stage is due
+    once the file is there; which of the files it wrote is in the manifest. alone: whether one process does the work because no
+    device is needed, or a function that says so. skipped: returns why the stage cannot be done, or "" if it can. settings:
+    names, in the config, of settings and sections that decide what the stage finds; they may be changed in the folder of a
+    run that found no direction. programs: the compiled programs for `refusal_jax.plan`, a `plan.programs.Group`. section:
+    what the stage adds to the report, a `report.section.Section`.
     """
 
     name: str
@@ -29,15 +32,17 @@ class Stage(Generic[S]):
     reads: Sequence[str] | Callable[[S], Sequence[str]] = ()
     writes: Sequence[str] | Callable[[S], Sequence[str]] = ()
     alone: bool | Callable[[S], bool] = False
+    skipped: Callable[[S], str] = lambda shared: ""
+    settings: Sequence[str] = ()
     programs: Any = None
     section: Any = None
 
     def inputs(self, shared: S) -> tuple[str, ...]:
-        """Returns the names of the files that the stage reads in this study."""
+        """Returns the names of the files that the stage reads in this study, where they are there."""
         return tuple(self.reads(shared) if callable(self.reads) else self.reads)
 
     def outputs(self, shared: S) -> tuple[str, ...]:
-        """Returns the names of the files that the stage writes in this study."""
+        """Returns the names of the files that the stage may write in this study."""
         return tuple(self.writes(shared) if callable(self.writes) else self.writes)
 
     def without_devices(self, shared: S) -> bool:

@@ -8,10 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from refusal_jax import distributed
 from refusal_jax.chat.batches import length_batches
 from refusal_jax.chat.model import ChatModel
 from refusal_jax.chat.prompts import bucket
-from refusal_jax.conditions import Condition
+from refusal_jax.conditions import Baseline, Condition
 from refusal_jax.directions import Direction
 from refusal_jax.edits import Edits
 from refusal_jax.judges.scores import REFUSAL_SCORE
@@ -24,7 +25,7 @@ from refusal_jax.plan.programs import Group, Program, Shapes
 from refusal_jax.progress import Progress
 from refusal_jax.report.findings import Findings, Section
 from refusal_jax.report.summary import JudgedCondition
-from refusal_jax.runs.artifacts import DIRECTION, METADATA, PROMPTS, SCORES, STATISTICS
+from refusal_jax.runs.artifacts import DIRECTION, METADATA, PROMPTS, SCORES, SETUP, STATISTICS
 from refusal_jax.runs.ledger import Ledger
 from refusal_jax.runs.stage import Stage
 from refusal_jax.study.shared import Study
@@ -34,7 +35,7 @@ def complete(
     model: ChatModel,
     prompts: dict[str, list[dict]],
     conditions: Sequence[Condition],
-    direction: Direction,
+    direction: Direction | None,
     *,
     max_new_tokens: int,
     batch_size: int,
@@ -45,7 +46,8 @@ def complete(
 
     A row has the thought as "thought" if there is one, with "thought_ended" false if it never ended.
 
-    prompts: `{"harmful": [{"instruction", "category"}], "harmless": …}`, by the key of the data set. known: rows that `save`
+    prompts: `{"harmful": [{"instruction", "category"}], "harmless": …}`, by the key of the data set. direction: None if there
+    is none, which only the baseline can do without. known: rows that `save`
     got in an interrupted run. The rows of all conditions are decoded together, so two compiled programs serve them all.
     """
     edits = Edits.concat([condition.edits(direction, model.config) for condition in conditions])
@@ -79,7 +81,7 @@ def score_replies(
     model: ChatModel,
     prompts: dict[str, list[dict]],
     conditions: Sequence[Condition],
-    direction: Direction,
+    direction: Direction | None,
     refusal_ids: Sequence[int],
     batch_size: int,
 ) -> dict[str, list[float]]:
@@ -108,29 +110,44 @@ def _scores(decoder: Decoder, tokens_bt, mask_bt, edits: Edits, refusal_ids) -> 
 
 
 def score_names(study: Study) -> list[str]:
-    """Returns the name of the refusal scores' file, if the refusal score is among the judges."""
-    return [SCORES] if REFUSAL_SCORE in study.config.judges else []
+    """Returns the name of the refusal scores' file, if the refusal score is among the judges and there are refusal tokens."""
+    return [SCORES] if REFUSAL_SCORE in study.config.judges and study.run.read_json(SETUP)["refusal_tokens"] else []
+
+
+def earlier_replies(study: Study) -> list[dict]:
+    """Returns the baseline replies that the run's folder has, as rows of a ledger: an attempt that found no direction leaves
+    them, and they do not depend on it."""
+    prompts, rows = study.run.read_json(PROMPTS), []
+    for condition in study.conditions:
+        if condition.intervention is Baseline and study.run.intact(condition.file("completions")):
+            replies = study.run.read_json(condition.file("completions"))
+            asked = [row["instruction"] for row in prompts[f"{condition.dataset.key}_test"]]
+            if [reply["prompt"] for reply in replies] == asked:
+                rows += [{"condition": condition.name, "index": i, **reply} for i, reply in enumerate(replies)]
+    return rows
 
 
 def complete_prompts(study: Study, ledger: Ledger) -> None:
     """Writes the completions of all conditions and, if they are asked for, the refusal scores of the test prompts."""
     prompts, model = study.run.read_json(PROMPTS), study.model
     sets = {key: prompts[f"{key}_test"] for key in study.datasets}
+    direction = None if study.without_direction else study.direction()
+    earlier = distributed.share_json(earlier_replies(study) if distributed.first() else None)
     done = complete(
         model,
         sets,
         study.conditions,
-        study.direction(),
+        direction,
         max_new_tokens=study.config.generation.max_new_tokens,
         batch_size=study.sizes.generation,
-        known=ledger.rows,
+        known=[*earlier, *ledger.rows],
         save=ledger.append,
     )
     for condition in study.conditions:
         study.run.write_json(condition.file("completions"), done[condition.name])
     for name in score_names(study):
         ids = study.refusal_ids()
-        scores = score_replies(model, sets, study.conditions, study.direction(), ids, study.sizes.forward)
+        scores = score_replies(model, sets, study.conditions, direction, ids, study.sizes.forward)
         study.run.write_json(name, {c.file("completions"): scores[c.name] for c in study.conditions})
 
 
@@ -192,7 +209,7 @@ def values(findings: Findings) -> dict:
 STAGE = Stage(
     "completions",
     complete_prompts,
-    reads=(PROMPTS, METADATA, DIRECTION),
+    reads=lambda study: [PROMPTS, METADATA, DIRECTION, *([SETUP] if score_names(study) else [])],
     writes=lambda study: [*study.files("completions"), *score_names(study)],
     programs=Group("completions", "generation", programs, assumed="every reply is as long as it may be"),
     section=Section(pathlib.Path(__file__).with_name("completions.html.jinja"), {"samples": "Completions"}, values),

@@ -22,7 +22,7 @@ from refusal_jax.chat.model import ChatModel
 from refusal_jax.data.prompts import BUNDLED
 from refusal_jax.data.sampling import SPLITS
 from refusal_jax.edits import Edits
-from refusal_jax.errors import UserError, field, setting
+from refusal_jax.errors import UserError, field
 from refusal_jax.models.decoder import Decoder
 from refusal_jax.models.finite import check_finite
 from refusal_jax.models.quantisation import read_quantisation
@@ -49,7 +49,7 @@ class Extraction:
     """The result of one pass over a set of prompts: the score of each, which were kept, and their mean residual at
     block inputs.
 
-    scores: float64 `[n]`; kept: bool `[n]`; mean_lpd: float64 `[L, P, D]`.
+    scores: float64 `[n]`; kept: bool `[n]`; mean_lpd: float64 `[L, P, D]`, NaN if no prompt was kept.
     """
 
     scores: Float[np.ndarray, " n"]
@@ -91,7 +91,7 @@ def extract(
 ) -> Extraction:
     """Returns scores, filter and mean residuals of one prompt set; sign as in `extract_batch`. Means end in NumPy float64.
 
-    Raises UserError if the filter keeps no prompt, and for values that are not finite.
+    Raises UserError for values that are not finite.
     """
     n, cfg = len(instructions), model.config
     scores, kept = np.zeros(n), np.zeros(n, bool)
@@ -105,21 +105,7 @@ def extract(
         check_finite(finite_b[: len(index)], model.decoder.dtype, f"No residuals can be read from '{title}'")
         scores[index], kept[index] = scores_b[: len(index)], kept_b[: len(index)]
         total += offsets.astype(np.float64) + kept_b.sum() * first.astype(np.float64)
-    if not kept.any():
-        settable = setting("config.refusal_tokens"), setting("config.filter", False)
-        ways = (
-            [f"set {settable[0]}", f"switch the filter off with {settable[1]}"]
-            if all(settable)
-            else ["take another model"]
-        )
-        ways.append("check the prompts")
-        side, why = ("harmful", "is refused") if sign > 0 else ("harmless", "is complied with")
-        raise UserError(
-            f"The filter kept none of the {n} prompts of '{title}': no {side} prompt {why} (scores from "
-            f"{scores.min():.2f} to {scores.max():.2f}, the {side} side needs {'> 0' if sign > 0 else '< 0'}). The model "
-            f"may not refuse at all, or refuses with other words: {' or '.join(ways)}."
-        )
-    return Extraction(scores, kept, total / kept.sum())
+    return Extraction(scores, kept, total / kept.sum() if kept.any() else np.full_like(total, np.nan))
 
 
 def difference_in_means(
@@ -139,9 +125,14 @@ def refusal_tokens(study: Study) -> tuple[tuple[int, ...], list[Opening]]:
     """Returns the ids of the refusal tokens and, where the settings leave them open, the openings they were chosen from."""
     if study.config.refusal_tokens:
         return study.model.chat.opener_ids(study.config.refusal_tokens), []
-    harmful, harmless = (study.instructions(f"{side}_train", kept_only=False) for side in ("harmful", "harmless"))
-    openings = measure_openings(study.model, harmful, harmless, study.sizes.forward)
+    openings = openings_of(study)
     return refusal_openings(openings, study.model.chat), openings
+
+
+def openings_of(study: Study) -> list[Opening]:
+    """Returns the usual openings with their probabilities after the training prompts."""
+    harmful, harmless = (study.instructions(f"{side}_train", kept_only=False) for side in ("harmful", "harmless"))
+    return measure_openings(study.model, harmful, harmless, study.sizes.forward)
 
 
 def setup(study: Study, positions: int, refusal_ids: Sequence[int], openings: Sequence[Opening]) -> dict:
@@ -166,7 +157,7 @@ def setup(study: Study, positions: int, refusal_ids: Sequence[int], openings: Se
         "positions": positions,
         "post_instruction_tokens": named(model.chat.post_instruction_ids),
         "refusal_tokens": named(refusal_ids),
-        "refusal_tokens_from": "data" if openings else "config",
+        "refusal_tokens_from": "config" if config.refusal_tokens else "data",
         "openings": [{**dataclasses.asdict(o), "chosen": o.chosen} for o in openings],
     }
 
@@ -187,21 +178,29 @@ def candidate_positions(study: Study) -> int:
 def find_directions(study: Study, ledger: Ledger) -> dict:
     """Writes scores, filter and candidate directions, from one pass over the train and val prompts.
 
-    Returns the setup, for the manifest.
+    Without refusal tokens there are no scores, and without prompts that the filter keeps no directions. Returns the setup, for
+    the manifest.
     """
     positions = candidate_positions(study)
     refusal_ids, openings = refusal_tokens(study)
     settled = setup(study, positions, refusal_ids, openings)
     LOG.info("\n".join(setup_lines(settled)))  # now: if it is not what was meant, stop
+    study.run.write_json(SETUP, settled)
+    if not refusal_ids:
+        return settled
     found = {}
     for split in SPLITS[:4]:
         sign = 0 if not study.config.filter else 1 if split.startswith("harmful") else -1
         texts = study.instructions(split, kept_only=False)
         found[split] = extract(study.model, texts, refusal_ids, positions, sign, study.sizes.forward, split)
-    study.run.write_json(SETUP, settled)
     study.run.write_json(
         FILTER, {split: {"scores": e.scores.tolist(), "kept": e.kept.tolist()} for split, e in found.items()}
     )
+    if not all(extraction.kept.any() for extraction in found.values()):
+        if not openings:  # how replies begin instead is what the user will ask
+            settled = setup(study, positions, refusal_ids, openings_of(study))
+            study.run.write_json(SETUP, settled)
+        return settled
     harmful, harmless = (np.swapaxes(found[s].mean_lpd, 0, 1) for s in ("harmful_train", "harmless_train"))
     means = {"mean_diffs": ESTIMATOR(harmful, harmless), "harmful": harmful, "harmless": harmless}
     study.run.write_tensors(MEANS, means)
@@ -270,7 +269,7 @@ def setup_lines(setup: dict) -> list[str]:
             f"Chat template: {setup['chat_template']}, thinking {'on' if setup['thinking'] else 'off'}. Post-instruction "
             f"tokens: {' '.join(token['text'] for token in setup['post_instruction_tokens'])}",
             f"Refusal tokens, from {setup['refusal_tokens_from']}"
-            f"{' (mean probability after harmful and harmless prompts)' if openings else ''}: {', '.join(tokens)}",
+            f"{' (mean probability after harmful and harmless prompts)' if openings else ''}: {', '.join(tokens) or 'none'}",
             *filter(None, [decoding_line(setup)]),
         ]
     )
@@ -280,7 +279,7 @@ def values(findings: Findings) -> dict:
     """Returns what the report shows of the prompts and tokens that the directions rest on."""
     return {
         "pick": findings.direction,
-        "filter": filter_rows(findings.run.read_json(FILTER)),
+        "filter": filter_rows(findings.run.read_json(FILTER)) if findings.run.exists(FILTER) else [],
         "openings": telling_openings(findings.setup["openings"]),
         "least_difference": LEAST_DIFFERENCE,
         "least_ratio": LEAST_RATIO,
@@ -289,7 +288,7 @@ def values(findings: Findings) -> dict:
 
 def concerns(findings: Findings) -> list[Concern]:
     """Returns where the refusal scores of the prompts disagree with the judge of the completions."""
-    if findings.refusal_judge is None:
+    if findings.refusal_judge is None or not findings.run.exists(FILTER):
         return []
     filtered, tokens = findings.run.read_json(FILTER), [token["text"] for token in findings.setup["refusal_tokens"]]
     folder = findings.completions_folder
@@ -301,6 +300,7 @@ STAGE = Stage(
     find_directions,
     reads=(PROMPTS,),
     writes=(SETUP, FILTER, MEANS),
+    settings=("refusal_tokens", "filter", "positions"),
     programs=Group("extraction", "forward", programs),
     section=Section(
         pathlib.Path(__file__).with_name("directions.html.jinja"),

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from refusal_jax.conditions import stem_of
 from refusal_jax.judges.evaluations import evaluate_completions
 from refusal_jax.judges.judge import judge_all
-from refusal_jax.judges.scores import with_scores
+from refusal_jax.judges.scores import REFUSAL_SCORE, with_scores
 from refusal_jax.judges.statistics import Rate
 from refusal_jax.judges.tables import tables, tidy_csv
+from refusal_jax.judges.text import PAPERS
 from refusal_jax.report.concerns import broken_completions, judge_disagreement, other_judges, unfinished_thoughts
 from refusal_jax.report.findings import Findings, Section
 from refusal_jax.report.verdict import Concern
@@ -20,9 +21,14 @@ from refusal_jax.study.shared import Study
 
 
 def judge_completions(study: Study, ledger: Ledger) -> None:
-    """Writes the verdicts on the completions and their tables; judge models get the memory that the studied model had."""
+    """Writes the verdicts on the completions and their tables; judge models get the memory that the studied model had.
+
+    Without refusal tokens there is no refusal score to judge by; the paper's judge takes its place if it is the only one.
+    """
     completions = {name: study.run.read_json(name) for name in study.files("completions")}
     judges, scored = study.judges, completions
+    if not score_names(study):
+        judges = [judge for judge in judges if judge.name != REFUSAL_SCORE] or [PAPERS]
     if any(judge.uses_devices for judge in judges):
         judges = [judge.on(study.mesh) for judge in judges]  # of all processes; without such a judge, one is here alone
         study.release()

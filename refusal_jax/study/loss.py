@@ -238,6 +238,7 @@ STAGE = Stage(
     measure,
     reads=lambda study: [*own_answers(study), METADATA, DIRECTION],
     writes=(*map(loss_name, INTERVENTIONS), DAMAGE),
+    skipped=lambda study: study.without_direction,
     programs=Group("loss", "loss", programs),
     section=Section(
         pathlib.Path(__file__).with_name("loss.html.jinja"),
@@ -246,5 +247,6 @@ STAGE = Stage(
         lines,
         note=lambda findings: damage_in_words(read_losses(findings.run)),
         late=True,
+        of_direction=True,
     ),
 )

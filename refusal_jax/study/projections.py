@@ -60,6 +60,7 @@ def values(findings: Findings) -> dict:
     from refusal_jax.report import figures  # imports matplotlib, which the other stages need not pay for
 
     run, pick = findings.run, findings.direction
+    assert pick is not None
     tokens = [plain(token["text"]) for token in findings.setup["post_instruction_tokens"]]
     along = run.read_tensors(PROJECTIONS)
     harmful_nl, harmless_nl = along["harmful_val"], along["harmless_val"]
@@ -74,6 +75,7 @@ def values(findings: Findings) -> dict:
 
 def concerns(findings: Findings) -> list[Concern]:
     """Returns whether the direction hardly separates the validation prompts."""
+    assert findings.direction is not None
     return weak_separation(findings.run.read_tensors(PROJECTIONS), findings.direction.place[1])
 
 
@@ -82,7 +84,12 @@ STAGE = Stage(
     project_prompts,
     reads=(PROMPTS, METADATA, DIRECTION),
     writes=(PROJECTIONS,),
+    skipped=lambda study: study.without_direction,
     section=Section(
-        pathlib.Path(__file__).with_name("projections.html.jinja"), {"geometry": "Geometry"}, values, concerns=concerns
+        pathlib.Path(__file__).with_name("projections.html.jinja"),
+        {"geometry": "Geometry"},
+        values,
+        concerns=concerns,
+        of_direction=True,
     ),
 )

@@ -82,26 +82,23 @@ def measure_openings(model: ChatModel, harmful: list[str], harmless: list[str], 
 
 
 def refusal_openings(openings: Sequence[Opening], chat: Chat) -> tuple[int, ...]:
-    """Returns the ids of the chosen openings, sorted.
+    """Returns the ids of the chosen openings, sorted; none, if the model has no beginning of its own for refusals.
 
-    Raises UserError, with the best candidates, if there are none; it tells what to do where the chat template opens a thought, of
+    Raises UserError, with the best candidates and what to do, if there are none because the chat template opens a thought, of
     which the openings then are.
     """
     chosen = tuple(sorted(o.id for o in openings if o.chosen))
-    if not chosen:
-        best = ", ".join(f"{o.text!r} {o.harmful:.3f} and {o.harmless:.3f}" for o in openings[:SHOWN])
-        raise UserError(
-            "No usual beginning of a reply tells harmful prompts from harmless ones. The best, with mean probability "
-            f"after harmful and after harmless prompts: {best}. {_thought_advice(chat) or _other_advice()}"
-        )
+    if not chosen and (advice := _thought_advice(chat)):
+        raise UserError(f"{nothing_chosen(openings)} {advice}")
     return chosen
 
 
-def _other_advice() -> str:
-    """Returns what to do about a model whose replies begin without a thought."""
+def nothing_chosen(openings: Sequence[Opening]) -> str:
+    """Returns, in words, that no opening is chosen, with the best of them."""
+    best = ", ".join(f"{o.text!r} {o.harmful:.3f} and {o.harmless:.3f}" for o in openings[:SHOWN])
     return (
-        f"The model may not refuse, or refuses with other words: look at its replies and set {field('refusal_tokens')} to how "
-        f"refusals begin, such as ('I',). Otherwise check {field('chat_template')}."
+        "No usual beginning of a reply tells harmful prompts from harmless ones. The best, with mean probability after harmful "
+        f"and after harmless prompts: {best}."
     )
 
 

@@ -4,7 +4,6 @@ The rule filters candidates by layer, induce score and KL divergence, then takes
 never run; *induce* runs first; KL runs for those that pass; bypass for those that pass both. The pick is the full grid's.
 """
 
-import dataclasses
 import math
 import pathlib
 from collections import Counter
@@ -16,96 +15,25 @@ from markupsafe import Markup
 
 from refusal_jax.chat.model import ChatModel
 from refusal_jax.directions import Direction
-from refusal_jax.errors import UserError, field, setting
+from refusal_jax.errors import NoDirection, field
 from refusal_jax.plan.programs import Group, Program, Shapes
 from refusal_jax.progress import Progress
 from refusal_jax.report.concerns import selection_disagreement
 from refusal_jax.report.findings import Findings, Section
 from refusal_jax.report.page import plain
 from refusal_jax.report.verdict import Concern
-from refusal_jax.runs.artifacts import CANDIDATES, DIRECTION, FILTER, MEANS, METADATA, PROMPTS, SETUP
+from refusal_jax.runs.artifacts import CANDIDATES, DIRECTION, FILTER, MEANS, METADATA, NO_DIRECTION, PROMPTS, SETUP
 from refusal_jax.runs.ledger import Ledger
+from refusal_jax.runs.run import Run
 from refusal_jax.runs.stage import Stage
+from refusal_jax.study.refusal_tokens import Opening, nothing_chosen
+from refusal_jax.study.rule import LOOSENING, Rule, nearest_misses, pick
 from refusal_jax.study.scoring import Batching, PromptScorer, last_logits, score_edits, score_from_layer
 from refusal_jax.study.shared import Study
 
 # The shares of the candidates of unpruned layers that pass the filter's next steps: means of the paper's five published runs.
 PASS_INDUCE, PASS_KL = 0.25, 0.12
 SAVED = 8  # candidates, at least, that are scored between two writes to the ledger
-
-
-@dataclasses.dataclass(frozen=True)
-class Rule:
-    """The filter: thresholds as in `config.select`, and the model's number of layers."""
-
-    n_layers: int
-    kl_threshold: float = 0.1
-    induce_threshold: float = 0.0
-    prune_fraction: float = 0.2
-
-    @classmethod
-    def of(cls, n_layers: int, select) -> "Rule":
-        """Returns the rule of a study's `select` settings."""
-        return cls(n_layers, select.kl_threshold, select.induce_threshold, select.prune_fraction)
-
-    @property
-    def layer_limit(self) -> int:
-        """Returns the first pruned layer: candidates at this layer or above are pruned."""
-        return int(self.n_layers * (1.0 - self.prune_fraction))
-
-    def layers(self, full_grid: bool) -> int:
-        """Returns how many layers, from the first, have candidates that are scored."""
-        return self.n_layers if full_grid else min(self.layer_limit, self.n_layers)
-
-    def verdict(self, row: dict) -> str:
-        """Returns why the rule discards a candidate: "layer", "nan", "induce", "kl"; or "" if it passes.
-
-        row: published-format scores; those not evaluated are None and pass.
-        """
-        scores = [row[key] for key in ("steering_score", "kl_div_score", "refusal_score") if row[key] is not None]
-        if row["layer"] >= self.layer_limit:
-            return "layer"
-        if any(math.isnan(score) for score in scores):
-            return "nan"
-        if row["steering_score"] is not None and row["steering_score"] < self.induce_threshold:
-            return "induce"
-        return "kl" if row["kl_div_score"] is not None and row["kl_div_score"] > self.kl_threshold else ""
-
-
-def pick(rows: list[dict], rule: Rule) -> dict:
-    """Returns the selected candidate among published-format rows: lowest `refusal_score` of those that pass the rule.
-
-    Ties go to the first in the published order (position, then layer). Raises UserError that says which filter removed
-    how many, and how near the nearest came, if none passes.
-    """
-    rows = sorted(rows, key=lambda row: (row["position"], row["layer"]))
-    passing = [row for row in rows if not rule.verdict(row) and row["refusal_score"] is not None]
-    if passing:
-        return min(passing, key=lambda row: row["refusal_score"])
-    counts = {why: sum(rule.verdict(row) == why for row in rows) for why in ("layer", "nan", "induce", "kl")}
-    by_kl = [row for row in rows if rule.verdict(row) == "kl"]
-    by_induce = [row for row in rows if rule.verdict(row) == "induce"]
-    nearest = min(by_kl, key=lambda r: r["kl_div_score"], default=None) or max(
-        by_induce, key=lambda r: r["steering_score"], default=None
-    )
-    nearby = (
-        ""
-        if nearest is None
-        else (
-            f" Nearest: position {nearest['position']}, layer {nearest['layer']}, "
-            f"induce {nearest['steering_score']:.3f}"
-            + ("" if nearest["kl_div_score"] is None else f", KL {nearest['kl_div_score']:.4f}")
-            + "."
-        )
-    )
-    grid = setting("config.select.full_grid", True)
-    raise UserError(
-        f"No candidate direction passes the filter: of {len(rows)}, {counts['layer']} are at layer {rule.layer_limit} "
-        f"or above, {counts['nan']} have NaN scores, {counts['induce']} have an induce score under "
-        f"{rule.induce_threshold}, {counts['kl']} of the rest a KL over {rule.kl_threshold}.{nearby} This model's refusal "
-        f"may not be a single direction; to look further, raise {field('select.kl_threshold')} or lower "
-        f"{field('select.induce_threshold')}{f', or see all scores with {grid}' if grid else ''}."
-    )
 
 
 def candidate_rows(directions_lpd: np.ndarray, known: Sequence[dict] = ()) -> list[dict]:
@@ -138,7 +66,8 @@ def evaluate_candidates(
     known: Sequence[dict] = (),
     save: Callable[[list[dict]], None] = lambda rows: None,
 ) -> list[dict]:
-    """Returns published-format scores of the candidates; those that the rule makes unnecessary are None unless `full_grid`.
+    """Returns published-format scores of the candidates; those that the rule makes unnecessary are None unless `full_grid`. If
+    none passes the rule, the nearest have all scores nevertheless.
 
     directions_lpd: `[L, P, D]`, candidate (position p - P, layer l). known: rows of an interrupted run, later ones
     superseding earlier ones; save: called with rows as they gain scores.
@@ -148,33 +77,77 @@ def evaluate_candidates(
     harmless_val = PromptScorer.build(model, harmless, refusal_ids, batch_size)
     harmful_val = PromptScorer.build(model, harmful, refusal_ids, batch_size)
 
+    def unknown(key, rows, needed):
+        """Returns the rows that lack `key` and need it."""
+        return [row for row in rows if row[key] is None and (needed or not rule.verdict(row))]
+
     def fill(key, rows, score):
-        """Scores those rows that are still wanted and lack `key`."""
-        rows = [row for row in rows if row[key] is None and (full_grid or not rule.verdict(row))]
+        """Scores rows, if there are any."""
         if rows:
             values = score(np.stack([directions_lpd[row["layer"], row["position"]] for row in rows]))
             for row, value in zip(rows, values, strict=True):
                 row[key] = float(value)
             save(rows)
 
-    asked = rows[: layers * positions]
-    with Progress("selection", 3 * len(asked), "score") as bar:
-        for layer, induce in harmless_val.climb(layers, positions):
-            fill("steering_score", asked[layer * positions : (layer + 1) * positions], induce)
-            bar.update(positions)
+    def ablate(rows, needed, bar):
+        """Scores what ablation does, KL first."""
         for key, scorer, which in (("kl_div_score", harmless_val, 1), ("refusal_score", harmful_val, 0)):
-            wanted = [row for row in asked if row[key] is None and (full_grid or not rule.verdict(row))]
-            bar.update(len(asked) - len(wanted))
+            wanted = unknown(key, rows, needed)
+            bar.update(len(rows) - len(wanted))
             step = scorer.batching.at_once * -(-SAVED // scorer.batching.at_once)
             for start in range(0, len(wanted), step):
                 part = wanted[start : start + step]
                 fill(key, part, lambda directions, scorer=scorer, which=which: scorer.ablated(directions)[which])
                 bar.update(len(part))
+
+    asked = rows[: layers * positions]
+    with Progress("selection", 3 * len(asked), "score") as bar:
+        for layer, induce in harmless_val.climb(layers, positions):
+            here = asked[layer * positions : (layer + 1) * positions]
+            fill("steering_score", unknown("steering_score", here, full_grid), induce)
+            bar.update(positions)
+        ablate(asked, full_grid, bar)
+    if not rule.passing(asked):
+        nearest = [miss.row for miss in nearest_misses(asked, rule)]
+        with Progress("the nearest candidates", 2 * len(nearest), "score") as bar:
+            ablate(nearest, True, bar)
     return sorted(rows, key=lambda row: (row["position"], row["layer"]))
 
 
-def select(study: Study, ledger: Ledger) -> None:
-    """Scores the candidates, and writes their scores and the selected direction."""
+def check_candidates(run: Run) -> None:
+    """Raises NoDirection if the study's first steps leave no candidates: no refusal tokens, or no prompts after the filter."""
+    settled = run.read_json(SETUP)
+    if not settled["refusal_tokens"]:
+        openings = [
+            Opening(*(row[key] for key in ("id", "text", "harmful", "harmless"))) for row in settled["openings"]
+        ]
+        raise NoDirection(
+            "refusal_tokens",
+            "no usual beginning of a reply tells harmful prompts from harmless ones",
+            nothing_chosen(openings),
+            f"The model may not refuse, or refuses with other words: read its replies and set {field('refusal_tokens')} to how "
+            f"refusals begin, such as ('I',). Otherwise check {field('chat_template')}.",
+        )
+    splits = run.read_json(FILTER)
+    empty = {split: found["scores"] for split, found in splits.items() if not any(found["kept"])}
+    if empty:
+        side = "harmful" if any(split.startswith("harmful") for split in empty) else "harmless"
+        names = [split for split in empty if split.startswith(f"{side}_")]
+        scores = [score for split in names for score in empty[split]]
+        why, needs = ("is refused", "> 0") if side == "harmful" else ("is complied with", "< 0")
+        raise NoDirection(
+            "filter",
+            f"by the first token of its replies no {side} prompt of {' and '.join(names)} {why}",
+            f"The filter kept none of the {len(scores)} prompts of '{' and '.join(names)}': no {side} prompt {why} (scores from "
+            f"{min(scores):.2f} to {max(scores):.2f}, the {side} side needs {needs}).",
+            f"The model may {'not refuse at all' if side == 'harmful' else 'refuse everything'}, or refuses with other words: "
+            f"set {field('refusal_tokens')}, switch the filter off with {field('filter', False)}, or check the prompts.",
+        )
+
+
+def find(study: Study, ledger: Ledger) -> Direction:
+    """Scores the candidates, writes their scores, and returns the selected direction. Raises NoDirection if there is none."""
+    check_candidates(study.run)
     settings, diffs_pld = study.config.select, study.run.read_tensors(MEANS)["mean_diffs"]
     rule = Rule.of(study.run.read_json(SETUP)["n_layers"], settings)
     rows = evaluate_candidates(
@@ -189,10 +162,18 @@ def select(study: Study, ledger: Ledger) -> None:
         known=ledger.rows,
         save=ledger.append,
     )
-    best = pick(rows, rule)
     study.run.write_json(CANDIDATES, rows)
+    best = pick(rows, rule)
     position, layer = best["position"], best["layer"]
-    Direction.of(diffs_pld[position, layer], layer, position).write_selected(study.run)
+    return Direction.of(diffs_pld[position, layer], layer, position)
+
+
+def select(study: Study, ledger: Ledger) -> None:
+    """Writes the scores of the candidates, and the selected direction or why there is none."""
+    try:
+        find(study, ledger).write_selected(study.run)
+    except NoDirection as none:
+        study.run.write_json(NO_DIRECTION, none.record)
 
 
 def programs(shapes: Shapes, rows: int) -> list[Program]:
@@ -239,48 +220,68 @@ SCORES = (
 
 def selected_row(findings: Findings) -> dict | None:
     """Returns the scores of the selected candidate in the published format, if they are there."""
+    if findings.direction is None:
+        return None
     rows = findings.run.read_json(CANDIDATES)
     return next((row for row in rows if (row["position"], row["layer"]) == findings.direction.place), None)
 
 
+def rule_of(findings: Findings) -> Rule:
+    """Returns the rule that the study selected by."""
+    return Rule.of(findings.setup["n_layers"], findings.run.manifest["config"]["select"])
+
+
 def values(findings: Findings) -> dict:
-    """Returns what the report shows of the selected candidate, the rule, what it discarded, and the maps of scores."""
+    """Returns what the report shows of the selected candidate, or why there is none, and of the rule, what it discarded, and the
+    maps of scores."""
+    picked, direction = selected_row(findings), findings.direction
+    tokens = [plain(token["text"]) for token in findings.setup["post_instruction_tokens"]]
+    shown: dict = {"pick": direction, "ended": findings.none, "loosening": LOOSENING}
+    if direction is not None:
+        shown |= {
+            "pick_token": tokens[direction.place[0]] if -direction.place[0] <= len(tokens) else "",
+            "scores": [(name, note, picked and picked[key]) for key, name, note in SCORES],
+            "norm": direction.norm,
+        }
+    if not findings.run.exists(CANDIDATES):
+        return shown | {"n_candidates": 0, "misses": []}
     from refusal_jax.report import figures  # imports matplotlib, which the other stages need not pay for
 
-    run, pick = findings.run, findings.direction
-    rows, select = run.read_json(CANDIDATES), run.manifest["config"]["select"]
-    rule = Rule(
-        findings.setup["n_layers"], select["kl_threshold"], select["induce_threshold"], select["prune_fraction"]
-    )
-    tokens = [plain(token["text"]) for token in findings.setup["post_instruction_tokens"]]
-    picked, discarded = selected_row(findings), Counter(rule.verdict(row) for row in rows)
-    passing = [row for row in rows if not rule.verdict(row) and row["refusal_score"] is not None]
-    passing.sort(key=lambda row: (row["refusal_score"], row["position"], row["layer"]))
+    rows, rule = findings.run.read_json(CANDIDATES), rule_of(findings)
+    discarded = Counter(rule.verdict(row) for row in rows)
     limits = figures.Limits(rule.n_layers, rule.layer_limit, rule.induce_threshold, rule.kl_threshold)
-    maps = figures.selection_figures(rows, [r for r in rows if not rule.verdict(r)], limits, tokens, pick)
-    return {
-        "pick": pick,
-        "pick_token": tokens[pick.place[0]] if -pick.place[0] <= len(tokens) else "",
-        "scores": [(name, note, picked and picked[key]) for key, name, note in SCORES],
-        "norm": pick.norm,
+    maps = figures.selection_figures(rows, [r for r in rows if not rule.verdict(r)], limits, tokens, direction)
+    return shown | {
         "rule": rule,
         "full_grid": not any(row[key] is None for row in rows for key, *_ in SCORES),
         "n_candidates": len(rows),
         "discarded": {why: discarded[why] for why in ("layer", "induce", "kl", "nan")},
-        "passing": passing,
+        "passing": rule.passing(rows),
+        "misses": [] if direction is not None else nearest_misses(rows, rule),
         "figures": {name: Markup(svg) for name, svg in maps.items()},
     }
 
 
 def lines(findings: Findings) -> list[str]:
-    """Returns the selected candidate and its scores, for the text summary."""
+    """Returns the selected candidate and its scores, or the nearest candidates if there is none, for the text summary."""
     row = selected_row(findings)
-    if row is None:
+    if row is not None:
+        return [
+            f"Direction: position {row['position']}, layer {row['layer']}. Bypass {row['refusal_score']:.3f}, induce "
+            f"{row['steering_score']:.3f}, KL {row['kl_div_score']:.4f}."
+        ]
+    if findings.none is None:
         return []
-    return [
-        f"Direction: position {row['position']}, layer {row['layer']}. Bypass {row['refusal_score']:.3f}, induce "
-        f"{row['steering_score']:.3f}, KL {row['kl_div_score']:.4f}."
+    near = (
+        nearest_misses(findings.run.read_json(CANDIDATES), rule_of(findings)) if findings.run.exists(CANDIDATES) else []
+    )
+    found = [f"No direction: {findings.none['claim']}"]
+    found += [
+        f"  position {miss.row['position']}, layer {miss.row['layer']}: {miss.words}; it passes with {miss.flags}"
+        for miss in near
     ]
+    needed = dict.fromkeys(shortfall.setting for miss in near for shortfall in miss.shortfalls)
+    return found + [LOOSENING[name] for name in needed]
 
 
 def concerns(findings: Findings) -> list[Concern]:
@@ -295,7 +296,8 @@ STAGE = Stage(
     "selection",
     select,
     reads=(PROMPTS, SETUP, FILTER, MEANS),
-    writes=(CANDIDATES, METADATA, DIRECTION),
+    writes=(CANDIDATES, METADATA, DIRECTION, NO_DIRECTION),
+    settings=("select",),
     programs=Group(
         "selection",
         "select",

@@ -20,7 +20,7 @@ from refusal_jax.judges.judge import Judge
 from refusal_jax.models.hf_config import load_config
 from refusal_jax.plan.planner import run_mesh, run_sizes
 from refusal_jax.plan.programs import USUAL_LENGTH, Group, Sizes, Workload
-from refusal_jax.runs.artifacts import FILTER, PROMPTS, SETUP
+from refusal_jax.runs.artifacts import FILTER, NO_DIRECTION, PROMPTS, SETUP
 from refusal_jax.runs.run import Run
 from refusal_jax.study.config import StudyConfig
 
@@ -57,8 +57,11 @@ class Study:
 
     @property
     def conditions(self) -> list[Condition]:
-        """Returns the conditions of the settings, and for each over-refusal set baseline and ablation."""
+        """Returns the conditions of the settings, and for each over-refusal set baseline and ablation; only the baseline of every
+        set if the study found no direction."""
         known = self.datasets
+        if self.without_direction:
+            return [Condition(dataset, Baseline) for dataset in known.values()]
         named = [Condition.parse(name, known) for name in self.config.generation.conditions]
         return named + [Condition(known[name], kind) for name in self.over_refusal for kind in (Baseline, Ablate)]
 
@@ -142,6 +145,11 @@ class Study:
     def refusal_ids(self) -> list[int]:
         """Returns the ids of the refusal tokens that the study settled on."""
         return [token["id"] for token in self.run.read_json(SETUP)["refusal_tokens"]]
+
+    @property
+    def without_direction(self) -> str:
+        """Returns that the study found no direction, in words, or "" if it found one or has not looked for it yet."""
+        return "The study found no direction." if self.run.exists(NO_DIRECTION) else ""
 
     def direction(self) -> Direction:
         """Returns the selected direction."""

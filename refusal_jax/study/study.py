@@ -10,12 +10,13 @@ from refusal_jax.checkpoints.fingerprint import checkpoint_fingerprint
 from refusal_jax.checkpoints.remote import checkpoint_folder
 from refusal_jax.data.prompts import resolve
 from refusal_jax.data.sampling import SPLITS
-from refusal_jax.errors import UserError
+from refusal_jax.errors import NoDirection, UserError
 from refusal_jax.files import file_hash
 from refusal_jax.judges.judge import Judge
 from refusal_jax.models.config import ModelConfig
 from refusal_jax.models.hf_config import load_config
 from refusal_jax.plan.programs import USUAL_LENGTH, Workload
+from refusal_jax.runs.artifacts import NO_DIRECTION
 from refusal_jax.runs.run import Run
 from refusal_jax.study import completions, directions, evaluations, loss, projections, prompts, selection
 from refusal_jax.study.checks import check_settings
@@ -34,6 +35,7 @@ STEPS = (
 )
 STAGES = (*STEPS, report_on(STEPS))
 GROUPS = tuple(stage.programs for stage in STAGES if stage.programs)
+RETRIED = {stage.name: stage.settings for stage in STAGES if stage.settings}
 SECTIONS = tuple(stage.section for stage in STAGES if stage.section)
 
 
@@ -49,7 +51,8 @@ def run_study(config: StudyConfig | Mapping[str, Any], workdir: str | os.PathLik
     config: a study's settings, as nested dictionaries or ml_collections.ConfigDict too; they are copied.
     workdir: a local folder or gs://BUCKET/FOLDER. Of several processes (`distributed.start`) all must call it alike.
 
-    Raises UserError for anything wrong with config, model, data or folder, before long work where it can be known.
+    Raises UserError for anything wrong with config, model, data or folder, before long work where it can be known; and
+    NoDirection, after the report is written, if the study finds no direction.
     """
     config = StudyConfig.of(config)
     judges = check_settings(config)
@@ -57,7 +60,7 @@ def run_study(config: StudyConfig | Mapping[str, Any], workdir: str | os.PathLik
     load_config(folder)
     inputs = input_hashes(config, folder, judges)
     settings = config.to_dict() | {"cache": ""}  # where copies are kept may change from run to run
-    with Run.open(workdir, settings, inputs) as run:
+    with Run.open(workdir, settings, inputs, RETRIED) as run:
         try:
             study = Study(config, run, folder, judges, GROUPS)
             for stage in STAGES:
@@ -66,6 +69,8 @@ def run_study(config: StudyConfig | Mapping[str, Any], workdir: str | os.PathLik
             if run.new and run.worked in ([], [prompts.STAGE.name]):  # nothing was computed yet
                 run.discard()
             raise
+        if run.exists(NO_DIRECTION):
+            raise NoDirection(**run.read_json(NO_DIRECTION), run=run)
         return run
 
 
