@@ -45,10 +45,10 @@ Settings, as flags or in the environment (--zone is TPU_ZONE, and so on):
   TPU_SSH_FLAGS         more flags for ssh and scp, for example "--tunnel-through-iap"
 
 The job's exit codes 1 to 4 (a bug, bad input, a failed verification, no direction) are final, and become this script's; with 4
-the results are fetched as with 0. A job that crashed or vanished on a worker
-is started again (`follow` alone exits with 75 then). The workdir of a spot slice must be on gs://, because a preemption takes the
-disks along, and so should that of any slice with several workers. The VMs' service account needs read access to the model and
-write access to the workdir. Settings, job and logs are shown and sent in clear: no place for secrets.
+the results are fetched as with 0. A job that crashed or vanished on a worker is started again (`follow` alone exits with 75
+then). The workdir of a spot slice must be on gs://, because a preemption takes the disks along, and so should that of any slice
+with several workers. The VMs' service account needs read access to the model and write access to the workdir. Settings, job and
+logs are shown and sent in clear: no place for secrets.
 USAGE
 }
 
