@@ -262,17 +262,14 @@ def setup_lines(setup: dict) -> list[str]:
         f"Prompts: bundled ({', '.join(bundled)}). They are made for the embedded model, and results on another mean "
         f"little: give all six sets, {field('data.harmful_train', 'FILE')} and so on."
     )
-    return (
-        [warning] * bool(bundled)
-        + [setup["dequantised"]] * ("dequantised" in setup)
-        + [
-            f"Chat template: {setup['chat_template']}, thinking {'on' if setup['thinking'] else 'off'}. Post-instruction "
-            f"tokens: {' '.join(token['text'] for token in setup['post_instruction_tokens'])}",
-            f"Refusal tokens, from {setup['refusal_tokens_from']}"
-            f"{' (mean probability after harmful and harmless prompts)' if openings else ''}: {', '.join(tokens) or 'none'}",
-            *filter(None, [decoding_line(setup)]),
-        ]
-    )
+    return [
+        *filter(None, [warning if bundled else "", setup.get("dequantised")]),
+        f"Chat template: {setup['chat_template']}, thinking {'on' if setup['thinking'] else 'off'}. Post-instruction "
+        f"tokens: {' '.join(token['text'] for token in setup['post_instruction_tokens'])}",
+        f"Refusal tokens, from {setup['refusal_tokens_from']}"
+        f"{' (mean probability after harmful and harmless prompts)' if openings else ''}: {', '.join(tokens) or 'none'}",
+        *filter(None, [decoding_line(setup)]),
+    ]
 
 
 def values(findings: Findings) -> dict:
