@@ -23,6 +23,7 @@ import typechecker
 typechecker.switch_on()
 
 import tiny  # noqa: E402
+from hub_server import hub as hub  # noqa: E402
 
 from refusal_jax import load_model  # noqa: E402
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from refusal_jax import UserError, load_model, make_mesh
-from refusal_jax.checkpoints import remote as mirror
+from refusal_jax.checkpoints import ranges
 from refusal_jax.checkpoints.fingerprint import checkpoint_fingerprint
 from refusal_jax.checkpoints.load import load_decoder
 from refusal_jax.checkpoints.remote import checkpoint_folder
@@ -34,13 +34,13 @@ def store(llama, tmp_path, monkeypatch):
 
 def test_folders_are_what_they_are(tmp_path):
     assert checkpoint_folder(tmp_path) == tmp_path
-    assert checkpoint_folder("some/folder") == pathlib.Path("some/folder")
+    assert checkpoint_folder(pathlib.Path("some/folder")) == pathlib.Path("some/folder")
 
 
 def test_small_files_are_copied_and_weights_are_not(llama, store):
     folder = checkpoint_folder(ADDRESS)
     names = {path.name for path in llama.iterdir()} - {SINGLE}
-    assert {path.name for path in folder.iterdir()} == names | {f"{SINGLE}.remote", ".mirror.json"}
+    assert {path.name for path in folder.iterdir()} == names | {f"{SINGLE}.remote", ".mirror.json", ".origin.json"}
     assert all((folder / name).read_bytes() == (llama / name).read_bytes() for name in names)
     assert folder == checkpoint_folder(f"{ADDRESS}/") == checkpoint_folder(pathlib.Path(ADDRESS))
 
@@ -53,7 +53,7 @@ def test_the_model_is_the_same(model, store):
 
 
 def test_the_model_is_the_same_on_a_mesh(model, store, monkeypatch):
-    monkeypatch.setattr(mirror, "REQUEST", 300)  # less than a tensor, more than a row
+    monkeypatch.setattr(ranges, "REQUEST", 300)  # less than a tensor, more than a row
     weights = load_decoder(ADDRESS, mesh=make_mesh(fsdp=2, model=4)).weights()
     for path, weight in model.decoder.weights().items():
         np.testing.assert_array_equal(weights[path], weight)
@@ -68,7 +68,7 @@ def test_runs_that_lie_apart_come_in_few_requests(store, monkeypatch):
     name = "model.layers.0.mlp.down_proj.weight"  # [32, 48]
     part = files.read(name, (slice(0, 10), slice(8, 16)))
     assert asked == [9 * 48 * 4 + 8 * 4] and files.bytes_read == asked[0]
-    monkeypatch.setattr(mirror, "REQUEST", 48 * 4 * 2 + 32)
+    monkeypatch.setattr(ranges, "REQUEST", 48 * 4 * 2 + 32)
     np.testing.assert_array_equal(files.read(name, (slice(0, 10), slice(8, 16))), part)
     assert asked[1:] == [2 * 48 * 4 + 32] * 3 + [32]
 

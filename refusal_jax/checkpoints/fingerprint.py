@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from refusal_jax.checkpoints.gguf_mirror import gguf_files, own_tokenizer
+from refusal_jax.checkpoints.mirrors import STUB, stub_of
 from refusal_jax.errors import UserError
 from refusal_jax.files import cache_folder
 from refusal_jax.progress import Progress
@@ -31,24 +32,28 @@ def checkpoint_fingerprint(folder: pathlib.Path) -> str:
     """Returns a hash, in hex, of the names and contents of a checkpoint's files, which differs if a single byte of them does.
 
     Hidden files and subfolders do not count; weights in formats that are never loaded count by name and size. In the mirror
-    of an address the weights are stubs, which hold what the store says of the version. For the mirror of a GGUF file only that
+    of an address the weights are stubs, which hold what the store says of the version; what the hub says is the hash itself, so
+    that a checkpoint has the same fingerprint whether its weights are here or there. For the mirror of a GGUF file only that
     file's content counts, and its tokenizer's files where the user gave them. Raises UserError if the folder or a file of it
     cannot be read.
     """
     try:
-        paths = sorted(p for p in folder.iterdir() if p.is_file() and not p.name.startswith("."))
+        paths = [p for p in folder.iterdir() if p.is_file() and not p.name.startswith(".")]
+        counted = {path: _elsewhere(path) or (path.name, path.stat().st_size, None) for path in paths}
+        paths.sort(key=lambda path: counted[path][0])
         weights = gguf_files(folder)
         if weights:
             paths = [*weights, *own_tokenizer(folder)]
-        sizes = {path: path.stat().st_size for path in paths}
+            counted |= {path: ("", path.stat().st_size, None) for path in weights}
         unread = {path for path in paths if path.name.endswith(NEVER_READ)} - set(weights)
-        hashes = _remembered_hashes(folder, [path for path in paths if sizes[path] > SMALL and path not in unread])
+        large = [path for path in paths if counted[path][1] > SMALL and not counted[path][2] and path not in unread]
+        hashes = file_hashes(folder, large)
         digest = hashlib.sha256()
         for path in paths:
-            name = "" if path in weights else path.name
-            digest.update(f"{name}\0{sizes[path]}\0".encode("utf-8", "surrogateescape"))
-            if path in hashes:
-                digest.update(bytes.fromhex(hashes[path]))
+            name, size, known = counted[path]
+            digest.update(f"{name}\0{size}\0".encode("utf-8", "surrogateescape"))
+            if known or path in hashes:
+                digest.update(bytes.fromhex(known or hashes[path]))
             elif path not in unread:
                 digest.update(path.read_bytes())
     except OSError as error:
@@ -59,7 +64,15 @@ def checkpoint_fingerprint(folder: pathlib.Path) -> str:
     return digest.hexdigest()
 
 
-def _remembered_hashes(folder: pathlib.Path, paths: Sequence[pathlib.Path]) -> dict[pathlib.Path, str]:
+def _elsewhere(path: pathlib.Path) -> tuple[str, int, str] | None:
+    """Returns name, size and sha256 of the file that a stub stands for, where the hash is known."""
+    if stub_of(path.with_name(path.name.removesuffix(STUB))) != path:
+        return None
+    entry = json.loads(path.read_bytes())
+    return (path.name.removesuffix(STUB), entry["size"], entry["sha256"]) if entry.get("sha256") else None
+
+
+def file_hashes(folder: pathlib.Path, paths: Sequence[pathlib.Path]) -> dict[pathlib.Path, str]:
     """Returns the sha256 of files of a folder, or that it mirrors: remembered for those that have not been touched since,
     computed for the others."""
     if not paths:

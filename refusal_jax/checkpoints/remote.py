@@ -1,44 +1,63 @@
-"""Makes a checkpoint in an object store, such as `gs://bucket/folder`, readable as a folder of this machine: its mirror.
-
-A mirror holds copies of the small files (config, tokenizer, index). In place of a weight file it has a stub,
-`NAME.remote`, with the file's address, and ranges of the file are read from the store. Stubs are honoured only in
-mirrors, so that a downloaded checkpoint cannot name files by them.
-"""
+"""Finds a checkpoint by what users write, a folder, an address such as `gs://bucket/folder`, or a name on the hub, and makes it
+readable as a folder of this machine."""
 
 import contextlib
+import functools
 import hashlib
 import json
+import logging
 import os
 import pathlib
-from collections.abc import Sequence
-
-import numpy as np
 
 from refusal_jax.checkpoints.gguf_mirror import as_folder
+from refusal_jax.checkpoints.hub import hub_mirror
+from refusal_jax.checkpoints.mirrors import ORIGIN, STUB, keep_only, mirrors, write_origin
 from refusal_jax.errors import UserError
-from refusal_jax.files import cache_folder, local_path, read_json, to_json, write_atomically
+from refusal_jax.files import local_path, to_json, write_atomically
+from refusal_jax.hub import model_name
 from refusal_jax.stores import explained, open_store, store_address
 
-STUB = ".remote"
+LOG = logging.getLogger(__name__)
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf", ".onnx")
 LARGE = 256 << 20  # bytes: a file above that is no config and no tokenizer, whatever its name
-REQUEST = 16 << 20  # bytes of one request, where the runs wanted lie apart and are fetched with what is between them
 STAMPS = ("md5Hash", "md5", "crc32c", "ETag", "etag", "generation", "LastModified", "updated", "mtime", "created")
 
 
-def checkpoint_folder(path: str | os.PathLike) -> pathlib.Path:
-    """Returns the folder of a checkpoint on this machine: `path` itself or, for an address such as gs://bucket/folder and for a
-    GGUF file, its mirror, brought up to date.
+def checkpoint_folder(path: str | os.PathLike, weights: bool = True) -> pathlib.Path:
+    """Returns the folder of a checkpoint on this machine: `path` itself or, for an address, a name on the hub or a GGUF file, its
+    mirror, brought up to date.
 
-    Raises UserError if nothing is there, it may not be read, or support for its kind of address is not installed.
+    path: a folder; an address such as gs://bucket/folder; or `ORG/NAME`, `ORG/NAME@REVISION` or `ORG/NAME/FILE.gguf`, as a
+    string, unless there is such a folder. hf:ORG/NAME is the hub's in any case, and of hf://ORG/NAME only those parts of the
+    weights are fetched that are read, when they are, as several hosts do with any name. weights: False if only config and
+    tokenizer are wanted. All processes must call this. Raises UserError if nothing is there, it may not be read, the hub
+    cannot be reached, or support for a kind of address is not installed.
     """
-    address = store_address(path)
-    if address is None:
+    address, text = store_address(path), os.fspath(path)
+    if address is not None and not address.startswith("hf://"):
+        if address.endswith(".gguf"):
+            raise UserError(
+                f"{address} is a GGUF file, which is read from a disk only. Copy it to this machine and pass its path."
+            )
+        return store_mirror(address)
+    named = model_name(text) if isinstance(path, str) or text.startswith("hf:") else None
+    if named is None:
         return as_folder(local_path(path))
-    if address.endswith(".gguf"):
-        raise UserError(
-            f"{address} is a GGUF file, which is read from a disk only. Copy it to this machine and pass its path."
-        )
+    name, before = named
+    if not before and os.path.lexists(text):
+        _say_that_local(text)
+        return as_folder(local_path(text))
+    found = hub_mirror(name, weights, streamed=before == "hf://")
+    return as_folder(found) if name.file else found
+
+
+@functools.cache
+def _say_that_local(text: str) -> None:
+    LOG.info(f"{text} is read from the folder of that name; hf:{text} would be the hub's model.")
+
+
+def store_mirror(address: str) -> pathlib.Path:
+    """Returns the mirror of a folder in an object store, brought up to date. Raises UserError as `checkpoint_folder` does."""
     with explained(address):
         files, place = open_store(address)
         found = {
@@ -62,15 +81,11 @@ def checkpoint_folder(path: str | os.PathLike) -> pathlib.Path:
                 content = to_json(now) if large else files.cat_file(entry["name"])
             write_atomically(here, content)
         kept[here.name] = now
-    for path in [p for p in folder.iterdir() if not p.name.startswith(".") and p.name not in kept]:
-        path.unlink(missing_ok=True)
+    keep_only(folder, set(kept))
     write_atomically(folder / ".mirror.json", to_json(kept))
+    if not (folder / ORIGIN).exists():
+        write_origin(folder, address, None)
     return folder
-
-
-def mirrors() -> pathlib.Path:
-    """Returns the folder that mirrors are kept in."""
-    return cache_folder("checkpoints")
 
 
 def _read_known(folder: pathlib.Path) -> dict:
@@ -79,56 +94,3 @@ def _read_known(folder: pathlib.Path) -> dict:
         known = json.loads((folder / ".mirror.json").read_text(encoding="utf-8"))
         return known if isinstance(known, dict) else {}
     return {}
-
-
-def stub_of(path: pathlib.Path) -> pathlib.Path | None:
-    """Returns the stub that stands for a weight file in a mirror, or None if there is none."""
-    stub = path.with_name(path.name + STUB)
-    return stub if path.parent.parent == mirrors() and stub.exists() else None
-
-
-def is_there(path: pathlib.Path) -> bool:
-    """Returns whether a file is in its folder, or in the store that the folder mirrors."""
-    return os.path.exists(path) or stub_of(path) is not None
-
-
-class RemoteFile:
-    """A file in an object store, of which ranges are read as from a `safetensors.LocalFile`."""
-
-    def __init__(self, stub: pathlib.Path):
-        """Opens the file that a stub of a mirror stands for. Raises UserError for a damaged stub, or if support for its kind of
-        address is not installed."""
-        entry = read_json(stub)
-        path, size = entry.get("address"), entry.get("size")
-        if not isinstance(path, str) or not isinstance(size, int):
-            raise UserError(f"{stub} is damaged: it lacks address and size. Remove its folder: it is made anew.")
-        self.path, self.size = path, size
-        with explained(path):
-            self.files, self.place = open_store(path)
-
-    def read_into(self, offsets: Sequence[int] | np.ndarray, length: int, target: memoryview) -> int:
-        """Reads as `LocalFile.read_into` does. What lies between runs that are near each other is fetched too, and counted.
-
-        Raises OSError if the store fails or sends too little.
-        """
-        fetched, at = 0, 0
-        while at < len(offsets):
-            first, upto = int(offsets[at]), at + 1
-            while upto < len(offsets) and int(offsets[upto]) + length - first <= REQUEST:
-                upto += 1
-            stop = int(offsets[upto - 1]) + length
-            data = self._fetch(first, stop)
-            for i in range(at, upto):
-                begin = int(offsets[i]) - first
-                target[i * length : (i + 1) * length] = data[begin : begin + length]
-            fetched, at = fetched + len(data), upto
-        return fetched
-
-    def _fetch(self, start: int, stop: int) -> memoryview:
-        try:
-            data = self.files.cat_file(self.place, start=start, end=stop)
-        except Exception as error:  # every store has its own kinds
-            raise OSError(f"{type(error).__name__}: {' '.join(str(error).split())[:300]}") from None
-        if len(data) != stop - start:
-            raise OSError(f"the store sent {len(data):,} of {stop - start:,} bytes from byte {start:,}")
-        return memoryview(data)

@@ -13,8 +13,9 @@ import numpy as np
 from jaxtyping import Shaped
 
 from refusal_jax.checkpoints.gguf_mirror import gguf_files, open_gguf
+from refusal_jax.checkpoints.mirrors import STUB, is_there, stub_of
 from refusal_jax.checkpoints.quantised.formats import dequantised
-from refusal_jax.checkpoints.remote import STUB, RemoteFile, is_there, stub_of
+from refusal_jax.checkpoints.ranges import open_stub
 from refusal_jax.checkpoints.safetensors import Header, LocalFile, RangeFile, read_header, reading, segments
 from refusal_jax.checkpoints.tensors import STORED, PlainTensor, Tensor, listed
 from refusal_jax.errors import UserError
@@ -57,7 +58,7 @@ class TensorFiles:
         for path in paths:
             with reading(path):
                 stub = stub_of(path)
-                file = opened.handles[path] = RemoteFile(stub) if stub else LocalFile(path)
+                file = opened.handles[path] = open_stub(stub) if stub else LocalFile(path)
                 header = opened.headers[path] = read_header(file)
             for name, extent in header.tensors.items():
                 if name in stored:
