@@ -19,6 +19,7 @@ from refusal_jax.checkpoints.mirrors import source_name
 from refusal_jax.checkpoints.remote import checkpoint_folder
 from refusal_jax.checkpoints.tensor_files import INDEX, SINGLE, TensorFiles
 from refusal_jax.hub import HubName, model_name, snapshot_name
+from refusal_jax.jobs.plan import named_model
 
 NAME, (OLD, NEW) = "org/tiny", ("a" * 40, "b" * 40)
 USELESS = {
@@ -339,3 +340,8 @@ def test_several_hosts_stream_unless_told_to_download(tiny_hub, monkeypatch):
     assert (checkpoint_folder(NAME) / f"{SINGLE}.remote").exists()
     with names.session({}, download=True):
         assert (checkpoint_folder(NAME) / SINGLE).exists()
+
+
+def test_plans_by_name_need_the_config_alone(tiny_hub):
+    name, cfg = named_model(NAME, {})
+    assert name == "tiny" and cfg.n_layers == 3 and SINGLE not in fetched(tiny_hub)

@@ -13,8 +13,13 @@ import tiny
 from refusal_jax import UserError, load_model
 from refusal_jax.conditions import split_stem
 from refusal_jax.data.sampling import SPLITS
+from refusal_jax.export.finished import FinishedStudy
+from refusal_jax.export.provenance import base_model
+from refusal_jax.harness.edited import model_of
+from refusal_jax.jobs.export import command
 from refusal_jax.judges import models as judge_models
 from refusal_jax.judges.judge import Verdict
+from refusal_jax.report.page import model_title
 from refusal_jax.report.summary import read_conditions
 from refusal_jax.runs.artifacts import DAMAGE, DIRECTION, MEANS, PROJECTIONS, REPORT, SCORES, SETUP, STATISTICS
 from refusal_jax.study import directions, prompts, shared
@@ -342,3 +347,34 @@ def test_prompts_that_splits_share_are_said(config, tmp_path, caplog):
     said = caplog.text
     assert "Prompts: harmless_train, harmless_val come from the same prompts" in said and "3 different ones" in said
     assert "Prompts: 2 of the 3 prompts of harmful_test are in harmful_train too: they were trained on" in said
+
+
+def test_a_study_of_a_model_on_the_hub_stays_at_its_commit(config, hub, llama, tmp_path, monkeypatch, caplog):
+    old, new = "a" * 40, "b" * 40
+    hub.add("org/tiny", llama, commit=old)
+    config.model, work = "org/tiny", tmp_path / "run"
+
+    def stop(self):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Study, "_load", stop)
+        pipeline.run_study(config, work)
+    hub.add("org/tiny", llama, commit=new, files={"generation_config.json": b'{"eos_token_id": 3}'})
+    with caplog.at_level(logging.INFO):
+        pipeline.run_study(config, work)
+    assert f"org/tiny is now at commit {new} on the hub. This run began with {old} and goes on with it" in caplog.text
+    manifest, setup = (json.loads((work / name).read_text()) for name in ("manifest.json", "setup.json"))
+    assert manifest["inputs"]["commit of org/tiny"] == old and manifest["config"]["model"] == "org/tiny"
+    assert "download" not in manifest["config"] and setup["model"] == f"org/tiny@{old}"
+    assert model_title(setup["model"]) == "org/tiny" and model_title("/a/b/") == "b"
+    study = FinishedStudy.read(work, 1)
+    assert model_of([work], [study]) == study.checkpoint()
+    assert base_model(study.checkpoint()) == {
+        "name": "org/tiny",
+        "revision": old,
+        "fingerprint": manifest["inputs"]["model"],
+    }
+    assert command(["export", "--model=org/tiny", f"--direction={work}"], study.checkpoint()) == (
+        f"refusal-jax export export --model=org/tiny@{old} --direction=run"
+    )

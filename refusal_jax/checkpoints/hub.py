@@ -69,6 +69,7 @@ def hub_mirror(name: HubName, weights: bool = True, streamed: bool = False) -> p
     small = sorted(file for file in files if SMALL_FILES.fullmatch(file) and (weights or file != "README.md"))
     if listing is None:
         _fill(folder, snapshot, [*small, *weight_files(name, snapshot, files)], {})
+        write_origin(folder, at.repo, at.revision, held="whatever there was")
         return folder
     fetch(at, small, listing)
     large = weight_files(name, snapshot, files) if weights else []

@@ -11,6 +11,7 @@ import os
 import pathlib
 
 from refusal_jax.files import cache_folder, cannot_write, to_json, write_atomically
+from refusal_jax.hub import HubName, model_name, snapshot_name
 
 STUB = ".remote"
 ORIGIN = ".origin.json"
@@ -55,6 +56,16 @@ def source_name(folder: pathlib.Path) -> str:
     if not origin:
         return str(folder.resolve())
     return origin["name"] + (f"@{origin['revision']}" if origin.get("revision") else "")
+
+
+def on_the_hub(folder: pathlib.Path) -> HubName | None:
+    """Returns the hub's name of a checkpoint, with its commit, for its mirror and for a snapshot in a cache of the hub; else
+    None."""
+    origin = read_origin(folder)
+    if origin:
+        found = model_name(source_name(folder)) if origin.get("revision") else None
+        return found[0] if found else None
+    return snapshot_name(folder)
 
 
 def link(path: pathlib.Path, target: pathlib.Path) -> None:

@@ -5,6 +5,7 @@ import dataclasses
 import json
 import pathlib
 
+from refusal_jax.checkpoints.remote import checkpoint_folder
 from refusal_jax.conditions import Baseline
 from refusal_jax.data.prompts import BUNDLED, read_prompts, resolve
 from refusal_jax.directions import DIRECTION, check_found
@@ -19,11 +20,11 @@ VAL = ("harmful_val", "harmless_val")
 
 @dataclasses.dataclass(frozen=True)
 class FinishedStudy:
-    """model: the checkpoint that it ran on, with its fingerprint. prompts: instructions, harmful ones first. harmless:
-    pairs of a harmless instruction and the model's own reply, or "". template: settings of the chat template. conditions
-    and losses: of `report.summary`, empty where nothing was measured."""
+    """model: the checkpoint that it ran on, as `remote.checkpoint_folder` finds it, with its fingerprint. prompts: instructions,
+    harmful ones first. harmless: pairs of a harmless instruction and the model's own reply, or "". template: settings of the
+    chat template. conditions and losses: of `report.summary`, empty where nothing was measured."""
 
-    model: pathlib.Path | None
+    model: str | pathlib.Path | None
     fingerprint: str | None
     prompts: list[str]
     harmless: list[tuple[str, str]]
@@ -54,7 +55,7 @@ class FinishedStudy:
             own = [c.completions for c in conditions if c.harmless and c.intervention == Baseline.name]
             replies = [(c["prompt"], c["response"]) for found in own for c in found if c["response"]][:count]
             return cls(
-                pathlib.Path(read_json(folder / SETUP)["model"]),
+                str(read_json(folder / SETUP)["model"]),
                 manifest["inputs"].get("model"),
                 sides[0] + sides[1],
                 replies or [(text, "") for text in sides[1]],
@@ -79,6 +80,11 @@ class FinishedStudy:
         return cls(
             None, None, sides[0] + sides[1], [(t, "") for t in sides[1]], {"chat_template": chat_template}, [], {}
         )
+
+    def checkpoint(self) -> pathlib.Path | None:
+        """Returns the folder of the checkpoint that it ran on, which is fetched if it is on the hub. Raises UserError as
+        `remote.checkpoint_folder` does."""
+        return None if self.model is None else checkpoint_folder(self.model)
 
     def refusals(self) -> list[dict]:
         """Returns how often each condition was refused, with the 95 % interval, in plain values."""

@@ -1,28 +1,26 @@
 """Records where an export comes from in `refusal_jax.json`, and checks that its files are still those that were written."""
 
 import pathlib
-import re
 import time
 
 from refusal_jax.checkpoints.fingerprint import checkpoint_fingerprint
+from refusal_jax.checkpoints.mirrors import on_the_hub, source_name
 from refusal_jax.checkpoints.tensors import listed
 from refusal_jax.errors import UserError, VerificationError
 from refusal_jax.export.staging import PROVENANCE, UNVERIFIED
 from refusal_jax.files import file_hash, read_json, to_json
+from refusal_jax.hub import COMMIT
 from refusal_jax.runs.run import versions
-
-COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 def base_model(folder: pathlib.Path, name: str = "") -> dict:
     """Returns what a checkpoint folder tells about itself: its name (`name` if given), its revision on the hub or None, and the
     fingerprint of `checkpoint_fingerprint`, but not where it lies on this machine."""
-    revision = None
-    if folder.parent.name == "snapshots" and COMMIT.fullmatch(folder.name):  # the hub's cache
-        revision = folder.name
-        repository = folder.parent.parent.name.removeprefix("models--").replace("--", "/")
+    named = on_the_hub(folder)
+    if named is not None:
+        repository, revision = named.repo, named.revision
     else:
-        repository = folder.resolve().name
+        repository, revision = source_name(folder).rstrip("/").rpartition("/")[2], None
         record = folder / ".cache" / "huggingface" / "download" / "config.json.metadata"  # of `hf download --local-dir`
         if record.is_file():
             first = record.read_text(encoding="utf-8", errors="replace").partition("\n")[0].strip()

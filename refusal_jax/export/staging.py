@@ -6,7 +6,7 @@ import pathlib
 import shutil
 from collections.abc import Iterator, Sequence
 
-from refusal_jax.checkpoints.remote import STUB
+from refusal_jax.checkpoints.mirrors import STUB
 from refusal_jax.errors import UserError
 from refusal_jax.files import check_file, lock
 

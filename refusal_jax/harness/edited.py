@@ -235,10 +235,10 @@ def model_of(paths: Sequence[pathlib.Path], studies: Sequence[FinishedStudy]) ->
         for path in paths:
             direction_file(path)
         raise UserError("The model is missing: a direction from a file does not tell which model it belongs to.")
-    model = studies[0].model
+    model = studies[0].checkpoint()
     if model is None or checkpoint_fingerprint(model) != studies[0].fingerprint:
         raise UserError(
-            f"{model} is not the checkpoint that the study {paths[0]} was made from: its files have changed "
+            f"{studies[0].model} is not the checkpoint that the study {paths[0]} was made from: its files have changed "
             f"since. Give {setting('pretrained', 'FOLDER') or setting('model', 'FOLDER')} if the direction "
             "should be applied all the same."
         )

@@ -18,6 +18,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from refusal_jax.chat.prompts import bucket
 from refusal_jax.checkpoints.fingerprint import checkpoint_fingerprint
+from refusal_jax.checkpoints.mirrors import source_name
 from refusal_jax.edits import Edits
 from refusal_jax.errors import UserError, spelt
 from refusal_jax.harness.edited import ARGUMENTS, EditedModel, warn_once
@@ -151,7 +152,7 @@ class RefusalJaxLM(TemplateLM):
 
     @property
     def tokenizer_name(self) -> str:
-        return str(self.model.path).replace("/", "__")
+        return source_name(self.model.path).replace("/", "__")
 
     def get_model_info(self) -> dict:
         """Returns what the results' config records about the model, including its edits."""

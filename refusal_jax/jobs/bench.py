@@ -31,13 +31,14 @@ from absl import app, flags
 
 from refusal_jax.errors import UserError, spelt
 from refusal_jax.files import local_path
+from refusal_jax.jobs import common
 
 JOBS = ("extraction_selection", "generation")
 WORK = "import sys; from refusal_jax.jobs.bench import work; work(sys.argv[1])"
 TOLERANCE = 1e-3  # of scores; differences from another order of summation are smaller
 SCORES = ("refusal_score", "steering_score", "kl_div_score")
 
-MODEL = flags.DEFINE_string("model", "", "Folder of an HF checkpoint. Default: the embedded demo model.")
+MODEL = flags.DEFINE_string("model", "", f"{common.CHECKPOINT} Default: the embedded demo model.")
 INFLATE = flags.DEFINE_bool(
     "inflate", None, "Inflate the model to 127M parameters first. Default: only the demo model."
 )
@@ -102,10 +103,11 @@ def _oracle_path() -> pathlib.Path:
 def _model(folder: pathlib.Path) -> pathlib.Path:
     """Returns the folder of the model to time, inflated into `folder` if asked for."""
     from refusal_jax.chat.model import demo_model_path
+    from refusal_jax.checkpoints.remote import checkpoint_folder
     from refusal_jax.models.hf_config import load_config
     from refusal_jax.organism.inflate import inflate
 
-    source = local_path(MODEL.value) if MODEL.value else demo_model_path()
+    source = checkpoint_folder(MODEL.value) if MODEL.value else demo_model_path()
     load_config(source)
     if INFLATE.value is False or (INFLATE.value is None and MODEL.value):
         return source

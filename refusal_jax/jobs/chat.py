@@ -37,7 +37,7 @@ from refusal_jax.errors import UserError, print_error
 from refusal_jax.export.finished import FinishedStudy
 from refusal_jax.files import local_path
 from refusal_jax.harness.edited import model_of, one_each
-from refusal_jax.jobs import devices
+from refusal_jax.jobs import common, devices
 from refusal_jax.models.decoding import in_words
 from refusal_jax.models.hf_config import load_config
 from refusal_jax.study.directions import difference_in_means, extract
@@ -49,9 +49,7 @@ from refusal_jax.terminal.show import show_columns, show_plain
 EMBEDDED_LAYER = 4  # at whose input, at the prompt's last token, the study of the embedded model finds its direction
 TRAIN = 128  # prompts of each side for the embedded model's direction, as in a study
 
-MODEL = flags.DEFINE_string(
-    "model", None, "Folder of a Hugging Face checkpoint. Default: the study's model, or the embedded one."
-)
+MODEL = flags.DEFINE_string("model", None, f"{common.CHECKPOINT} Default: the study's model, or the embedded one.")
 DIRECTION = flags.DEFINE_string(
     "direction", None, "Folder of a finished study, or a .npy, .safetensors or .pt file. Needed with --model."
 )

@@ -10,6 +10,9 @@ from refusal_jax.jobs.command_line import flag_error
 from refusal_jax.logs import LEVELS
 
 T = TypeVar("T")
+CHECKPOINT = (
+    "Checkpoint: a folder, its name on the hub (ORG/NAME or ORG/NAME@REVISION), or its address (gs://BUCKET/FOLDER)."
+)
 FLAGS = flags.FlagValues()
 LOG_LEVEL = flags.DEFINE_enum(
     "log_level",

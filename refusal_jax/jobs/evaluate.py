@@ -74,7 +74,7 @@ def main(arguments) -> None:
     judges = parse_judges(JUDGES.value, BATCH_SIZE.value, devices.asked_dtype(), devices.asked_mesh())
     chat = None
     if TOKENIZER.value:
-        tokenizer = checkpoint_folder(TOKENIZER.value)
+        tokenizer = checkpoint_folder(TOKENIZER.value, weights=False)
         chat = Chat.load(tokenizer, load_config(tokenizer).context_length)
     out = DiskFolder(target)
     with out.held():

@@ -29,6 +29,8 @@ import shlex
 from absl import flags
 
 from refusal_jax.checkpoints.fingerprint import checkpoint_fingerprint
+from refusal_jax.checkpoints.mirrors import on_the_hub
+from refusal_jax.checkpoints.remote import checkpoint_folder
 from refusal_jax.conditions import Ablate, Add
 from refusal_jax.directions import direction_file, read_direction
 from refusal_jax.errors import UserError, VerificationError
@@ -43,9 +45,7 @@ from refusal_jax.jobs import common
 from refusal_jax.models.hf_config import load_config
 
 EXAMPLE = ". Example: refusal-jax export --direction=runs/demo --out=edited."
-MODEL = flags.DEFINE_string(
-    "model", None, "Folder of a Hugging Face checkpoint. Default: the model that the study ran on."
-)
+MODEL = flags.DEFINE_string("model", None, f"{common.CHECKPOINT} Default: the model that the study ran on.")
 DIRECTION = flags.DEFINE_list(
     "direction",
     None,
@@ -135,15 +135,15 @@ def read_request(argv) -> Request:
         if folders
         else FinishedStudy.none(PROMPTS.value, CHAT_TEMPLATE.value)
     )
-    source = local_path(MODEL.value) if MODEL.value else study.model
+    source = checkpoint_folder(MODEL.value) if MODEL.value else study.checkpoint()
     if source is None:
         for path in paths:
             direction_file(path)
         raise UserError("--model is missing: a direction from a file does not tell which model it belongs to.")
-    if study.model and checkpoint_fingerprint(source) != study.fingerprint:
+    if study.model is not None and checkpoint_fingerprint(source) != study.fingerprint:
         if not MODEL.value:
             raise UserError(
-                f"{source} is not the checkpoint that {folders[0]} was made from: it has changed since. Name the model with "
+                f"{study.model} is not the checkpoint that {folders[0]} was made from: it has changed since. Name the model with "
                 "--model if the direction should be applied all the same."
             )
         study = dataclasses.replace(study, conditions=[], losses={})  # which were measured on another model
@@ -162,7 +162,7 @@ def read_request(argv) -> Request:
         TIE.value,
         VERIFY.value,
         BASE.value,
-        command(argv),
+        command(argv, source),
     )
 
 
@@ -180,13 +180,16 @@ def parse_layers(text: str, n_layers: int) -> list[int]:
     return layers
 
 
-def command(argv) -> str:
-    """Returns the command that makes the export again, with names instead of this machine's paths."""
+def command(argv, source: pathlib.Path) -> str:
+    """Returns the command that makes the export again, with names instead of this machine's paths, and the commit of a model
+    on the hub."""
+    named = on_the_hub(source)
     words = []
     for word in argv:
         name, equals, value = word.partition("=")
         if equals and name.lstrip("-") in ("model", "direction", "out"):
-            value = ",".join(pathlib.PurePath(path).name for path in value.split(","))
+            names = ",".join(pathlib.PurePath(path).name for path in value.split(","))
+            value = str(named) if named and name.lstrip("-") == "model" else names
         words.append(shlex.quote(f"{name}{equals}{value}"))
     return " ".join(["refusal-jax", "export", *words])
 

@@ -21,8 +21,10 @@ import pathlib
 from absl import flags
 from ml_collections import config_flags
 
+from refusal_jax.checkpoints.remote import checkpoint_folder
 from refusal_jax.errors import UserError, did_you_mean
 from refusal_jax.files import local_path, read_json, to_json, write_atomically
+from refusal_jax.hub import model_name
 from refusal_jax.jobs import devices, settings
 from refusal_jax.models.config import ModelConfig
 from refusal_jax.models.hf_config import from_hf, load_config
@@ -39,7 +41,10 @@ LOG = logging.getLogger(__name__)
 
 COMMON = ("v5e-16", "v5e-64", "v5p-16", "v6e-8")
 MODEL = flags.DEFINE_string(
-    "model", None, "Checkpoint folder, config.json, or the name of one of the paper's models, in place of config.model."
+    "model",
+    None,
+    "Checkpoint folder, its name on the hub (ORG/NAME), config.json, or the name of one of the paper's models, in place of "
+    "config.model.",
 )
 TOPOLOGY = flags.DEFINE_list("topology", "v5e-16", "Slices to plan for, separated by commas.")
 ALL = flags.DEFINE_bool(
@@ -98,8 +103,9 @@ def one(name: str, cfg: ModelConfig, config: StudyConfig, where: Slice) -> Plan:
 
 
 def named_model(asked: str, known: dict) -> tuple[str, ModelConfig]:
-    """Returns a name for the model that is asked for, and its config. asked: a folder, a config.json, or a name; if it is empty,
-    the config file's name counts. Raises UserError, with the choices, if there is no such model."""
+    """Returns a name for the model that is asked for, and its config. asked: a folder, a config.json, one of the names known, or
+    a name on the hub; if it is empty, the config file's name counts. Raises UserError, with the choices, if there is no such
+    model."""
     given = bool(asked)
     if not given:
         file, _, argument = config_flags.get_config_filename(flags.FLAGS["config"]).partition(":")
@@ -115,9 +121,12 @@ def named_model(asked: str, known: dict) -> tuple[str, ModelConfig]:
         return path.resolve().parent.name, from_hf(read_json(path), str(path))
     if path.stem in known:
         return path.stem, from_hf(known[path.stem]["config"], path.stem)
+    if named := model_name(asked):
+        return named[0].repo.rpartition("/")[2], load_config(checkpoint_folder(asked, weights=False))
     if not given and asked == "config":
         raise UserError(
-            f"Name a model with --model: a checkpoint folder, a config.json or one of {', '.join(known)}; or --all."
+            "Name a model with --model: a checkpoint folder, ORG/NAME on the hub, a config.json or one of "
+            f"{', '.join(known)}; or --all."
         )
     raise UserError(
         f"{asked!r} is no checkpoint folder, no config.json and none of the models known by name ({', '.join(known)})."

@@ -2,6 +2,7 @@
 
   refusal-jax study --workdir=runs/first                       # the embedded model, about half a minute on a laptop
   refusal-jax study --model=DIR --workdir=runs/mine            # an HF checkpoint folder, the paper's settings
+  refusal-jax study --model=Qwen/Qwen2.5-0.5B-Instruct --workdir=runs/qwen      # by its name on the hub; @REVISION
   refusal-jax study --config=configs/demo.py --workdir=DIR --config.select.full_grid=True
 
 If the study is stopped at any moment, the same command continues it; after it has finished, the command does nothing.
@@ -47,7 +48,7 @@ WORKDIR = flags.DEFINE_string(
 MODEL = flags.DEFINE_string(
     "model",
     None,
-    "Folder or address of a Hugging Face checkpoint, in place of config.model. Default: the embedded demo model.",
+    f"{common.CHECKPOINT} It takes the place of config.model. Default: the embedded demo model.",
 )
 for shared in (settings, devices, processes):
     flags.adopt_module_key_flags(shared)

@@ -15,6 +15,7 @@ import jinja2
 from markupsafe import Markup, escape
 
 from refusal_jax.conditions import label_of
+from refusal_jax.hub import model_name as hub_name
 from refusal_jax.judges.choice import REFUSAL_JUDGES
 from refusal_jax.report.findings import Findings, Section
 from refusal_jax.report.summary import REFUSAL_JUDGE, signed
@@ -94,7 +95,7 @@ def page_context(findings: Findings) -> dict:
     return shared | {
         "sections": sections,
         "notes": [section.note(findings) for section in findings.sections if section.note],
-        "model_name": pathlib.PurePath(setup["model"]).name or setup["model"],
+        "model_name": model_title(setup["model"]),
         "finished": latest.get("finished", "").replace("T", " ").replace("Z", " UTC"),
         "strength": findings.verdict[0],
         "headline": findings.verdict[1],
@@ -105,6 +106,12 @@ def page_context(findings: Findings) -> dict:
         "config": flatten(manifest["config"]),
         "inputs": flatten(manifest["inputs"]),
     }
+
+
+def model_title(model: str) -> str:
+    """Returns what to call a model: its name on the hub, without the commit, or the name of its folder."""
+    named = hub_name(model)
+    return named[0].repo if named else pathlib.PurePath(model).name or model
 
 
 def flatten(tree: dict, prefix: str = "") -> dict[str, str]:

@@ -246,6 +246,18 @@ class Run:
             self.storage.told(files)
 
 
+def recorded_inputs(folder: str | os.PathLike) -> dict[str, str]:
+    """Returns the inputs of the run that is in a folder, by name, in every process; {} if there is none yet, or it is damaged,
+    which `Run.open` says."""
+    found = {}
+    if distributed.first():
+        storage = open_storage(folder)
+        with contextlib.suppress(UserError):
+            if storage.exists(MANIFEST):
+                found = _parsed_manifest(storage.place(MANIFEST), storage.read(MANIFEST))["inputs"]
+    return distributed.share_json(found)
+
+
 def read_manifest(path: pathlib.Path) -> dict:
     """Returns a run's manifest. Raises UserError if the file is damaged."""
     return _parsed_manifest(path, path.read_bytes())

@@ -115,11 +115,18 @@ class StudyConfig(Settings):
     """Every setting of a study."""
 
     model: str = option(
-        "", "Folder of a Hugging Face checkpoint, or its address (gs://BUCKET/FOLDER); '' is the embedded demo model"
+        "",
+        "Folder of a Hugging Face checkpoint, its name on the hub (ORG/NAME or ORG/NAME@REVISION), or its address "
+        "(gs://BUCKET/FOLDER); '' is the embedded demo model",
     )
     cache: str = option(
         "",
         "Folder or address for converted copies of checkpoints, which are read in place of the originals; '' keeps none",
+    )
+    download: bool = option(
+        False,
+        "On several hosts, have each download the models that are named on the hub into its own cache; False has each read only "
+        "its slices from the hub",
     )
     dtype: str = option("auto", "float32, bfloat16 or float16; auto is float32 on a CPU and bfloat16 elsewhere")
     batch_size: int = option(0, f"Rows of a forward pass; {FITTING}")

@@ -19,6 +19,7 @@ from jaxtyping import Bool, Float, Int
 from refusal_jax.axes import Array
 from refusal_jax.chat.batches import length_batches
 from refusal_jax.chat.model import ChatModel
+from refusal_jax.checkpoints.mirrors import source_name
 from refusal_jax.data.prompts import BUNDLED
 from refusal_jax.data.sampling import SPLITS
 from refusal_jax.edits import Edits
@@ -144,7 +145,7 @@ def setup(study: Study, positions: int, refusal_ids: Sequence[int], openings: Se
 
     quantisation = read_quantisation(study.folder)
     return {
-        "model": str(study.folder.resolve()),
+        "model": source_name(study.folder),
         **({"dequantised": quantisation.note} if quantisation else {}),
         "dtype": str(model.decoder.dtype),
         "n_layers": model.config.n_layers,

@@ -5,6 +5,7 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from refusal_jax import hub
 from refusal_jax.chat.model import demo_model_path
 from refusal_jax.checkpoints.fingerprint import checkpoint_fingerprint
 from refusal_jax.checkpoints.remote import checkpoint_folder
@@ -17,7 +18,7 @@ from refusal_jax.models.config import ModelConfig
 from refusal_jax.models.hf_config import load_config
 from refusal_jax.plan.programs import USUAL_LENGTH, Workload
 from refusal_jax.runs.artifacts import NO_DIRECTION
-from refusal_jax.runs.run import Run
+from refusal_jax.runs.run import Run, recorded_inputs
 from refusal_jax.study import completions, directions, evaluations, loss, projections, prompts, selection
 from refusal_jax.study.checks import check_settings
 from refusal_jax.study.config import StudyConfig
@@ -33,6 +34,7 @@ STEPS = (
     loss.STAGE,
     evaluations.STAGE,
 )
+COMMIT = "commit of "  # before a name on the hub, among the inputs that the manifest records
 STAGES = (*STEPS, report_on(STEPS))
 GROUPS = tuple(stage.programs for stage in STAGES if stage.programs)
 RETRIED = {stage.name: stage.settings for stage in STAGES if stage.settings}
@@ -55,11 +57,21 @@ def run_study(config: StudyConfig | Mapping[str, Any], workdir: str | os.PathLik
     NoDirection, after the report is written, if the study finds no direction.
     """
     config = StudyConfig.of(config)
-    judges = check_settings(config)
-    folder = checkpoint_folder(config.model) if config.model else demo_model_path()
-    load_config(folder)
-    inputs = input_hashes(config, folder, judges)
+    with hub.session(recorded_commits(workdir), config.download) as commits:
+        judges = check_settings(config)
+        folder = checkpoint_folder(config.model) if config.model else demo_model_path()
+        load_config(folder)
+        inputs = input_hashes(config, folder, judges)
+        inputs |= {COMMIT + name: commit for name, commit in sorted(commits.items())}
+        return run_stages(config, folder, judges, inputs, workdir)
+
+
+def run_stages(
+    config: StudyConfig, folder: pathlib.Path, judges: Sequence[Judge], inputs: dict[str, str], workdir
+) -> Run:
+    """Does what `run_study` does, once model, judges and data are found."""
     settings = config.to_dict() | {"cache": ""}  # where copies are kept may change from run to run
+    del settings["download"]  # and so may the way to the model
     with Run.open(workdir, settings, inputs, RETRIED) as run:
         try:
             study = Study(config, run, folder, judges, GROUPS)
@@ -72,6 +84,12 @@ def run_study(config: StudyConfig | Mapping[str, Any], workdir: str | os.PathLik
         if run.exists(NO_DIRECTION):
             raise NoDirection(**run.read_json(NO_DIRECTION), run=run)
         return run
+
+
+def recorded_commits(workdir: str | os.PathLike) -> dict[str, str]:
+    """Returns the commits of repositories on the hub that the study in a folder began with, by name; none for a new study."""
+    inputs = recorded_inputs(workdir)
+    return {name.removeprefix(COMMIT): value for name, value in inputs.items() if name.startswith(COMMIT)}
 
 
 def input_hashes(config: StudyConfig, folder: pathlib.Path, judges: Sequence[Judge]) -> dict[str, str]:
