@@ -426,3 +426,10 @@ def test_the_card_keeps_the_base_models_card_and_licence(llama, tmp_path):
     exported(source, tmp_path / "again", verify=False)
     assert "names no licence" in (tmp_path / "again" / "README.md").read_text()
     assert yaml.safe_load(text.split("---\n")[1])["tags"] == ["refusal-direction", "refusal-jax"]
+
+
+def test_the_command_names_the_commit_of_a_model_on_the_hub(tmp_path):
+    snapshot = tmp_path / "models--org--tiny" / "snapshots" / ("a" * 40)
+    words = ["--model=org/tiny", "--direction=/here/run"]
+    assert job.command(words, snapshot) == f"refusal-jax export --model=org/tiny@{'a' * 40} --direction=run"
+    assert job.command(["--model=/here/tiny"], tmp_path) == "refusal-jax export --model=tiny"

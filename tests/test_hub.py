@@ -2,8 +2,11 @@
 
 import json
 import logging
+import os
 import pathlib
 import re
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -19,7 +22,6 @@ from refusal_jax.checkpoints.mirrors import source_name
 from refusal_jax.checkpoints.remote import checkpoint_folder
 from refusal_jax.checkpoints.tensor_files import INDEX, SINGLE, TensorFiles
 from refusal_jax.hub import HubName, model_name, snapshot_name
-from refusal_jax.jobs.plan import named_model
 
 NAME, (OLD, NEW) = "org/tiny", ("a" * 40, "b" * 40)
 USELESS = {
@@ -342,6 +344,12 @@ def test_several_hosts_stream_unless_told_to_download(tiny_hub, monkeypatch):
         assert (checkpoint_folder(NAME) / SINGLE).exists()
 
 
-def test_plans_by_name_need_the_config_alone(tiny_hub):
-    name, cfg = named_model(NAME, {})
-    assert name == "tiny" and cfg.n_layers == 3 and SINGLE not in fetched(tiny_hub)
+def test_plans_by_name_and_the_environment(tiny_hub, tmp_path):
+    """In a process of its own, because jobs share names of flags, and the client reads the environment once."""
+    code = "from refusal_jax.jobs.plan import named_model; name, cfg = named_model('org/tiny', {}); print(name, cfg.n_layers)"
+    ours = {"HF_ENDPOINT": constants.ENDPOINT, "HF_HOME": str(tmp_path / "elsewhere"), "HF_TOKEN": "hf_secret"}
+    env = {k: v for k, v in os.environ.items() if "OFFLINE" not in k} | ours
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert done.stdout == "tiny 3\n", done.stderr
+    assert SINGLE not in fetched(tiny_hub) and tiny_hub.authorised
+    assert list((tmp_path / "elsewhere").rglob("config.json"))

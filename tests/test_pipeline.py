@@ -16,7 +16,6 @@ from refusal_jax.data.sampling import SPLITS
 from refusal_jax.export.finished import FinishedStudy
 from refusal_jax.export.provenance import base_model
 from refusal_jax.harness.edited import model_of
-from refusal_jax.jobs.export import command
 from refusal_jax.judges import models as judge_models
 from refusal_jax.judges.judge import Verdict
 from refusal_jax.report.page import model_title
@@ -375,6 +374,3 @@ def test_a_study_of_a_model_on_the_hub_stays_at_its_commit(config, hub, llama, t
         "revision": old,
         "fingerprint": manifest["inputs"]["model"],
     }
-    assert command(["export", "--model=org/tiny", f"--direction={work}"], study.checkpoint()) == (
-        f"refusal-jax export export --model=org/tiny@{old} --direction=run"
-    )
