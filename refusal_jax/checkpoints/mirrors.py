@@ -10,8 +10,9 @@ import json
 import os
 import pathlib
 
+from refusal_jax.checkpoints.gguf_mirror import gguf_files, own_tokenizer
 from refusal_jax.files import cache_folder, cannot_write, to_json, write_atomically
-from refusal_jax.hub import HubName, model_name, snapshot_name
+from refusal_jax.hub import HubName, repository_folder, snapshot_name
 
 STUB = ".remote"
 ORIGIN = ".origin.json"
@@ -50,22 +51,24 @@ def write_origin(folder: pathlib.Path, name: str, revision: str | None, **more) 
 
 
 def source_name(folder: pathlib.Path) -> str:
-    """Returns by what `remote.checkpoint_folder` finds a checkpoint again: for a mirror the hub's name with the commit, or the
-    address, and else the folder's whole path."""
-    origin = read_origin(folder)
+    """Returns by what `remote.checkpoint_folder` finds a checkpoint again: for a mirror the hub's name with the commit, the
+    address, or the GGUF file, and else the folder's whole path."""
+    files, origin = gguf_files(folder), read_origin(folder)
+    if files:
+        named = snapshot_name(files[0])
+        kept = named is not None and files[0].is_relative_to(repository_folder(named))
+        return str(named) if kept else str(files[0].parent if own_tokenizer(folder) else files[0])
     if not origin:
         return str(folder.resolve())
     return origin["name"] + (f"@{origin['revision']}" if origin.get("revision") else "")
 
 
 def on_the_hub(folder: pathlib.Path) -> HubName | None:
-    """Returns the hub's name of a checkpoint, with its commit, for its mirror and for a snapshot in a cache of the hub; else
-    None."""
-    origin = read_origin(folder)
-    if origin:
-        found = model_name(source_name(folder)) if origin.get("revision") else None
-        return found[0] if found else None
-    return snapshot_name(folder)
+    """Returns the hub's name of a checkpoint, with its commit, for its mirror and for what is in a cache of the hub; else None."""
+    files, origin = gguf_files(folder), read_origin(folder)
+    if origin.get("revision"):
+        return HubName(origin["name"], origin["revision"])
+    return snapshot_name(files[0] if files else folder)
 
 
 def link(path: pathlib.Path, target: pathlib.Path) -> None:
