@@ -64,7 +64,7 @@ def source_name(folder: pathlib.Path) -> str:
 
 
 def on_the_hub(folder: pathlib.Path) -> HubName | None:
-    """Returns the hub's name of a checkpoint, with its commit, for its mirror and for what is in a cache of the hub; else None."""
+    """Returns the hub's name of a checkpoint, with its commit, for its mirror and what is in the hub's cache; else None."""
     files, origin = gguf_files(folder), read_origin(folder)
     if origin.get("revision"):
         return HubName(origin["name"], origin["revision"])
