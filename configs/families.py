@@ -54,6 +54,24 @@ MODELS = {
         "v5e-8",
         41.8,
     ),
+    "qwen1_5_moe_a2_7b": Model(
+        "Qwen 1.5 MoE A2.7B Chat (60 experts, 4 a token)", "Qwen/Qwen1.5-MoE-A2.7B-Chat", "v5e-4", 28.6
+    ),
+    "qwen2_57b_a14b": Model(
+        "Qwen 2 57B Instruct (64 experts, 8 a token)", "Qwen/Qwen2-57B-A14B-Instruct", "v6e-8", 114.8
+    ),
+    "glm_4_5_air": Model("GLM 4.5 Air (128 experts, 8 a token)", "zai-org/GLM-4.5-Air", "v6e-16", 213.7),
+    "glm_4_5": Model("GLM 4.5 (160 experts, 8 a token)", "zai-org/GLM-4.5", "v6e-32", 705.6),
+    "granite_3_1_3b_a800m": Model(
+        "Granite 3.1 3B Instruct (40 experts, 8 a token)", "ibm-granite/granite-3.1-3b-a800m-instruct", "v5e-1", 6.6
+    ),
+    "granite_moe_shared_7b": Model(
+        "Granite 7B with shared experts (62 experts, 8 a token)",
+        "ibm-research/moe-7b-1b-active-shared-experts",
+        "v5e-4",
+        12.7,
+    ),
+    "minimax_m2": Model("MiniMax M2 (256 experts, 8 a token)", "MiniMaxAI/MiniMax-M2", "v6e-32", 457.4),
     "olmoe_1b_7b": Model(
         "OLMoE 1B-7B Instruct (64 experts, 8 a token)",
         "allenai/OLMoE-1B-7B-0924-Instruct",
@@ -68,10 +86,13 @@ UNNEEDED = {
 }
 EMPTY_THOUGHT = "Its own template puts an empty thought before the reply, unless --config.thinking=True."
 NOTES = {
+    "minimax_m2": "Its weights are published in fp8, half of that; they are made bfloat16 as they are read.",
     "llama_3_1_8b": "Its own template adds a system prompt of two dates; --config.chat_template=llama-3 leaves that out.",
     "qwen2_5_7b": "Its own template adds a short system prompt; --config.chat_template=chatml leaves that out.",
     "qwen3_8b": EMPTY_THOUGHT,
     "qwen3_30b_a3b": EMPTY_THOUGHT,
+    "glm_4_5": EMPTY_THOUGHT,
+    "glm_4_5_air": EMPTY_THOUGHT,
     "granite_3_1_8b": "Its own template adds a system prompt with the day's date, so runs of different days differ.",
 }
 

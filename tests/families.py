@@ -165,6 +165,7 @@ FAMILIES = {
         | {"n_group": 4, "topk_group": 2, "use_qk_norm": True, "attention_bias": True, "n_shared_experts": 2}
         | {"first_k_dense_replace": 2, "partial_rotary_factor": 1.0},
         "dense": GLM_MIXTURE | {"first_k_dense_replace": 3},
+        "narrow": GLM_MIXTURE | {"moe_intermediate_size": 12, "n_shared_experts": 2, "first_k_dense_replace": 0},
     },
     "granitemoe": {
         "gqa": {"num_local_experts": 5},

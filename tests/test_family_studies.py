@@ -17,7 +17,7 @@ from refusal_jax.study.config import get_config
 from refusal_jax.study.study import run_study
 
 
-@pytest.mark.parametrize("family,variant", [("qwen", "mha"), ("gemma3", "gqa"), ("qwen3_moe", "gqa")])
+@pytest.mark.parametrize("family,variant", [("qwen", "mha"), ("gemma3", "gqa"), ("qwen2_moe", "alternating")])
 def test_the_whole_study_runs(family, variant, tmp_path):
     """A random model has no direction to find; what is checked is that every stage runs and leaves its results."""
     more = {"vocab_size": 600} if family == "qwen" else {}  # its own tokenizer's special tokens are many
@@ -50,10 +50,14 @@ def test_the_whole_study_runs(family, variant, tmp_path):
         ("olmoe", "clipped"),
         ("gpt_oss", "gqa"),
         ("cohere", "normed"),
+        ("qwen2_moe", "alternating"),
+        ("glm4_moe", "narrow"),
+        ("granitemoe", "scaled"),
     ],
 )
 def test_a_mesh_changes_nothing(family, variant, tmp_path):
-    """Fused tensors are cut across their parts, experts along their width, and what does not divide is replicated."""
+    """Fused tensors are cut across their parts, experts along their width, and what does not divide is replicated, of
+    experts or of what all tokens go through beside them."""
     folder = families.tiny_model(tmp_path, family, variant)
     outputs = []
     for mesh in (None, make_mesh(data=2, fsdp=2, model=2), make_mesh(data=1, fsdp=1, model=8)):

@@ -3,8 +3,10 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
 from test_config import ON, SMALL, read
 
 from refusal_jax.models.layers import ACTIVATE, experts, route
@@ -63,3 +65,30 @@ def test_no_product_of_every_token_with_every_expert():
     program = run.lower(router, shapes, h).compile()
     blocks = tokens * 2 // 32 + 64  # as many rows as pairs, and at most one block a expert that is not full
     assert program.memory_analysis().temp_size_in_bytes < 3 * blocks * 32 * d * 4 < tokens * 64 * d * 4
+
+
+@pytest.mark.parametrize("offset,logits", [(0.0, 0.0), (6.9, 0.0), (11.3, -60.0), (34.5, -200.0)])
+def test_a_corrected_choice_in_bfloat16_is_that_of_transformers(offset, logits):
+    """Published corrections are alike but for small differences, which bfloat16 does not hold, and with which scores near zero
+    vanish. Between experts that are equal then, either choice is as good."""
+    from transformers.models.glm4_moe.modeling_glm4_moe import Glm4MoeConfig, Glm4MoeTopkRouter
+
+    sizes = {"n_routed_experts": 16, "n_group": 4, "topk_group": 2, "num_experts_per_tok": 3, "hidden_size": 16}
+    cfg = read("glm4_moe", SMALL | ON | sizes | {"norm_topk_prob": True})
+    generator = torch.Generator().manual_seed(0)
+    theirs = Glm4MoeTopkRouter(Glm4MoeConfig(**sizes, routed_scaling_factor=cfg.routed_scale))
+    with torch.no_grad():
+        theirs.weight.copy_(torch.randn(16, 16, generator=generator).bfloat16())
+        theirs.weight[:, 0] = logits
+        theirs.e_score_correction_bias.copy_(offset + 0.1 * torch.randn(16, generator=generator))
+        h = torch.randn(200, 16, generator=generator).bfloat16()
+        h[:, 0] = 1
+        _, weights, chosen = theirs(h)
+    own = {"router": theirs.weight.detach().numpy(), "router_correction": theirs.e_score_correction_bias.numpy()}
+    ours = route(cfg, lambda name: jnp.asarray(own.get(name)), jnp.asarray(h.float().numpy(), jnp.bfloat16))
+    picked, shares = (np.asarray(a) for a in ours)
+    order, other = np.argsort(picked), np.argsort(chosen.numpy())
+    np.testing.assert_array_equal(np.take_along_axis(picked, order, 1), np.take_along_axis(chosen.numpy(), other, 1))
+    ours, theirs = np.take_along_axis(shares, order, 1), np.take_along_axis(weights.numpy(), other, 1)
+    np.testing.assert_allclose(ours, theirs, rtol=1e-4)
+    assert np.isfinite(shares).all()

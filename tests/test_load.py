@@ -5,12 +5,14 @@ import os
 import shutil
 import textwrap
 
+import families
 import jax
 import ml_dtypes
 import numpy as np
 import pytest
 import safetensors
 import tiny
+from exports import differences, exported
 from safetensors.numpy import load_file, save_file
 
 from refusal_jax import UserError, load_model, make_mesh
@@ -411,3 +413,27 @@ def test_names_that_are_code_are_not_part_of_what_users_copy(folder):
     with pytest.raises(UserError, match="tensors are called otherwise") as caught:
         load_decoder(folder)
     assert "evil" not in str(caught.value).partition("\n\n")[2]
+
+
+def test_a_mixture_with_a_layer_that_guesses_ahead(tmp_path):
+    """Its tensors are passed over in loading and copied by an export; those of a layer after it are unknown. What decides between
+    experts stays float32."""
+    source = families.tiny_model(tmp_path / "source", "glm4_moe")
+    tensors = load_file(source / SINGLE)
+    correction = "model.layers.1.mlp.gate.e_score_correction_bias"
+    tensors[correction] = tensors[correction] + np.float32(6.9)
+    tensors |= {n.replace("layers.2", "layers.3"): t for n, t in tensors.items() if "layers.2" in n}
+    tensors["model.layers.3.eh_proj.weight"] = np.ones((32, 64), np.float32)
+    save_file(tensors, source / SINGLE, {"format": "pt"})
+    weights = jax.device_get(load_decoder(source, "bfloat16").weights())
+    exact = {path for path, weight in weights.items() if weight.dtype == np.float32}
+    assert exact == {"blocks.router", "blocks.router_correction"} and weights["blocks.q"].dtype == ml_dtypes.bfloat16
+    np.testing.assert_array_equal(weights["blocks.router_correction"][0], tensors[correction])
+    exported(source, tmp_path / "out", verify=False)
+    changed = differences(source, tmp_path / "out")
+    assert "model.layers.2.mlp.shared_experts.down_proj.weight" in changed and not [
+        n for n in changed if "layers.3" in n
+    ]
+    save_file(tensors | {"model.layers.4.eh_proj.weight": tensors[correction]}, source / SINGLE, {"format": "pt"})
+    with pytest.raises(UserError, match=r"1 unknown: model\.layers\.4\.eh_proj\.weight"):
+        load_decoder(source)

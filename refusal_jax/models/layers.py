@@ -155,8 +155,8 @@ def route(cfg: ModelConfig, w, h_td: Float[Array, "T D"]) -> tuple[Int[jax.Array
         choice_te = jnp.where(open_tg[..., None], groups_tge, -jnp.inf).reshape(choice_te.shape)
     chosen_tn = jax.lax.top_k(choice_te, cfg.experts_per_token)[1]
     weights_tn = jnp.take_along_axis(scores_te, chosen_tn, axis=-1)
-    if cfg.renormalise_experts:  # sigmoids may all be next to zero
-        weights_tn = weights_tn / jnp.maximum(jnp.sum(weights_tn, axis=-1, keepdims=True), 1e-20)
+    if cfg.renormalise_experts:  # sigmoids may all be zero
+        weights_tn = weights_tn / (jnp.sum(weights_tn, axis=-1, keepdims=True) + 1e-20)
     return chosen_tn, weights_tn * cfg.routed_scale
 
 
