@@ -85,6 +85,7 @@ UNNEEDED = {
     "mixtral_8x7b": "consolidated*",
 }
 EMPTY_THOUGHT = "Its own template puts an empty thought before the reply, unless --config.thinking=True."
+DATED = "Its own template adds a system prompt with the day's date, so runs of different days differ."
 NOTES = {
     "minimax_m2": "Its weights are published in fp8, half of that; they are made bfloat16 as they are read.",
     "llama_3_1_8b": "Its own template adds a system prompt of two dates; --config.chat_template=llama-3 leaves that out.",
@@ -93,7 +94,8 @@ NOTES = {
     "qwen3_30b_a3b": EMPTY_THOUGHT,
     "glm_4_5": EMPTY_THOUGHT,
     "glm_4_5_air": EMPTY_THOUGHT,
-    "granite_3_1_8b": "Its own template adds a system prompt with the day's date, so runs of different days differ.",
+    "granite_3_1_8b": DATED,
+    "granite_3_1_3b_a800m": DATED,
 }
 
 
