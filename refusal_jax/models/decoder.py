@@ -132,6 +132,7 @@ class Block(Stack):
             return mlp(cfg, here, h_btd, partial(self.out, weight=here), kind)
 
         def sparse(h_btd):
+            assert apart is not None, "the config has experts, and no weights of theirs were given"
             stacks = {name: apart.weight(name) for name in mixture_names(cfg, per_expert=True)}
             if self.mesh is None:
                 h_td = h_btd.reshape(-1, h_btd.shape[-1])

@@ -161,7 +161,7 @@ def route(cfg: ModelConfig, w, h_td: Float[Array, "T D"]) -> tuple[Int[jax.Array
 
 
 def mixture(
-    cfg: ModelConfig, w, stack, place, h_td: Float[Array, "T D"], once=lambda y_td, name: y_td
+    cfg: ModelConfig, w, stack, place, h_td: Float[jax.Array, "T D"], once=lambda y_td, name: y_td
 ) -> Float[jax.Array, "T D"]:
     """Returns what experts, and what every token goes through beside them, make of T tokens.
 
