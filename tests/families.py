@@ -6,6 +6,7 @@ under Qwen's own names, attributes and fused tensors, and such a Llama of the sa
 
 import json
 import pathlib
+from typing import NamedTuple
 
 import numpy as np
 import oracle
@@ -46,6 +47,41 @@ VISION = {
     "num_attention_heads": 2,
     "image_size": 28,
     "patch_size": 14,
+}
+QWEN_VISION = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 32}
+QWEN_VISION |= {"patch_size": 4}
+MROPE = {"rope_type": "default", "rope_theta": 1000.0, "mrope_section": [1, 1, 2]}  # of half a head
+
+
+class Whole(NamedTuple):
+    """A multimodal config: the model_type and further attributes of its text part, and its other parts."""
+
+    text: str
+    more: dict
+    parts: dict
+
+
+MULTIMODAL = {
+    "gemma3": Whole("gemma3_text", {}, {"vision_config": VISION, "image_token_index": 3}),
+    "qwen2_vl": Whole(
+        "qwen2_vl_text",
+        {"rope_parameters": MROPE},
+        {"vision_config": QWEN_VISION | {"embed_dim": 16, "hidden_size": 32}},
+    ),
+    "qwen2_5_vl": Whole("qwen2_5_vl_text", {"rope_parameters": MROPE}, {"vision_config": QWEN_VISION}),
+    "qwen3_vl": Whole(
+        "qwen3_vl_text",
+        {"rope_parameters": MROPE | {"mrope_interleaved": True}},
+        {"vision_config": QWEN_VISION | {"deepstack_visual_indexes": [0], "num_position_embeddings": 16}},
+    ),
+    "mistral3": Whole(
+        "mistral", {}, {"vision_config": VISION | {"model_type": "pixtral", "head_dim": 8}, "image_token_index": 3}
+    ),
+}
+MINISTRAL3 = {
+    "head_dim": 16,
+    "rope_parameters": YARN
+    | {"llama_4_scaling_beta": 0.4, "original_max_position_embeddings": 10, "mscale": 1.0, "mscale_all_dim": 1.0},
 }
 # Narrow caps, windows of a few tokens, small thetas: every switch has to change the outputs of a tiny model.
 GEMMA2 = {"head_dim": 8, "sliding_window": 6, "query_pre_attn_scalar": 10, "num_hidden_layers": 4}
@@ -108,6 +144,14 @@ FAMILIES = {
         for k, v in HEADS.items()
     },
     "gemma3": {"gqa": {}},
+    "qwen2_vl": {
+        "mha": HEADS["mha"],
+        "windows": {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1},
+    },
+    "qwen2_5_vl": {"gqa": {"tie_word_embeddings": True}, "mqa": HEADS["mqa"]},
+    "qwen3_vl": {k: {"head_dim": 8} | v for k, v in HEADS.items()},
+    "mistral3": {"gqa": {"head_dim": 16}, "window": {"sliding_window": 7}, "ministral3": MINISTRAL3},
+    "ministral3": {k: MINISTRAL3 | v for k, v in HEADS.items()},
     "phi3": HEADS
     | {
         "partial": {"partial_rotary_factor": 0.75, "sliding_window": 9},
@@ -203,9 +247,13 @@ def hf_config(family: str, variant: str = "gqa", **config) -> dict:
     settings = BASE | FAMILIES[family].get(variant, {}) | config
     if family == "qwen":
         return _first_qwen_config(settings)
-    if family == "gemma3":
-        text = BASE | FAMILIES["gemma3_text"][variant] | config | {"model_type": "gemma3_text"}
-        settings = {"text_config": text, "vision_config": VISION, "image_token_index": 3}
+    if family in MULTIMODAL:
+        whole = MULTIMODAL[family]
+        of_text = FAMILIES["gemma3_text" if family == "gemma3" else family][variant]
+        kind = "ministral3" if "ministral3" in variant else whole.text
+        text = BASE | whole.more | of_text | config | {"model_type": kind}
+        tied = {} if family == "gemma3" else {"tie_word_embeddings": settings.get("tie_word_embeddings", False)}
+        settings = {"text_config": text} | whole.parts | tied
     return AutoConfig.for_model(family, **settings).to_dict()
 
 
@@ -220,7 +268,7 @@ def tiny_model(
     hf = hf_config(family, variant, **{"vocab_size": len(tokenizer)} | special | config)
     if family == "qwen":
         return _first_qwen(folder, hf, dtype, seed)
-    auto = AutoModelForImageTextToText if family == "gemma3" else AutoModelForCausalLM
+    auto = AutoModelForImageTextToText if family in MULTIMODAL else AutoModelForCausalLM
     model = auto.from_config(AutoConfig.for_model(**hf))
     randomise(model, seed)
     model.to(DTYPES[dtype]).save_pretrained(folder)
@@ -231,7 +279,7 @@ def reference(folder):
     """The checkpoint in transformers, float32, ready for inference."""
     folder = pathlib.Path(folder)
     family = json.loads((folder / "config.json").read_text())["model_type"]
-    auto = AutoModelForImageTextToText if family == "gemma3" else AutoModelForCausalLM
+    auto = AutoModelForImageTextToText if family in MULTIMODAL else AutoModelForCausalLM
     where = folder / "reference" if family == "qwen" else folder
     if family == "qwen":
         _as_llama(folder, where)

@@ -182,7 +182,7 @@ OF_FAMILY = {
 LEFT_OUT = {
     "olmo3": {"rope_theta"}
 }  # which versions of transformers read differently, unless rope_parameters repeats it
-FAMILIES = sorted(set(READERS) - {"gemma3"})  # which is gemma3_text inside another config
+FAMILIES = sorted(set(READERS) - {"gemma3", "qwen3_vl", "mistral3"})  # which are text parts inside another config
 
 
 def other_value(name: str, value):

@@ -12,7 +12,7 @@ from test_config import BASE, hf
 from refusal_jax import UserError
 from refusal_jax.models import unread_keys
 from refusal_jax.models.hf_attributes import Reader
-from refusal_jax.models.hf_config import ITS_OWN_CODE, MULTIMODAL, from_hf
+from refusal_jax.models.hf_config import ITS_OWN_CODE, from_hf
 from refusal_jax.models.hf_readers import READERS
 from refusal_jax.models.unread_keys import INERT
 
@@ -35,7 +35,7 @@ def read_by_transformers(model_type: str) -> set[str]:
     names |= set(re.findall(r"(?<!vision_)\bconfig\.([a-z]\w*)\b(?!\()", code))
     names |= set(re.findall(r'getattr\((?:self\.)?config,\s*"(\w+)"', code))
     if "vision_config" in CONFIG_MAPPING[model_type.removesuffix("_text")].sub_configs_defaults:
-        names -= set().union(*MULTIMODAL.values()) | TOP_OF_MULTIMODAL
+        names -= TOP_OF_MULTIMODAL
         names &= {field.name for field in dataclasses.fields(config)}  # the file has the code of the vision part, too
     return names
 

@@ -28,11 +28,16 @@ class View:
     sin_btr: Leaf  # float32 [B, T, rotated pairs]
     allowed_btt: Leaf  # bool [B, T, T], of the new tokens among themselves
     allowed_btc: Leaf | None  # bool [B, T, C], of the new tokens to the cache's slots, if there is one
+    query_bt: Leaf | None  # float32 [B, T], multiplies the queries, if anything does
     interleaved: bool = dataclasses.field(metadata={"static": True})
 
     def rotate(self, x_btnh: Float[jax.Array, "B T N H"]) -> Float[jax.Array, "B T N H"]:
         """Returns queries or keys with their leading entries turned; float32 inside, the dtype of x outside."""
         return rotate(x_btnh, self.cos_btr, self.sin_btr, self.interleaved)
+
+    def scaled(self, q_btnh: Float[jax.Array, "B T N H"]) -> Float[jax.Array, "B T N H"]:
+        """Returns queries with the scale of their positions."""
+        return q_btnh if self.query_bt is None else q_btnh * self.query_bt[..., None, None].astype(q_btnh.dtype)
 
 
 @jax.tree_util.register_dataclass
@@ -66,7 +71,8 @@ class Context:
                 allowed_btt = near_btt & (back_tt < kind.window)
                 allowed_btc = None if near_btc is None else near_btc & (back_btc < kind.window)
             cos_btr, sin_btr = kind.rope.tables(positions_bt)
-            return View(cos_btr, sin_btr, allowed_btt, allowed_btc, kind.rope.interleaved)
+            queries_bt = kind.rope.query_scales(positions_bt)
+            return View(cos_btr, sin_btr, allowed_btt, allowed_btc, queries_bt, kind.rope.interleaved)
 
         return cls(tuple(map(view, cfg.kinds)))
 

@@ -112,7 +112,7 @@ class Block(Stack):
         segments: list[Segment] = [(k, v, view.allowed_btt)]
         if past is not None and view.allowed_btc is not None:
             segments.insert(0, (*past, view.allowed_btc))
-        q, norm_d = placed("q", q), w("attn_post_norm")
+        q, norm_d = view.scaled(placed("q", q)), w("attn_post_norm")
         z = attend(q, segments, w("sinks"), cfg.query_scale, cfg.attention_softcap)
         norm_d = None if norm_d is None else cfg.norm_offset + norm_d.astype(jnp.float32)
         return Heads(q, segments, w("sinks"), z, self.out("o", z), w("o"), w("o_bias"), norm_d), (k, v)

@@ -136,6 +136,11 @@ TABLES = {
     "gemma2": GEMMA2,
     "gemma3_text": GEMMA2,
     "gemma3": {path: f"language_model.{name}" for path, name in GEMMA2.items()},
+    "mistral3": {path: f"language_model.{name}" for path, name in LLAMA.items()},
+    "ministral3": LLAMA,
+    "qwen2_vl": LLAMA,
+    "qwen2_5_vl": LLAMA,
+    "qwen3_vl": {path: name.replace("model.", "model.language_model.", 1) for path, name in LLAMA.items()},
     "phi3": PHI3,
     "olmo2": OLMO2,
     "olmo3": OLMO2,
@@ -164,7 +169,8 @@ ALTERNATING = {"gpt_oss": {"blocks.gate", "blocks.up", "blocks.gate_bias", "bloc
 # although inference recomputes it, and the other parts of a multimodal model.
 DERIVED = re.compile(r"rotary_emb\.inv_freq$")
 DRAFT = re.compile(r"^model\.layers\.(\d+)\.")
-OTHER_PARTS = {"gemma3": re.compile(r"^(vision_tower|multi_modal_projector)\.")}
+LLAVA, QWEN_VL = re.compile(r"^(model\.)?(vision_tower|multi_modal_projector)\."), re.compile(r"^(model\.)?visual\.")
+OTHER_PARTS = {"gemma3": LLAVA, "mistral3": LLAVA, "qwen2_vl": QWEN_VL, "qwen2_5_vl": QWEN_VL, "qwen3_vl": QWEN_VL}
 
 # Decoder paths whose rows or columns write to the residual stream, and the edit site each of them serves.
 WRITERS = {"embed": "resid_pre", "blocks.o": "attn_out"}

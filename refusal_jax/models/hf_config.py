@@ -9,6 +9,7 @@ from refusal_jax.models.config import ModelConfig
 from refusal_jax.models.hf_attributes import Reader
 from refusal_jax.models.hf_readers import READERS
 from refusal_jax.models.quantisation import quantisation_of, without_quantisation
+from refusal_jax.models.readers.multimodal import PARTS, text_part
 
 ADAPTER = "adapter_config.json"
 MERGE = """
@@ -38,7 +39,7 @@ def from_hf(hf: dict, where: str = "config.json") -> ModelConfig:
         )
     quantisation_of(hf)
     hf = without_quantisation(hf)
-    hf, beside = _text_part(hf, where) if model_type in MULTIMODAL else (hf, {})
+    hf, beside = text_part(hf, where) if model_type in PARTS else (hf, {})
     read = Reader(hf, where)
     config = READERS[model_type](read)
     read.only("is_causal", True)
@@ -48,25 +49,6 @@ def from_hf(hf: dict, where: str = "config.json") -> ModelConfig:
 
 # Types that transformers does not implement: their checkpoints' code may read any key.
 ITS_OWN_CODE = {"qwen"}
-# model_type -> what its config says about its other parts, which nothing here runs.
-MULTIMODAL = {
-    "gemma3": {"vision_config", "mm_tokens_per_image", "boi_token_index", "eoi_token_index", "image_token_index"}
-}
-
-
-def _text_part(hf: dict, where: str) -> tuple[dict, dict]:
-    """Returns the text model's attributes, and those beside them that describe no other part of the model."""
-    text = hf.get("text_config")
-    named = f"{hf['model_type']}_text"
-    if not isinstance(text, dict) or text.get("model_type", named) != named:
-        raise UserError(
-            f"{where} has no text_config of model_type {hf['model_type']}_text, which a {hf['model_type']} checkpoint "
-            "describes its text model by. Take config.json from the original checkpoint; one that a tool has written for the "
-            f"text model alone must say model_type {hf['model_type']}_text."
-        )
-    beside = {k: v for k, v in hf.items() if k not in MULTIMODAL[hf["model_type"]] | {"text_config"}}
-    # Whether the embeddings are tied is said here for the whole model, and what the text part says does not count.
-    return text | {"tie_word_embeddings": beside.pop("tie_word_embeddings", True)}, beside
 
 
 def load_config(folder: str | pathlib.Path) -> ModelConfig:

@@ -18,6 +18,7 @@ from refusal_jax.errors import shown
 # Keys of an HF rope specification by kind, beyond those that every kind may have.
 COMMON_KEYS = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
 SPAN = "original_max_position_embeddings"
+GROWTH = "llama_4_scaling_beta"
 KEYS = {
     "default": set(),
     "linear": {"factor"},
@@ -47,7 +48,8 @@ class Rope:
 
     theta: the base. dims: how many leading entries of a head are rotated, in pairs. kind: a key of `KEYS`, or NONE.
     original_context: tokens of the context before rescaling. attention_factor: scales cosines and sines.
-    interleaved: pairs are neighbours (2i, 2i + 1) instead of (i, i + dims / 2). The rest belongs to single kinds.
+    interleaved: pairs are neighbours (2i, 2i + 1) instead of (i, i + dims / 2). query_growth: by how much queries grow with the
+    logarithm of how many original contexts are before them. The rest belongs to single kinds.
     """
 
     theta: float
@@ -57,6 +59,7 @@ class Rope:
     original_context: int = 0
     attention_factor: float = 1.0
     interleaved: bool = False
+    query_growth: float = 0.0
     low_freq_factor: float = 1.0  # llama3
     high_freq_factor: float = 1.0
     beta_fast: float = 32.0  # yarn
@@ -112,6 +115,13 @@ class Rope:
         inverse = self.inverse_frequencies(jnp.max(positions_bt) + 1)
         angles = positions_bt[..., None].astype(jnp.float32) * inverse
         return jnp.cos(angles) * self.attention_factor, jnp.sin(angles) * self.attention_factor
+
+    def query_scales(self, positions_bt: Int[Array, "B T"]) -> Float[jax.Array, "B T"] | None:
+        """Returns what multiplies the queries of tokens at these positions, None for nothing."""
+        if not self.query_growth:
+            return None
+        whole = positions_bt // self.original_context
+        return 1 + self.query_growth * jnp.log1p(whole.astype(jnp.float32))
 
 
 def rotate(

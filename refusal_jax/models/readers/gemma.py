@@ -1,7 +1,5 @@
 """Reads configs of Gemma 1 to 3."""
 
-from functools import partial
-
 from refusal_jax.models.config import ModelConfig
 from refusal_jax.models.hf_attributes import Reader
 
@@ -41,7 +39,7 @@ def _gemma2(read: Reader) -> ModelConfig:
     return _gemma_config(read, "gemma2", sizes, windows=windows, **_gemma2_switches(read), **caps)
 
 
-def _gemma3(read: Reader, family: str = "gemma3_text") -> ModelConfig:
+def gemma3(read: Reader, family: str = "gemma3_text") -> ModelConfig:
     """Reads Gemma 3. Layers with a window have their own rope; `rope_scaling` applies to the others. Of the soft caps
     that the config class has, transformers computes only the one of the logits, and not in the multimodal model."""
     more = {"vocab_size": 262208, "d_model": 2304, "n_layers": 26, "n_heads": 8, "n_kv_heads": 4, "d_mlp": 9216}
@@ -63,6 +61,5 @@ def _gemma3(read: Reader, family: str = "gemma3_text") -> ModelConfig:
 READERS = {
     "gemma": _gemma,
     "gemma2": _gemma2,
-    "gemma3_text": _gemma3,
-    "gemma3": partial(_gemma3, family="gemma3"),
+    "gemma3_text": gemma3,
 }

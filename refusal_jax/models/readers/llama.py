@@ -5,7 +5,7 @@ from functools import partial
 from refusal_jax.errors import shown
 from refusal_jax.models.config import ModelConfig
 from refusal_jax.models.hf_attributes import Reader
-from refusal_jax.models.rope import SPAN, is_number
+from refusal_jax.models.rope import GROWTH, SPAN, is_number
 
 
 def _llama(read: Reader) -> ModelConfig:
@@ -14,10 +14,28 @@ def _llama(read: Reader) -> ModelConfig:
     return read.config("llama", sizes, qkv_bias=bias, o_bias=bias, mlp_bias=read.take("mlp_bias", False, bool))
 
 
-def _mistral(read: Reader) -> ModelConfig:
+def mistral(read: Reader, family: str = "mistral") -> ModelConfig:
+    """Reads a Mistral, alone or the text part of a multimodal model."""
     sizes = read.sizes({"n_kv_heads": 8, "context_length": 131072})
     window = read.take_optional("sliding_window", 4096, int)
-    return read.config("mistral", sizes, windows=[window] * sizes["n_layers"])
+    return read.config(family, sizes, windows=[window] * sizes["n_layers"])
+
+
+MINISTRAL3_ROPE = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 16.0, SPAN: 16384, "llama_4_scaling_beta": 0.1}
+
+
+def ministral3(read: Reader, family: str = "ministral3") -> ModelConfig:
+    """Reads a Ministral 3, alone or the text part of a multimodal model. Its queries grow beyond the rope's first context."""
+    sizes = read.sizes({"n_kv_heads": 8, "head_dim": 128, "context_length": 262144, "norm_eps": 1e-5})
+    window = read.take_optional("sliding_window", None, int)
+    spec = read.take("rope_scaling") or read.take("rope_parameters") or MINISTRAL3_ROPE
+    growth = spec.get(GROWTH) if isinstance(spec, dict) else None
+    if not isinstance(growth, int | float) or not 0 <= growth < 1e3 or not (spec.get(SPAN) or 0):
+        read.problems.append(f"rope_parameters = {shown(spec)} lacks or misstates {GROWTH} or {SPAN}")
+        spec, growth = MINISTRAL3_ROPE, 0.0
+    spec = {name: value for name, value in spec.items() if name != GROWTH}
+    rope = read.main_rope(sizes, 1e4, spec, query_growth=float(growth))
+    return read.config(family, sizes, rope=rope, windows=[window] * sizes["n_layers"])
 
 
 def _phi3(read: Reader) -> ModelConfig:
@@ -150,7 +168,8 @@ HUNYUAN_IGNORED = """
 UNREAD_WITH_ALPHA = {"alpha", "type", "factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim"}
 READERS = {
     "llama": _llama,
-    "mistral": _mistral,
+    "mistral": mistral,
+    "ministral3": ministral3,
     "phi3": _phi3,
     "olmo2": _olmo2,
     "olmo3": _olmo3,
