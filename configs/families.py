@@ -38,6 +38,15 @@ MODELS = {
     "hunyuan_7b": Model("Hunyuan 7B Instruct", "tencent/Hunyuan-7B-Instruct", "v5e-4", 15.0),
     "gemma_2_9b": Model("Gemma 2 9B It", "google/gemma-2-9b-it", "v5e-4", 18.5),
     "gemma_3_4b": Model("Gemma 3 4B It, of which the language model is studied", "google/gemma-3-4b-it", "v5e-1", 7.8),
+    "qwen2_vl_7b": Model("Qwen 2 VL 7B, its language model", "Qwen/Qwen2-VL-7B-Instruct", "v5e-4", 15.2),
+    "qwen2_5_vl_7b": Model("Qwen 2.5 VL 7B, its language model", "Qwen/Qwen2.5-VL-7B-Instruct", "v5e-4", 15.2),
+    "qwen3_vl_8b": Model("Qwen 3 VL 8B, its language model", "Qwen/Qwen3-VL-8B-Instruct", "v5e-4", 16.4),
+    "mistral_small_3_1_24b": Model(
+        "Mistral Small 3.1 24B, its language model", "mistralai/Mistral-Small-3.1-24B-Instruct-2503", "v6e-4", 47.1
+    ),
+    "ministral_3_8b": Model(
+        "Ministral 3 8B, its language model", "mistralai/Ministral-3-8B-Instruct-2512-BF16", "v5e-4", 17.0
+    ),
     "phi_4": Model("Phi 4 (14B)", "microsoft/phi-4", "v5e-4", 29.3),
     "olmo_2_7b": Model("OLMo 2 7B Instruct", "allenai/OLMo-2-1124-7B-Instruct", "v5e-4", 14.6),
     "olmo_3_7b": Model("OLMo 3 7B Instruct", "allenai/Olmo-3-7B-Instruct", "v5e-4", 14.6),

@@ -878,6 +878,125 @@ MIXTURES = {
     ),
 }
 
+# --- Text parts of multimodal models: the counts are without the vision tower and its projector ---------------------
+
+MROPE = {"mrope_section": [16, 24, 24], "type": "mrope"}
+QWEN_VL = family("qwen2_vl", "Qwen2VLForConditionalGeneration", hidden_act="silu", attention_dropout=0.0)
+QWEN_VL |= {
+    "image_token_id": 151655,
+    "max_window_layers": 28,
+    "rms_norm_eps": 1e-6,
+    "rope_scaling": MROPE,
+    "rope_theta": 1000000.0,
+    "sliding_window": 32768,
+    "tie_word_embeddings": False,
+    "use_sliding_window": False,
+    "video_token_id": 151656,
+    "vision_config": {"hidden_size": 3584, "in_chans": 3, "spatial_patch_size": 14},
+    "vision_end_token_id": 151653,
+    "vision_start_token_id": 151652,
+    "vision_token_id": 151654,
+}
+PIXTRAL = {"model_type": "pixtral", "hidden_size": 1024, "num_hidden_layers": 24, "patch_size": 14}
+MISTRAL_3 = family("mistral3", "Mistral3ForConditionalGeneration") | {
+    "image_token_index": 10,
+    "multimodal_projector_bias": False,
+    "projector_hidden_act": "gelu",
+    "spatial_merge_size": 2,
+    "vision_config": PIXTRAL,
+    "vision_feature_layer": -1,
+}
+MINISTRAL_3 = shape(4096, 34, 32, 8, 14336, 131072, 262144, head_dim=128) | {
+    "attention_dropout": 0.0,
+    "hidden_act": "silu",
+    "model_type": "ministral3",
+    "rms_norm_eps": 1e-5,
+    "rope_parameters": {
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
+        "factor": 16.0,
+        "llama_4_scaling_beta": 0.1,
+        "mscale": 1.0,
+        "mscale_all_dim": 1.0,
+        "original_max_position_embeddings": 16384,
+        "rope_theta": 1000000.0,
+        "rope_type": "yarn",
+        "type": "yarn",
+    },
+    "sliding_window": None,
+}
+
+MULTIMODAL = {
+    "Qwen2-VL-7B-Instruct": Real(
+        "Qwen/Qwen2-VL-7B-Instruct", 7_615_616_512, QWEN_VL | shape(3584, 28, 28, 4, 18944, 152064, 32768)
+    ),
+    "Qwen2.5-VL-7B-Instruct": Real(
+        "Qwen/Qwen2.5-VL-7B-Instruct",
+        7_615_616_512,
+        QWEN_VL
+        | shape(3584, 28, 28, 4, 18944, 152064, 128000)
+        | {"model_type": "qwen2_5_vl", "architectures": ["Qwen2_5_VLForConditionalGeneration"]},
+    ),
+    "Qwen3-VL-8B-Instruct": Real(
+        "Qwen/Qwen3-VL-8B-Instruct",
+        8_190_735_360,
+        family("qwen3_vl", "Qwen3VLForConditionalGeneration")
+        | {
+            "image_token_id": 151655,
+            "text_config": shape(4096, 36, 32, 8, 12288, 151936, 262144, head_dim=128)
+            | {
+                "attention_bias": False,
+                "attention_dropout": 0.0,
+                "dtype": "bfloat16",
+                "hidden_act": "silu",
+                "model_type": "qwen3_vl_text",
+                "rms_norm_eps": 1e-6,
+                "rope_scaling": {"mrope_interleaved": True, "mrope_section": [24, 20, 20], "rope_type": "default"},
+                "rope_theta": 5000000,
+            },
+            "tie_word_embeddings": False,
+            "vision_config": {"depth": 27, "hidden_size": 1152, "model_type": "qwen3_vl", "out_hidden_size": 4096},
+        },
+    ),
+    # It leaves out whether its embeddings are tied, and has an unembedding of its own.
+    "Mistral-Small-3.1-24B-Instruct-2503": Real(
+        "mistralai/Mistral-Small-3.1-24B-Instruct-2503",
+        23_572_403_200,
+        MISTRAL_3
+        | {
+            "text_config": shape(5120, 40, 32, 8, 32768, 131072, 131072, head_dim=128)
+            | {
+                "attention_dropout": 0.0,
+                "hidden_act": "silu",
+                "model_type": "mistral",
+                "rms_norm_eps": 1e-5,
+                "rope_theta": 1000000000.0,
+                "sliding_window": None,
+            }
+        },
+    ),
+    "Ministral-3-8B-Instruct-2512": Real(
+        "mistralai/Ministral-3-8B-Instruct-2512-BF16",
+        8_489_553_920,
+        MISTRAL_3 | {"text_config": MINISTRAL_3, "tie_word_embeddings": False},
+    ),
+    "Ministral-3-8B-Instruct-2512, text part": Real(
+        "a copy of its text part", 8_489_553_920, MINISTRAL_3 | {"tie_word_embeddings": False}
+    ),
+}
+
 REAL_MODELS = (
-    QWEN_1 | LLAMAS | GEMMAS | QWENS | MISTRALS | PHIS | OTHERS | RELATIVES | ROPELESS | COHERES | HUNYUANS | MIXTURES
+    QWEN_1
+    | LLAMAS
+    | GEMMAS
+    | QWENS
+    | MISTRALS
+    | PHIS
+    | OTHERS
+    | RELATIVES
+    | ROPELESS
+    | COHERES
+    | HUNYUANS
+    | MULTIMODAL
+    | MIXTURES
 )

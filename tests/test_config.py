@@ -159,6 +159,12 @@ OTHER_VALUE = {
     "num_mtp_layers": 2,
     "n_routed_experts": 12,
 }
+MINISTRAL_ROPE = {
+    "rope_type": "yarn",
+    "factor": 2.0,
+    "original_max_position_embeddings": 4,
+    "llama_4_scaling_beta": 0.5,
+}
 # (family, attribute): what else must be set for it to count, and its other value.
 OF_FAMILY = {
     **{
@@ -171,6 +177,10 @@ OF_FAMILY = {
     ("minimax_m2", "rotary_dim"): ({"partial_rotary_factor": None}, 8),
     ("qwen", "use_logn_attn"): ({"use_dynamic_ntk": False}, True),  # either of the two ends the context at seq_length
     ("qwen", "rotary_emb_base"): ({"rope_theta": None}, 7.0),
+    ("ministral3", "rope_parameters"): ({}, MINISTRAL_ROPE),
+    ("ministral3", "rope_scaling"): ({}, MINISTRAL_ROPE),
+    ("ministral3", "rope_theta"): ({"rope_scaling": MINISTRAL_ROPE}, 7.0),
+    ("ministral3", "max_position_embeddings"): ({}, 10**6),  # the class's own rope stretches to 262144
     ("cwm", "rope_theta"): ({"rope_scaling": {"rope_type": "default"}}, 7.0),  # the class's own rope has its own
     ("olmo3", "rope_parameters"): ({}, {"full_attention": {"rope_type": "default", "rope_theta": 7.0}}),
     ("olmo3", "rope_scaling"): ({}, {"rope_type": "linear", "factor": 2.0}),
@@ -367,6 +377,10 @@ BAD = {
     "ropes-base": (
         {"model_type": "olmo3", "rope_theta": 1e4, "sliding_window": 3},
         "rope_theta = 10000.0 is read differently by versions of transformers .5 keeps 500000.0 in layers with a window",
+    ),
+    "ropes-growth": (
+        {"model_type": "ministral3", "rope_parameters": {"rope_type": "yarn", "factor": 2.0}},
+        "lacks or misstates llama_4_scaling_beta or original_max_position_embeddings",
     ),
     "cap": (
         {"model_type": "gemma3_text", "attn_logit_softcapping": 2.0},

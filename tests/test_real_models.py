@@ -28,13 +28,13 @@ def total(shapes) -> int:
     return sum(map(math.prod, shapes))
 
 
-def hf_config(name: str):
-    """Transformers' config of a model; of its text part, if it has several."""
+def hf_config(name: str, whole: bool = False):
+    """Transformers' config of a model; of its text part, if it has several and the whole is not wanted."""
     from transformers import CONFIG_MAPPING
 
     config = REAL_MODELS[name].config
     config = CONFIG_MAPPING[config["model_type"]].from_dict(config)
-    return getattr(config, "text_config", config)
+    return config if whole else getattr(config, "text_config", config)
 
 
 def has_rope(attention) -> bool:
@@ -49,10 +49,14 @@ def has_rope(attention) -> bool:
 @functools.cache
 def hf_model(name: str):
     """Transformers' own model, without the memory of its weights; the language model only."""
-    from transformers import AutoModelForCausalLM
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, AutoModelForImageTextToText
 
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(hf_config(name))
+        if type(hf_config(name)) in MODEL_FOR_CAUSAL_LM_MAPPING:
+            return AutoModelForCausalLM.from_config(hf_config(name))
+        whole, text = AutoModelForImageTextToText.from_config(hf_config(name, whole=True)), torch.nn.Module()
+        text.model, text.lm_head = whole.model.language_model, whole.lm_head
+        return text
 
 
 def test_every_family_has_a_real_model():
@@ -76,9 +80,8 @@ def test_transformers_has_the_same_tensors(name):
     theirs = sum(p.numel() for p in [*model.parameters(), *corrections])  # a tied matrix counts once
     assert theirs == REAL_MODELS[name].parameters
     if not cfg.n_experts:
-        prefix = "language_model." if cfg.family == "gemma3" else ""
-        theirs = {prefix + tensor: tuple(p.shape) for tensor, p in model.named_parameters()}
-        assert hf_shapes(cfg) == theirs
+        theirs = {tensor: tuple(p.shape) for tensor, p in model.named_parameters()}
+        assert {tensor.replace("language_model.", ""): shape for tensor, shape in hf_shapes(cfg).items()} == theirs
 
 
 @pytest.mark.parametrize("name", KNOWN_TO_TRANSFORMERS)
@@ -122,7 +125,8 @@ def test_the_first_qwen(name, d_mlp, theta, context):
 @pytest.mark.parametrize("name", KNOWN_TO_TRANSFORMERS)
 def test_defaults_are_those_of_transformers(name):
     """What a config leaves out, its class supplies: written out by transformers, it must read the same."""
-    written = hf_config(name).to_dict()
+    whole = hf_config(name).model_type not in READERS
+    written = hf_config(name, whole).to_dict()
     assert from_hf(written, name).__dict__ == from_hf(REAL_MODELS[name].config, name).__dict__ | {
         "family": written["model_type"]
     }

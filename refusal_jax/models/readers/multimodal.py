@@ -40,7 +40,6 @@ PARTS = {
     "mistral3": Parts(
         ("mistral", "ministral3"),
         VISION | {"projector_hidden_act", "vision_feature_layer", "multimodal_projector_bias", "spatial_merge_size"},
-        tied=True,
     ),
 }
 
