@@ -12,9 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from refusal_jax.checkpoints.gguf_blocks import PLAIN
+from refusal_jax.checkpoints.gguf_blocks import PLAIN, READABLE
 from refusal_jax.checkpoints.gguf_header import GgufHeader
 from refusal_jax.checkpoints.gguf_tensors import Layout, as_values
+from refusal_jax.checkpoints.tensors import listed
 from refusal_jax.errors import UserError, did_you_mean, shown
 from refusal_jax.models.quantisation import GGUF
 
@@ -47,18 +48,18 @@ class Metadata:
     def take(self, key: str, kind: type, default: Any = None, required: bool = False) -> Any:
         """Returns a setting; of a list with one value for each layer, that value. Anything wrong becomes a problem."""
         self.seen.add(key)
-        value: Any = self.header.metadata.get(f"{self.architecture}.{key}")
-        if isinstance(value, list) and value and all(one == value[0] for one in value):
-            value = value[0]
+        found: Any = self.header.metadata.get(f"{self.architecture}.{key}")
+        same = isinstance(found, list) and bool(found) and all(one == found[0] for one in found)
+        value: Any = found[0] if same else found
         if value is None:
             if required:
                 self.problems.append(f"{self.architecture}.{key} is missing")
             return default
         right = type(value) in ((int, float) if kind is float else (kind,))
         if not right or (kind is not bool and not 0 <= value < 2**31):
-            self.problems.append(f"{self.architecture}.{key} = {shown(value)}, expected one {kind.__name__} in range")
+            self.problems.append(f"{self.architecture}.{key} = {shown(found)}, expected one {kind.__name__} in range")
             return default
-        return plain(float(value)) if kind is float else value
+        return plain(value) if kind is float else value
 
     def only(self, key: str, *values: Any) -> None:
         """Makes any value of a setting but these a problem."""
@@ -80,9 +81,9 @@ class Metadata:
             )
 
 
-def plain(value: float) -> float:
+def plain(value: float | int) -> float:
     """Returns the shortest decimal number that float32 stores as this one."""
-    return float(str(np.float32(value))) if math.isfinite(value) else value
+    return float(str(np.float32(value))) if math.isfinite(value) else float(value)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,6 +114,12 @@ def architecture_of(header: GgufHeader) -> Architecture:
 def gguf_config(header: GgufHeader) -> dict[str, Any]:
     """Returns HF's config of a GGUF model. Raises UserError for settings that are missing, malformed or not supported."""
     architecture = architecture_of(header)
+    unread = [f"{t.name} is {t.type.name}" for t in header.tensors.values() if t.type not in READABLE]
+    if unread:
+        raise UserError(
+            f"{header.paths[0]} holds tensors of a type that is not read: {listed(unread)}. Read are "
+            f"{', '.join(kind.name for kind in READABLE)}. Use another quantisation of the model, or the original checkpoint."
+        )
     read = Metadata(header, header.metadata["general.architecture"])
     hidden, heads = (read.take(key, int, required=True) for key in ("embedding_length", "attention.head_count"))
     head_dim = read.take("attention.key_length", int) or (hidden or 0) // (heads or 1)
