@@ -172,7 +172,8 @@ def mixture(
     y_td = once(experts(cfg, stack, place, h_td, chosen_tn, weights_tn), "down")
     if cfg.mlp_bias:  # what the experts add whatever they read, by their weights
         bias_ed = stack("down_bias")[place].astype(jnp.float32)
-        share_te = jnp.einsum("tn,tne->te", weights_tn, jax.nn.one_hot(chosen_tn, cfg.n_experts))
+        chosen_tne = jax.nn.one_hot(chosen_tn, cfg.n_experts)
+        share_te = jnp.einsum("tn,tne->te", weights_tn, chosen_tne, precision="highest")
         added_td = jnp.einsum("te,ed->td", share_te, bias_ed, precision="highest")
         y_td = y_td + once(added_td.astype(y_td.dtype), "down_bias")
     if not cfg.d_shared:
