@@ -6,6 +6,7 @@ they stand for, written straight from the format's definition, one step after th
 
 import json
 import pathlib
+import re
 from collections.abc import Callable
 
 import torch
@@ -272,17 +273,34 @@ FORMATS: dict[str, tuple[dict, Callable[[torch.Tensor], Stored]]] = {
 }
 
 
-def quantise(source: pathlib.Path, folder: pathlib.Path, name: str) -> dict[str, torch.Tensor]:
+def mxfp4(weight: torch.Tensor) -> Stored:
+    """gpt-oss's experts `[E, in, out]`: blocks of 32 inputs with a scale that is a power of two."""
+    turned = weight.transpose(1, 2)
+    parts = turned.reshape(*turned.shape[:2], -1, 32)
+    power = (parts.abs().amax(-1) / 6).log2().ceil().clamp(-126, 126)
+    codes = nearest(parts / torch.exp2(power)[..., None], E2M1)
+    blocks = (codes[..., 1::2] * 16 + codes[..., ::2]).to(torch.uint8)
+    values = (E2M1[codes] * torch.exp2(power)[..., None]).reshape(turned.shape).transpose(1, 2)
+    return {"_blocks": blocks, "_scales": (power + 127).to(torch.uint8)}, values.contiguous()
+
+
+MXFP4 = ({"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn", "lm_head"]}, mxfp4)
+
+
+def quantise(
+    source: pathlib.Path, folder: pathlib.Path, form, chosen: str = r"_proj\.weight$"
+) -> dict[str, torch.Tensor]:
     """Makes of a checkpoint a quantised one, and of the quantised weights one that stands for it, `folder-plain`, in float32.
 
-    Returns all weights that the quantised checkpoint stands for.
+    form: quantization_config and how weights are stored. chosen: a pattern of the names of the weights. Returns all weights that
+    the quantised checkpoint stands for.
     """
-    settings, store = FORMATS[name]
+    settings, store = form
     plain = folder.with_name(f"{folder.name}-plain")
     tensors = {n: t for path in sorted(source.glob("*.safetensors")) for n, t in load_file(path).items()}
     stored, meant = {}, {}
     for weight, values in tensors.items():
-        if weight.endswith("_proj.weight"):
+        if re.search(chosen, weight):
             found, meant[weight] = store(values.float())
             stored |= {weight.removesuffix(".weight") + ending: t.contiguous().clone() for ending, t in found.items()}
         else:

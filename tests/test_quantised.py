@@ -32,7 +32,7 @@ def source(tmp_path_factory):
 def case(request, source, tmp_path_factory):
     """A quantised checkpoint's folder and the weights that it stands for."""
     folder = tmp_path_factory.mktemp("quantised") / request.param
-    return folder, quantised.quantise(source, folder, request.param)
+    return folder, quantised.quantise(source, folder, quantised.FORMATS[request.param])
 
 
 def test_values_are_those_of_the_format_in_any_part(case):
@@ -84,7 +84,7 @@ def test_an_export_is_a_bfloat16_checkpoint(case, tmp_path):
 
 def broken(source, folder, name: str, **changes) -> pathlib.Path:
     """A quantised checkpoint with tensors changed: by module of the first layer and ending, a tensor or None."""
-    quantised.quantise(source, folder, name)
+    quantised.quantise(source, folder, quantised.FORMATS[name])
     tensors = torch_load(folder / SINGLE)
     for key, value in changes.items():
         key = "model.layers.0.self_attn.q_proj." + key
@@ -126,7 +126,7 @@ def test_tensors_that_do_not_fit_the_config(source, tmp_path, name, changes, set
 
 
 def test_a_config_that_says_otherwise_than_the_tensors(source, tmp_path):
-    quantised.quantise(source, tmp_path / "fp8", "fp8-block")
+    quantised.quantise(source, tmp_path / "fp8", quantised.FORMATS["fp8-block"])
     config = tmp_path / "fp8" / "config.json"
     tiny.edit_json(config, quantization_config=None)
     with pytest.raises(

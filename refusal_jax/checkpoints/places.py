@@ -20,12 +20,12 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Float, Shaped
 
 from refusal_jax.checkpoints.tensor_files import TensorFiles
+from refusal_jax.checkpoints.tensors import copy_in_strips
 from refusal_jax.models.families import Piece
 from refusal_jax.models.sharding import weight_place
 from refusal_jax.models.weights import Weight
 
 ALIGNMENT = 64  # bytes
-STRIP = 64  # columns of a transposed matrix that are copied at a time
 SLAB_BYTES = 32 << 20  # bytes of a weight that are read at a time, for all devices of this process
 
 
@@ -149,13 +149,6 @@ def joined(runs: list[tuple[range, ...]]) -> list[tuple[range, ...]]:
         else:
             merged.append(run)
     return merged
-
-
-def copy_in_strips(source: Shaped[np.ndarray, "..."], target: Shaped[np.ndarray, "..."]) -> None:
-    """Copies a matrix, or a vector, that lies transposed in memory, strip by strip: several times as fast as at once, since what
-    a strip touches stays in the processor's cache."""
-    for first in range(0, target.shape[-1], STRIP):
-        target[..., first : first + STRIP] = source[..., first : first + STRIP]
 
 
 def all_finite(values: Float[np.ndarray, "..."]) -> bool:

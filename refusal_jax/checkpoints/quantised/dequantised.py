@@ -13,8 +13,9 @@ from jaxtyping import Float32, Shaped
 
 from refusal_jax.checkpoints.quantised.matrices import Fetched, Matrix
 from refusal_jax.checkpoints.safetensors import segments
+from refusal_jax.checkpoints.tensors import copy_in_strips
 
-AT_A_TIME = 1 << 20  # values that are unpacked at a time
+AT_A_TIME = 1 << 17  # values that are unpacked at a time, so that they stay in a core's cache
 
 
 def spans(shape: tuple[int, ...], index: tuple[slice, ...]) -> list[range]:
@@ -108,7 +109,7 @@ class Dequantised:
         """Returns what blocks share in the shape that goes with `_blocked` rows. places: of each row, that of its blocks."""
         found = shared if len(shared) == 1 else shared[places]
         if self.groups is not None:
-            return found[:, self.groups[columns.start : columns.stop]]
+            return found.take(self.groups[columns.start : columns.stop], axis=1)
         if parts.ndim == 3:
             return found[..., None]
         return np.repeat(found, self.blocks[1], axis=1)[:, : len(columns)]
@@ -150,5 +151,5 @@ class Stacked:
             elif math.prod(selected[1:]):
                 values = np.empty(selected[:0:-1], out.dtype)
                 count += self.matrices[entry].read_into(inside, values)
-                out[i] = values.T
+                copy_in_strips(values.T, out[i])
         return count

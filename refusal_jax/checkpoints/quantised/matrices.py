@@ -153,7 +153,7 @@ class Packed:
         if self.order is None:
             return codes
         codes = codes.reshape(len(codes), -1, len(self.order))
-        return codes[..., np.argsort(self.order)].reshape(len(codes), -1)
+        return codes.take(np.argsort(self.order), axis=-1).reshape(len(codes), -1)
 
 
 def unpack(data: UInt8[np.ndarray, "n bytes"], bits: int) -> UInt8[np.ndarray, "n values"]:
