@@ -510,6 +510,10 @@ GROUPS = {"group_0": {"weights": {"num_bits": 4, "type": "int"}, "targets": ["Li
     [
         ("4bit", "it is '4bit', expected an object with a quant_method"),
         ({"quant_method": "hqq"}, "quant_method = 'hqq' is not supported"),
+        (
+            {"quant_method": "auto-round", "packing_format": "auto_round"},
+            "quant_method = 'auto-round, auto_round' is not",
+        ),
         ({"bits": 4}, "quant_method = None is not supported"),
         ({"quant_method": "fp8", "weight_block_size": [128]}, r"weight_block_size = \[128\], expected two positive"),
         ({"quant_method": "fp8", "expert_dtype": "fp4"}, "expert_dtype = 'fp4' is not supported"),
@@ -565,6 +569,11 @@ def test_quantised_weights_that_cannot_be_read(value, found):
         ({"load_in_8bit": True, "load_in_4bit": False}, "bitsandbytes int8", True),
         ({"quant_method": "gptq", "bits": 3}, "GPTQ with 3 bits", False),
         ({"quant_method": "awq"}, "AWQ with 4 bits", False),
+        (
+            {"quant_method": "auto-round", "bits": 4, "packing_format": "auto_round:auto_gptq"},
+            "GPTQ with 4 bits",
+            False,
+        ),
         ({"quant_method": "mxfp4"}, "mxfp4", False),
         (
             {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": GROUPS},
@@ -580,6 +589,11 @@ def test_quantised_weights_change_nothing_else(value, what, activations):
     )  # where older and multimodal configs have it
     assert re.match(f"The weights are dequantised from {what} as they are read.", found.note)
     assert ("runtime quantises activations too, which is not computed" in found.note) == activations
+
+
+def test_the_note_of_a_quantised_cache():
+    found = quantisation_of({"quantization_config": {"quant_method": "fp8", "kv_cache_scheme": "static"}})
+    assert found.note.endswith("Nor is the cache of keys and values quantised, as it may be there.")
 
 
 def test_the_text_part_of_a_multimodal_config():

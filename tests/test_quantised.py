@@ -15,8 +15,10 @@ from safetensors.numpy import load_file
 from safetensors.torch import load_file as torch_load
 from safetensors.torch import save_file as torch_save
 
+from refusal_jax.checkpoints import rewrite
 from refusal_jax.checkpoints.load import load_decoder
-from refusal_jax.checkpoints.tensor_files import SINGLE, TensorFiles
+from refusal_jax.checkpoints.rewrite import Checkpoint
+from refusal_jax.checkpoints.tensor_files import INDEX, SINGLE, TensorFiles
 from refusal_jax.errors import UserError
 
 SOME = ("fp8-block", "nf4-double", "int8", "gptq-4-ordered-asymmetric", "awq-gemm", "ct-int4-asymmetric")
@@ -136,3 +138,36 @@ def test_a_config_that_says_otherwise_than_the_tensors(source, tmp_path):
     tiny.edit_json(tmp_path / "fp8-plain" / "config.json", quantization_config={"quant_method": "fp8"})
     with pytest.raises(UserError, match=r"no tensor is quantised so \(found: .*F32"):
         TensorFiles.open(tmp_path / "fp8-plain")
+
+
+def test_biases_of_zeros_that_the_model_does_not_have(source, tmp_path):
+    name = "model.layers.0.self_attn.q_proj.bias"
+    folder = broken(source, tmp_path / "gptq", "gptq-4", bias=torch.zeros(64, dtype=torch.float16))
+    assert load_decoder(folder).cfg.n_layers == 2
+    assert name in TensorFiles.open(folder).tensors and name not in Checkpoint.open(folder).tensors
+    folder = broken(source, tmp_path / "other", "gptq-4", bias=torch.ones(64, dtype=torch.float16))
+    with pytest.raises(UserError, match=f"1 unknown: {name}"):
+        load_decoder(folder)
+
+
+def test_a_copy_in_several_files(source, tmp_path, monkeypatch):
+    meant = quantised.quantise(source, tmp_path / "int4", quantised.FORMATS["ct-int4"])
+    (tmp_path / "int4" / "recipe.yaml").write_text("of llm-compressor")
+    monkeypatch.setattr(rewrite, "SHARD_BYTES", 30_000)
+    monkeypatch.setattr(rewrite, "DEQUANTISED_BYTES", 1000)
+    report = exported(tmp_path / "int4", tmp_path / "out")
+    assert report["verification"]["problems"] == [] and not (tmp_path / "out" / "recipe.yaml").exists()
+    files = sorted(path.name for path in (tmp_path / "out").glob("*.safetensors"))
+    assert len(files) > 2 and files[0] == f"model-00001-of-{len(files):05}.safetensors"
+    index = json.loads((tmp_path / "out" / INDEX).read_text())
+    assert index["weight_map"].keys() == meant.keys() and set(index["weight_map"].values()) == set(files)
+    layers = [index["weight_map"][f"model.layers.{n}.mlp.up_proj.weight"] for n in range(2)]
+    assert layers == sorted(layers)
+    transformers_agrees(tmp_path / "out")
+
+
+def test_an_adapter_of_quantised_weights(source, tmp_path):
+    quantised.quantise(source, tmp_path / "nf4", quantised.FORMATS["nf4-double"])
+    report = exported(tmp_path / "nf4", tmp_path / "lora", form="lora")
+    assert report["verification"]["problems"] == []
+    assert "verified with, these weights in bfloat16" in (tmp_path / "lora" / "README.md").read_text()

@@ -7,7 +7,7 @@ import numpy as np
 
 from refusal_jax.checkpoints.tensor_files import TensorFiles
 from refusal_jax.checkpoints.tensor_names import rename_advice, renamed, unmerged_advice
-from refusal_jax.checkpoints.tensors import STORED, listed
+from refusal_jax.checkpoints.tensors import STORED, PlainTensor, listed
 from refusal_jax.errors import UserError
 from refusal_jax.models.config import ModelConfig
 from refusal_jax.models.families import TABLES, hf_shapes, is_spare
@@ -26,6 +26,7 @@ def check_tensors(cfg: ModelConfig, files: TensorFiles, share: tuple[int, int] =
     shapes = hf_shapes(cfg)
     missing = sorted(set(shapes) - set(files.tensors))
     extra = sorted(n for n in set(files.tensors) - set(shapes) if not is_spare(cfg, n))
+    extra = [n for n in extra if not is_idle_bias(files, n)]
     names = renamed(cfg, extra, missing)
     missing = [n for n in missing if n not in names.values()]
     extra = [n for n in extra if n not in names]
@@ -58,6 +59,13 @@ def check_tensors(cfg: ModelConfig, files: TensorFiles, share: tuple[int, int] =
             + (advice or "Check that config.json and the weights belong together, or download both again.")
         )
     _check_tied(cfg, files, share)
+
+
+def is_idle_bias(files: TensorFiles, name: str) -> bool:
+    """Returns whether a tensor is a quantised module's bias of zeros, as AutoGPTQ stores them where the model has none."""
+    weight = files.tensors.get(f"{name.removesuffix('.bias')}.weight")
+    quantised = name.endswith(".bias") and weight is not None and not isinstance(weight, PlainTensor)
+    return quantised and files.tensors[name].dtype in STORED and not files.read(name).any()
 
 
 def _check_tied(cfg: ModelConfig, files: TensorFiles, share: tuple[int, int]) -> None:

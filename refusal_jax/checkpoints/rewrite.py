@@ -12,14 +12,14 @@ import math
 import os
 import pathlib
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float32
 
-from refusal_jax.checkpoints.check import check_tensors
+from refusal_jax.checkpoints.check import check_tensors, is_idle_bias
 from refusal_jax.checkpoints.safetensors import (
     BITS,
     Header,
@@ -34,6 +34,7 @@ from refusal_jax.checkpoints.tensor_files import SINGLE, TensorFiles
 from refusal_jax.checkpoints.tensors import STORED, PlainTensor, Tensor
 from refusal_jax.errors import UserError
 from refusal_jax.models.config import ModelConfig
+from refusal_jax.models.families import hf_shapes
 from refusal_jax.models.hf_config import load_config
 from refusal_jax.models.quantisation import Quantisation
 
@@ -284,7 +285,9 @@ class Checkpoint:
         check_tensors(cfg, found)
         anew = not all(isinstance(tensor, PlainTensor) for tensor in found.tensors.values())
         if anew:
-            files = copied_files(folder, found)
+            needed = hf_shapes(cfg).keys()
+            idle = {name for name in found.tensors if name not in needed and is_idle_bias(found, name)}
+            files = copied_files(folder, found, idle)
         else:
             files = {path: WeightFile.of(header, found.tensors) for path, header in found.headers.items()}
         tensors = {t.name: t for file in files.values() for t in file.tensors}
@@ -295,14 +298,14 @@ class Checkpoint:
         return self.tensors[name].rows(start, stop)
 
 
-def copied_files(folder: pathlib.Path, found: TensorFiles) -> dict[pathlib.Path, WeightFile]:
+def copied_files(folder: pathlib.Path, found: TensorFiles, without: Set[str]) -> dict[pathlib.Path, WeightFile]:
     """Returns the files of a copy of a checkpoint as safetensors, by the paths that they would have in its folder.
 
-    Quantised weights and all matrices beside them are in bfloat16. Vectors that are stored in float32 stay so: some models need
-    it, such as for a router's corrections, and they are small.
+    without: names of tensors that are left out. Quantised weights and all matrices beside them are in bfloat16. Vectors that are
+    stored in float32 stay so: some models need it, such as for a router's corrections, and they are small.
     """
     shards: list[list[Stored]] = [[]]
-    for name in sorted(found.tensors, key=in_order):
+    for name in sorted(found.tensors.keys() - without, key=in_order):
         tensor = found.tensors[name]
         kept = found.quantisation is None or tensor.dtype not in STORED
         kept = kept or (tensor.dtype == "F32" and len(tensor.shape) < 2)

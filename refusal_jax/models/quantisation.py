@@ -15,6 +15,9 @@ KEYS = ("quantization_config", "compression_config")  # the latter is the older 
 GGUF = "gguf"  # the method that the mirror of a GGUF file names, with the types of its tensors
 METHODS = ("fp8", "fbgemm_fp8", "modelopt", "bitsandbytes", "gptq", "awq", "compressed-tensors", "mxfp4")
 ALIASES = {"compressed_tensors": "compressed-tensors"}
+# AutoRound stores weights as GPTQ or AWQ do, if it is told to.
+AUTO_ROUND = ("auto-round", "intel/auto-round")
+AUTO_ROUND_PACKING = {"auto_round:auto_gptq": "gptq", "auto_round:auto_awq": "awq"}
 AWQ_VERSIONS, GPTQ_FORMATS, GPTQ_BITS = ("gemm", "exllama", "gemv"), ("gptq", "gptq_v2"), (2, 3, 4, 8)
 # The formats of compressed-tensors, and what the weights in each are called.
 COMPRESSED_FORMATS = {
@@ -47,6 +50,8 @@ class Quantisation:
         text = f"The weights are dequantised from {self.what} as they are read."
         if self.activations:
             text += " The format's own runtime quantises activations too, which is not computed here."
+        if self.settings.get("kv_cache_scheme") or self.settings.get("kv_cache_quant_algo"):
+            text += " Nor is the cache of keys and values quantised, as it may be there."
         return text
 
     def setting(self, name: str, kind: type, default=None) -> Any:
@@ -82,6 +87,8 @@ def quantisation_of(hf: Mapping) -> Quantisation | None:
     bits = found.get("load_in_4bit") or found.get("load_in_8bit")
     method = found.get("quant_method") or ("bitsandbytes" if bits else None)
     method = ALIASES.get(str(method), method)
+    if method in AUTO_ROUND:
+        method = AUTO_ROUND_PACKING.get(str(found.get("packing_format")), f"{method}, {found.get('packing_format')}")
     if method == GGUF and isinstance(found.get("types"), list):
         return Quantisation(GGUF, found, f"GGUF ({', '.join(map(str, found['types']))})")
     if method not in METHODS:
