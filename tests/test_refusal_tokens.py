@@ -2,7 +2,6 @@
 
 import dataclasses
 import re
-import textwrap
 
 import numpy as np
 import pytest
@@ -109,29 +108,18 @@ def test_nothing_is_chosen(model):
     )
 
 
-@pytest.mark.parametrize("thinking", [False, True])
-def test_a_template_that_always_opens_a_thought(thinking, tmp_path, monkeypatch):
-    """The error's code makes a template that opens none, and refusal is read at the reply's first token again."""
-    monkeypatch.chdir(tmp_path)
-    always = tiny.TEMPLATE.replace("\n\n{% endif %}", "\n\n<think>\n{% endif %}")
-    tiny.tiny_tokenizer(tmp_path, always, ("<think>", "</think>"))
-    chat = Chat.load(tmp_path, 64, thinking=thinking)
-    assert chat.opened_thought == "<think>\n"
-    message = r"\(tokenizer\) ends its prompts in '<think>\\n': .*config\.thinking does not change that\. Close"
-    with pytest.raises(UserError, match=message) as caught:
-        refusal_openings([Opening(40, "I", 0.2, 0.2)], chat)
-    exec(textwrap.dedent(str(caught.value).partition("\n\n")[2]), {})
-    closed = Chat.load(tmp_path, 64, chat_template="closed.jinja", thinking=thinking)
-    assert closed.render("hi") == f"{chat.render('hi')}\n</think>\n\n" and closed.opened_thought == ""
-    assert refusal_openings([Opening(40, "I", 0.2, 0.2)], closed) == ()
-
-
-def test_a_template_that_opens_a_thought_when_asked_to(tmp_path):
-    asked = tiny.TEMPLATE.replace("\n\n{% endif %}", "\n\n{% if thinking %}<think>{% endif %}{% endif %}")
-    tiny.tiny_tokenizer(tmp_path, asked, ("<think>", "</think>"))
-    assert Chat.load(tmp_path, 64).opened_thought == ""
-    with pytest.raises(UserError, match=r"Set config\.thinking=False, with which this template opens none"):
+@pytest.mark.parametrize("mark", ["<think>\n", "{% if thinking %}<think>{% endif %}"])
+def test_prompts_that_end_within_a_thought(mark, tmp_path):
+    """A thought stays open if thoughts are asked for, and is closed otherwise, so that refusal is read in the reply."""
+    tiny.tiny_tokenizer(
+        tmp_path, tiny.TEMPLATE.replace("\n\n{% endif %}", f"\n\n{mark}{{% endif %}}"), ("<think>", "</think>")
+    )
+    message = (
+        r"\(tokenizer\) ends its prompts in '<think>.*Set config\.thinking=False, with which the thought is closed\."
+    )
+    with pytest.raises(UserError, match=message):
         refusal_openings([Opening(40, "I", 0.2, 0.2)], Chat.load(tmp_path, 64, thinking=True))
+    assert refusal_openings([Opening(40, "I", 0.2, 0.2)], Chat.load(tmp_path, 64)) == ()
 
 
 def test_the_embedded_model_refuses_with_i():

@@ -10,7 +10,7 @@ import tiny
 from refusal_jax.chat.loss_rows import chat_rows
 from refusal_jax.chat.model import ChatModel
 from refusal_jax.chat.prompts import Chat
-from refusal_jax.chat.thoughts import MARKS, Reply, opened_by, split
+from refusal_jax.chat.thoughts import MARKS, Reply, closing, opened_by, split
 from refusal_jax.conditions import Baseline, Condition, Dataset
 from refusal_jax.directions import Direction
 from refusal_jax.judges.artifacts import jailbreakbench_artifact, read_completions
@@ -73,6 +73,14 @@ def test_a_thought_that_the_prompt_opened():
     assert split("Hm", "<think>\n") == Reply("<think>\nHm", "", finished=False)
     assert Reply("", SAID).row == {"response": SAID}
     assert split("<think>Hm").row == {"response": "", "thought": "<think>Hm", "thought_ended": False}
+
+
+def test_thoughts_in_words_are_closed_in_words():
+    steps = "Here are my reasoning steps:\nI see </think> there.\n[BEGIN FINAL RESPONSE]\n"
+    assert split(steps + SAID).text == SAID
+    assert split("A list: [BEGIN FINAL RESPONSE] ends it.").thought == ""
+    assert closing("Here are my reasoning steps:\n") == "\n[BEGIN FINAL RESPONSE]\n\n"
+    assert closing("<think>") == "</think>"
 
 
 def rows_of(*replies: str) -> list[dict]:
@@ -153,7 +161,7 @@ def thinker(request, tmp_path_factory, model):
     folder = tmp_path_factory.mktemp(request.param)
     template = tiny.TEMPLATE.replace("\n\n{% endif %}", f"\n\n{opening}{{{{ '\\n' }}}}{{% endif %}}")
     tiny.tiny_tokenizer(folder, template, ("[THINK]", "[/THINK]") if request.param == "special" else ())
-    chat = Chat.load(folder, 256)
+    chat = Chat.load(folder, 256, thinking=True)
     return ChatModel(model.decoder, chat, folder), opening, closing
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import logging
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
 
@@ -10,13 +11,17 @@ import numpy as np
 from jaxtyping import Bool, Int
 
 from refusal_jax.chat import templates, thoughts
+from refusal_jax.chat.reply_start import ReplyStart, reply_start
 from refusal_jax.chat.templates import advice
 from refusal_jax.chat.tokenizers import Tokenizer, explained, load_tokenizer, reply_ends
 from refusal_jax.errors import UserError
 from refusal_jax.surrogates import mended
 
+LOG = logging.getLogger(__name__)
+
 # Texts that share no token at their ends: what stays equal after all of them is the template's.
 PROBES = ("a", "7", "zz?", "the end.", ")", "é")
+SWITCHES = ("enable_thinking", "thinking")  # names by which templates are asked for thoughts
 KEPT_PROMPTS = 4096  # whose token ids are kept, at 4 bytes a token
 
 
@@ -48,8 +53,8 @@ class Chat:
 
     context_length: the model's, in tokens. vocab_size: rows of its embedding, which may be fewer than the tokenizer's
     tokens. eos_ids: the ids that end a reply. template_origin: where the chat template came from, in words. thinking:
-    whether templates that can ask for thoughts do so. template_arguments: further names that the template sees; one
-    with the name of a thinking switch overrides `thinking`.
+    whether thoughts are asked for, or left open by templates that always open one. template_arguments: further names that
+    the template sees; one with the name of a thinking switch overrides `thinking`.
     """
 
     tokenizer: Tokenizer
@@ -93,8 +98,11 @@ class Chat:
         chat = cls(tokenizer, context_length, vocab_size, eos, next(usable, 0), origin, thinking)
         with templates.within(templates.RENDER_SECONDS):  # not later: tracing slows rendering down
             whole = all(probe in chat.render(probe) for probe in PROBES)
+            note = chat.reply_start.note(origin)
         if not whole:
             raise chat._leaves_out()
+        if note:
+            LOG.info(note)
         with explained(folder):
             chat._check_tokens(folder)
         return chat
@@ -122,15 +130,18 @@ class Chat:
         try:
             text = self.rendered(messages)
         except Exception as error:  # jinja errors, or a template's own raise_exception
-            what = "a single user message" if roles == ["user"] else f"messages of {', '.join(roles)}"
-            raise UserError(
-                f"The chat template ({self.template_origin}) failed on {what} ({error}). Repair it, or "
-                f"{advice('another: a name or a .jinja file')} The tokenizer is that of {self.tokenizer.name_or_path}."
-            ) from None
+            raise self._failed(roles, error) from None
         # Of a single message, `load` has seen that templates take it in; some change its text.
         if len(messages) > 1 and not all(m["content"].strip() in text for m in messages if m["role"] == "user"):
             raise self._leaves_out()
-        return text
+        return text + self.reply_start.added
+
+    def _failed(self, roles: Sequence[str], error: Exception) -> UserError:
+        what = "a single user message" if roles == ["user"] else f"messages of {', '.join(roles)}"
+        return UserError(
+            f"The chat template ({self.template_origin}) failed on {what} ({error}). Repair it, or "
+            f"{advice('another: a name or a .jinja file')} The tokenizer is that of {self.tokenizer.name_or_path}."
+        )
 
     def _leaves_out(self) -> UserError:
         return UserError(
@@ -139,12 +150,38 @@ class Chat:
             f"{advice('another: a name or a .jinja file')} The tokenizer is that of {self.tokenizer.name_or_path}."
         )
 
+    @property
+    def asks_for_thoughts(self) -> bool:
+        """Returns whether the template is asked for thoughts, by whichever name."""
+        return any(self.template_arguments.get(name, self.thinking) for name in SWITCHES)
+
+    @property
+    def reply_start(self) -> ReplyStart:
+        """Returns what prompts go on with where the template ends. Raises UserError as `reply_start.reply_start` does, and for a
+        template that refuses a single user message."""
+        return self._starts(self.tokenizer.chat_template)
+
+    @functools.cached_property
+    def _starts(self) -> Callable[[str], ReplyStart]:
+        """Returns a function of the template, because a tokenizer may get another one."""
+
+        @functools.lru_cache(1)
+        def start(template: str) -> ReplyStart:
+            try:
+                return reply_start(self.rendered, self.asks_for_thoughts, self.template_origin)
+            except UserError:
+                raise
+            except Exception as error:  # as in `render_messages`
+                raise self._failed(("user", "assistant"), error) from None
+
+        return start
+
     def rendered(self, messages: Sequence[dict[str, str]], reply: bool = True) -> str:
-        """Returns what `render_messages` does, unchecked, and for reply=False without the start of the next reply.
+        """Returns the text that the template makes of messages, with the start of the next reply or without.
 
         Raises whatever a template raises.
         """
-        switches = dict.fromkeys(("enable_thinking", "thinking"), self.thinking)  # by either name; others ignore both
+        switches = dict.fromkeys(SWITCHES, self.thinking)  # by either name; others ignore both
         text = self.tokenizer.apply_chat_template(
             list(messages), tokenize=False, add_generation_prompt=reply, **switches | dict(self.template_arguments)
         )

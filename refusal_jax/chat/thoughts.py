@@ -7,25 +7,31 @@ read.
 import dataclasses
 import re
 
-# How thoughts open and close, by family: Qwen, DeepSeek and most others; prompted models; Seed; Magistral; Cohere; Kimi;
-# OpenThinker; gpt-oss; Gemma 4; MedGemma; Granite 3.
+# How thoughts open and close, by family: Qwen, DeepSeek and most others; prompted models; Seed; MiniMax M3; Magistral; Cohere;
+# Kimi; Kimi K3; OpenThinker; gpt-oss; Solar; Gemma 4; MedGemma; Granite 3; Apriel.
 MARKS = (
     ("<think>", "</think>"),
     ("<thinking>", "</thinking>"),
     ("<thought>", "</thought>"),
     ("<reasoning>", "</reasoning>"),
     ("<seed:think>", "</seed:think>"),
+    ("<mm:think>", "</mm:think>"),
     ("[THINK]", "[/THINK]"),
     ("<|START_THINKING|>", "<|END_THINKING|>"),
     ("◁think▷", "◁/think▷"),
+    ("<|open|>think<|sep|>", "<|close|>think<|sep|>"),
     ("<|begin_of_thought|>", "<|end_of_thought|>"),
     ("<|channel|>analysis<|message|>", "<|channel|>final<|message|>"),
+    ("<|think|>", "<|content|>"),
     ("<|channel>thought", "<channel|>"),
     ("<unused94>thought", "<unused95>"),
     ("Here is my thought process:", "Here is my response:"),
+    ("Here are my reasoning steps:", "[BEGIN FINAL RESPONSE]"),
 )
 STRIPPED = ("analysis", "assistantfinal")  # what decoding without special tokens leaves of gpt-oss's marks
 OPENS = frozenset([STRIPPED[0], *(opening.lower() for opening, _ in MARKS)])
+# Marks of thoughts that open in plain words.
+IN_WORDS = frozenset([*STRIPPED, *(m.lower() for pair in MARKS if pair[0].startswith("Here ") for m in pair)])
 
 
 def _pattern(mark: str) -> str:
@@ -91,8 +97,9 @@ def split(generated: str, opened: str = "") -> Reply:
 
 
 def is_tag(mark: str) -> bool:
-    """Returns whether a mark is written with signs that no ordinary sentence has, rather than in words."""
-    return not mark.replace(" ", "").rstrip(":").isalpha()
+    """Returns whether a mark is written with signs that no ordinary sentence has, or closes what such a mark opened, rather than
+    what words opened."""
+    return mark.lower() not in IN_WORDS
 
 
 def opened_by(prompt: str) -> str:
@@ -100,6 +107,28 @@ def opened_by(prompt: str) -> str:
     marks = list(ANY.finditer(prompt))
     last = prompt[marks[-1].start() :] if marks and marks[-1][0].lower() in OPENS else ""
     return last if last and not last[len(marks[-1][0]) :].strip() else ""
+
+
+def closing(opened: str) -> str:
+    """Returns what closes a thought that a prompt opened, before anything is thought: the closing mark and, where the opening one
+    has a line of its own, the line ends around it. opened: as from `opened_by`."""
+    mark = next(close for mark, close in MARKS if opened.lower().startswith(mark.lower()))
+    return f"\n{mark}\n\n" if opened.endswith("\n") else mark
+
+
+def first_mark(text: str) -> int:
+    """Returns where the first mark of a thought begins in a text; its length, if there is none."""
+    mark = ANY.search(text)
+    return mark.start() if mark else len(text)
+
+
+def outside(text: str) -> str:
+    """Returns what a template writes outside of thoughts, without the white space after them."""
+    parts, at, inside = [], 0, False
+    for mark in ANY.finditer(text):
+        parts += [] if inside else [text[at : mark.start()]]
+        inside, at = mark[0].lower() in OPENS, mark.end()
+    return "".join([*parts, "" if inside else text[at:].lstrip() if at else text])
 
 
 def is_marked(text: str) -> bool:

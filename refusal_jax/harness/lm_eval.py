@@ -120,6 +120,12 @@ class RefusalJaxLM(TemplateLM):
                 "enable_thinking needs think_end_token, the text or token id that ends a thought, such as "
                 "think_end_token=</think>: else thoughts would be scored as replies."
             )
+        if (
+            think_end_token not in (None, "")
+            and edited.get("thinking") is None
+            and edited.get("enable_thinking") is None
+        ):
+            edited["thinking"] = True  # or no thought would come, which that token could end
         with spelt(model_argument):
             self.edited = EditedModel.load(edited)
         self.model, self.tokenizer = self.edited.model, self.edited.model.chat.tokenizer

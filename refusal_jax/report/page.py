@@ -19,7 +19,7 @@ from refusal_jax.hub import model_name as hub_name
 from refusal_jax.judges.choice import REFUSAL_JUDGES
 from refusal_jax.report.findings import Findings, Section
 from refusal_jax.report.summary import REFUSAL_JUDGE, signed
-from refusal_jax.report.text import decoding_line
+from refusal_jax.report.text import decoding_line, template_line
 from refusal_jax.runs.artifacts import REPORT
 from refusal_jax.runs.run import Run
 
@@ -80,6 +80,7 @@ def page_context(findings: Findings) -> dict:
     latest = max(stages.values(), key=lambda record: record.get("finished", ""), default={})
     shared = {
         "setup": setup,
+        "template": template_line(setup),
         "conditions": findings.conditions,
         "judges": findings.judges,
         "concerns": findings.concerns,

@@ -14,6 +14,12 @@ def decoding_line(setup: dict) -> str:
     return in_words(record, field("generation.from_checkpoint", True)) if record else ""
 
 
+def template_line(setup: dict) -> str:
+    """Returns where the chat template came from, and whether the model was asked to think, in words."""
+    closed = setup.get("reply_start", {}).get("closes")
+    return f"Chat template: {setup['chat_template']}, thinking {'on' if setup['thinking'] else 'closed' if closed else 'off'}"
+
+
 def text_summary(run: Run, sections: Sequence[Section]) -> str:
     """Returns the lines that the stages add to the report, what speaks against the numbers, and the verdict in words."""
     findings, lines = Findings(run, sections), []

@@ -136,7 +136,9 @@ class StudyConfig(Settings):
         "tokenizer's own template or, if it has none, the one that its special tokens indicate",
     )
     thinking: bool = option(
-        False, "Ask models that can think to do so; leave it off, because refusal is read at the reply's first token"
+        False,
+        "Ask models that can think to do so, and read refusal at the thought's first token; off, models that always think get a "
+        "thought that is closed, and refusal is read at the reply's first token",
     )
     refusal_tokens: tuple[int | str, ...] = option(
         (),

@@ -33,7 +33,7 @@ from refusal_jax.plan.programs import Group, Program, Shapes
 from refusal_jax.progress import each
 from refusal_jax.report.concerns import score_disagreement
 from refusal_jax.report.findings import Findings, Section
-from refusal_jax.report.text import decoding_line
+from refusal_jax.report.text import decoding_line, template_line
 from refusal_jax.report.verdict import Concern
 from refusal_jax.runs.artifacts import FILTER, MEANS, PROMPTS, SETUP
 from refusal_jax.runs.ledger import Ledger
@@ -154,6 +154,7 @@ def setup(study: Study, positions: int, refusal_ids: Sequence[int], openings: Se
         "bundled_prompts": [split for split in SPLITS if config.model and config.data[split] == BUNDLED],
         "chat_template": model.chat.template_origin,
         "thinking": model.chat.thinking,
+        **({"reply_start": dataclasses.asdict(model.chat.reply_start)} if model.chat.reply_start.added else {}),
         "decoding": model.settings.record(config.generation.from_checkpoint),
         "positions": positions,
         "post_instruction_tokens": named(model.chat.post_instruction_ids),
@@ -265,8 +266,8 @@ def setup_lines(setup: dict) -> list[str]:
     )
     return [
         *filter(None, [warning if bundled else "", setup.get("dequantised")]),
-        f"Chat template: {setup['chat_template']}, thinking {'on' if setup['thinking'] else 'off'}. Post-instruction "
-        f"tokens: {' '.join(token['text'] for token in setup['post_instruction_tokens'])}",
+        f"{template_line(setup)}. Post-instruction tokens: {' '.join(t['text'] for t in setup['post_instruction_tokens'])}",
+        *([ReplyStart(**setup["reply_start"]).note(setup["chat_template"])] if "reply_start" in setup else []),
         f"Refusal tokens, from {setup['refusal_tokens_from']}"
         f"{' (mean probability after harmful and harmless prompts)' if openings else ''}: {', '.join(tokens) or 'none'}",
         *filter(None, [decoding_line(setup)]),

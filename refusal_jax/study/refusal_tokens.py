@@ -5,7 +5,6 @@ measured instead: a refusal token is one that the model puts first after harmful
 """
 
 import dataclasses
-import pathlib
 from collections.abc import Sequence
 from functools import partial
 
@@ -18,7 +17,6 @@ from refusal_jax.axes import Array
 from refusal_jax.chat.batches import length_batches
 from refusal_jax.chat.model import ChatModel
 from refusal_jax.chat.prompts import PROBES, Chat
-from refusal_jax.chat.thoughts import MARKS
 from refusal_jax.errors import UserError, field
 from refusal_jax.models.sharding import replicate
 
@@ -103,27 +101,12 @@ def nothing_chosen(openings: Sequence[Opening]) -> str:
 
 
 def _thought_advice(chat: Chat) -> str:
-    """Returns what to do about a template that opens a thought at the prompt's end, "" if it opens none."""
-    opened = chat.opened_thought
-    if not opened:
+    """Returns what to do about prompts that end within a thought, "" if they do not."""
+    if not chat.opened_thought:
         return ""
-    advice = (
-        f"The chat template ({chat.template_origin}) ends its prompts in {opened!r}: what was measured begins the model's "
-        "thought, not its reply. "
-    )
-    if chat.thinking and not dataclasses.replace(chat, thinking=False).opened_thought:
-        return advice + f"Set {field('thinking', False)}, with which this template opens none."
-    close = next(close for mark, close in MARKS if opened.lower().startswith(mark.lower()))
-    ending = "\\n" * opened.endswith("\n") + close + r"\n\n"  # as templates write an empty thought
-    source = f"Chat.load({str(chat.tokenizer.name_or_path)!r}, 1).tokenizer.chat_template"
-    if chat.template_origin.endswith(".jinja") and pathlib.Path(chat.template_origin).is_file():
-        source = f"pathlib.Path({chat.template_origin!r}).read_text()"
     return (
-        f"{advice}{field('thinking')} does not change that. Close the thought at the end of a copy of the template, here "
-        f"closed.jinja, and set {field('chat_template', 'closed.jinja')}:\n\n"
-        "    import pathlib\n    from refusal_jax.chat.prompts import Chat\n\n"
-        f"    template = {source}\n    end = r\"{{% if add_generation_prompt %}}{{{{ '{ending}' }}}}{{% endif %}}\"\n"
-        "    pathlib.Path('closed.jinja').write_text(template + end)\n"
+        f"The chat template ({chat.template_origin}) ends its prompts in {chat.opened_thought!r}: what was measured begins the "
+        f"model's thought, not its reply. Set {field('thinking', False)}, with which the thought is closed."
     )
 
 
