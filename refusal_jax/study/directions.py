@@ -19,6 +19,7 @@ from jaxtyping import Bool, Float, Int
 from refusal_jax.axes import Array
 from refusal_jax.chat.batches import length_batches
 from refusal_jax.chat.model import ChatModel
+from refusal_jax.chat.reply_start import ReplyStart
 from refusal_jax.checkpoints.mirrors import source_name
 from refusal_jax.data.prompts import BUNDLED
 from refusal_jax.data.sampling import SPLITS
