@@ -198,23 +198,17 @@ FAMILIES = {
         }
     },
     "qwen2_moe": {
-        "gqa": QWEN_MIXTURE,
-        "alternating": QWEN_MIXTURE | {"num_hidden_layers": 5, "decoder_sparse_step": 2, "mlp_only_layers": [3]},
-        "windows": QWEN_MIXTURE
+        "gqa": QWEN_MIXTURE
         | {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1, "qkv_bias": False},
+        "alternating": QWEN_MIXTURE | {"num_hidden_layers": 5, "decoder_sparse_step": 2, "mlp_only_layers": [3]},
     },
     "glm4_moe": {
-        "gqa": GLM_MIXTURE,
+        "gqa": GLM_MIXTURE | {"moe_intermediate_size": 12, "n_shared_experts": 2},  # a mesh divides what is shared more
         "grouped": GLM_MIXTURE
         | {"n_group": 4, "topk_group": 2, "use_qk_norm": True, "attention_bias": True, "n_shared_experts": 2}
         | {"first_k_dense_replace": 2, "partial_rotary_factor": 1.0},
-        "dense": GLM_MIXTURE | {"first_k_dense_replace": 3},
-        "narrow": GLM_MIXTURE | {"moe_intermediate_size": 12, "n_shared_experts": 2, "first_k_dense_replace": 0},
     },
-    "granitemoe": {
-        "gqa": {"num_local_experts": 5},
-        "scaled": {"num_local_experts": 6, "num_experts_per_tok": 3} | GRANITE,
-    },
+    "granitemoe": {"scaled": {"num_local_experts": 6, "num_experts_per_tok": 3} | GRANITE},
     "granitemoeshared": {"gqa": {"num_local_experts": 5, "shared_intermediate_size": 40} | GRANITE},
     "minimax_m2": {
         "gqa": {"num_local_experts": 6, "num_experts_per_tok": 3, "head_dim": 16, "rope_parameters": PARTIAL},

@@ -51,7 +51,7 @@ def test_the_whole_study_runs(family, variant, tmp_path):
         ("gpt_oss", "gqa"),
         ("cohere", "normed"),
         ("qwen2_moe", "alternating"),
-        ("glm4_moe", "narrow"),
+        ("glm4_moe", "gqa"),
         ("granitemoe", "scaled"),
     ],
 )
