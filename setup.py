@@ -34,7 +34,7 @@ setup(
     python_requires=">=3.11,<3.14",
     install_requires=[
         "absl-py>=2.1",
-        "datasets>=3.0",
+        "datasets>=4.0",  # from 4 on it runs no scripts of data sets
         "flax>=0.12,<0.13",
         "fsspec>=2024.2",  # object stores
         "gguf>=0.17",  # control vectors for llama.cpp

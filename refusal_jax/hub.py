@@ -210,19 +210,30 @@ def unreachable(error: BaseException) -> bool:
     return ours or any(kind.__name__ == "TransportError" for kind in type(error).__mro__)  # of httpx
 
 
+def gated(name: HubName) -> UserError:
+    """Returns the error for a repository that is given to some only."""
+    return UserError(
+        f"{name} is gated: its owner gives it to those who have accepted its terms. Accept them at {_page(name)}, and log in by "
+        "`hf auth login`, or set HF_TOKEN to a token that may read it."
+    )
+
+
+def _page(name: HubName) -> str:
+    from huggingface_hub import constants
+
+    return f"{constants.ENDPOINT}/{'datasets/' * (name.kind == 'dataset')}{name.repo}"
+
+
 def explanation(name: HubName, error: Exception) -> UserError:
     """Returns the error that says in words what the hub's client raised, and what to do."""
     from huggingface_hub import constants, errors
 
-    kind, page = KINDS[name.kind], f"{constants.ENDPOINT}/{'datasets/' * (name.kind == 'dataset')}{name.repo}"
+    kind, page = KINDS[name.kind], _page(name)
     cause = error.__cause__
     if isinstance(error, errors.LocalEntryNotFoundError) and isinstance(cause, Exception):
         return explanation(name, cause)
     if isinstance(error, errors.GatedRepoError):
-        return UserError(
-            f"{name} is gated: its owner gives it to those who have accepted its terms. Accept them at {page}, and log in with "
-            "`hf auth login`, or set HF_TOKEN to a token that may read it."
-        )
+        return gated(name)
     if isinstance(error, errors.DisabledRepoError):
         return UserError(
             f"{name} is disabled on the hub, so nobody can read it now. See {page}, or take another {kind}."

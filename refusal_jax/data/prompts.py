@@ -10,7 +10,7 @@ from refusal_jax.errors import UserError, did_you_mean
 from refusal_jax.files import cache_folder, local_path, read_text
 from refusal_jax.surrogates import joined, mended
 
-BUNDLED, PAPER = "bundled", "paper"
+BUNDLED, PAPER, ON_THE_HUB = "bundled", "paper", "hf:"
 FOLDER = pathlib.Path(__file__).parent / "bundled"
 # Columns or keys that hold the instruction, in order of preference; the public sets use all of these.
 INSTRUCTION_KEYS = ("instruction", "goal", "prompt", "behavior", "forbidden_prompt", "question", "text")
@@ -35,11 +35,16 @@ def data_folder() -> pathlib.Path:
 def resolve(source: str, split: str) -> pathlib.Path:
     """Returns the file that a config's `source` names for a split.
 
-    source: a path, "bundled" for the package's own prompts, "paper" for the paper's splits, or the name of a public set. split:
-    "loss" for a set to measure the loss on. Raises UserError for data that was not fetched.
+    source: a path, "bundled" for the package's own prompts, "paper" for the paper's splits, the name of a public set, or
+    hf:ORG/NAME:SPLIT[:COLUMN] for a data set on the hub. split: "loss" for a set to measure the loss on. Raises UserError for
+    data that was not fetched, or cannot be.
     """
     if source == BUNDLED:
         return FOLDER / f"{split}.json"
+    if source.startswith(ON_THE_HUB):
+        from refusal_jax.data.hub_sets import hub_prompts  # imported late: few studies need it
+
+        return hub_prompts(source, pairs=split == "loss")
     path = local_path(source)
     if path.suffix or path.name != source:
         return path
@@ -56,7 +61,11 @@ def resolve(source: str, split: str) -> pathlib.Path:
 
 
 def dataset_name(source: str) -> str:
-    """Returns the name of an evaluation set in artifacts: the file's stem, or "harmful" for the bundled one."""
+    """Returns the name of an evaluation set in artifacts: the file's stem, the data set's, or "harmful" for the bundled one."""
+    if source.startswith(ON_THE_HUB):
+        from refusal_jax.data.hub_sets import HubSet
+
+        return HubSet.parse(source).title
     return {BUNDLED: "harmful", PAPER: "harmful_test"}.get(source, pathlib.Path(source).stem)
 
 
