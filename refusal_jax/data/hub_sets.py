@@ -117,8 +117,8 @@ def load(wanted: HubSet, commit: str, source: str):
             return builder.as_dataset(split=wanted.split)
         except (ValueError, AssertionError) as error:
             raise UserError(
-                f"{source}: the slice names no rows, or is not understood ({_one_line(error)}). Write it as in train[:400], train[400:] or "
-                "train[10%:20%]."
+                f"{source}: the slice names no rows, or is not understood ({_one_line(error)}). Write it as in train[:400], "
+                "train[400:] or train[10%:20%]."
             ) from None
 
 
