@@ -15,7 +15,8 @@ Every setting is a field of the config (refusal_jax/study/config.py explains the
 .jsonl, .csv, .txt), from a data set on the hub, hf:ORG/NAME:SPLIT[:COLUMN] (slices as in train[:400]; a subset and a
 revision as in hf:ORG/NAME/SUBSET@REVISION:SPLIT), or from what `refusal-jax data fetch` has downloaded: "paper" for the
 paper's split, "jailbreakbench" or another set's name. Completions are judged by the paper's substrings and whatever
---config.judges names (refusal-jax evaluate --help); --config.data.over_refusal="('xstest',)" adds harmless prompts that look harmful.
+--config.judges names (refusal-jax evaluate --help); --config.data.over_refusal="('xstest',)" adds harmless prompts that
+look harmful.
 Chat template and refusal tokens are found in the model and printed; --config.chat_template=NAME (chatml, gemma,
 llama-2, llama-3, llama-3-published, or a .jinja file) and --config.refusal_tokens="('I', 'As')" set them instead.
 

@@ -32,7 +32,7 @@ class DataSettings(Settings, path="data"):
     harmful_train: str = option(
         BUNDLED,
         "Harmful prompts from which directions are computed: a .json, .jsonl, .csv or .txt file, 'bundled', a data set on the "
-        "hub ('hf:ORG/NAME:SPLIT[:400]:COLUMN', with slice and column optional, /SUBSET and @REVISION after NAME), or fetched data "
+        "hub ('hf:ORG/NAME:SPLIT[:400]:COLUMN', slice and column optional, /SUBSET and @REVISION after NAME), or fetched data "
         "(`refusal-jax data fetch`): 'paper', or the name of a set",
     )
     harmful_val: str = option(BUNDLED, "Harmful prompts used to select the direction, named in the same ways")
