@@ -252,11 +252,9 @@ def test_template_and_refusal_tokens_are_told(run_and_page, tmp_path):
     run.write_json("setup.json", setup)
     assert "How the refusal tokens were found" not in page_of(run, verdicts)
     assert setup_lines(setup)[0].startswith("Chat template: /home/<b>me</b>.jinja, thinking on. ")
-    setup |= {"thinking": False, "reply_start": {"added": "</think>", "closes": True}}
-    first, note = setup_lines(setup)[:2]
-    assert ", thinking closed. " in first and note.startswith(
-        "The model always thinks, as its chat template (/home/<b>me"
-    )
+    added = {"thinking": False, "reply_start": {"added": "</think>", "closes": True}}
+    first, note = setup_lines(setup | added)[:2]
+    assert ", thinking closed. " in first and note.startswith("The model always thinks, as its chat template (/home/")
     assert setup_lines(setup)[1] == "Refusal tokens, from config: I"
     left_out = {"file": "generation_config.json", "left_out": {"repetition_penalty": 1.3}, "applied": {}}
     run.write_json("setup.json", setup | {"decoding": left_out})
