@@ -37,7 +37,7 @@ setup(
         "datasets>=4.0",  # from 4 on it runs no scripts of data sets
         "flax>=0.12,<0.13",
         "fsspec>=2024.2",  # object stores
-        "gguf>=0.17",  # control vectors for llama.cpp
+        "gguf>=0.19",  # reading GGUF files, and control vectors for llama.cpp
         "huggingface_hub>=1.0",  # model cards, and pushing exports
         "jax>=0.10,<0.12",
         "jaxtyping>=0.3",

@@ -1,5 +1,6 @@
 """GGUF files as checkpoints: equal to the HF checkpoints that they were made of, for every architecture and type."""
 
+import io
 import json
 import pathlib
 
@@ -11,11 +12,13 @@ from families import tiny_model
 from gguf import GGMLQuantizationType as Type
 from gguf_files import add, settings, tokenizer, write_gguf
 from tiny import hf_forward, left_padded
-from transformers import AutoModelForCausalLM, GgufConfig
+from tokenizers import pre_tokenizers
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from refusal_jax import load_model
 from refusal_jax.checkpoints import gguf_tensors
 from refusal_jax.checkpoints.gguf_blocks import READABLE, block_of, dequantise
+from refusal_jax.checkpoints.gguf_tokenizer import write_tokenizer
 from refusal_jax.checkpoints.load import load_decoder
 from refusal_jax.checkpoints.remote import checkpoint_folder
 from refusal_jax.checkpoints.tensor_files import TensorFiles
@@ -184,3 +187,70 @@ def test_a_mesh_reads_what_its_devices_hold(tmp_path):
     got = load_decoder(path, mesh=make_mesh(fsdp=2, model=4)).weights()
     for name, weight in want.items():
         np.testing.assert_array_equal(got[name], weight)
+
+
+TEXTS = (
+    "How do I bake bread?",
+    "  two spaces",
+    "naïve café 12 ½",
+    "def f(x):\n\treturn x\n\n",
+    "中文 🙂",
+    "don't WE'LL",
+    "",
+    " ",
+)
+
+
+def test_sentencepiece_vocabularies(tmp_path):
+    """The merges that the scores imply give the library's own ids, bytes of unknown signs included."""
+    sentencepiece = pytest.importorskip("sentencepiece")
+    words = " ".join(f"{a}{b}" for a in ("bak", "bread", "how", "retur", "de") for b in ("e", "ing", "n", "f", "s"))
+    trainer = {
+        "model_type": "bpe",
+        "vocab_size": 340,
+        "byte_fallback": True,
+        "minloglevel": 2,
+        "character_coverage": 1.0,
+    }
+    exact = {"normalization_rule_name": "identity", "remove_extra_whitespaces": False, "hard_vocab_limit": False}
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter([words, *TEXTS[:2]] * 4), model_writer=model, **trainer, **exact
+    )
+    piece = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
+    ids = range(piece.vocab_size())
+    kinds = [2 if piece.is_unknown(i) else 3 if piece.is_control(i) else 6 if piece.is_byte(i) else 1 for i in ids]
+    metadata = {
+        "general.architecture": "llama",
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.tokens": [piece.id_to_piece(i) for i in ids],
+        "tokenizer.ggml.scores": [piece.get_score(i) for i in ids],
+        "tokenizer.ggml.token_type": kinds,
+        "tokenizer.ggml.bos_token_id": piece.bos_id(),
+        "tokenizer.ggml.eos_token_id": piece.eos_id(),
+        "tokenizer.ggml.unknown_token_id": piece.unk_id(),
+    }
+    write_tokenizer(metadata, tmp_path / "tiny.gguf", tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    ours = AutoTokenizer.from_pretrained(tmp_path)
+    for text in TEXTS:
+        want = piece.encode(text)
+        assert ours(text, add_special_tokens=False)["input_ids"] == want, text
+        assert ours(text)["input_ids"] == [piece.bos_id(), *want]
+        assert ours.decode(want) == piece.decode(want)
+    assert json.loads((tmp_path / "generation_config.json").read_text()) == {"eos_token_id": [piece.eos_id()]}
+
+
+def test_byte_level_vocabularies(tmp_path):
+    """A mirror's tokenizer gives the ids of the tokenizer that the file was made of, marks of turns and template included."""
+    folder = tiny_model(tmp_path / "hf", "llama", num_hidden_layers=1)
+    path = write_gguf(folder, tmp_path / "tiny.gguf", **{"tokenizer.ggml.pre": "gpt-2"})
+    mirror = checkpoint_folder(path)
+    ours, theirs = AutoTokenizer.from_pretrained(mirror), AutoTokenizer.from_pretrained(folder)
+    theirs.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    for text in (*TEXTS, "<|start_header_id|>user<|end_header_id|>\n\nHi<|eot_id|>"):
+        assert ours(text)["input_ids"] == theirs(text, add_special_tokens=False)["input_ids"]
+    assert ours.get_added_vocab() == theirs.get_added_vocab() and len(ours) == len(theirs)
+    assert ours.chat_template == theirs.chat_template
+    names = ("bos_token", "eos_token", "pad_token")
+    assert [getattr(ours, name) for name in names] == [getattr(theirs, name) for name in names]

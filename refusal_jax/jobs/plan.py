@@ -21,6 +21,7 @@ import pathlib
 from absl import flags
 from ml_collections import config_flags
 
+from refusal_jax.checkpoints.gguf_mirror import as_folder
 from refusal_jax.checkpoints.remote import checkpoint_folder
 from refusal_jax.errors import UserError, did_you_mean
 from refusal_jax.files import local_path, read_json, to_json, write_atomically
@@ -43,8 +44,8 @@ COMMON = ("v5e-16", "v5e-64", "v5p-16", "v6e-8")
 MODEL = flags.DEFINE_string(
     "model",
     None,
-    "Checkpoint folder, its name on the hub (ORG/NAME), config.json, or the name of one of the paper's models, in place of "
-    "config.model.",
+    "Checkpoint folder, its name on the hub (ORG/NAME), GGUF file, config.json, or the name of one of the paper's models, in place "
+    "of config.model.",
 )
 TOPOLOGY = flags.DEFINE_list("topology", "v5e-16", "Slices to plan for, separated by commas.")
 ALL = flags.DEFINE_bool(
@@ -111,8 +112,8 @@ def named_model(asked: str, known: dict) -> tuple[str, ModelConfig]:
         file, _, argument = config_flags.get_config_filename(flags.FLAGS["config"]).partition(":")
         asked = argument or pathlib.Path(file).stem
     path = local_path(asked)
-    if path.is_dir():
-        return path.resolve().name, load_config(path)
+    if path.is_dir() or path.suffix == ".gguf":
+        return path.resolve().name, load_config(as_folder(path))
     if path.suffix == ".json":
         if not path.is_file():
             raise UserError(
