@@ -44,8 +44,8 @@ COMMON = ("v5e-16", "v5e-64", "v5p-16", "v6e-8")
 MODEL = flags.DEFINE_string(
     "model",
     None,
-    "Checkpoint folder, its name on the hub (ORG/NAME), GGUF file, config.json, or the name of one of the paper's models, in place "
-    "of config.model.",
+    "Checkpoint folder, its name on the hub (ORG/NAME), GGUF file, config.json, or the name of one of the paper's models, in "
+    "place of config.model.",
 )
 TOPOLOGY = flags.DEFINE_list("topology", "v5e-16", "Slices to plan for, separated by commas.")
 ALL = flags.DEFINE_bool(
