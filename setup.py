@@ -72,6 +72,8 @@ setup(
             "libtpu>=0.0.40",  # to compile for TPUs
             "torch==2.13.0",
             "peft>=0.19",
+            "bitsandbytes>=0.50",  # quantised checkpoints as these libraries write them
+            "compressed-tensors>=0.20",
             "sentencepiece>=0.2",  # a tokenizer.model alone
             "lm_eval>=0.4.13,<0.5",
             "inspect-ai>=0.3.285",

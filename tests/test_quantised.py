@@ -96,6 +96,7 @@ def broken(source, folder, name: str, **changes) -> pathlib.Path:
     return folder
 
 
+BNB = "weight.quant_state.bitsandbytes__"
 Q = r"model\.layers\.0\.self_attn\.q_proj"
 
 
@@ -111,6 +112,60 @@ Q = r"model\.layers\.0\.self_attn\.q_proj"
             r"scale_inv is F32 \[\d, \d\], which does not fit .* blocks of 32 x",
         ),
         ("fp8-block", {}, {"modules_to_not_convert": ["self_attn.q_proj"]}, "names self_attn.q_proj as not quantised"),
+        (
+            "mxfp8",
+            {"weight_scale_inv": torch.ones(64, 1, dtype=torch.int32)},
+            {},
+            r"scale_inv is I32 \[64, 1\], which does",
+        ),
+        ("gptq-4", {"qzeros": None, "scales": None}, {}, rf"{Q} has no qzeros, scales"),
+        ("gptq-4", {"scales": torch.ones(32)}, {}, rf"{Q} has tensors of other than two axes"),
+        ("gptq-4", {}, {"bits": 8}, r"qzeros is \[1, 8\] beside scales \[1, 64\], 4 bits"),
+        ("gptq-4", {}, {"group_size": 16}, r"scales is F16 \[\d, \d+\], expected F16 or BF16 or F32 \["),
+        ("gptq-4", {"weight": torch.ones(64, 32)}, {}, rf"{Q}.weight is there as it is and quantised"),
+        ("gptq-4", {"g_idx": torch.arange(3)}, {}, r"g_idx is \[3\] from 0 to 2, expected 32 numbers below 1"),
+        (
+            "gptq-4-ordered-asymmetric",
+            {},
+            {"desc_act": False},
+            "g_idx orders the inputs otherwise than in groups of 32",
+        ),
+        ("awq-gemm", {}, {"group_size": 16}, r"qzeros is I32 \[\d, \d+\], expected I32 \["),
+        ("awq-gemv", {}, {"version": "gemm"}, r"qzeros is I32 \[\d+, 4\], expected I32 \["),
+        ("awq-gemm", {}, {"version": "gemv"}, "qzeros is I32 .* expected I32"),
+        ("nf4", {"weight.absmax": None}, {}, rf"{Q} has no weight.absmax"),
+        ("nf4", {"weight.absmax": torch.ones(3)}, {}, "holds 1024 bytes and 3 absmax for 2048 values in blocks of 64"),
+        ("nf4-double", {"weight.nested_absmax": torch.ones(3)}, {}, r"absmax is \[3\] for 32 absmax in blocks of 4"),
+        (
+            "nf4",
+            {f"{BNB}nf4": torch.tensor([123], dtype=torch.uint8)},
+            {},
+            "quant_state of .* does not fit its tensors",
+        ),
+        (
+            "int8",
+            {"weight_format": torch.tensor(2, dtype=torch.uint8)},
+            {},
+            "weight_format is 2, expected 0, rows one after",
+        ),
+        ("int8", {"SCB": torch.ones(3)}, {}, r"SCB is F32 \[3\], expected F32 \[64\]"),
+        ("int8", {"weight": torch.ones(3, dtype=torch.int8)}, {}, r"weight is \[3\], expected a matrix"),
+        ("ct-int4", {"weight_shape": torch.tensor([64, 99])}, {}, r"packed is \[64, 4\] for a weight \[64, 99\]"),
+        ("ct-int4", {"weight_scale": torch.ones(64, 5)}, {}, r"scale is \[64, 5\], which fits no group of config.json"),
+        ("ct-int4-asymmetric", {"weight_zero_point": torch.ones(3)}, {}, r"zero_point does not fit scales \[64, 2\]"),
+        (
+            "ct-int4-ordered",
+            {"weight_g_idx": torch.arange(32)},
+            {},
+            "g_idx does not name one of 2 groups for each column",
+        ),
+        (
+            "ct-int8",
+            {"weight": torch.ones(64, 32)},
+            {},
+            r"weight is F32 \[64, 32\], expected a matrix of integers or fp8",
+        ),
+        ("ct-nvfp4", {"weight_global_scale": torch.ones(3)}, {}, r"global_scale is F32 \[3\], expected F32 \[1\]"),
         (
             "fp8-row",
             {"weight_scale": torch.ones(3)},

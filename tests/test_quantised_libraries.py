@@ -14,7 +14,7 @@ from tiny import hf_forward, left_padded
 from transformers import AutoModelForCausalLM, FineGrainedFP8Config, Mxfp4Config
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
-from refusal_jax import Edits
+from refusal_jax import Edits, UserError
 from refusal_jax.checkpoints.load import load_decoder
 from refusal_jax.checkpoints.tensor_files import SINGLE, TensorFiles
 from refusal_jax.models.predict import predict
@@ -124,3 +124,10 @@ def test_gpt_oss_with_mxfp4(tmp_path):
         theirs = convert_moe_packed_tensors(blocks, scales, dtype=torch.float32)
         np.testing.assert_array_equal(files.read(name), theirs.numpy())
     logits_agree(folder, Mxfp4Config(dequantize=True))
+    broken = {
+        "x_blocks": torch.zeros(2, 3, 4, 8, dtype=torch.uint8),
+        "x_scales": torch.zeros(2, 3, 4, dtype=torch.uint8),
+    }
+    save_file(broken, folder / SINGLE)
+    with pytest.raises(UserError, match=r"x_blocks is U8 \[2, 3, 4, 8\], expected U8 \[2, 3, 4, 16\]"):
+        TensorFiles.open(folder)
