@@ -241,7 +241,10 @@ def nvfp4(weight: torch.Tensor, multiplied: bool) -> Stored:
 
 # quantization_config and how weights are stored, by a name for the test.
 FORMATS: dict[str, tuple[dict, Callable[[torch.Tensor], Stored]]] = {
-    "fp8-block": ({"quant_method": "fp8", "weight_block_size": [16, 24], "activation_scheme": "dynamic"}, fp8_block),
+    "fp8-block": (
+        {"quant_method": "fp8", "weight_block_size": [16, 24], "modules_to_not_convert": ["mlp.gate", "lm_head"]},
+        fp8_block,
+    ),
     "fp8-tensor": ({"quant_method": "fp8", "activation_scheme": "static", "ignored_layers": ["lm_head"]}, fp8_tensor),
     "fp8-row": ({"quant_method": "fbgemm_fp8", "modules_to_not_convert": ["lm_head"]}, fp8_row),
     "mxfp8": ({"quant_method": "fp8", "weight_block_size": [1, 32], "scale_fmt": "ue8m0"}, mxfp8),

@@ -20,6 +20,8 @@ from refusal_jax.checkpoints.load import load_decoder
 from refusal_jax.checkpoints.rewrite import Checkpoint
 from refusal_jax.checkpoints.tensor_files import INDEX, SINGLE, TensorFiles
 from refusal_jax.errors import UserError
+from refusal_jax.models.quantisation import read_quantisation
+from refusal_jax.study.directions import setup_lines
 
 SOME = ("fp8-block", "nf4-double", "int8", "gptq-4-ordered-asymmetric", "awq-gemm", "ct-int4-asymmetric")
 PARTS = ((), (slice(3, 41),), (slice(0, 5), slice(7, 90)), (slice(33, 34), slice(40, 41)), (slice(2, 2),))
@@ -226,3 +228,15 @@ def test_an_adapter_of_quantised_weights(source, tmp_path):
     report = exported(tmp_path / "nf4", tmp_path / "lora", form="lora")
     assert report["verification"]["problems"] == []
     assert "verified with, these weights in bfloat16" in (tmp_path / "lora" / "README.md").read_text()
+
+
+def test_what_is_said_of_quantised_weights(source, tmp_path, caplog):
+    quantised.quantise(source, tmp_path / "fp8", quantised.FORMATS["fp8-row"])
+    note = read_quantisation(tmp_path / "fp8").note
+    assert note.startswith("The weights are dequantised from fp8 with a scale for each row as they are read.")
+    with caplog.at_level("INFO", logger="refusal_jax"):
+        load_decoder(tmp_path / "fp8")
+    assert [record.message for record in caplog.records if note in record.message] == [f"{tmp_path / 'fp8'}: {note}"]
+    setup = {"openings": [], "refusal_tokens": [], "bundled_prompts": [], "post_instruction_tokens": []}
+    setup |= {"chat_template": "tokenizer", "thinking": False, "refusal_tokens_from": "data"}
+    assert setup_lines(setup | {"dequantised": note})[0] == note and note not in setup_lines(setup)
