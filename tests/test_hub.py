@@ -11,6 +11,7 @@ import sys
 import numpy as np
 import pytest
 from huggingface_hub import constants
+from test_processes import Pair
 
 from refusal_jax import UserError, load_model, make_mesh
 from refusal_jax import hub as names
@@ -353,3 +354,35 @@ def test_plans_by_name_and_the_environment(tiny_hub, tmp_path):
     assert done.stdout == "tiny 3\n", done.stderr
     assert SINGLE not in fetched(tiny_hub) and tiny_hub.authorised
     assert list((tmp_path / "elsewhere").rglob("config.json"))
+
+
+PART = """
+import sys
+from refusal_jax import distributed
+distributed.start(sys.argv[2], 2, int(sys.argv[1]))
+import jax
+from refusal_jax import load_model, make_mesh
+from refusal_jax.checkpoints import hub
+hub.SMALL = 100
+model = load_model("org/tiny", mesh=make_mesh(fsdp=2, model=4))
+tokens = [[1, 2, 3, 4]] * 2
+logits = jax.experimental.multihost_utils.process_allgather(model.logits(tokens, [[True] * 4] * 2), tiled=True)
+print(model.path.name, sum(path.name.endswith(".remote") for path in model.path.iterdir()), float(logits[0, 7]))
+distributed.finish()
+"""
+
+
+def test_two_processes_read_their_slices_from_the_hub(tiny_hub, model, tmp_path, monkeypatch):
+    for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE"):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("HF_ENDPOINT", constants.ENDPOINT)
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "elsewhere"))
+    pair = Pair(lambda i, port: ("-c", PART, i, f"127.0.0.1:{port}"), tmp_path).wait()
+    assert pair.codes == [0, 0], pair.err
+    (name, stubs, logit), other = (out.split()[-3:] for out in pair.out)  # after what Gloo prints
+    assert other == [name, stubs, logit] and (name, stubs) == (f"org--tiny-{OLD[:12]}", "1")
+    tokens = np.asarray([[1, 2, 3, 4]])
+    assert abs(float(logit) - float(model.logits(tokens, tokens > 0)[0, 7])) < 1e-4
+    assert not list((tmp_path / "elsewhere").rglob(SINGLE))
+    sent = [range_ for host, method, _, range_ in tiny_hub.asked if host == "127.0.0.1" and method == "GET"]
+    assert sent and all(sent)
