@@ -240,3 +240,29 @@ def test_what_is_said_of_quantised_weights(source, tmp_path, caplog):
     setup = {"openings": [], "refusal_tokens": [], "bundled_prompts": [], "post_instruction_tokens": []}
     setup |= {"chat_template": "tokenizer", "thinking": False, "refusal_tokens_from": "data"}
     assert setup_lines(setup | {"dequantised": note})[0] == note and note not in setup_lines(setup)
+
+
+@pytest.mark.parametrize("name", quantised.FORMATS)
+def test_a_changed_tensor_is_read_or_is_an_error(name, tmp_path):
+    """It is never a failure of our own."""
+    settings, store = quantised.FORMATS[name]
+    weight = torch.randn(64, 96, generator=torch.Generator().manual_seed(0))
+    tensors = {f"m{ending}": t.contiguous() for ending, t in store(weight)[0].items()}
+    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": settings}))
+    errors = 0
+    for key, tensor in tensors.items():
+        shapes = ((), (0,), (1,), (64,), (0, 96), (64, 0), (64, 96), (2, 2, 2))
+        for changed in (
+            *(torch.zeros(shape, dtype=tensor.dtype) for shape in shapes),
+            tensor.reshape(-1).view(torch.uint8),
+            None,
+        ):
+            kept = {k: t for k, t in tensors.items() if k != key} | ({} if changed is None else {key: changed})
+            torch_save(kept, tmp_path / SINGLE)
+            try:
+                files = TensorFiles.open(tmp_path)
+                for found, one in files.tensors.items():
+                    files.read(found) if one.dtype == "F32" else None
+            except UserError:
+                errors += 1
+    assert errors > 4 * len(tensors)

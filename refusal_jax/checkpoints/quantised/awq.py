@@ -28,7 +28,7 @@ def group_size(parts: Parts, columns: int) -> int:
 
 
 def _gemm(parts: Parts, owner: str, weight: PlainTensor, zeros: PlainTensor, scales: PlainTensor) -> Dequantised | None:
-    columns, rows = weight.shape[0], weight.shape[-1] * IN_A_WORD
+    columns, rows = (weight.shape[0], weight.shape[1] * IN_A_WORD) if len(weight.shape) == 2 else (0, 0)
     size = group_size(parts, columns)
     count = -(-columns // size)
     fits = [
@@ -49,7 +49,7 @@ def _gemm(parts: Parts, owner: str, weight: PlainTensor, zeros: PlainTensor, sca
 
 
 def _gemv(parts: Parts, owner: str, weight: PlainTensor, zeros: PlainTensor, scales: PlainTensor) -> Dequantised | None:
-    rows, columns = weight.shape[0], weight.shape[-1] * IN_A_WORD
+    rows, columns = (weight.shape[0], weight.shape[1] * IN_A_WORD) if len(weight.shape) == 2 else (0, 0)
     size = group_size(parts, columns)
     count = -(-columns // size)
     words = -(-count // IN_A_WORD)

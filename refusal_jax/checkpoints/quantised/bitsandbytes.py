@@ -38,7 +38,7 @@ def _assemble_int8(parts: Parts) -> None:
         if found is None:
             continue
         weight, scale = found
-        if owner in layouts and int(layouts[owner].reshape(())) != ROW_MAJOR:
+        if owner in layouts and layouts[owner].tolist() != ROW_MAJOR:
             parts.problems.append(
                 f"{owner}.weight_format is {layouts[owner]}, expected {ROW_MAJOR}, rows one after the other"
             )

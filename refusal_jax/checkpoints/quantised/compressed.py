@@ -33,9 +33,11 @@ class Scheme:
     def of(cls, weights: Mapping) -> "Scheme":
         """Reads the `weights` of a group."""
         block, size = weights.get("block_structure"), weights.get("group_size")
+        bits = weights.get("num_bits")
+        bits = bits if type(bits) is int and 1 <= bits <= 8 else 8
         if isinstance(block, list) and len(block) == 2 and all(type(n) is int and n > 0 for n in block):
-            return cls(int(weights.get("num_bits") or 8), (block[0], block[1]))
-        return cls(int(weights.get("num_bits") or 8), (1, size) if type(size) is int and size > 0 else None)
+            return cls(bits, (block[0], block[1]))
+        return cls(bits, (1, size) if type(size) is int and size > 0 else None)
 
 
 def assemble(parts: Parts) -> None:
@@ -103,8 +105,9 @@ def _add(
     if zero is None:
         parts.problems.append(f"{owner}.weight_zero_point does not fit scales {list(grid)}")
         return
-    if groups is not None and ((groups < 0).all() or np.array_equal(groups, np.arange(len(groups)) // blocks[1])):
-        groups = None  # not said, or one group after the other
+    if groups is not None and groups.shape == stored.shape[1:]:
+        after_another = np.array_equal(groups, np.arange(len(groups)) // blocks[1])
+        groups = None if (groups < 0).all() or after_another else groups  # then it need not be said
     if groups is not None and (groups.shape != stored.shape[1:] or groups.min() < 0 or groups.max() >= grid[1]):
         parts.problems.append(f"{owner}.weight_g_idx does not name one of {grid[1]} groups for each column")
         return

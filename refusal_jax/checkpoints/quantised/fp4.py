@@ -56,7 +56,7 @@ def nvfp4(
 ) -> Dequantised | None:
     """Returns a weight of fp4 codes, fp8 scales of blocks, and one scale of them all, by which those are divided or multiplied;
     None, and a problem, if they do not fit."""
-    rows, columns = packed.shape[0], packed.shape[-1] * 2
+    rows, columns = (packed.shape[0], packed.shape[1] * 2) if len(packed.shape) == 2 else (0, 0)
     fits = [
         parts.fits(packed, (rows, columns // 2), "U8"),
         parts.fits(scales, (rows, columns // NV_BLOCK), "F8_E4M3"),

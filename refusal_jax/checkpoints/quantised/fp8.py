@@ -60,14 +60,14 @@ def scale_blocks(
     weight: tuple[int, ...], scale: tuple[int, ...], block: tuple[int, ...] | None
 ) -> tuple[int, int] | None:
     """Returns how many rows and columns of a matrix share a scale, None if the scales do not fit. Shapes are given."""
-    if len(weight) != 2:
+    if len(weight) != 2 or 0 in weight:
         return None
     rows, columns = weight
     if math.prod(scale) == 1:
-        return max(rows, 1), max(columns, 1)
+        return rows, columns
     if block and scale == (-(-rows // block[0]), -(-columns // block[1])):
         return block[0], block[1]
-    return (1, max(columns, 1)) if scale in ((rows,), (rows, 1)) else None
+    return (1, columns) if scale in ((rows,), (rows, 1)) else None
 
 
 def levels_of(dtype: str) -> Float32[np.ndarray, "256"]:

@@ -31,11 +31,11 @@ def assemble(parts: Parts) -> None:
 def grouped(parts: Parts, owner: str, found: list[PlainTensor], groups: np.ndarray | None) -> Dequantised | None:
     """Returns a weight `[out, in]`; None, and a problem, if its tensors do not fit. groups: g_idx, if it is stored."""
     (weight, zeros, scales), settings = found, parts.given.settings
-    if any(len(tensor.shape) != 2 for tensor in found):
-        parts.problems.append(f"{owner} has tensors of other than two axes")
+    if any(len(tensor.shape) != 2 or 0 in tensor.shape for tensor in found):
+        parts.problems.append(f"{owner} has tensors of other than two axes, or empty ones")
         return None
     count, rows = scales.shape
-    bits = zeros.shape[1] * 32 // max(rows, 1)
+    bits = zeros.shape[1] * 32 // rows
     # GPTQModel may name other bits and groups for some modules (`dynamic`), which the shapes tell.
     if bits not in GPTQ_BITS or (bits != settings["bits"] and not settings.get("dynamic")):
         parts.problems.append(f"{zeros.name} is {list(zeros.shape)} beside scales {list(scales.shape)}, {bits} bits")
@@ -43,7 +43,7 @@ def grouped(parts: Parts, owner: str, found: list[PlainTensor], groups: np.ndarr
     columns = weight.shape[0] * 32 // bits
     size = parts.given.setting("group_size", int, -1)
     if size < 1 or -(-columns // size) != count:
-        size = -(-columns // max(count, 1)) if size < 1 or settings.get("dynamic") else size
+        size = -(-columns // count) if size < 1 or settings.get("dynamic") else size
     expected = (-(-columns // size), rows)
     fits = [
         parts.fits(weight, (columns * bits // 32, rows), "I32"),
