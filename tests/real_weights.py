@@ -179,18 +179,15 @@ def replies_check(model, hf, count: int = REPLIES, tokens: int = TOKENS, same: i
         inputs["attention_mask"] = torch.tensor(np.asarray(batch.mask)).long()
         with torch.no_grad():
             theirs = hf.generate(**inputs, max_new_tokens=tokens)[:, batch.tokens.shape[1] :].tolist()
-        for row, reply in enumerate(theirs):
-            mine, reply = (model.chat.before_end(ids) for ids in (ours[start + row].tolist(), reply))
-            if mine == reply:
+        for mine, reply, tokens_t, mask_t in zip(ours[start:].tolist(), theirs, batch.tokens, batch.mask, strict=False):
+            if model.chat.before_end(mine) == model.chat.before_end(reply):
                 identical += 1
                 continue
-            at = next(
-                (i for i, (a, b) in enumerate(zip(mine, reply, strict=False)) if a != b), min(len(mine), len(reply))
-            )
-            prompt = batch.tokens[row][batch.mask[row]].tolist()
+            at = next(i for i, (a, b) in enumerate(zip(mine, reply, strict=False)) if a != b)
+            prompt = tokens_t[mask_t].tolist()
             logits = their_logits(hf, model.chat.pad([prompt + reply[:at]], len(prompt) + at))[0]
-            gaps.append(float(np.diff(np.sort(logits)[-2:])[0]))
-    ties = f", gap of the two first tokens where others differ at most {max(gaps):.1e}" if gaps else ""
+            gaps.append(float(logits[reply[at]] - logits[mine[at]]))
+    ties = f", where the others differ the logits of the two tokens are at most {max(gaps):.1e} apart" if gaps else ""
     passed = identical >= same and all(gap <= TIE for gap in gaps)
     limit = f"{same} of {count}; gaps at most {TIE}"
     return Check(f"greedy replies of {tokens} tokens", f"{identical} of {count} identical{ties}", limit, passed)

@@ -4,6 +4,7 @@ import subprocess
 
 import pytest
 import real_weights
+import tiny
 
 from refusal_jax import load_model
 
@@ -26,6 +27,14 @@ def test_smollm2_against_transformers(gguf):
         real_weights.replies_check(model, hf, 2, 8, 2),
     ):
         assert check.passed, f"{check.name}: {check.found} ({check.limit})"
+
+
+def test_replies_that_differ_must_be_near_ties(model, hf, tmp_path):
+    assert real_weights.replies_check(model, hf, 8, 6, 8).passed
+    other = tiny.load_hf(tiny.tiny_llama(tmp_path, seed=1))
+    found = real_weights.replies_check(model, other, 8, 6, 0)
+    assert not found.passed and "the logits of the two tokens are at most" in found.found
+    assert not real_weights.logits_check(model, other, 4).passed
 
 
 def test_parts_of_another_hash_are_not_used(monkeypatch, tmp_path):
