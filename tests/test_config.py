@@ -190,8 +190,9 @@ OF_FAMILY = {
     ("phi3", "original_max_position_embeddings"): ({"rope_scaling": LONG_ROPE}, 5),
 }
 LEFT_OUT = {
-    "olmo3": {"rope_theta"}
-}  # which versions of transformers read differently, unless rope_parameters repeats it
+    "olmo3": {"rope_theta"},  # which versions of transformers read differently, unless rope_parameters repeats it
+    **{f"qwen2{v}_vl": {"head_dim"} for v in ("", "_5")},  # which the class does not hand on to its text part
+}
 FAMILIES = sorted(set(READERS) - {"gemma3", "qwen3_vl", "mistral3"})  # which are text parts inside another config
 
 

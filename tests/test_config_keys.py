@@ -139,6 +139,8 @@ def test_parts_of_a_rope_that_its_kind_does_not_read_pass(spec):
             {"model_type": "gemma3_text", "rope_scaling": {"type": "linear", "factor": 8.0}},
             "rope_scaling = .* is read differently by versions of transformers: 4 scales by it, 5 does not",
         ),
+        ({"quantization": {"bits": 4}}, "quantization = {'bits': 4} is not supported"),
+        ({"model_type": "qwen2_vl", "head_dim": 16}, "head_dim = 16 is not supported"),
         ({"model_type": "qwen3_moe", "use_qk_norm": False}, "use_qk_norm = False is not supported"),
     ],
 )

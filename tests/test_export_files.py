@@ -43,7 +43,7 @@ def write(file: WeightFile, path) -> str:
 def opened(path) -> WeightFile:
     file = LocalFile(path)
     header = read_header(file)
-    return WeightFile.of(header, {n: PlainTensor(n, path, file, extent) for n, extent in header.tensors.items()})
+    return WeightFile.of(header, {n: PlainTensor(n, path, file, extent) for n, extent in header.tensors.items()}, {})
 
 
 def test_untouched_tensors_and_files_are_copied_byte_for_byte(tmp_path, monkeypatch):

@@ -330,7 +330,6 @@ PREFIXES = {
     "data parallel": (lambda name: f"module.{name}", "'module.' where none is expected"),
     "compiled": (lambda name: f"_orig_mod.{name}", "'_orig_mod.' where none is expected"),
     "merged in memory": (lambda name: f"base_model.model.{name}", "'base_model.model.' where none is expected"),
-    "without the head": (lambda name: name.removeprefix("model."), "missing where 'model.' is expected"),
     "multimodal, 4": (lambda name: f"language_model.{name}", "'language_model.' where none is expected"),
     "multimodal, 5": (
         lambda name: name.replace("model.", "model.language_model.", 1),

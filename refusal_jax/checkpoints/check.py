@@ -6,7 +6,7 @@ Every tensor of the checkpoint must be known and used, every tensor of the decod
 import numpy as np
 
 from refusal_jax.checkpoints.tensor_files import TensorFiles
-from refusal_jax.checkpoints.tensor_names import rename_advice, renamed, unmerged_advice
+from refusal_jax.checkpoints.tensor_names import accepted, rename_advice, renamed, unmerged_advice
 from refusal_jax.checkpoints.tensors import STORED, PlainTensor, listed
 from refusal_jax.errors import UserError
 from refusal_jax.models.config import ModelConfig
@@ -16,13 +16,14 @@ TIED_ROWS = 4096  # of an embedding, compared at a time
 
 
 def check_tensors(cfg: ModelConfig, files: TensorFiles, share: tuple[int, int] = (0, 1)) -> None:
-    """Checks that a checkpoint holds what its config says.
+    """Checks that a checkpoint holds what its config says; names that transformers accepts become those of the family's table.
 
     Raises UserError unless the checkpoint's tensors are exactly those of the config, of the right shapes.
 
     share: (i, n), where n processes check the same checkpoint and this is the i-th: each reads a part of what must be read.
     """
     _check_dequantised(files)
+    files.rename(accepted(cfg, files.tensors.keys()))
     shapes = hf_shapes(cfg)
     missing = sorted(set(shapes) - set(files.tensors))
     extra = sorted(n for n in set(files.tensors) - set(shapes) if not is_spare(cfg, n))

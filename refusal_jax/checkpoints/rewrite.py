@@ -63,6 +63,7 @@ class Stored:
     """A tensor that a file holds, or is to hold: what `source` reads, as `dtype` and changed by `edit`.
 
     dtype: by safetensors' name. source: None for a new tensor of zeros. edit: None for a tensor that stays as it is.
+    written: its name in the file, where that is not `name`, the one of the family's table.
     """
 
     name: str
@@ -70,10 +71,16 @@ class Stored:
     shape: tuple[int, ...]
     source: Tensor | None
     edit: BlockEdit | None = None
+    written: str = ""
+
+    @property
+    def spelled(self) -> str:
+        """Returns the tensor's name in its file."""
+        return self.written or self.name
 
     @property
     def layout(self) -> tuple:
-        return self.name, self.dtype, self.shape
+        return self.spelled, self.dtype, self.shape
 
     @property
     def numpy_dtype(self) -> np.dtype:
@@ -148,9 +155,13 @@ class WeightFile:
     tensors: tuple[Stored, ...]
 
     @classmethod
-    def of(cls, header: Header, tensors: Mapping[str, Tensor]) -> "WeightFile":
-        """Returns an open file as it is. header: of that file, from `safetensors.read_header`. tensors: those in it, and more."""
-        held = (Stored(name, e.dtype, e.shape, tensors[name]) for name, e in header.tensors.items())
+    def of(cls, header: Header, tensors: Mapping[str, Tensor], written: Mapping[str, str]) -> "WeightFile":
+        """Returns an open file as it is. header: of that file, from `safetensors.read_header`. tensors: those in it, and more.
+        written: as in `TensorFiles`."""
+        names, held = {old: new for new, old in written.items()}, []
+        for old, extent in header.tensors.items():
+            name = names.get(old, old)
+            held.append(Stored(name, extent.dtype, extent.shape, tensors[name], written=old if name != old else ""))
         return cls(header.text, header.metadata, tuple(held))
 
     @property
@@ -164,7 +175,7 @@ class WeightFile:
             return dataclasses.replace(self, tensors=tuple(tensors))
         # Wide numbers first, as safetensors itself writes them: each must begin at a multiple of its size.
         tensors = sorted(tensors, key=lambda t: -t.size // max(math.prod(t.shape), 1))
-        header = header_text([(t.name, t.dtype, t.shape) for t in tensors], self.metadata)
+        header = header_text([t.layout for t in tensors], self.metadata)
         return WeightFile(header, self.metadata, tuple(tensors))
 
     def write(self, path: pathlib.Path, pool: ThreadPoolExecutor, bar) -> str:
@@ -289,7 +300,9 @@ class Checkpoint:
             idle = {name for name in found.tensors if name not in needed and is_idle_bias(found, name)}
             files = copied_files(folder, found, idle)
         else:
-            files = {path: WeightFile.of(header, found.tensors) for path, header in found.headers.items()}
+            files = {
+                path: WeightFile.of(header, found.tensors, found.written) for path, header in found.headers.items()
+            }
         tensors = {t.name: t for file in files.values() for t in file.tensors}
         return cls(folder, cfg, files, tensors, found.quantisation, anew)
 

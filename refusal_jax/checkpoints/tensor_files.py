@@ -32,7 +32,8 @@ class TensorFiles:
     """The open weight files of a checkpoint folder, and the tensors in them by name.
 
     headers: of each safetensors file. quantisation: how the weights are stored, where they are dequantised as they are read.
-    bytes_read: how many bytes of tensors have been read so far, headers apart.
+    bytes_read: how many bytes of tensors have been read so far, headers apart. written: by name, what tensors are called in the
+    files, where that differs.
     """
 
     folder: pathlib.Path
@@ -41,7 +42,14 @@ class TensorFiles:
     headers: dict[pathlib.Path, Header]
     quantisation: Quantisation | None = None
     bytes_read: int = 0
+    written: dict[str, str] = dataclasses.field(default_factory=dict)
     lock: threading.Lock = dataclasses.field(default_factory=threading.Lock)
+
+    def rename(self, names: dict[str, str]) -> None:
+        """Calls tensors otherwise. names: the present names by the new ones."""
+        for new, old in names.items():
+            self.tensors[new] = self.tensors.pop(old)
+            self.written[new] = self.written.pop(old, old)
 
     @classmethod
     def open(cls, folder: pathlib.Path) -> "TensorFiles":

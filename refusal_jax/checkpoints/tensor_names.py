@@ -1,8 +1,8 @@
 """Recognises tensor names that do not fit a model, because they show how a checkpoint was saved and how to repair it.
 
 Wrappers of a model (PEFT, torch.compile, data parallelism, a multimodal model around a text model) put prefixes before the
-names of its tensors, and saving a part of a model leaves them out. Nothing is renamed here: an export writes the names
-that it has read.
+names of its tensors, and saving a part of a model leaves them out. Those that transformers takes when it loads are taken
+here, too, and an export writes the names that it has read. For others there is advice.
 """
 
 import pathlib
@@ -10,7 +10,7 @@ import re
 from collections.abc import Collection
 
 from refusal_jax.models.config import ModelConfig
-from refusal_jax.models.families import is_spare
+from refusal_jax.models.families import OTHER_PARTS, TABLES, hf_shapes, is_spare
 
 PREFIX = re.compile(r"^(?:(?:model|language_model|base_model|module|_orig_mod|transformer|text_model|llm)\.)+")
 WRAPPER = re.compile(
@@ -19,6 +19,8 @@ WRAPPER = re.compile(
 UNMERGED = re.compile(
     r"\.(?:lora_[AB]|lora_embedding_[AB]|lora_magnitude_vector|base_layer|modules_to_save|original_module)\b"
 )
+# What stands before the text part's names in multimodal checkpoints of different ages.
+MULTIMODAL = {"", "model.", "language_model.", "model.language_model.", "language_model.model."}
 PLAIN = re.compile(r"[\w.]+")  # the names that a checkpoint's code for users may hold
 RENAME = """
 
@@ -43,6 +45,24 @@ RENAME = """
 def core(name: str) -> str:
     """Returns a tensor's name without the prefixes that wrappers put before it or before a part of it."""
     return PREFIX.sub("", WRAPPER.sub("", name))
+
+
+def accepted(cfg: ModelConfig, stored: Collection[str]) -> dict[str, str]:
+    """Returns the stored names that transformers takes for those of the family's table, by the latter.
+
+    Of a multimodal model these are all forms that versions of transformers wrote; of others, names with one "model." more or
+    less, as when the model was saved without its head or in a wrapper.
+    """
+    names = [*hf_shapes(cfg), TABLES[cfg.family]["unembed"]]
+    wanted, found = {core(name): name for name in names}, {}
+    for old in stored:
+        new = wanted.get(core(old), old)
+        if new in stored or is_spare(cfg, old):
+            continue
+        whole = old.removesuffix(core(old)) in MULTIMODAL and old.endswith(core(old))
+        if whole if cfg.family in OTHER_PARTS else new in (f"model.{old}", old.removeprefix("model.")):
+            found.setdefault(new, []).append(old)
+    return {new: olds[0] for new, olds in found.items() if len(olds) == 1}
 
 
 def renamed(cfg: ModelConfig, unknown: Collection[str], missing: Collection[str]) -> dict[str, str]:

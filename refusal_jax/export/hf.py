@@ -21,6 +21,7 @@ from refusal_jax.models.hf_config import from_hf
 from refusal_jax.models.quantisation import without_quantisation
 from refusal_jax.progress import Progress
 
+HEAD = "lm_head.weight"  # where the checkpoint's other names are not those of its family's table
 THREADS = 8  # at most; each holds a block of rows
 # What to do with an embedding that is also the unembedding: give the model an unembedding of its own, the embedding as it
 # was; let the edit change both; edit neither.
@@ -130,8 +131,10 @@ class Plan:
         if not (source / INDEX).exists():
             return
         index = read_json(source / INDEX)
-        new = {t: path for path, file in self.files.items() for t in file.tensors if t.name not in index["weight_map"]}
-        index["weight_map"] |= {t.name: path.name for t, path in new.items()}
+        new = {
+            t: path for path, file in self.files.items() for t in file.tensors if t.spelled not in index["weight_map"]
+        }
+        index["weight_map"] |= {t.spelled: path.name for t, path in new.items()}
         sizes = {"total_size": sum(t.size for t in new), "total_parameters": sum(math.prod(t.shape) for t in new)}
         metadata = index.get("metadata")
         if isinstance(metadata, dict):
@@ -142,7 +145,7 @@ class Plan:
 
     def _index(self) -> dict:
         """Returns the index of files that were made anew."""
-        held = {t.name: path.name for path, file in self.files.items() for t in file.tensors}
+        held = {t.spelled: path.name for path, file in self.files.items() for t in file.tensors}
         return {"metadata": {"total_size": self.size}, "weight_map": dict(sorted(held.items()))}
 
 
@@ -169,9 +172,13 @@ def ablated_files(
     held = {path: [dataclasses.replace(t, edit=edits.get(t.name)) for t in f.tensors] for path, f in files.items()}
     if tied in ("untie", "keep"):
         path, source = next((path, t) for path, tensors in held.items() for t in tensors if t.name == embed)
-        head = dataclasses.replace(source, name=unembed, edit=source.edit if tied == "keep" else None)
+        written = HEAD if source.written else ""
+        head = dataclasses.replace(source, name=unembed, edit=source.edit if tied == "keep" else None, written=written)
         if any(t.name == unembed for tensors in held.values() for t in tensors):
-            held = {path: [head if t.name == unembed else t for t in tensors] for path, tensors in held.items()}
+            held = {
+                path: [dataclasses.replace(head, written=t.written) if t.name == unembed else t for t in tensors]
+                for path, tensors in held.items()
+            }
         elif tied == "untie":
             held[path].insert(held[path].index(source) + 1, head)
     return {path: files[path].holding(tensors) for path, tensors in held.items()}
@@ -186,5 +193,6 @@ def with_zero_biases(checkpoint: Checkpoint, config: dict) -> dict[pathlib.Path,
     file_of = {t.name: path for path, tensors in files.items() for t in tensors}
     for name in sorted(after.keys() - before.keys()):
         weight = checkpoint.tensors[name.removesuffix("bias") + "weight"]
-        files[file_of[weight.name]].append(Stored(name, weight.dtype, after[name], None))
+        written = weight.written and weight.written.removesuffix("weight") + "bias"
+        files[file_of[weight.name]].append(Stored(name, weight.dtype, after[name], None, written=written))
     return {path: dataclasses.replace(checkpoint.files[path], tensors=tuple(held)) for path, held in files.items()}

@@ -35,7 +35,7 @@ INERT = frozenset(
 # Words in the name of a key that speak of architecture.
 ARCHITECTURE = re.compile(
     r"rope|rotary|alibi|window|sliding|norm(?!al)|(^|_)gat(e|ed|ing)(_|$)|bias|expert|(^|_)heads?(_|$)|draft|eagle|medusa|"
-    r"dflash|bidirectional|causal|softcap|clip|(^|_)sinks?(_|$)|multiplier|scal(e|ing|ar)|num_target_layers"
+    r"dflash|bidirectional|causal|softcap|clip|(^|_)sinks?(_|$)|multiplier|scal(e|ing|ar)|num_target_layers|^quantization"
 )
 # Such keys that are harmless all the same. A bias counts by its tensors, and unknown tensors are an error.
 HARMLESS = re.compile(

@@ -21,7 +21,8 @@ def mistral(read: Reader, family: str = "mistral") -> ModelConfig:
     return read.config(family, sizes, windows=[window] * sizes["n_layers"])
 
 
-MINISTRAL3_ROPE = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 16.0, SPAN: 16384, "llama_4_scaling_beta": 0.1}
+MINISTRAL3_ROPE = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 16.0, SPAN: 16384, GROWTH: 0.1}
+MINISTRAL3_ROPE |= {"mscale": 1.0, "mscale_all_dim": 1.0}
 
 
 def ministral3(read: Reader, family: str = "ministral3") -> ModelConfig:

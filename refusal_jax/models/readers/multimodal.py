@@ -52,7 +52,11 @@ def text_part(hf: dict, where: str) -> tuple[dict, dict]:
     parts, text = PARTS[hf["model_type"]], hf.get("text_config")
     if text is None and parts.flat:
         whole = {name: value for name, value in hf.items() if name not in parts.keys}
-        return whole | {"model_type": parts.text[0]}, {}
+        beside = {"head_dim": whole.pop("head_dim")} if "head_dim" in whole else {}  # the class does not hand it on
+        same = whole.get("hidden_size"), whole.get("num_attention_heads")
+        if all(isinstance(size, int) and size for size in same) and beside.get("head_dim") == same[0] // same[1]:
+            beside = {}
+        return whole | {"model_type": parts.text[0]}, beside
     if not isinstance(text, dict) or text.get("model_type", parts.text[0]) not in parts.text:
         raise UserError(
             f"{where} has no text_config of model_type {' or '.join(parts.text)}, which a {hf['model_type']} checkpoint "

@@ -33,7 +33,7 @@ def _qwen(read: Reader) -> ModelConfig:
 
 
 def _qwen2(read: Reader, family: str = "qwen2", head_dim: int | None = None, **switches) -> ModelConfig:
-    sizes = read.sizes({"context_length": 32768, "head_dim": head_dim})
+    sizes = read.sizes({"context_length": 32768, "head_dim": head_dim, "n_kv_heads": 32})
     first, window = read.take("max_window_layers", 28, int, least=0), qwen_window(read)
     windows = read.windows(sizes["n_layers"], window, lambda layer: window and layer >= first)
     return read.config(family, sizes, windows=windows, **{"qkv_bias": True} | switches)
