@@ -177,6 +177,8 @@ OF_FAMILY = {
     ("minimax_m2", "rotary_dim"): ({"partial_rotary_factor": None}, 8),
     ("qwen", "use_logn_attn"): ({"use_dynamic_ntk": False}, True),  # either of the two ends the context at seq_length
     ("qwen", "rotary_emb_base"): ({"rope_theta": None}, 7.0),
+    **{(f"qwen2{v}_vl", "hidden_size"): ({}, 24) for v in ("", "_5")},  # heads of another even size
+    **{(f"qwen2{v}_vl", "num_attention_heads"): ({}, 2) for v in ("", "_5")},
     ("ministral3", "rope_parameters"): ({}, MINISTRAL_ROPE),
     ("ministral3", "rope_scaling"): ({}, MINISTRAL_ROPE),
     ("ministral3", "rope_theta"): ({"rope_scaling": MINISTRAL_ROPE}, 7.0),
