@@ -5,6 +5,7 @@ import json
 import pathlib
 
 import gguf
+import ml_dtypes
 import numpy as np
 import pytest
 import torch
@@ -17,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from refusal_jax import load_model
 from refusal_jax.checkpoints import gguf_tensors
-from refusal_jax.checkpoints.gguf_blocks import READABLE, block_of, dequantise
+from refusal_jax.checkpoints.gguf_blocks import READABLE, UNPACKED, as_bfloat16, block_of, dequantise
 from refusal_jax.checkpoints.gguf_tokenizer import write_tokenizer
 from refusal_jax.checkpoints.load import load_decoder
 from refusal_jax.checkpoints.remote import checkpoint_folder
@@ -130,6 +131,13 @@ def test_blocks_of_every_type_are_the_librarys():
             else:
                 want = gguf.dequantize(data, kind).astype(np.float32)
         np.testing.assert_array_equal(out, want, err_msg=kind.name)
+        if kind in UNPACKED:
+            rounded = np.empty(out.shape, ml_dtypes.bfloat16)
+            as_bfloat16(out, rounded)
+            with np.errstate(all="ignore"):
+                np.testing.assert_array_equal(
+                    rounded.astype(np.float32), out.astype(ml_dtypes.bfloat16).astype(np.float32)
+                )
 
 
 def random_gguf(path: pathlib.Path, kind: Type, seed: int = 0) -> pathlib.Path:

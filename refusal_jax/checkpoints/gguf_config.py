@@ -1,8 +1,7 @@
 """Makes HF's config of a model from the metadata of its GGUF file, by allow-list: what may change the logits and is not known
 here is an error.
 
-Numbers of float32 are written as they were before they were stored, 1e-06 and not 9.99999997e-07. What llama.cpp derives from
-sizes instead of metadata (Gemma's scale of queries) is derived here in the same way.
+What llama.cpp derives from sizes instead of metadata (Gemma's scale of queries) is derived here in the same way.
 """
 
 import dataclasses
@@ -10,18 +9,15 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
-
 from refusal_jax.checkpoints.gguf_blocks import PLAIN, READABLE
 from refusal_jax.checkpoints.gguf_header import GgufHeader
-from refusal_jax.checkpoints.gguf_tensors import Layout, as_values
+from refusal_jax.checkpoints.gguf_metadata import Metadata
+from refusal_jax.checkpoints.gguf_rope import ROPE_TENSORS, longrope, rope_scaling, scaling_kind
+from refusal_jax.checkpoints.gguf_tensors import Layout
 from refusal_jax.checkpoints.tensors import listed
 from refusal_jax.errors import UserError, did_you_mean, shown
 from refusal_jax.models.quantisation import GGUF
 
-ROPE_TENSORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
-# Keys of any architecture that tell where a model comes from, or repeat what its tensors say.
-INERT = ("vocab_size", "tensor_data_layout", "rope.scaling.finetuned", "attention.layer_norm_epsilon")
 NOT_MODELS = {
     "clip": "holds the vision part of a multimodal model (mmproj), not a language model. Pass the file of the language model",
     "controlvector": "holds a control vector, not a model. Pass the file of the model that it steers",
@@ -30,60 +26,6 @@ NOT_MODELS = {
     "imatrix": "holds an importance matrix, not a model. Pass the file of the model that was quantised with it",
     "vocab": "holds a vocabulary without weights. Pass the file of the model",
 }
-LLAMA_3_SPANS = (8192, 4096, 16384, 32768)  # tokens of the context before rescaling; 8192 in all models of Meta
-
-
-class Metadata:
-    """Takes an architecture's settings out of a file's metadata, and remembers which, so that the rest can be judged."""
-
-    def __init__(self, header: GgufHeader, architecture: str):
-        self.header, self.architecture = header, architecture
-        self.seen: set[str] = set(INERT)
-        self.problems: list[str] = []
-
-    def has(self, ending: str) -> bool:
-        """Returns whether any tensor's name ends so."""
-        return any(name.endswith(ending) for name in self.header.tensors)
-
-    def take(self, key: str, kind: type, default: Any = None, required: bool = False) -> Any:
-        """Returns a setting; of a list with one value for each layer, that value. Anything wrong becomes a problem."""
-        self.seen.add(key)
-        found: Any = self.header.metadata.get(f"{self.architecture}.{key}")
-        same = isinstance(found, list) and bool(found) and all(one == found[0] for one in found)
-        value: Any = found[0] if same else found
-        if value is None:
-            if required:
-                self.problems.append(f"{self.architecture}.{key} is missing")
-            return default
-        right = type(value) in ((int, float) if kind is float else (kind,))
-        if not right or (kind is not bool and not 0 <= value < 2**31):
-            self.problems.append(f"{self.architecture}.{key} = {shown(found)}, expected one {kind.__name__} in range")
-            return default
-        return plain(value) if kind is float else value
-
-    def only(self, key: str, *values: Any) -> None:
-        """Makes any value of a setting but these a problem."""
-        self.seen.add(key)
-        found = self.header.metadata.get(f"{self.architecture}.{key}")
-        if found is not None and found not in values:
-            self.problems.append(f"{self.architecture}.{key} = {shown(found)}, and only {shown(values[0])} is computed")
-
-    def finish(self) -> None:
-        """Raises UserError if there is any problem. Settings that are zero, false or empty are off."""
-        prefix = f"{self.architecture}."
-        for key, value in sorted(self.header.metadata.items()):
-            if key.startswith(prefix) and key.removeprefix(prefix) not in self.seen and value not in (0, False, "", []):
-                self.problems.append(f"{key[:80]} = {shown(value)} is not supported")
-        if self.problems:
-            raise UserError(
-                f"{self.header.paths[0]} cannot be run faithfully: {'; '.join(self.problems)}. Nothing was loaded, because "
-                "ignoring a setting would give wrong activations. Use the original Hugging Face checkpoint of the model."
-            )
-
-
-def plain(value: float | int) -> float:
-    """Returns the shortest decimal number that float32 stores as this one."""
-    return float(str(np.float32(value))) if math.isfinite(value) else float(value)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,94 +109,10 @@ def _own_keys(read: Metadata) -> set[str]:
     return {key.removeprefix(f"{read.architecture}.") for key in read.header.metadata}
 
 
-def _rope(read: Metadata, config: dict) -> dict | None:
-    """Returns HF's `rope_scaling` of a model, None if there is none."""
-    kind, factor = _scaling_kind(read), read.take("rope.scaling.factor", float) or read.take("rope.scale_linear", float)
-    read.seen.add("rope.scale_linear")
-    span = read.take("rope.scaling.original_context_length", int)
-    if kind != "longrope":
-        read.only("rope.scaling.attn_factor", 1.0)
-    scaling = None
-    if kind in ("linear", "yarn") and factor not in (None, 0.0, 1.0):
-        scaling = {"rope_type": kind, "factor": factor}
-        if kind == "yarn":
-            scaling |= {"original_max_position_embeddings": span or config["max_position_embeddings"]} | _yarn(read)
-    elif kind == "longrope":
-        scaling = _longrope(read, config, span)
-    if "rope_freqs.weight" in read.header.tensors:
-        if scaling:
-            read.problems.append(f"rope_freqs.weight together with a rope of type {kind}")
-        scaling = _by_factors(read, config)
-    return scaling
-
-
-def _scaling_kind(read: Metadata) -> str:
-    """Returns the kind of a rope's rescaling: llama.cpp takes a factor without a kind for a linear one."""
-    read.seen.add("rope.scaling.type")
-    kind = read.header.metadata.get(f"{read.architecture}.rope.scaling.type", "linear")
-    if kind not in ("none", "linear", "yarn", "longrope"):
-        read.problems.append(f"{read.architecture}.rope.scaling.type = {shown(kind)} is not supported")
-        return "none"
-    return kind
-
-
-def _yarn(read: Metadata) -> dict:
-    read.only("rope.scaling.yarn_ext_factor", 1.0)
-    names = {"attention_factor": "attn_factor", "beta_fast": "beta_fast", "beta_slow": "beta_slow"}
-    found = {name: read.take(f"rope.scaling.yarn_{key}", float) for name, key in names.items()}
-    return {name: value for name, value in found.items() if value is not None}
-
-
-def _factors(read: Metadata, name: str, config: dict) -> list[float]:
-    """Returns the numbers that a tensor divides the frequencies of rotated pairs by."""
-    stored, pairs = read.header.tensors.get(name), (config["head_dim"] or 0) // 2
-    values = as_values(stored) if stored else np.empty(0, np.float32)
-    if not len(values) or len(values) > pairs or not (np.isfinite(values) & (values > 0)).all():
-        read.problems.append(f"{name} is missing or malformed, expected {pairs} positive numbers or fewer")
-        return [1.0]
-    return [plain(float(value)) for value in values]
-
-
-def _longrope(read: Metadata, config: dict, span: int | None) -> dict | None:
-    """Returns LongRoPE's settings, if the file has its factors: Phi-3's own files with a short context have none."""
-    if ROPE_TENSORS[1] not in read.header.tensors:
-        return None
-    span = span or config["max_position_embeddings"] or 1
-    scaling: dict[str, Any] = {"rope_type": "longrope", "original_max_position_embeddings": span}
-    scaling |= {f"{kind}_factor": _factors(read, f"rope_factors_{kind}.weight", config) for kind in ("short", "long")}
-    attention, grown = read.take("rope.scaling.attn_factor", float), (config["max_position_embeddings"] or 1) / span
-    usual = math.sqrt(1 + math.log(grown) / math.log(span)) if grown > 1 and span > 1 else 1.0
-    if attention is not None and abs(attention - usual) > 1e-5:
-        scaling["attention_factor"] = attention
-    return scaling
-
-
-def _by_factors(read: Metadata, config: dict) -> dict | None:
-    """Returns the settings of a rope whose pairs are slowed by given factors: Llama 3's formula where it gives them, else as
-    LongRoPE of one length, which computes the same."""
-    factors = np.asarray(_factors(read, ROPE_TENSORS[0], config))
-    if (factors == 1).all() or 2 * len(factors) != config["head_dim"]:
-        if 2 * len(factors) != config["head_dim"]:
-            read.problems.append(
-                f"{ROPE_TENSORS[0]} has {len(factors)} numbers, expected {(config['head_dim'] or 0) // 2}"
-            )
-        return None
-    turns = config["rope_theta"] ** -(np.arange(len(factors)) / len(factors)) / (2 * math.pi)  # in a token
-    most = float(factors.max())
-    for span in LLAMA_3_SPANS:
-        kept = np.clip((span * turns - 1) / 3, 0, 1)
-        if np.allclose(1 / ((1 - kept) / most + kept), factors, rtol=2e-6):
-            names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-            return {"rope_type": "llama3"} | dict(zip(names, (most, 1.0, 4.0, span), strict=True))
-    listed = factors.tolist()
-    span = {"original_max_position_embeddings": config["max_position_embeddings"], "attention_factor": 1.0}
-    return {"rope_type": "longrope", "short_factor": listed, "long_factor": listed} | span
-
-
 def _whole_heads(read: Metadata, config: dict) -> dict:
     """Returns the rope of an architecture that rotates whole heads."""
     read.only("rope.dimension_count", config["head_dim"])
-    return {"rope_scaling": _rope(read, config)}
+    return {"rope_scaling": rope_scaling(read, config)}
 
 
 def _llama(read: Metadata, config: dict) -> dict:
@@ -362,11 +220,11 @@ def _gemma3(read: Metadata, config: dict) -> dict:
 
 def _phi3(read: Metadata, config: dict) -> dict:
     rotated = read.take("rope.dimension_count", int, config["head_dim"])
-    kind = "longrope" if ROPE_TENSORS[1] in read.header.tensors else _scaling_kind(read)
+    kind = "longrope" if ROPE_TENSORS[1] in read.header.tensors else scaling_kind(read)
     if kind not in ("none", "linear", "longrope"):
         read.problems.append(f"{read.architecture}.rope.scaling.type = {kind} is not supported")
     span = read.take("rope.scaling.original_context_length", int) or config["max_position_embeddings"]
-    scaling = _longrope(read, config, span)
+    scaling = longrope(read, config, span)
     read.only("rope.scaling.attn_factor", 1.0) if scaling is None else None
     read.seen.add("rope.scaling.type")
     if scaling:

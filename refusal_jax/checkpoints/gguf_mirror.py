@@ -136,8 +136,9 @@ def open_gguf(folder: pathlib.Path):
 
     Raises UserError as `gguf_tensors` does, and for files that are no longer those that the mirror was made of.
     """
-    from refusal_jax.checkpoints.gguf_config import ROPE_TENSORS, architecture_of, gguf_config
+    from refusal_jax.checkpoints.gguf_config import architecture_of, gguf_config
     from refusal_jax.checkpoints.gguf_header import read_gguf
+    from refusal_jax.checkpoints.gguf_rope import ROPE_TENSORS
     from refusal_jax.checkpoints.gguf_tensors import gguf_tensors
     from refusal_jax.models.hf_config import from_hf, load_config
 

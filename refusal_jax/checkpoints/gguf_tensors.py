@@ -9,9 +9,10 @@ import pathlib
 from collections.abc import Iterator
 
 import numpy as np
+from gguf.constants import GGMLQuantizationType
 from jaxtyping import Float32, Int64, Shaped
 
-from refusal_jax.checkpoints.gguf_blocks import PLAIN, block_of, dequantise
+from refusal_jax.checkpoints.gguf_blocks import PLAIN, UNPACKED, as_bfloat16, block_of, dequantise
 from refusal_jax.checkpoints.gguf_header import GgufHeader, Stored
 from refusal_jax.checkpoints.safetensors import LocalFile, RangeFile, reading
 from refusal_jax.checkpoints.tensors import Tensor, listed
@@ -142,8 +143,12 @@ class Part:
             if offset:
                 values += offset
             if values is not target:
-                with np.errstate(over="ignore"):  # overflows are found and reported once everything is loaded
-                    target[:] = values[:, columns[0] - left * block : columns[1] - left * block]
+                values = values[:, columns[0] - left * block : columns[1] - left * block]
+                if target.dtype == PLAIN[GGMLQuantizationType.BF16] and self.stored.type in UNPACKED and not offset:
+                    as_bfloat16(values, target)
+                else:
+                    with np.errstate(over="ignore"):  # overflows are found and reported once everything is loaded
+                        target[:] = values
         return count
 
     def _order(self, start: int, stop: int) -> Int64[np.ndarray, " n"] | None:

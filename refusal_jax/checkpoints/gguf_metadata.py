@@ -1,0 +1,68 @@
+"""Takes settings out of the metadata of a GGUF file: what may change the logits and is not taken is an error.
+
+Numbers of float32 are read as they were before they were stored, 1e-06 and not 9.99999997e-07.
+"""
+
+import math
+from typing import Any
+
+import numpy as np
+
+from refusal_jax.checkpoints.gguf_header import GgufHeader
+from refusal_jax.errors import UserError, shown
+
+# Keys of any architecture that tell where a model comes from, or repeat what its tensors say.
+INERT = ("vocab_size", "tensor_data_layout", "rope.scaling.finetuned", "attention.layer_norm_epsilon")
+
+
+class Metadata:
+    """Takes an architecture's settings out of a file's metadata, and remembers which, so that the rest can be judged."""
+
+    def __init__(self, header: GgufHeader, architecture: str):
+        self.header, self.architecture = header, architecture
+        self.seen: set[str] = set(INERT)
+        self.problems: list[str] = []
+
+    def has(self, ending: str) -> bool:
+        """Returns whether any tensor's name ends so."""
+        return any(name.endswith(ending) for name in self.header.tensors)
+
+    def take(self, key: str, kind: type, default: Any = None, required: bool = False) -> Any:
+        """Returns a setting; of a list with one value for each layer, that value. Anything wrong becomes a problem."""
+        self.seen.add(key)
+        found: Any = self.header.metadata.get(f"{self.architecture}.{key}")
+        same = isinstance(found, list) and bool(found) and all(one == found[0] for one in found)
+        value: Any = found[0] if same else found
+        if value is None:
+            if required:
+                self.problems.append(f"{self.architecture}.{key} is missing")
+            return default
+        right = type(value) in ((int, float) if kind is float else (kind,))
+        if not right or (kind is not bool and not 0 <= value < 2**31):
+            self.problems.append(f"{self.architecture}.{key} = {shown(found)}, expected one {kind.__name__} in range")
+            return default
+        return plain(value) if kind is float else value
+
+    def only(self, key: str, *values: Any) -> None:
+        """Makes any value of a setting but these a problem."""
+        self.seen.add(key)
+        found = self.header.metadata.get(f"{self.architecture}.{key}")
+        if found is not None and found not in values:
+            self.problems.append(f"{self.architecture}.{key} = {shown(found)}, and only {shown(values[0])} is computed")
+
+    def finish(self) -> None:
+        """Raises UserError if there is any problem. Settings that are zero, false or empty are off."""
+        prefix = f"{self.architecture}."
+        for key, value in sorted(self.header.metadata.items()):
+            if key.startswith(prefix) and key.removeprefix(prefix) not in self.seen and value not in (0, False, "", []):
+                self.problems.append(f"{key[:80]} = {shown(value)} is not supported")
+        if self.problems:
+            raise UserError(
+                f"{self.header.paths[0]} cannot be run faithfully: {'; '.join(self.problems)}. Nothing was loaded, because "
+                "ignoring a setting would give wrong activations. Use the original Hugging Face checkpoint of the model."
+            )
+
+
+def plain(value: float | int) -> float:
+    """Returns the shortest decimal number that float32 stores as this one."""
+    return float(str(np.float32(value))) if math.isfinite(value) else float(value)
