@@ -609,6 +609,11 @@ def test_the_text_part_of_a_multimodal_config():
     outside = whole | {"sliding_window": 2}
     with pytest.raises(UserError, match="sliding_window = 2 is not supported"):  # it would not count in transformers
         from_hf(outside)
+    said = text | {"sliding_window": 3, "rope_parameters": {"full_attention": {"rope_theta": 7.0}}}
+    beside = outside | {"text_config": said, "rope_scaling": {"type": "mrope"}, "rope_theta": 3.0}
+    assert from_hf(beside) == from_hf(
+        whole | {"text_config": said}
+    )  # what the text part says itself, nobody reads here
     assert from_hf(whole | {"hidden_size": 64, "layer_types": ["full_attention"], "audio_config": 3}) == from_hf(whole)
 
 

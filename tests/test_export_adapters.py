@@ -24,6 +24,9 @@ VERIFIED = ("llama", "gemma3", "mixtral", "gpt_oss", "granitemoe")
 FAMILIES = {
     "llama": "biased",
     "gemma3": "gqa",
+    "qwen2_vl": "mha",
+    "qwen3_vl": "gqa",
+    "mistral3": "gqa",
     "olmo2": "biased",
     "granite": "scaled",
     "mixtral": "gqa",

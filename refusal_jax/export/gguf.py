@@ -20,6 +20,12 @@ ARCHITECTURE = "controlvector"
 HINTS = {
     "mistral": "llama",
     "mixtral": "llama",
+    "ministral3": "mistral3",
+    "cwm": "llama",
+    "olmo3": "olmo2",
+    "qwen2_vl": "qwen2vl",
+    "qwen2_5_vl": "qwen2vl",
+    "qwen3_vl": "qwen3vl",
     "gemma3_text": "gemma3",
     "glm": "chatglm",
     "qwen2_moe": "qwen2moe",

@@ -22,7 +22,7 @@ from refusal_jax.export.hf import THREADS, Written
 from refusal_jax.export.tensor_edits import Projection, wanted_edits
 from refusal_jax.files import to_json
 from refusal_jax.models.config import ModelConfig
-from refusal_jax.models.families import TABLES, TRANSPOSED
+from refusal_jax.models.families import OTHER_PARTS, TABLES, TRANSPOSED
 from refusal_jax.progress import each
 
 ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -36,8 +36,11 @@ EXPERTS = re.compile(r"(.*\.block_sparse_moe\.)output_linear\.weight|(.*\.mlp\.)
 def module_name(cfg: ModelConfig, name: str) -> str:
     """Returns the module in transformers, below the model, of an HF tensor that is not an expert's."""
     module = name.rsplit(".", 1)[0]
-    # Multimodal checkpoints keep the order of names that transformers had when they came out.
-    return re.sub(r"^language_model\.model\.", "model.language_model.", module) if cfg.family == "gemma3" else module
+    # Multimodal checkpoints keep the names that transformers had when they came out.
+    inside = "model.language_model."
+    if cfg.family not in OTHER_PARTS or module.startswith(inside):
+        return module
+    return re.sub(r"^(language_model\.)?model\.", inside, module)
 
 
 def experts_of(cfg: ModelConfig, name: str) -> tuple[str, range] | None:

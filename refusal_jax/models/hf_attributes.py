@@ -119,8 +119,8 @@ class Reader:
             self.problems.append(f"architectures = {shown(other)} is another model than the language model itself")
         inside = self.seen | self.fixed | self.ignored
         left = {name: value for name, value in self.hf.items() if name not in inside}
-        left |= {name: value for name, value in beside.items() if name not in self.hf or value != self.hf[name]}
-        passed = []
+        left |= {name: value for name, value in beside.items() if not unread_keys.said(name, self.hf)}
+        passed = [f"{name} beside text_config" for name in beside if beside[name] != self.hf.get(name, beside[name])]
         for name, value in sorted(left.items()):
             if name in unread_keys.INERT or unread_keys.is_off(value):
                 continue

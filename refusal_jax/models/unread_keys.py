@@ -61,6 +61,12 @@ def is_off(value) -> bool:
     return value in (None, False, {}, [], "")
 
 
+def said(name: str, text: dict) -> bool:
+    """Returns whether the text part of a multimodal config says itself what a key beside it, which does not count, is about."""
+    ropes = ("rope_scaling", "rope_parameters", "rope_theta")
+    return name in text or (name in ropes and any(text.get(rope) for rope in ropes[:2]))
+
+
 def problem(name: str, value, beside: dict) -> str:
     """Returns what speaks against passing over a key that no reader takes, "" if nothing does. beside: all keys of the file."""
     if name in INERT or is_off(value):

@@ -129,8 +129,7 @@ def _hunyuan(read: Reader) -> ModelConfig:
     """Reads Hunyuan's dense models. A rope of type "dynamic" with an `alpha` does not depend on the length: its base is that
     of NTK-aware scaling by a constant."""
     sizes = read.sizes({"norm_eps": 1e-5})
-    read.ignore("attention_head_dim")  # the same again
-    read.same("head_dim", "attention_head_dim")
+    read.ignore("attention_head_dim")  # the same again, which transformers does not read
     for name, value in HUNYUAN_SAYS.items():
         read.only(name, value)
     read.ignore(*HUNYUAN_IGNORED)

@@ -138,8 +138,7 @@ def _gpt_oss(read: Reader) -> ModelConfig:
     """Reads gpt-oss, whose router makes probabilities of its choice's logits alone: as if it renormalised those of all."""
     sizes = read.sizes({"n_kv_heads": 8, "head_dim": 64, "context_length": 131072, "norm_eps": 1e-5}, activation=None)
     read.only("hidden_act", "silu")
-    read.same("experts_per_token", "num_experts_per_tok")
-    read.ignore("experts_per_token", "initial_context_length")
+    read.ignore("experts_per_token", "initial_context_length")  # which transformers does not read
     window, bias = read.take_optional("sliding_window", 128, int), read.take("attention_bias", True, bool)
     spec = read.take("rope_scaling") or read.take("rope_parameters") or GPT_OSS_ROPE
     limit = read.take("swiglu_limit", 7.0, float)

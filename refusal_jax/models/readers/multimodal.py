@@ -52,10 +52,10 @@ def text_part(hf: dict, where: str) -> tuple[dict, dict]:
     parts, text = PARTS[hf["model_type"]], hf.get("text_config")
     if text is None and parts.flat:
         whole = {name: value for name, value in hf.items() if name not in parts.keys}
-        beside = {"head_dim": whole.pop("head_dim")} if "head_dim" in whole else {}  # the class does not hand it on
-        same = whole.get("hidden_size"), whole.get("num_attention_heads")
-        if all(isinstance(size, int) and size for size in same) and beside.get("head_dim") == same[0] // same[1]:
-            beside = {}
+        width, heads = whole.get("hidden_size"), whole.get("num_attention_heads")
+        whole_heads = width // heads if isinstance(width, int) and isinstance(heads, int) and heads else None
+        given = whole.pop("head_dim", None)  # which the class does not hand on
+        beside = {} if given in (None, whole_heads) else {"head_dim": given}
         return whole | {"model_type": parts.text[0]}, beside
     if not isinstance(text, dict) or text.get("model_type", parts.text[0]) not in parts.text:
         raise UserError(
