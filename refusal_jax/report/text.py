@@ -23,7 +23,8 @@ def template_line(setup: dict) -> str:
 def text_summary(run: Run, sections: Sequence[Section]) -> str:
     """Returns the lines that the stages add to the report, what speaks against the numbers, and the verdict in words."""
     findings, lines = Findings(run, sections), []
-    for section in sorted(findings.sections, key=lambda section: section.late):
+    shown = [section for section in sections if section in findings.sections]  # in the order of the stages
+    for section in sorted(shown, key=lambda section: section.late):
         lines += section.lines(findings)
     if findings.concerns:
         lines += ["", "What speaks against these numbers:"]
