@@ -9,7 +9,13 @@ import numpy as np
 from gguf import GGMLQuantizationType as Type
 from safetensors.numpy import load_file, save_file
 
-ARCHITECTURES = {"gemma3_text": "gemma3", "mistral": "llama", "mixtral": "llama", "qwen3_moe": "qwen3moe"}
+ARCHITECTURES = {
+    "gemma3_text": "gemma3",
+    "mistral": "llama",
+    "mixtral": "llama",
+    "qwen3_moe": "qwen3moe",
+    "gpt_oss": "gpt-oss",
+}
 # Of HF names that the library's table lacks, as converters merge experts under these.
 MERGED = {"w1": "ffn_gate_exps", "w2": "ffn_down_exps", "w3": "ffn_up_exps"}
 MERGED |= {"gate_proj": "ffn_gate_exps", "down_proj": "ffn_down_exps", "up_proj": "ffn_up_exps"}
@@ -49,8 +55,11 @@ def write_gguf(
     experts: dict[str, dict[int, np.ndarray]] = {}
     for name, weight in sorted(weights.items()):
         weight = weight.astype(np.float32)
+        if family == "gpt_oss" and ".experts." in name:
+            weights[name] = woven_experts(writer, name, weight, kind)
+            continue
         rows = weight.shape[-1] % gguf.GGML_QUANT_SIZES[kind][0] == 0
-        stored = kind if weight.ndim > 1 and rows and "gate.weight" not in name else Type.F32
+        stored = kind if weight.ndim > 1 and rows and "gate.weight" not in name and "router" not in name else Type.F32
         if stored is not Type.F32:
             weight = gguf.dequantize(raw(weight, stored), stored)
             weights[name] = weight
@@ -67,7 +76,8 @@ def write_gguf(
             target = f"blk.{layer}.{MERGED[part]}.weight"
             data = np.stack([experts[target][i] for i in sorted(experts[target])])
         else:
-            target, data = f"{names.get_name(stem)}.{ending}", raw(weight, stored)
+            target = f"{names.get_name(name)}.weight" if ending == "sinks" else f"{names.get_name(stem)}.{ending}"
+            data = raw(weight, stored)
         writer.add_tensor(target, data, raw_dtype=None if stored in PLAIN[:2] else stored)
     for name, factors in rope_factors(hf).items():
         writer.add_tensor(name, np.asarray(factors, np.float32))
@@ -77,6 +87,22 @@ def write_gguf(
     writer.write_tensors_to_file()
     writer.close()
     return path if not split else next(iter(sorted(path.parent.glob(f"{path.stem}-00001-of-*.gguf"))))
+
+
+def woven_experts(writer: gguf.GGUFWriter, name: str, weight: np.ndarray, kind: Type) -> np.ndarray:
+    """Writes what gpt-oss keeps of all experts in one tensor, and returns what that becomes by its type."""
+    weight, bias = weight.copy(), name.endswith("_bias")
+    parts = {"gate": weight[..., 0::2], "up": weight[..., 1::2]} if "gate_up" in name else {"down": weight}
+    for part, view in parts.items():
+        matrix = np.ascontiguousarray(view if bias else view.swapaxes(1, 2))
+        target = f"blk.{name.split('.')[2]}.ffn_{part}_exps"
+        if bias:
+            writer.add_tensor(f"{target}.bias", matrix)
+            continue
+        data = raw(matrix, kind)
+        writer.add_tensor(f"{target}.weight", data, raw_dtype=None if kind in PLAIN[:2] else kind)
+        view[...] = gguf.dequantize(data, kind).reshape(matrix.shape).swapaxes(1, 2)
+    return weight
 
 
 def add(writer: gguf.GGUFWriter, key: str, value) -> None:
@@ -123,6 +149,8 @@ def settings(hf: dict, arch: str) -> dict:
             found |= {key: float(hf[key])} if arch.startswith("gemma") else {}
     if experts := hf.get("num_experts") or hf.get("num_local_experts"):
         found |= {"expert_count": experts, "expert_used_count": hf["num_experts_per_tok"]}
+    if arch == "gpt-oss":
+        found["expert_feed_forward_length"] = hf["intermediate_size"]
     if "moe_intermediate_size" in hf:
         found["expert_feed_forward_length"] = hf["moe_intermediate_size"]
     return {f"{arch}.{key}": value for key, value in found.items()}

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import pathlib
 
 import gguf
@@ -9,6 +10,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
+from exports import exported, transformers_agrees
 from families import tiny_model
 from gguf import GGMLQuantizationType as Type
 from gguf_files import add, settings, tokenizer, write_gguf
@@ -62,6 +64,7 @@ CASES = {
         "gqa",
         GEMMA2 | {"num_hidden_layers": 6, "layer_types": (["sliding_attention"] * 5 + ["full_attention"])},
     ),
+    "gpt-oss": ("gpt_oss", "gqa", {"swiglu_limit": 7.0, "intermediate_size": 64}),
     "phi3": ("phi3", "gqa", {"sliding_window": 9}),
     "phi3-long": ("phi3", "longrope", {}),
 }
@@ -89,7 +92,7 @@ def whole(files: TensorFiles, name: str) -> np.ndarray:
 @pytest.mark.parametrize("case", CASES)
 def test_every_architecture_is_the_checkpoint_it_was_made_of(tmp_path, case):
     """Equal configs and equal tensors: so logits, taps and edits are equal too."""
-    folder, path = made(tmp_path, case, Type.Q8_0)
+    folder, path = made(tmp_path, case, Type.MXFP4 if case == "gpt-oss" else Type.Q8_0)
     mirror = checkpoint_folder(path)
     assert load_config(mirror) == load_config(folder)
     ours, theirs = TensorFiles.open(mirror), TensorFiles.open(folder)
@@ -103,7 +106,7 @@ def test_every_architecture_is_the_checkpoint_it_was_made_of(tmp_path, case):
     assert ours.bytes_read == sum(tensor.nbytes for tensor in ours.tensors.values())
 
 
-@pytest.mark.parametrize("case", ("llama", "qwen2", "gemma2", "mixtral"))
+@pytest.mark.parametrize("case", ("llama", "qwen2", "gemma2", "mixtral", "gpt-oss"))
 def test_logits_are_those_of_transformers(tmp_path, case):
     folder, path = made(tmp_path, case, Type.Q8_0)
     loader = {"gguf_file": path.name, "quantization_config": GgufConfig(dequantize=True)}
@@ -262,3 +265,35 @@ def test_byte_level_vocabularies(tmp_path):
     assert ours.chat_template == theirs.chat_template
     names = ("bos_token", "eos_token", "pad_token")
     assert [getattr(ours, name) for name in names] == [getattr(theirs, name) for name in names]
+
+
+def test_parts_of_experts_in_one_tensor(tmp_path):
+    """gpt-oss: rows in turn from two tensors, transposed, and their biases."""
+    _, path = made(tmp_path, "gpt-oss", Type.Q8_0)
+    files, rng = TensorFiles.open(checkpoint_folder(path)), np.random.default_rng(0)
+    names = [name for name in files.tensors if ".layers.1.mlp.experts." in name]
+    assert len(names) == 4
+    for name in names:
+        want = whole(files, name)
+        for _ in range(6):
+            edges = [sorted(rng.integers(0, size + 1, 2)) for size in want.shape]
+            index = tuple(slice(int(a), int(b)) for a, b in edges)
+            out = np.empty(want[index].shape, np.float32)
+            files.read_into(name, index, out)
+            np.testing.assert_array_equal(out, want[index])
+        with pytest.raises(ValueError, match="cannot take"):
+            files.read_into(name, (), np.empty((1, 1), np.float32))
+
+
+def test_an_export_is_a_checkpoint_in_bfloat16(tmp_path):
+    """It loads in transformers, names the file that it was made of, and says that it was dequantised."""
+    _, path = made(tmp_path, "llama", Type.Q8_0)
+    source, target = checkpoint_folder(path), tmp_path / "out"
+    report = exported(source, target)
+    assert report["base"]["name"] == path.name and "GGUF (Q8_0)" in report["dequantised"]
+    assert not report["verification"]["problems"]
+    config = json.loads((target / "config.json").read_text())
+    assert "quantization_config" not in config and config["torch_dtype"] == "bfloat16"
+    assert {t.dtype for t in TensorFiles.open(target).tensors.values() if len(t.shape) > 1} == {"BF16"}
+    transformers_agrees(target)
+    assert not any(name.startswith(".gguf") for name in os.listdir(target))

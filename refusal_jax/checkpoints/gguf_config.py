@@ -13,7 +13,7 @@ from refusal_jax.checkpoints.gguf_blocks import PLAIN, READABLE
 from refusal_jax.checkpoints.gguf_header import GgufHeader
 from refusal_jax.checkpoints.gguf_metadata import Metadata
 from refusal_jax.checkpoints.gguf_rope import ROPE_TENSORS, longrope, rope_scaling, scaling_kind
-from refusal_jax.checkpoints.gguf_tensors import Layout
+from refusal_jax.checkpoints.gguf_tensors import FUSED_MLP, GPT_OSS, Layout
 from refusal_jax.checkpoints.tensors import listed
 from refusal_jax.errors import UserError, did_you_mean, shown
 from refusal_jax.models.quantisation import GGUF
@@ -239,6 +239,27 @@ def _phi3(read: Metadata, config: dict) -> dict:
     }
 
 
+def _gpt_oss(read: Metadata, config: dict) -> dict:
+    """Reads gpt-oss. That its rope's bounds are not rounded, and how its experts' gates are clamped, no file says."""
+    own, width = _whole_heads(read, config), read.take("expert_feed_forward_length", int, config["intermediate_size"])
+    base = read.take("rope.freq_base_swa", float, config["rope_theta"])
+    if base != config["rope_theta"]:
+        read.problems.append(f"gpt-oss.rope.freq_base_swa = {base} differs from rope.freq_base")
+    read.only("expert_gating_func", 1, 3)  # softmax over the chosen experts, which is its default
+    if own["rope_scaling"]:
+        own["rope_scaling"]["truncate"] = False
+    return own | {
+        "model_type": "gpt_oss",
+        "intermediate_size": width,
+        "num_local_experts": read.take("expert_count", int, required=True),
+        "num_experts_per_tok": read.take("expert_used_count", int, required=True),
+        "sliding_window": read.take("attention.sliding_window", int, required=True),
+        "layer_types": _windows(read, config, 2),
+        "attention_bias": read.has("attn_q.bias") or read.has("attn_qkv.bias"),
+        "swiglu_limit": 7.0,
+    }
+
+
 CLASSES = {
     "llama": "LlamaForCausalLM",
     "mistral": "MistralForCausalLM",
@@ -250,6 +271,7 @@ CLASSES = {
     "gemma2": "Gemma2ForCausalLM",
     "gemma3_text": "Gemma3ForCausalLM",
     "phi3": "Phi3ForCausalLM",
+    "gpt_oss": "GptOssForCausalLM",
 }
 PLAIN_LAYOUT, GEMMA_LAYOUT = Layout(), Layout(norm_offset=1.0)
 ARCHITECTURES: dict[str, Architecture] = {
@@ -260,5 +282,6 @@ ARCHITECTURES: dict[str, Architecture] = {
     "gemma": Architecture(_gemma, GEMMA_LAYOUT),
     "gemma2": Architecture(_gemma2, GEMMA_LAYOUT),
     "gemma3": Architecture(_gemma3, GEMMA_LAYOUT),
-    "phi3": Architecture(_phi3, Layout(fused_mlp=True)),
+    "gpt-oss": Architecture(_gpt_oss, Layout(own=GPT_OSS)),
+    "phi3": Architecture(_phi3, Layout(own=FUSED_MLP)),
 }

@@ -6,7 +6,7 @@ rotated rows together (Llama), and added 1 to norms (Gemma). Fused tensors may b
 
 import dataclasses
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 from gguf.constants import GGMLQuantizationType
@@ -18,7 +18,7 @@ from refusal_jax.checkpoints.safetensors import LocalFile, RangeFile, reading
 from refusal_jax.checkpoints.tensors import Tensor, listed
 from refusal_jax.errors import UserError
 from refusal_jax.models.config import ModelConfig
-from refusal_jax.models.families import Piece, pieces
+from refusal_jax.models.families import Piece, hf_shapes, pieces
 from refusal_jax.models.weights import Weight, weight_table
 
 CHUNK_VALUES = 1 << 18  # that are dequantised at a time, in float32
@@ -63,25 +63,33 @@ EXPERTS = {
     "blk.{l}.ffn_up.{e}.weight": ("blocks.up",),
     "blk.{l}.ffn_down.{e}.weight": ("blocks.down",),
 }
+GPT_OSS = {
+    "blk.{l}.attn_sinks.weight": ("blocks.sinks",),
+    "blk.{l}.post_attention_norm.weight": ("blocks.mlp_norm",),
+    "blk.{l}.ffn_gate_inp.bias": ("blocks.router_bias",),
+    "blk.{l}.ffn_gate_exps.bias": ("blocks.gate_bias",),
+    "blk.{l}.ffn_up_exps.bias": ("blocks.up_bias",),
+    "blk.{l}.ffn_down_exps.bias": ("blocks.down_bias",),
+}
 
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
     """How an architecture lays its tensors out, where architectures differ.
 
-    permuted: whether the rows of queries and keys are in llama.cpp's order. norm_offset: what was added to norms. fused_mlp:
-    whether one tensor holds gate and up.
+    permuted: whether the rows of queries and keys are in llama.cpp's order. norm_offset: what was added to norms. own: names of
+    tensors that this architecture has or uses otherwise.
     """
 
     permuted: bool = False
     norm_offset: float = 0.0
-    fused_mlp: bool = False
+    own: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
 
     def names(self, cfg: ModelConfig) -> dict[str, tuple[str, ...]]:
         """Returns the decoder paths that each GGUF name holds."""
         experts = ("gate", "up", "down") if cfg.n_experts else ()
         dense = {n: paths for n, paths in NAMES.items() if paths[0].removeprefix("blocks.") not in experts}
-        return dense | (EXPERTS if cfg.n_experts else FUSED_MLP if self.fused_mlp else {})
+        return dense | (EXPERTS if cfg.n_experts else {}) | dict(self.own)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -206,6 +214,62 @@ class GgufTensor:
         return count
 
 
+@dataclasses.dataclass(frozen=True)
+class Woven:
+    """A tensor of all experts of a layer by its HF name, made of one or two that GGUF keeps apart; a `Tensor` of checkpoints.
+
+    members: tensors `[experts * rows, columns]`, or of biases `[experts, rows]`, each with the place of its first row and the
+    step to the next one among the rows of an expert. rows: how many each member has for an expert. transposed: whether the rows
+    are the tensor's columns.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    members: tuple[tuple[GgufTensor, int, int], ...]
+    rows: int
+    transposed: bool
+
+    @property
+    def dtype(self) -> str:
+        found = {tensor.dtype for tensor, _, _ in self.members}
+        return found.pop() if len(found) == 1 else "BF16"
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor, _, _ in self.members)
+
+    @property
+    def path(self) -> pathlib.Path:
+        return self.members[0][0].path
+
+    def read_into(self, index: tuple[slice, ...], out: Shaped[np.ndarray, "..."]) -> int:
+        """Reads as `Tensor.read_into` does. Raises UserError if the file cannot be read."""
+        spans = [s.indices(n)[:2] for s, n in zip(index, self.shape, strict=False)]
+        spans += [(0, n) for n in self.shape[len(spans) :]]
+        selected = tuple(max(stop - start, 0) for start, stop in spans)
+        if selected != out.shape:
+            raise ValueError(f"{self.name}: an array of shape {out.shape} cannot take {selected}")
+        (first, last), *matrix = spans
+        (start, stop), *columns = reversed(matrix) if self.transposed else matrix
+        count = 0
+        for tensor, offset, step in self.members:
+            low, high = (min(max(-(-(edge - offset) // step), 0), self.rows) for edge in (start, stop))
+            if low >= high:
+                continue
+            places = slice(offset + step * low - start, offset + step * (high - 1) - start + 1, step)
+            if not columns:
+                part = np.empty((last - first, high - low), out.dtype)
+                count += tensor.read_into((slice(first, last), slice(low, high)), part)
+                out[:, places] = part
+            for expert in range(first, last) if columns else ():
+                part = np.empty((high - low, columns[0][1] - columns[0][0]), out.dtype)
+                rows = slice(expert * self.rows + low, expert * self.rows + high)
+                count += tensor.read_into((rows, slice(*columns[0])), part)
+                target = out[expert - first]
+                (target.T if self.transposed else target)[places] = part
+        return count
+
+
 def gguf_tensors(
     header: GgufHeader, cfg: ModelConfig, layout: Layout, used: frozenset[str]
 ) -> tuple[dict[str, Tensor], dict[pathlib.Path, RangeFile]]:
@@ -218,23 +282,19 @@ def gguf_tensors(
         files: dict[pathlib.Path, RangeFile] = {path: LocalFile(path) for path in header.paths}
     weights, names = weight_table(cfg), layout.names(cfg)
     places = {path: [(name, held) for name, held in names.items() if path in held] for path in weights}
-    parts: dict[str, list[Part]] = {}
-    shapes: dict[str, tuple[int, ...]] = {}
-    offsets: dict[str, float] = {}
+    tensors: dict[str, list[tuple[Piece, Part]]] = {}
     missing, known, wrong = set(), set(used), set()
     for piece in pieces(cfg):
         found = _place(header, weights, places[piece.path], piece)
         if isinstance(found, str):
             missing.add(found)
             continue
-        stored, first, expected = found
+        stored, first, count, expected = found
         known.add(stored.name)
         if stored.shape != expected:
             wrong.add(f"{stored.name} is {list(stored.shape)}, expected {list(expected)}")
         head = cfg.head_dim if layout.permuted and piece.path in PERMUTED else 0
-        parts.setdefault(piece.name, []).append(Part(stored, files[stored.path], first, piece.stop - piece.start, head))
-        shapes[piece.name] = (piece.stop, *weights[piece.path].shape[len(piece.index) + 1 :])
-        offsets[piece.name] = -layout.norm_offset if piece.path.endswith("norm") else 0.0
+        tensors.setdefault(piece.name, []).append((piece, Part(stored, files[stored.path], first, count, head)))
     groups = (("missing", missing), ("unknown", set(header.tensors) - known), ("misshapen", wrong))
     problems = [f"{len(group)} {what}: {listed(sorted(group))}" for what, group in groups if group]
     if problems:
@@ -242,27 +302,44 @@ def gguf_tensors(
             f"The tensors of {header.paths[0]} do not fit its metadata: {'. '.join(problems)}. The file is of a variant of its "
             "architecture that is not computed here, or damaged. Use the original Hugging Face checkpoint of the model."
         )
-    tensors = {name: GgufTensor(name, shapes[name], tuple(held), offsets[name]) for name, held in parts.items()}
-    return dict(tensors), files
+    shapes = hf_shapes(cfg)
+    return {name: _tensor(name, shapes[name], held, layout) for name, held in tensors.items()}, files
+
+
+def _tensor(name: str, shape: tuple[int, ...], held: list[tuple[Piece, Part]], layout: Layout) -> Tensor:
+    """Returns an HF tensor of the parts of all pieces that it holds."""
+    first = held[0][0]
+    if not first.within:
+        offset = -layout.norm_offset if first.path.endswith("norm") else 0.0
+        return GgufTensor(name, shape, tuple(part for _, part in held), offset)
+    members = []
+    for piece, part in held:
+        if piece.within == (0,):  # whose tensor holds all experts
+            whole = dataclasses.replace(part, first=0, count=part.stored.rows)
+            member = GgufTensor(f"{name} ({part.stored.name})", (whole.count, whole.width), (whole,))
+            members.append((member, piece.start, piece.step))
+    rows = len(range(first.start, first.stop, first.step))
+    return Woven(name, shape, tuple(members), rows, first.transposed)
 
 
 def _place(
     header: GgufHeader, weights: dict[str, Weight], places: list[tuple[str, tuple[str, ...]]], piece: Piece
-) -> tuple[Stored, int, tuple[int, ...]] | str:
-    """Returns the stored tensor that holds a piece, at which row it begins, and the shape that tensor must have; or, if the file
-    has none, the name that it should have. places: the names that may hold the piece, each with all that it holds."""
-    layer, expert = (*piece.index, 0, 0)[:2]
-    names = [template.format(l=layer, e=expert) for template, _ in places] or [f"the tensor of {piece.path}"]
+) -> tuple[Stored, int, int, tuple[int, ...]] | str:
+    """Returns the stored tensor that holds a piece, at which row it begins and how many it has, and the shape that tensor must
+    have; or, if the file has none, the name that it should have. places: the names that may hold the piece, each with all that
+    it holds."""
+    expert = piece.index[-1] if len(piece.index) > 1 else 0
+    names = [template.format(l=piece.layer, e=expert) for template, _ in places] or [f"the tensor of {piece.path}"]
     at = next((i for i, name in enumerate(names) if name in header.tensors), None)
     if at is None:
         return names[0]
     template, paths = places[at]
     shapes = [weights[path].shape[len(piece.index) :] for path in paths]
     rows, at_row = sum(shape[0] for shape in shapes), sum(shape[0] for shape in shapes[: paths.index(piece.path)])
-    stored, expected = header.tensors[names[at]], (rows, *shapes[0][1:])
+    stored, expected, count = header.tensors[names[at]], (rows, *shapes[0][1:]), shapes[paths.index(piece.path)][0]
     if len(piece.index) > 1 and "{e}" not in template:
-        return stored, at_row + expert * rows, (weights[piece.path].shape[1], *expected)
-    return stored, at_row, expected
+        return stored, at_row + expert * rows, count, (weights[piece.path].shape[1], *expected)
+    return stored, at_row, count, expected
 
 
 def as_values(stored: Stored) -> Float32[np.ndarray, " n"]:
