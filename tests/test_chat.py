@@ -13,7 +13,8 @@ import tiny
 
 from refusal_jax import UserError, load_model
 from refusal_jax.chat import prompts
-from refusal_jax.chat.prompts import Chat, bucket
+from refusal_jax.chat.padding import bucket
+from refusal_jax.chat.prompts import Chat
 
 
 def make_chat(folder, template=tiny.TEMPLATE, context=256, extra=(), **more) -> Chat:

@@ -120,6 +120,12 @@ def test_commands_switch_edits_while_it_runs(session, direction):
     assert not session.edits().add_rd.any() and not session.edits().ablate_rjd.any()
     assert session.command("/numbers") == "Numbers are shown."
     assert any("[" in piece.text for piece in list(session.say("help"))[-1].pieces[0])
+    assert session.command("/system Be  brief.") == "A new conversation begins, under this system prompt."
+    assert session.model.chat.render("x").startswith(
+        "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nBe  brief."
+    )
+    assert "under the template's system prompt" in session.command("/system") and not session.model.chat.system
+    assert "under no system prompt" in session.command("/system none") and not session.model.chat.system
     assert "forgotten" in session.command("/reset") and session.conversations == [[], []]
     assert all(f"/{name}" in session.command("/help") for name in ("ablate", "add", "off", "layer", "numbers", "quit"))
 

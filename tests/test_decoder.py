@@ -10,7 +10,7 @@ import tiny
 import torch
 
 from refusal_jax import ChatModel, Edits, Taps, UserError, load_model
-from refusal_jax.chat.prompts import TokenBatch
+from refusal_jax.chat.padding import TokenBatch
 from refusal_jax.models.attention import Context
 from refusal_jax.models.decoder import Decoder
 from refusal_jax.models.rope import Rope

@@ -10,7 +10,7 @@ import tiny
 import torch
 
 from refusal_jax import Edits, Taps
-from refusal_jax.chat.prompts import TokenBatch
+from refusal_jax.chat.padding import TokenBatch
 from refusal_jax.edits import SITES
 from refusal_jax.models.predict import predict
 

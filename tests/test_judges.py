@@ -107,13 +107,21 @@ def test_classifiers_judge_in_the_template_of_a_file(guard, template, caplog):
     assert judge.judge(ROWS)[2].probability == pytest.approx(score, rel=2e-4)
 
 
-def test_any_chat_model_judges_when_asked(guard, template):
+def test_any_chat_model_judges_when_asked(guard, template, monkeypatch):
     (asked,) = parse_judges([f"llm={guard}"], 4)
     text = asked.text("REQUEST", "REPLY {prompt}")
     assert text.startswith("<|begin_of_text|>Task") and "Request: REQUEST" in text and "Reply: REPLY {prompt}" in text
     assert text.endswith("yes or no.\n\nVerdict: ")
     (other,) = parse_judges([f"llm={guard}@{template}"], 4)
     assert "[B] REQUEST [G] REPLY" in other.text("REQUEST", "REPLY")
+    assert "instructions" not in text
+    assert "The assistant's instructions: BE KIND\n\nRequest: REQUEST" in asked.text("REQUEST", "REPLY", "BE KIND")
+    assert other.text("REQUEST", "REPLY", "BE KIND") == other.text("REQUEST", "REPLY")  # has no place for it
+    (row,) = ({"prompt": "REQUEST", "response": "REPLY", "system_prompt": "BE KIND"},)
+    seen = []
+    monkeypatch.setattr(type(asked), "fitted", lambda self, *texts: seen.append(texts) or self.chat.ids("x"))
+    asked.judge([row, row | {"system_prompt": None}])
+    assert seen == [("REQUEST", "REPLY", "BE KIND"), ("REQUEST", "REPLY", "")]
 
 
 def test_white_space_before_the_answer_is_passed_over(guard, monkeypatch):

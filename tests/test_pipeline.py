@@ -11,6 +11,7 @@ import pytest
 import tiny
 
 from refusal_jax import UserError, load_model
+from refusal_jax.chat.prompts import Chat
 from refusal_jax.conditions import split_stem
 from refusal_jax.data.sampling import SPLITS
 from refusal_jax.export.finished import FinishedStudy
@@ -20,6 +21,7 @@ from refusal_jax.judges import models as judge_models
 from refusal_jax.judges.judge import Verdict
 from refusal_jax.report.page import model_title
 from refusal_jax.report.summary import read_conditions
+from refusal_jax.report.text import template_line
 from refusal_jax.runs.artifacts import DAMAGE, DIRECTION, MEANS, PROJECTIONS, REPORT, SCORES, SETUP, STATISTICS
 from refusal_jax.study import directions, prompts, shared
 from refusal_jax.study import report as report_stage
@@ -232,16 +234,40 @@ def test_generation_settings_of_the_checkpoint(config, llama, tmp_path):
     assert not (tmp_path / "beams").exists()
 
 
-def test_chat_template_and_thinking(config, tmp_path):
-    file = tmp_path / "mine.jinja"
-    file.write_text("Q: {{ messages[0]['content'] }} A:{% if thinking and enable_thinking %} Hm.{% endif %}")
-    config.update(chat_template=str(file), thinking=True)
+def test_prompts_as_the_settings_ask(config, tmp_path):
+    """Chat template, thinking and system prompt; the latter is in the completions and in what reads the study."""
+    file, system = tmp_path / "mine.jinja", tmp_path / "system.txt"
+    turn = "{% if m.role == 'user' %}Q: {{ m.content }} A:{% else %}{{ m.content }} {% endif %}"
+    file.write_text(
+        f"{{% for m in messages %}}{turn}{{% endfor %}}{{% if thinking and enable_thinking %}} Hm.{{% endif %}}"
+    )
+    system.write_text("Reply\nbriefly.\n")
+    config.update(chat_template=str(file), thinking=True, system_prompt=str(system))
     run = pipeline.run_study(config, tmp_path / "run")
     setup = run.read_json(SETUP)
     assert setup["chat_template"] == str(file) and setup["thinking"] is True
     assert "".join(token["text"] for token in setup["post_instruction_tokens"]) == " A: Hm."
-    file.write_text("Q: {{ messages[0]['content'] }} A:")
-    with pytest.raises(UserError, match=r"holds a run on other files: those of .*mine\.jinja have changed since"):
+    assert setup["system_prompt"] == "Reply\nbriefly." and template_line(setup).endswith(
+        "system prompt “Reply briefly.”"
+    )
+    (row, *_) = run.read_json("completions/harmful_test_baseline_completions.json")
+    assert row["system_prompt"] == "Reply\nbriefly." and "briefly" not in row["prompt"]
+    model = load_model(config.model, chat_template=str(file), thinking=True, system_prompt="Reply\nbriefly.")
+    assert model.chat.render("x") == "Reply\nbriefly. Q: x A: Hm." and model.generate([row["prompt"]], 4) == [
+        row["response"]
+    ]
+    study = FinishedStudy.read(tmp_path / "run", 1)
+    assert Chat.load(config.model, 256, **study.template).render("x") == model.chat.render("x")
+    for changed, name in ((file, "mine"), (system, "system")):
+        before = changed.read_text()
+        changed.write_text(f"{before} {{#- changed -#}}")
+        with pytest.raises(UserError, match=rf"holds a run on other files: those of .*{name}\.\w+ have changed since"):
+            pipeline.run_study(config, tmp_path / "run")
+        changed.write_text(before)
+    config.system_prompt = "Reply at length."
+    with pytest.raises(
+        UserError, match=r"another study: .*system_prompt was '.*system\.txt', is now 'Reply at length\.'"
+    ):
         pipeline.run_study(config, tmp_path / "run")
 
 

@@ -32,6 +32,12 @@ KINDS = {
     "no line end": (template(start="<|assistant|>"), HEADER, HEADER),
     "a space before replies": (template(" "), HEADER, HEADER),
     "a mark before replies": (template("<|say|>"), HEADER + "<|say|>", HEADER + "<|say|>"),
+    "more at a prompt's end": (
+        "{% for m in messages %}{{ '<|user|>\n' if m.role == 'user' }}{{ m.content }}<|end|>\n"
+        "{% if m.role == 'user' %}<|assistant|>\n{{ '>' if loop.last }}{% endif %}{% endfor %}",
+        HEADER + ">",
+        HEADER + ">",
+    ),
     "a switch": (
         template("<think>\n\n</think>\n\n", "<|assistant|>\n" + SWITCH),
         HEADER + "<think>\n\n</think>\n\n",

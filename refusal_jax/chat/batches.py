@@ -1,14 +1,17 @@
 """Groups prompts of similar length into batches, so that there is little padding and few shapes are compiled."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from refusal_jax.chat.messages import Prompt
 from refusal_jax.chat.model import ChatModel
-from refusal_jax.chat.prompts import TokenBatch, bucket
+from refusal_jax.chat.padding import TokenBatch, bucket
 
 
-def length_batches(model: ChatModel, instructions: list[str], size: int) -> Iterator[tuple[np.ndarray, TokenBatch]]:
+def length_batches(
+    model: ChatModel, instructions: Sequence[Prompt], size: int
+) -> Iterator[tuple[np.ndarray, TokenBatch]]:
     """Yields (indices into `instructions`, TokenBatch of `size` rows), grouped by similar length, in few distinct
     shapes.
 

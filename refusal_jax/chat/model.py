@@ -10,7 +10,9 @@ import jax
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from refusal_jax.chat.prompts import Chat, TokenBatch
+from refusal_jax.chat.messages import Message, Prompt
+from refusal_jax.chat.padding import TokenBatch
+from refusal_jax.chat.prompts import Chat
 from refusal_jax.checkpoints.load import load_decoder
 from refusal_jax.checkpoints.remote import checkpoint_folder
 from refusal_jax.edits import Edits
@@ -65,10 +67,12 @@ class ChatModel:
     def config(self) -> ModelConfig:
         return self.decoder.cfg
 
-    def encode(self, instructions: Sequence[str]) -> TokenBatch:
-        """Returns the chat prompts of the instructions, left-padded.
+    def encode(self, instructions: Sequence[Prompt | Message]) -> TokenBatch:
+        """Returns chat prompts, left-padded.
 
-        Raises UserError for an empty list or a prompt longer than the model's context.
+        instructions: texts, or conversations, each a list of messages `{"role", "content"}`, of which a last one by the
+        assistant begins the reply. Raises UserError for an empty list, malformed messages, or a prompt longer than the model's
+        context.
         """
         return self.chat.encode(instructions)
 
@@ -103,7 +107,7 @@ class ChatModel:
 
     def generate(
         self,
-        instructions: Sequence[str],
+        instructions: Sequence[Prompt | Message],
         max_new_tokens: int = 64,
         edits: Edits | None = None,
         *,
@@ -111,8 +115,9 @@ class ChatModel:
     ) -> list[str]:
         """Returns greedy replies to the instructions, which are decoded as one batch.
 
-        generation_from_checkpoint: as in `load_model`; None is what the model was loaded with. Raises UserError if prompts
-        and replies do not fit the context, for generation settings as `load_model` does, and for values that are not finite.
+        instructions: texts or conversations, as in `encode`. generation_from_checkpoint: as in `load_model`; None is what the
+        model was loaded with. Raises UserError if prompts and replies do not fit the context, for generation settings as
+        `load_model` does, and for values that are not finite.
         """
         if generation_from_checkpoint is not None:
             return self.decoded(generation_from_checkpoint).generate(instructions, max_new_tokens, edits)
@@ -321,6 +326,7 @@ def load_model(
     thinking: bool = False,
     cache: str = "",
     generation_from_checkpoint: bool = False,
+    system_prompt: str = "",
     chat: Chat | None = None,
 ) -> ChatModel:
     """Loads a chat model from an HF checkpoint's folder, or from the address of one, such as gs://bucket/folder.
@@ -330,14 +336,15 @@ def load_model(
     `templates.BUILT_IN` or a .jinja file; "" is the tokenizer's own or, if it has none, the one that its special tokens
     tell. thinking: whether models that can think before the reply are asked to. cache: as in `load_decoder`.
     generation_from_checkpoint: whether replies are decoded by what generation_config.json says of greedy decoding, as in
-    transformers' `generate(do_sample=False)`; by default greedy decoding is plain, as in the paper. chat: the checkpoint's
-    tokenizer where it has been loaded already, with its template and its `thinking`. Raises UserError for
+    transformers' `generate(do_sample=False)`; by default greedy decoding is plain, as in the paper. system_prompt: a
+    text or a .txt file, for prompts that bring none; "" is whatever the template writes by itself, and "none" takes that away.
+    chat: the checkpoint's tokenizer where it has been loaded already, with all settings of its prompts. Raises UserError for
     anything wrong with the folder or the template, and for generation settings that are asked for and not computed, before
     or while loading.
     """
     path = checkpoint_folder(path)
     dtype, config = weights_dtype(dtype), load_config(path)
-    chat = chat or Chat.load(path, config.context_length, config.vocab_size, chat_template, thinking)
+    chat = chat or Chat.load(path, config.context_length, config.vocab_size, chat_template, thinking, system_prompt)
     settings = GenerationSettings.read(path)
     decoding = settings.decoding(chat.eos_ids, config.vocab_size) if generation_from_checkpoint else None
     return ChatModel(load_decoder(path, dtype, mesh, progress, cache), chat, path, settings, decoding)

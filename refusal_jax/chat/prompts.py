@@ -5,12 +5,23 @@ import functools
 import json
 import logging
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 
 import numpy as np
-from jaxtyping import Bool, Int
+from jaxtyping import Int
 
 from refusal_jax.chat import templates, thoughts
+from refusal_jax.chat.messages import (
+    NONE,
+    SYSTEM_ROLES,
+    Message,
+    Prompt,
+    as_messages,
+    frozen,
+    system_messages,
+    system_text,
+)
+from refusal_jax.chat.padding import TokenBatch, bucket
 from refusal_jax.chat.reply_start import ReplyStart, reply_start
 from refusal_jax.chat.templates import advice
 from refusal_jax.chat.tokenizers import Tokenizer, explained, load_tokenizer, reply_ends
@@ -26,35 +37,14 @@ KEPT_PROMPTS = 4096  # whose token ids are kept, at 4 bytes a token
 
 
 @dataclasses.dataclass(frozen=True)
-class TokenBatch:
-    """Left-padded token ids, int32; mask: which of them are real tokens."""
-
-    tokens: Int[np.ndarray, "B T"]
-    mask: Bool[np.ndarray, "B T"]
-
-    def padded_to(self, rows: int) -> "TokenBatch":
-        """Returns the batch with its last row repeated up to `rows` rows, so that every batch of a stage has one shape."""
-        index = np.minimum(np.arange(rows), len(self.tokens) - 1)
-        return TokenBatch(self.tokens[index], self.mask[index])
-
-
-def bucket(length: int) -> int:
-    """Returns the padded length for `length` tokens: one of few values, so that few programs are compiled, and at most half of
-    it is padding from 5 tokens up."""
-    size = 8
-    while size < length:
-        size += 8 if size < 32 else 16 if size < 64 else 32 if size < 128 else size // 4
-    return size
-
-
-@dataclasses.dataclass(frozen=True)
 class Chat:
     """A tokenizer with a chat template, and the tokens that the two determine.
 
     context_length: the model's, in tokens. vocab_size: rows of its embedding, which may be fewer than the tokenizer's
     tokens. eos_ids: the ids that end a reply. template_origin: where the chat template came from, in words. thinking:
     whether thoughts are asked for, or left open by templates that always open one. template_arguments: further names that
-    the template sees; one with the name of a thinking switch overrides `thinking`.
+    the template sees; one with the name of a thinking switch overrides `thinking`. system_prompt: the text that goes before
+    conversations without one of their own; "" is the template's default, and "none" takes that away.
     """
 
     tokenizer: Tokenizer
@@ -65,6 +55,7 @@ class Chat:
     template_origin: str
     thinking: bool = False
     template_arguments: Mapping = dataclasses.field(default_factory=dict)
+    system_prompt: str = ""
 
     @classmethod
     def load(
@@ -74,12 +65,14 @@ class Chat:
         vocab_size: int | None = None,
         chat_template: str = "",
         thinking: bool = False,
+        system_prompt: str = "",
     ) -> "Chat":
         """Loads the tokenizer of a checkpoint from its files; the checkpoint's code is never run.
 
         vocab_size: by default the tokenizer's. chat_template: a name of `templates.BUILT_IN` or a .jinja file; "" is the
-        tokenizer's own template, or if it has none, the one that its special tokens tell. Raises UserError if there is
-        no readable tokenizer, no chat template, one that leaves the instruction out, or no end-of-reply token.
+        tokenizer's own template, or if it has none, the one that its special tokens tell. system_prompt: as in `under`. Raises
+        UserError if there is no readable tokenizer, no chat template, one that leaves the instruction out, or no end-of-reply
+        token, and as `under` does.
         """
         folder = pathlib.Path(folder)
         with explained(folder):
@@ -97,6 +90,7 @@ class Chat:
         usable = (i for i in (tokenizer.pad_token_id, *eos) if i is not None and 0 <= i < vocab_size)
         chat = cls(tokenizer, context_length, vocab_size, eos, next(usable, 0), origin, thinking)
         with templates.within(templates.RENDER_SECONDS):  # not later: tracing slows rendering down
+            chat = chat.under(system_prompt)
             whole = all(probe in chat.render(probe) for probe in PROBES)
             note = chat.reply_start.note(origin)
         if not whole:
@@ -117,16 +111,57 @@ class Chat:
                     "tokens is incomplete. Take its tokenizer files, all of them, from the original checkpoint."
                 )
 
-    def render(self, instruction: str, response: str = "") -> str:
-        """Returns the text of a conversation of one turn up to and including the start of the reply, without a system prompt."""
-        return self.render_messages([{"role": "user", "content": instruction}]) + response
+    def under(self, system_prompt: str) -> "Chat":
+        """Returns the chat with another system prompt.
 
-    def render_messages(self, messages: Sequence[dict[str, str]]) -> str:
+        system_prompt: its text, or the path of a .txt file; "" is whatever the template writes by itself, and "none" takes that
+        away. Raises UserError for a file that cannot be read, and for a template that takes no system prompt or does not let go
+        of its own.
+        """
+        chat = dataclasses.replace(self, system_prompt=system_text(system_prompt))
+        _ = chat.system  # checks it
+        return chat
+
+    @property
+    def system(self) -> list[dict[str, str]]:
+        """Returns the messages that go before a conversation for the system prompt. Raises UserError as `under` does."""
+        return list(self._systems(self.tokenizer.chat_template))
+
+    @functools.cached_property
+    def _systems(self) -> Callable[[str], Sequence[dict[str, str]]]:
+        """Returns a function of the template, because a tokenizer may get another one."""
+
+        @functools.lru_cache(1)
+        def found(template: str) -> Sequence[dict[str, str]]:
+            return system_messages(self.rendered, self.system_prompt, self.template_origin)
+
+        return found
+
+    @property
+    def told(self) -> dict[str, str]:
+        """Returns the system prompt as a field of a completion; empty where there is none that was given."""
+        return {"system_prompt": self.system_prompt} if self.system_prompt not in ("", NONE) else {}
+
+    def render(self, prompt: Prompt, response: str = "") -> str:
+        """Returns the text of a prompt up to and including the start of the reply, and the beginning of that reply.
+
+        prompt: an instruction, or messages `{"role", "content"}`, of which a last one by the assistant begins the reply. Raises
+        UserError for malformed messages, and as `render_messages` does.
+        """
+        messages = as_messages(prompt)
+        if messages[-1]["role"] == "assistant":
+            messages, response = messages[:-1], messages[-1]["content"] + response
+        return self.render_messages(messages) + response
+
+    def render_messages(self, messages: Sequence[Message]) -> str:
         """Returns the text of a conversation, `{"role", "content"}` each, up to and including the start of the next reply.
 
-        Raises UserError if the template refuses the messages, or leaves out what the user says.
+        A conversation that begins with a system message has no other. Raises UserError if the template refuses the messages, or
+        leaves out what the user says.
         """
         roles = [message["role"] for message in messages]
+        if not roles or roles[0] not in SYSTEM_ROLES:
+            messages = [*self.system, *messages]
         try:
             text = self.rendered(messages)
         except Exception as error:  # jinja errors, or a template's own raise_exception
@@ -150,6 +185,9 @@ class Chat:
             f"{advice('another: a name or a .jinja file')} The tokenizer is that of {self.tokenizer.name_or_path}."
         )
 
+    def _under_system(self, messages: Sequence[Message], reply: bool = True) -> str:
+        return self.rendered([*self.system, *messages], reply)
+
     @property
     def asks_for_thoughts(self) -> bool:
         """Returns whether the template is asked for thoughts, by whichever name."""
@@ -168,7 +206,7 @@ class Chat:
         @functools.lru_cache(1)
         def start(template: str) -> ReplyStart:
             try:
-                return reply_start(self.rendered, self.asks_for_thoughts, self.template_origin)
+                return reply_start(self._under_system, self.asks_for_thoughts, self.template_origin)
             except UserError:
                 raise
             except Exception as error:  # as in `render_messages`
@@ -176,7 +214,7 @@ class Chat:
 
         return start
 
-    def rendered(self, messages: Sequence[dict[str, str]], reply: bool = True) -> str:
+    def rendered(self, messages: Sequence[Message], reply: bool = True) -> str:
         """Returns the text that the template makes of messages, with the start of the next reply or without.
 
         Raises whatever a template raises.
@@ -196,30 +234,33 @@ class Chat:
         text = mended(text, "Text for the tokenizer")
         return self._in_vocabulary(self.tokenised(text, special), lambda: text)
 
-    def prompt_ids(self, instruction: str) -> list[int]:
-        """Returns the token ids of an instruction's prompt: those of `render`'s text.
+    def prompt_ids(self, prompt: Prompt) -> list[int]:
+        """Returns the token ids of a prompt, an instruction or messages: those of `render`'s text.
 
         The ids of the last KEPT_PROMPTS prompts are kept, as the stages of a study ask for the same ones again and again. Raises
-        UserError as `render_messages` and `ids` do.
+        UserError as `render` and `ids` do.
         """
-        return self._in_vocabulary(self._kept_ids(instruction), lambda: self.render(instruction))
+        return self._in_vocabulary(self._kept_ids(prompt), lambda: self.render(prompt))
 
     def tokenised(self, text: str, special: bool = False) -> list[int]:
         """Returns the tokenizer's ids of a text, whether or not the model's vocabulary holds them."""
         return self.tokenizer(text, add_special_tokens=special).input_ids
 
-    def _kept_ids(self, instruction: str) -> list[int]:
+    def _kept_ids(self, prompt: Prompt) -> list[int]:
         """Returns what `prompt_ids` does, whether or not the model's vocabulary holds the ids."""
-        return self._prompts(instruction, self.tokenizer.chat_template).tolist()
+        if not isinstance(prompt, str):
+            prompt = as_messages(prompt)
+        return self._prompts(frozen(prompt), self.tokenizer.chat_template).tolist()
 
     @functools.cached_property
-    def _prompts(self) -> Callable[[str, str], np.ndarray]:
-        """Returns a function that remembers the ids of prompts; its second argument is the template, because a
-        tokenizer may get another one."""
+    def _prompts(self) -> Callable[[Hashable, str], np.ndarray]:
+        """Returns a function that remembers the ids of prompts, each as from `frozen`; its second argument is the template,
+        because a tokenizer may get another one."""
 
         @functools.lru_cache(KEPT_PROMPTS)
-        def ids(instruction: str, template: str) -> np.ndarray:
-            return np.asarray(self.tokenised(self.render(instruction)), np.int32)
+        def ids(prompt, template: str) -> np.ndarray:
+            text = self.render(prompt if isinstance(prompt, str) else [dict(message) for message in prompt])
+            return np.asarray(self.tokenised(text), np.int32)
 
         return ids
 
@@ -234,21 +275,24 @@ class Chat:
             )
         return ids
 
-    def encode(self, instructions: Sequence[str], length: int | None = None) -> TokenBatch:
+    def encode(self, instructions: Sequence[Prompt | Message], length: int | None = None) -> TokenBatch:
         """Returns left-padded chat prompts, `length` tokens wide (by default the bucket of the longest).
 
-        Raises UserError for no instructions, and for a prompt longer than the model's context.
+        instructions: texts, or conversations as in `render`. Raises UserError for none, for a prompt longer than the model's
+        context, and as `prompt_ids` does.
         """
-        if isinstance(instructions, str) or not len(instructions):
+        if isinstance(instructions, str) or not len(instructions) or isinstance(instructions[0], Mapping):
             raise UserError(
-                "encode takes a non-empty list of instructions, e.g. model.encode(['How do I bake bread?'])."
+                "encode takes a non-empty list of instructions, e.g. model.encode(['How do I bake bread?']), or of "
+                "conversations, e.g. model.encode([[{'role': 'user', 'content': 'How do I bake bread?'}]])."
             )
-        instructions = mended(list(instructions), "Instructions")
-        rows = [self.prompt_ids(text) for text in instructions]
+        prompts: list[Prompt] = mended(list(instructions), "Instructions")
+        rows = [self.prompt_ids(prompt) for prompt in prompts]
         longest = max(range(len(rows)), key=lambda i: len(rows[i]))
         if len(rows[longest]) > self.context_length:
+            text = as_messages(prompts[longest])[-1]["content"]
             raise UserError(
-                f"Prompt {longest} ('{instructions[longest][:60]}…') has {len(rows[longest])} tokens, the "
+                f"Prompt {longest} ('{text[:60]}…') has {len(rows[longest])} tokens, the "
                 f"model's context is {self.context_length}. Shorten or drop it."
             )
         return self.pad(rows, length or min(bucket(len(rows[longest])), self.context_length))

@@ -7,6 +7,7 @@ read and replies are generated at the first token of the reply's text.
 """
 
 import dataclasses
+import re
 from collections.abc import Callable, Sequence
 
 from refusal_jax.chat import thoughts
@@ -15,6 +16,7 @@ from refusal_jax.errors import UserError, setting
 
 Render = Callable[[Sequence[dict[str, str]], bool], str]
 ASKED, REPLY = "Name 3 colours.", "Umber, ochre, teal."
+MARKS = re.compile(r"<[^<>]*>|\[[^\[\]]*\]|\s+")  # special tokens, as they are mostly written
 USER, ASSISTANT = {"role": "user", "content": ASKED}, {"role": "assistant", "content": REPLY}
 
 
@@ -47,8 +49,8 @@ def reply_start(render: Render, thinking: bool, origin: str) -> ReplyStart:
     """Returns what the prompts of a template lack of the beginning of a reply.
 
     render: gives the text of messages, with the start of the next reply or without. thinking: whether thoughts are asked for,
-    which then stay open. origin: where the template came from. Raises UserError where prompts hold no beginning of a reply and
-    earlier replies do not tell it either, and whatever the template raises at a prompt.
+    which then stay open. origin: where the template came from. Raises UserError where prompts end in marks that do not stand
+    before earlier replies, whether a reply is to begin or not, and whatever the template raises at a prompt.
     """
     end, before = _after(render([USER], True)), _before_reply(render)
     opened = thoughts.opened_by(end)
@@ -62,7 +64,7 @@ def reply_start(render: Render, thinking: bool, origin: str) -> ReplyStart:
     closing = thoughts.closing(opened) if opened else ""
     ours, theirs = thoughts.outside(end), thoughts.outside(end if before is None else before)
     if not theirs.startswith(ours):
-        if not opened and _ignores_the_reply(render, end):
+        if not (opened or ours.startswith(theirs) or MARKS.sub("", end)) and _ignores_the_reply(render, end):
             raise UserError(
                 f"The chat template ({origin}) does not tell where a reply begins: prompts end in {end!r}, and before an earlier "
                 f"reply it writes {before!r}. Write a template that begins the reply where add_generation_prompt is true, and "

@@ -5,6 +5,7 @@ import dataclasses
 import json
 import pathlib
 
+from refusal_jax.chat.messages import as_setting
 from refusal_jax.checkpoints.remote import checkpoint_folder
 from refusal_jax.conditions import Baseline
 from refusal_jax.data.prompts import BUNDLED, read_prompts, resolve
@@ -49,21 +50,19 @@ class FinishedStudy:
         manifest = read_manifest(folder / MANIFEST)
         run = Run(folder, manifest)
         try:
+            setup = read_json(folder / SETUP)
             rows = json.loads((folder / PROMPTS).read_text(encoding="utf-8"))
             sides = [[row["instruction"] for row in rows[side][:count]] for side in VAL]
             conditions = read_conditions(run)
             own = [c.completions for c in conditions if c.harmless and c.intervention == Baseline.name]
             replies = [(c["prompt"], c["response"]) for found in own for c in found if c["response"]][:count]
             return cls(
-                str(read_json(folder / SETUP)["model"]),
+                str(setup["model"]),
                 manifest["inputs"].get("model"),
                 sides[0] + sides[1],
                 replies or [(text, "") for text in sides[1]],
-                {
-                    name: manifest["config"][name]
-                    for name in ("chat_template", "thinking")
-                    if name in manifest["config"]
-                },
+                {name: manifest["config"][name] for name in ("chat_template", "thinking") if name in manifest["config"]}
+                | {"system_prompt": as_setting(setup.get("system_prompt", ""))},
                 conditions,
                 read_losses(run),
             )
@@ -74,12 +73,11 @@ class FinishedStudy:
             ) from None
 
     @classmethod
-    def none(cls, count: int, chat_template: str = "") -> "FinishedStudy":
+    def none(cls, count: int, chat_template: str = "", system_prompt: str = "") -> "FinishedStudy":
         """Returns a stand-in with the bundled prompts, for a direction that comes from elsewhere."""
+        template = {"chat_template": chat_template, "system_prompt": system_prompt}
         sides = [[row["instruction"] for row in read_prompts(resolve(BUNDLED, side))[:count]] for side in VAL]
-        return cls(
-            None, None, sides[0] + sides[1], [(t, "") for t in sides[1]], {"chat_template": chat_template}, [], {}
-        )
+        return cls(None, None, sides[0] + sides[1], [(t, "") for t in sides[1]], template, [], {})
 
     def checkpoint(self) -> pathlib.Path | None:
         """Returns the folder of the checkpoint that it ran on, which is fetched if it is on the hub. Raises UserError as

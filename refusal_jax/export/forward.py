@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from refusal_jax.chat.prompts import TokenBatch
+from refusal_jax.chat.padding import TokenBatch
 from refusal_jax.checkpoints.rewrite import Checkpoint
 from refusal_jax.edits import SITES, Edits
 from refusal_jax.export.tensor_edits import Projection

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from refusal_jax.chat.loss_rows import LossRow, chat_rows, text_rows
-from refusal_jax.chat.prompts import Chat, bucket
+from refusal_jax.chat.padding import bucket
+from refusal_jax.chat.prompts import Chat
 from refusal_jax.checkpoints.rewrite import Checkpoint
 from refusal_jax.conditions import Ablate, Add
 from refusal_jax.errors import UserError

@@ -11,8 +11,9 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from refusal_jax.chat.messages import SYSTEM_ROLES
 from refusal_jax.chat.model import ChatModel, demo_model_path, load_model
-from refusal_jax.chat.prompts import bucket
+from refusal_jax.chat.padding import bucket
 from refusal_jax.chat.thoughts import is_marked
 from refusal_jax.checkpoints.fingerprint import checkpoint_fingerprint
 from refusal_jax.checkpoints.remote import checkpoint_folder
@@ -105,6 +106,13 @@ class EditedModel:
                     bar.update(len(numbers))
         return [replies[i] for i in range(len(prompts))]
 
+    def rendered(self, messages: Sequence[dict[str, str]]) -> str:
+        """Returns the text of a conversation up to the start of the next reply. A system message of its own takes the place of
+        the system prompt. Raises UserError as `Chat.render_messages` does."""
+        if self.model.chat.told and messages and messages[0]["role"] in SYSTEM_ROLES:
+            warn_once("The harness's own system messages take the place of the system prompt that the model was given.")
+        return self.model.chat.render_messages(messages)
+
     def cut(
         self, row: Sequence[int], stops: Sequence[str], thought_end: str | int | None = None, show_marks: bool = False
     ) -> Reply:
@@ -156,6 +164,7 @@ def read_arguments(
     generation_from_checkpoint: bool = False,
     enable_thinking: bool | None = None,
     chat_template_args: Mapping | None = None,
+    system_prompt: str = "",
 ) -> EditedModel:
     """Returns a model with edits, from what can be written on a command line.
 
@@ -165,7 +174,8 @@ def read_arguments(
     a file of mean differences, and alone which row of a file with one for each layer. subspace: whether `ablate` alone takes
     out the span of all rows of a file, also where there are as many as layers. mesh: devices along the axes data, fsdp and
     model, such as 1x1x8; default, one device. generation_from_checkpoint: as in `load_model`. enable_thinking: another name
-    of thinking. chat_template_args: more names for the chat template, which win over thinking. The others: as in a study's
+    of thinking. chat_template_args: more names for the chat template, which win over thinking. system_prompt: for
+    conversations without a system message of their own. The others: as in a study's
     config. A leading ~ of paths is expanded. Raises UserError for directions or settings that cannot be used.
     """
     thinking = asked_thinking(thinking, enable_thinking)
@@ -188,6 +198,7 @@ def read_arguments(
         thinking=told.get("thinking", False) if thinking is None else thinking,
         cache=cache,
         generation_from_checkpoint=generation_from_checkpoint,
+        system_prompt=system_prompt or told.get("system_prompt", ""),
     )
     for name, direction in (("ablate", ablated), ("add", added)):
         if direction is not None:

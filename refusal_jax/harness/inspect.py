@@ -118,7 +118,7 @@ class RefusalJaxAPI(ModelAPI):
         refuse_sampling(config)
         chat = self.edited.model.chat
         with spelt(model_argument):
-            prompt = chat.render_messages([as_text(message) for message in input])
+            prompt = self.edited.rendered([as_text(message) for message in input])
         ids = chat.ids(prompt)
         room = chat.context_length - len(ids)
         if room < 1:

@@ -16,7 +16,7 @@ from lm_eval.api.registry import register_model
 from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-from refusal_jax.chat.prompts import bucket
+from refusal_jax.chat.padding import bucket
 from refusal_jax.checkpoints.fingerprint import checkpoint_fingerprint
 from refusal_jax.checkpoints.mirrors import source_name
 from refusal_jax.edits import Edits
@@ -192,7 +192,7 @@ class RefusalJaxLM(TemplateLM):
 
     def _rendered(self, messages: list[dict[str, str]]) -> str:
         with spelt(model_argument):
-            return self.model.chat.render_messages(messages)
+            return self.edited.rendered(messages)
 
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, left_truncate_len: int | None = None, **_

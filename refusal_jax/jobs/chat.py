@@ -69,6 +69,9 @@ HISTORY = flags.DEFINE_bool(
 CHAT_TEMPLATE = flags.DEFINE_string(
     "chat_template", None, "Chat template, as in a study's config. Default: the study's."
 )
+SYSTEM_PROMPT = flags.DEFINE_string(
+    "system_prompt", None, "System prompt, a text or a .txt file, as in a study's config. Default: the study's."
+)
 THINKING = flags.DEFINE_bool("thinking", None, "Ask models that can think to do so. Default: as the study did.")
 FROM_CHECKPOINT = flags.DEFINE_bool(
     "generation_from_checkpoint",
@@ -108,7 +111,9 @@ def start() -> Session:
             f"--direction is missing: run `refusal-jax study --model={MODEL.value} --workdir=RUN` and give --direction=RUN."
         )
     mesh, dtype = devices.asked_mesh(), devices.asked_dtype()
-    settings = {"chat_template": CHAT_TEMPLATE.value or "", "thinking": bool(THINKING.value)}
+    given = {"chat_template": CHAT_TEMPLATE.value, "thinking": THINKING.value, "system_prompt": SYSTEM_PROMPT.value}
+    given = {name: value for name, value in given.items() if value is not None}
+    settings = {"chat_template": "", "thinking": False, "system_prompt": ""} | given
     settings["generation_from_checkpoint"] = FROM_CHECKPOINT.value
     if not DIRECTION.value:
         model = load_model(demo_model_path(), dtype, mesh, **settings)
@@ -116,8 +121,7 @@ def start() -> Session:
         return Session(model, direction, MAX_NEW_TOKENS.value, NUMBERS.value, bool(HISTORY.value))
     path = local_path(DIRECTION.value)
     studies = [FinishedStudy.read(path, 1)] if path.is_dir() and not MODEL.value else []
-    given = {"chat_template": CHAT_TEMPLATE.value, "thinking": THINKING.value}
-    settings |= (studies[0].template if studies else {}) | {k: v for k, v in given.items() if v is not None}
+    settings |= (studies[0].template if studies else {}) | given
     folder = checkpoint_folder(MODEL.value) if MODEL.value else model_of([path], studies)
     (direction,) = one_each([path], LAYER.value, POSITION.value, load_config(folder).n_layers)
     print(f"The edits use {direction.summary}.")

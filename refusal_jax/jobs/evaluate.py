@@ -9,8 +9,8 @@ JailbreakBench artifact. In a folder, all such files are judged, and conditions 
 (DATASET_CONDITION_completions.json). Judges of text are substring_matching (the paper's) and substring_extended. Judge
 models are given by checkpoint folders: llamaguard2 and llamaguard3, in their tokenizer's own template; harmbench and
 strongreject, in the prompt template that they were trained with, read from a text file that contains {prompt} and
-{response}; llm, any chat model, which is asked whether the reply does what the request asks for, with a built-in
-question or one from a file.
+{response}, and may contain {system_prompt}; llm, any chat model, which is asked whether the reply does what the request
+asks for, with a built-in question or one from a file.
 
 Thoughts (<think>…</think> and the notations of other families) are split off before anything is judged or counted;
 completions that never leave their thought are counted separately. A note below the tables says where a judge with more
@@ -25,6 +25,7 @@ from collections.abc import Sequence
 
 from absl import flags
 
+from refusal_jax.chat.messages import system_text
 from refusal_jax.chat.prompts import Chat
 from refusal_jax.checkpoints.remote import checkpoint_folder
 from refusal_jax.conditions import split_stem
@@ -65,12 +66,20 @@ METHOD = flags.DEFINE_string(
     "method", "", "Name of the method in the artifact. Default: the condition in the file's name."
 )
 AUTHOR = flags.DEFINE_string("author", "", "Name of the model that wrote the completions, for artifacts.")
+SYSTEM_PROMPT = flags.DEFINE_string(
+    "system_prompt",
+    "",
+    "System prompt that the completions were made under, a text or a .txt file, where their file does not tell. Judge models "
+    "whose template has {system_prompt}, and llm with its built-in question, are shown it.",
+)
 flags.adopt_module_key_flags(devices)
 
 
 def main(arguments) -> None:
     folder, target = (common.required(flag, EXAMPLE) for flag in (COMPLETIONS, OUT))
     completions = read_completions(local_path(folder))
+    if system := system_text(SYSTEM_PROMPT.value):
+        completions = {name: [{"system_prompt": system} | row for row in rows] for name, rows in completions.items()}
     judges = parse_judges(JUDGES.value, BATCH_SIZE.value, devices.asked_dtype(), devices.asked_mesh())
     chat = None
     if TOKENIZER.value:

@@ -91,6 +91,9 @@ VERIFY = flags.DEFINE_bool("verify", True, "Verify the export; --noverify leaves
 CHAT_TEMPLATE = flags.DEFINE_string(
     "chat_template", "", "Chat template, as in a study's config, for a direction from a file."
 )
+SYSTEM_PROMPT = flags.DEFINE_string(
+    "system_prompt", "", "System prompt of the verification, as in a study's config, for a direction from a file."
+)
 BASE = flags.DEFINE_string(
     "base_model", "", "The model's name on the hub, for the card. Default: the name that its folder records."
 )
@@ -133,7 +136,7 @@ def read_request(argv) -> Request:
     study = (
         FinishedStudy.read(folders[0], PROMPTS.value)
         if folders
-        else FinishedStudy.none(PROMPTS.value, CHAT_TEMPLATE.value)
+        else FinishedStudy.none(PROMPTS.value, CHAT_TEMPLATE.value, SYSTEM_PROMPT.value)
     )
     source = checkpoint_folder(MODEL.value) if MODEL.value else study.checkpoint()
     if source is None:

@@ -18,7 +18,7 @@ with: pip install '.[lm_eval]'
   subspace=true          remove the span of all rows of the file that ablate names
   dtype=NAME             float32, bfloat16, float16; default: float32 on CPU, bfloat16 elsewhere
   mesh=DATAxFSDPxMODEL   devices along each axis of the mesh, such as 1x1x8
-  chat_template=NAME|FILE, thinking=true, cache=DIR   as in a study's config
+  chat_template=NAME|FILE, thinking=true, system_prompt=TEXT|FILE, cache=DIR   as in a study's config
   max_length=N, add_bos_token=true|false, prefix_token_id=ID, think_end_token=TEXT|ID, enable_thinking=true|false,
   chat_template_args={...}   as for the harness's hf model; its other arguments are refused, or said to mean nothing here
   max_gen_toks=N         maximum length of a reply, where the task sets none

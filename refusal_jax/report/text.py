@@ -2,10 +2,13 @@
 
 from collections.abc import Sequence
 
+from refusal_jax.chat.messages import NONE
 from refusal_jax.errors import field
 from refusal_jax.models.decoding import in_words
 from refusal_jax.report.findings import Findings, Section
 from refusal_jax.runs.run import Run
+
+SHOWN = 200  # characters of a system prompt
 
 
 def decoding_line(setup: dict) -> str:
@@ -15,9 +18,14 @@ def decoding_line(setup: dict) -> str:
 
 
 def template_line(setup: dict) -> str:
-    """Returns where the chat template came from, and whether the model was asked to think, in words."""
-    closed = setup.get("reply_start", {}).get("closes")
-    return f"Chat template: {setup['chat_template']}, thinking {'on' if setup['thinking'] else 'closed' if closed else 'off'}"
+    """Returns where the chat template came from, whether the model was asked to think, and the system prompt if it is not the
+    template's, in words."""
+    closed, system = setup.get("reply_start", {}).get("closes"), setup.get("system_prompt", "")
+    thinking = "on" if setup["thinking"] else "closed" if closed else "off"
+    told = " ".join(system.split())
+    shown = f"“{told[:SHOWN]}…”" if len(told) > SHOWN else f"“{told}”"
+    under = {"": "", NONE: ", no system prompt"}.get(system, f", system prompt {shown}")
+    return f"Chat template: {setup['chat_template']}, thinking {thinking}{under}"
 
 
 def text_summary(run: Run, sections: Sequence[Section]) -> str:

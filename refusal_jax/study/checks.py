@@ -1,5 +1,6 @@
 """Checks of a study's settings before any work is done."""
 
+from refusal_jax.chat.messages import system_text
 from refusal_jax.chat.model import weights_dtype
 from refusal_jax.chat.templates import named_template
 from refusal_jax.checkpoints.load import check_dtype
@@ -20,6 +21,7 @@ def check_settings(config: StudyConfig) -> list[Judge]:
     check_dtype(weights_dtype(config.dtype))
     if config.chat_template:
         named_template(config.chat_template)
+    system_text(config.system_prompt)
     if not config.generation.conditions:
         raise UserError(f"{field('generation.conditions')} is empty: name at least one, such as harmful_baseline.")
     for read, files in ((read_prompts, config.loss.text_files), (read_chat_pairs, config.loss.chat_files)):

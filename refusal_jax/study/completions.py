@@ -11,7 +11,7 @@ import numpy as np
 from refusal_jax import distributed
 from refusal_jax.chat.batches import length_batches
 from refusal_jax.chat.model import ChatModel
-from refusal_jax.chat.prompts import bucket
+from refusal_jax.chat.padding import bucket
 from refusal_jax.conditions import Baseline, Condition
 from refusal_jax.directions import Direction
 from refusal_jax.edits import Edits
@@ -44,7 +44,8 @@ def complete(
 ) -> dict[str, list[dict]]:
     """Returns `{condition: [{"category", "prompt", "response"}]}` in prompt order; a response is what follows the thought.
 
-    A row has the thought as "thought" if there is one, with "thought_ended" false if it never ended.
+    A row has the thought as "thought" if there is one, with "thought_ended" false if it never ended, and the system prompt as
+    "system_prompt" if one was given.
 
     prompts: `{"harmful": [{"instruction", "category"}], "harmless": …}`, by the key of the data set. direction: None if there
     is none, which only the baseline can do without. known: rows that `save`
@@ -70,6 +71,7 @@ def complete(
     return {
         c: [
             {"category": p["category"], "prompt": p["instruction"]}
+            | model.chat.told
             | {k: v for k, v in replies[c, i].items() if k in kept}
             for i, p in enumerate(prompts[side[c]])
         ]

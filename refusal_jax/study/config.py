@@ -136,6 +136,11 @@ class StudyConfig(Settings):
         "Name of a built-in template (chatml, gemma, llama-2, llama-3, llama-3-published) or a .jinja file; '' is the "
         "tokenizer's own template or, if it has none, the one that its special tokens indicate",
     )
+    system_prompt: str = option(
+        "",
+        "Text of the system prompt, or a .txt file that holds it; '' is the chat template's default, and 'none' is no system "
+        "prompt where the template writes one by default",
+    )
     thinking: bool = option(
         False,
         "Ask models that can think to do so, and read refusal at the thought's first token; off, models that always think get a "

@@ -18,6 +18,7 @@ from jaxtyping import Bool, Float, Int
 
 from refusal_jax.axes import Array
 from refusal_jax.chat.batches import length_batches
+from refusal_jax.chat.messages import Prompt
 from refusal_jax.chat.model import ChatModel
 from refusal_jax.chat.reply_start import ReplyStart
 from refusal_jax.checkpoints.mirrors import source_name
@@ -89,7 +90,13 @@ def extract_batch(
 
 
 def extract(
-    model: ChatModel, instructions: list[str], refusal_ids, positions: int, sign: int, batch_size: int, title: str
+    model: ChatModel,
+    instructions: Sequence[Prompt],
+    refusal_ids,
+    positions: int,
+    sign: int,
+    batch_size: int,
+    title: str,
 ) -> Extraction:
     """Returns scores, filter and mean residuals of one prompt set; sign as in `extract_batch`. Means end in NumPy float64.
 
@@ -155,6 +162,7 @@ def setup(study: Study, positions: int, refusal_ids: Sequence[int], openings: Se
         "bundled_prompts": [split for split in SPLITS if config.model and config.data[split] == BUNDLED],
         "chat_template": model.chat.template_origin,
         "thinking": model.chat.thinking,
+        **({"system_prompt": model.chat.system_prompt} if model.chat.system_prompt else {}),
         **({"reply_start": dataclasses.asdict(model.chat.reply_start)} if model.chat.reply_start.added else {}),
         "decoding": model.settings.record(config.generation.from_checkpoint),
         "positions": positions,

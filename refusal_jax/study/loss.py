@@ -12,7 +12,7 @@ import numpy as np
 
 from refusal_jax.chat.loss_rows import LossRow, chat_rows, text_rows
 from refusal_jax.chat.model import ChatModel
-from refusal_jax.chat.prompts import bucket
+from refusal_jax.chat.padding import bucket
 from refusal_jax.conditions import INTERVENTIONS, Baseline, Condition, label_of
 from refusal_jax.data.prompts import distinct, read_chat_pairs, read_prompts, resolve
 from refusal_jax.edits import Edits

@@ -15,6 +15,7 @@ from jaxtyping import Float, Int
 
 from refusal_jax.axes import Array
 from refusal_jax.chat.batches import length_batches
+from refusal_jax.chat.messages import Prompt
 from refusal_jax.chat.model import ChatModel
 from refusal_jax.chat.prompts import PROBES, Chat
 from refusal_jax.errors import UserError, field
@@ -70,7 +71,9 @@ def candidate_ids(chat: Chat, openers: Sequence[str] = tuple(OPENERS)) -> tuple[
     return tuple(sorted(found))
 
 
-def measure_openings(model: ChatModel, harmful: list[str], harmless: list[str], batch_size: int) -> list[Opening]:
+def measure_openings(
+    model: ChatModel, harmful: Sequence[Prompt], harmless: Sequence[Prompt], batch_size: int
+) -> list[Opening]:
     """Returns the usual openings, by how much more probable they are after the harmful instructions than after the harmless;
     at most SAMPLE of each are used. Probabilities are of the unedited model's next token, float32, means float64."""
     ids = candidate_ids(model.chat)
@@ -111,7 +114,7 @@ def _thought_advice(chat: Chat) -> str:
 
 
 def _mean_probabilities(
-    model: ChatModel, instructions: list[str], ids: Sequence[int], batch_size: int
+    model: ChatModel, instructions: Sequence[Prompt], ids: Sequence[int], batch_size: int
 ) -> Float[np.ndarray, " n"]:
     """Returns the mean probability of each id as the first token of the reply, float64 `[len(ids)]`."""
     total = np.zeros(len(ids))

@@ -6,7 +6,7 @@ carried up the layers.
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 
 import jax
@@ -16,6 +16,7 @@ from jaxtyping import Bool, Float, Int
 
 from refusal_jax.axes import Array
 from refusal_jax.chat.batches import length_batches
+from refusal_jax.chat.messages import Prompt
 from refusal_jax.chat.model import ChatModel
 from refusal_jax.edits import Edits
 from refusal_jax.models.attention import Context
@@ -123,7 +124,7 @@ class PromptScorer:
     batching: Batching
 
     @classmethod
-    def build(cls, model: ChatModel, instructions: list[str], refusal_ids, batch_size: int) -> "PromptScorer":
+    def build(cls, model: ChatModel, instructions: Sequence[Prompt], refusal_ids, batch_size: int) -> "PromptScorer":
         """Returns the scorer of these prompts. Raises UserError if baseline logits are not finite."""
         batches, finite, ids = [], [], np.asarray(refusal_ids, np.int32)
         batching = Batching.of(batch_size, len(instructions))

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from markupsafe import Markup
 
+from refusal_jax.chat.messages import Prompt
 from refusal_jax.chat.model import ChatModel
 from refusal_jax.directions import Direction
 from refusal_jax.errors import NoDirection, field
@@ -56,8 +57,8 @@ def candidate_rows(directions_lpd: np.ndarray, known: Sequence[dict] = ()) -> li
 def evaluate_candidates(
     model: ChatModel,
     directions_lpd: np.ndarray,
-    harmful: list[str],
-    harmless: list[str],
+    harmful: Sequence[Prompt],
+    harmless: Sequence[Prompt],
     refusal_ids,
     rule: Rule,
     *,

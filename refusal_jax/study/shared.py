@@ -80,7 +80,8 @@ class Study:
     def chat(self) -> Chat:
         """Returns the model's tokenizer, loaded on first use."""
         sizes, config = load_config(self.folder), self.config
-        return Chat.load(self.folder, sizes.context_length, sizes.vocab_size, config.chat_template, config.thinking)
+        template = config.chat_template, config.thinking, config.system_prompt
+        return Chat.load(self.folder, sizes.context_length, sizes.vocab_size, *template)
 
     @property
     def model(self) -> ChatModel:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from refusal_jax import hub
+from refusal_jax.chat.messages import is_file
 from refusal_jax.chat.model import demo_model_path
 from refusal_jax.checkpoints.fingerprint import checkpoint_fingerprint
 from refusal_jax.checkpoints.remote import checkpoint_folder
@@ -98,7 +99,8 @@ def input_hashes(config: StudyConfig, folder: pathlib.Path, judges: Sequence[Jud
     for split in SPLITS:
         inputs[split] = _hash(resolve(config.data[split], split))
     template = [config.chat_template] if config.chat_template.endswith(".jinja") else []
-    for file in (*config.loss.text_files, *config.loss.chat_files, *template):
+    system = [config.system_prompt] if is_file(config.system_prompt) else []
+    for file in (*config.loss.text_files, *config.loss.chat_files, *template, *system):
         inputs[file] = _hash(resolve(file, "loss"))
     for source in config.data.over_refusal:
         inputs[source] = _hash(resolve(source, "harmless_test"))
@@ -110,5 +112,7 @@ def input_hashes(config: StudyConfig, folder: pathlib.Path, judges: Sequence[Jud
 
 def _hash(path: pathlib.Path) -> str:
     if not path.is_file():
-        raise UserError(f"{path} is not a file. Check the path in the config (data, loss or chat_template).")
+        raise UserError(
+            f"{path} is not a file. Check the path in the config (data, loss, chat_template or system_prompt)."
+        )
     return file_hash(path)

@@ -6,6 +6,7 @@ from collections.abc import Generator, Sequence
 
 import numpy as np
 
+from refusal_jax.chat.messages import NONE
 from refusal_jax.chat.model import ChatModel
 from refusal_jax.chat.prompts import Chat
 from refusal_jax.conditions import Ablate, Add, Baseline
@@ -20,6 +21,7 @@ HELP = """Type a message, and both models reply to it, each in its own conversat
   /off             no edit: both columns are the model as it is
   /layer N         read the projections, and add, at the input of layer N
   /numbers         show each token's projection as a number too, or no longer
+  /system [TEXT]   begin a new conversation under a system prompt (the template's unless given; none: without one)
   /reset           forget the conversation
   /help            this text
   /quit            leave (as do Ctrl-D and the end of a file); Ctrl-C stops a reply
@@ -116,6 +118,11 @@ class Session:
         elif name == "numbers" and not argument:
             self.numbers = not self.numbers
             return f"Numbers are {'shown' if self.numbers else 'not shown'}."
+        elif name == "system":
+            self.model = dataclasses.replace(self.model, chat=self.model.chat.under(argument))
+            self.reset()
+            under = {"": "the template's system prompt", NONE: "no system prompt"}.get(argument, "this system prompt")
+            return f"A new conversation begins, under {under}."
         elif name == "reset" and not argument:
             self.reset()
             return "The conversation is forgotten."
