@@ -281,10 +281,8 @@ def _not_found(name: HubName) -> UserError:
     other = next(iter(KINDS.keys() - {name.kind}))
     with contextlib.suppress(Exception):  # a hint may fail
         api.repo_info(name.repo, repo_type=other, timeout=TIMEOUT)
-        wanted = "Name a model, and the prompts by" if other == "dataset" else "For prompts, name a data set, as in"
-        return UserError(
-            f"{name.repo} is a {KINDS[other]} on the hub, not a {kind}. {wanted} --config.data, hf:ORG/NAME:SPLIT."
-        )
+        wanted = "Name a model, and give the data set for prompts" if other == "dataset" else "Name a data set"
+        return UserError(f"{name.repo} is a {KINDS[other]} on the hub, not a {kind}. {wanted}, as hf:ORG/NAME:SPLIT.")
     with contextlib.suppress(Exception):
         owner, _, last = name.repo.partition("/")
         search = api.list_models if name.kind == "model" else api.list_datasets
