@@ -187,6 +187,16 @@ BUILT_IN_TEXTS = {
     "llama-2": "{bos}[INST] hi [/INST] ",
     "llama-3": "{bos}<|start_header_id|>user<|end_header_id|>\n\nhi" + tiny.AFTER_INSTRUCTION,
 }
+VICUNAS, ALPACAS = (
+    "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, and polite "
+    "answers to the user's questions. ",
+    "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n",
+)
+BUILT_IN_TEXTS |= {
+    "vicuna": f"{{bos}}{VICUNAS}USER: hi ASSISTANT:",
+    "alpaca": f"{{bos}}{ALPACAS}### Instruction:\nhi\n\n### Response:",
+    "zephyr": "{bos}<|user|>\nhi{eos}\n<|assistant|>\n",
+}
 BUILT_IN_TEXTS["llama-3-published"] = '{bos}"' + BUILT_IN_TEXTS["llama-3"]
 
 
@@ -195,8 +205,9 @@ def test_built_in_templates(name, tmp_path):
     """By name, they come before the tokenizer's own."""
     chat = make_chat(tmp_path, "other{{ messages[0]['content'] }}", IM + TURN, name)
     assert chat.template_origin == f"built in: {name}"
-    assert chat.render("hi", "Sure") == BUILT_IN_TEXTS[name].format(bos="<|begin_of_text|>") + "Sure"
-    check_every_prompt_ends_in(chat, BUILT_IN_TEXTS[name].partition("hi")[2])
+    text = BUILT_IN_TEXTS[name].format(bos="<|begin_of_text|>", eos="<|eot_id|>")
+    assert chat.render("hi", "Sure") == text + "Sure"
+    check_every_prompt_ends_in(chat, text.rpartition("hi")[2])
 
 
 TALKS = {
@@ -205,6 +216,9 @@ TALKS = {
     "gemma": "{bos}<start_of_turn>user\na<end_of_turn>\n<start_of_turn>model\nb<end_of_turn>\n<start_of_turn>user\nc<end_of_turn>"
     "\n<start_of_turn>model\n",
     "llama-2": "{bos}[INST] a [/INST] b {eos}{bos}[INST] c [/INST] ",
+    "vicuna": f"{{bos}}{VICUNAS}USER: a ASSISTANT: b{{eos}}USER: c ASSISTANT:",
+    "alpaca": f"{{bos}}{ALPACAS}### Instruction:\na\n\n### Response:b{{eos}}\n\n### Instruction:\nc\n\n### Response:",
+    "zephyr": "{bos}<|user|>\na{eos}\n<|assistant|>\nb{eos}\n<|user|>\nc{eos}\n<|assistant|>\n",
     "llama-3": "{bos}<|start_header_id|>user<|end_header_id|>\n\na<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\nb"
     "<|eot_id|><|start_header_id|>user<|end_header_id|>\n\nc<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n",
 }
@@ -223,7 +237,12 @@ def test_built_in_templates_take_conversations(name, tmp_path):
         with pytest.raises(UserError, match="it has no system role"):
             chat.render_messages(system)
     else:
-        assert "be kind" in chat.render_messages(system)
+        assert "be kind" in chat.render_messages(system) and "questions" not in chat.render_messages(system)
+    if name in ("vicuna", "alpaca"):
+        bare = TALKS[name].replace(VICUNAS, "").replace(ALPACAS, "").format(**marks)
+        assert chat.under("none").render_messages(talk) == bare
+        told = f"{marks['bos']}Hm." + (" " if name == "vicuna" else "\n\n")
+        assert chat.under("Hm.").render_messages(talk) == bare.replace(marks["bos"], told)
 
 
 def test_the_published_llama_3_prompt_begins_with_a_quote_between_two_bos(tmp_path):
@@ -261,9 +280,9 @@ def test_a_template_file(llama, tmp_path):
 def test_template_settings_that_name_nothing(tmp_path):
     with pytest.raises(
         UserError,
-        match=r"there is no chat template 'vicuna'\. Instead, set chat_template= to .*chatml, gemma, llama-2, .*\.jinja",
+        match=r"there is no chat template 'orca'\. Instead, set chat_template= to .*chatml, gemma, llama-2, .*\.jinja",
     ):
-        named_template("vicuna")
+        named_template("orca")
     with pytest.raises(UserError, match=r"gone\.jinja is not a file"):
         named_template(str(tmp_path / "gone.jinja"))
     (tmp_path / "empty.jinja").write_text("\n")

@@ -10,7 +10,7 @@ Message = Mapping[str, str]
 Prompt = str | Sequence[Message]  # an instruction, or a conversation of `{"role", "content"}`
 SYSTEM_ROLES = ("system", "developer")
 NONE = "none"  # the system prompt that takes away what a template writes by itself
-ASKED, SYSTEM = "Name 3 colours.", "Speak of paint."
+ASKED, SYSTEM = "Name 3 colours.", "Speak of jazz!"
 
 
 def as_messages(prompt: Prompt) -> list[dict[str, str]]:

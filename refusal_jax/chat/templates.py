@@ -35,11 +35,39 @@ LLAMA_3 = (
     "{{ bos_token }}{% for m in messages %}<|start_header_id|>{{ m['role'] }}<|end_header_id|>\n\n{{ m['content'] }}<|eot_id|>"
     "{% endfor %}{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>{{ '\\n\\n' }}{% endif %}"
 )
+# The system prompt that a model was trained with stands before the first turn, unless the conversation brings another.
+SYSTEM_FIRST = (
+    "{{{{ bos_token }}}}{{% if messages[0]['role'] != 'system' %}}{default}{end}{{% elif messages[0]['content'] %}}"
+    "{{{{ messages[0]['content'] }}}}{end}{{% endif %}}"
+)
+VICUNA = SYSTEM_FIRST.format(
+    default="A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, and "
+    "polite answers to the user's questions.",
+    end=" ",
+) + (
+    "{% for m in messages %}{% if m['role'] == 'user' %}USER: {{ m['content'] }} {% elif m['role'] == 'assistant' %}"
+    "ASSISTANT: {{ m['content'] }}{{ eos_token }}{% endif %}{% endfor %}{% if add_generation_prompt %}ASSISTANT:{% endif %}"
+)
+ALPACA = SYSTEM_FIRST.format(
+    default="Below is an instruction that describes a task. Write a response that appropriately completes the request.",
+    end="\n\n",
+) + (
+    "{% for m in messages %}{% if m['role'] == 'user' %}### Instruction:\n{{ m['content'] }}\n\n"
+    "{% elif m['role'] == 'assistant' %}### Response:{{ m['content'] }}{{ eos_token }}\n\n{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}### Response:{% endif %}"
+)
+ZEPHYR = (
+    "{{ bos_token }}{% for m in messages %}<|{{ m['role'] }}|>\n{{ m['content'] }}{{ eos_token }}\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{{ '\\n' }}{% endif %}"
+)
 BUILT_IN = {
     "chatml": CHATML,  # Qwen, Yi
     "gemma": GEMMA,
     "llama-2": LLAMA_2,
     "llama-3": LLAMA_3,
+    "vicuna": VICUNA,  # version 1.1 and later
+    "alpaca": ALPACA,  # Stanford's; several turns follow each other in the same form
+    "zephyr": ZEPHYR,  # and TinyLlama
     "llama-3-published": '{{ bos_token }}"' + LLAMA_3,  # of the published runs: a stray quote, and BOS twice
 }
 CHOICES = f"one of {', '.join(BUILT_IN)}, or the path of a .jinja file"

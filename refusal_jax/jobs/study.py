@@ -18,7 +18,8 @@ paper's split, "jailbreakbench" or another set's name. Completions are judged by
 --config.judges names (refusal-jax evaluate --help); --config.data.over_refusal="('xstest',)" adds harmless prompts that
 look harmful.
 Chat template and refusal tokens are found in the model and printed; --config.chat_template=NAME (chatml, gemma,
-llama-2, llama-3, llama-3-published, or a .jinja file) and --config.refusal_tokens="('I', 'As')" set them instead.
+llama-2, llama-3, vicuna, alpaca, zephyr, llama-3-published, or a .jinja file) and --config.refusal_tokens="('I', 'As')"
+set them instead. --config.system_prompt=TEXT|FILE.txt puts a system prompt before every prompt.
 
 On several hosts, start the same command on each; a mesh that is set explicitly (--config.mesh.data, .fsdp, .model) must
 use all devices. A TPU slice needs nothing more; elsewhere add --coordinator=HOST:PORT --num_processes=N --process_id=I.

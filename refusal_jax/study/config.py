@@ -6,6 +6,7 @@ Config files start from `get_config()` and assign the fields that they change. O
 
 import dataclasses
 
+from refusal_jax.chat.templates import BUILT_IN
 from refusal_jax.data.prompts import BUNDLED
 from refusal_jax.settings import OptionalInt, Settings, option, section
 
@@ -133,7 +134,7 @@ class StudyConfig(Settings):
     batch_size: int = option(0, f"Rows of a forward pass; {FITTING}")
     chat_template: str = option(
         "",
-        "Name of a built-in template (chatml, gemma, llama-2, llama-3, llama-3-published) or a .jinja file; '' is the "
+        f"Name of a built-in template ({', '.join(BUILT_IN)}) or a .jinja file; '' is the "
         "tokenizer's own template or, if it has none, the one that its special tokens indicate",
     )
     system_prompt: str = option(
