@@ -9,6 +9,7 @@ import weakref
 import numpy as np
 import pytest
 import tiny
+from test_settings import RECORDED
 
 from refusal_jax import UserError, load_model
 from refusal_jax.chat.prompts import Chat
@@ -97,6 +98,7 @@ def test_study(config, tmp_path):
     assert projections["harmful_val"].shape == projections["harmless_val"].shape == (3, 3)
 
     assert pipeline.run_study(config, work).worked == []
+    assert json.loads((work / "manifest.json").read_text())["config"].keys() == RECORDED.keys()
     before = (work / "direction_evaluations.json").read_bytes()
     (work / "direction_metadata.json").unlink()
     assert pipeline.run_study(config, work).worked == ["selection"]  # comes out as before: what follows still holds

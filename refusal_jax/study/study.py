@@ -73,6 +73,8 @@ def run_stages(
     """Does what `run_study` does, once model, judges and data are found."""
     settings = config.to_dict() | {"cache": ""}  # where copies are kept may change from run to run
     del settings["download"]  # and so may the way to the model
+    if not settings["system_prompt"]:
+        del settings["system_prompt"]  # a study of the time before there was one goes on
     with Run.open(workdir, settings, inputs, RETRIED) as run:
         try:
             study = Study(config, run, folder, judges, GROUPS)
