@@ -286,6 +286,7 @@ def test_the_job(tmp_path, llama, capsys, own_flags):
         "--artifact",
         "--model=m",
         "--method=",
+        "--system_prompt=Be kind. ",
     ]
     assert run_job("evaluate", [f"--completions={folder}", f"--out={out}", *flags]) == 0
     shown = capsys.readouterr().out
@@ -293,13 +294,14 @@ def test_the_job(tmp_path, llama, capsys, own_flags):
     evaluations = json.loads((out / "x_baseline_evaluations.json").read_text())
     assert evaluations["substring_matching_success_rate"] == 1 and evaluations["substring_extended_success_rate"] == 0
     artifact = json.loads((out / "x_ablation_jailbreakbench.json").read_text())
+    assert all(row["system_prompt"] == "Be kind." for row in artifact["jailbreaks"] + evaluations["completions"])
     assert (
         artifact["parameters"] | {"model": "m", "method": "ablation", "attack_success_rate": 1.0}
         == artifact["parameters"]
     )
     assert json.loads((out / "statistics.json").read_text())["completions"][0]["unit"] == "tokens"
     assert (out / "statistics.csv").read_text().startswith("table,dataset,")
-    assert run_job("evaluate", ["--completions=", f"--out={out}"]) == 2
+    assert run_job("evaluate", ["--completions=", f"--out={out}", "--system_prompt="]) == 2
     assert "--completions is missing. Example: refusal-jax evaluate" in capsys.readouterr().err
 
 

@@ -55,7 +55,7 @@ def test_what_a_system_prompt_becomes(template, system, text, tmp_path):
 @pytest.mark.parametrize(
     ("template", "system", "message"),
     [
-        (REFUSING, "Be kind.", r"has no place for a system prompt; it refuses it: no system\. Leave system_prompt="),
+        (REFUSING, "Be kind.", r"has no place for a system prompt; it refuses it \(no system\)\. Leave system_prompt="),
         (DROPPING, "Be kind.", r"has no place for a system prompt; it leaves it out\. Leave"),
         (STUBBORN, "none", r"writes a system prompt by itself, and nothing takes it away: 'You help\.'\. Set system_prompt="),
     ],

@@ -78,7 +78,7 @@ def system_messages(render: Callable[[list[dict[str, str]]], str], text: str, or
     except TimeoutError:  # of `templates.within`
         raise
     except Exception as error:  # a template may raise anything
-        taken, reason = False, f"refuses it: {error}"
+        taken, reason = False, f"refuses it ({error})"
     if not taken:
         raise UserError(
             f"The chat template ({origin}) has no place for a system prompt; it {reason}. Leave {_name()} empty and put the "
