@@ -273,7 +273,7 @@ def test_prompts_as_the_settings_ask(config, tmp_path):
         pipeline.run_study(config, tmp_path / "run")
 
 
-@pytest.mark.parametrize("change", ["condition", "data", "loss", "model", "template", "template file"])
+@pytest.mark.parametrize("change", ["condition", "data", "loss", "model", "template", "template file", "system prompt"])
 def test_bad_settings_leave_no_folder(change, config, tmp_path):
     if change == "condition":
         config.generation.conditions, message = ("harmful_baselin",), "unknown condition 'harmful_baselin'"
@@ -282,9 +282,11 @@ def test_bad_settings_leave_no_folder(change, config, tmp_path):
     elif change == "loss":
         config.loss.text_files, message = (str(tmp_path / "gone.txt"),), r"gone\.txt is not a file\. Check the path"
     elif change == "template":
-        config.chat_template, message = "vicuna", "there is no chat template 'vicuna'"
+        config.chat_template, message = "orca", "there is no chat template 'orca'"
     elif change == "template file":
         config.chat_template, message = str(tmp_path / "gone.jinja"), r"gone\.jinja is not a file"
+    elif change == "system prompt":
+        config.system_prompt, message = str(tmp_path / "gone.txt"), r"gone\.txt is not a file\. Check the path"
     else:
         config.model, message = str(tmp_path / "gone"), "gone is not a folder"
     with pytest.raises(UserError, match=message):

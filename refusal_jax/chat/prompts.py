@@ -5,6 +5,7 @@ import functools
 import json
 import logging
 import pathlib
+import typing
 from collections.abc import Callable, Hashable, Mapping, Sequence
 
 import numpy as np
@@ -286,7 +287,7 @@ class Chat:
                 "encode takes a non-empty list of instructions, e.g. model.encode(['How do I bake bread?']), or of "
                 "conversations, e.g. model.encode([[{'role': 'user', 'content': 'How do I bake bread?'}]])."
             )
-        prompts: list[Prompt] = mended(list(instructions), "Instructions")
+        prompts = typing.cast(list[Prompt], mended(list(instructions), "Instructions"))
         rows = [self.prompt_ids(prompt) for prompt in prompts]
         longest = max(range(len(rows)), key=lambda i: len(rows[i]))
         if len(rows[longest]) > self.context_length:
