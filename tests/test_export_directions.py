@@ -253,7 +253,7 @@ def study(llama, tmp_path):
 def test_what_an_export_takes_from_a_study(study):
     found = FinishedStudy.read(study, 2)
     assert found.prompts == TEXTS[:2] * 2 and found.harmless == [(f"Bake {i}.", "Sure, bread.") for i in (1, 2)]
-    assert found.template == {"chat_template": "llama-3"}
+    assert found.template == {"chat_template": "llama-3", "system_prompt": ""}
     harmful, harmless = found.refusals()
     assert (harmful["prompts"], harmful["intervention"], harmful["refused"], harmful["n"]) == (
         "harmful",
