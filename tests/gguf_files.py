@@ -28,7 +28,7 @@ def permuted(weight: np.ndarray, heads: int) -> np.ndarray:
 
 
 def raw(values: np.ndarray, kind: Type) -> np.ndarray:
-    """What a tensor's bytes are as this type, of which NumPy makes its own numbers where it has them."""
+    """Returns what a tensor's bytes are as this type, of which NumPy makes its own numbers where it has them."""
     return (
         values.astype({Type.F32: np.float32, Type.F16: np.float16}[kind])
         if kind in PLAIN[:2]

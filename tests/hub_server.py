@@ -31,7 +31,7 @@ class Repository:
 
 
 class Hub:
-    """What the server holds, how it misbehaves, and what was asked of it.
+    """The state of the server: what it holds, how it misbehaves, and what was asked of it.
 
     repositories: by kind ("models" or "datasets") and name. drop: after how many bytes one connection for a large file ends.
     corrupt: files that arrive changed. asked: (host, method, path, range) of every request. stale: whether addresses of large

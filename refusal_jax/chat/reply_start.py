@@ -22,7 +22,7 @@ USER, ASSISTANT = {"role": "user", "content": ASKED}, {"role": "assistant", "con
 
 @dataclasses.dataclass(frozen=True)
 class ReplyStart:
-    """What prompts go on with where their template ends. added: the text, "" where nothing is missing. closes: whether it
+    """Tells what prompts go on with where their template ends. added: the text, "" where nothing is missing. closes: whether it
     closes a thought that the template, or the model by itself, would open."""
 
     added: str = ""

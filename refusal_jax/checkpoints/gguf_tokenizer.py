@@ -75,7 +75,7 @@ ENDS = ("eos", "eot", "eom")  # whose tokens end a reply
 
 @dataclasses.dataclass(frozen=True)
 class Vocabulary:
-    """What a GGUF file says of its tokenizer. where: the file. types: of each token. roles: ids by their part in `ROLES`."""
+    """The tokenizer as a GGUF file describes it. where: the file. types: of each token. roles: ids by their part in `ROLES`."""
 
     where: pathlib.Path
     model: str

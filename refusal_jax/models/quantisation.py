@@ -1,4 +1,4 @@
-"""What `quantization_config` in a checkpoint's config.json says of its weights: by which method they were quantised, and how.
+"""Reads from `quantization_config` in a config.json by which method the weights of a checkpoint were quantised, and how.
 
 Which methods can be read is decided here, so that a config alone tells it. How tensors are read is in checkpoints/quantised.
 """

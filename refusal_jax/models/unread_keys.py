@@ -1,4 +1,4 @@
-"""What the keys of a config.json mean that no reader takes.
+"""Judges the keys of a config.json that no reader takes.
 
 transformers gives a model the keys that the config class of its `model_type` declares or takes apart, and every one of these
 is taken by the reader of that type (tests/test_config_keys.py compares them). So what is left cannot change what transformers

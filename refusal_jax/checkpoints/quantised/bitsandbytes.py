@@ -83,7 +83,7 @@ def _assemble_four_bits(parts: Parts) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class FourBits:
-    """What a weight `[rows, columns]` of four bits is stored as.
+    """The stored parts of a weight `[rows, columns]` of four bits.
 
     block: how many values share an absmax. nested: where the absmax are codes in turn, their own absmax, the values of the codes,
     how many share one, and what is added.

@@ -14,7 +14,7 @@ from refusal_jax.models.readers import gemma, llama, qwen
 
 @dataclasses.dataclass(frozen=True)
 class Parts:
-    """What a multimodal config consists of.
+    """The parts of a multimodal config.
 
     text: the model_types that its text_config may have; the first is that of one that says none. keys: those of other parts,
     which nothing here runs. flat: whether older files have the text part's keys at the top, without a text_config. tied: whether
