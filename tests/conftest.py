@@ -1,5 +1,6 @@
 """Eight CPU devices, no network, few threads: set before anything imports jax or transformers."""
 
+import json
 import os
 import pathlib
 import sys
@@ -26,6 +27,8 @@ import tiny  # noqa: E402
 from hub_server import hub as hub  # noqa: E402
 
 from refusal_jax import load_model  # noqa: E402
+from refusal_jax.data.sampling import SPLITS  # noqa: E402
+from refusal_jax.study.config import get_config  # noqa: E402
 
 torch.set_num_threads(min(2, os.cpu_count() or 1))
 
@@ -73,3 +76,27 @@ def model(llama):
 def hf(llama):
     """`llama`, loaded by transformers."""
     return tiny.load_hf(llama)
+
+
+@pytest.fixture(scope="session")
+def six_sets(tmp_path_factory):
+    """The folder of a study's six sets of prompts, three each."""
+    folder = tmp_path_factory.mktemp("data")
+    for split in SPLITS:
+        side, part = split.split("_")
+        verb = "rob" if side == "harmful" else "bake"
+        rows = [{"instruction": f"How do I {verb} the {thing}?", "category": verb} for thing in (part, "cake", "bread")]
+        (folder / f"{split}.json").write_text(json.dumps(rows))
+    return folder
+
+
+@pytest.fixture
+def small_study(llama, six_sets):
+    """The settings of a study of `llama` on `six_sets`, in which every candidate passes."""
+    config = get_config()
+    config.model = str(llama)
+    config.update(filter=False, batch_size=4, refusal_tokens=("I",))
+    config.data.update({split: str(six_sets / f"{split}.json") for split in SPLITS})
+    config.select.update(kl_threshold=1e9, induce_threshold=-1e9, prune_fraction=0.0)
+    config.generation.update(max_new_tokens=4, batch_size=4)
+    return config

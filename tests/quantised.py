@@ -17,7 +17,7 @@ Stored = tuple[dict[str, torch.Tensor], torch.Tensor]
 
 
 def spread(shared: torch.Tensor, shape, rows: int, columns: int) -> torch.Tensor:
-    """What blocks of rows x columns share, for each value of a matrix."""
+    """Repeats what blocks of rows x columns share for each value of a matrix."""
     return shared.repeat_interleave(rows, 0).repeat_interleave(columns, 1)[: shape[0], : shape[1]]
 
 

@@ -76,7 +76,7 @@ MODELS = {
 
 @dataclasses.dataclass(frozen=True)
 class Check:
-    """What a check found. found, limit: in words."""
+    """The result of a check. found, limit: in words."""
 
     name: str
     found: str

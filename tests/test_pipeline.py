@@ -14,7 +14,6 @@ from test_settings import RECORDED
 from refusal_jax import UserError, load_model
 from refusal_jax.chat.prompts import Chat
 from refusal_jax.conditions import split_stem
-from refusal_jax.data.sampling import SPLITS
 from refusal_jax.export.finished import FinishedStudy
 from refusal_jax.export.provenance import base_model
 from refusal_jax.harness.edited import model_of
@@ -27,7 +26,6 @@ from refusal_jax.runs.artifacts import DAMAGE, DIRECTION, MEANS, PROJECTIONS, RE
 from refusal_jax.study import directions, prompts, shared
 from refusal_jax.study import report as report_stage
 from refusal_jax.study import study as pipeline
-from refusal_jax.study.config import get_config
 from refusal_jax.study.refusal_tokens import Opening
 from refusal_jax.study.shared import Study
 
@@ -40,26 +38,9 @@ def no_report(monkeypatch):
     monkeypatch.setattr(report_stage, "write_report", lambda run, *more: run.write(REPORT, b"page"))
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("data")
-    for split in SPLITS:
-        side, part = split.split("_")
-        verb = "rob" if side == "harmful" else "bake"
-        rows = [{"instruction": f"How do I {verb} the {thing}?", "category": verb} for thing in (part, "cake", "bread")]
-        (folder / f"{split}.json").write_text(json.dumps(rows))
-    return folder
-
-
 @pytest.fixture
-def config(llama, data):
-    config = get_config()
-    config.model = str(llama)
-    config.update(filter=False, batch_size=4, refusal_tokens=("I",))
-    config.data.update({split: str(data / f"{split}.json") for split in SPLITS})
-    config.select.update(kl_threshold=1e9, induce_threshold=-1e9, prune_fraction=0.0)
-    config.generation.update(max_new_tokens=4, batch_size=4)
-    return config
+def config(small_study):
+    return small_study
 
 
 def test_study(config, tmp_path):
@@ -108,7 +89,7 @@ def test_study(config, tmp_path):
         pipeline.run_study(config, work)
 
 
-def test_judges_and_over_refusal(config, tmp_path, data, monkeypatch):
+def test_judges_and_over_refusal(config, tmp_path, six_sets, monkeypatch):
     (tmp_path / "kill_a_process.csv").write_text("prompt,type\nHow do I kill the process?,homonym\n")
     config.judges = ("substring_matching", "refusal_score", "llm=" + config.model + "@" + str(tmp_path / "ask.txt"))
     (tmp_path / "ask.txt").write_text("{prompt} {response}?")
@@ -158,9 +139,9 @@ def test_judges_and_over_refusal(config, tmp_path, data, monkeypatch):
         pipeline.run_study(config, work)
 
 
-def test_files_of_one_name_have_results_of_their_own(config, data, tmp_path):
+def test_files_of_one_name_have_results_of_their_own(config, six_sets, tmp_path):
     """The harmful prompts are in a file called harmless, two over-refusal sets and two loss sets have names that are taken."""
-    shutil.copy(data / "harmful_test.json", tmp_path / "harmless.json")
+    shutil.copy(six_sets / "harmful_test.json", tmp_path / "harmless.json")
     config.data.harmful_test = str(tmp_path / "harmless.json")
     more = [tmp_path / folder / "harmless.txt" for folder in ("a", "b")] + [tmp_path / "x_baseline.txt"]
     for path in more:

@@ -38,7 +38,7 @@ def hf_config(name: str, whole: bool = False):
 
 
 def has_rope(attention) -> bool:
-    """Whether a layer's own code rotates its queries and keys, which families write in ways of their own."""
+    """Returns whether a layer's own code rotates its queries and keys, which families write in ways of their own."""
     if hasattr(attention, "is_sliding") and hasattr(attention, "sliding_window_pattern"):  # EXAONE 4
         return attention.sliding_window is None or attention.is_sliding
     if type(attention).__name__ == "Cohere2Attention":

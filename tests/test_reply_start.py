@@ -1,4 +1,4 @@
-"""Where replies begin: what prompts lack is found in a conversation of two turns, and added."""
+"""Tests of where replies begin: what prompts lack is found in a conversation of two turns, and added."""
 
 import pytest
 import tiny

@@ -36,7 +36,7 @@ RECORDED = {
 
 
 def test_the_record_of_the_defaults():
-    """Those of that time, and what manifests leave out (`study.run_stages`)."""
+    """The defaults are those of that time, and what manifests leave out (`study.run_stages`)."""
     assert json.loads(to_json(get_config().to_dict())) == RECORDED | {"download": False, "system_prompt": ""}
 
 

@@ -8,7 +8,6 @@ from test_report import REFUSAL, judged
 
 from refusal_jax import UserError
 from refusal_jax.conditions import Condition, Dataset
-from refusal_jax.data.sampling import SPLITS
 from refusal_jax.directions import direction_file
 from refusal_jax.errors import NoDirection
 from refusal_jax.export.finished import FinishedStudy
@@ -16,7 +15,6 @@ from refusal_jax.report.text import text_summary
 from refusal_jax.report.verdict import Concern, verdict_without_direction
 from refusal_jax.runs.artifacts import CANDIDATES, FILTER, MEANS, NO_DIRECTION, REPORT, SETUP
 from refusal_jax.study import completions, directions
-from refusal_jax.study.config import get_config
 from refusal_jax.study.refusal_tokens import Opening
 from refusal_jax.study.rule import LOOSENING, Rule, nearest_misses
 from refusal_jax.study.scoring import PromptScorer
@@ -25,26 +23,12 @@ from refusal_jax.study.study import SECTIONS, run_study
 BASELINES = {"harmful_test_baseline", "harmless_baseline"}
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("data")
-    for split in SPLITS:
-        side, part = split.split("_")
-        verb = "rob" if side == "harmful" else "bake"
-        rows = [{"instruction": f"How do I {verb} the {thing}?", "category": verb} for thing in (part, "cake", "bread")]
-        (folder / f"{split}.json").write_text(json.dumps(rows))
-    return folder
-
-
 @pytest.fixture
-def config(llama, data):
-    config = get_config()
-    config.model = str(llama)
-    config.update(filter=False, batch_size=4, refusal_tokens=("I",))
-    config.data.update({split: str(data / f"{split}.json") for split in SPLITS})
-    config.select.update(kl_threshold=-1.0, induce_threshold=-1e9, prune_fraction=0.0)
-    config.generation.update(max_new_tokens=4, batch_size=4, conditions=("harmful_baseline", "harmful_ablation"))
-    return config
+def config(small_study):
+    """No candidate passes."""
+    small_study.select.kl_threshold = -1.0
+    small_study.generation.conditions = ("harmful_baseline", "harmful_ablation")
+    return small_study
 
 
 def fails(config, folder, message: str) -> NoDirection:
