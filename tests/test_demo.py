@@ -10,17 +10,18 @@ import pytest
 from transformers import PreTrainedTokenizerBase
 
 from refusal_jax import UserError, demo_model_path
+from refusal_jax.chat import residuals
 from refusal_jax.chat.prompts import Chat
 from refusal_jax.data.prompts import resolve
 from refusal_jax.models import generate as generate_module
 from refusal_jax.runs.ledger import Ledger
 from refusal_jax.runs.run import Run
-from refusal_jax.study import completions, directions, loss, projections, scoring, shared
+from refusal_jax.study import completions, directions, loss, scoring, shared
 from refusal_jax.study.config import get_config
 from refusal_jax.study.study import run_study
 
 PROGRAMS = {
-    "extract": directions.extract_batch,
+    "extract": residuals.extract_batch,
     "score": scoring.score_edits,
     "induce": scoring.score_from_layer,
     "advance": scoring.advance,
@@ -30,7 +31,7 @@ PROGRAMS = {
     "decode": generate_module.decode,
     "base": scoring.last_logits,
     "loss": loss.loss_batch,
-    "project": projections.project,
+    "project": residuals.project,
 }
 VOLATILE = ("manifest.json", "report.html", "log.txt", ".lock")  # hold times
 CONDITIONS = ("harmful_baseline", "harmful_ablation", "harmful_actadd", "harmless_baseline", "harmless_actadd")

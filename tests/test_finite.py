@@ -12,6 +12,8 @@ from safetensors.numpy import load_file, save_file
 
 from refusal_jax import Edits, Taps, UserError, load_model, make_mesh
 from refusal_jax.chat.loss_rows import chat_rows
+from refusal_jax.chat.refusal_tokens import measure_openings
+from refusal_jax.chat.residuals import extract
 from refusal_jax.conditions import Baseline, Condition, Dataset
 from refusal_jax.directions import Direction
 from refusal_jax.judges import models as judge_models
@@ -20,9 +22,7 @@ from refusal_jax.models.decoder import Decoder
 from refusal_jax.models.finite import check_finite
 from refusal_jax.study import projections
 from refusal_jax.study.completions import complete, score_replies
-from refusal_jax.study.directions import extract
 from refusal_jax.study.loss import measure_kl, measure_loss
-from refusal_jax.study.refusal_tokens import measure_openings
 from refusal_jax.study.scoring import PromptScorer
 from refusal_jax.study.selection import Rule, evaluate_candidates
 

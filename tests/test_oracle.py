@@ -16,11 +16,11 @@ from oracle import Oracle
 
 from refusal_jax import Edits, UserError, demo_model_path, load_model
 from refusal_jax.chat.loss_rows import chat_rows, text_rows
+from refusal_jax.chat.residuals import extract
 from refusal_jax.checkpoints.tensor_files import INDEX
 from refusal_jax.data.sampling import sample_prompts
 from refusal_jax.organism.inflate import Shape, inflate, source_layers
 from refusal_jax.study.config import get_config
-from refusal_jax.study.directions import extract
 from refusal_jax.study.loss import measure_loss
 from refusal_jax.study.selection import Rule, evaluate_candidates, pick
 

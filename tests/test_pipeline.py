@@ -13,6 +13,7 @@ from test_settings import RECORDED
 
 from refusal_jax import UserError, load_model
 from refusal_jax.chat.prompts import Chat
+from refusal_jax.chat.refusal_tokens import Opening
 from refusal_jax.conditions import split_stem
 from refusal_jax.export.finished import FinishedStudy
 from refusal_jax.export.provenance import base_model
@@ -26,7 +27,6 @@ from refusal_jax.runs.artifacts import DAMAGE, DIRECTION, MEANS, PROJECTIONS, RE
 from refusal_jax.study import directions, prompts, shared
 from refusal_jax.study import report as report_stage
 from refusal_jax.study import study as pipeline
-from refusal_jax.study.refusal_tokens import Opening
 from refusal_jax.study.shared import Study
 
 STAGES = ["prompts", "activations", "selection", "projections", "completions", "loss", "evaluations", "report"]

@@ -25,6 +25,7 @@ FLOORS = (
     {"study"},
     {"export"},
     {"harness", "terminal", "organism"},
+    {"audit"},
     {"jobs"},
 )
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}

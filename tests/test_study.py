@@ -11,11 +11,11 @@ import torch
 from refusal_jax import Edits, Taps, UserError, load_model, make_mesh
 from refusal_jax.chat.loss_rows import LossRow, chat_rows, text_rows
 from refusal_jax.chat.prompts import Chat
+from refusal_jax.chat.residuals import extract
 from refusal_jax.conditions import Condition, Dataset
 from refusal_jax.data.prompts import read_chat_pairs
 from refusal_jax.directions import Direction
 from refusal_jax.study.completions import complete
-from refusal_jax.study.directions import extract
 from refusal_jax.study.loss import loss_datasets, measure_kl, measure_loss
 from refusal_jax.study.scoring import PromptScorer
 from refusal_jax.study.selection import Rule, evaluate_candidates, pick

@@ -109,8 +109,8 @@ def test_conversations_as_prompts(model):
 
 
 def test_scores_and_means_of_conversations(model):
-    from refusal_jax.study.directions import extract
-    from refusal_jax.study.refusal_tokens import measure_openings
+    from refusal_jax.chat.refusal_tokens import measure_openings
+    from refusal_jax.chat.residuals import extract
 
     texts, talks = ["hi", "bake it"], [[{"role": "user", "content": text}] for text in ("hi", "bake it")]
     one, other = (extract(model, prompts, [5], 2, 0, 2, "x") for prompts in (texts, talks))

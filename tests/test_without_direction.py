@@ -7,6 +7,7 @@ import pytest
 from test_report import REFUSAL, judged
 
 from refusal_jax import UserError
+from refusal_jax.chat.refusal_tokens import Opening
 from refusal_jax.conditions import Condition, Dataset
 from refusal_jax.directions import direction_file
 from refusal_jax.errors import NoDirection
@@ -15,7 +16,6 @@ from refusal_jax.report.text import text_summary
 from refusal_jax.report.verdict import Concern, verdict_without_direction
 from refusal_jax.runs.artifacts import CANDIDATES, FILTER, MEANS, NO_DIRECTION, REPORT, SETUP
 from refusal_jax.study import completions, directions
-from refusal_jax.study.refusal_tokens import Opening
 from refusal_jax.study.rule import LOOSENING, Rule, nearest_misses
 from refusal_jax.study.scoring import PromptScorer
 from refusal_jax.study.study import SECTIONS, run_study

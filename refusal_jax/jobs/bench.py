@@ -185,7 +185,8 @@ def _timed(seconds: dict, name: str):
 
 def _extraction_selection(model, task: dict) -> tuple[dict, dict]:
     """Returns seconds and results of extraction and selection, the study's two stages without their files."""
-    from refusal_jax.study.directions import difference_in_means, extract
+    from refusal_jax.chat.residuals import extract
+    from refusal_jax.study.directions import difference_in_means
     from refusal_jax.study.selection import Rule, evaluate_candidates, pick
 
     size, seconds, found = task["batch_size"], {}, {}

@@ -30,6 +30,7 @@ import sys
 from absl import flags
 
 from refusal_jax.chat.model import ChatModel, demo_model_path, load_model
+from refusal_jax.chat.residuals import extract
 from refusal_jax.checkpoints.remote import checkpoint_folder
 from refusal_jax.data.prompts import BUNDLED, read_prompts, resolve
 from refusal_jax.directions import Direction
@@ -40,7 +41,7 @@ from refusal_jax.harness.edited import model_of, one_each
 from refusal_jax.jobs import common, devices
 from refusal_jax.models.decoding import in_words
 from refusal_jax.models.hf_config import load_config
-from refusal_jax.study.directions import difference_in_means, extract
+from refusal_jax.study.directions import difference_in_means
 from refusal_jax.surrogates import mended
 from refusal_jax.terminal.screen import escaped
 from refusal_jax.terminal.session import Session

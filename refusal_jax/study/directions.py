@@ -9,30 +9,20 @@ import logging
 import math
 import pathlib
 from collections.abc import Sequence
-from functools import partial
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float
 
-from refusal_jax.axes import Array
-from refusal_jax.chat.batches import length_batches
-from refusal_jax.chat.messages import Prompt
-from refusal_jax.chat.model import ChatModel
+from refusal_jax.chat.refusal_tokens import LEAST_DIFFERENCE, LEAST_RATIO, Opening, measure_openings, refusal_openings
 from refusal_jax.chat.reply_start import ReplyStart
+from refusal_jax.chat.residuals import extract, extract_batch
 from refusal_jax.checkpoints.mirrors import source_name
 from refusal_jax.data.prompts import BUNDLED
 from refusal_jax.data.sampling import SPLITS
-from refusal_jax.edits import Edits
 from refusal_jax.errors import UserError, field
-from refusal_jax.models.decoder import Decoder
-from refusal_jax.models.finite import check_finite
 from refusal_jax.models.quantisation import read_quantisation
-from refusal_jax.models.scores import refusal_score
-from refusal_jax.models.sharding import replicate
 from refusal_jax.plan.programs import Group, Program, Shapes
-from refusal_jax.progress import each
 from refusal_jax.report.concerns import score_disagreement
 from refusal_jax.report.findings import Findings, Section
 from refusal_jax.report.text import decoding_line, template_line
@@ -40,81 +30,10 @@ from refusal_jax.report.verdict import Concern
 from refusal_jax.runs.artifacts import FILTER, MEANS, PROMPTS, SETUP
 from refusal_jax.runs.ledger import Ledger
 from refusal_jax.runs.stage import Stage
-from refusal_jax.study.refusal_tokens import LEAST_DIFFERENCE, LEAST_RATIO, Opening, measure_openings, refusal_openings
 from refusal_jax.study.shared import Study
 from refusal_jax.taps import Taps
 
 LOG = logging.getLogger(__name__)
-
-
-@dataclasses.dataclass(frozen=True)
-class Extraction:
-    """The result of one pass over a set of prompts: the score of each, which were kept, and their mean residual at
-    block inputs.
-
-    scores: float64 `[n]`; kept: bool `[n]`; mean_lpd: float64 `[L, P, D]`, NaN if no prompt was kept.
-    """
-
-    scores: Float[np.ndarray, " n"]
-    kept: Bool[np.ndarray, " n"]
-    mean_lpd: Float[np.ndarray, "L P D"]
-
-
-@partial(jax.jit, static_argnames="taps")
-def extract_batch(
-    decoder: Decoder,
-    tokens_bt: Int[Array, "B T"],
-    mask_bt: Bool[Array, "B T"],
-    edits: Edits,
-    valid_b: Bool[Array, " B"],
-    sign: Int[Array, ""],
-    refusal_ids: Int[Array, " n"],
-    taps: Taps,
-) -> tuple[Float[Array, " B"], Bool[Array, " B"], Float[Array, "L P D"], Float[Array, "L P D"], Bool[Array, " B"]]:
-    """Returns scores `[B]`, which rows are kept `[B]`, the residual sums of these, float32 `[L, P, D]`, the first row's
-    residual, and whether each row's values are finite `[B]`.
-
-    Sums are of differences to the batch's first row: positions where all prompts agree (the
-    template's tokens at layer 0) then cancel exactly instead of leaving rounding noise.
-    sign: +1 keeps scores above 0, -1 those below, 0 keeps all valid rows.
-    """
-    out = decoder.forward(tokens_bt, mask_bt, edits, taps)
-    logits_bv, finite_b = decoder.next_logits(out.resid_btd)
-    scores_b = refusal_score(logits_bv, refusal_ids)
-    kept_b = valid_b & jnp.where(sign == 0, True, sign * scores_b > 0)
-    resid_lbpd = out.taps["resid_pre"].astype(jnp.float32)
-    finite_b &= jnp.all(jnp.isfinite(resid_lbpd), axis=(0, 2, 3))
-    first_lpd = resid_lbpd[:, 0]
-    offsets = jnp.where(kept_b[None, :, None, None], resid_lbpd - first_lpd[:, None], 0.0)
-    return replicate(decoder.mesh, (scores_b, kept_b, jnp.sum(offsets, axis=1), first_lpd, finite_b))
-
-
-def extract(
-    model: ChatModel,
-    instructions: Sequence[Prompt],
-    refusal_ids,
-    positions: int,
-    sign: int,
-    batch_size: int,
-    title: str,
-) -> Extraction:
-    """Returns scores, filter and mean residuals of one prompt set; sign as in `extract_batch`. Means end in NumPy float64.
-
-    Raises UserError for values that are not finite.
-    """
-    n, cfg = len(instructions), model.config
-    scores, kept = np.zeros(n), np.zeros(n, bool)
-    total = np.zeros((cfg.n_layers, positions, cfg.d_model))
-    taps, ids = Taps(("resid_pre",), positions), np.asarray(refusal_ids, np.int32)
-    batches = each(list(length_batches(model, instructions, batch_size)), title, "batch")
-    for index, batch in batches:
-        valid = np.arange(batch_size) < len(index)
-        out = extract_batch(model.decoder, *model.put(batch.tokens, batch.mask), valid, sign, ids, taps)
-        scores_b, kept_b, offsets, first, finite_b = (np.asarray(a) for a in jax.device_get(out))
-        check_finite(finite_b[: len(index)], model.decoder.dtype, f"No residuals can be read from '{title}'")
-        scores[index], kept[index] = scores_b[: len(index)], kept_b[: len(index)]
-        total += offsets.astype(np.float64) + kept_b.sum() * first.astype(np.float64)
-    return Extraction(scores, kept, total / kept.sum() if kept.any() else np.full_like(total, np.nan))
 
 
 def difference_in_means(

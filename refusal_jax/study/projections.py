@@ -2,18 +2,13 @@
 
 import pathlib
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Bool, Float, Int
 from markupsafe import Markup
 
-from refusal_jax.axes import Array
 from refusal_jax.chat.batches import length_batches
-from refusal_jax.edits import EPS, Edits
-from refusal_jax.models.decoder import Decoder
+from refusal_jax.chat.residuals import project
+from refusal_jax.edits import EPS
 from refusal_jax.models.finite import check_finite
-from refusal_jax.models.sharding import replicate
 from refusal_jax.report.concerns import auc, weak_separation
 from refusal_jax.report.findings import Findings, Section
 from refusal_jax.report.page import plain
@@ -22,21 +17,6 @@ from refusal_jax.runs.artifacts import DIRECTION, MEANS, METADATA, PROJECTIONS, 
 from refusal_jax.runs.ledger import Ledger
 from refusal_jax.runs.stage import Stage
 from refusal_jax.study.shared import Study
-from refusal_jax.taps import Taps
-
-
-@jax.jit
-def project(
-    decoder: Decoder,
-    tokens_bt: Int[Array, "B T"],
-    mask_bt: Bool[Array, "B T"],
-    edits: Edits,
-    unit_d: Float[Array, " D"],
-) -> Float[Array, "B L"]:
-    """Returns the last token's residual at each block's input, projected on `unit_d`; float32 `[B, L]`."""
-    tapped = decoder.forward(tokens_bt, mask_bt, edits, Taps(("resid_pre",), 1)).taps["resid_pre"]
-    along_bl = jnp.einsum("lbd,d->bl", tapped[:, :, 0].astype(jnp.float32), unit_d, precision="highest")
-    return replicate(decoder.mesh, along_bl)
 
 
 def project_prompts(study: Study, ledger: Ledger) -> None:

@@ -15,6 +15,7 @@ from markupsafe import Markup
 
 from refusal_jax.chat.messages import Prompt
 from refusal_jax.chat.model import ChatModel
+from refusal_jax.chat.refusal_tokens import Opening, nothing_chosen
 from refusal_jax.directions import Direction
 from refusal_jax.errors import NoDirection, field
 from refusal_jax.plan.programs import Group, Program, Shapes
@@ -27,7 +28,6 @@ from refusal_jax.runs.artifacts import CANDIDATES, DIRECTION, FILTER, MEANS, MET
 from refusal_jax.runs.ledger import Ledger
 from refusal_jax.runs.run import Run
 from refusal_jax.runs.stage import Stage
-from refusal_jax.study.refusal_tokens import Opening, nothing_chosen
 from refusal_jax.study.rule import LOOSENING, Rule, nearest_misses, pick
 from refusal_jax.study.scoring import Batching, PromptScorer, last_logits, score_edits, score_from_layer
 from refusal_jax.study.shared import Study

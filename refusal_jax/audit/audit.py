@@ -1,0 +1,50 @@
+"""Audits a checkpoint: runs the lanes, cheap first, and makes the verdicts from what they found."""
+
+import dataclasses
+import logging
+from collections.abc import Sequence
+
+import jax
+
+from refusal_jax.audit.evidence import Findings
+from refusal_jax.audit.lane import Lane
+from refusal_jax.audit.settings import AuditSettings
+from refusal_jax.audit.subject import Opened, Subject
+from refusal_jax.audit.verdict import Verdict, judge
+from refusal_jax.chat.model import demo_model_path
+
+LOG = logging.getLogger(__name__)
+LANES: tuple[Lane, ...] = ()  # one line for each lane, cheap first
+
+
+@dataclasses.dataclass(frozen=True)
+class Audit:
+    """A finished audit. findings: of each lane, in order."""
+
+    settings: AuditSettings
+    findings: Sequence[Findings]
+    verdict: Verdict
+
+    def of(self, lane: str) -> Findings | None:
+        """Returns what a lane found, None if there is no such lane."""
+        return next((one for one in self.findings if one.lane == lane), None)
+
+
+def run_audit(settings: AuditSettings, mesh: jax.sharding.Mesh | None = None) -> Audit:
+    """Audits the candidate that the settings name. Raises UserError for a candidate or a base that cannot be opened at all; what
+    only a lane needs and does not get leaves that lane out."""
+    candidate = Opened(settings.candidate or str(demo_model_path()), settings, mesh)
+    base = Opened(settings.base, settings, mesh) if settings.base else None
+    subject = Subject(settings, candidate, base)
+    return audit(subject)
+
+
+def audit(subject: Subject) -> Audit:
+    """Runs all lanes on a subject, and returns the audit."""
+    for opened in filter(None, (subject.candidate, subject.base)):
+        _ = opened.folder
+    findings = []
+    for lane in LANES:
+        LOG.info(f"Audit: {lane.name}")
+        findings.append(lane.run(subject))
+    return Audit(subject.settings, findings, judge(subject.settings, {one.lane: one for one in findings}))
