@@ -28,7 +28,7 @@ class Evidence:
     @property
     def row(self) -> dict[str, Any]:
         """Returns the evidence in plain values for JSON, where a number that is not finite is None."""
-        return {name: _plain(value) for name, value in dataclasses.asdict(self).items()}
+        return {name: plain(value) for name, value in dataclasses.asdict(self).items()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +37,8 @@ class Findings:
 
     lane: its name. evidence: in the order in which it is shown. facts: plain values by name, from which the verdicts are made;
     a fact that was not measured is not there. left_out: why the lane was not run, one whole sentence, or "" if it was.
-    seconds: how long it took. bytes_read: of weights.
+    seconds: how long it took. bytes_read: of weights. replies: what the models replied, by name of the condition, as rows
+    {category, prompt, response} of the published format; they are written and shown only where that is asked for.
     """
 
     lane: str
@@ -46,22 +47,23 @@ class Findings:
     left_out: str = ""
     seconds: float = 0.0
     bytes_read: int = 0
+    replies: Mapping[str, Sequence[Mapping[str, Any]]] = dataclasses.field(default_factory=dict)
 
     @property
     def record(self) -> dict[str, Any]:
-        """Returns the findings in plain values for JSON."""
+        """Returns the findings in plain values for JSON, without the replies."""
         return {
             "lane": self.lane,
             "left_out": self.left_out,
             "seconds": round(self.seconds, 3),
             "bytes_read": self.bytes_read,
             "evidence": [one.row for one in self.evidence],
-            "facts": {name: _plain(value) for name, value in self.facts.items()},
+            "facts": {name: plain(value) for name, value in self.facts.items()},
         }
 
 
-def _plain(value: Any) -> Any:
-    """Returns a value as JSON can hold it."""
+def plain(value: Any) -> Any:
+    """Returns a value as JSON can hold it: numbers and arrays of numpy and jax become Python's, and what is not finite None."""
     if hasattr(value, "item") and getattr(value, "ndim", 0) == 0:
         value = value.item()
     if hasattr(value, "tolist"):
@@ -69,7 +71,7 @@ def _plain(value: Any) -> Any:
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):
-        return {str(name): _plain(one) for name, one in value.items()}
+        return {str(name): plain(one) for name, one in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(one) for one in value]
+        return [plain(one) for one in value]
     return value
