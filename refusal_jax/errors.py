@@ -25,6 +25,10 @@ class UserError(ValueError):
     exit_code = 2
 
 
+class DamagedFile(UserError):
+    """A file is not what its name says: truncated, edited by hand, or another file in its place."""
+
+
 class VerificationError(UserError):
     """Something that was made or checked is not what it should be."""
 

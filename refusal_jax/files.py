@@ -11,7 +11,7 @@ import pathlib
 
 import platformdirs
 
-from refusal_jax.errors import UserError
+from refusal_jax.errors import DamagedFile, UserError
 
 LOG = logging.getLogger(__name__)
 
@@ -124,7 +124,7 @@ def read_bytes(path: pathlib.Path) -> bytes:
         raise UserError(f"{path} could not be read ({error.strerror or error}). Check that you may read it.") from None
 
 
-def damaged(path: pathlib.Path, found: str) -> UserError:
+def damaged(path: pathlib.Path, found: str) -> DamagedFile:
     """Returns the error for a file of a checkpoint that is not what its name says.
 
     found: what is wrong, to follow the path. Its beginning tells what can help: a pointer of Git LFS or a web page lies
@@ -145,7 +145,7 @@ def damaged(path: pathlib.Path, found: str) -> UserError:
             "If it was edited by hand, repair it; else it is truncated or damaged: download it again from the original "
             "checkpoint."
         )
-    return UserError(f"{path} {found}. {advice}")
+    return DamagedFile(f"{path} {found}. {advice}")
 
 
 def read_json(path: pathlib.Path) -> dict:

@@ -6,12 +6,14 @@ from collections.abc import Sequence
 
 import jax
 
+from refusal_jax.audit.broken import BrokenCheckpoint
 from refusal_jax.audit.evidence import Findings
 from refusal_jax.audit.lane import Lane
 from refusal_jax.audit.settings import AuditSettings
 from refusal_jax.audit.subject import Opened, Subject
 from refusal_jax.audit.verdict import Verdict, judge
 from refusal_jax.chat.model import demo_model_path
+from refusal_jax.errors import UserError
 
 LOG = logging.getLogger(__name__)
 LANES: tuple[Lane, ...] = ()  # one line for each lane, cheap first
@@ -31,8 +33,7 @@ class Audit:
 
 
 def run_audit(settings: AuditSettings, mesh: jax.sharding.Mesh | None = None) -> Audit:
-    """Audits the candidate that the settings name. Raises UserError for a candidate or a base that cannot be opened at all; what
-    only a lane needs and does not get leaves that lane out."""
+    """Audits the candidate that the settings name. Raises UserError and BrokenCheckpoint as `audit` does."""
     candidate = Opened(settings.candidate or str(demo_model_path()), settings, mesh)
     base = Opened(settings.base, settings, mesh) if settings.base else None
     subject = Subject(settings, candidate, base)
@@ -40,9 +41,17 @@ def run_audit(settings: AuditSettings, mesh: jax.sharding.Mesh | None = None) ->
 
 
 def audit(subject: Subject) -> Audit:
-    """Runs all lanes on a subject, and returns the audit."""
-    for opened in filter(None, (subject.candidate, subject.base)):
-        _ = opened.folder
+    """Runs all lanes on a subject, and returns the audit.
+
+    What only a lane needs and does not get leaves that lane out. Raises UserError for a candidate or a base that cannot be opened
+    at all, and BrokenCheckpoint for a candidate whose files, values or chat template are broken.
+    """
+    _ = subject.candidate.weights
+    if subject.base is not None:
+        try:
+            _ = subject.base.weights
+        except BrokenCheckpoint as error:
+            raise UserError(f"The base is broken, so that nothing can be compared with it. {error}") from None
     findings = []
     for lane in LANES:
         LOG.info(f"Audit: {lane.name}")

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 
+from refusal_jax.audit.broken import finding_damage
 from refusal_jax.audit.settings import AuditSettings
 from refusal_jax.audit.weights import StoredWeights, Weights
 from refusal_jax.chat.model import ChatModel, load_model
@@ -30,12 +31,14 @@ class Opened:
 
     @functools.cached_property
     def folder(self) -> pathlib.Path:
-        """Returns the folder on this machine. Raises UserError if there is nothing by that name."""
-        return checkpoint_folder(self.name)
+        """Returns the folder on this machine. Raises UserError if there is nothing by that name, BrokenCheckpoint for a damaged
+        file."""
+        with finding_damage():
+            return checkpoint_folder(self.name)
 
     @functools.cached_property
     def weights(self) -> Weights:
-        """Returns the weights. Raises UserError for files or tensors that cannot be used."""
+        """Returns the weights. Raises UserError and BrokenCheckpoint as `StoredWeights.open` does."""
         return StoredWeights.open(self.folder)
 
     @functools.cached_property

@@ -14,12 +14,11 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Float32
 
-from refusal_jax.checkpoints.check import check_tensors
+from refusal_jax.audit.broken import BrokenCheckpoint, open_checkpoint
 from refusal_jax.checkpoints.tensor_files import TensorFiles
 from refusal_jax.errors import UserError
 from refusal_jax.models.config import ModelConfig
 from refusal_jax.models.families import WRITERS, Piece, hf_shapes, pieces
-from refusal_jax.models.hf_config import load_config
 from refusal_jax.models.weights import weight_table
 
 
@@ -45,19 +44,19 @@ class StoredWeights:
 
     @classmethod
     def open(cls, folder: pathlib.Path) -> "StoredWeights":
-        """Opens the files of a checkpoint folder. Raises UserError for a config, files or tensors that cannot be used."""
-        cfg, files = load_config(folder), TensorFiles.open(folder)
-        check_tensors(cfg, files)
+        """Opens the files of a checkpoint folder. Raises UserError and BrokenCheckpoint as `open_checkpoint` does."""
+        cfg, files = open_checkpoint(folder)
         return cls(cfg, folder, files)
 
     def rows(self, name: str, start: int = 0, stop: int | None = None) -> Float32[np.ndarray, "..."]:
-        """Returns rows of a tensor. Raises UserError if the file cannot be read, and for values that are not finite."""
+        """Returns rows of a tensor. Raises UserError if the file cannot be read, BrokenCheckpoint for values that are not
+        finite."""
         shape = self.files.tensors[name].shape
         stop = shape[0] if stop is None else stop
         out = np.empty((stop - start, *shape[1:]), np.float32)
         self.files.read_into(name, (slice(start, stop),), out)
         if not np.isfinite(out).all():
-            raise UserError(
+            raise BrokenCheckpoint(
                 f"{self.folder} holds NaN or infinite values in {name}. The checkpoint is damaged: download it again."
             )
         return out
