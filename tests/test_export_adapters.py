@@ -12,10 +12,10 @@ from exports import DIRECTION, exported, sample_of, tensors_of, their_logits
 from safetensors.numpy import load_file
 
 from refusal_jax import UserError
+from refusal_jax.checkpoints.lora import ADAPTER, module_name
 from refusal_jax.checkpoints.rewrite import Checkpoint
 from refusal_jax.export import gguf as our_gguf
 from refusal_jax.export.card import read_card
-from refusal_jax.export.lora import ADAPTER, module_name
 from refusal_jax.models.families import TABLES
 
 # With biases where a family may have them, experts, norms behind the writers, another order of names, scaled embeddings.

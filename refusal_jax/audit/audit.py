@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import jax
 
-from refusal_jax.audit.broken import BrokenCheckpoint
+from refusal_jax.audit.broken import BrokenCheckpoint, finding_damage
 from refusal_jax.audit.evidence import Findings
 from refusal_jax.audit.lane import Lane
 from refusal_jax.audit.settings import AuditSettings
@@ -35,7 +35,9 @@ class Audit:
 def run_audit(settings: AuditSettings, mesh: jax.sharding.Mesh | None = None) -> Audit:
     """Audits the candidate that the settings name. Raises UserError and BrokenCheckpoint as `audit` does."""
     candidate = Opened(settings.candidate or str(demo_model_path()), settings, mesh)
-    base = Opened(settings.base, settings, mesh) if settings.base else None
+    with finding_damage():
+        name = settings.base or candidate.adapter_base
+    base = Opened(name, settings, mesh) if name else None
     subject = Subject(settings, candidate, base)
     return audit(subject)
 

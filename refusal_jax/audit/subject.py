@@ -13,6 +13,7 @@ from refusal_jax.audit.broken import finding_damage
 from refusal_jax.audit.settings import AuditSettings
 from refusal_jax.audit.weights import StoredWeights, Weights
 from refusal_jax.chat.model import ChatModel, load_model
+from refusal_jax.checkpoints.adapters import adapter_mirror, is_adapter, named_base
 from refusal_jax.checkpoints.remote import checkpoint_folder
 from refusal_jax.data.sampling import SPLITS, sample_prompts
 from refusal_jax.data.settings import DataSettings
@@ -31,10 +32,21 @@ class Opened:
 
     @functools.cached_property
     def folder(self) -> pathlib.Path:
-        """Returns the folder on this machine. Raises UserError if there is nothing by that name, BrokenCheckpoint for a damaged
-        file."""
+        """Returns the folder on this machine; of an adapter, the mirror that makes it a checkpoint on its base.
+
+        Raises UserError if there is nothing by that name, and for an adapter without its base, BrokenCheckpoint for a damaged
+        file.
+        """
         with finding_damage():
-            return checkpoint_folder(self.name)
+            folder = checkpoint_folder(self.name)
+            return adapter_mirror(folder, checkpoint_folder(self.adapter_base)) if is_adapter(folder) else folder
+
+    @functools.cached_property
+    def adapter_base(self) -> str:
+        """Returns the base that an adapter is read on, "" for a checkpoint that is no adapter: the one of the settings, or the
+        one that it names if that is on this machine. Raises UserError for an adapter without either."""
+        folder = checkpoint_folder(self.name)
+        return (self.settings.base or named_base(folder)) if is_adapter(folder) else ""
 
     @functools.cached_property
     def weights(self) -> Weights:

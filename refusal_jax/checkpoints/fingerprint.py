@@ -13,6 +13,7 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
+from refusal_jax.checkpoints.adapters import adapter_parts
 from refusal_jax.checkpoints.gguf_mirror import gguf_files, own_tokenizer
 from refusal_jax.checkpoints.mirrors import STUB, stub_of
 from refusal_jax.errors import UserError
@@ -34,8 +35,8 @@ def checkpoint_fingerprint(folder: pathlib.Path) -> str:
     Hidden files and subfolders do not count; weights in formats that are never loaded count by name and size. In the mirror
     of an address the weights are stubs, which hold what the store says of the version; what the hub says is the hash itself, so
     that a checkpoint has the same fingerprint whether its weights are here or there. For the mirror of a GGUF file only that
-    file's content counts, and its tokenizer's files where the user gave them. Raises UserError if the folder or a file of it
-    cannot be read.
+    file's content counts, and its tokenizer's files where the user gave them. For the mirror of an adapter its base counts,
+    too. Raises UserError if the folder or a file of it cannot be read.
     """
     try:
         paths = [p for p in folder.iterdir() if p.is_file() and not p.name.startswith(".")]
@@ -56,6 +57,9 @@ def checkpoint_fingerprint(folder: pathlib.Path) -> str:
                 digest.update(bytes.fromhex(known or hashes[path]))
             elif path not in unread:
                 digest.update(path.read_bytes())
+        parts = adapter_parts(folder)
+        if parts is not None:
+            digest.update(bytes.fromhex(checkpoint_fingerprint(parts[1])))
     except OSError as error:
         raise UserError(
             f"The checkpoint {folder} could not be read ({error.strerror or error}: {error.filename or folder}). Check that the "

@@ -12,6 +12,7 @@ from types import EllipsisType
 import numpy as np
 from jaxtyping import Shaped
 
+from refusal_jax.checkpoints.adapters import adapted, adapter_parts
 from refusal_jax.checkpoints.gguf_mirror import gguf_files, open_gguf
 from refusal_jax.checkpoints.mirrors import STUB, is_there, stub_of
 from refusal_jax.checkpoints.quantised.formats import dequantised
@@ -20,7 +21,7 @@ from refusal_jax.checkpoints.safetensors import Header, LocalFile, RangeFile, re
 from refusal_jax.checkpoints.tensors import STORED, PlainTensor, Tensor, listed
 from refusal_jax.errors import UserError
 from refusal_jax.files import damaged, read_json
-from refusal_jax.models.hf_config import adapter_advice
+from refusal_jax.models.hf_config import adapter_advice, load_config
 from refusal_jax.models.quantisation import Quantisation, read_quantisation
 
 INDEX = "model.safetensors.index.json"
@@ -58,6 +59,8 @@ class TensorFiles:
         Raises UserError for missing, corrupt or outside files, for tensors that are held twice, and for quantised ones that are
         not stored as config.json says.
         """
+        if adapter_parts(folder) is not None:
+            return cls._adapted(folder)
         if gguf_files(folder):
             return cls(folder, *open_gguf(folder), {}, read_quantisation(folder))
         paths, weight_map = checkpoint_files(folder)
@@ -84,6 +87,17 @@ class TensorFiles:
         opened.quantisation = read_quantisation(folder)
         opened.tensors = dequantised(folder, stored, opened.quantisation)
         return opened
+
+    @classmethod
+    def _adapted(cls, folder: pathlib.Path) -> "TensorFiles":
+        """Opens the files of the base that an adapter's mirror names, with their tensors as the adapter changes them."""
+        from refusal_jax.checkpoints.check import check_tensors  # imported late, as it reads the files of this class
+
+        parts = adapter_parts(folder)
+        assert parts is not None, "whoever calls this has seen that the folder is a mirror"
+        opened = cls.open(parts[1])
+        check_tensors(load_config(parts[1]), opened)
+        return dataclasses.replace(opened, folder=folder, tensors=adapted(folder, opened.tensors), headers={})
 
     def read(self, name: str, index: tuple[slice, ...] | EllipsisType = ()) -> Shaped[np.ndarray, "..."]:
         """Reads a tensor of a dtype of STORED, or only the part that `index` (slices without steps) selects.

@@ -1,60 +1,39 @@
 """Writes the ablation as a PEFT LoRA adapter: A = right^T W and B = -scale left make W + B A the edited weight, of rank J.
 
-Adapters know modules by their names in transformers 5, where the experts of a layer are one parameter. A bias cannot have
-an adapter, so edited ones are stored whole, as PEFT does for `bias="all"`.
+A bias cannot have an adapter, so edited ones are stored whole, as PEFT does for `bias="all"`.
 """
 
 import dataclasses
 import os
 import pathlib
-import re
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 from jaxtyping import Float32
 from safetensors.numpy import save
 
+from refusal_jax.checkpoints.lora import (
+    ADAPTER,
+    ADAPTER_CONFIG,
+    PREFIX,
+    Change,
+    experts_of,
+    module_name,
+    read_changes,
+    stored_bias,
+)
 from refusal_jax.checkpoints.rewrite import Checkpoint, Stored
-from refusal_jax.checkpoints.safetensors import read_tensors
 from refusal_jax.conditions import Ablate, Add
 from refusal_jax.errors import UserError, setting
 from refusal_jax.export.hf import THREADS, Written
 from refusal_jax.export.tensor_edits import Projection, wanted_edits
 from refusal_jax.files import to_json
 from refusal_jax.models.config import ModelConfig
-from refusal_jax.models.families import OTHER_PARTS, TABLES, TRANSPOSED
+from refusal_jax.models.families import TABLES
 from refusal_jax.progress import each
 
-ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 TIED = ("untie", "skip")
-PREFIX = "base_model.model."
-# The matrix of an expert that writes, and the tensor of those of all experts.
-EXPERT = re.compile(r"(.*\.)(?:block_sparse_moe|mlp)\.experts\.(\d+)\.(?:w2|down_proj)\.weight")
-EXPERTS = re.compile(r"(.*\.block_sparse_moe\.)output_linear\.weight|(.*\.mlp\.)experts\.down_proj")
-
-
-def module_name(cfg: ModelConfig, name: str) -> str:
-    """Returns the module in transformers, below the model, of an HF tensor that is not an expert's."""
-    module = name.rsplit(".", 1)[0]
-    # Multimodal checkpoints keep the names that transformers had when they came out.
-    inside = "model.language_model."
-    if cfg.family not in OTHER_PARTS or module.startswith(inside):
-        return module
-    return re.sub(r"^(language_model\.)?model\.", inside, module)
-
-
-def experts_of(cfg: ModelConfig, name: str) -> tuple[str, range] | None:
-    """Returns the module in transformers that holds a layer's experts and which of them an HF tensor holds the writing matrix of;
-    None for a tensor that holds none."""
-    one, all_of_them = EXPERT.fullmatch(name), EXPERTS.fullmatch(name)
-    if one:
-        return f"{one[1]}mlp.experts", range(int(one[2]), int(one[2]) + 1)
-    return (f"{all_of_them[1] or all_of_them[2]}experts", range(cfg.n_experts)) if all_of_them else None
-
-
-def stored_bias(cfg: ModelConfig, name: str) -> str:
-    """Returns the name in an adapter of an edited bias, which is a parameter of a module that the adapter wraps."""
-    return f"{PREFIX}{module_name(cfg, name)}.base_layer.{name.rsplit('.', 1)[1]}"
 
 
 def check_expressible(cfg: ModelConfig, edit: Ablate | Add, tied: str) -> Ablate:
@@ -148,12 +127,12 @@ class AdaptedWeights:
     """The weights of a checkpoint under the adapter in a folder, as `Weights` of forward.py; W + B A in float32."""
 
     checkpoint: Checkpoint
-    tensors: dict[str, np.ndarray]
+    changes: Mapping[str, Change]
 
     @classmethod
     def open(cls, checkpoint: Checkpoint, folder: pathlib.Path) -> "AdaptedWeights":
         """Reads an adapter. Raises UserError if it cannot be read."""
-        return cls(checkpoint, read_tensors(folder / ADAPTER))
+        return cls(checkpoint, read_changes(folder, checkpoint.cfg))
 
     @property
     def cfg(self) -> ModelConfig:
@@ -161,27 +140,5 @@ class AdaptedWeights:
 
     def rows(self, name: str, start: int = 0, stop: int | None = None) -> Float32[np.ndarray, "..."]:
         """Returns rows of a tensor, all by default."""
-        rows, held = self.checkpoint.rows(name, start, stop), experts_of(self.cfg, name)
-        module = held[0] if held else module_name(self.cfg, name)
-        stop = self.checkpoint.tensors[name].count if stop is None else stop
-        if name.endswith("bias"):
-            edited = self.tensors.get(stored_bias(self.cfg, name))
-            return rows if edited is None else edited[start:stop]
-        if not held and not name.endswith(".weight"):  # another parameter of a module that holds experts
-            return rows
-        embeds = name == TABLES[self.cfg.family]["embed"]
-        names = [f"{PREFIX}{module}.lora_{f'embedding_{x}' if embeds else f'{x}.weight'}" for x in "AB"]
-        if names[0] not in self.tensors:
-            return rows
-        a, b = (self.tensors[name] for name in names)
-        if embeds:
-            return rows + a[:, start:stop].T @ b.T
-        if held:
-            # As PEFT has them: A by expert, then rank; B by rank, then expert.
-            count = self.cfg.n_experts
-            a_ejf, b_dje = a.reshape(count, -1, a.shape[1]), b.reshape(len(b), -1, count)
-            if len(held[1]) == count and rows.ndim == 3:
-                change = np.einsum("dje,ejf->edf", b_dje, a_ejf)[start:stop]
-                return rows + (change.swapaxes(1, 2) if self.cfg.family in TRANSPOSED else change)
-            a, b = a_ejf[held[1].start], b_dje[..., held[1].start]
-        return rows + b[start:stop] @ a
+        rows = self.checkpoint.rows(name, start, stop)
+        return self.changes[name].applied(rows, (slice(start, stop),)) if name in self.changes else rows

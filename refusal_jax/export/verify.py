@@ -13,13 +13,14 @@ import numpy as np
 from refusal_jax.chat.loss_rows import LossRow, chat_rows, text_rows
 from refusal_jax.chat.padding import bucket
 from refusal_jax.chat.prompts import Chat
+from refusal_jax.checkpoints.lora import ADAPTER
 from refusal_jax.checkpoints.rewrite import Checkpoint
 from refusal_jax.conditions import Ablate, Add
 from refusal_jax.errors import UserError
 from refusal_jax.export.forward import EditedWeights, Readings, Stream, Weights, read_logits, run_streams
 from refusal_jax.export.gguf import CONTROL_VECTOR, read_gguf
 from refusal_jax.export.hf import TIED, Written
-from refusal_jax.export.lora import ADAPTER, AdaptedWeights
+from refusal_jax.export.lora import AdaptedWeights
 from refusal_jax.export.tensor_edits import projection, tensor_edits
 from refusal_jax.models.families import TABLES, WRITER_BIASES, WRITERS, pieces
 from refusal_jax.models.finite import check_finite
