@@ -20,6 +20,20 @@ USE = {
     "lora": "An adapter for `peft`: `PeftModel.from_pretrained(base, folder)`. {tied}",
     "gguf": "A control vector for llama.cpp: `llama-cli -m MODEL.gguf --control-vector control-vector.gguf`.",
 }
+DONE = {"ablate": "ablated", "add": "added", "repair": "restored"}
+# Rows of the table of measurements, by what verifications call them; a repair is compared with the base of the model that it
+# was made from.
+TITLES = {
+    "original": "base model",
+    "reference": "edit at inference time",
+    "export": "this export",
+    "orthogonalised": "plain orthogonalisation, for comparison",
+}
+REPAIR_TITLES = {
+    "original": "before the repair",
+    "reference": "the base that it is compared with",
+    "export": "this export",
+}
 # What follows from the base model's weights being dequantised.
 DEQUANTISED = {
     "hf": "This copy holds them in bfloat16, without what the base model's config.json said of quantisation.",
@@ -71,7 +85,7 @@ def write_card(folder: pathlib.Path, source: pathlib.Path, report: dict, command
     head["tags"] = ["refusal-direction", "refusal-jax"]
     licence = head.get("license_name") or head.get("license")
     sections = [
-        f"# {base['name']}, refusal direction {'ablated' if report['edit']['kind'] == 'ablate' else 'added'}",
+        f"# {base['name']}, refusal direction {DONE[report['edit']['kind']]}",
         _what(report),
         *([f"{report['dequantised']} {DEQUANTISED[form]}"] if "dequantised" in report else []),
         USE[form].format(tied=ADAPTER_TIED if report["tied"] == "untie" else "").strip(),
@@ -94,6 +108,8 @@ def write_card(folder: pathlib.Path, source: pathlib.Path, report: dict, command
 def _what(report: dict) -> str:
     edit, directions = report["edit"], report["direction"]
     layers = _ranges(edit["layers"])
+    if edit["kind"] == "repair":
+        return _repaired(report)
     if edit["kind"] == "add":
         return (
             f"{edit['scale']:g} times a direction of the residual stream is added to it at the input of layer {layers} "
@@ -114,6 +130,23 @@ def _what(report: dict) -> str:
     return text
 
 
+def _repaired(report: dict) -> str:
+    """Returns what a repair did, in words."""
+    edit, lost, other = report["edit"], report["only_the_base"], report["changed_otherwise"]
+    text = (
+        f"An audit against {report['compared']['name']} found that {edit['dose']:.3g} of a direction of the residual stream that "
+        "refusal depends on had been removed from this model's weights. What was left of it was multiplied, so that it is as "
+        f"large as before: in {len(report['edited_tensors'])} tensors, in layer {_ranges(edit['layers'])}, by up to "
+        f"{report['largest_amplification']:.3g}, with an estimated error of {edit['error']:.2g} along the direction. No value "
+        "was copied from the base; every other change of this model is still in it."
+    )
+    if lost:
+        text += f" In {len(lost)} tensors too little was left; they were not repaired."
+    if other:
+        text += f" {len(other)} tensors differ from the base in other ways."
+    return text
+
+
 def _ranges(numbers: list[int]) -> str:
     """Returns sorted numbers with runs cut short, such as "0 to 3, 7"."""
     runs: list[list[int]] = []
@@ -125,40 +158,41 @@ def _ranges(numbers: list[int]) -> str:
     return ", ".join(" to ".join(map(str, run)) for run in runs)
 
 
-def _measured(report: dict) -> str:
-    parts, found = [], report["verification"]
-    rows = report["refusals"]
-    if rows:
-        lines = ["| prompts | intervention | refused | 95 % interval | n |", "|---|---|---|---|---|"]
-        for row in rows:
-            low, high = row["interval"]
-            lines.append(
-                f"| {row['prompts']} | {row['intervention']} | {100 * row['refused']:.1f} % | {100 * low:.1f} to "
-                f"{100 * high:.1f} % | {row['n']} |"
-            )
-        parts.append(
-            "Refusals in the study that found the direction, by the substring judge, with the intervention made at inference "
-            "time:\n\n" + "\n".join(lines)
+def _refusals(report: dict) -> str:
+    """Returns how often the model refused, in words and as a table."""
+    rows, repair = report["refusals"], report["edit"]["kind"] == "repair"
+    if not rows:
+        why = "the audit left it out" if repair else "the direction does not come from a study with completions"
+        return f"Refusals were not measured: {why}."
+    lines = [
+        f"| prompts | {'model' if repair else 'intervention'} | refused | 95 % interval | n |",
+        "|---|---|---|---|---|",
+    ]
+    for row in rows:
+        low, high = row["interval"]
+        lines.append(
+            f"| {row['prompts']} | {row['intervention']} | {100 * row['refused']:.1f} % | {100 * low:.1f} to "
+            f"{100 * high:.1f} % | {row['n']} |"
         )
-    else:
-        parts.append("Refusals were not measured: the direction does not come from a study with completions.")
+    title = "Refusals in the study that found the direction, by the substring judge, with the intervention made at inference time"
+    return (f"Refusals, by the judge {report['judge']}" if repair else title) + ":\n\n" + "\n".join(lines)
+
+
+def _measured(report: dict) -> str:
+    parts, found = [_refusals(report)], report["verification"]
     if not found:
         return "\n\n".join([*parts, "The files were not verified."])
     lines = ["| | largest logit difference | KL (nats) | projection | loss | perplexity |", "|---|---|---|---|---|---|"]
-    titles = {
-        "original": "base model",
-        "reference": "edit at inference time",
-        "export": "this export",
-        "orthogonalised": "plain orthogonalisation, for comparison",
-    }
-    for name, title in titles.items():
+    repair = report["edit"]["kind"] == "repair"
+    against = "that base" if repair else "the edit at inference time on the base model"
+    for name, title in (REPAIR_TITLES if repair else TITLES).items():
         if name in found:
             r = found[name]
             most = max(max(layers) for layers in r["projection"].values())
             numbers = f"{r['max_logit_difference']:.2e} | {r['mean_kl']:.2e} | {most:.2e} | {r['ce_loss']:.4f}"
             lines.append(f"| {title} | {numbers} | {r['perplexity']:.5g} |")
     parts.append(
-        f"The written files, run in float32, against the edit at inference time on the base model: at the last token of "
+        f"The written files, run in float32, against {against}: at the last token of "
         f"{found['prompts']} prompts; the largest part of a residual vector that lies along the direction, over all tokens, "
         f"layers and sites; the loss (nats per token) on {found['text_tokens']} tokens of harmless text.\n\n"
         + "\n".join(lines)
