@@ -93,7 +93,9 @@ def test_partial_edits_are_restored_to_within_the_estimate(base, direction, stre
     assert error < max(1.5 * plan.error, 1e-3), f"{error:.4f} where {plan.error:.4f} was estimated"
     assert plan.error < (1e-3 if exact else 0.35) and plan.evidence.value == plan.error
     rounding = distance(base, changed(base, storage), names)
-    assert distance(base, restored, names) < max(1.6 * rounding, 1e-5)
+    # Of the D directions of the stream one has the rounding amplified.
+    amplified = rounding * (1 + plan.removed[0].amplification ** 2 / base.cfg.d_model) ** 0.5
+    assert distance(base, restored, names) < max(1.2 * amplified, 1e-5)
 
 
 def stream_first(weights: ArrayWeights, name: str) -> np.ndarray:
@@ -141,15 +143,20 @@ def test_a_reflection_is_its_own_inverse(base, direction):
     assert distance(base, undone(plan, candidate), [one.tensor for one in plan.removed]) < 0.004
 
 
-@pytest.mark.parametrize("strength", [0.5, 0.9])
-def test_edits_that_keep_the_lengths_of_rows(base, direction, strength):
-    """What the lengths were scaled by is not undone: of rows that lie along the direction it is seen, of others hardly."""
-    candidate = changed(base, made.row_normed(direction, everywhere(strength)), bfloat16)
-    plan = Repair.of(base, candidate)
-    names = [one.tensor for one in plan.removed]
-    assert len(names) == 2 * base.cfg.n_layers and not plan.lost
-    was, now = distance(base, candidate, names), distance(base, undone(plan, candidate), names)
-    assert now < 0.25 * was, (was, now)
+def test_edits_that_keep_the_lengths_of_rows(base, direction):
+    """What each row was scaled by is not undone, so a strong edit is restored less well, and the estimate says so."""
+    errors = {}
+    for strength in (0.3, 0.5, 0.8):
+        candidate = changed(base, made.row_normed(direction, everywhere(strength)), bfloat16)
+        plan = Repair.of(base, candidate)
+        names = [one.tensor for one in plan.removed]
+        assert len(names) == 2 * base.cfg.n_layers
+        errors[strength] = plan.error
+        if strength < 0.8:
+            assert not plan.lost
+            was, now = distance(base, candidate, names), distance(base, undone(plan, candidate), names)
+            assert now < 0.3 * was, (was, now)
+    assert errors[0.3] < errors[0.5] < 0.15 < errors[0.8]
 
 
 def test_several_directions_at_once(base, direction):
