@@ -31,7 +31,7 @@ EXPERTS = re.compile(r"(.*\.block_sparse_moe\.)output_linear\.weight|(.*\.mlp\.)
 # What follows the module's name: a factor, a vector that is added to the bias, or a tensor that takes the place of the base's.
 FACTOR = re.compile(r"(.+)\.lora_(?:embedding_)?([AB])(?:\.default)?(?:\.weight)?")
 SHIFT = re.compile(r"(.+)\.lora_B(?:\.default)?\.bias")
-WHOLE = re.compile(r"(.+?)(?:\.base_layer|\.modules_to_save)?(?:\.default)?\.(weight|bias)")
+WHOLE = re.compile(r"(.+?)(?:\.base_layer|\.modules_to_save)?(?:\.default)?\.(\w+)")
 PLAIN_PATTERN = re.compile(r"\^?[\w.\-]+")
 # Settings that make an adapter more than W + scale B A, and those of initialisations that changed the base's weights, too.
 VARIANTS = {
