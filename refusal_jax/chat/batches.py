@@ -10,10 +10,10 @@ from refusal_jax.chat.padding import TokenBatch, bucket
 
 
 def length_batches(
-    model: ChatModel, instructions: Sequence[Prompt], size: int
+    model: ChatModel, instructions: Sequence[Prompt], size: int, skip: int = 0
 ) -> Iterator[tuple[np.ndarray, TokenBatch]]:
     """Yields (indices into `instructions`, TokenBatch of `size` rows), grouped by similar length, in few distinct
-    shapes.
+    shapes. skip: how many of each prompt's first tokens are left out.
 
     Raises UserError for a prompt that exceeds the model's context.
     """
@@ -22,5 +22,5 @@ def length_batches(
     model.chat.encode([instructions[order[-1]]])  # checks that the longest prompt fits the context
     for start in range(0, len(order), size):
         index = order[start : start + size]
-        length = min(bucket(len(rows[index[-1]])), model.config.context_length)
-        yield np.asarray(index), model.chat.pad([rows[i] for i in index], length).padded_to(size)
+        length = min(bucket(len(rows[index[-1]]) - skip), model.config.context_length)
+        yield np.asarray(index), model.chat.pad([rows[i][skip:] for i in index], length).padded_to(size)

@@ -19,9 +19,10 @@ from refusal_jax.chat.batches import length_batches
 from refusal_jax.chat.messages import Prompt
 from refusal_jax.chat.model import ChatModel
 from refusal_jax.edits import Edits
-from refusal_jax.models.attention import Context
+from refusal_jax.models.config import ModelConfig
 from refusal_jax.models.decoder import Decoder
 from refusal_jax.models.finite import check_finite
+from refusal_jax.models.prefix import run_layers_after, shareable
 from refusal_jax.models.scores import kl_divergence, refusal_score
 from refusal_jax.models.sharding import constrain, put, replicate, sharding_of
 
@@ -48,64 +49,78 @@ class Batching:
         return math.ceil(positions / math.ceil(positions / self.at_once))
 
 
-def _for_each(edits: Edits, tree, prompts: int):
-    """Returns every edit with every prompt, as rows of one batch: edits and prompts' arrays, edit by edit."""
-    tiled = jax.tree.map(lambda a: jnp.tile(a, (edits.rows, *(1,) * (a.ndim - 1))), tree)
-    return jax.tree.map(lambda a: jnp.repeat(a, prompts, axis=0), edits), tiled
+def _tiled(x_bt: Array, times: int) -> jax.Array:
+    """Returns every row, `times` times over, as the rows of one batch: all rows for the first edit, then all for the next."""
+    return jnp.tile(x_bt, (times, *(1,) * (x_bt.ndim - 1)))
 
 
 @jax.jit
 def last_logits(
-    decoder: Decoder, tokens_bt: Int[Array, "B T"], mask_bt: Bool[Array, "B T"], edits: Edits
-) -> tuple[Float[Array, "B V"], Bool[Array, " B"]]:
-    """Returns the logits at the last token, float32 `[B, V]`, V as stored, and whether they are finite, bool `[B]`."""
-    logits_bv, finite_b = decoder.next_logits(decoder.forward(tokens_bt, mask_bt, edits).resid_btd)
+    decoder: Decoder,
+    prefix_t: Int[Array, " n"],
+    tokens_bt: Int[Array, "B T"],
+    mask_bt: Bool[Array, "B T"],
+    edits: Edits,
+) -> tuple[Float[Array, "_ V"], Bool[Array, " _"]]:
+    """Returns the logits at the last token of B prompts under R edits, float32, V as stored, and whether they are finite.
+
+    prefix_t: tokens that all prompts begin with, n may be 0. tokens_bt: what follows them, left-padded.
+    """
+    prefix_rt, tokens = _tiled(prefix_t[None], edits.rows), _tiled(tokens_bt, edits.rows)
+    mask = _tiled(mask_bt, edits.rows)
+    shared, x = (decoder.embed_tokens(constrain(decoder.mesh, ids, "batch")) for ids in (prefix_rt, tokens))
+    _, x = run_layers_after(decoder, shared, x, mask, edits, 0, decoder.cfg.n_layers)
+    logits_bv, finite_b = decoder.next_logits(x)
     return constrain(decoder.mesh, logits_bv, "batch", "vocab"), replicate(decoder.mesh, finite_b)
 
 
 @jax.jit
 def score_edits(
     decoder: Decoder,
+    prefix_t: Int[Array, " n"],
     tokens_bt: Int[Array, "B T"],
     mask_bt: Bool[Array, "B T"],
     edits: Edits,
     base_bv: Float[Array, "B V"],
     refusal_ids: Int[Array, " n"],
 ) -> tuple[Float[Array, "R B"], Float[Array, "R B"]]:
-    """Returns refusal scores and KLs against the baseline logits `base_bv` of B prompts under R edits, two `[R, B]`."""
+    """Returns refusal scores and KLs against the baseline logits `base_bv` of B prompts under R edits, two `[R, B]`; tokens as in
+    `last_logits`."""
     shape = edits.rows, len(tokens_bt)
-    edits, (tokens, mask, base) = _for_each(edits, (tokens_bt, mask_bt, base_bv), len(tokens_bt))
-    logits, _ = last_logits(decoder, constrain(decoder.mesh, tokens, "batch"), mask, edits)
-    scores = refusal_score(logits, refusal_ids), kl_divergence(base, logits)
+    logits, _ = last_logits(decoder, prefix_t, tokens_bt, mask_bt, edits)
+    scores = refusal_score(logits, refusal_ids), kl_divergence(_tiled(base_bv, edits.rows), logits)
     return replicate(decoder.mesh, tuple(x.reshape(shape) for x in scores))
 
 
 @jax.jit
 def score_from_layer(
     decoder: Decoder,
+    shared_1td: Float[jax.Array, "1 n D"],
     x_btd: Float[jax.Array, "B T D"],
     mask_bt: Bool[jax.Array, "B T"],
     edits: Edits,
     layer: Int[jax.Array, ""],
     refusal_ids: Int[Array, " n"],
 ) -> Float[Array, "R B"]:
-    """Returns refusal scores `[R, B]` of B prompts whose residual at the input of block `layer` is `x_btd`, under R edits."""
-    shape = edits.rows, len(x_btd)
-    edits, (x, mask) = _for_each(edits, (x_btd, mask_bt), len(x_btd))
-    x = decoder.run_layers(x, Context.of_prompt(decoder.cfg, mask), edits, layer, decoder.cfg.n_layers)
+    """Returns refusal scores `[R, B]` of B prompts under R edits, from their residuals at the input of block `layer`: of the
+    tokens that all begin with, and of what follows."""
+    shape, n_layers = (edits.rows, len(x_btd)), decoder.cfg.n_layers
+    shared, x, mask = (_tiled(a, edits.rows) for a in (shared_1td, x_btd, mask_bt))
+    _, x = run_layers_after(decoder, shared, x, mask, edits, layer, n_layers)
     return replicate(decoder.mesh, refusal_score(decoder.logits(x[:, -1:])[:, 0], refusal_ids).reshape(shape))
 
 
-@partial(jax.jit, donate_argnames="x_btd")
+@partial(jax.jit, donate_argnames=("shared_1td", "x_btd"))
 def advance(
     decoder: Decoder,
+    shared_1td: Float[jax.Array, "1 n D"],
     x_btd: Float[jax.Array, "B T D"],
     mask_bt: Bool[jax.Array, "B T"],
     edits: Edits,
     layer: Int[jax.Array, ""],
-) -> Float[Array, "B T D"]:
-    """Returns the residual after block `layer`, from the one before it."""
-    return decoder.run_layers(x_btd, Context.of_prompt(decoder.cfg, mask_bt), edits, layer, layer + 1)
+) -> tuple[Float[Array, "1 n D"], Float[Array, "B T D"]]:
+    """Returns the residuals after block `layer`, from those before it. edits: one row, for all."""
+    return run_layers_after(decoder, shared_1td, x_btd, mask_bt, edits, layer, layer + 1)
 
 
 @jax.jit
@@ -114,28 +129,45 @@ def embed(decoder: Decoder, tokens_bt: Int[Array, "B T"]) -> Float[Array, "B T D
     return decoder.embed_tokens(tokens_bt)
 
 
+def shared_length(cfg: ModelConfig, rows: Sequence[Sequence[int]]) -> int:
+    """Returns how many tokens all rows begin with, in steps of 8 and without any row's last one; 0 where the model cannot share
+    them."""
+    if not shareable(cfg):
+        return 0
+    first, most = rows[0], min(map(len, rows)) - 1
+    same = next((i for i in range(most) if any(row[i] != first[i] for row in rows)), most)
+    return same // 8 * 8
+
+
 @dataclasses.dataclass
 class PromptScorer:
     """Val prompts of one side as device batches, with their baseline logits; scores edits as means over prompts."""
 
     model: ChatModel
-    batches: list  # (valid rows, tokens, mask, no edits, baseline logits), on the devices
+    prefix: jax.Array  # tokens that all prompts begin with, int32 [n]
+    none: Edits  # one row that changes nothing
+    batches: list  # (valid rows, tokens that follow the prefix, mask, baseline logits), on the devices
     refusal_ids: np.ndarray
     batching: Batching
 
     @classmethod
-    def build(cls, model: ChatModel, instructions: Sequence[Prompt], refusal_ids, batch_size: int) -> "PromptScorer":
-        """Returns the scorer of these prompts. Raises UserError if baseline logits are not finite."""
-        batches, finite, ids = [], [], np.asarray(refusal_ids, np.int32)
-        batching = Batching.of(batch_size, len(instructions))
-        for index, batch in length_batches(model, instructions, batching.prompts):
-            placed = model.put(batch.tokens, batch.mask)
-            logits, finite_b = last_logits(model.decoder, *placed)
-            batches.append((len(index), *placed, logits))
+    def build(
+        cls, model: ChatModel, instructions: Sequence[Prompt], refusal_ids, batch_size: int, prefix: Sequence[int] = ()
+    ) -> "PromptScorer":
+        """Returns the scorer of these prompts. prefix: tokens that all of them begin with, which are computed once for each
+        edit. Raises UserError if baseline logits are not finite."""
+        batches, finite, ids, cfg = [], [], np.asarray(refusal_ids, np.int32), model.config
+        batching, everywhere = Batching.of(batch_size, len(instructions)), sharding_of(model.mesh, None)
+        none = put(Edits.none(cfg.d_model).for_batch(1, cfg.n_layers, cfg.d_model), everywhere)
+        prefix_t = put(np.asarray(prefix, np.int32), everywhere)
+        for index, batch in length_batches(model, instructions, batching.prompts, len(prefix)):
+            tokens, mask, _ = model.put(batch.tokens, batch.mask)
+            logits, finite_b = last_logits(model.decoder, prefix_t, tokens, mask, none)
+            batches.append((len(index), tokens, mask, logits))
             finite.append(finite_b)
         # Of the last batch, the rows beyond the prompts are repeats of the last.
         check_finite(np.concatenate(jax.device_get(finite)), model.decoder.dtype, "Selection has no baseline")
-        return cls(model, batches, ids, batching)
+        return cls(model, prefix_t, none, batches, ids, batching)
 
     def _means(self, edits: Edits, at_once: int, score: Callable[[Edits, int], object]):
         """Returns float64 means over prompts, `[M]`, of each array that `score(edits, number of batch)` returns as `[R, B]`.
@@ -162,8 +194,8 @@ class PromptScorer:
         """Returns mean refusal scores `[M]` and mean KLs `[M]` under ablation of each direction."""
 
         def score(edits, number):
-            _, tokens, mask, _, base = self.batches[number]
-            return score_edits(self.model.decoder, tokens, mask, edits, base, self.refusal_ids)
+            _, tokens, mask, base = self.batches[number]
+            return score_edits(self.model.decoder, self.prefix, tokens, mask, edits, base, self.refusal_ids)
 
         return self._means(Edits.ablate(directions_md), self.batching.at_once, score)
 
@@ -173,19 +205,19 @@ class PromptScorer:
         positions: the usual M, which is divided evenly.
         """
         decoder = self.model.decoder
-        residuals = [embed(decoder, tokens) for _, tokens, *_ in self.batches]
+        residuals = [(embed(decoder, self.prefix[None]), embed(decoder, tokens)) for _, tokens, *_ in self.batches]
         at_once = self.batching.together(positions)
 
         def induce(directions_md):
             def score(edits, number):
                 mask = self.batches[number][2]
-                return score_from_layer(decoder, residuals[number], mask, edits, layer, self.refusal_ids)
+                return score_from_layer(decoder, *residuals[number], mask, edits, layer, self.refusal_ids)
 
             return self._means(Edits.add(directions_md, layer), at_once, score)
 
         for layer in range(layers):
             yield layer, induce
             residuals = [
-                advance(decoder, x, mask, none, layer)
-                for x, (_, _, mask, none, _) in zip(residuals, self.batches, strict=True)
+                advance(decoder, *residual, mask, self.none, layer)
+                for residual, (_, _, mask, _) in zip(residuals, self.batches, strict=True)
             ]

@@ -29,7 +29,7 @@ from refusal_jax.runs.ledger import Ledger
 from refusal_jax.runs.run import Run
 from refusal_jax.runs.stage import Stage
 from refusal_jax.study.rule import LOOSENING, Rule, nearest_misses, pick
-from refusal_jax.study.scoring import Batching, PromptScorer, last_logits, score_edits, score_from_layer
+from refusal_jax.study.scoring import Batching, PromptScorer, last_logits, score_edits, score_from_layer, shared_length
 from refusal_jax.study.shared import Study
 
 # The shares of the candidates of unpruned layers that pass the filter's next steps: means of the paper's five published runs.
@@ -75,8 +75,10 @@ def evaluate_candidates(
     """
     positions, rows = directions_lpd.shape[1], candidate_rows(directions_lpd, known)
     layers = rule.layers(full_grid)
-    harmless_val = PromptScorer.build(model, harmless, refusal_ids, batch_size)
-    harmful_val = PromptScorer.build(model, harmful, refusal_ids, batch_size)
+    prompts = [model.chat.prompt_ids(text) for text in (*harmless, *harmful)]
+    prefix = prompts[0][: shared_length(model.config, prompts)]
+    harmless_val = PromptScorer.build(model, harmless, refusal_ids, batch_size, prefix)
+    harmful_val = PromptScorer.build(model, harmful, refusal_ids, batch_size, prefix)
 
     def unknown(key, rows, needed):
         """Returns the rows that lack `key` and need it."""
@@ -190,16 +192,19 @@ def programs(shapes: Shapes, rows: int) -> list[Program]:
     def ids():
         return shapes.array((1,), jnp.int32)
 
+    none = shapes.array((0,), jnp.int32)  # how much all prompts share is not known here
+
     def scores():
         inputs = *shapes.prompts(prompts), shapes.edits(at_once, None), shapes.logits(prompts)
-        return score_edits.lower(shapes.decoder, *inputs, ids())
+        return score_edits.lower(shapes.decoder, none, *inputs, ids())
 
     def later():
         x, mask = shapes.residual(prompts), shapes.prompts(prompts)[1]
-        return score_from_layer.lower(shapes.decoder, x, mask, shapes.edits(together, None), 0, ids())
+        shared = shapes.array((1, 0, work.cfg.d_model), x.dtype)
+        return score_from_layer.lower(shapes.decoder, shared, x, mask, shapes.edits(together, None), 0, ids())
 
     def base():
-        return last_logits.lower(shapes.decoder, *shapes.prompts(prompts), shapes.edits(prompts))
+        return last_logits.lower(shapes.decoder, none, *shapes.prompts(prompts), shapes.edits(1, None))
 
     def program(name, lower, runs, many, layers):
         turns = n_layers  # where a loop has no bound in the text; costs come down by the share of the layers

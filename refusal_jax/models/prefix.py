@@ -1,0 +1,65 @@
+"""Rows that begin with the same tokens, such as a chat template's, which are computed once for each edit and not for each row.
+
+Keys and values of the shared tokens depend on the edit and not on what follows them, so that every row of an edit attends to
+the same ones.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Bool, Float
+
+from refusal_jax.edits import Edits
+from refusal_jax.models.attention import Context
+from refusal_jax.models.cache import Cache
+from refusal_jax.models.config import ModelConfig
+from refusal_jax.models.decoder import Decoder
+from refusal_jax.models.sharding import constrain
+from refusal_jax.taps import NO_TAPS
+
+WHOLE_ROWS = ("longrope", "dynamic")  # kinds of rope whose angles depend on how long a whole row is
+
+
+def shareable(cfg: ModelConfig) -> bool:
+    """Returns whether tokens have the same keys and values whatever follows them."""
+    return not any(kind.rope.kind in WHOLE_ROWS for kind in cfg.kinds)
+
+
+def context_after(cfg: ModelConfig, length: int, mask_bt: Bool[jax.Array, "B T"]) -> Context:
+    """Returns the context of left-padded tokens that follow `length` shared ones, to all of which they may attend."""
+    rows = len(mask_bt)
+    shared = Cache(None, jnp.ones((rows, length), bool), jnp.int32(length), jnp.full(rows, length, jnp.int32))
+    positions_bt = length + jnp.maximum(jnp.cumsum(mask_bt, axis=1) - 1, 0)
+    return Context.build(cfg, positions_bt, mask_bt, shared)
+
+
+def run_layers_after(
+    decoder: Decoder,
+    shared_rtd: Float[jax.Array, "R n D"],
+    x_btd: Float[jax.Array, "B T D"],
+    mask_bt: Bool[jax.Array, "B T"],
+    edits: Edits,
+    start,
+    stop,
+) -> tuple[Float[jax.Array, "R n D"], Float[jax.Array, "B T D"]]:
+    """Runs blocks `start` to `stop - 1` on rows that follow shared tokens; returns the residuals of both.
+
+    shared_rtd: residuals of the shared tokens under each of R edits; n may be 0. x_btd: those of the rows, of which each edit
+    has equally many, one edit's after another's. The bounds are traced, so that one program serves any range.
+    """
+    cfg, many = decoder.cfg, len(x_btd) // edits.rows
+    of_rows = jax.tree.map(lambda a: jnp.repeat(a, many, axis=0), edits)
+    if not shared_rtd.shape[1]:
+        return shared_rtd, decoder.run_layers(x_btd, Context.of_prompt(cfg, mask_bt), of_rows, start, stop)
+    layers_r, layers_b = decoder.layers(edits), decoder.layers(of_rows)[1]
+    before = Context.of_prompt(cfg, jnp.ones(shared_rtd.shape[:2], bool))
+    after = context_after(cfg, shared_rtd.shape[1], mask_bt)
+
+    def body(index, carried):
+        shared, x = carried
+        picked = jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, index, keepdims=False), (*layers_r, layers_b))
+        block, own_r, own_b = picked
+        shared, _, new = block(shared, own_r, before, edits, NO_TAPS, None, decoder.apart)
+        past = jax.tree.map(lambda a: constrain(decoder.mesh, jnp.repeat(a, many, axis=0), "batch", "kv_heads"), new)
+        return shared, block(x, own_b, after, of_rows, NO_TAPS, past, decoder.apart)[0]
+
+    return jax.lax.fori_loop(start, stop, body, (shared_rtd, x_btd))

@@ -1,0 +1,71 @@
+"""Tokens that all prompts begin with, computed once for each edit, change no score."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from families import hf_config
+
+from refusal_jax.edits import Edits
+from refusal_jax.models.decoder import Decoder
+from refusal_jax.models.hf_config import from_hf
+from refusal_jax.models.prefix import shareable
+from refusal_jax.models.sharding import make_mesh
+from refusal_jax.study import scoring
+
+# Windows that end within the prefix, sinks and experts, norms after the branch, fused heads of many queries.
+FAMILIES = ("llama", "gemma2", "gpt_oss", "olmo2", "qwen3_moe")
+SHARED, LENGTHS = 11, (5, 2, 7, 1)
+
+
+def prompts(vocab: int) -> list[list[int]]:
+    rng = np.random.default_rng(0)
+    first = rng.integers(1, vocab, SHARED).tolist()
+    return [first + rng.integers(1, vocab, n).tolist() for n in LENGTHS]
+
+
+def padded(rows):
+    width = max(map(len, rows))
+    tokens = np.array([[0] * (width - len(row)) + row for row in rows], np.int32)
+    return tokens, np.array([[False] * (width - len(row)) + [True] * len(row) for row in rows])
+
+
+def both_ways(decoder, rows, edits):
+    """Logits from whole prompts, and from prompts whose first tokens are shared."""
+    none = np.zeros(0, np.int32)
+    whole = scoring.last_logits(decoder, none, *padded(rows), edits)
+    shared = scoring.last_logits(decoder, np.int32(rows[0][:SHARED]), *padded([row[SHARED:] for row in rows]), edits)
+    return whole, shared
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_shared_tokens_change_nothing(family):
+    cfg = from_hf(hf_config(family))
+    decoder, rows = Decoder.init(cfg, jax.random.key(0)), prompts(cfg.vocab_size)
+    directions = np.random.default_rng(1).standard_normal((2, cfg.d_model))
+    edits = Edits.concat([Edits.ablate(directions[:1]), Edits.add(directions[1], 1)])
+    edits = jax.tree.map(jnp.asarray, edits.for_batch(2, cfg.n_layers, cfg.d_model))
+    (whole, _), (shared, finite) = both_ways(decoder, rows, edits)
+    assert np.asarray(finite).all()
+    np.testing.assert_allclose(shared, whole, rtol=1e-4, atol=1e-4 * float(np.abs(whole).max()))
+
+
+def test_shared_tokens_on_a_mesh():
+    cfg = from_hf(hf_config("llama"))
+    one, rows = Decoder.init(cfg, jax.random.key(0)), prompts(cfg.vocab_size)
+    many = Decoder(cfg, one.weights(), make_mesh(2, 2, 2))
+    edits = jax.tree.map(jnp.asarray, Edits.none(cfg.d_model).for_batch(1, cfg.n_layers, cfg.d_model))
+    (expected, _), _ = both_ways(one, rows, edits)
+    np.testing.assert_allclose(both_ways(many, rows, edits)[1][0], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_how_many_tokens_are_shared():
+    cfg = from_hf(hf_config("llama"))
+    first = list(range(30))
+    assert scoring.shared_length(cfg, [[*first, 1, 2], [*first, 3]]) == 24  # in steps of 8
+    assert scoring.shared_length(cfg, [[*first, 1, 2], [*first[:20], 3]]) == 16
+    assert scoring.shared_length(cfg, [first[:16], first]) == 8  # the last token is never shared
+    assert scoring.shared_length(cfg, [[1, 2], [3, 4]]) == 0
+    scaled = from_hf(hf_config("llama", rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}))
+    assert not shareable(scaled)  # its angles depend on how long the whole row is
+    assert scoring.shared_length(scaled, [[*first, 1, 2], [*first, 3]]) == 0
