@@ -62,10 +62,10 @@ def test_shared_tokens_on_a_mesh():
 def test_how_many_tokens_are_shared():
     cfg = from_hf(hf_config("llama"))
     first = list(range(30))
-    assert scoring.shared_length(cfg, [[*first, 1, 2], [*first, 3]]) == 24  # in steps of 8
-    assert scoring.shared_length(cfg, [[*first, 1, 2], [*first[:20], 3]]) == 16
-    assert scoring.shared_length(cfg, [first[:16], first]) == 8  # the last token is never shared
-    assert scoring.shared_length(cfg, [[1, 2], [3, 4]]) == 0
+    assert scoring.shared_prefix(cfg, [[*first, 1, 2], [*first, 3]]) == first[:24]  # in steps of 8
+    assert scoring.shared_prefix(cfg, [[*first, 1, 2], [*first[:20], 3]]) == first[:16]
+    assert scoring.shared_prefix(cfg, [first[:16], first]) == first[:8]  # the last token is never shared
+    assert scoring.shared_prefix(cfg, [[1, 2], [3, 4]]) == first[:0]
     scaled = from_hf(hf_config("llama", rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}))
     assert not shareable(scaled)  # its angles depend on how long the whole row is
-    assert scoring.shared_length(scaled, [[*first, 1, 2], [*first, 3]]) == 0
+    assert scoring.shared_prefix(scaled, [[*first, 1, 2], [*first, 3]]) == []

@@ -24,5 +24,5 @@ def bucket(length: int) -> int:
     it is padding from 5 tokens up."""
     size = 8
     while size < length:
-        size += 8 if size < 32 else 16 if size < 64 else 32 if size < 128 else size // 4
+        size += 8 if size < 64 else 16 if size < 128 else size // 4
     return size

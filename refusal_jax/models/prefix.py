@@ -6,8 +6,9 @@ the same ones.
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 
+from refusal_jax.axes import Array
 from refusal_jax.edits import Edits
 from refusal_jax.models.attention import Context
 from refusal_jax.models.cache import Cache
@@ -32,19 +33,26 @@ def context_after(cfg: ModelConfig, length: int, mask_bt: Bool[jax.Array, "B T"]
     return Context.build(cfg, positions_bt, mask_bt, shared)
 
 
+def embed_shared(decoder: Decoder, tokens_rt: Int[Array, "R _"]) -> Float[jax.Array, "R _ D"]:
+    """Returns the first residuals of shared tokens, of which there may be none."""
+    if not tokens_rt.shape[1]:
+        return jnp.zeros((*tokens_rt.shape, decoder.cfg.d_model), decoder.dtype)
+    return decoder.embed_tokens(tokens_rt)
+
+
 def run_layers_after(
     decoder: Decoder,
-    shared_rtd: Float[jax.Array, "R n D"],
+    shared_rtd: Float[jax.Array, "R _ D"],
     x_btd: Float[jax.Array, "B T D"],
     mask_bt: Bool[jax.Array, "B T"],
     edits: Edits,
     start,
     stop,
-) -> tuple[Float[jax.Array, "R n D"], Float[jax.Array, "B T D"]]:
+) -> tuple[Float[jax.Array, "R _ D"], Float[jax.Array, "B T D"]]:
     """Runs blocks `start` to `stop - 1` on rows that follow shared tokens; returns the residuals of both.
 
-    shared_rtd: residuals of the shared tokens under each of R edits; n may be 0. x_btd: those of the rows, of which each edit
-    has equally many, one edit's after another's. The bounds are traced, so that one program serves any range.
+    shared_rtd: residuals of the shared tokens under each of R edits; there may be none. x_btd: those of the rows, of which each
+    edit has equally many, one edit's after another's. The bounds are traced, so that one program serves any range.
     """
     cfg, many = decoder.cfg, len(x_btd) // edits.rows
     of_rows = jax.tree.map(lambda a: jnp.repeat(a, many, axis=0), edits)

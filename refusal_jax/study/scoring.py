@@ -22,7 +22,7 @@ from refusal_jax.edits import Edits
 from refusal_jax.models.config import ModelConfig
 from refusal_jax.models.decoder import Decoder
 from refusal_jax.models.finite import check_finite
-from refusal_jax.models.prefix import run_layers_after, shareable
+from refusal_jax.models.prefix import embed_shared, run_layers_after, shareable
 from refusal_jax.models.scores import kl_divergence, refusal_score
 from refusal_jax.models.sharding import constrain, put, replicate, sharding_of
 
@@ -57,18 +57,18 @@ def _tiled(x_bt: Array, times: int) -> jax.Array:
 @jax.jit
 def last_logits(
     decoder: Decoder,
-    prefix_t: Int[Array, " n"],
+    prefix_t: Int[Array, " _"],
     tokens_bt: Int[Array, "B T"],
     mask_bt: Bool[Array, "B T"],
     edits: Edits,
 ) -> tuple[Float[Array, "_ V"], Bool[Array, " _"]]:
     """Returns the logits at the last token of B prompts under R edits, float32, V as stored, and whether they are finite.
 
-    prefix_t: tokens that all prompts begin with, n may be 0. tokens_bt: what follows them, left-padded.
+    prefix_t: tokens that all prompts begin with; there may be none. tokens_bt: what follows them, left-padded.
     """
-    prefix_rt, tokens = _tiled(prefix_t[None], edits.rows), _tiled(tokens_bt, edits.rows)
-    mask = _tiled(mask_bt, edits.rows)
-    shared, x = (decoder.embed_tokens(constrain(decoder.mesh, ids, "batch")) for ids in (prefix_rt, tokens))
+    prefix_rt, tokens, mask = (_tiled(a, edits.rows) for a in (prefix_t[None], tokens_bt, mask_bt))
+    shared = embed_shared(decoder, prefix_rt)
+    x = decoder.embed_tokens(constrain(decoder.mesh, tokens, "batch"))
     _, x = run_layers_after(decoder, shared, x, mask, edits, 0, decoder.cfg.n_layers)
     logits_bv, finite_b = decoder.next_logits(x)
     return constrain(decoder.mesh, logits_bv, "batch", "vocab"), replicate(decoder.mesh, finite_b)
@@ -77,7 +77,7 @@ def last_logits(
 @jax.jit
 def score_edits(
     decoder: Decoder,
-    prefix_t: Int[Array, " n"],
+    prefix_t: Int[Array, " _"],
     tokens_bt: Int[Array, "B T"],
     mask_bt: Bool[Array, "B T"],
     edits: Edits,
@@ -95,7 +95,7 @@ def score_edits(
 @jax.jit
 def score_from_layer(
     decoder: Decoder,
-    shared_1td: Float[jax.Array, "1 n D"],
+    shared_1td: Float[jax.Array, "1 _ D"],
     x_btd: Float[jax.Array, "B T D"],
     mask_bt: Bool[jax.Array, "B T"],
     edits: Edits,
@@ -113,30 +113,30 @@ def score_from_layer(
 @partial(jax.jit, donate_argnames=("shared_1td", "x_btd"))
 def advance(
     decoder: Decoder,
-    shared_1td: Float[jax.Array, "1 n D"],
+    shared_1td: Float[jax.Array, "1 _ D"],
     x_btd: Float[jax.Array, "B T D"],
     mask_bt: Bool[jax.Array, "B T"],
     edits: Edits,
     layer: Int[jax.Array, ""],
-) -> tuple[Float[Array, "1 n D"], Float[Array, "B T D"]]:
+) -> tuple[Float[Array, "1 _ D"], Float[Array, "B T D"]]:
     """Returns the residuals after block `layer`, from those before it. edits: one row, for all."""
     return run_layers_after(decoder, shared_1td, x_btd, mask_bt, edits, layer, layer + 1)
 
 
 @jax.jit
-def embed(decoder: Decoder, tokens_bt: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-    """Returns the residual at the input of the first block."""
-    return decoder.embed_tokens(tokens_bt)
+def embed(
+    decoder: Decoder, prefix_t: Int[Array, " _"], tokens_bt: Int[Array, "B T"]
+) -> tuple[Float[Array, "1 _ D"], Float[Array, "B T D"]]:
+    """Returns the residuals at the input of the first block, of the tokens that all begin with, and of what follows."""
+    return embed_shared(decoder, prefix_t[None]), decoder.embed_tokens(tokens_bt)
 
 
-def shared_length(cfg: ModelConfig, rows: Sequence[Sequence[int]]) -> int:
-    """Returns how many tokens all rows begin with, in steps of 8 and without any row's last one; 0 where the model cannot share
-    them."""
-    if not shareable(cfg):
-        return 0
+def shared_prefix(cfg: ModelConfig, rows: Sequence[Sequence[int]]) -> list[int]:
+    """Returns the tokens that all rows begin with, a multiple of 8 of them and without any row's last one; none where the model
+    cannot share them."""
     first, most = rows[0], min(map(len, rows)) - 1
     same = next((i for i in range(most) if any(row[i] != first[i] for row in rows)), most)
-    return same // 8 * 8
+    return list(first[: same // 8 * 8]) if shareable(cfg) else []
 
 
 @dataclasses.dataclass
@@ -205,7 +205,7 @@ class PromptScorer:
         positions: the usual M, which is divided evenly.
         """
         decoder = self.model.decoder
-        residuals = [(embed(decoder, self.prefix[None]), embed(decoder, tokens)) for _, tokens, *_ in self.batches]
+        residuals = [embed(decoder, self.prefix, tokens) for _, tokens, *_ in self.batches]
         at_once = self.batching.together(positions)
 
         def induce(directions_md):

@@ -29,7 +29,7 @@ from refusal_jax.runs.ledger import Ledger
 from refusal_jax.runs.run import Run
 from refusal_jax.runs.stage import Stage
 from refusal_jax.study.rule import LOOSENING, Rule, nearest_misses, pick
-from refusal_jax.study.scoring import Batching, PromptScorer, last_logits, score_edits, score_from_layer, shared_length
+from refusal_jax.study.scoring import Batching, PromptScorer, last_logits, score_edits, score_from_layer, shared_prefix
 from refusal_jax.study.shared import Study
 
 # The shares of the candidates of unpruned layers that pass the filter's next steps: means of the paper's five published runs.
@@ -75,8 +75,7 @@ def evaluate_candidates(
     """
     positions, rows = directions_lpd.shape[1], candidate_rows(directions_lpd, known)
     layers = rule.layers(full_grid)
-    prompts = [model.chat.prompt_ids(text) for text in (*harmless, *harmful)]
-    prefix = prompts[0][: shared_length(model.config, prompts)]
+    prefix = shared_prefix(model.config, [model.chat.prompt_ids(text) for text in (*harmless, *harmful)])
     harmless_val = PromptScorer.build(model, harmless, refusal_ids, batch_size, prefix)
     harmful_val = PromptScorer.build(model, harmful, refusal_ids, batch_size, prefix)
 
