@@ -18,8 +18,8 @@ from refusal_jax.plan.programs import Program, Shapes, Sizes, Workload, programs
 WANTED = Sizes(
     forward=128, select=128, generation=128, loss=32
 )  # more rows gain little: 8,192 tokens fill a chip's matrix units
-# Small batches of prompts of similar length hold little padding.
-ON_CPU = Sizes(forward=16, select=16, generation=64, loss=8)
+# In selection, small batches of prompts of similar length hold little padding.
+ON_CPU = Sizes(forward=32, select=16, generation=64, loss=8)
 LEAST = 8  # rows
 TRIED = 3  # number of meshes to try; usually the first one works
 SPARE = 0.97  # fraction of a chip's memory; the rest is for what the compiler does not see
