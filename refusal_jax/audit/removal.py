@@ -25,9 +25,14 @@ from refusal_jax.models.families import TABLES, WRITER_BIASES, WRITERS
 MOST_DIRECTIONS = 8  # that are looked for in one tensor
 SKETCH, POWERS = 24, 3  # columns of the random sketch that finds them, and how often it is multiplied by the change
 EDGE = 1.3  # a direction's singular value is at least this multiple of the largest that noise of the same energy has
+LEAST_DOSE = 0.02  # removed share of a direction; storage alone comes to a few thousandths
 LEAST_FIT = 0.5  # share of what the change writes to a direction that W's own part along it must explain
 CLEARLY = 0.01  # share of what it explains by which another form of the operator must be better than the plain one
 LEAST_CHANGE = 1e-7  # of a tensor's norm; float32 itself rounds more
+
+# A removal that is most of its tensor's change speaks for itself. Rounding to few bits hides one, and makes others: where a group
+# has a large entry, small ones become zero. So of what is less, only that counts which several writers have alike.
+CLEAR, AGREEMENT, WITNESSES = 0.5, 0.7, 2  # share of the change's energy; cosine; number of other tensors
 
 # The error of what is put back along the directions, relative to what the base has there, up to which a tensor is repaired.
 # At 0.5 three quarters of its energy are right; near 1 what is left is the noise of storage, of which nothing can be made.
@@ -115,6 +120,23 @@ def removals(base: Weights, candidate: Weights) -> Iterator[Removal | Unexplaine
         found = removal(group[0], before, after, scale_d)
         if found is not None:
             yield found
+
+
+def believed(found: Sequence[Removal | Unexplained]) -> list[Removal | Unexplained]:
+    """Returns what was found, with removals that may be accidents of rounding as changes that are unexplained."""
+    written = [one for one in found if isinstance(one, Removal) and one.matrix.writes and one.matrix.layer is not None]
+
+    def witnessed(one: Removal) -> bool:
+        others = [other for other in written if other is not one]
+        alike = sum(np.linalg.norm(one.left_dj.T @ other.left_dj, 2) >= AGREEMENT for other in others)
+        return one in written and alike >= WITNESSES
+
+    return [
+        Unexplained(one.matrix, one.change)
+        if isinstance(one, Removal) and one.explained < CLEAR and not witnessed(one)
+        else one
+        for one in found
+    ]
 
 
 def by_tensor(wanted: Sequence[Matrix]) -> list[list[Matrix]]:
@@ -205,17 +227,17 @@ def _operator(left_dj, right_dj, before_df, change_df):
     if not kept.shape[1]:
         return None
     turn_jk = np.linalg.qr(kept)[0]
-    for _ in range(2):  # the second time without directions that were added to
+    for _ in range(2):  # the second time without directions that little was removed of, or that were added to
         left, right = left_dj @ turn_jk, right_dj @ turn_jk
         own, written = (right.T @ before_df).astype(np.float64), (left.T @ change_df).astype(np.float64)
         omega = -written @ own.T @ np.linalg.pinv(own @ own.T, rcond=1e-10)
         doses, axes = np.linalg.eigh((omega + omega.T) / 2)
-        if (doses > 0).all():
+        if (doses >= LEAST_DOSE).all():
             residual = written + omega @ own
             return left, right, omega, float(np.sum(written**2) - np.sum(residual**2))
-        if not (doses > 0).any():
+        if not (doses >= LEAST_DOSE).any():
             return None
-        turn_jk = turn_jk @ axes[:, doses > 0]
+        turn_jk = turn_jk @ axes[:, doses >= LEAST_DOSE]
     return None
 
 

@@ -18,7 +18,7 @@ import numpy as np
 
 from refusal_jax.audit.audit import Audit
 from refusal_jax.audit.evidence import Evidence
-from refusal_jax.audit.removal import LEAST_CHANGE, MOST_ERROR, Removal, Unexplained, bias_of, removals
+from refusal_jax.audit.removal import LEAST_CHANGE, MOST_ERROR, Removal, Unexplained, believed, bias_of, removals
 from refusal_jax.audit.settings import AuditSettings
 from refusal_jax.audit.subject import Opened, draw_prompts
 from refusal_jax.audit.weights import Weights, check_comparable
@@ -57,7 +57,7 @@ class Repair:
     def of(cls, base: Weights, candidate: Weights) -> "Repair":
         """Finds what was removed. Raises UserError for checkpoints that cannot be compared or read."""
         check_comparable(base.cfg, candidate.cfg)
-        found = list(removals(base, candidate))
+        found = believed(list(removals(base, candidate)))
         return cls(
             [one for one in found if isinstance(one, Removal)], [one for one in found if isinstance(one, Unexplained)]
         )
