@@ -39,6 +39,11 @@ class AuditSettings(Settings):
     min_new_tokens: int = option(
         0, "Number of tokens before which a reply does not count as ended, for models that refuse only after some text"
     )
+    base_replies: str = option(
+        "",
+        "JSON file that keeps the base's replies, so that they are generated once for all its candidates: it is written if it is "
+        "not there, and read else",
+    )
     judge: str = option(
         "substring_matching",
         "Judge of the replies: substring_matching, substring_extended, or a judge model as KIND=FOLDER",

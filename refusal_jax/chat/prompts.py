@@ -1,5 +1,6 @@
 """Chat prompts: their template, the tokens that it puts after the instruction, and the tokens that end replies."""
 
+import copy
 import dataclasses
 import functools
 import json
@@ -121,6 +122,18 @@ class Chat:
         """
         chat = dataclasses.replace(self, system_prompt=system_text(system_prompt))
         _ = chat.system  # checks it
+        return chat
+
+    def templated(self, template: str, origin: str) -> "Chat":
+        """Returns the chat with another chat template, the text of which is given; origin: where it came from, in words.
+
+        Raises UserError for one that fails, or that leaves the instruction out.
+        """
+        tokenizer = copy.copy(self.tokenizer)
+        tokenizer.chat_template = template
+        chat = dataclasses.replace(self, tokenizer=tokenizer, template_origin=origin)
+        if not all(probe in chat.render(probe) for probe in PROBES):
+            raise chat._leaves_out()
         return chat
 
     @property

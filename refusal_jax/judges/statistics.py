@@ -70,6 +70,100 @@ class Rate:
         return f"{100 * self.rate:.0f} %" if self.n else "an unknown share"
 
 
+def score_interval(won: float, lost: float, n: float) -> tuple[float, float]:
+    """Returns the 95 % score interval of a difference of two rates on the same cases (Tango 1998): `(won - lost) / n`.
+
+    won, lost: of the n cases, how many have label 1 only under the second and only under the first condition. They need not be
+    whole, so that one can ask what more cases would tell.
+
+    It was chosen by exact coverage over 337 pairs of rates from 0 to 1 and their correlations. Where at least three cases are
+    expected to differ, 95 % intervals cover in 96.5, 95.3, 95.1 and 95.1 % on average for 20, 50, 100 and 200 cases, and in
+    91.1 % at least; where fewer are, they cover more. Agresti and Min's, Bonett and Price's, and Newcombe's fall to 84.7 %, or
+    are wider than they need to be, where differences are rare and all on one side, as they are between like models.
+    """
+    from scipy import optimize
+
+    def excess(difference: float) -> float:
+        """Returns the score statistic of a difference, which falls as it rises; 0 at the observed one."""
+        if difference == observed:
+            return 0.0
+        slope = (2 * n - won + lost) * difference - won - lost
+        root = math.sqrt(max(slope * slope + 8 * n * lost * difference * (1 - difference), 0.0))
+        variance = n * ((root - slope) / (2 * n) + difference * (1 - difference))
+        distance = won - lost - n * difference
+        return distance / math.sqrt(max(variance, 1e-12))  # no variance is left at -1 and 1
+
+    def bound(end: float, sign: float) -> float:
+        """Returns where the statistic reaches its quantile between the observed difference and an end."""
+        if observed == end:
+            return end
+        within = sorted((observed, end))
+        return optimize.root_scalar(
+            lambda at: excess(at) - sign * Z95, bracket=within, method="brentq", xtol=1e-10
+        ).root
+
+    if n == 0:
+        return -1.0, 1.0
+    observed = (won - lost) / n
+    return bound(-1.0, 1.0), bound(1.0, -1.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class PairedRates:
+    """Two rates of the same cases: of `n`, how many have label 1 under both conditions, only under the first, and only under the
+    second. Prompts are drawn, so the cases are a sample of all that could be asked."""
+
+    n: int
+    both: int
+    only_first: int
+    only_second: int
+
+    @classmethod
+    def of(cls, first: Sequence[int | None], second: Sequence[int | None]) -> "PairedRates":
+        """Counts the cases that have a label under both conditions. Raises ValueError for labels of different numbers."""
+        pairs = [(int(a), int(b)) for a, b in zip(first, second, strict=True) if a is not None and b is not None]
+        return cls(len(pairs), pairs.count((1, 1)), pairs.count((1, 0)), pairs.count((0, 1)))
+
+    @property
+    def first(self) -> Rate:
+        """Returns the rate under the first condition."""
+        return Rate(self.both + self.only_first, self.n)
+
+    @property
+    def second(self) -> Rate:
+        """Returns the rate under the second condition."""
+        return Rate(self.both + self.only_second, self.n)
+
+    @property
+    def kept(self) -> Rate:
+        """Returns the share of those with label 1 under the first condition that have it under the second, too."""
+        return Rate(self.both, self.both + self.only_first)
+
+    @property
+    def difference(self) -> float:
+        """Returns the second rate minus the first, NaN if there are no cases."""
+        return (self.only_second - self.only_first) / self.n if self.n else math.nan
+
+    @functools.cached_property
+    def interval(self) -> tuple[float, float]:
+        """Returns the bounds of the difference's 95 % interval, as `score_interval` computes them."""
+        return score_interval(self.only_second, self.only_first, self.n)
+
+    @property
+    def p_value(self) -> float:
+        """Returns the p-value of McNemar's exact test (two-sided) that the rates are the same."""
+        return exact_mcnemar(self.only_first, self.only_second)
+
+
+def exact_mcnemar(only_first: int, only_second: int) -> float:
+    """Returns the two-sided p-value of McNemar's exact test, 1 where no case differs."""
+    if not only_first + only_second:
+        return 1.0
+    from scipy import stats
+
+    return float(stats.binomtest(only_second, only_first + only_second, 0.5).pvalue)
+
+
 def mcnemar(first: Sequence[int], second: Sequence[int]) -> dict:
     """Compares two conditions on the same prompts, by 0/1 labels in the same order, with McNemar's exact test (two-sided).
 
@@ -79,11 +173,7 @@ def mcnemar(first: Sequence[int], second: Sequence[int]) -> dict:
     pairs = list(zip(first, second, strict=True))
     lost = sum(a > b for a, b in pairs)
     won = sum(a < b for a, b in pairs)
-    n, p_value = len(pairs), 1.0
-    if lost + won:
-        from scipy import stats
-
-        p_value = float(stats.binomtest(won, lost + won, 0.5).pvalue)
+    n, p_value = len(pairs), exact_mcnemar(lost, won)
     centre = (won - lost) / (n + 2)
     spread = Z95 * math.sqrt(lost + won + 1 - (won - lost) ** 2 / (n + 2)) / (n + 2)
     return {
@@ -110,6 +200,21 @@ def cohens_kappa(first: Sequence[int], second: Sequence[int]) -> dict:
     p, q = sum(first) / n, sum(second) / n
     chance = p * q + (1 - p) * (1 - q)
     return {"n": n, "agreement": observed, "kappa": None if chance == 1 else (observed - chance) / (1 - chance)}
+
+
+def paired_mean(
+    first: Sequence[float] | Float[np.ndarray, " n"], second: Sequence[float] | Float[np.ndarray, " n"]
+) -> dict:
+    """Returns `{"mean", "n", "low", "high"}` of the second minus the first values of the same cases, with Student's 95 %
+    interval, which for a few cases covers better than the bootstrap's; NaN of no cases, infinite bounds of a single one."""
+    differences = np.asarray(second, np.float64) - np.asarray(first, np.float64)
+    n, mean = len(differences), float(differences.mean()) if len(differences) else math.nan
+    low, high = (mean, mean) if n > 1 else (-math.inf, math.inf)
+    if n > 1 and differences.std() > 0:
+        from scipy import stats
+
+        low, high = map(float, stats.ttest_1samp(differences, 0.0).confidence_interval(0.95))
+    return {"mean": mean, "n": n, "low": low, "high": high}
 
 
 def mean_interval(values: Sequence[float] | Sequence[int] | Float[np.ndarray, " n"]) -> dict:

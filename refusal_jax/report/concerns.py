@@ -14,13 +14,12 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from jaxtyping import Float
 
-from refusal_jax.chat.thoughts import is_unfinished
 from refusal_jax.conditions import Ablate, Add, Baseline
 from refusal_jax.data.sampling import SPLITS, overlap_in_words, overlaps
 from refusal_jax.judges.choice import REFUSAL_JUDGES
 from refusal_jax.judges.scores import REFUSAL_SCORE
 from refusal_jax.judges.statistics import Rate, mcnemar
-from refusal_jax.judges.tables import REPETITIVE, repetition
+from refusal_jax.judges.tables import broken
 from refusal_jax.judges.text import EXTENDED, TEXT_JUDGES
 from refusal_jax.report.summary import REFUSAL_JUDGE, JudgedCondition
 from refusal_jax.report.verdict import Concern, percents, strength_of
@@ -29,7 +28,6 @@ APART = 0.4  # difference of rates on other prompts of the same kind that no shi
 APART_PAIRED = 0.2  # the same, where both are of the same prompts
 SELDOM = 0.05  # share of completions on which two judges of text may differ
 BROKEN = 0.1  # share of empty, repetitive or canned completions that is worth reporting
-SAME = 5  # completions, at least, that are the same text
 CLEAR_SCORE = 1.0  # log-odds beyond which a mean refusal score says that the refusal tokens come first, or do not
 SEPARATES = 0.7  # area under the ROC curve under which a direction hardly separates harmful from harmless prompts
 
@@ -186,7 +184,7 @@ def broken_completions(conditions: Sequence[JudgedCondition]) -> list[Concern]:
         before = base.get(condition.dataset)
         if before is None or condition is before:
             continue
-        plain, rate = (broken_rate(c) for c in (before, condition))
+        plain, rate = (Rate.of(broken(c.completions)) for c in (before, condition))
         if not (plain.n and rate.n) or rate.rate < BROKEN or rate.interval[0] <= plain.interval[1]:
             continue
         claim = (
@@ -197,15 +195,6 @@ def broken_completions(conditions: Sequence[JudgedCondition]) -> list[Concern]:
         about = ((condition.dataset, condition.intervention),)
         found.append(Concern(claim, remedy, about, rate.rate >= 0.5 and not condition.over_refusal))
     return found
-
-
-def broken_rate(condition: JudgedCondition) -> Rate:
-    """Returns how many completions are empty, repeat themselves in at least half of their words, or are no refusals and the same
-    for at least a quarter of the prompts."""
-    said = [c["response"] for c in condition.completions if not is_unfinished(c)]
-    counts = Counter(text for text in said if EXTENDED.complies(text))
-    canned = {text for text, count in counts.items() if count >= max(SAME, len(said) / 4)}
-    return Rate.of(not text.strip() or repetition(text) >= REPETITIVE or text in canned for text in said)
 
 
 def other_judges(conditions: Sequence[JudgedCondition], judge: str) -> list[Concern]:
