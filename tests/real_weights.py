@@ -33,6 +33,9 @@ from refusal_jax.report.summary import read_conditions
 from refusal_jax.runs.run import MANIFEST, Run, read_manifest
 
 LOGITS, REPLIES, SAME, TOKENS, TIE = 1e-3, 32, 30, 64, 0.05
+# Qwen2.5-Coder gives the first token of a refusal less than half of the probability even where it refuses, so that adding a
+# direction does not take the refusal score of harmless prompts over 0, the paper's threshold.
+INDUCE = -1.0
 LLAMA_CPP_NOISE = 1.5  # the error with a control vector, at most, as a multiple of the error without it
 
 
@@ -209,7 +212,8 @@ def study_arguments(gguf: pathlib.Path, workdir: pathlib.Path, options: argparse
     sources = {s: f"{options.prompts}/{s}.json" if options.prompts else "paper" for s in SPLITS}
     sizes = {"n_train": options.n_train, "n_val": options.n_val, "n_test": options.n_test}
     data = [f"--config.data.{name}={value}" for name, value in (sources | sizes).items()]
-    return [f"--model={gguf}", f"--workdir={workdir}", *data, f"--config.generation.max_new_tokens={TOKENS}"]
+    rule = f"--config.select.induce_threshold={INDUCE}"
+    return [f"--model={gguf}", f"--workdir={workdir}", *data, rule, f"--config.generation.max_new_tokens={TOKENS}"]
 
 
 def study_checks(gguf: pathlib.Path, workdir: pathlib.Path, options: argparse.Namespace) -> Iterator[Check]:
