@@ -226,11 +226,11 @@ def test_a_judges_tokenizer_is_loaded_once_and_sees_each_text_once(guard, monkey
             r"guard2.*refusal_score",
         ),
         (["substring_matching=x"], r"there is no judge 'substring_matching=x'"),
-        (["llamaguard2"], r"the judge 'llamaguard2' is a model: name its checkpoint folder, llamaguard2=FOLDER"),
+        (["llamaguard2"], r"the judge 'llamaguard2' is a model: name its checkpoint, .* llamaguard2=MODEL"),
         (["llamaguard2=GUARD@t.txt"], r"takes the template of its own tokenizer: leave out @t\.txt"),
         (
             ["harmbench=GUARD"],
-            r"'harmbench' needs the prompt template that its model was trained with.*harmbench=FOLDER@FILE",
+            r"'harmbench' needs the prompt template that its model was trained with.*harmbench=MODEL@FILE",
         ),
         (["harmbench=GUARD@gone.txt"], r"gone\.txt is not a file"),
         (["harmbench=GUARD@BARE"], r"has no place for the request and the completion\. Write \{prompt\}"),

@@ -51,7 +51,7 @@ OUT = flags.DEFINE_string(
     "out", None, "Folder for the results. It is created if new; files of the same names are replaced."
 )
 JUDGES = flags.DEFINE_list(
-    "judges", ["substring_matching"], "Judges, separated by commas: NAME, KIND=FOLDER or KIND=FOLDER@TEMPLATE.txt."
+    "judges", ["substring_matching"], "Judges, separated by commas: NAME, KIND=MODEL or KIND=MODEL@TEMPLATE.txt."
 )
 TOKENIZER = flags.DEFINE_string(
     "tokenizer", None, "Checkpoint whose tokenizer counts lengths. Default: lengths are counted in words."

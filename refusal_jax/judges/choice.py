@@ -38,10 +38,10 @@ def parse_judges(
             hint = did_you_mean(name, [*WITHOUT_MODEL, *KINDS])
             raise UserError(
                 f"there is no judge {spec!r}.{hint} Judges of text: {', '.join(TEXT_JUDGES)}. Judge models, written "
-                f"KIND=FOLDER or KIND=FOLDER@TEMPLATE.txt: {', '.join(KINDS)}. In a study also {REFUSAL_SCORE}."
+                f"KIND=MODEL or KIND=MODEL@TEMPLATE.txt: {', '.join(KINDS)}. In a study also {REFUSAL_SCORE}."
             )
         elif not rest:
-            raise UserError(f"the judge {name!r} is a model: name its checkpoint folder, {name}=FOLDER.")
+            raise UserError(f"the judge {name!r} is a model: name its checkpoint, a folder or a name on the hub, as {name}=MODEL.")
         else:
             folder, _, template = rest.rpartition("@") if rest.endswith(".txt") else (rest, "", "")
             judges.append(ModelJudge.load(name, folder, template, batch_size, dtype, cache).on(mesh))

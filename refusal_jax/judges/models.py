@@ -95,7 +95,7 @@ def _template(name: str, path: str) -> str:
     if not path and not kind.template:
         raise UserError(
             f"the judge {name!r} needs the prompt template that its model was trained with: put it in a text file with "
-            f"{{prompt}} and {{response}} where they belong, and write {name}=FOLDER@FILE.txt."
+            f"{{prompt}} and {{response}} where they belong, and write {name}=MODEL@FILE.txt."
         )
     text = read_text(local_path(path)) if path else kind.template
     found = set(PLACEHOLDER.findall(text))

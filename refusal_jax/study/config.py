@@ -136,8 +136,8 @@ class StudyConfig(Settings):
     generation: GenerationSettings = section(GenerationSettings, "How completions are generated")
     judges: tuple[str, ...] = option(
         ("substring_matching",),
-        "Judges of the completions: substring_matching, substring_extended, refusal_score, and judge models: llamaguard2=FOLDER, "
-        "llamaguard3=FOLDER, harmbench=FOLDER@TEMPLATE.txt, strongreject=FOLDER@TEMPLATE.txt, llm=FOLDER (`refusal-jax evaluate "
+        "Judges of the completions: substring_matching, substring_extended, refusal_score, and judge models: llamaguard2=MODEL, "
+        "llamaguard3=MODEL, harmbench=MODEL@TEMPLATE.txt, strongreject=MODEL@TEMPLATE.txt, llm=MODEL (`refusal-jax evaluate "
         "--help`)",
     )
     loss: LossSettings = section(LossSettings, "The texts on which the loss is measured")
