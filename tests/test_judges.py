@@ -226,7 +226,7 @@ def test_a_judges_tokenizer_is_loaded_once_and_sees_each_text_once(guard, monkey
             r"guard2.*refusal_score",
         ),
         (["substring_matching=x"], r"there is no judge 'substring_matching=x'"),
-        (["llamaguard2"], r"the judge 'llamaguard2' is a model: name its checkpoint, .* llamaguard2=MODEL"),
+        (["llamaguard2"], r"the judge 'llamaguard2' is a model: name its folder .* llamaguard2=MODEL"),
         (["llamaguard2=GUARD@t.txt"], r"takes the template of its own tokenizer: leave out @t\.txt"),
         (
             ["harmbench=GUARD"],

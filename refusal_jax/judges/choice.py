@@ -41,7 +41,7 @@ def parse_judges(
                 f"KIND=MODEL or KIND=MODEL@TEMPLATE.txt: {', '.join(KINDS)}. In a study also {REFUSAL_SCORE}."
             )
         elif not rest:
-            raise UserError(f"the judge {name!r} is a model: name its checkpoint, a folder or a name on the hub, as {name}=MODEL.")
+            raise UserError(f"the judge {name!r} is a model: name its folder or its name on the hub, as {name}=MODEL.")
         else:
             folder, _, template = rest.rpartition("@") if rest.endswith(".txt") else (rest, "", "")
             judges.append(ModelJudge.load(name, folder, template, batch_size, dtype, cache).on(mesh))
