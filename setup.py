@@ -28,6 +28,9 @@ setup(
             "organism/criteria.json",
             "report/*.jinja",
             "report/*.css",
+            "audit/output/*.jinja",
+            "audit/output/*.css",
+            "audit/output/*.json",
             "study/*.jinja",
         ]
     },
@@ -49,6 +52,7 @@ setup(
         "optax>=0.2.4",
         "orbax-checkpoint>=0.12,<0.13",
         "platformdirs>=4.0",  # where caches are kept
+        "rich>=13.0",  # an audit's table in the terminal
         "safetensors>=0.5",
         "scipy>=1.15",
         "tiktoken>=0.9",  # Qwen 1's tokenizer
@@ -63,6 +67,7 @@ setup(
         "plan": ["libtpu>=0.0.40"],  # the TPU compiler, which needs no TPU
         "lm_eval": ["lm_eval>=0.4.13,<0.5"],  # the model `refusal_jax` of EleutherAI's harness
         "inspect": ["inspect-ai>=0.3.285"],  # the provider `refusal_jax` of Inspect
+        "sign": ["securesystemslib[crypto]>=1.3"],  # signed statements of audits
         "docs": DOCS,
         # peft reads exports back; shellcheck reads launch/.
         "test": [
@@ -75,6 +80,10 @@ setup(
             "bitsandbytes>=0.50",  # quantised checkpoints as these libraries write them
             "compressed-tensors>=0.20",
             "sentencepiece>=0.2",  # a tokenizer.model alone
+            "securesystemslib[crypto]>=1.3",
+            "in-toto-attestation>=0.9.3",  # reads statements of audits
+            "jsonschema>=4.20",  # checks an audit's record
+            "pydantic-sarif>=0.1",  # the official schema of SARIF as classes
             "lm_eval>=0.4.13,<0.5",
             "inspect-ai>=0.3.285",
             "pyright[nodejs]>=1.1.400",  # with Node.js, which it would download otherwise

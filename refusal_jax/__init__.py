@@ -11,6 +11,8 @@ os.environ["LIBTPU_INIT_ARGS"] = (
 )
 
 if TYPE_CHECKING:
+    from refusal_jax.audit.audit import run_audit
+    from refusal_jax.audit.settings import AuditSettings
     from refusal_jax.chat.model import ChatModel, demo_model_path, load_model
     from refusal_jax.edits import Edits
     from refusal_jax.errors import UserError
@@ -18,11 +20,23 @@ if TYPE_CHECKING:
     from refusal_jax.taps import Taps
 
 __version__ = "0.1.0"
-__all__ = ["ChatModel", "Edits", "Taps", "UserError", "demo_model_path", "load_model", "make_mesh"]
+__all__ = [
+    "AuditSettings",
+    "ChatModel",
+    "Edits",
+    "Taps",
+    "UserError",
+    "demo_model_path",
+    "load_model",
+    "make_mesh",
+    "run_audit",
+]
 
 # Where each public name is. They are imported when they are first used: JAX reads the environment when it is imported, and the
 # command prepares that first.
 _HOMES = {
+    "AuditSettings": "audit.settings",
+    "run_audit": "audit.audit",
     "ChatModel": "chat.model",
     "demo_model_path": "chat.model",
     "load_model": "chat.model",

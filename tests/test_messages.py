@@ -11,6 +11,7 @@ import pytest
 import tiny
 
 from refusal_jax import UserError
+from refusal_jax.audit.settings import AuditSettings
 from refusal_jax.chat.prompts import Chat
 from refusal_jax.chat.templates import named_template
 from refusal_jax.errors import field, setting, spelt
@@ -35,8 +36,11 @@ def flags_of(job: str) -> set[str]:
     """The flags that a job defines or adopts, read from its source: jobs that share flags cannot be imported together."""
     tree = parsed(PACKAGE / "jobs" / f"{job}.py")
     calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)]
-    found = {call.args[0].value for call in calls if call.func.attr.startswith("DEFINE_")}
+    names = [call.args[0] for call in calls if call.func.attr.startswith("DEFINE_")]
+    found = {name.value for name in names if isinstance(name, ast.Constant)}
     imported = {alias.name for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) for alias in node.names}
+    if "AuditSettings" in imported:  # whose fields are flags
+        found |= set(AuditSettings())
     shared = imported & {"processes", "devices", "settings"} | ({"common"} if job in JOBS else set())
     return found.union(*map(flags_of, shared))
 

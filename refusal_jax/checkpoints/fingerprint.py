@@ -40,7 +40,7 @@ def checkpoint_fingerprint(folder: pathlib.Path) -> str:
     """
     try:
         paths = [p for p in folder.iterdir() if p.is_file() and not p.name.startswith(".")]
-        counted = {path: _elsewhere(path) or (path.name, path.stat().st_size, None) for path in paths}
+        counted = {path: elsewhere(path) or (path.name, path.stat().st_size, None) for path in paths}
         paths.sort(key=lambda path: counted[path][0])
         weights = gguf_files(folder)
         if weights:
@@ -68,21 +68,24 @@ def checkpoint_fingerprint(folder: pathlib.Path) -> str:
     return digest.hexdigest()
 
 
-def _elsewhere(path: pathlib.Path) -> tuple[str, int, str] | None:
-    """Returns name, size and sha256 of the file that a stub stands for, where the hash is known."""
+def elsewhere(path: pathlib.Path) -> tuple[str, int, str] | None:
+    """Returns name, size and sha256 of the file that a stub of a mirror stands for; None for other files, and where its hash is
+    not known."""
     if stub_of(path.with_name(path.name.removesuffix(STUB))) != path:
         return None
     entry = json.loads(path.read_bytes())
     return (path.name.removesuffix(STUB), entry["size"], entry["sha256"]) if entry.get("sha256") else None
 
 
-def file_hashes(folder: pathlib.Path, paths: Sequence[pathlib.Path]) -> dict[pathlib.Path, str]:
+def file_hashes(
+    folder: pathlib.Path, paths: Sequence[pathlib.Path], remembered: bool = True
+) -> dict[pathlib.Path, str]:
     """Returns the sha256 of files of a folder, or that it mirrors: remembered for those that have not been touched since,
-    computed for the others."""
+    computed for the others, and for all if nothing is to be `remembered`."""
     if not paths:
         return {}
     memory = _memory(folder)
-    known, now = _read_memory(memory), {path: _stamp(path) for path in paths}
+    known, now = _read_memory(memory) if remembered else {}, {path: _stamp(path) for path in paths}
     hashes = {path: known[path.name][1] for path in paths if known.get(path.name, [None])[0] == now[path]}
     todo = [path for path in paths if path not in hashes]
     total = sum(path.stat().st_size for path in todo)

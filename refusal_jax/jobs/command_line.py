@@ -75,7 +75,8 @@ def config_file(value: str) -> str:
 
 
 def prepare_job(job: str, argv: list[str]) -> tuple[types.ModuleType, list[str]]:
-    """Returns a job's module, with its flags parsed, and what its `main` takes: its action if it has actions, else all arguments.
+    """Returns a job's module, with its flags parsed, and what its `main` takes: the words that are no flags if it has actions,
+    else all arguments.
 
     argv: in canonical words. Raises UserError for anything wrong with these, or with the config file that they name.
     """
@@ -95,14 +96,19 @@ def prepare_job(job: str, argv: list[str]) -> tuple[types.ModuleType, list[str]]
         if job not in WITH_CONFIG or isinstance(error, ModuleNotFoundError):
             raise  # a fault of ours, or a broken installation
         raise config_error(error) from None
-    actions = getattr(module, "ACTIONS", ())  # what may follow the job's name
-    if actions and left[1:2] and left[1] not in actions:
+    actions = getattr(
+        module, "ACTIONS", {}
+    )  # what may follow the job's name: actions, with how many more words each takes
+    words = left[1:]
+    action = words[0] if words and words[0] in actions else ""
+    if words and actions and action not in actions:
         raise UserError(
-            f"{job} has no action {left[1]!r}: it has {', '.join(actions)}.{did_you_mean(left[1], actions)}"
+            f"{job} has no action {words[0]!r}: it has {', '.join(actions)}.{did_you_mean(words[0], actions)}"
         )
-    if left[1 + bool(actions) :]:
-        raise UserError(f"unexpected argument {left[1 + bool(actions)]!r}: flags are written --name=value.")
-    return module, left[1:] if actions else argv
+    taken = bool(action) + actions.get(action, 0)
+    if words[taken:]:
+        raise UserError(f"unexpected argument {words[taken]!r}: flags are written --name=value.")
+    return module, words if actions else argv
 
 
 def check_config(config: Any) -> None:

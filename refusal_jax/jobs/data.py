@@ -25,7 +25,7 @@ from refusal_jax.data.public import MANIFEST, build, fetch_set, load_manifest, s
 from refusal_jax.errors import UserError
 from refusal_jax.files import local_path
 
-ACTIONS = ("fetch", "list", "verify")
+ACTIONS = {"fetch": 0, "list": 0, "verify": 0}
 SETS = flags.DEFINE_list(
     "sets", [], "Names of the sets to fetch. Default: all except those that are streamed from the Hub."
 )

@@ -16,7 +16,8 @@ Jobs:
 Start with `refusal-jax study --workdir=runs/first`, which needs nothing else. `refusal-jax JOB --help` explains a job.
 Exit codes: 0 done, 1 a bug of ours (with a traceback), 2 bad input or environment (with a next step), 3 an export that failed
 its verification, 4 a study that found no direction (its report says why), 75 another process of the run failed (start all
-again), 130 interrupted, 141 the reader of the output, such as head, stopped reading.
+again), 130 interrupted, 141 the reader of the output, such as head, stopped reading. An audit's verdict is an exit code, too: 0
+intact or hardened, 10 edited but it refuses, 20 refusal is lost, 30 inconclusive, 40 broken files or template.
 """
 WORDS = ("--help", "-h", "-help", "--helpfull", "--helpshort")
 

@@ -9,7 +9,7 @@ from refusal_jax.files import cache_folder
 from refusal_jax.jobs import help
 from refusal_jax.jobs.command_line import as_flags, canonical, prepare_job
 
-JOBS = ("study", "plan", "export", "chat", "data", "evaluate", "lm_eval", "bench", "organism")
+JOBS = ("study", "audit", "plan", "export", "chat", "data", "evaluate", "lm_eval", "bench", "organism")
 PIPE_CLOSED = 141  # as a shell reports a process that SIGPIPE ended
 DISK_ERRORS = (errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EPERM, errno.EDQUOT)
 
@@ -70,9 +70,9 @@ def run_job(job: str, argv: list[str]) -> int:
         with logs.shown(level):
             module, arguments = prepare_job(job, argv)
             with spelt(as_flags(job)):
-                module.main(arguments)
+                code = module.main(arguments)  # None, but for a job whose result is an exit code
             distributed.finish()
-        return 0
+        return code or 0
     except (Exception, KeyboardInterrupt) as error:
         code, message = verdict(error)
         distributed.leave(error, code, message)

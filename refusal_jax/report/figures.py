@@ -1,22 +1,14 @@
 """The report's figures, as SVG to be placed inside the page.
 
-Inline rather than as image files, so that the page is one file, its text can be searched and its colours follow the
-page's theme: lines and labels are `currentColor`. Grids are small images (one pixel a candidate) scaled by the viewer,
-so an 80-layer model costs no more than a 6-layer one. No pyplot: its global figure list outlives a long job.
+Grids are small images (one pixel a candidate) scaled by the viewer, so an 80-layer model costs no more than a 6-layer one.
 """
 
 import dataclasses
-import html
-import io
-import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Sequence
 
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize, TwoSlopeNorm
 from matplotlib.figure import Figure
@@ -25,21 +17,11 @@ from matplotlib.path import Path
 from matplotlib.ticker import MaxNLocator
 
 from refusal_jax.directions import Direction
+from refusal_jax.report.drawing import THEME_COLOUR, WIDTH, axes_within, drawing, inline, layer_axis
 
-WIDTH = 360.0  # user units (points); the page shows figures at about this many CSS pixels, so font sizes hold
-THEME_COLOUR = "#010203"  # stands for the page's text colour, see `_inline`
 HARMFUL_COLOUR, HARMLESS_COLOUR = "#d9534f", "#2f8fb8"
 FADED = 0.3  # opacity of candidates that the rule discards
 MAX_POINTS = 6000  # of the strip plot
-STYLE = {
-    "svg.fonttype": "none",
-    "svg.hashsalt": "refusal_jax",
-    "font.size": 10.0,
-    "axes.linewidth": 0.7,
-    "hatch.linewidth": 0.6,
-    "path.simplify": False,  # it would drop the zero-length strokes of `_dots`
-    **dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), THEME_COLOUR),
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,47 +38,6 @@ class Scale:
 
 
 COSINE = Scale("PiYG", Normalize(-1, 1), 0.0, 2)
-
-
-@contextmanager
-def _drawing(height: float) -> Iterator[Figure]:
-    """Yields a figure of `WIDTH` x `height` points, to be drawn and saved under this module's settings only."""
-    defaults = {key: value for key, value in matplotlib.rcParamsDefault.items() if not key.startswith("backend")}
-    settings: dict[Any, Any] = {**defaults, **STYLE}
-    with matplotlib.rc_context(settings):
-        figure = Figure((WIDTH / 72, height / 72), facecolor="none")
-        FigureCanvasSVG(figure)
-        yield figure
-
-
-def _axes(figure: Figure, left: float, top: float, right: float, bottom: float) -> Axes:
-    """Returns axes with margins in points, which is exact and faster than a layout engine."""
-    width, height = figure.get_size_inches() * 72
-    return figure.add_axes(
-        (left / width, bottom / height, (width - left - right) / width, (height - top - bottom) / height),
-        facecolor="none",
-    )
-
-
-def _inline(figure: Figure, name: str, label: str) -> str:
-    """Returns the figure as an `<svg>` element for a page: no ids that collide, no links, no metadata, no fixed size.
-
-    name: prefix of the ids that the figure refers to; all others are removed. label: what a screen reader says.
-    """
-    buffer = io.StringIO()
-    figure.savefig(
-        buffer, format="svg", transparent=True, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type"))
-    )
-    svg = buffer.getvalue()
-    # Comments may quote labels, and matplotlib's style sheet would apply to the whole page.
-    svg = re.sub(r"<!--.*?-->|<style.*?</style>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
-    used = set(re.findall(r'(?:url\(#|href="#)([^)"]+)', svg))
-    svg = re.sub(r'\sid="([^"]*)"', lambda m: f' id="{name}-{m[1]}"' if m[1] in used else "", svg)
-    svg = re.sub(r'(url\(#|href="#)', rf"\g<1>{name}-", svg)
-    svg = re.sub(r'\sd="[^"]*"', lambda m: re.sub(r"(\.\d\d)\d+", r"\1", m[0]), svg)
-    attributes = f'<svg role="img" aria-label="{html.escape(label)}" viewBox="0 0 {WIDTH:g} '
-    svg = re.sub(r'<svg[^>]*viewBox="0 0 [\d.]+ ', attributes, svg, count=1)
-    return svg.replace(THEME_COLOUR, "currentColor").strip()
 
 
 def position_labels(positions: int, tokens: Sequence[str]) -> list[str]:
@@ -147,13 +88,6 @@ def _colour_bar(figure: Figure, axes: Axes, scale: Scale, most: float) -> None:
     bar.ax.tick_params(labelsize=8.5, length=2, pad=2)
     bar.ax.minorticks_off()
     bar.outline.set_visible(False)
-
-
-def _layer_axis(axes: Axes, layers: int, label: str = "layer") -> None:
-    axes.xaxis.set_major_locator(MaxNLocator(min(10, layers), integer=True, min_n_ticks=1))
-    axes.set_xlim(-0.5, layers - 0.5)
-    axes.set_xlabel(label, labelpad=2)
-    axes.tick_params(length=2.5, pad=2, labelsize=9)
 
 
 def _hatch(axes: Axes, cells: np.ndarray) -> None:
@@ -226,9 +160,9 @@ def heatmap(
     positions, layers = values_pl.shape
     finite_pl = np.isfinite(values_pl)
     shown_pl = finite_pl if shown_pl is None else shown_pl
-    with _drawing(height or 64 + min(max(positions * 24, 110), 190)) as figure:
+    with drawing(height or 64 + min(max(positions * 24, 110), 190)) as figure:
         left = 24 + 5.6 * max(len(text) for text in y_labels)
-        axes = _axes(figure, left, 20, 56, 34)
+        axes = axes_within(figure, left, 20, 56, 34)
         _hatch(axes, ~shown_pl)
         shade = scale.colours(np.where(finite_pl, values_pl, scale.middle))
         shade[..., 3] = finite_pl if passing_pl is None else finite_pl * np.where(passing_pl, 1.0, FADED)
@@ -244,10 +178,10 @@ def heatmap(
             position, layer = pick.place
             _mark_pick(axes, layer, position + positions, cell)
         axes.set_yticks(range(positions), y_labels, parse_math=False)
-        _layer_axis(axes, layers)
+        layer_axis(axes, layers)
         axes.set_ylim(positions - 0.5, -0.5)
         _colour_bar(figure, axes, scale, values_pl[finite_pl].max(initial=scale.middle))
-        return _inline(figure, name, label)
+        return inline(figure, name, label)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -329,8 +263,8 @@ def cosine_figures(diffs_pld: np.ndarray, tokens: Sequence[str], pick: Direction
 def layer_similarity(values_ll: np.ndarray, pick: Direction) -> str:
     """Draws a square map over pairs of layers, hatched where the similarity is not defined."""
     (_, layer), layers, finite_ll = pick.place, len(values_ll), np.isfinite(values_ll)
-    with _drawing(294) as figure:
-        axes = _axes(figure, 40, 20, 80, 34)
+    with drawing(294) as figure:
+        axes = axes_within(figure, 40, 20, 80, 34)
         _hatch(axes, ~finite_ll)
         shade = COSINE.colours(np.where(finite_ll, values_ll, 0.0))
         shade[..., 3] = finite_ll
@@ -338,12 +272,12 @@ def layer_similarity(values_ll: np.ndarray, pick: Direction) -> str:
         _mark_pick(axes, layer, layer, (240 / layers, 240 / layers))
         if layers <= 8:
             _write_values(axes, values_ll, shade, COSINE.digits)
-        _layer_axis(axes, layers)
+        layer_axis(axes, layers)
         axes.yaxis.set_major_locator(MaxNLocator(min(10, layers), integer=True, min_n_ticks=1))
         axes.set_ylim(-0.5, layers - 0.5)
         axes.set_ylabel("layer", labelpad=2)
         _colour_bar(figure, axes, COSINE, 1.0)
-        return _inline(figure, "fig-layers", "Cosine similarity of the directions of each pair of layers")
+        return inline(figure, "fig-layers", "Cosine similarity of the directions of each pair of layers")
 
 
 def _dots(axes: Axes, x: np.ndarray, y: np.ndarray, colour: str, size: float) -> None:
@@ -362,8 +296,8 @@ def projection_figure(harmful_nl: np.ndarray, harmless_nl: np.ndarray, pick: Dir
     layers = harmful_nl.shape[1]
     most = max(8, MAX_POINTS // (2 * layers))
     size = float(np.clip(110 / layers, 1.8, 4.0))
-    with _drawing(294) as figure:
-        axes = _axes(figure, 52, 28, 10, 46)
+    with drawing(294) as figure:
+        axes = axes_within(figure, 52, 28, 10, 46)
         axes.axhline(0, color="#8d949c", linewidth=0.7)
         axes.axvline(pick.place[1], color="#8d949c", linewidth=1.0, linestyle=(0, (3, 2)))
         for values_nl, colour, side in ((harmful_nl, HARMFUL_COLOUR, -1), (harmless_nl, HARMLESS_COLOUR, 1)):
@@ -380,11 +314,11 @@ def projection_figure(harmful_nl: np.ndarray, harmless_nl: np.ndarray, pick: Dir
         if finite.size:
             margin = 0.05 * (np.ptp(finite) or 1.0)
             axes.set_ylim(finite.min() - margin, finite.max() + margin)
-        _layer_axis(axes, layers)
+        layer_axis(axes, layers)
         axes.yaxis.set_major_locator(MaxNLocator(6))
         axes.set_ylabel("projection on the direction", labelpad=2)
         for x, colour, text in ((0.0, HARMFUL_COLOUR, "harmful"), (0.24, HARMLESS_COLOUR, "harmless")):
             axes.plot(x + 0.01, 1.06, "o", color=colour, markersize=5, transform=axes.transAxes, clip_on=False)
             axes.text(x + 0.04, 1.06, text, transform=axes.transAxes, fontsize=9, va="center")
         axes.spines[["top", "right"]].set_visible(False)
-        return _inline(figure, "fig-projections", "Projections of validation activations on the direction, per layer")
+        return inline(figure, "fig-projections", "Projections of validation activations on the direction, per layer")

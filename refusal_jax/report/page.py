@@ -30,14 +30,19 @@ CONTROLS = {code: "\N{REPLACEMENT CHARACTER}" for code in (*range(9), 11, 12, *r
 def write_report(run: Run, sections: Sequence[Section]) -> None:
     """Writes the report into the folder of a run, from the artifacts of its other stages and the sections that these add."""
     findings = Findings(run, sections)
-    html = environment(sections).get_template("page.html.jinja").render(page_context(findings)).lstrip()
+    html = environment(*folders_of(sections)).get_template("page.html.jinja").render(page_context(findings)).lstrip()
     # A lone surrogate, which JSON can carry but UTF-8 cannot, must not cost the page.
     run.write(REPORT, html.encode("utf-8", "replace"))
 
 
-def environment(sections: Sequence[Section]) -> jinja2.Environment:
-    """Returns the template engine, which escapes everything; an unknown name in a template is an error."""
-    folders = {section.template.parent: None for section in sections if section.template}
+def folders_of(sections: Sequence[Section]) -> dict[pathlib.Path, None]:
+    """Returns the folders that the sections' templates are in, in order."""
+    return {section.template.parent: None for section in sections if section.template}
+
+
+def environment(*folders: pathlib.Path) -> jinja2.Environment:
+    """Returns the template engine for templates of this folder and of others, which escapes everything; an unknown name in a
+    template is an error."""
     env = jinja2.Environment(
         loader=jinja2.FileSystemLoader([pathlib.Path(__file__).parent, *folders]),
         autoescape=True,
@@ -75,7 +80,7 @@ def is_long(text: str) -> bool:
 
 def page_context(findings: Findings) -> dict:
     """Returns everything that the page's template shows, the sections as markup."""
-    manifest, setup, env = findings.run.manifest, findings.setup, environment(findings.sections)
+    manifest, setup, env = findings.run.manifest, findings.setup, environment(*folders_of(findings.sections))
     stages = {name: record for name, record in manifest["stages"].items() if REPORT not in record.get("writes", ())}
     latest = max(stages.values(), key=lambda record: record.get("finished", ""), default={})
     shared = {

@@ -1,0 +1,207 @@
+"""Makes an in-toto statement of an audit, signs it, and verifies it against the files of a checkpoint.
+
+The statement (in-toto Statement v1) names every file of the checkpoint with its sha256, and says by whom, with which settings,
+prompts and judge it was audited, and what the verdict was. It is signed as a DSSE envelope with a key of the user's, by
+securesystemslib, which TUF and in-toto use.
+"""
+
+import hashlib
+import json
+import os
+import pathlib
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import refusal_jax
+from refusal_jax.audit.audit import Audit
+from refusal_jax.audit.output.checkpoint_files import checkpoint_hashes
+from refusal_jax.audit.output.record import audit_record, named, opened
+from refusal_jax.audit.settings import AuditSettings
+from refusal_jax.audit.subject import draw_prompts
+from refusal_jax.chat.prompts import Chat
+from refusal_jax.checkpoints.fingerprint import checkpoint_fingerprint
+from refusal_jax.checkpoints.tensors import listed
+from refusal_jax.errors import UserError, VerificationError, setting
+from refusal_jax.files import read_bytes, read_json, to_json
+from refusal_jax.judges.choice import parse_judges
+from refusal_jax.models.hf_config import load_config
+
+STATEMENT = "https://in-toto.io/Statement/v1"
+PREDICATE = "urn:refusal-jax:audit:v1"
+PAYLOAD = "application/vnd.in-toto+json"
+PASSWORD = "REFUSAL_JAX_KEY_PASSWORD"  # the variable of the environment that holds the password of a signing key
+ASKING = ("activations", "behaviour")  # the lanes that depend on prompts, template and judge
+
+
+def audit_statement(audit: Audit) -> dict[str, Any]:
+    """Returns the statement of an audit, for JSON. Raises UserError if a file of the candidate cannot be hashed."""
+    settings, record = audit.settings, audit_record(audit)
+    folder = opened(settings.candidate)
+    predicate = {
+        "auditor": {"name": "refusal_jax", "version": refusal_jax.__version__, "versions": record["versions"]},
+        "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "candidate": record["candidate"] | {"fingerprint": checkpoint_fingerprint(folder)},
+        "base": None,
+        "verdict": record["verdict"],
+        "lanes": {found.lane: found.left_out or "ran" for found in audit.findings},
+        "settings": record["settings"],
+        "record": {"schema": record["schema"], "digest": {"sha256": _sha256(to_json(record["lanes"]))}},
+    }
+    if settings.base:
+        base = opened(settings.base)
+        predicate["base"] = named(settings.base) | {"fingerprint": checkpoint_fingerprint(base)}
+    if any(not found.left_out and found.lane in ASKING for found in audit.findings):
+        predicate |= asked(settings, folder)
+    subjects = [
+        {"name": name, "digest": {"sha256": sha256}} for name, sha256 in checkpoint_hashes(folder, True).items()
+    ]
+    return {"_type": STATEMENT, "subject": subjects, "predicateType": PREDICATE, "predicate": predicate}
+
+
+def asked(settings: AuditSettings, folder: pathlib.Path) -> dict[str, Any]:
+    """Returns what the replies depend on besides the model: the hashes of the chat template and of each part of the prompts, and
+    the judge with the fingerprint of its files."""
+    cfg = load_config(folder)
+    chat = Chat.load(
+        folder, cfg.context_length, cfg.vocab_size, settings.chat_template, settings.thinking, settings.system_prompt
+    )
+    (judge,) = parse_judges([settings.judge], 1, settings.dtype)
+    prompts = {name: {"count": len(rows), "digest": digest(rows)} for name, rows in draw_prompts(settings).items()}
+    template = str(chat.tokenizer.chat_template)
+    return {
+        "template": {"origin": chat.template_origin, "digest": digest(template)},
+        "prompts": prompts,
+        "judge": {"name": judge.name, "fingerprint": judge.fingerprint() or None},
+    }
+
+
+def digest(value: Any) -> dict[str, str]:
+    """Returns the sha256 of a text, or of other plain values as JSON without spaces, as in-toto writes digests."""
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    return {"sha256": _sha256(text.encode("utf-8", "surrogatepass"))}
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def signed(statement: Mapping[str, Any], key: pathlib.Path) -> bytes:
+    """Returns the envelope of a statement, signed, for a file.
+
+    key: a private key (Ed25519, ECDSA or RSA) in PEM; its password, if it has one, is taken from the environment. Raises
+    UserError for a key that cannot be used, and if the library that signs is not installed.
+    """
+    dsse, signer, serialization = _library()
+    password = os.environ.get(PASSWORD)
+    try:
+        private = serialization.load_pem_private_key(read_bytes(key), password.encode() if password else None)
+        envelope = dsse.Envelope(to_json(statement), PAYLOAD, {})
+        envelope.sign(signer.CryptoSigner(private))
+    except UserError:
+        raise
+    except Exception as error:  # of many kinds, by the kind of key
+        raise UserError(
+            f"{key} cannot sign ({error}). A private key in PEM is needed, which `openssl genpkey -algorithm ed25519 -out "
+            f"key.pem` makes; {PASSWORD} in the environment is its password, if it has one."
+        ) from None
+    return to_json(envelope.to_dict())
+
+
+def verified(file: pathlib.Path, key: pathlib.Path | None, checkpoint: str) -> dict[str, Any]:
+    """Returns the statement in a signed file, once it is found to be true of a checkpoint's files.
+
+    key: the public key in PEM that must have signed it. checkpoint: as in `AuditSettings.candidate`. Raises UserError for a file
+    that is no envelope and for a key that cannot be used, and VerificationError for a signature of another key, for a statement
+    about something else, and for every file that is missing, changed or new.
+    """
+    statement = _payload(file, key)
+    subjects = _subjects(file, statement)
+    folder = opened(checkpoint)
+    there = checkpoint_hashes(folder, False)
+    if file.absolute().is_relative_to(folder.absolute()):  # the statement may be shipped with the checkpoint
+        there.pop(file.absolute().relative_to(folder.absolute()).as_posix(), None)
+    wrong = [f"{name} is missing" for name in subjects if name not in there]
+    wrong += [f"{name} has changed" for name in subjects if name in there and there[name] != subjects[name]]
+    wrong += [f"{name} is new" for name in there if name not in subjects]
+    if wrong:
+        raise VerificationError(
+            f"{folder} is not the checkpoint that {file} is about: {listed(wrong)}. The verdict says nothing about these files: "
+            "get the checkpoint again, or audit it."
+        )
+    return statement
+
+
+def _payload(file: pathlib.Path, key: pathlib.Path | None) -> dict[str, Any]:
+    """Returns what a signed file holds, if the key's owner signed it."""
+    data = read_json(file)
+    if data.get("_type") == STATEMENT:
+        raise VerificationError(f"{file} is a statement that nobody has signed, so that anyone may have changed it.")
+    if key is None:
+        name = (setting("key") or "key").removesuffix("=")
+        raise UserError(f"{name} is missing: name the public key, in PEM, of whoever signed {file}.")
+    dsse, signer, serialization = _library()
+    try:
+        public = signer.SSlibKey.from_crypto(serialization.load_pem_public_key(read_bytes(key)))
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(
+            f"{key} is no public key in PEM ({error}). `openssl pkey -in key.pem -pubout -out key.pub` writes that of a private "
+            "key."
+        ) from None
+    try:
+        envelope = dsse.Envelope.from_dict(data)
+        statement = json.loads(envelope.payload)
+    except Exception as error:  # whatever a damaged file leads to
+        raise UserError(
+            f"{file} is no signed statement ({type(error).__name__}: {error}). Name the audit.intoto.json of an audit."
+        ) from None
+    # Other tools write no names of keys, or names of their own: every signature is tried.
+    if not any(_accepts(signer, public, one, envelope.pae()) for one in envelope.signatures.values()):
+        raise VerificationError(
+            f"{file} was not signed with the private key of {key}, or it was changed afterwards. Do not rely on it."
+        )
+    found = (envelope.payload_type, statement.get("_type") if isinstance(statement, dict) else None)
+    if found != (PAYLOAD, STATEMENT) or statement.get("predicateType") != PREDICATE:
+        raise VerificationError(
+            f"{file} is signed, but it is no statement of an audit: its type is {found[1]} with the predicate "
+            f"{statement.get('predicateType') if isinstance(statement, dict) else None}, expected {PREDICATE}."
+        )
+    return statement
+
+
+def _accepts(signer, public, one, signed_bytes: bytes) -> bool:
+    """Returns whether a signature is that of a key."""
+    from securesystemslib.exceptions import UnverifiedSignatureError
+
+    try:
+        public.verify_signature(signer.Signature(public.keyid, one.signature), signed_bytes)
+    except UnverifiedSignatureError:
+        return False
+    return True
+
+
+def _subjects(file: pathlib.Path, statement: Mapping[str, Any]) -> dict[str, str]:
+    """Returns the sha256 of each file that a statement is about, by name."""
+    try:
+        subjects = {one["name"]: one["digest"]["sha256"] for one in statement["subject"]}
+        verdict = statement["predicate"]["verdict"]
+        whole = bool(subjects) and isinstance(verdict["overall"], str) and isinstance(verdict["sentences"], list)
+    except (KeyError, TypeError):
+        whole, subjects = False, {}
+    if not whole:
+        raise VerificationError(f"{file} is signed, but its statement names no files or no verdict. Audit again.")
+    return subjects
+
+
+def _library():
+    """Returns the modules that sign. Raises UserError if they are not installed."""
+    try:
+        from cryptography.hazmat.primitives import serialization
+        from securesystemslib import dsse, signer
+    except ImportError:
+        raise UserError(
+            "Signing needs securesystemslib, which is not installed: pip install 'refusal-jax[sign]'."
+        ) from None
+    return dsse, signer, serialization

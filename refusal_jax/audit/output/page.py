@@ -1,0 +1,83 @@
+"""Writes an audit as one self-contained HTML page, in the style of a study's report.
+
+The page loads nothing and runs nothing. All that may come from a checkpoint is escaped by the template engine; only our own
+drawing enters as markup. Texts that a model wrote are on it only if they were asked for.
+"""
+
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from markupsafe import Markup
+
+from refusal_jax.audit.audit import Audit
+from refusal_jax.audit.evidence import Findings
+from refusal_jax.audit.output.figures import dose_figure
+from refusal_jax.audit.output.record import audit_record
+from refusal_jax.audit.output.summary import ALARMING, TITLES, amount, number_text, p_text, value_text
+from refusal_jax.audit.verdict import EDITS, REFUSES
+from refusal_jax.report.page import environment, flatten, model_title
+
+TEMPLATE = pathlib.Path(__file__).with_name("audit.html.jinja")
+SAMPLES = 8  # number of prompts of each kind whose replies the page shows
+# What each lane looks at.
+LANES = {
+    "files": "Files: records of other tools, hashes, tensors, tokenizer and chat template",
+    "weights": "Weights against the base",
+    "alone": "Weights alone",
+    "activations": "Activations",
+    "behaviour": "Behaviour",
+}
+
+
+def audit_page(audit: Audit, replies: bool = False) -> str:
+    """Returns the page. replies: whether samples of what the models replied are shown."""
+    record = audit_record(audit)
+    env = environment(TEMPLATE.parent)
+    env.filters |= {"value": number_text}
+    shown = {
+        "title": TITLES[audit.verdict.overall],
+        "strength": "bad" if audit.verdict.overall in ALARMING else "",
+        "candidate": model_title(audit.settings.candidate) or record["candidate"]["name"],
+        "record": record,
+        "edit": EDITS[audit.verdict.edit],
+        "refuses": REFUSES[audit.verdict.refuses],
+        "lanes": [lane_context(found) for found in audit.findings],
+        "figure": Markup(dose_figure(audit)),
+        "diffs": {name: text for found in audit.findings for name, text in found.facts.get("diffs", {}).items()},
+        "samples": [samples(audit, side) for side in ("harmful", "harmless")] if replies else [],
+        "settings": flatten(record["settings"]),
+        "details": flatten(record["verdict"]["details"]),
+    }
+    return env.get_template(TEMPLATE.name).render(shown).lstrip()
+
+
+def lane_context(found: Findings) -> dict[str, Any]:
+    """Returns what the page shows of a lane."""
+    rows = [{"of": one, "value": value_text(one), "p": p_text(one.p_value)} for one in found.evidence]
+    return {"of": found, "title": LANES.get(found.lane, found.lane), "rows": rows, "read": amount(found.bytes_read)}
+
+
+def samples(audit: Audit, side: str) -> dict[str, Any]:
+    """Returns prompts of one kind, spread evenly over those that were asked, with the replies under each condition."""
+    conditions = {
+        name: rows
+        for found in audit.findings
+        for name, rows in found.replies.items()
+        if name.split("_")[0] == side and rows
+    }
+    first: Sequence = next(iter(conditions.values()), ())
+    wanted = sorted(set(np.linspace(0, len(first) - 1, min(len(first), SAMPLES)).round().astype(int).tolist()))
+    rows = [
+        {
+            "prompt": first[index]["prompt"],
+            "cells": {
+                name: of[index]["response"]
+                for name, of in conditions.items()
+                if index < len(of) and of[index]["prompt"] == first[index]["prompt"]
+            },
+        }
+        for index in wanted
+    ]
+    return {"side": side, "n": len(first), "rows": rows}

@@ -1,0 +1,177 @@
+"""Tells what happened to a checkpoint, and whether it still refuses.
+
+  refusal-jax audit CANDIDATE --base=BASE                    # against the model that it is said to be made from
+  refusal-jax audit CANDIDATE                                # alone, which sees much less
+  refusal-jax audit CANDIDATE --base=BASE --level=weights    # files and weights only: no model is run
+  refusal-jax audit CANDIDATE --base=BASE --out=DIR          # also writes audit.json, audit.sarif and audit.html
+  refusal-jax audit CANDIDATE --base=BASE --out=DIR --sign=key.pem          # and a signed in-toto statement
+  refusal-jax audit verify DIR/audit.intoto.json CANDIDATE --key=key.pub    # checks it against the files
+
+CANDIDATE and BASE are folders, names on the hub (ORG/NAME or ORG/NAME@REVISION), GGUF files or folders of adapters.
+There are two verdicts. The first says whether the weights were edited: not at all, harmlessly, so that refusal was
+removed or added, otherwise, or in a way that cannot be told. The second says whether the candidate refuses: as the base
+does, less, no more, or more. "Intact" is said only where an interval shows it; what was not looked at makes no verdict.
+
+The lanes are, cheap first: files (other tools' records, hashes, chat template, tensors), weights (the difference to the
+base, matrix by matrix, streamed), alone (traces that an edit leaves in the candidate itself), activations, and
+behaviour (replies to harmful and harmless prompts). A lane that cannot run says why, and the others go on.
+
+Exit codes: 0 intact or hardened, 10 edited but it refuses, 20 refusal is lost, 30 inconclusive, 40 broken files or a
+broken template, 2 bad input. --fail_on=abliterated,uncensored makes all other verdicts 0.
+"""
+
+import sys
+from collections.abc import Callable
+from typing import Any, get_origin
+
+from absl import flags
+
+from refusal_jax.audit.audit import Audit, run_audit
+from refusal_jax.audit.output.attestation import verified
+from refusal_jax.audit.output.files import check_place, write_outputs
+from refusal_jax.audit.output.record import audit_record, opened
+from refusal_jax.audit.output.sarif import sarif_log
+from refusal_jax.audit.output.summary import text_of
+from refusal_jax.audit.settings import LANES, AuditSettings
+from refusal_jax.audit.verdict import OVERALL
+from refusal_jax.errors import UserError, did_you_mean
+from refusal_jax.files import local_path, to_json, write_atomically
+from refusal_jax.jobs import devices
+from refusal_jax.settings import Described
+from refusal_jax.terminal.screen import escaped
+
+ACTIONS = {"": 1, "verify": 2}
+EXAMPLE = ". Example: refusal-jax audit DIR --base=ORG/NAME --out=audited."
+ELSEWHERE = (
+    "candidate",
+    "dtype",
+)  # settings that are no flags of their own: the first word, and a flag that all jobs share
+STDOUT = "-"
+UNFIT = 10  # the exit code of a verdict that --fail_on names and that has none of its own
+
+
+def _flag(one: Described) -> flags.FlagHolder:
+    """Defines the flag of a setting, with its meaning."""
+    if get_origin(one.kind) is tuple:
+        return flags.DEFINE_list(one.path, ",".join(one.value), f"{one.meaning}.")
+    define: dict[Any, Callable] = {
+        str: flags.DEFINE_string,
+        int: flags.DEFINE_integer,
+        float: flags.DEFINE_float,
+        bool: flags.DEFINE_bool,
+    }
+    return define[one.kind](one.path, one.value, f"{one.meaning}.")
+
+
+SETTINGS = {one.path: _flag(one) for one in AuditSettings().described() if one.path not in ELSEWHERE}
+LEVEL = flags.DEFINE_enum(
+    "level", None, LANES, "The last lane to run, in place of --lanes: it and the cheaper ones are run."
+)
+OUT = flags.DEFINE_string(
+    "out", None, "Folder for audit.json, audit.sarif and audit.html. Files of the same names are replaced."
+)
+JSON = flags.DEFINE_string(
+    "json", None, "File for the audit as JSON, or - to print it in place of the text. --out writes it, too."
+)
+SARIF = flags.DEFINE_string("sarif", None, "File for the SARIF log, or - to print it in place of the text.")
+FAIL_ON = flags.DEFINE_list(
+    "fail_on",
+    None,
+    f"Verdicts that make the exit code other than 0, separated by commas, of {', '.join(OVERALL)}. Default: each verdict has its "
+    "own exit code.",
+)
+REPLIES = flags.DEFINE_bool(
+    "replies", False, "Also write what the models replied to OUT/completions, and show samples of it on the page."
+)
+STATEMENT = flags.DEFINE_bool(
+    "statement",
+    False,
+    "Also write an unsigned in-toto statement to OUT, which other tools can sign. Every file is hashed.",
+)
+SIGN = flags.DEFINE_string(
+    "sign", None, "Private key in PEM with which the statement is signed, as a DSSE envelope in OUT/audit.intoto.json."
+)
+KEY = flags.DEFINE_string("key", None, "For `verify`: the public key in PEM of whoever signed.")
+flags.adopt_module_key_flags(devices)
+
+
+def main(words) -> int:
+    if words[:1] == ["verify"]:
+        return verify(words[1:])
+    return show(words)
+
+
+def show(words: list[str]) -> int:
+    """Audits the candidate, prints and writes what was found, and returns the exit code."""
+    asked, fail_on, out = asked_settings(words), asked_verdicts(), OUT.value and local_path(OUT.value)
+    if (SIGN.value or STATEMENT.value or REPLIES.value) and not out:
+        raise UserError(f"--out is missing, the folder for statement and replies{EXAMPLE}")
+    if out:
+        check_place(out, asked.candidate, *filter(None, [asked.base]))
+    found = run_audit(asked, devices.asked_mesh())
+    wanted = (JSON.value, lambda: audit_record(found)), (SARIF.value, lambda: sarif_log(found, opened(asked.candidate)))
+    for place, make in wanted:
+        if place == STDOUT:
+            print(to_json(make()).decode(), end="")
+        elif place:
+            write_atomically(local_path(place), to_json(make()))
+    if STDOUT not in (JSON.value, SARIF.value):
+        print(text_of(found, colour=sys.stdout.isatty()), end="")
+    if out:
+        files = write_outputs(found, out, REPLIES.value, STATEMENT.value, SIGN.value and local_path(SIGN.value))
+        print(
+            f"Written: {', '.join(map(str, files))}", file=sys.stderr if STDOUT in (JSON.value, SARIF.value) else None
+        )
+    return exit_code(found, fail_on)
+
+
+def asked_settings(words: list[str]) -> AuditSettings:
+    """Returns the settings that the command asks for. Raises UserError for values that cannot be."""
+    given = {name: flag.value for name, flag in SETTINGS.items()}
+    if LEVEL.value and SETTINGS["lanes"].present:
+        raise UserError("--level and --lanes both say which lanes run. Give one of them.")
+    if LEVEL.value:
+        given["lanes"] = LANES[: LANES.index(LEVEL.value) + 1]
+    for lane in given["lanes"]:
+        if lane not in LANES:
+            raise UserError(
+                f"--lanes={','.join(given['lanes'])}: there is no lane {lane!r}.{did_you_mean(lane, LANES)} They are "
+                f"{', '.join(LANES)}."
+            )
+    return AuditSettings.of(given | {"candidate": words[0] if words else "", "dtype": devices.asked_dtype()})
+
+
+def asked_verdicts() -> list[str] | None:
+    """Returns the verdicts that --fail_on names, None where it is not given. Raises UserError for other words."""
+    for name in FAIL_ON.value or ():
+        if name not in OVERALL:
+            raise UserError(
+                f"--fail_on={','.join(FAIL_ON.value)}: there is no verdict {name!r}.{did_you_mean(name, OVERALL)} They are "
+                f"{', '.join(OVERALL)}."
+            )
+    return FAIL_ON.value
+
+
+def exit_code(found: Audit, fail_on: list[str] | None) -> int:
+    """Returns the exit code of the verdict, 0 for one that is not among those to fail on."""
+    if fail_on is None:
+        return found.verdict.exit_code
+    return (found.verdict.exit_code or UNFIT) if found.verdict.overall in fail_on else 0
+
+
+def verify(words: list[str]) -> int:
+    """Verifies a signed statement against a checkpoint's files, and prints what it says."""
+    if not words:
+        raise UserError(
+            "The signed statement is missing: refusal-jax audit verify audited/audit.intoto.json DIR --key=key.pub."
+        )
+    checkpoint = words[1] if words[1:] else ""
+    statement = verified(local_path(words[0]), KEY.value and local_path(KEY.value), checkpoint)
+    predicate = statement["predicate"]
+    print(
+        f"The signature is that of {KEY.value}, and all {len(statement['subject'])} files are those that were audited."
+    )
+    print(escaped(f"Verdict of {predicate.get('created')}: {predicate['verdict']['overall']}."))
+    for sentence in predicate["verdict"]["sentences"]:
+        print(escaped(str(sentence)))
+    return 0
