@@ -52,7 +52,7 @@ def test_each_job_explains_itself(job):
 
 
 def test_usage_errors():
-    refused(command("stuyd"), "there is no job 'stuyd'. Did you mean study. The jobs are study, plan")
+    refused(command("stuyd"), "there is no job 'stuyd'. Did you mean study. The jobs are study, audit")
     refused(command("study"), "--workdir is missing: name the folder")
     refused(command("study", "x"), "unexpected argument 'x'")
     refused(command("export", "--out=x"), "--direction is missing")

@@ -25,7 +25,7 @@ from refusal_jax.audit.weights import Weights, check_comparable
 from refusal_jax.chat.model import ChatModel
 from refusal_jax.chat.prompts import Chat
 from refusal_jax.checkpoints.rewrite import Checkpoint
-from refusal_jax.errors import UserError
+from refusal_jax.errors import UserError, setting
 from refusal_jax.export.card import write_card
 from refusal_jax.export.forward import Stream, read_logits, run_streams
 from refusal_jax.export.hf import Plan, ablated_files
@@ -113,7 +113,8 @@ def repair(audit: Audit, out: pathlib.Path, command: str = "") -> dict[str, Any]
     settings = audit.settings
     if not settings.base:
         raise UserError(
-            "A repair needs the base, which tells what was removed and how much of it, and none was given. Name it with --base."
+            "A repair needs the base, which tells what was removed and how much of it, and none was given. Name it with "
+            f"{setting('base', 'CHECKPOINT')}."
         )
     candidate, base = Opened(settings.candidate, settings), Opened(settings.base, settings)
     check_target(candidate.folder, out)

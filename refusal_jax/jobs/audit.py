@@ -5,6 +5,7 @@
   refusal-jax audit CANDIDATE --base=BASE --level=weights    # files and weights only: no model is run
   refusal-jax audit CANDIDATE --base=BASE --out=DIR          # also writes audit.json, audit.sarif and audit.html
   refusal-jax audit CANDIDATE --base=BASE --out=DIR --sign=key.pem          # and a signed in-toto statement
+  refusal-jax audit CANDIDATE --base=BASE --repair=DIR       # undoes a partial removal, from the candidate itself
   refusal-jax audit verify DIR/audit.intoto.json CANDIDATE --key=key.pub    # checks it against the files
 
 CANDIDATE and BASE are folders, names on the hub (ORG/NAME or ORG/NAME@REVISION), GGUF files or folders of adapters.
@@ -20,6 +21,7 @@ Exit codes: 0 intact or hardened, 10 edited but it refuses, 20 refusal is lost, 
 broken template, 2 bad input. --fail_on=abliterated,uncensored makes all other verdicts 0.
 """
 
+import pathlib
 import sys
 from collections.abc import Callable
 from typing import Any, get_origin
@@ -32,9 +34,10 @@ from refusal_jax.audit.output.files import check_place, write_outputs
 from refusal_jax.audit.output.record import audit_record, opened
 from refusal_jax.audit.output.sarif import sarif_log
 from refusal_jax.audit.output.summary import text_of
+from refusal_jax.audit.repair import repair
 from refusal_jax.audit.settings import LANES, AuditSettings
 from refusal_jax.audit.verdict import OVERALL
-from refusal_jax.errors import UserError, did_you_mean
+from refusal_jax.errors import UserError, VerificationError, did_you_mean
 from refusal_jax.files import local_path, to_json, write_atomically
 from refusal_jax.jobs import devices
 from refusal_jax.settings import Described
@@ -91,6 +94,11 @@ STATEMENT = flags.DEFINE_bool(
 SIGN = flags.DEFINE_string(
     "sign", None, "Private key in PEM with which the statement is signed, as a DSSE envelope in OUT/audit.intoto.json."
 )
+REPAIR = flags.DEFINE_string(
+    "repair",
+    None,
+    "New folder for the candidate with what was removed put back, as far as it is there; it needs the base.",
+)
 KEY = flags.DEFINE_string("key", None, "For `verify`: the public key in PEM of whoever signed.")
 flags.adopt_module_key_flags(devices)
 
@@ -103,7 +111,7 @@ def main(words) -> int:
 
 def show(words: list[str]) -> int:
     """Audits the candidate, prints and writes what was found, and returns the exit code."""
-    asked, fail_on, out = asked_settings(words), asked_verdicts(), OUT.value and local_path(OUT.value)
+    asked, fail_on, out = asked_settings(words), asked_verdicts(), path_of(OUT)
     if (SIGN.value or STATEMENT.value or REPLIES.value) and not out:
         raise UserError(f"--out is missing, the folder for statement and replies{EXAMPLE}")
     if out:
@@ -118,11 +126,29 @@ def show(words: list[str]) -> int:
     if STDOUT not in (JSON.value, SARIF.value):
         print(text_of(found, colour=sys.stdout.isatty()), end="")
     if out:
-        files = write_outputs(found, out, REPLIES.value, STATEMENT.value, SIGN.value and local_path(SIGN.value))
+        files = write_outputs(found, out, REPLIES.value, STATEMENT.value, path_of(SIGN))
         print(
             f"Written: {', '.join(map(str, files))}", file=sys.stderr if STDOUT in (JSON.value, SARIF.value) else None
         )
+    if REPAIR.value:
+        print(repaired(found, local_path(REPAIR.value)))
     return exit_code(found, fail_on)
+
+
+def path_of(flag: flags.FlagHolder) -> pathlib.Path | None:
+    """Returns the path that a flag names, None if it names none."""
+    return local_path(flag.value) if flag.value else None
+
+
+def repaired(found: Audit, out: pathlib.Path) -> str:
+    """Writes the repaired candidate, and returns what was written. Raises VerificationError if it is no repair."""
+    problems = repair(found, out)["verification"]["problems"]
+    if problems:
+        raise VerificationError(
+            f"{out} is no repair of the candidate: {'; '.join(problems)}. The files are there, with the marker .unverified and "
+            "all numbers in export.json."
+        )
+    return f"Repaired and verified: {out.resolve()}"
 
 
 def asked_settings(words: list[str]) -> AuditSettings:
@@ -143,10 +169,11 @@ def asked_settings(words: list[str]) -> AuditSettings:
 
 def asked_verdicts() -> list[str] | None:
     """Returns the verdicts that --fail_on names, None where it is not given. Raises UserError for other words."""
-    for name in FAIL_ON.value or ():
+    named = FAIL_ON.value or []
+    for name in named:
         if name not in OVERALL:
             raise UserError(
-                f"--fail_on={','.join(FAIL_ON.value)}: there is no verdict {name!r}.{did_you_mean(name, OVERALL)} They are "
+                f"--fail_on={','.join(named)}: there is no verdict {name!r}.{did_you_mean(name, OVERALL)} They are "
                 f"{', '.join(OVERALL)}."
             )
     return FAIL_ON.value
@@ -166,7 +193,7 @@ def verify(words: list[str]) -> int:
             "The signed statement is missing: refusal-jax audit verify audited/audit.intoto.json DIR --key=key.pub."
         )
     checkpoint = words[1] if words[1:] else ""
-    statement = verified(local_path(words[0]), KEY.value and local_path(KEY.value), checkpoint)
+    statement = verified(local_path(words[0]), path_of(KEY), checkpoint)
     predicate = statement["predicate"]
     print(
         f"The signature is that of {KEY.value}, and all {len(statement['subject'])} files are those that were audited."

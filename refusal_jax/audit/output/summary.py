@@ -60,8 +60,10 @@ def amount(read: int) -> str:
 def evidence_table(rows: list[tuple[str, Evidence]]) -> Table:
     """Returns the table of evidence, a row for each pair of a lane and a statistic."""
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
-    for name, kind in (("lane", "left"), ("statistic", "left"), ("value", "right"), ("p", "right")):
-        table.add_column(name, justify=kind, no_wrap=name == "lane")
+    table.add_column("lane", no_wrap=True)
+    table.add_column("statistic")
+    table.add_column("value", justify="right")
+    table.add_column("p", justify="right")
     table.add_column("what it means", ratio=1)
     last = ""
     for lane, one in rows:
