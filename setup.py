@@ -51,6 +51,7 @@ setup(
         "numpy>=2.0",
         "optax>=0.2.4",
         "orbax-checkpoint>=0.12,<0.13",
+        "pyyaml>=6.0",  # front matter of model cards, and configs of merges
         "platformdirs>=4.0",  # where caches are kept
         "rich>=13.0",  # an audit's table in the terminal
         "safetensors>=0.5",
