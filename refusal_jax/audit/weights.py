@@ -27,7 +27,8 @@ class Weights(Protocol):
     """The weights of one checkpoint, by the tensor names of its family's table, of which any rows can be read by several threads
     at a time."""
 
-    cfg: ModelConfig
+    @property
+    def cfg(self) -> ModelConfig: ...
 
     def rows(self, name: str, start: int = 0, stop: int | None = None) -> Float32[np.ndarray, "..."]:
         """Returns rows `start` to `stop` of a tensor, all by default. Raises UserError if they cannot be read."""

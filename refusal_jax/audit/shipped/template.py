@@ -210,7 +210,8 @@ def _new_words(base: Template, before: str, candidate: Template, after: str) -> 
     for kind, i, j, k, l in difflib.SequenceMatcher(None, ours[:2000], theirs[:2000], autojunk=False).get_opcodes():
         if kind != "equal":
             gone, added = gone + ours[i:j], added + theirs[k:l]
-    return tuple(" ".join(words)[:300] if len(words) > 1 and not _roles(words) else "" for words in (added, gone))
+    new, left = (" ".join(words)[:300] if len(words) > 1 and not _roles(words) else "" for words in (added, gone))
+    return new, left
 
 
 def _roles(words: Sequence[str]) -> bool:
@@ -222,8 +223,8 @@ def difference(before: str, after: str) -> str:
     """Returns a unified diff of two templates, cut to DIFF_LINES lines of LINE characters. Long lines are broken after tags."""
     if max(len(before), len(after)) > MOST_TEXT:
         return "The templates are too long to be compared line by line."
-    parts = [re.sub(r"(%\}|\}\})(?!\n)", r"\1\n", text).splitlines() for text in (before, after)]
-    lines = list(difflib.unified_diff(*parts, "base", "candidate", lineterm="", n=1))
+    old, new = (re.sub(r"(%\}|\}\})(?!\n)", r"\1\n", text).splitlines() for text in (before, after))
+    lines = list(difflib.unified_diff(old, new, "base", "candidate", lineterm="", n=1))
     shown = [line if len(line) <= LINE else f"{line[:LINE]}…" for line in lines[:DIFF_LINES]]
     return "\n".join([*shown, *([f"… and {len(lines) - DIFF_LINES} more lines"] if len(lines) > DIFF_LINES else [])])
 

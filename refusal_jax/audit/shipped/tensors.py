@@ -178,8 +178,8 @@ def _same_values(base: TensorFiles, candidate: TensorFiles, name: str, done: Cal
     step = max(CHUNK // max(4 * int(np.prod(shape[1:])), 1), 1)
     for start in range(0, shape[0] if shape else 1, step):
         index = (slice(start, min(start + step, shape[0])),) if shape else ()
-        parts = [files.read(name, index).astype(narrow) for files in (base, candidate)]
-        same = same and np.array_equal(*parts)
+        before, after = (files.read(name, index).astype(narrow) for files in (base, candidate))
+        same = same and np.array_equal(before, after)
     done(sum(one.nbytes for one in pair))
     return same
 
