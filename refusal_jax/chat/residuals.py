@@ -93,15 +93,20 @@ def extract(
     return Extraction(scores, kept, total / kept.sum() if kept.any() else np.full_like(total, np.nan))
 
 
-@jax.jit
+@partial(jax.jit, static_argnames="positions")
 def project(
     decoder: Decoder,
     tokens_bt: Int[Array, "B T"],
     mask_bt: Bool[Array, "B T"],
     edits: Edits,
-    unit_d: Float[Array, " D"],
-) -> Float[Array, "B L"]:
-    """Returns the last token's residual at each block's input, projected on `unit_d`; float32 `[B, L]`."""
-    tapped = decoder.forward(tokens_bt, mask_bt, edits, Taps(("resid_pre",), 1)).taps["resid_pre"]
-    along_bl = jnp.einsum("lbd,d->bl", tapped[:, :, 0].astype(jnp.float32), unit_d, precision="highest")
-    return replicate(decoder.mesh, along_bl)
+    units_jld: Float[Array, "J n D"],
+    positions: int = 1,
+) -> Float[Array, "B L P J"]:
+    """Returns the residual at each block's input, at the last `positions` tokens, projected on directions; float32.
+
+    units_jld: unit directions, each one for all layers, `[J, 1, D]`, or with one of its own for each layer, `[J, L, D]`.
+    """
+    tapped = decoder.forward(tokens_bt, mask_bt, edits, Taps(("resid_pre",), positions)).taps["resid_pre"]
+    units = jnp.broadcast_to(units_jld, (len(units_jld), len(tapped), units_jld.shape[-1]))
+    along_blpj = jnp.einsum("lbpd,jld->blpj", tapped.astype(jnp.float32), units, precision="highest")
+    return replicate(decoder.mesh, along_blpj)

@@ -28,8 +28,8 @@ def project_prompts(study: Study, ledger: Ledger) -> None:
         texts = study.instructions(split, kept_only=False)
         along[split] = np.zeros((len(texts), study.model.config.n_layers), np.float32)
         for index, batch in length_batches(study.model, texts, study.sizes.forward):
-            values = project(study.model.decoder, *study.model.put(batch.tokens, batch.mask), unit)
-            along[split][index] = np.asarray(values)[: len(index)]
+            values = project(study.model.decoder, *study.model.put(batch.tokens, batch.mask), unit[None, None])
+            along[split][index] = np.asarray(values)[: len(index), :, 0, 0]
             finite = np.isfinite(along[split][index]).all(axis=1)
             check_finite(finite, study.model.decoder.dtype, f"The projections of {split} cannot be read")
     study.run.write_tensors(PROJECTIONS, along)
