@@ -73,7 +73,7 @@ def test_verdicts_are_exit_codes_and_files(tmp_path):
     record = json.loads(done[1][1])
     assert record["verdict"]["overall"] == "intact" and record["settings"]["lanes"] == ["files"]
     assert json.loads((tmp_path / "x.sarif").read_text())["version"] == "2.1.0"
-    assert "Written: " in done[4][1]
+    assert f"Written to {out}: audit.json, " in done[4][1]
     assert {path.name for path in out.iterdir()} == {
         *("audit.json", "audit.sarif", "audit.html", "audit.statement.json", "audit.intoto.json")
     }

@@ -127,9 +127,8 @@ def show(words: list[str]) -> int:
         print(text_of(found, colour=sys.stdout.isatty()), end="")
     if out:
         files = write_outputs(found, out, REPLIES.value, STATEMENT.value, path_of(SIGN))
-        print(
-            f"Written: {', '.join(map(str, files))}", file=sys.stderr if STDOUT in (JSON.value, SARIF.value) else None
-        )
+        names = ", ".join(str(path.relative_to(out)) for path in files)
+        print(f"Written to {out}: {names}", file=sys.stderr if STDOUT in (JSON.value, SARIF.value) else None)
     if REPAIR.value:
         print(repaired(found, local_path(REPAIR.value)))
     return exit_code(found, fail_on)

@@ -18,6 +18,12 @@ def dose_figure(audit: Audit) -> str:
     return draw_doses(doses) if doses and any(doses.values()) else ""
 
 
+def legend(audit: Audit) -> dict[str, str]:
+    """Returns the colour of each kind of matrix in the figure."""
+    found = audit.of("weights")
+    return dict(zip(found.facts.get(DOSES, {}), COLOURS, strict=False)) if found else {}
+
+
 def draw_doses(doses: Mapping[str, Any]) -> str:
     """Draws the dose of each matrix by its layer, a colour for each kind of matrix, with lines at 0 and 1."""
     # imported here, because matplotlib takes a while that an audit without a page need not wait for
@@ -30,15 +36,12 @@ def draw_doses(doses: Mapping[str, Any]) -> str:
     values = np.concatenate([rows[:, 1] for rows in points.values()])
     layers = 1 + int(max((rows[:, 0].max() for rows in points.values() if len(rows)), default=0))
     with drawing(250) as figure:
-        axes = axes_within(figure, 44, 30, 10, 40)
+        axes = axes_within(figure, 44, 8, 10, 40)
         for level in (0.0, 1.0):
             axes.axhline(level, color="#8d949c", linewidth=0.8, linestyle="-" if level == 0 else (0, (3, 2)))
-        for number, (kind, rows) in enumerate(points.items()):
+        for number, rows in enumerate(points.values()):
             colour, side = COLOURS[number % len(COLOURS)], 0.14 * (number - (len(points) - 1) / 2)
             axes.plot(rows[:, 0] + side, rows[:, 1], "o", color=colour, markersize=3.5, clip_on=False)
-            at = 0.24 * number
-            axes.plot(at + 0.01, 1.08, "o", color=colour, markersize=5, transform=axes.transAxes, clip_on=False)
-            axes.text(at + 0.035, 1.08, kind, transform=axes.transAxes, fontsize=9, va="center")
         low, high = min(values.min(initial=0.0), 0.0), max(values.max(initial=1.0), 1.0)
         axes.set_ylim(low - 0.06 * (high - low), high + 0.06 * (high - low))
         layer_axis(axes, layers)

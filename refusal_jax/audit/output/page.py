@@ -5,7 +5,7 @@ drawing enters as markup. Texts that a model wrote are on it only if they were a
 """
 
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,7 @@ from markupsafe import Markup
 
 from refusal_jax.audit.audit import Audit
 from refusal_jax.audit.evidence import Findings
-from refusal_jax.audit.output.figures import dose_figure
+from refusal_jax.audit.output.figures import dose_figure, legend
 from refusal_jax.audit.output.record import audit_record
 from refusal_jax.audit.output.summary import ALARMING, TITLES, amount, number_text, p_text, value_text
 from refusal_jax.audit.verdict import EDITS, REFUSES
@@ -45,6 +45,7 @@ def audit_page(audit: Audit, replies: bool = False) -> str:
         "refuses": REFUSES[audit.verdict.refuses],
         "lanes": [lane_context(found) for found in audit.findings],
         "figure": Markup(dose_figure(audit)),
+        "legend": legend(audit),
         "diffs": {name: text for found in audit.findings for name, text in found.facts.get("diffs", {}).items()},
         "samples": [samples(audit, side) for side in ("harmful", "harmless")] if replies else [],
         "settings": flatten(record["settings"]),
@@ -56,7 +57,14 @@ def audit_page(audit: Audit, replies: bool = False) -> str:
 def lane_context(found: Findings) -> dict[str, Any]:
     """Returns what the page shows of a lane."""
     rows = [{"of": one, "value": value_text(one), "p": p_text(one.p_value)} for one in found.evidence]
-    return {"of": found, "title": LANES.get(found.lane, found.lane), "rows": rows, "read": amount(found.bytes_read)}
+    return {
+        "of": found,
+        "title": LANES.get(found.lane, found.lane),
+        "rows": rows,
+        "read": amount(found.bytes_read).strip(" ()"),
+        "tested": any(row["p"] for row in rows),
+        "placed": any(one.where for one in found.evidence),
+    }
 
 
 def samples(audit: Audit, side: str) -> dict[str, Any]:
@@ -67,7 +75,7 @@ def samples(audit: Audit, side: str) -> dict[str, Any]:
         for name, rows in found.replies.items()
         if name.split("_")[0] == side and rows
     }
-    first: Sequence = next(iter(conditions.values()), ())
+    first: Sequence[Mapping[str, Any]] = next(iter(conditions.values()), ())
     wanted = sorted(set(np.linspace(0, len(first) - 1, min(len(first), SAMPLES)).round().astype(int).tolist()))
     rows = [
         {

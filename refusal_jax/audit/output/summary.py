@@ -63,24 +63,27 @@ def evidence_table(rows: list[tuple[str, Evidence]]) -> Table:
     table.add_column("lane", no_wrap=True)
     table.add_column("statistic")
     table.add_column("value", justify="right")
-    table.add_column("p", justify="right")
+    tested = any(one.p_value is not None for _, one in rows)
+    if tested:
+        table.add_column("p", justify="right")
     table.add_column("what it means", ratio=1)
     last = ""
     for lane, one in rows:
         meaning = one.meaning + (f" ({one.where})" if one.where else "")
-        cells = ("" if lane == last else lane, one.statistic, value_text(one), p_text(one.p_value), meaning)
+        cells = ("" if lane == last else lane, one.statistic.replace("_", " "), value_text(one))
+        cells += (*([p_text(one.p_value)] if tested else []), meaning)
         table.add_row(*(Text(escaped(cell)) for cell in cells))
         last = lane
     return table
 
 
 def number_text(value: float | int | str | None) -> str:
-    """Returns a value for reading: up to four digits, words for what is no number."""
+    """Returns a value for reading: up to three digits, words for what is no number."""
     if value is None:
         return "-"
     if isinstance(value, bool):
         return "yes" if value else "no"
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
 def value_text(one: Evidence) -> str:
