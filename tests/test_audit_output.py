@@ -32,11 +32,17 @@ def made_up(candidate: str = "", **changes) -> Audit:
         Evidence("rank of the change", 1, f"The change has rank 1. {NASTY}"),
         Evidence("ratio", float("nan"), "It could not be computed."),
     ]
-    doses = {"attention output": [[0, 0.9], [1, 1.0]], "MLP output": [[0, 0.95], [1, 1.02]]}
-    facts = {"dose_by_layer": doses, "diffs": {"chat template": f"-one\n+two {NASTY}\n same"}}
+    doses = [
+        (None, "embedding", 1.0),
+        (0, "attention output", 0.9),
+        (1, "attention output", 1.0),
+        (1, "MLP output", None),
+    ]
+    facts = {"layers": [{"layer": l, "side": "writers", "component": c, "dose": d} for l, c, d in doses]}
+    texts = {"template_diff": f"-one\n+two {NASTY}\n same", "tokenizer_diff": [], "generation_diff": ["top_k: 1"]}
     rows = [{"category": None, "prompt": f"How {n}?", "response": f"Like so {n}. {NASTY}"} for n in range(20)]
     findings = [
-        Findings("files", facts={"tensors": 3}),
+        Findings("files", facts=texts),
         Findings("weights", evidence, facts, seconds=1.2345, bytes_read=3_000_000),
         Findings("alone", left_out="The settings leave this lane out."),
         Findings(
@@ -152,11 +158,19 @@ def test_page_escapes_and_keeps_replies_to_itself():
     assert "<script" not in page and "&lt;script&gt;" in page and "\x1b" not in page
     assert "default-src 'none'" in page and not re.search(r"<(?:img|link|iframe)|https?://(?!www\.w3\.org)", page)
     assert "Like so" not in page and 'aria-label="Share of the refusal direction' in page
-    assert "<del>-one</del>" in page and "Left out." in page and "0.96 to 1.00" in page
+    assert (
+        "<del>-one</del>" in page
+        and "Generation settings" in page
+        and "<h3>Tokenizer" not in page
+        and "Left out." in page
+        and "0.96 to 1.00" in page
+    )
     shown = audit_page(made_up(), replies=True)
     assert shown.count("Like so") == 8 and "<script" not in shown
     plain = audit_page(Audit(AuditSettings(), [], made_up(dose=None, details={}).verdict))
     assert "<svg" not in plain and "Differences" not in plain
+    assert "Generation settings" in page and "<h3>Tokenizer" not in page
+    assert "emb." in page and "attention output</span>" in page and "MLP output</span>" not in page
 
 
 def test_files_of_an_audit(checkpoint, tmp_path):

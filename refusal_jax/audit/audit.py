@@ -38,6 +38,7 @@ def run_audit(settings: AuditSettings, mesh: jax.sharding.Mesh | None = None) ->
     candidate = Opened(settings.candidate or str(demo_model_path()), settings, mesh)
     with finding_damage():
         name = settings.base or candidate.adapter_base
+    settings = AuditSettings.of({**settings, "base": name})  # what is written says what it was compared with
     base = Opened(name, settings, mesh) if name else None
     subject = Subject(settings, candidate, base)
     return audit(subject)

@@ -18,7 +18,8 @@ from refusal_jax.audit.audit import Audit
 from refusal_jax.audit.output.checkpoint_files import checkpoint_hashes
 from refusal_jax.audit.output.record import audit_record, named, opened
 from refusal_jax.audit.settings import AuditSettings
-from refusal_jax.audit.subject import draw_prompts
+from refusal_jax.audit.subject import Opened, draw_prompts
+from refusal_jax.chat.model import demo_model_path
 from refusal_jax.chat.prompts import Chat
 from refusal_jax.checkpoints.fingerprint import checkpoint_fingerprint
 from refusal_jax.checkpoints.tensors import listed
@@ -52,16 +53,17 @@ def audit_statement(audit: Audit) -> dict[str, Any]:
         base = opened(settings.base)
         predicate["base"] = named(settings.base) | {"fingerprint": checkpoint_fingerprint(base)}
     if any(not found.left_out and found.lane in ASKING for found in audit.findings):
-        predicate |= asked(settings, folder)
+        predicate |= asked(settings)
     subjects = [
         {"name": name, "digest": {"sha256": sha256}} for name, sha256 in checkpoint_hashes(folder, True).items()
     ]
     return {"_type": STATEMENT, "subject": subjects, "predicateType": PREDICATE, "predicate": predicate}
 
 
-def asked(settings: AuditSettings, folder: pathlib.Path) -> dict[str, Any]:
+def asked(settings: AuditSettings) -> dict[str, Any]:
     """Returns what the replies depend on besides the model: the hashes of the chat template and of each part of the prompts, and
     the judge with the fingerprint of its files."""
+    folder = Opened(settings.candidate or str(demo_model_path()), settings).folder  # of an adapter on its base
     cfg = load_config(folder)
     chat = Chat.load(
         folder, cfg.context_length, cfg.vocab_size, settings.chat_template, settings.thinking, settings.system_prompt

@@ -11,7 +11,7 @@ from refusal_jax.checkpoints.tensor_files import INDEX, SINGLE
 from refusal_jax.errors import UserError
 from refusal_jax.files import file_hash, read_json
 
-CONFIG = "config.json"
+CONFIG, ADAPTER = "config.json", "adapter_model.safetensors"
 
 
 def checkpoint_paths(folder: pathlib.Path) -> dict[str, pathlib.Path]:
@@ -75,11 +75,12 @@ def checkpoint_hashes(folder: pathlib.Path, remembered: bool) -> dict[str, str]:
 
 
 def main_file(folder: pathlib.Path) -> str:
-    """Returns the name of the file that stands for the whole checkpoint: its index, its only weight file, or its config."""
+    """Returns the name of the file that stands for the whole checkpoint: its index, its only weight file, or its adapter's; its
+    config where there is none of them."""
     weights = gguf_files(folder)
     if weights:
         return weights[0].name
-    return next((name for name in (INDEX, SINGLE) if is_there(folder / name)), CONFIG)
+    return next((name for name in (INDEX, SINGLE, ADAPTER) if is_there(folder / name)), CONFIG)
 
 
 def files_of(folder: pathlib.Path, where: str) -> list[str]:

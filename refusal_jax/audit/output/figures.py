@@ -1,50 +1,60 @@
 """Draws the figure of an audit's page: how much of the refusal direction each layer's matrices lost."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from refusal_jax.audit.audit import Audit
 
-DOSES = "dose_by_layer"  # the fact of the lane of weights: {kind of matrix: [[layer, dose], …]}
 COLOURS = ("#2f8fb8", "#d9534f", "#6a9a3a", "#8a63b5", "#c98a1b", "#5b6775")
+ENDS = -1.0  # where embedding and unembedding are drawn, which belong to no layer
+Points = dict[str, list[tuple[float, float]]]
 
 
-def dose_figure(audit: Audit) -> str:
-    """Returns the figure as SVG, "" where no dose was measured."""
-    found = audit.of("weights")
-    doses = found.facts.get(DOSES) if found else None
-    return draw_doses(doses) if doses and any(doses.values()) else ""
+def doses_of(audit: Audit) -> Points:
+    """Returns what is drawn: for each kind of matrix the layer and the dose of each that has one, from the facts of the lane
+    "weights"."""
+    found, points = audit.of("weights"), {}
+    rows: Sequence[Mapping[str, Any]] = found.facts.get("layers", ()) if found else ()
+    for row in rows:
+        if row.get("dose") is not None and np.isfinite(row["dose"]):
+            layer = ENDS if row["layer"] is None else float(row["layer"])
+            points.setdefault(str(row["component"]), []).append((layer, float(row["dose"])))
+    return points
 
 
-def legend(audit: Audit) -> dict[str, str]:
-    """Returns the colour of each kind of matrix in the figure."""
-    found = audit.of("weights")
-    return dict(zip(found.facts.get(DOSES, {}), COLOURS, strict=False)) if found else {}
+def legend(points: Points) -> dict[str, str]:
+    """Returns the colour of each kind of matrix; those beyond the colours that there are share the last."""
+    return {kind: COLOURS[min(number, len(COLOURS) - 1)] for number, kind in enumerate(points)}
 
 
-def draw_doses(doses: Mapping[str, Any]) -> str:
-    """Draws the dose of each matrix by its layer, a colour for each kind of matrix, with lines at 0 and 1."""
+def draw_doses(points: Points) -> str:
+    """Draws the dose of each matrix by its layer as SVG, with lines at 0 and 1; "" where there is none."""
+    if not points:
+        return ""
     # imported here, because matplotlib takes a while that an audit without a page need not wait for
-    from matplotlib.ticker import MaxNLocator
+    from matplotlib.ticker import FuncFormatter, MaxNLocator
 
     from refusal_jax.report.drawing import axes_within, drawing, inline, layer_axis
 
-    points = {kind: np.asarray(rows, float).reshape(-1, 2) for kind, rows in doses.items()}
-    points = {kind: rows[np.isfinite(rows).all(axis=1)] for kind, rows in points.items()}
-    values = np.concatenate([rows[:, 1] for rows in points.values()])
-    layers = 1 + int(max((rows[:, 0].max() for rows in points.values() if len(rows)), default=0))
+    values = [dose for rows in points.values() for _, dose in rows]
+    placed = [layer for rows in points.values() for layer, _ in rows]
     with drawing(250) as figure:
         axes = axes_within(figure, 44, 8, 10, 40)
         for level in (0.0, 1.0):
             axes.axhline(level, color="#8d949c", linewidth=0.8, linestyle="-" if level == 0 else (0, (3, 2)))
-        for number, rows in enumerate(points.values()):
-            colour, side = COLOURS[number % len(COLOURS)], 0.14 * (number - (len(points) - 1) / 2)
-            axes.plot(rows[:, 0] + side, rows[:, 1], "o", color=colour, markersize=3.5, clip_on=False)
-        low, high = min(values.min(initial=0.0), 0.0), max(values.max(initial=1.0), 1.0)
+        for number, (rows, colour) in enumerate(zip(points.values(), legend(points).values(), strict=True)):
+            side = 0.14 * (number - (len(points) - 1) / 2) if len(points) <= len(COLOURS) else 0.0
+            xs, ys = (np.asarray(part) for part in zip(*rows, strict=True))
+            axes.plot(xs + side, ys, "o", color=colour, markersize=3.5, clip_on=False)
+        low, high = min(*values, 0.0), max(*values, 1.0)
         axes.set_ylim(low - 0.06 * (high - low), high + 0.06 * (high - low))
-        layer_axis(axes, layers)
+        layer_axis(axes, int(max(*placed, 0.0)) + 1)
+        if ENDS in placed:
+            axes.set_xlim(ENDS - 0.5)
+            axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: "emb." if x == ENDS else f"{x:g}"))
+            axes.set_xticks(sorted({ENDS, *(x for x in axes.get_xticks() if x >= 0 and x <= max(placed))}))
         axes.yaxis.set_major_locator(MaxNLocator(6))
         axes.set_ylabel("share removed", labelpad=2)
         axes.spines[["top", "right"]].set_visible(False)

@@ -13,7 +13,7 @@ from markupsafe import Markup
 
 from refusal_jax.audit.audit import Audit
 from refusal_jax.audit.evidence import Findings
-from refusal_jax.audit.output.figures import dose_figure, legend
+from refusal_jax.audit.output.figures import doses_of, draw_doses, legend
 from refusal_jax.audit.output.record import audit_record
 from refusal_jax.audit.output.summary import ALARMING, TITLES, amount, number_text, p_text, value_text
 from refusal_jax.audit.verdict import EDITS, REFUSES
@@ -29,11 +29,17 @@ LANES = {
     "activations": "Activations",
     "behaviour": "Behaviour",
 }
+# What the facts of the lane "files" that are differences for people are of.
+DIFFERENCES = {
+    "template_diff": "Chat template",
+    "tokenizer_diff": "Tokenizer",
+    "generation_diff": "Generation settings",
+}
 
 
 def audit_page(audit: Audit, replies: bool = False) -> str:
     """Returns the page. replies: whether samples of what the models replied are shown."""
-    record = audit_record(audit)
+    record, doses = audit_record(audit), doses_of(audit)
     env = environment(TEMPLATE.parent)
     env.filters |= {"value": number_text}
     shown = {
@@ -44,9 +50,9 @@ def audit_page(audit: Audit, replies: bool = False) -> str:
         "edit": EDITS[audit.verdict.edit],
         "refuses": REFUSES[audit.verdict.refuses],
         "lanes": [lane_context(found) for found in audit.findings],
-        "figure": Markup(dose_figure(audit)),
-        "legend": legend(audit),
-        "diffs": {name: text for found in audit.findings for name, text in found.facts.get("diffs", {}).items()},
+        "figure": Markup(draw_doses(doses)),
+        "legend": legend(doses),
+        "diffs": differences(audit),
         "samples": [samples(audit, side) for side in ("harmful", "harmless")] if replies else [],
         "settings": flatten(record["settings"]),
         "details": flatten(record["verdict"]["details"]),
@@ -65,6 +71,13 @@ def lane_context(found: Findings) -> dict[str, Any]:
         "tested": any(row["p"] for row in rows),
         "placed": any(one.where for one in found.evidence),
     }
+
+
+def differences(audit: Audit) -> dict[str, str]:
+    """Returns how texts and settings of the candidate differ from the base's, by what they are of, from the facts of "files"."""
+    found = audit.of("files")
+    shown = {title: found.facts.get(name, "") for name, title in DIFFERENCES.items()} if found else {}
+    return {title: text if isinstance(text, str) else "\n".join(text) for title, text in shown.items() if text}
 
 
 def samples(audit: Audit, side: str) -> dict[str, Any]:
