@@ -149,12 +149,13 @@ def _ahead(sources: Sequence[Weights], wanted: Iterable[Matrix]):
 
 
 def check_comparable(base: ModelConfig, candidate: ModelConfig) -> None:
-    """Raises UserError unless the layers of both configs have the same tensors of the same shapes, which a comparison needs.
+    """Raises UserError unless the layers of both configs have the same matrices of the same shapes, which a comparison needs.
 
-    The vocabularies may differ: then the embeddings cannot be compared, and the layers can.
+    The vocabularies may differ: then some embeddings cannot be compared, and the layers can. So may biases, which an edit can
+    add, and the name of the architecture, where its tensors are the same.
     """
     ours, theirs = _layer_shapes(base), _layer_shapes(candidate)
-    if base.family == candidate.family and ours == theirs:
+    if ours == theirs:
         return
     facts = [
         f"{what} {one} and {other}"
@@ -173,9 +174,9 @@ def check_comparable(base: ModelConfig, candidate: ModelConfig) -> None:
 
 
 def _layer_shapes(cfg: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Returns the shapes of all tensors but those whose size is the vocabulary's."""
-    ends = {piece.name for piece in pieces(cfg) if piece.path in ("embed", "unembed")}
-    return {name: shape for name, shape in hf_shapes(cfg).items() if name not in ends}
+    """Returns the shapes of the tensors that hold the matrices of the layers."""
+    names = {one.piece.name for one in matrices(cfg)}
+    return {name: shape for name, shape in hf_shapes(cfg).items() if name in names}
 
 
 @dataclasses.dataclass

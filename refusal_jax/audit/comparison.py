@@ -1,0 +1,165 @@
+"""Goes through a base and a candidate matrix by matrix, and keeps of each what its change is.
+
+Readers are compared as they act: where a norm's gains were multiplied into what reads from it, which computes the same, the
+matrix is divided by them again. Neurons and heads that were put in another order are put back. Memory: a few matrices.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from jaxtyping import Float32, Float64
+
+from refusal_jax.audit.operator_fit import Frame, OperatorFit, Part, fit_operator
+from refusal_jax.audit.reordering import SAME, in_order
+from refusal_jax.audit.spectra import separable_rank
+from refusal_jax.audit.storage import Storage, storage
+from refusal_jax.audit.weights import Matrix, Weights, matrices, read_pairs
+from refusal_jax.models.config import ModelConfig
+from refusal_jax.models.families import WRITER_BIASES, pieces
+
+SAMPLE = 8192  # tokens whose embeddings are looked at
+RANKED = 8  # matrices of whose change the rank is looked for
+ROUNDING = 1e-5  # a relative change that is no more than the rounding of a product
+NORMS = {"blocks.attn_norm": ("q", "k", "v"), "blocks.mlp_norm": ("gate", "up", "router")}
+KINDS = ("", "shared_", "dense_")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Compared:
+    """One matrix. fit: what its change is, None if there is none. reordered: whether its columns had been put in another order;
+    folded: whether a norm's gains had been multiplied into it; rank: of a change that ends at one, 0 for others, None where that was
+    not looked at; lengths: as in `lengths_kept`; moved: whether nothing of it is in its place, so that its change means nothing."""
+
+    matrix: Matrix
+    fit: OperatorFit | None
+    storage: Storage | None = None
+    reordered: bool = False
+    folded: bool = False
+    rank: int | None = None
+    lengths: float = 0.0
+
+    @property
+    def moved(self) -> bool:
+        return self.fit is not None and self.fit.cosine < SAME
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Vector:
+    """A norm's gains or a bias. path, layer: where it is. ratio_d: gains after over gains before, which nothing that reads from
+    the norm makes up for. added_d: what was added to a bias; one of both."""
+
+    path: str
+    layer: int | None
+    ratio_d: Float64[np.ndarray, " D"] | None = None
+    added_d: Float64[np.ndarray, " D"] | None = None
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Comparison:
+    """All that was compared, in order; vectors: those that changed."""
+
+    rows: Sequence[Compared]
+    vectors: Sequence[Vector]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Sampled(Matrix):
+    """An embedding of which only some tokens are read. tokens: how many both checkpoints have."""
+
+    tokens: int = 0
+
+    def read(self, weights: Weights) -> Float32[np.ndarray, "D F"]:
+        """Returns blocks of its columns."""
+        blocks = 8 if self.tokens > SAMPLE else 1
+        size = min(SAMPLE, self.tokens) // blocks
+        starts = np.linspace(0, self.tokens - size, blocks).astype(int)
+        parts = [weights.rows(self.piece.name, int(start), int(start) + size) for start in starts]
+        return np.concatenate(parts).T
+
+
+def compare(base: Weights, candidate: Weights, frame: Frame) -> Comparison:
+    """Returns what changed. Both have the same matrices, but for the number of tokens. Raises UserError for what cannot be read."""
+    ratios = gain_ratios(base, candidate)
+    rows, made_up = [], set()
+    wanted = list(_wanted(base.cfg, candidate.cfg))
+    blocks = [one for one in wanted if one.layer is not None]
+    ranked = {one.name for one in blocks[:: max(1, -(-len(blocks) // RANKED))]}
+    for matrix, before, after in read_pairs(base, candidate, wanted):
+        norm = _norm_of(matrix.path, base.cfg.parallel), matrix.layer
+        kept, folded = _storage(matrix, before, after), False
+        if norm in ratios:
+            acting = after * ratios[norm].astype(np.float32)[:, None]
+            folded = bool(np.linalg.norm(acting - before) < np.linalg.norm(after - before))
+            after = acting if folded else after
+            made_up |= {norm} if folded else set()
+        back = in_order(before, after, frame.span_jd)
+        after = after if back is None else back
+        fit = fit_operator(before, after, frame)
+        if folded and fit is not None and fit.relative < ROUNDING:
+            fit = None
+        rank = separable_rank(after - before) if fit is not None and matrix.name in ranked else None
+        lengths = lengths_kept(before, after, fit.refusal) if fit is not None and fit.refusal is not None else 0.0
+        rows.append(Compared(matrix, fit, kept, back is not None, folded, rank, lengths))
+    gains = [Vector(*norm, ratio_d=ratio) for norm, ratio in ratios.items() if norm not in made_up]
+    return Comparison(rows, [*gains, *added_biases(base, candidate)])
+
+
+def gain_ratios(base: Weights, candidate: Weights) -> dict[tuple[str, int | None], np.ndarray]:
+    """Returns the gains of norms in the candidate as shares of the base's, by path and layer, where any changed by more than a
+    thousandth. Gains of zero in either count as unchanged."""
+    found, theirs = {}, {piece.name for piece in pieces(candidate.cfg)}
+    for piece in pieces(base.cfg):
+        if piece.path not in (*NORMS, "final_norm") or piece.name not in theirs:
+            continue
+        old, new = (one.cfg.norm_offset + piece.rows(one.rows).astype(np.float64) for one in (base, candidate))
+        ratio = np.divide(new, old, out=np.ones_like(old), where=(np.abs(old) > 1e-6) & (np.abs(new) > 1e-6))
+        if np.abs(ratio - 1).max() > 1e-3:
+            found[piece.path, piece.layer] = ratio
+    return found
+
+
+def lengths_kept(before_df: Float32[np.ndarray, "D F"], after_df: Float32[np.ndarray, "D F"], part: Part) -> float:
+    """Returns how far an edit's rows got the lengths back that it took from them: 0 for a plain projection, 1 for one that keeps
+    lengths. Rows are the stream's entries."""
+    u = part.direction_d.astype(np.float32)
+    along = u @ before_df
+    lost = -2 * part.dose * u * (before_df @ along) + part.dose**2 * u**2 * (along @ along)
+    seen = np.einsum("df,df->d", after_df, after_df) - np.einsum("df,df->d", before_df, before_df)
+    return float(1 - seen @ lost / max(lost @ lost, 1e-30))
+
+
+def added_biases(base: Weights, candidate: Weights) -> Iterator[Vector]:
+    """Yields what was added to biases of what writes to the stream, those that only the candidate has among them."""
+    ours = {(piece.path, piece.index) for piece in pieces(base.cfg)}
+    for piece in pieces(candidate.cfg):
+        if piece.path not in WRITER_BIASES:
+            continue
+        added = piece.rows(candidate.rows).astype(np.float64)
+        if (piece.path, piece.index) in ours:
+            added -= piece.rows(base.rows)
+        if added.any():
+            yield Vector(piece.path, piece.layer, added_d=added)
+
+
+def _wanted(base: ModelConfig, candidate: ModelConfig) -> Iterator[Matrix]:
+    """Yields the matrices of the base, of embeddings a sample."""
+    for matrix in matrices(base, embeddings=True):
+        if matrix.layer is None:
+            yield _Sampled(matrix.piece, matrix.writes, min(base.vocab_size, candidate.vocab_size))
+        else:
+            yield matrix
+
+
+def _norm_of(path: str, parallel: bool) -> str:
+    """Returns the path of the norm that a matrix reads from, "" for what writes. parallel: whether a block has one norm."""
+    if path == "unembed":
+        return "final_norm"
+    name = path.removeprefix("blocks.")
+    own = next((norm for norm, parts in NORMS.items() if name in {k + p for k in KINDS for p in parts}), "")
+    return "blocks.attn_norm" if own and parallel else own
+
+
+def _storage(matrix: Matrix, before: np.ndarray, after: np.ndarray) -> Storage:
+    in_file = matrix.writes and matrix.path != "embed"
+    return storage(before, after) if in_file else storage(before.T, after.T)

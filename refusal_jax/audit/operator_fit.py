@@ -1,0 +1,324 @@
+"""What a change of one matrix does along given directions, and which operator on the residual stream explains it.
+
+Every matrix W is `[D, F]`, with the stream's axis first, and D = W' - W is its change. An edit that takes directions out of what
+W writes (or reads) is an operator on the stream: W' = (1 - M) W, with M = w u u^T for one direction of strength w. So M is fitted
+by least squares, D = - M W, in a small subspace: that of the refusal directions, of the largest singular vectors of D, and of one
+step of power iteration - D W^T v from the best refusal direction v, which leads to the edit's own direction wherever that is not
+one of ours. The eigenvalues of M are strengths; the share of each one's change that M explains is its `fit`.
+
+All of it comes from small Gram matrices of what a few vectors read from W and from D: three products with D, two with W.
+"""
+
+import dataclasses
+
+import numpy as np
+from jaxtyping import Float, Float32, Float64
+
+PROBES = 10  # random vectors of the range finder: so many singular vectors of a change are seen, less a few that are inexact
+EDGE = 1.1  # singular values count if they are so many times the largest that noise would have
+FAINT = 1e-5  # vectors that are so much shorter than others are rounding noise
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Frame:
+    """The vectors that every change is measured along.
+
+    refusal_nd: unit directions `[n, D]`, none where no model could be run. span_jd: an orthonormal basis of them. control_nd: unit
+    directions that have nothing to do with content, orthogonal to them. probe_nd: random vectors. All float32.
+    """
+
+    refusal_nd: Float32[np.ndarray, "n D"]
+    span_jd: Float32[np.ndarray, "J D"]
+    control_nd: Float32[np.ndarray, "c D"]
+    probe_nd: Float32[np.ndarray, "k D"]
+
+    @classmethod
+    def of(cls, refusal_nd: Float[np.ndarray, "n D"], control_nd: Float[np.ndarray, "c D"], seed: int = 0) -> "Frame":
+        """Returns the frame of refusal directions and controls, from which the part in the span of the first is taken out."""
+        width = refusal_nd.shape[1]
+        _, sizes, rows = np.linalg.svd(_unit(np.asarray(refusal_nd, np.float64)), full_matrices=False)
+        span = rows[sizes > 1e-3 * sizes[:1].sum()]
+        controls = np.asarray(control_nd, np.float64)
+        controls = _unit(controls - controls @ span.T @ span)
+        probes = np.random.default_rng(seed).standard_normal((min(PROBES, width), width))
+        parts = (_unit(np.asarray(refusal_nd, np.float64)), span, controls, probes)
+        return cls(*(np.ascontiguousarray(part, np.float32) for part in parts))
+
+    @property
+    def coordinates_nj(self) -> Float64[np.ndarray, "n J"]:
+        """Returns the refusal directions in the basis of their span, unit."""
+        return _unit((self.refusal_nd @ self.span_jd.T).astype(np.float64))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Part:
+    """One eigenvector of a fitted operator.
+
+    direction_d: of length 1; what is written less. strength: its eigenvalue. removed: by least squares, the share of what the
+    matrix has along it that was removed. fit: the cosine between the change along it and what the matrix has along it.
+    left_fit: the same along the operator's left eigenvector, which differs for oblique projections. aligned: the largest cosine
+    of either with a refusal direction.
+    """
+
+    direction_d: Float64[np.ndarray, " D"]
+    strength: float
+    removed: float
+    fit: float
+    left_fit: float
+    aligned: float
+
+    @property
+    def dose(self) -> float:
+        """Returns the share that was removed.
+
+        The eigenvalue has errors of second order only where noise turns the direction; least squares along the direction are
+        what a dose means where rows were rescaled after the edit. For oblique projections only the first is right.
+        """
+        return self.strength if self.left_fit > self.fit + 0.05 else (self.strength + self.removed) / 2
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class OperatorFit:
+    """What the change of one matrix is.
+
+    relative: its norm, as a share of the matrix's. cosine: between the matrix before and after. changed: share of the columns that
+    changed at all; where that is not all, the rest is about these. values: largest singular values of the change, as shares
+    of its norm. above: how many of them are larger than noise makes them. removed_n, fit_n: along each refusal direction, the
+    share that was removed, and the cosine of the change with that. kept_n: of each refusal direction, the norm of what the
+    matrix reads or writes after, as a share of before. control_*: the same of the controls, made orthogonal to the edit's direction.
+    refusal: the part of the operator that is most about refusal, None without refusal directions. blind: the best explained
+    part of the operator on the singular vectors above noise, which no refusal direction took part in; None if there is none.
+    explained: share of the change's energy in these singular vectors that the operator explains (R^2). first_d: the first of them.
+    scale: by how much the whole matrix was made smaller beside that: what all controls lost alike.
+    """
+
+    relative: float
+    cosine: float
+    changed: float
+    values: Float64[np.ndarray, " k"]
+    above: int
+    removed_n: Float64[np.ndarray, " n"]
+    fit_n: Float64[np.ndarray, " n"]
+    kept_n: Float64[np.ndarray, " n"]
+    energy_n: Float64[np.ndarray, " n"]
+    control_removed_c: Float64[np.ndarray, " c"]
+    control_fit_c: Float64[np.ndarray, " c"]
+    control_kept_c: Float64[np.ndarray, " c"]
+    control_energy_c: Float64[np.ndarray, " c"]
+    refusal: Part | None
+    blind: Part | None
+    explained: float
+    first_d: Float32[np.ndarray, " D"]
+    scale: float = 0.0
+
+    @property
+    def energy(self) -> float:
+        """Returns the share of the change's energy in its first singular vector."""
+        return float(self.values[0] ** 2) if len(self.values) else 0.0
+
+    @property
+    def noise(self) -> float:
+        """Returns the standard deviation of a dose that the change's noise alone makes, from the controls."""
+        middle = np.median(self.control_removed_c)
+        return float(1.4826 * np.median(np.abs(self.control_removed_c - middle))) if len(self.control_removed_c) else 0.0
+
+    @property
+    def still(self) -> "OperatorFit":
+        """Returns a fit in which nothing was done in any direction."""
+        zeros = {name: np.zeros_like(getattr(self, name)) for name in ("removed_n", "fit_n", "energy_n")}
+        zeros |= {f"control_{name[:-1]}c": np.zeros_like(self.control_kept_c) for name in zeros}
+        ones = {name: np.ones_like(getattr(self, name)) for name in ("kept_n", "control_kept_c")}
+        nothing = dict(values=np.zeros(0), above=0, refusal=None, blind=None, explained=0.0)
+        return dataclasses.replace(self, **zeros, **ones, **nothing, first_d=np.zeros_like(self.first_d))
+
+
+def fit_operator(
+    before_df: Float32[np.ndarray, "D F"], after_df: Float32[np.ndarray, "D F"], frame: Frame
+) -> OperatorFit | None:
+    """Returns what the change of a matrix is, None if there is none. Where the whole matrix was rescaled, the fit is to what was
+    done beside that."""
+    found = _fit(before_df, after_df, frame)
+    if found is None or not found.scale:
+        return found
+    beside = _fit(np.float32(1 - found.scale) * before_df, after_df, frame)
+    changed = dict(relative=found.relative, cosine=found.cosine, scale=found.scale)
+    if beside is None or beside.relative < FAINT:
+        return dataclasses.replace(found.still, **changed)
+    return dataclasses.replace(beside, **changed)
+
+
+def _fit(before_df: np.ndarray, after_df: np.ndarray, frame: Frame) -> OperatorFit | None:
+    change_df = after_df - before_df
+    norm, length = _norm(change_df), _norm(before_df)
+    if norm == 0 or length == 0:
+        return None
+    dot = inner(change_df, before_df)
+    cosine = (length**2 + dot) / (length * max(np.sqrt(max(length**2 + 2 * dot + norm**2, 0)), 1e-30))
+    n_span, n_controls = len(frame.span_jd), len(frame.control_nd)
+    known = np.concatenate([frame.span_jd, frame.control_nd, frame.probe_nd])
+    gone, there = known @ change_df, known[: n_span + n_controls] @ before_df
+    columns = np.abs(gone[n_span + n_controls :]).max(0) > 0
+    share = float(columns.mean())
+    if share < 0.98:
+        before_df, change_df = before_df[:, columns], change_df[:, columns]
+        gone, there = gone[:, columns], there[:, columns]
+    probed = gone[n_span + n_controls :]
+    grams = _Grams.of(frame, change_df, before_df, gone[:n_span], there[:n_span], probed)
+    controls = gone[n_span : n_span + n_controls], there[n_span:]
+    refusal, blind, explained, above = grams.read(frame, norm, before_df.shape)
+    if refusal is not None:
+        controls = grams.without(frame.control_nd, refusal.direction_d, *controls)
+    own = frame.coordinates_nj
+    pairs = (own @ gone[:n_span], own @ there[:n_span]), controls
+    (removed, fit, kept, energy), ours = (_along(*pair, norm) for pair in pairs)
+    scale = float(np.median(ours[0])) if n_controls and np.median(np.abs(ours[1])) > 0.9 else 0.0
+    return OperatorFit(
+        norm / length, float(cosine), share, grams.values / norm, above, removed, fit, kept, energy, *ours, refusal, blind,
+        explained, grams.first_d.astype(np.float32), scale,
+    )  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Grams:
+    """What an orthonormal basis of a few vectors reads from a change (gone) and from the matrix before (there), `[k, F]`, with
+    their Gram matrices."""
+
+    basis_kd: np.ndarray
+    gone: np.ndarray
+    there: np.ndarray
+    cross: np.ndarray
+    before: np.ndarray
+    change: np.ndarray
+
+    @classmethod
+    def of(cls, frame: Frame, change_df, before_df, gone_jf, there_jf, probed) -> "_Grams":
+        """Returns those of the refusal directions' span, of the change's largest singular vectors, and of power steps."""
+        right = [probed]
+        if len(frame.span_jd):
+            start = _best(*(_gram(a, b) for a, b in ((gone_jf, there_jf), (there_jf, there_jf))), frame.coordinates_nj)
+            right += [(start @ there_jf)[None], (start @ gone_jf)[None]]
+        steps = _times(change_df, np.concatenate(right))
+        span = frame.span_jd.astype(np.float64)
+        longest = np.linalg.norm(steps)
+        for _ in range(2):
+            steps -= span.T @ (span @ steps)
+        local, sizes, _ = np.linalg.svd(steps, full_matrices=False)
+        local = np.ascontiguousarray(local[:, sizes > FAINT * longest].T, np.float32)
+        gone = np.concatenate([gone_jf, local @ change_df]).astype(np.float64)
+        there = np.concatenate([there_jf, local @ before_df]).astype(np.float64)
+        basis = np.concatenate([span, local])
+        return cls(basis, gone, there, gone @ there.T, there @ there.T, gone @ gone.T)
+
+    def read(self, frame: Frame, norm: float, shape) -> tuple[Part | None, Part | None, float, int]:
+        """Returns the part of the operator that is about refusal, that of the singular vectors, how well these are explained, and
+        how many of them are above noise."""
+        n = len(frame.span_jd)
+        refusal = None
+        if n:
+            parts = self._parts(np.eye(len(self.basis_kd)), frame.coordinates_nj, n)
+            refusal = max(parts, key=lambda one: abs(one.strength) * one.aligned**2 * one.fit**2)
+        above = int(np.sum(self.values > EDGE * self._edge(norm, shape)))
+        if not above:
+            return refusal, None, 0.0, 0
+        u = self._vectors[:, :above]
+        cross, before, change = (u.T @ gram @ u for gram in (self.cross, self.before, self.change))
+        explained = float(np.trace(cross @ _solve(before, cross.T)) / np.trace(change))
+        blind = max(self._parts(u, frame.coordinates_nj, n), key=lambda one: abs(one.strength) * one.fit**2)
+        return refusal, blind, min(explained, 1.0), above
+
+    @property
+    def values(self) -> np.ndarray:
+        """Returns the largest singular values of the change."""
+        return np.sqrt(np.maximum(np.linalg.eigvalsh(self.change)[::-1], 0))[:PROBES]
+
+    @property
+    def _vectors(self) -> np.ndarray:
+        return np.linalg.eigh(self.change)[1][:, ::-1]
+
+    @property
+    def first_d(self) -> np.ndarray:
+        """Returns the first singular vector."""
+        return self._vectors[:, 0] @ self.basis_kd
+
+    def _edge(self, norm: float, shape) -> float:
+        """Returns the largest singular value that noise would have (Marchenko and Pastur), its variance being that of what the
+        largest singular vectors leave."""
+        rest = max(norm**2 - float(np.sum(self.values**2)), 0.0)
+        free = max((shape[0] - PROBES) * (shape[1] - PROBES), 1)
+        return float(np.sqrt(rest / free) * (np.sqrt(shape[0]) + np.sqrt(shape[1]))) + FAINT * norm
+
+    def _parts(self, u: np.ndarray, coordinates_nj: np.ndarray, n: int) -> list[Part]:
+        """Returns the eigenvectors of the operator on the span of the columns of u, in the basis's coordinates."""
+        cross, before, change = (u.T @ gram @ u for gram in (self.cross, self.before, self.change))
+        values, vectors = np.linalg.eig(-_solve(before, cross.T).T)
+        parts = []
+        for value, a in zip(values.real, vectors.real.T, strict=True):
+            size = np.linalg.norm(a)
+            if size < 1e-12:
+                continue
+            a = a / size
+            b = _unit(_solve(before, cross.T @ a))  # of the operator's rows, what a stands for
+            (removed, fit), (_, left_fit) = (_ratios(v, cross, before, change) for v in (a, b))
+            aligned = max((float(np.abs(coordinates_nj @ (u @ v)[:n]).max()) for v in (a, b)), default=0.0) if n else 0.0
+            parts.append(Part(u @ a @ self.basis_kd, float(value), removed, fit, left_fit, aligned))
+        return parts
+
+    def without(self, directions_nd, taken_d, gone, there) -> tuple[np.ndarray, np.ndarray]:
+        """Returns what directions read from the change and from the matrix once the part along `taken_d` is taken out of them."""
+        share = directions_nd @ taken_d
+        own = self.basis_kd @ taken_d
+        return gone - np.outer(share, own @ self.gone), there - np.outer(share, own @ self.there)
+
+
+def _best(cross: np.ndarray, before: np.ndarray, coordinates_nj: np.ndarray) -> np.ndarray:
+    """Returns the unit vector, in the span of the refusal directions, along which an operator does most."""
+    values, vectors = np.linalg.eig(-_solve(before, cross.T).T)
+    vectors = _unit(vectors.real.T)
+    aligned = np.abs(vectors @ coordinates_nj.T).max(1)
+    return vectors[int(np.argmax(np.abs(values.real) * aligned**2))]
+
+
+def _along(gone: np.ndarray, there: np.ndarray, norm: float) -> tuple[np.ndarray, ...]:
+    """Returns for each row what was removed of it by least squares, the cosine of that with the change, what is kept of its norm,
+    and the share of the change's energy that is along it."""
+    has, lost, energy = (np.einsum("nf,nf->n", a, b).astype(np.float64) for a, b in ((there, there), (gone, there), (gone, gone)))
+    has = np.maximum(has, 1e-300)
+    kept = np.sqrt(np.maximum(has + 2 * lost + energy, 0) / has)
+    return -lost / has, -lost / np.sqrt(np.maximum(has * energy, 1e-300)), kept, energy / norm**2
+
+
+def _times(change_df: np.ndarray, right_kf: np.ndarray) -> np.ndarray:
+    """Returns the products `[D, k]` of a change with rows, which are made unit first, float64."""
+    rows = right_kf / np.maximum(np.linalg.norm(right_kf, axis=1, keepdims=True), 1e-30)
+    return (change_df @ rows.astype(np.float32).T).astype(np.float64)
+
+
+def _ratios(v: np.ndarray, cross: np.ndarray, before: np.ndarray, change: np.ndarray) -> tuple[float, float]:
+    """Returns the share that was removed along v by least squares, and the size of the cosine of that with the change."""
+    has, lost, energy = v @ before @ v, -(v @ cross @ v), v @ change @ v
+    return float(lost / max(has, 1e-300)), float(abs(lost) / np.sqrt(max(has * energy, 1e-300)))
+
+
+def _gram(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    return a.astype(np.float64) @ b.astype(np.float64).T
+
+
+def _solve(gram: np.ndarray, right: np.ndarray) -> np.ndarray:
+    """Returns gram^-1 right for a Gram matrix, which may be near to singular."""
+    ridge = 1e-9 * np.trace(gram) / max(len(gram), 1) + 1e-300
+    return np.linalg.solve(gram + ridge * np.eye(len(gram)), right)
+
+
+def _unit(rows: np.ndarray) -> np.ndarray:
+    norms = np.linalg.norm(rows, axis=-1, keepdims=True)
+    return np.divide(rows, norms, out=np.zeros_like(rows), where=norms > 0)
+
+
+def _norm(matrix: np.ndarray) -> float:
+    return float(np.sqrt(inner(matrix, matrix)))
+
+
+def inner(a: Float32[np.ndarray, "D F"], b: Float32[np.ndarray, "D F"]) -> float:
+    """Returns the inner product of two matrices that are laid out alike, without a copy: row by row in float32."""
+    a, b = (m if m.flags.c_contiguous else m.T for m in (a, b))
+    return float(np.einsum("ij,ij->i", a, b).astype(np.float64).sum())
