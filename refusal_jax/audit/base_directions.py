@@ -53,14 +53,19 @@ class BaseDirections:
         bad, good = (residual_means(model, prompts, positions, seed) for prompts in (harmful, harmless))
         raw = bad.mean(0) - good.mean(0)
         sizes, scale = np.linalg.norm(raw, axis=-1), np.linalg.norm(good.mean(0), axis=-1)
-        places = [(l, p) for l in range(len(raw)) for p in range(positions) if sizes[l, p] > 1e-4 * max(scale[l, p], 1e-30)]
-        places = [places[i] for i in np.unique(np.linspace(0, len(places) - 1, min(MOST, len(places))).round().astype(int))]
+        places = [
+            (l, p) for l in range(len(raw)) for p in range(positions) if sizes[l, p] > 1e-4 * max(scale[l, p], 1e-30)
+        ]
+        places = [
+            places[i] for i in np.unique(np.linspace(0, len(places) - 1, min(MOST, len(places))).round().astype(int))
+        ]
         layers, slots = (np.array([place[i] for place in places], int) for i in (0, 1))
         return cls(raw[layers, slots], layers, slots - positions, controls(good, places, seed))
 
 
 def residual_means(model: ChatModel, prompts: list[str], positions: int, seed: int) -> Float64[np.ndarray, "g L P D"]:
-    """Returns the mean residual streams at block inputs of random groups of prompts, 16 groups or as many as there are prompts."""
+    """Returns the mean residual streams at block inputs of random groups of prompts, 16 groups or as many as there
+    are prompts."""
     cfg, groups = model.config, min(16, len(prompts))
     group = np.random.default_rng(seed).permutation(len(prompts)) % groups
     total = np.zeros((groups, cfg.n_layers, positions, cfg.d_model))
@@ -72,7 +77,9 @@ def residual_means(model: ChatModel, prompts: list[str], positions: int, seed: i
     return total / np.bincount(group, minlength=groups)[:, None, None, None]
 
 
-def controls(harmless: Float64[np.ndarray, "g L P D"], places: list[tuple[int, int]], seed: int) -> Float64[np.ndarray, "c D"]:
+def controls(
+    harmless: Float64[np.ndarray, "g L P D"], places: list[tuple[int, int]], seed: int
+) -> Float64[np.ndarray, "c D"]:
     """Returns differences of means of two random halves of groups of harmless prompts, each at one of the places."""
     rng, found = np.random.default_rng(seed + 1), []
     for _ in range(CONTROLS):
@@ -93,9 +100,7 @@ def base_directions(subject: Subject) -> BaseDirections:
         width, seed = subject.base.weights.cfg.d_model, subject.settings.seed
         try:
             prompts = subject.prompts
-            found = BaseDirections.measure(
-                subject.base.model, prompts["harmful_fit"], prompts["harmless_fit"], seed
-            )
+            found = BaseDirections.measure(subject.base.model, prompts["harmful_fit"], prompts["harmless_fit"], seed)
         except (UserError, NotImplementedError, AttributeError) as error:
             found = BaseDirections.none(width, str(error), seed)
         subject.shared[DIRECTIONS] = found

@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Float32, Float64
 
 from refusal_jax.audit.operator_fit import Frame, OperatorFit, Part, fit_operator
-from refusal_jax.audit.reordering import SAME, in_order
+from refusal_jax.audit.reordering import SAME, order_of
 from refusal_jax.audit.spectra import separable_rank
 from refusal_jax.audit.storage import Storage, storage
 from refusal_jax.audit.weights import Matrix, Weights, matrices, read_pairs
@@ -19,7 +19,7 @@ from refusal_jax.models.config import ModelConfig
 from refusal_jax.models.families import WRITER_BIASES, pieces
 
 SAMPLE = 8192  # tokens whose embeddings are looked at
-RANKED = 8  # matrices of whose change the rank is looked for
+RANKED = 16  # about so many matrices are looked at for the rank of their change
 ROUNDING = 1e-5  # a relative change that is no more than the rounding of a product
 NORMS = {"blocks.attn_norm": ("q", "k", "v"), "blocks.mlp_norm": ("gate", "up", "router")}
 KINDS = ("", "shared_", "dense_")
@@ -27,9 +27,10 @@ KINDS = ("", "shared_", "dense_")
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Compared:
-    """One matrix. fit: what its change is, None if there is none. reordered: whether its columns had been put in another order;
-    folded: whether a norm's gains had been multiplied into it; rank: of a change that ends at one, 0 for others, None where that was
-    not looked at; lengths: as in `lengths_kept`; moved: whether nothing of it is in its place, so that its change means nothing."""
+    """One matrix. fit: what its change is, None if there is none. reordered: whether its columns had been put in
+    another order; folded: whether a norm's gains had been multiplied into it; rank: of a change that ends at one, 0
+    for others, None where that was not looked at; lengths: as in `lengths_kept`; moved: whether nothing of it is in
+    its place, so that its change means nothing."""
 
     matrix: Matrix
     fit: OperatorFit | None
@@ -57,10 +58,12 @@ class Vector:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Comparison:
-    """All that was compared, in order; vectors: those that changed."""
+    """All that was compared, in order. vectors: those that changed. turned: whether the stream's entries were in another order,
+    and have been put back."""
 
     rows: Sequence[Compared]
     vectors: Sequence[Vector]
+    turned: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,40 +82,55 @@ class _Sampled(Matrix):
 
 
 def compare(base: Weights, candidate: Weights, frame: Frame) -> Comparison:
-    """Returns what changed. Both have the same matrices, but for the number of tokens. Raises UserError for what cannot be read."""
-    ratios = gain_ratios(base, candidate)
-    rows, made_up = [], set()
+    """Returns what changed. Both have the same matrices, but for the number of tokens. Raises UserError for what
+    cannot be read."""
     wanted = list(_wanted(base.cfg, candidate.cfg))
-    blocks = [one for one in wanted if one.layer is not None]
-    ranked = {one.name for one in blocks[:: max(1, -(-len(blocks) // RANKED))]}
+    order = stream_order(base, candidate, wanted)
+    ratios = gain_ratios(base, candidate, order)
+    rows, made_up = [], set()
+    every = max(1, len(wanted) // RANKED)
     for matrix, before, after in read_pairs(base, candidate, wanted):
         norm = _norm_of(matrix.path, base.cfg.parallel), matrix.layer
         kept, folded = _storage(matrix, before, after), False
+        after = after if order is None else after[order]
         if norm in ratios:
             acting = after * ratios[norm].astype(np.float32)[:, None]
             folded = bool(np.linalg.norm(acting - before) < np.linalg.norm(after - before))
             after = acting if folded else after
             made_up |= {norm} if folded else set()
-        back = in_order(before, after, frame.span_jd)
-        after = after if back is None else back
+        columns = order_of(before, after, frame.span_jd)
+        after = after if columns is None else after[:, columns]
         fit = fit_operator(before, after, frame)
         if folded and fit is not None and fit.relative < ROUNDING:
             fit = None
-        rank = separable_rank(after - before) if fit is not None and matrix.name in ranked else None
+        seen = sum(row.fit is not None for row in rows)
+        rank = separable_rank(after - before) if fit is not None and seen % every == 0 else None
         lengths = lengths_kept(before, after, fit.refusal) if fit is not None and fit.refusal is not None else 0.0
-        rows.append(Compared(matrix, fit, kept, back is not None, folded, rank, lengths))
+        rows.append(Compared(matrix, fit, kept, columns is not None, folded, rank, lengths))
     gains = [Vector(*norm, ratio_d=ratio) for norm, ratio in ratios.items() if norm not in made_up]
-    return Comparison(rows, [*gains, *added_biases(base, candidate)])
+    return Comparison(rows, [*gains, *added_biases(base, candidate, order)], order is not None)
 
 
-def gain_ratios(base: Weights, candidate: Weights) -> dict[tuple[str, int | None], np.ndarray]:
+def stream_order(base: Weights, candidate: Weights, wanted: Sequence[Matrix]) -> np.ndarray | None:
+    """Returns for each entry of the stream which one it became in the candidate, told by the embeddings; None unless they are in
+    another order."""
+    embed = next(one for one in wanted if one.path == "embed")
+    before, after = embed.read(base), embed.read(candidate)
+    away = np.zeros((0, before.shape[1]), np.float32)
+    return order_of(before.T, after.T, away)
+
+
+def gain_ratios(
+    base: Weights, candidate: Weights, order: np.ndarray | None = None
+) -> dict[tuple[str, int | None], np.ndarray]:
     """Returns the gains of norms in the candidate as shares of the base's, by path and layer, where any changed by more than a
-    thousandth. Gains of zero in either count as unchanged."""
+    thousandth. Gains of zero in either count as unchanged. order: as of `stream_order`."""
     found, theirs = {}, {piece.name for piece in pieces(candidate.cfg)}
     for piece in pieces(base.cfg):
         if piece.path not in (*NORMS, "final_norm") or piece.name not in theirs:
             continue
         old, new = (one.cfg.norm_offset + piece.rows(one.rows).astype(np.float64) for one in (base, candidate))
+        new = new if order is None else new[order]
         ratio = np.divide(new, old, out=np.ones_like(old), where=(np.abs(old) > 1e-6) & (np.abs(new) > 1e-6))
         if np.abs(ratio - 1).max() > 1e-3:
             found[piece.path, piece.layer] = ratio
@@ -129,13 +147,14 @@ def lengths_kept(before_df: Float32[np.ndarray, "D F"], after_df: Float32[np.nda
     return float(1 - seen @ lost / max(lost @ lost, 1e-30))
 
 
-def added_biases(base: Weights, candidate: Weights) -> Iterator[Vector]:
+def added_biases(base: Weights, candidate: Weights, order: np.ndarray | None = None) -> Iterator[Vector]:
     """Yields what was added to biases of what writes to the stream, those that only the candidate has among them."""
     ours = {(piece.path, piece.index) for piece in pieces(base.cfg)}
     for piece in pieces(candidate.cfg):
         if piece.path not in WRITER_BIASES:
             continue
         added = piece.rows(candidate.rows).astype(np.float64)
+        added = added if order is None else added[order]
         if (piece.path, piece.index) in ours:
             added -= piece.rows(base.rows)
         if added.any():

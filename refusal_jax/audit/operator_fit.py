@@ -10,12 +10,16 @@ All of it comes from small Gram matrices of what a few vectors read from W and f
 """
 
 import dataclasses
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Float32, Float64
 
-PROBES = 10  # random vectors of the range finder: so many singular vectors of a change are seen, less a few that are inexact
+PROBES = (
+    10  # random vectors of the range finder: so many singular vectors of a change are seen, less a few that are inexact
+)
 EDGE = 1.1  # singular values count if they are so many times the largest that noise would have
+CLEAR = 0.9  # the fit of a direction that was removed and not only changed
 FAINT = 1e-5  # vectors that are so much shorter than others are rounding noise
 
 
@@ -23,8 +27,9 @@ FAINT = 1e-5  # vectors that are so much shorter than others are rounding noise
 class Frame:
     """The vectors that every change is measured along.
 
-    refusal_nd: unit directions `[n, D]`, none where no model could be run. span_jd: an orthonormal basis of them. control_nd: unit
-    directions that have nothing to do with content, orthogonal to them. probe_nd: random vectors. All float32.
+    refusal_nd: unit directions `[n, D]`, none where no model could be run. span_jd: an orthonormal basis of them.
+    control_nd: unit directions that have nothing to do with content, orthogonal to them. probe_nd: random vectors.
+    All float32.
     """
 
     refusal_nd: Float32[np.ndarray, "n D"]
@@ -81,15 +86,17 @@ class Part:
 class OperatorFit:
     """What the change of one matrix is.
 
-    relative: its norm, as a share of the matrix's. cosine: between the matrix before and after. changed: share of the columns that
-    changed at all; where that is not all, the rest is about these. values: largest singular values of the change, as shares
-    of its norm. above: how many of them are larger than noise makes them. removed_n, fit_n: along each refusal direction, the
-    share that was removed, and the cosine of the change with that. kept_n: of each refusal direction, the norm of what the
-    matrix reads or writes after, as a share of before. control_*: the same of the controls, made orthogonal to the edit's direction.
-    refusal: the part of the operator that is most about refusal, None without refusal directions. blind: the best explained
-    part of the operator on the singular vectors above noise, which no refusal direction took part in; None if there is none.
-    explained: share of the change's energy in these singular vectors that the operator explains (R^2). first_d: the first of them.
-    scale: by how much the whole matrix was made smaller beside that: what all controls lost alike.
+    relative: its norm, as a share of the matrix's. cosine: between the matrix before and after. changed: share of the
+    columns that changed at all; where that is not all, the rest is about these. values: largest singular values of
+    the change, as shares of its norm. above: how many of them are larger than noise makes them. removed_n, fit_n:
+    along each refusal direction, the share that was removed, and the cosine of the change with that. kept_n: of each
+    refusal direction, the norm of what the matrix reads or writes after, as a share of before. control_*: the same of
+    the controls, made orthogonal to the edit's direction. refusal: the part of the operator that is most about
+    refusal, None without refusal directions. blind: the best explained part of the operator on the singular vectors
+    above noise, which no refusal direction took part in; None if there is none. explained: share of the change's
+    energy in these singular vectors that the operator explains (R^2). first_d: the first one. removals: how many
+    directions were removed from it. scale: by how much the whole matrix was made smaller beside that: what all
+    controls lost alike.
     """
 
     relative: float
@@ -109,6 +116,7 @@ class OperatorFit:
     blind: Part | None
     explained: float
     first_d: Float32[np.ndarray, " D"]
+    removals: int = 0
     scale: float = 0.0
 
     @property
@@ -120,16 +128,23 @@ class OperatorFit:
     def noise(self) -> float:
         """Returns the standard deviation of a dose that the change's noise alone makes, from the controls."""
         middle = np.median(self.control_removed_c)
-        return float(1.4826 * np.median(np.abs(self.control_removed_c - middle))) if len(self.control_removed_c) else 0.0
+        return (
+            float(1.4826 * np.median(np.abs(self.control_removed_c - middle))) if len(self.control_removed_c) else 0.0
+        )
 
     @property
     def still(self) -> "OperatorFit":
         """Returns a fit in which nothing was done in any direction."""
-        zeros = {name: np.zeros_like(getattr(self, name)) for name in ("removed_n", "fit_n", "energy_n")}
-        zeros |= {f"control_{name[:-1]}c": np.zeros_like(self.control_kept_c) for name in zeros}
-        ones = {name: np.ones_like(getattr(self, name)) for name in ("kept_n", "control_kept_c")}
-        nothing = dict(values=np.zeros(0), above=0, refusal=None, blind=None, explained=0.0)
-        return dataclasses.replace(self, **zeros, **ones, **nothing, first_d=np.zeros_like(self.first_d))
+        nothing: dict[str, Any] = {"refusal": None, "blind": None, "values": np.zeros(0)}
+        nothing |= {"above": 0, "explained": 0.0, "removals": 0, "first_d": np.zeros_like(self.first_d)}
+        for ours, theirs in (
+            ("removed_n", "control_removed_c"),
+            ("fit_n", "control_fit_c"),
+            ("energy_n", "control_energy_c"),
+        ):
+            nothing |= {name: np.zeros_like(getattr(self, name)) for name in (ours, theirs)}
+        nothing |= {name: np.ones_like(getattr(self, name)) for name in ("kept_n", "control_kept_c")}
+        return dataclasses.replace(self, **nothing)
 
 
 def fit_operator(
@@ -141,7 +156,7 @@ def fit_operator(
     if found is None or not found.scale:
         return found
     beside = _fit(np.float32(1 - found.scale) * before_df, after_df, frame)
-    changed = dict(relative=found.relative, cosine=found.cosine, scale=found.scale)
+    changed: dict[str, Any] = {"relative": found.relative, "cosine": found.cosine, "scale": found.scale}
     if beside is None or beside.relative < FAINT:
         return dataclasses.replace(found.still, **changed)
     return dataclasses.replace(beside, **changed)
@@ -165,17 +180,44 @@ def _fit(before_df: np.ndarray, after_df: np.ndarray, frame: Frame) -> OperatorF
     probed = gone[n_span + n_controls :]
     grams = _Grams.of(frame, change_df, before_df, gone[:n_span], there[:n_span], probed)
     controls = gone[n_span : n_span + n_controls], there[n_span:]
-    refusal, blind, explained, above = grams.read(frame, norm, before_df.shape)
+    refusal, blind, explained, above, removals = grams.read(frame, norm, before_df.shape)
     if refusal is not None:
         controls = grams.without(frame.control_nd, refusal.direction_d, *controls)
     own = frame.coordinates_nj
     pairs = (own @ gone[:n_span], own @ there[:n_span]), controls
-    (removed, fit, kept, energy), ours = (_along(*pair, norm) for pair in pairs)
-    scale = float(np.median(ours[0])) if n_controls and np.median(np.abs(ours[1])) > 0.9 else 0.0
+    ours, theirs = (_along(*pair, norm) for pair in pairs)
+    scale = float(np.median(theirs.removed)) if n_controls and np.median(np.abs(theirs.fit)) > 0.9 else 0.0
     return OperatorFit(
-        norm / length, float(cosine), share, grams.values / norm, above, removed, fit, kept, energy, *ours, refusal, blind,
-        explained, grams.first_d.astype(np.float32), scale,
-    )  # fmt: skip
+        relative=norm / length,
+        cosine=float(cosine),
+        changed=share,
+        values=grams.values / norm,
+        above=above,
+        removed_n=ours.removed,
+        fit_n=ours.fit,
+        kept_n=ours.kept,
+        energy_n=ours.energy,
+        control_removed_c=theirs.removed,
+        control_fit_c=theirs.fit,
+        control_kept_c=theirs.kept,
+        control_energy_c=theirs.energy,
+        refusal=refusal,
+        blind=blind,
+        explained=explained,
+        first_d=grams.first_d.astype(np.float32),
+        removals=removals,
+        scale=scale,
+    )
+
+
+class _Along(NamedTuple):
+    """Of each of some directions: what was removed of it by least squares, the cosine of that with the change, what is kept of
+    its norm, and the share of the change's energy along it."""
+
+    removed: np.ndarray
+    fit: np.ndarray
+    kept: np.ndarray
+    energy: np.ndarray
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -195,7 +237,7 @@ class _Grams:
         """Returns those of the refusal directions' span, of the change's largest singular vectors, and of power steps."""
         right = [probed]
         if len(frame.span_jd):
-            start = _best(*(_gram(a, b) for a, b in ((gone_jf, there_jf), (there_jf, there_jf))), frame.coordinates_nj)
+            start = _best(_gram(gone_jf, there_jf), _gram(there_jf, there_jf), frame.coordinates_nj)
             right += [(start @ there_jf)[None], (start @ gone_jf)[None]]
         steps = _times(change_df, np.concatenate(right))
         span = frame.span_jd.astype(np.float64)
@@ -209,9 +251,9 @@ class _Grams:
         basis = np.concatenate([span, local])
         return cls(basis, gone, there, gone @ there.T, there @ there.T, gone @ gone.T)
 
-    def read(self, frame: Frame, norm: float, shape) -> tuple[Part | None, Part | None, float, int]:
-        """Returns the part of the operator that is about refusal, that of the singular vectors, how well these are explained, and
-        how many of them are above noise."""
+    def read(self, frame: Frame, norm: float, shape) -> tuple[Part | None, Part | None, float, int, int]:
+        """Returns the part of the operator that is about refusal, that of the singular vectors, how well these are explained, how
+        many of them are above noise, and how many directions were removed."""
         n = len(frame.span_jd)
         refusal = None
         if n:
@@ -219,12 +261,14 @@ class _Grams:
             refusal = max(parts, key=lambda one: abs(one.strength) * one.aligned**2 * one.fit**2)
         above = int(np.sum(self.values > EDGE * self._edge(norm, shape)))
         if not above:
-            return refusal, None, 0.0, 0
+            return refusal, None, 0.0, 0, 0
         u = self._vectors[:, :above]
         cross, before, change = (u.T @ gram @ u for gram in (self.cross, self.before, self.change))
         explained = float(np.trace(cross @ _solve(before, cross.T)) / np.trace(change))
-        blind = max(self._parts(u, frame.coordinates_nj, n), key=lambda one: abs(one.strength) * one.fit**2)
-        return refusal, blind, min(explained, 1.0), above
+        parts = self._parts(u, frame.coordinates_nj, n)
+        blind = max(parts, key=lambda one: abs(one.strength) * one.fit**2)
+        clear = sum(one.fit > CLEAR and abs(one.strength) > 0.2 * abs(blind.strength) for one in parts)
+        return refusal, blind, min(explained, 1.0), above, clear
 
     @property
     def values(self) -> np.ndarray:
@@ -250,16 +294,17 @@ class _Grams:
     def _parts(self, u: np.ndarray, coordinates_nj: np.ndarray, n: int) -> list[Part]:
         """Returns the eigenvectors of the operator on the span of the columns of u, in the basis's coordinates."""
         cross, before, change = (u.T @ gram @ u for gram in (self.cross, self.before, self.change))
-        values, vectors = np.linalg.eig(-_solve(before, cross.T).T)
         parts = []
-        for value, a in zip(values.real, vectors.real.T, strict=True):
+        for value, a in zip(*_eigen(cross, before), strict=True):
             size = np.linalg.norm(a)
             if size < 1e-12:
                 continue
             a = a / size
             b = _unit(_solve(before, cross.T @ a))  # of the operator's rows, what a stands for
             (removed, fit), (_, left_fit) = (_ratios(v, cross, before, change) for v in (a, b))
-            aligned = max((float(np.abs(coordinates_nj @ (u @ v)[:n]).max()) for v in (a, b)), default=0.0) if n else 0.0
+            aligned = (
+                max((float(np.abs(coordinates_nj @ (u @ v)[:n]).max()) for v in (a, b)), default=0.0) if n else 0.0
+            )
             parts.append(Part(u @ a @ self.basis_kd, float(value), removed, fit, left_fit, aligned))
         return parts
 
@@ -272,19 +317,26 @@ class _Grams:
 
 def _best(cross: np.ndarray, before: np.ndarray, coordinates_nj: np.ndarray) -> np.ndarray:
     """Returns the unit vector, in the span of the refusal directions, along which an operator does most."""
-    values, vectors = np.linalg.eig(-_solve(before, cross.T).T)
-    vectors = _unit(vectors.real.T)
+    values, vectors = _eigen(cross, before)
+    vectors = _unit(vectors)
     aligned = np.abs(vectors @ coordinates_nj.T).max(1)
-    return vectors[int(np.argmax(np.abs(values.real) * aligned**2))]
+    return vectors[int(np.argmax(np.abs(values) * aligned**2))]
 
 
-def _along(gone: np.ndarray, there: np.ndarray, norm: float) -> tuple[np.ndarray, ...]:
-    """Returns for each row what was removed of it by least squares, the cosine of that with the change, what is kept of its norm,
-    and the share of the change's energy that is along it."""
-    has, lost, energy = (np.einsum("nf,nf->n", a, b).astype(np.float64) for a, b in ((there, there), (gone, there), (gone, gone)))
+def _eigen(cross: np.ndarray, before: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the real parts of the operator's eigenvalues, and of its eigenvectors as rows."""
+    values, vectors = np.linalg.eig(-_solve(before, cross.T).T)
+    return np.real(values), np.real(vectors).T
+
+
+def _along(gone: np.ndarray, there: np.ndarray, norm: float) -> _Along:
+    """Returns what a change, of this norm, is along directions that read `gone` from it and `there` from the matrix."""
+    has, lost, energy = (
+        np.einsum("nf,nf->n", a, b).astype(np.float64) for a, b in ((there, there), (gone, there), (gone, gone))
+    )
     has = np.maximum(has, 1e-300)
     kept = np.sqrt(np.maximum(has + 2 * lost + energy, 0) / has)
-    return -lost / has, -lost / np.sqrt(np.maximum(has * energy, 1e-300)), kept, energy / norm**2
+    return _Along(-lost / has, -lost / np.sqrt(np.maximum(has * energy, 1e-300)), kept, energy / norm**2)
 
 
 def _times(change_df: np.ndarray, right_kf: np.ndarray) -> np.ndarray:
@@ -320,5 +372,5 @@ def _norm(matrix: np.ndarray) -> float:
 
 def inner(a: Float32[np.ndarray, "D F"], b: Float32[np.ndarray, "D F"]) -> float:
     """Returns the inner product of two matrices that are laid out alike, without a copy: row by row in float32."""
-    a, b = (m if m.flags.c_contiguous else m.T for m in (a, b))
+    a, b = (a, b) if a.flags.c_contiguous else (a.T, b.T)
     return float(np.einsum("ij,ij->i", a, b).astype(np.float64).sum())

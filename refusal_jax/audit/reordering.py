@@ -30,12 +30,9 @@ def column_order(
     return np.asarray(found, int)
 
 
-def in_order(
+def order_of(
     before_df: Float32[np.ndarray, "D F"], after_df: Float32[np.ndarray, "D F"], away_jd: Float32[np.ndarray, "J D"]
-) -> Float32[np.ndarray, "D F"] | None:
-    """Returns `after_df` with its columns in the order that they had before, where they were put in another; else None."""
+) -> Int[np.ndarray, " F"] | None:
+    """Returns `column_order` where a matrix is so unlike what it was that its columns may be in another order; else None."""
     lengths = inner(before_df, before_df) * inner(after_df, after_df)
-    if inner(before_df, after_df) > SAME * lengths**0.5:
-        return None
-    order = column_order(before_df, after_df, away_jd)
-    return None if order is None else after_df[:, order]
+    return None if inner(before_df, after_df) > SAME * lengths**0.5 else column_order(before_df, after_df, away_jd)

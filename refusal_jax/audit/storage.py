@@ -19,7 +19,8 @@ class Storage:
 
 
 def storage(before: Float32[np.ndarray, "n m"], after: Float32[np.ndarray, "n m"]) -> Storage:
-    """Returns how a matrix is stored after a change. Rows are those of the file: a block of values that share a scale is in one."""
+    """Returns how a matrix is stored after a change. Rows are those of the file: a block of values that share a scale
+    is in one."""
     rows = np.linspace(0, len(after) - 1, min(ROWS, len(after))).round().astype(int)
     old, new = (np.ascontiguousarray(m[rows, :COLUMNS]) for m in (before, after))
     if np.array_equal(old, new):
