@@ -6,6 +6,7 @@ shows a part of that file, which become notes that readers see.
 """
 
 import html
+import json
 import os
 import re
 import textwrap
@@ -15,6 +16,8 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 from latex2mathml.converter import convert
 
+from refusal_jax.audit.output.record import SCHEMA_FILE
+from refusal_jax.audit.settings import AuditSettings
 from refusal_jax.axes import AXES
 from refusal_jax.jobs.help import docstring
 from refusal_jax.jobs.main import JOBS
@@ -64,7 +67,51 @@ def jobs() -> Iterator[str]:
                 yield "".join(part if part.startswith("`") else html.escape(part, quote=False) for part in parts) + "\n"
 
 
-GENERATED = {"axes": axes, "settings": settings, "jobs": jobs}
+def audit_settings() -> Iterator[str]:
+    """Yields a table of the settings of an audit."""
+    yield "| setting | default | meaning |\n|---|---|---|"
+    for one in AuditSettings().described():
+        meaning = html.escape(one.meaning, quote=False).replace("|", "\\|").replace("''", "`''`")
+        yield f"| `{one.path}` | `{one.value!r}` | {meaning} |"
+
+
+def audit_record() -> Iterator[str]:
+    """Yields a table of the fields of an audit's record, from its schema."""
+    schema = json.loads(SCHEMA_FILE.read_text(encoding="utf-8"))
+    yield "| field | type | meaning |\n|---|---|---|"
+    yield from _fields(schema, schema["$defs"], "")
+
+
+def _fields(node: dict, definitions: dict, path: str) -> Iterator[str]:
+    """Yields a row for each field below a node of a JSON Schema."""
+    for name, field in node.get("properties", {}).items():
+        field = field | definitions.get(field.get("$ref", "").rpartition("/")[2], {})
+        inner = field.get("items", {})
+        inner = inner | definitions.get(inner.get("$ref", "").rpartition("/")[2], {})
+        many = "[]" if field.get("type") == "array" else ""
+        either = [part for part in field.get("anyOf", ()) if part.get("type") == "object" or "$ref" in part]
+        below = next((part | definitions.get(part.get("$ref", "").rpartition("/")[2], {}) for part in either), field)
+        yield f"| `{path}{name}{many}` | {_type(field)} | {field.get('description', '')} |"
+        yield from _fields(inner if many else below, definitions, f"{path}{name}{many}.")
+
+
+def _type(field: dict) -> str:
+    """Returns the type of a field in words."""
+    if "enum" in field:
+        return "one of " + ", ".join(f"`{value}`" for value in field["enum"])
+    if "const" in field:
+        return f"`{field['const']}`"
+    kinds = field.get("type") or [part.get("type", "object") for part in field.get("anyOf", ())]
+    return " or ".join([kinds] if isinstance(kinds, str) else kinds)
+
+
+GENERATED = {
+    "axes": axes,
+    "settings": settings,
+    "jobs": jobs,
+    "audit_settings": audit_settings,
+    "audit_record": audit_record,
+}
 
 
 def _marked(found: re.Match) -> str:

@@ -15,6 +15,7 @@ import subprocess
 import sys
 
 import pytest
+import yaml
 from test_messages import has
 from test_structure import FLOORS
 
@@ -26,7 +27,7 @@ PAGES = [
     *(ROOT / f"{name}.md" for name in ("README", "CONTRIBUTING", "CHANGELOG")),
     *sorted((ROOT / "docs").rglob("*.md")),
 ]
-LANGUAGES = ("bash", "python", "text")
+LANGUAGES = ("bash", "python", "text", "yaml")
 MARK = re.compile(r"<!-- (needs|excerpt): (.+) -->")
 DEMO = "refusal-jax study --config=configs/demo.py --workdir=runs/demo"
 
@@ -138,6 +139,15 @@ def test_commands_are_sound(block):
         elif words[:2] == ["pip", "install"]:
             assert re.fullmatch(r"\.(\[\w+(,\w+)*\])?|[\w ]+", words[2]), words
             assert set(re.findall(r"\w+", words[2].removeprefix("."))) <= {*extras, "sentencepiece"}, words
+
+
+@pytest.mark.parametrize("block", [block for block in BLOCKS if block.language == "yaml"], ids=str)
+def test_steps_are_sound(block):
+    """Steps of continuous integration, whose commands are this package's."""
+    runs = [shlex.split(step["run"]) for step in yaml.safe_load(block.text) if "run" in step]
+    assert runs
+    for words in runs:
+        assert words[0] == "refusal-jax" and sound(words[1], words[2:]) is None, words
 
 
 @pytest.mark.parametrize("block", CODE, ids=str)
