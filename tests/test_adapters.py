@@ -147,7 +147,8 @@ def test_adapters_of_another_base_are_refused(base, tmp_path):
         adapter_mirror(adapter, wide)
     short = tiny.tiny_llama(tmp_path / "short", layers=1, attention_bias=True)
     with pytest.raises(
-        UserError, match="does not belong to its base: .* tensors are not known there: base_model.*layers.1"
+        UserError,
+        match="does not belong to its base: .* tensors are not known there, and PEFT leaves such out: base_model.*layers.1",
     ):
         adapter_mirror(adapter, short)
     with pytest.raises(UserError, match="does not belong to its base: it changes nothing"):
@@ -181,3 +182,39 @@ def test_a_damaged_stub_is_named(base, tmp_path):
     copy = tmp_path / "copy"
     shutil.copytree(mirror, copy)
     assert adapter_parts(copy) is None  # a stub in a download names nothing
+
+
+def test_names_that_peft_would_not_apply_are_no_adapter_of_the_base(base, tmp_path):
+    """As in huggingface/peft#1579: an adapter of the model without its head lacks a prefix, and PEFT would leave it out."""
+    adapter, _ = save_adapter(base, tmp_path / "adapter")
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    short = {name.replace("base_model.model.model.", "base_model.model."): value for name, value in tensors.items()}
+    save_file(short, adapter / "adapter_model.safetensors")
+    with pytest.raises(UserError, match="PEFT leaves such out: base_model.model.layers.0"):
+        adapter_mirror(adapter, pathlib.Path(base))
+
+
+def test_an_adapter_on_a_tied_base_with_another_vocabulary(tmp_path):
+    """As in huggingface/peft#2415 and autotrain-advanced#790: both embeddings are stored, with fewer rows than the base's."""
+    base = tiny.tiny_llama(tmp_path / "tied", layers=1, tied=True)
+    adapter, _ = save_adapter(base, tmp_path / "adapter")
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    for name, value in (("model.embed_tokens.weight", 1), ("lm_head.modules_to_save.default.weight", 2)):
+        tensors[f"base_model.model.{name}"] = np.full((300, 32), value, np.float32)
+    save_file(tensors, adapter / "adapter_model.safetensors")
+    weights = StoredWeights.open(adapter_mirror(adapter, base))
+    assert not weights.cfg.tied_embeddings and weights.cfg.vocab_size == 300
+    assert weights.rows("model.embed_tokens.weight").max() == 1 and weights.rows("lm_head.weight").min() == 2
+
+
+def test_an_adapters_own_tokenizer_and_template_count(base, tmp_path):
+    adapter, _ = save_adapter(base, tmp_path / "adapter")
+    template = tiny.TEMPLATE.replace("assistant", "helper")
+    config = json.loads((pathlib.Path(base) / "tokenizer_config.json").read_text())
+    (adapter / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": template}))
+    mirror = adapter_mirror(adapter, pathlib.Path(base))
+    assert not (mirror / "chat_template.jinja").exists() and (mirror / "tokenizer.json").exists()
+    tiny.tiny_tokenizer(adapter, template, extra=("<new>",))
+    mirror = adapter_mirror(adapter, pathlib.Path(base))
+    assert (mirror / "tokenizer.json").resolve() == adapter / "tokenizer.json"
+    assert (mirror / "chat_template.jinja").resolve() == adapter / "chat_template.jinja"

@@ -151,11 +151,9 @@ def read_changes(folder: pathlib.Path, cfg: ModelConfig, resized: bool = False) 
             unknown.append(key)
     changes = found.changes()
     if unknown or not changes:
-        what = (
-            f"{len(unknown)} of its tensors are not known there: {listed(sorted(unknown))}"
-            if unknown
-            else "it changes nothing"
-        )
+        what = "it changes nothing"
+        if unknown:
+            what = f"{len(unknown)} of its tensors are not known there, and PEFT leaves such out: {listed(sorted(unknown))}"
         raise UserError(
             f"The adapter {folder} does not belong to its base: {what}. Name the base that it was trained on."
         )
@@ -184,24 +182,29 @@ class _Found:
     def __init__(self, folder: pathlib.Path, cfg: ModelConfig, config: Mapping[str, Any]):
         self.folder, self.cfg, self.config = folder, cfg, config
         names = [*hf_shapes(cfg), TABLES[cfg.family]["unembed"]]
-        self.names = {core(name): name for name in names}
+        self.names = {self.place(name): name for name in names}
         self.experts: dict[str, list[tuple[str, range]]] = {}
         for name in names:
             if held := experts_of(cfg, name):
-                self.experts.setdefault(core(held[0]), []).append((name, held[1]))
+                self.experts.setdefault(self.place(held[0]), []).append((name, held[1]))
         self.factors: dict[str, dict[str, np.ndarray]] = {}
         self.shifts: list[tuple[str, str, np.ndarray]] = []  # module, tensor, vector
         self.whole: dict[str, Whole] = {}
 
+    def place(self, name: str) -> str:
+        """Returns what modules and tensors are told apart by: their names, of multimodal models without prefixes, which depend on
+        the version of transformers."""
+        return core(name) if self.cfg.family in OTHER_PARTS else name
+
     def take(self, key: str, values: np.ndarray) -> bool:
         """Returns whether a tensor of the adapter is one that is known, and keeps it if so."""
         if found := FACTOR.fullmatch(key):
-            known = f"{core(found[1])}.weight" in self.names or core(found[1]) in self.experts
+            known = f"{self.place(found[1])}.weight" in self.names or self.place(found[1]) in self.experts
             self.factors.setdefault(found[1], {})[found[2]] = values
             return known
         shift = SHIFT.fullmatch(key)
         found = shift or WHOLE.fullmatch(key)
-        name = found and self.names.get(f"{core(found[1])}.{'bias' if shift else found[2]}")
+        name = found and self.names.get(f"{self.place(found[1])}.{'bias' if shift else found[2]}")
         if not found or not name:
             return False
         if shift:
@@ -240,8 +243,8 @@ class _Found:
                 raise UserError(
                     f"The adapter {self.folder} holds no pair of factors for {module}: {shapes}. Download it again."
                 )
-            name = self.names.get(f"{core(module)}.weight")
-            if core(module) in self.experts:
+            name = self.names.get(f"{self.place(module)}.weight")
+            if self.place(module) in self.experts:
                 found |= self._of_experts(module, a, b)
             elif name is not None:
                 scaled = np.float32(self.scale(module, len(a)))
@@ -272,7 +275,7 @@ class _Found:
         b_edj = b_edj * np.float32(self.scale(module, a_ejf.shape[1]))
         turned = self.cfg.family in TRANSPOSED
         found = {}
-        for name, held in self.experts[core(module)]:
+        for name, held in self.experts[self.place(module)]:
             if len(held) == count and len(shapes[name]) == 3:
                 left, right = (a_ejf.swapaxes(1, 2), b_edj.swapaxes(1, 2)) if turned else (b_edj, a_ejf)
                 found[name] = LowRank(left, right)

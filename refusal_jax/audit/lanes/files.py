@@ -16,10 +16,12 @@ config_changed: fields of the architecture that differ. storage: how the weights
 template_changed: whether the template's text differs. template_alike: whether all probes are rendered as by the base's.
 template_tampering: a list of the keys of `template.KINDS`, a hard sign but for "other_system_prompt", which is common.
 template_broken: if it cannot render, though another one is asked for. template_diff: a text for people.
-tokenizer_changed, generation_changed: bools. tokenizer_diff, generation_diff: lines for people. hidden_controls: settings of
-generation that change what is said, {name, value, tokens, refusal}; with refusal, tokens are banned that refusals begin with.
+tokenizer_changed, generation_changed: bools. tokenizer_alike: whether all texts that were tried become the same tokens.
+tokenizer_diff, generation_diff: lines for people. hidden_controls: settings of generation that change what is said, {name, value,
+tokens, refusal}; with refusal, tokens are banned that refusals begin with.
 """
 
+import dataclasses
 import pathlib
 from typing import Any
 
@@ -31,7 +33,7 @@ from refusal_jax.audit.shipped.configs import compare_configs, own_code, storage
 from refusal_jax.audit.shipped.generation import compare_settings, controls, settings_of
 from refusal_jax.audit.shipped.origin import check_origin, named_otherwise, names_of
 from refusal_jax.audit.shipped.reading import places, record_of, words
-from refusal_jax.audit.shipped.template import KINDS, Template, compare_templates, difference, new_texts
+from refusal_jax.audit.shipped.template import KINDS, Template, compare_templates, difference, new_texts, templates_of
 from refusal_jax.audit.shipped.tensors import compare_bytes, compare_names, in_words
 from refusal_jax.audit.shipped.tokenizer import compare_tokenizers
 from refusal_jax.audit.subject import Subject
@@ -231,6 +233,8 @@ def _texts(subject: Subject, notes: Notes) -> None:
     if base is not None:
         loaded = (theirs.tokenizer, own.tokenizer) if own and theirs else None
         found = compare_tokenizers(base.folder, candidate.folder, loaded, [*PROBES, *prompts])
+        if found.texts:
+            notes.facts["tokenizer_alike"] = not found.texts[0]
         notes.facts |= {"tokenizer_changed": found.changed, "tokenizer_diff": list(found.lines)}
         for line in found.lines:
             notes.add("tokenizer", "changed", line)
@@ -258,14 +262,10 @@ def _template(subject: Subject, own: Template, theirs: Template | None, prompts:
         return
     notes.facts["template_tampering"] = list(found.tampering)
     for kind, text in found.tampering.items():
-        notes.add(
-            "template tampering",
-            kind,
-            f"The chat template {KINDS[kind]}: “{' '.join(text.split())[:300]}”.",
-            own.origin,
-        )
+        notes.add("template tampering", kind, _tampering(kind, text), own.origin)
     for note in found.notes:
         notes.add("chat template", "note", note)
+    _other_templates(subject, own, theirs, prompts, notes)
     if theirs is None:
         if not found.tampering:
             notes.add("chat template", "unsuspicious", "Nothing in the template by itself speaks of tampering.")
@@ -280,6 +280,33 @@ def _template(subject: Subject, own: Template, theirs: Template | None, prompts:
     texts = new_texts(theirs.text, own.text)
     more = f" New texts in it: {'; '.join(f'“{text[:120]}”' for text in texts[:4])}." if texts else ""
     notes.add("chat template", "changed", f"The chat template is not the base's; {rendered}.{more}", own.origin)
+
+
+def _other_templates(
+    subject: Subject, own: Template, theirs: Template | None, prompts: list[str], notes: Notes
+) -> None:
+    """Adds templates beside the one that is used here, which other programs may take, and what they do."""
+    known = {text.strip() for text in (templates_of(subject.base.folder).values() if subject.base else ())}
+    known |= {own.text.strip()}
+    for where, text in templates_of(subject.candidate.folder).items():
+        if text.strip() in known:
+            continue
+        named = "," in where or "/" in where
+        about = "for another use" if named else "which some programs take in place of the one that is used here"
+        meaning = f"There is another chat template, {about}, and the base has none like it."
+        notes.add("other template", "another text", meaning, where)
+        try:
+            found = compare_templates(dataclasses.replace(own, text=text, origin=where), theirs, prompts).tampering
+        except BrokenCheckpoint:
+            continue
+        for kind, shown in found.items():
+            if kind == "compliance" or not named:
+                notes.facts["template_tampering"] = sorted({*notes.facts["template_tampering"], kind})
+                notes.add("template tampering", kind, _tampering(kind, shown), where)
+
+
+def _tampering(kind: str, text: str) -> str:
+    return f"The chat template {KINDS[kind]}: “{' '.join(text.split())[:300]}”."
 
 
 def _generation(subject: Subject, tokenizer: Any, notes: Notes) -> None:

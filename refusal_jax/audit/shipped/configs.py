@@ -1,6 +1,7 @@
 """Compares the config.json files of two checkpoints: what changes the computation, and what only describes it."""
 
 import dataclasses
+import math
 import pathlib
 from collections.abc import Mapping
 from typing import Any
@@ -33,12 +34,19 @@ def compare_configs(base: ModelConfig, candidate: ModelConfig) -> list[ConfigDif
     found = []
     for field in dataclasses.fields(ModelConfig):
         before, after = getattr(base, field.name), getattr(candidate, field.name)
-        if before != after:
+        if not _same(before, after):
             if field.name == "kinds":
                 before, after = _apart(before, after)
             name = WORDS.get(field.name, field.name.replace("_", " "))
             found.append(ConfigDifference(name, shown(before), shown(after)))
     return found
+
+
+def _same(before: Any, after: Any) -> bool:
+    """Returns whether two values are equal, numbers up to their rounding to float32, as some files hold them."""
+    if isinstance(before, float) and isinstance(after, float):
+        return math.isclose(before, after, rel_tol=2**-23)
+    return before == after
 
 
 def _apart(before: tuple, after: tuple) -> tuple[Any, Any]:

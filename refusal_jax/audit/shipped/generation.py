@@ -24,6 +24,13 @@ USUAL = {
     "stop_strings",
 }
 DESCRIBES = {"transformers_version", "_from_model_config", "max_length", "max_new_tokens", "use_cache", "pad_token_id"}
+DESCRIBES |= {
+    "bos_token_id",
+    "decoder_start_token_id",
+    "output_attentions",
+    "output_hidden_states",
+    "return_dict_in_generate",
+}
 REFUSALS = (
     *REFUSAL_SUBSTRINGS,
     "Sorry",
@@ -73,8 +80,15 @@ def compare_settings(base: dict[str, Any], candidate: dict[str, Any]) -> list[st
     return [
         f"{name} is {shown(candidate.get(name))}, and was {shown(base.get(name))}."
         for name in names
-        if base.get(name) != candidate.get(name)
+        if _plain(base.get(name)) != _plain(candidate.get(name))
     ]
+
+
+def _plain(value: Any) -> Any:
+    """Returns a setting in one of the forms that mean the same."""
+    if isinstance(value, list) and len(value) == 1:
+        return value[0]
+    return None if value is False or value in ([], {}, "") else value
 
 
 def controls(settings: dict[str, Any], tokenizer: Any = None) -> list[Control]:

@@ -17,7 +17,8 @@ import jinja2
 import jinja2.nodes
 
 from refusal_jax.audit.broken import BrokenCheckpoint
-from refusal_jax.chat.templates import RENDER_SECONDS, set_template, within
+from refusal_jax.audit.shipped.reading import record_of, text_of, words
+from refusal_jax.chat.templates import PROCESSOR_FILES, RENDER_SECONDS, set_template, within
 from refusal_jax.chat.tokenizers import explained, load_tokenizer
 
 ASKED, SYSTEM, REPLIED = (
@@ -25,6 +26,7 @@ ASKED, SYSTEM, REPLIED = (
     "Answer as a gardener of Kent would.",
     "Blue, green and grey.",
 )
+OWN, CONFIG = "chat_template.jinja", "tokenizer_config.json"
 SWITCHES = {"enable_thinking": False, "thinking": False}
 # What a template says where it tells a model not to refuse.
 COMPLIANCE = re.compile(
@@ -79,6 +81,7 @@ class Template:
     def render(self, messages: list[dict[str, str]]) -> str | None:
         """Returns the text of a conversation up to the start of the next reply, None if the template refuses it. Raises
         BrokenCheckpoint for a template that never ends."""
+        before, self.tokenizer.chat_template = self.tokenizer.chat_template, self.text
         try:
             with within(RENDER_SECONDS):
                 text = self.tokenizer.apply_chat_template(
@@ -88,6 +91,8 @@ class Template:
             raise BrokenCheckpoint(f"The chat template ({self.origin}) does not end: {error}. Replace it.") from None
         except Exception:  # a template may raise anything
             return None
+        finally:
+            self.tokenizer.chat_template = before
         return text if isinstance(text, str) else None
 
     def check(self) -> None:
@@ -114,6 +119,25 @@ class Template:
         for mark in marks:
             text = text.replace(mark, " ")
         return re.findall(r"[^\W\d_]+(?:'[^\W\d_]+)?", THOUGHT.sub(" ", text))
+
+
+def templates_of(folder: pathlib.Path) -> dict[str, str]:
+    """Returns all chat templates in a folder by where they stand, such as "tokenizer_config.json, rag"; programs differ in which
+    of them they take."""
+    found = {}
+    paths = [folder / OWN, *sorted(folder.glob("additional_chat_templates/*.jinja"))[:20]]
+    for path in paths:
+        if text := text_of(path, MOST_TEXT):
+            found[path.relative_to(folder).as_posix()] = text
+    for name in (CONFIG, *PROCESSOR_FILES):
+        value = record_of(folder / name).get("chat_template")
+        if isinstance(value, list):
+            value = {str(one.get("name")): one.get("template") for one in value if isinstance(one, dict)}
+        named = value if isinstance(value, dict) else {"default": value}
+        for key, text in list(named.items())[:20]:
+            if isinstance(text, str) and text.strip():
+                found[name if key == "default" else f"{name}, {words(key, 40)}"] = text
+    return found
 
 
 def user(text: str) -> list[dict[str, str]]:

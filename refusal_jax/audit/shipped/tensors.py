@@ -78,7 +78,8 @@ def compare_names(cfg: ModelConfig, base: TensorFiles, candidate: TensorFiles) -
     missing = sorted(name for name in ours.keys() - theirs.keys() if not _idle(cfg, name))
     extra = sorted(name for name in theirs.keys() - ours.keys() if not _idle(cfg, name))
     reshaped = sorted(name for name in common if ours[name].shape != theirs[name].shape)
-    pairs = Counter((ours[n].dtype, theirs[n].dtype) for n in common if ours[n].dtype != theirs[n].dtype)
+    plain = [n for n in common if isinstance(ours[n], PlainTensor) and isinstance(theirs[n], PlainTensor)]
+    pairs = Counter((ours[n].dtype, theirs[n].dtype) for n in plain if ours[n].dtype != theirs[n].dtype)
     renamed = sum(base.written.get(n, n) != candidate.written.get(n, n) for n in common)
     embed = TABLES[cfg.family]["embed"]
     rows = tuple(files[embed].shape[0] for files in (ours, theirs) if embed in files)

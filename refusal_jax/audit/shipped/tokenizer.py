@@ -11,6 +11,7 @@ from typing import Any
 from refusal_jax.audit.shipped.reading import at, record_of, words
 from refusal_jax.chat.qwen_tokenizer import RANKS
 from refusal_jax.chat.tokenizers import SENTENCEPIECE
+from refusal_jax.checkpoints.gguf_mirror import gguf_files
 from refusal_jax.files import file_hash
 
 FILE, CONFIG = "tokenizer.json", "tokenizer_config.json"
@@ -51,6 +52,9 @@ def compare_tokenizers(
 
 def _file_lines(base: pathlib.Path, candidate: pathlib.Path) -> list[str]:
     """Returns what differs in the files that hold the vocabulary."""
+    made = [bool(gguf_files(folder)) for folder in (base, candidate)]
+    if made[0] != made[1]:
+        return []  # one was made from the metadata of a GGUF file, which has other parts for the same tokens
     if all(os.path.isfile(folder / FILE) for folder in (base, candidate)):
         if _hash(base / FILE) == _hash(candidate / FILE):
             return []
