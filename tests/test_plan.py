@@ -1,7 +1,9 @@
 """Planning: slices by name, what compiled text says, meshes and batches that fit; and the real TPU compiler where it is."""
 
+import dataclasses
 import importlib.util
 import json
+import math
 import os
 import pathlib
 import subprocess
@@ -14,8 +16,10 @@ import pytest
 from real_models import REAL_MODELS
 
 from refusal_jax import UserError
+from refusal_jax.audit.settings import AuditSettings
 from refusal_jax.jobs import help
 from refusal_jax.jobs import main as command
+from refusal_jax.jobs.audit_work import audit_workload, reading
 from refusal_jax.models.hf_config import from_hf, load_config
 from refusal_jax.plan import chips, costs, hlo, planner, programs, table
 from refusal_jax.plan.chips import Slice
@@ -209,6 +213,29 @@ def test_a_plan_of_programs_that_really_compile(tiny_work, monkeypatch):
     assert "mesh: data 2 × model 4" in text and "chip-hours" in text
     assert "| tiny | v5e-8 | data 2 × model 4 | 8/8/8/8 |" in table.markdown([("tiny", plan)])
     assert json.loads(json.dumps(table.as_json("tiny", plan)))["mesh"] == {"data": 2, "fsdp": 1, "model": 4}
+
+
+def test_an_audit_is_planned_with_both_models(llama, monkeypatch):
+    """Twice the runs of the same programs, and the base's weights beside the candidate's."""
+    monkeypatch.setattr(Slice, "devices", lambda self: jax.devices()[: self.chips])
+    config, cfg, settings = get_config(), load_config(llama), AuditSettings()
+    config.batch_size = config.generation.batch_size = 8
+    work = audit_workload(cfg, "float32", config, 16)
+    assert [group.name for group in work.groups] == ["activations", "behaviour"]
+    (extract,), (admit, decode) = (group.describe(Shapes(work, None), 8) for group in work.groups)
+    assert extract.runs == 2 * 2 * (math.ceil(settings.n_fit / 8) + math.ceil(settings.n_test / 8))
+    assert decode.runs == 2 * 2 * settings.n_test / 8 and decode.steps == settings.max_new_tokens
+    assert admit.runs >= decode.runs
+    where, mesh = Slice.parse("v5e-4"), MeshShape(1, 1, 4)
+    plan, alone = (make_plan(one, where, mesh) for one in (work, dataclasses.replace(work, beside=0)))
+    assert set(plan.stages) == {"activations", "behaviour"} and not plan.problems
+    assert plan.peak - alone.peak == costs.weight_bytes(work) // 4
+    text = table.detail(plan, "tiny")
+    assert "forward 8, generation 8;" in text and "selection" not in text
+    assert "loss" not in text and "behaviour" in table.markdown([("tiny", plan)])
+    said = reading(from_hf(KNOWN["llama_3_70b"]["config"]), "bfloat16")
+    assert "'files' and 'weights' each read 262.8 GiB" in said and "the largest takes 3.9 GiB" in said
+    assert config.generation.max_new_tokens == get_config().generation.max_new_tokens
 
 
 def test_a_plan_says_what_does_not_fit(tiny_work, monkeypatch):

@@ -5,6 +5,7 @@
   refusal-jax plan --model=qwen_72b --topology=v5e-64,v5p-16             # one of the paper's models, by its config's name
   refusal-jax plan --config=configs/paper.py:llama_3_70b --topology=v5e-16   # with that config's settings
   refusal-jax plan --all --out=plans                                     # the paper's 13 models on common slices
+  refusal-jax plan --audit --model=DIR --topology=v5e-8                  # an audit against a base instead of a study
 
 The study's own programs (extraction, selection, prefill, decoding, loss) are compiled with the real TPU compiler for
 the slice's topology. The memory that it reports decides which batches fit; a run on such a slice decides with the same
@@ -27,6 +28,7 @@ from refusal_jax.errors import UserError, did_you_mean
 from refusal_jax.files import local_path, read_json, to_json, write_atomically
 from refusal_jax.hub import model_name
 from refusal_jax.jobs import devices, settings
+from refusal_jax.jobs.audit_work import audit_workload, reading
 from refusal_jax.models.config import ModelConfig
 from refusal_jax.models.hf_config import from_hf, load_config
 from refusal_jax.plan import table
@@ -50,6 +52,9 @@ MODEL = flags.DEFINE_string(
 TOPOLOGY = flags.DEFINE_list("topology", "v5e-16", "Slices to plan for, separated by commas.")
 ALL = flags.DEFINE_bool(
     "all", False, f"Plan the paper's 13 models for {', '.join(COMMON)}, or for --topology if given."
+)
+AUDIT = flags.DEFINE_bool(
+    "audit", False, "Plan an audit of a model of this shape against its base, in place of a study."
 )
 LENGTH = flags.DEFINE_integer(
     "prompt_tokens", USUAL_LENGTH, "Number of tokens that prompts are padded to.", lower_bound=8
@@ -83,6 +88,8 @@ def main(argv) -> None:
         if not ALL.value:
             print(table.detail(plan, name) + "\n", flush=True)
     print(table.markdown(plans) if ALL.value else table.assumed(plans[0][1].work))
+    if AUDIT.value and not ALL.value:
+        print(reading(plans[0][1].work.cfg, plans[0][1].work.dtype))
     if OUT.value:
         out = local_path(OUT.value)
         write_atomically(out.with_name(out.name + ".md"), (table.markdown(plans) + "\n").encode())
@@ -100,7 +107,8 @@ def one(name: str, cfg: ModelConfig, config: StudyConfig, where: Slice) -> Plan:
     dtype = "bfloat16" if config.dtype == "auto" else config.dtype  # as a study on a TPU
     sides = [max(side, 1) for side in config.mesh.values()] if any(config.mesh.values()) else None
     mesh = MeshShape(*sides) if sides else None
-    return make_plan(workload(cfg, dtype, config, LENGTH.value), where, mesh, note)
+    describe = audit_workload if AUDIT.value else workload
+    return make_plan(describe(cfg, dtype, config, LENGTH.value), where, mesh, note)
 
 
 def named_model(asked: str, known: dict) -> tuple[str, ModelConfig]:

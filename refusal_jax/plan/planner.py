@@ -64,7 +64,7 @@ def ranked_meshes(work: Workload, where: Slice, sizes: Sizes) -> list[MeshShape]
     def memory(mesh: MeshShape) -> float:
         batch = mesh.data * mesh.fsdp
         cache = cache_bytes(work, max(sizes.generation // 4, LEAST)) / batch / math.gcd(mesh.model, cfg.n_kv_heads)
-        return weight_bytes(work) / mesh.fsdp / mesh.model + cache
+        return (weight_bytes(work) + work.beside) / mesh.fsdp / mesh.model + cache
 
     def seconds(mesh: MeshShape) -> float:
         if mesh.data * mesh.fsdp > max(sizes.generation, LEAST):
@@ -163,7 +163,7 @@ class StageCost:
             sum(p.runs * c.seconds for p, c in costs),
             sum(p.runs * c.flops for p, c in costs),
             sum(p.runs * c.bytes for p, c in costs),
-            max(c.peak for _, c in costs),
+            max(c.peak for _, c in costs) + work.beside * mesh.shape["data"] // mesh.size,
             all(c.cycles for _, c in costs),
         )
 
@@ -178,7 +178,7 @@ def make_plan(work: Workload, where: Slice, mesh: MeshShape | None = None, note=
     if mesh and mesh.size != where.chips:
         raise UserError(f"The mesh {mesh} has {mesh.size} chips, {where.name} has {where.chips}. Change one of them.")
     if not ranked:
-        need = f"{gib(weight_bytes(work))} of weights on {where.chips} chips of {gib(where.chip.hbm)}"
+        need = f"{gib(weight_bytes(work) + work.beside)} of weights on {where.chips} chips of {gib(where.chip.hbm)}"
         return Plan(
             work, where, None, Sizes(0, 0, 0, 0), {}, [f"the model does not fit: {need}, and a cache beside them"]
         )
@@ -195,9 +195,10 @@ def _plan_on(work: Workload, where: Slice, mesh: MeshShape, note) -> Plan:
     shapes = Shapes(work, make_mesh(mesh.data, mesh.fsdp, mesh.model, where.devices()))
     given = Sizes(0, 0, 0, 0).with_settings(work.config)
     sizes, problems, costs, ways = {}, [], {}, mesh.data * mesh.fsdp
+    limit = SPARE * where.chip.hbm - work.beside / mesh.fsdp / mesh.model
     for field in FIELDS:
         wanted = getattr(given, field), getattr(WANTED, field)
-        sizes[field], done, why = fit(shapes, *wanted, deciding(work, field), SPARE * where.chip.hbm, ways, note)
+        sizes[field], done, why = fit(shapes, *wanted, deciding(work, field), limit, ways, note)
         compiled = iter(done)
         for group in work.groups:
             if group.field == field and not sizes[field]:

@@ -45,7 +45,8 @@ class Workload:
     """The model and settings of a study that is planned.
 
     cfg: the model's. dtype: of its weights. config: the study's settings. length: tokens that its prompts are padded to.
-    groups: the programs of its stages, in the order of the study.
+    groups: the programs of its stages, in the order of the study. beside: bytes of the weights of another model that is on the
+    devices at the same time.
     """
 
     cfg: ModelConfig
@@ -53,6 +54,7 @@ class Workload:
     config: Any
     length: int
     groups: tuple["Group", ...]
+    beside: int = 0
 
     @property
     def positions(self) -> int:

@@ -28,7 +28,9 @@ def detail(plan: Plan, name: str) -> str:
     lines = [f"{name} on {plan.where.name} ({plan.where.chips} chips of {gib(plan.where.chip.hbm)}), {plan.work.dtype}"]
     if plan.mesh is None:
         return "\n".join([*lines, *(f"does not fit: {problem}" for problem in plan.problems)])
-    sizes = ", ".join(f"{field} {rows or 'none'}" for field, rows in dataclasses.asdict(plan.sizes).items())
+    used = {group.field for group in plan.work.groups}
+    rows = {field: rows for field, rows in dataclasses.asdict(plan.sizes).items() if field in used}
+    sizes = ", ".join(f"{field} {count or 'none'}" for field, count in rows.items())
     lines += [f"mesh: {plan.mesh}; rows of a batch: {sizes}; prompts padded to {plan.work.length} tokens", ""]
     lines.append(f"{'stage':<13}{'peak a chip':>12}{'time':>10}{'PFLOP':>9}{'HBM TB a chip':>15}   estimated from")
     for stage, s in plan.stages.items():
