@@ -47,8 +47,9 @@ def reading(cfg: ModelConfig, dtype: str) -> str:
         for one in weight_table(cfg).values()
     )
     largest = max(map(math.prod, matrices))
+    both, one = gib(MODELS * stored), gib(stored)
     return (
-        f"The lanes of weights run no model and need no accelerator. 'files' and 'weights' each read {gib(MODELS * stored)}, "
-        f"both checkpoints once, and 'alone' reads {gib(stored)}; they hold a few matrices of both in float32, of which the largest "
-        f"takes {gib(FLOAT32 * largest)}."
+        f"The lanes of weights run no model and need no accelerator. 'files' and 'weights' each read {both}, both checkpoints "
+        f"once, and 'alone' reads {one}; they hold a few matrices of both in float32, of which the largest takes "
+        f"{gib(FLOAT32 * largest)}."
     )

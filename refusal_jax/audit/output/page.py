@@ -5,7 +5,6 @@ drawing enters as markup. Texts that a model wrote are on it only if they were a
 """
 
 import pathlib
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -88,7 +87,7 @@ def samples(audit: Audit, side: str) -> dict[str, Any]:
         for name, rows in found.replies.items()
         if name.split("_")[0] == side and rows
     }
-    first: Sequence[Mapping[str, Any]] = next(iter(conditions.values()), ())
+    first = list(next(iter(conditions.values()))) if conditions else []
     wanted = sorted(set(np.linspace(0, len(first) - 1, min(len(first), SAMPLES)).round().astype(int).tolist()))
     rows = [
         {
