@@ -119,7 +119,7 @@ def test_added_biases_and_a_resized_vocabulary(copy, llama, tmp_path):
     biased = tiny.tiny_llama(tmp_path / "biased", mlp_bias=True)
     found = look(biased, llama)
     assert len(found.facts["added_biases"]) == 9 and found.facts["config_changed"] == ["mlp bias"]
-    assert "mlp.down_proj.bias" in said(found) and not found.facts["comparable"]
+    assert found.facts["comparable"]
     grown = json.loads((copy / "config.json").read_text())["vocab_size"] + 4
     edit(copy / "config.json", vocab_size=grown)
     ends = ("model.embed_tokens.weight", "lm_head.weight")

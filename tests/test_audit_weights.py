@@ -314,6 +314,7 @@ def test_rank_of_a_change():
     rng = np.random.default_rng(0)
     for rank in (1, 8, 32):
         low = (rng.standard_normal((128, rank)) @ rng.standard_normal((rank, 96))).astype(np.float32)
-        assert separable_rank(low) == rank
-        assert separable_rank(low + 1e-3 * rng.standard_normal(low.shape).astype(np.float32)) == rank
-    assert separable_rank(rng.standard_normal((128, 96)).astype(np.float32)) == 0
+        assert separable_rank(0 * low, low) == rank
+        assert separable_rank(low, 2 * low + 1e-3 * rng.standard_normal(low.shape).astype(np.float32)) == rank
+    full = rng.standard_normal((128, 96)).astype(np.float32)
+    assert separable_rank(0 * full, full) == 0

@@ -16,7 +16,7 @@ from refusal_jax.errors import UserError
 from refusal_jax.taps import Taps
 
 DIRECTIONS = "base_directions"  # in `Subject.shared`
-CONTROLS = 32
+CONTROLS = 24
 POSITIONS = 2
 BATCH = 16
 MOST = 24  # refusal directions, so that what is done for each of them stays cheap in deep models

@@ -10,7 +10,8 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from jaxtyping import Float32, Float64
 
-from refusal_jax.audit.operator_fit import Frame, OperatorFit, Part, fit_operator
+from refusal_jax.audit.frame import Frame
+from refusal_jax.audit.operator_fit import CLEAR, OperatorFit, Part, fit_operator
 from refusal_jax.audit.reordering import SAME, order_of
 from refusal_jax.audit.spectra import separable_rank
 from refusal_jax.audit.storage import Storage, storage
@@ -19,7 +20,8 @@ from refusal_jax.models.config import ModelConfig
 from refusal_jax.models.families import WRITER_BIASES, pieces
 
 SAMPLE = 8192  # tokens whose embeddings are looked at
-RANKED = 16  # about so many matrices are looked at for the rank of their change
+RANKED = 8  # about so many matrices are looked at for the rank of their change
+SMALL = 2**16  # values that fit into a cache
 ROUNDING = 1e-5  # a relative change that is no more than the rounding of a product
 NORMS = {"blocks.attn_norm": ("q", "k", "v"), "blocks.mlp_norm": ("gate", "up", "router")}
 KINDS = ("", "shared_", "dense_")
@@ -91,6 +93,9 @@ def compare(base: Weights, candidate: Weights, frame: Frame) -> Comparison:
     every = max(1, len(wanted) // RANKED)
     for matrix, before, after in read_pairs(base, candidate, wanted):
         norm = _norm_of(matrix.path, base.cfg.parallel), matrix.layer
+        if order is None and norm not in ratios and _same(before, after):
+            rows.append(Compared(matrix, None))
+            continue
         kept, folded = _storage(matrix, before, after), False
         after = after if order is None else after[order]
         if norm in ratios:
@@ -104,8 +109,9 @@ def compare(base: Weights, candidate: Weights, frame: Frame) -> Comparison:
         if folded and fit is not None and fit.relative < ROUNDING:
             fit = None
         seen = sum(row.fit is not None for row in rows)
-        rank = separable_rank(after - before) if fit is not None and seen % every == 0 else None
-        lengths = lengths_kept(before, after, fit.refusal) if fit is not None and fit.refusal is not None else 0.0
+        rank = separable_rank(before, after) if fit is not None and seen % every == 0 else None
+        part = fit.refusal if fit is not None else None
+        lengths = lengths_kept(before, after, part) if part is not None and part.fit >= CLEAR else 0.0
         rows.append(Compared(matrix, fit, kept, columns is not None, folded, rank, lengths))
     gains = [Vector(*norm, ratio_d=ratio) for norm, ratio in ratios.items() if norm not in made_up]
     return Comparison(rows, [*gains, *added_biases(base, candidate, order)], order is not None)
@@ -182,3 +188,10 @@ def _norm_of(path: str, parallel: bool) -> str:
 def _storage(matrix: Matrix, before: np.ndarray, after: np.ndarray) -> Storage:
     in_file = matrix.writes and matrix.path != "embed"
     return storage(before, after) if in_file else storage(before.T, after.T)
+
+
+def _same(before: np.ndarray, after: np.ndarray) -> bool:
+    """Returns whether two matrices, which are laid out alike, are equal: block by block, which stays in the cache."""
+    before, after = (before, after) if before.flags.c_contiguous else (before.T, after.T)
+    rows = max(1, SMALL // before.shape[1])
+    return all(np.array_equal(before[i : i + rows], after[i : i + rows]) for i in range(0, len(before), rows))

@@ -14,7 +14,8 @@ from jaxtyping import Float64
 
 from refusal_jax.audit.base_directions import BaseDirections
 from refusal_jax.audit.comparison import Compared, Comparison, compare
-from refusal_jax.audit.operator_fit import Frame, OperatorFit
+from refusal_jax.audit.frame import Frame
+from refusal_jax.audit.operator_fit import OperatorFit
 from refusal_jax.audit.weights import Weights, check_comparable
 
 ALIGNED = 0.45  # cosine with a refusal direction; content-free directions of small models reach 0.4

@@ -10,49 +10,18 @@ All of it comes from small Gram matrices of what a few vectors read from W and f
 """
 
 import dataclasses
+import functools
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Float, Float32, Float64
+from jaxtyping import Float32, Float64
 
-PROBES = (
-    10  # random vectors of the range finder: so many singular vectors of a change are seen, less a few that are inexact
-)
+from refusal_jax.audit.frame import PROBES, Frame, unit_rows
+
 EDGE = 1.1  # singular values count if they are so many times the largest that noise would have
+COLUMNS, BLOCK = 4096, 64  # so many columns of a matrix tell its operator, in blocks of so many
 CLEAR = 0.9  # the fit of a direction that was removed and not only changed
 FAINT = 1e-5  # vectors that are so much shorter than others are rounding noise
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Frame:
-    """The vectors that every change is measured along.
-
-    refusal_nd: unit directions `[n, D]`, none where no model could be run. span_jd: an orthonormal basis of them.
-    control_nd: unit directions that have nothing to do with content, orthogonal to them. probe_nd: random vectors.
-    All float32.
-    """
-
-    refusal_nd: Float32[np.ndarray, "n D"]
-    span_jd: Float32[np.ndarray, "J D"]
-    control_nd: Float32[np.ndarray, "c D"]
-    probe_nd: Float32[np.ndarray, "k D"]
-
-    @classmethod
-    def of(cls, refusal_nd: Float[np.ndarray, "n D"], control_nd: Float[np.ndarray, "c D"], seed: int = 0) -> "Frame":
-        """Returns the frame of refusal directions and controls, from which the part in the span of the first is taken out."""
-        width = refusal_nd.shape[1]
-        _, sizes, rows = np.linalg.svd(_unit(np.asarray(refusal_nd, np.float64)), full_matrices=False)
-        span = rows[sizes > 1e-3 * sizes[:1].sum()]
-        controls = np.asarray(control_nd, np.float64)
-        controls = _unit(controls - controls @ span.T @ span)
-        probes = np.random.default_rng(seed).standard_normal((min(PROBES, width), width))
-        parts = (_unit(np.asarray(refusal_nd, np.float64)), span, controls, probes)
-        return cls(*(np.ascontiguousarray(part, np.float32) for part in parts))
-
-    @property
-    def coordinates_nj(self) -> Float64[np.ndarray, "n J"]:
-        """Returns the refusal directions in the basis of their span, unit."""
-        return _unit((self.refusal_nd @ self.span_jd.T).astype(np.float64))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -151,7 +120,8 @@ def fit_operator(
     before_df: Float32[np.ndarray, "D F"], after_df: Float32[np.ndarray, "D F"], frame: Frame
 ) -> OperatorFit | None:
     """Returns what the change of a matrix is, None if there is none. Where the whole matrix was rescaled, the fit is to what was
-    done beside that."""
+    done beside that. Of a matrix with very many columns, some are looked at, in blocks that are spread over all."""
+    before_df, after_df = _some_columns(before_df), _some_columns(after_df)
     found = _fit(before_df, after_df, frame)
     if found is None or not found.scale:
         return found
@@ -160,6 +130,17 @@ def fit_operator(
     if beside is None or beside.relative < FAINT:
         return dataclasses.replace(found.still, **changed)
     return dataclasses.replace(beside, **changed)
+
+
+def _some_columns(matrix_df: np.ndarray) -> np.ndarray:
+    """Returns COLUMNS of a matrix that has many more, in blocks of BLOCK, laid out as the matrix is; else the matrix."""
+    stride = matrix_df.shape[1] // COLUMNS * BLOCK
+    if stride <= BLOCK:
+        return matrix_df
+    whole = matrix_df.shape[1] // stride * stride
+    if matrix_df.flags.c_contiguous:
+        return matrix_df[:, :whole].reshape(len(matrix_df), -1, stride)[:, :, :BLOCK].reshape(len(matrix_df), -1)
+    return matrix_df.T[:whole].reshape(-1, stride, len(matrix_df))[:, :BLOCK].reshape(-1, len(matrix_df)).T
 
 
 def _fit(before_df: np.ndarray, after_df: np.ndarray, frame: Frame) -> OperatorFit | None:
@@ -220,6 +201,17 @@ class _Along(NamedTuple):
     energy: np.ndarray
 
 
+class _Parts(NamedTuple):
+    """Eigenvectors of a fitted operator as rows in the basis's coordinates, and of each what `Part` says."""
+
+    right: np.ndarray
+    strength: np.ndarray
+    removed: np.ndarray
+    fit: np.ndarray
+    left_fit: np.ndarray
+    aligned: np.ndarray
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Grams:
     """What an orthonormal basis of a few vectors reads from a change (gone) and from the matrix before (there), `[k, F]`, with
@@ -254,35 +246,40 @@ class _Grams:
     def read(self, frame: Frame, norm: float, shape) -> tuple[Part | None, Part | None, float, int, int]:
         """Returns the part of the operator that is about refusal, that of the singular vectors, how well these are explained, how
         many of them are above noise, and how many directions were removed."""
-        n = len(frame.span_jd)
         refusal = None
-        if n:
-            parts = self._parts(np.eye(len(self.basis_kd)), frame.coordinates_nj, n)
-            refusal = max(parts, key=lambda one: abs(one.strength) * one.aligned**2 * one.fit**2)
+        if len(frame.span_jd):
+            parts = self._parts(np.eye(len(self.basis_kd)), frame.coordinates_nj)
+            refusal = self._part(parts, int(np.argmax(np.abs(parts.strength) * parts.aligned**2 * parts.fit**2)))
         above = int(np.sum(self.values > EDGE * self._edge(norm, shape)))
         if not above:
             return refusal, None, 0.0, 0, 0
-        u = self._vectors[:, :above]
+        u = self.vectors[:, :above]
         cross, before, change = (u.T @ gram @ u for gram in (self.cross, self.before, self.change))
         explained = float(np.trace(cross @ _solve(before, cross.T)) / np.trace(change))
-        parts = self._parts(u, frame.coordinates_nj, n)
-        blind = max(parts, key=lambda one: abs(one.strength) * one.fit**2)
-        clear = sum(one.fit > CLEAR and abs(one.strength) > 0.2 * abs(blind.strength) for one in parts)
-        return refusal, blind, min(explained, 1.0), above, clear
+        parts = self._parts(u, frame.coordinates_nj)
+        best = int(np.argmax(np.abs(parts.strength) * parts.fit**2))
+        clear = (parts.fit > CLEAR) & (np.abs(parts.strength) > 0.2 * abs(parts.strength[best]))
+        return refusal, self._part(parts, best), min(explained, 1.0), above, int(clear.sum())
+
+    @functools.cached_property
+    def _spectrum(self) -> tuple[np.ndarray, np.ndarray]:
+        values, vectors = np.linalg.eigh(self.change)
+        return np.sqrt(np.maximum(values[::-1], 0))[:PROBES], vectors[:, ::-1]
 
     @property
     def values(self) -> np.ndarray:
         """Returns the largest singular values of the change."""
-        return np.sqrt(np.maximum(np.linalg.eigvalsh(self.change)[::-1], 0))[:PROBES]
+        return self._spectrum[0]
 
     @property
-    def _vectors(self) -> np.ndarray:
-        return np.linalg.eigh(self.change)[1][:, ::-1]
+    def vectors(self) -> np.ndarray:
+        """Returns the singular vectors of the change in the basis's coordinates, as columns."""
+        return self._spectrum[1]
 
     @property
     def first_d(self) -> np.ndarray:
         """Returns the first singular vector."""
-        return self._vectors[:, 0] @ self.basis_kd
+        return self.vectors[:, 0] @ self.basis_kd
 
     def _edge(self, norm: float, shape) -> float:
         """Returns the largest singular value that noise would have (Marchenko and Pastur), its variance being that of what the
@@ -291,22 +288,22 @@ class _Grams:
         free = max((shape[0] - PROBES) * (shape[1] - PROBES), 1)
         return float(np.sqrt(rest / free) * (np.sqrt(shape[0]) + np.sqrt(shape[1]))) + FAINT * norm
 
-    def _parts(self, u: np.ndarray, coordinates_nj: np.ndarray, n: int) -> list[Part]:
+    def _parts(self, u: np.ndarray, coordinates_nj: np.ndarray) -> "_Parts":
         """Returns the eigenvectors of the operator on the span of the columns of u, in the basis's coordinates."""
         cross, before, change = (u.T @ gram @ u for gram in (self.cross, self.before, self.change))
-        parts = []
-        for value, a in zip(*_eigen(cross, before), strict=True):
-            size = np.linalg.norm(a)
-            if size < 1e-12:
-                continue
-            a = a / size
-            b = _unit(_solve(before, cross.T @ a))  # of the operator's rows, what a stands for
-            (removed, fit), (_, left_fit) = (_ratios(v, cross, before, change) for v in (a, b))
-            aligned = (
-                max((float(np.abs(coordinates_nj @ (u @ v)[:n]).max()) for v in (a, b)), default=0.0) if n else 0.0
-            )
-            parts.append(Part(u @ a @ self.basis_kd, float(value), removed, fit, left_fit, aligned))
-        return parts
+        strength, right = _eigen(cross, before)
+        right = unit_rows(right)
+        left = unit_rows(_solve(before, cross.T @ right.T).T)  # of the operator's rows, what those stand for
+        (removed, fit), (_, left_fit) = (_ratios(rows, cross, before, change) for rows in (right, left))
+        aligned, n = np.zeros(len(right)), coordinates_nj.shape[1]
+        if len(coordinates_nj):
+            aligned = np.max([np.abs((rows @ u.T)[:, :n] @ coordinates_nj.T).max(1) for rows in (right, left)], axis=0)
+        return _Parts(right @ u.T, strength, removed, fit, left_fit, aligned)
+
+    def _part(self, parts: "_Parts", number: int) -> Part:
+        """Returns one of the eigenvectors."""
+        direction, *ratios = (values[number] for values in parts)
+        return Part(direction @ self.basis_kd, *map(float, ratios))
 
     def without(self, directions_nd, taken_d, gone, there) -> tuple[np.ndarray, np.ndarray]:
         """Returns what directions read from the change and from the matrix once the part along `taken_d` is taken out of them."""
@@ -318,7 +315,7 @@ class _Grams:
 def _best(cross: np.ndarray, before: np.ndarray, coordinates_nj: np.ndarray) -> np.ndarray:
     """Returns the unit vector, in the span of the refusal directions, along which an operator does most."""
     values, vectors = _eigen(cross, before)
-    vectors = _unit(vectors)
+    vectors = unit_rows(vectors)
     aligned = np.abs(vectors @ coordinates_nj.T).max(1)
     return vectors[int(np.argmax(np.abs(values) * aligned**2))]
 
@@ -345,10 +342,11 @@ def _times(change_df: np.ndarray, right_kf: np.ndarray) -> np.ndarray:
     return (change_df @ rows.astype(np.float32).T).astype(np.float64)
 
 
-def _ratios(v: np.ndarray, cross: np.ndarray, before: np.ndarray, change: np.ndarray) -> tuple[float, float]:
-    """Returns the share that was removed along v by least squares, and the size of the cosine of that with the change."""
-    has, lost, energy = v @ before @ v, -(v @ cross @ v), v @ change @ v
-    return float(lost / max(has, 1e-300)), float(abs(lost) / np.sqrt(max(has * energy, 1e-300)))
+def _ratios(rows, cross: np.ndarray, before: np.ndarray, change: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Returns for each row the share that was removed along it by least squares, and the size of the cosine of that with the
+    change."""
+    has, lost, energy = (np.sum(rows @ gram * rows, axis=1) for gram in (before, -cross, change))
+    return lost / np.maximum(has, 1e-300), np.abs(lost) / np.sqrt(np.maximum(has * energy, 1e-300))
 
 
 def _gram(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -359,11 +357,6 @@ def _solve(gram: np.ndarray, right: np.ndarray) -> np.ndarray:
     """Returns gram^-1 right for a Gram matrix, which may be near to singular."""
     ridge = 1e-9 * np.trace(gram) / max(len(gram), 1) + 1e-300
     return np.linalg.solve(gram + ridge * np.eye(len(gram)), right)
-
-
-def _unit(rows: np.ndarray) -> np.ndarray:
-    norms = np.linalg.norm(rows, axis=-1, keepdims=True)
-    return np.divide(rows, norms, out=np.zeros_like(rows), where=norms > 0)
 
 
 def _norm(matrix: np.ndarray) -> float:

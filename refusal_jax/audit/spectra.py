@@ -3,13 +3,15 @@
 import numpy as np
 from jaxtyping import Float32
 
+COLUMNS = 2048
 MOST = 40  # ranks beyond this are not told from full ones
 DROP = 6.0  # by which a singular value exceeds the next one where a change of low rank ends
 ENTIRE = 0.5  # share of the energy that a change of low rank has above the drop
 
 
-def separable_rank(change_df: Float32[np.ndarray, "D F"]) -> int:
-    """Returns the rank of a change that is of low rank but for noise, 0 for any other."""
+def separable_rank(before_df: Float32[np.ndarray, "D F"], after_df: Float32[np.ndarray, "D F"]) -> int:
+    """Returns the rank of a matrix's change if that is low but for noise, 0 for any other. The first COLUMNS tell it."""
+    change_df = after_df[:, :COLUMNS] - before_df[:, :COLUMNS]
     values = leading_values(change_df, MOST)
     total = float(np.einsum("df,df->d", change_df, change_df).astype(np.float64).sum())
     drops = values[:-1] / np.maximum(values[1:], 1e-4 * values[0])

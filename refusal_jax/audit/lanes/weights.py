@@ -54,10 +54,10 @@ from refusal_jax.audit.base_directions import base_directions
 from refusal_jax.audit.comparison import Compared
 from refusal_jax.audit.dose import STANDS_OUT, WeightStatistics, dose_of, weight_statistics
 from refusal_jax.audit.evidence import Evidence, Findings
+from refusal_jax.audit.frame import Frame
 from refusal_jax.audit.lane import Lane
 from refusal_jax.audit.methods import likely_method
 from refusal_jax.audit.null import Null, make_null, statistics
-from refusal_jax.audit.operator_fit import Frame
 from refusal_jax.audit.storage import FORMS
 from refusal_jax.audit.subject import Subject
 from refusal_jax.audit.weights import StoredWeights, Weights
