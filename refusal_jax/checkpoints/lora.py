@@ -32,7 +32,7 @@ EXPERTS = re.compile(r"(.*\.block_sparse_moe\.)output_linear\.weight|(.*\.mlp\.)
 FACTOR = re.compile(r"(.+)\.lora_(?:embedding_)?([AB])(?:\.default)?(?:\.weight)?")
 SHIFT = re.compile(r"(.+)\.lora_B(?:\.default)?\.bias")
 WHOLE = re.compile(r"(.+?)(?:\.base_layer|\.modules_to_save)?(?:\.default)?\.(\w+)")
-PLAIN_PATTERN = re.compile(r"\^?[\w.\-]+")
+PLAIN = re.compile(r"[\w.\-]+")
 # Settings that make an adapter more than W + scale B A, and those of initialisations that changed the base's weights, too.
 VARIANTS = {
     "use_dora": "DoRA",
@@ -218,12 +218,7 @@ class _Found:
         alpha = self.config.get("lora_alpha", 8)
         pattern = self.config.get("alpha_pattern") or {}
         for key, value in pattern.items() if isinstance(pattern, dict) else ():
-            if not PLAIN_PATTERN.fullmatch(str(key)):
-                raise UserError(
-                    f"The alpha_pattern of {self.folder} holds {shown(key)}, a regular expression; only names of modules can be "
-                    "read. Merge the adapter into its base with PEFT's merge_and_unload() and pass the folder of that."
-                )
-            if module == key.removeprefix("^") or (key[0] != "^" and module.endswith(f".{key}")):
+            if self._matches(str(key), module):
                 alpha = value
                 break
         if not all(isinstance(n, int | float) and n > 0 for n in (alpha, rank)) or not math.isfinite(alpha):
@@ -232,6 +227,18 @@ class _Found:
                 "numbers above zero. Download the adapter again."
             )
         return alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
+
+    def _matches(self, pattern: str, module: str) -> bool:
+        """Returns whether a pattern of modules, the end of a name or a simple regular expression, matches one, as in PEFT."""
+        end = pattern.removeprefix("^").removeprefix(".*").removesuffix("$").replace("\\.", ".")
+        if not PLAIN.fullmatch(end):
+            raise UserError(
+                f"The alpha_pattern of {self.folder} holds {shown(pattern)}, a regular expression; only names of modules can be "
+                "read. Merge the adapter into its base with PEFT's merge_and_unload() and pass the folder of that."
+            )
+        if pattern.removeprefix("^").startswith(".*"):
+            return module.endswith(end)
+        return module == end or (pattern[0] != "^" and module.endswith(f".{end}"))
 
     def changes(self) -> dict[str, LowRank | Shift | Whole]:
         """Returns all changes by HF name. Raises UserError for factors without their partners, and of unequal rank."""
