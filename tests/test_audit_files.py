@@ -120,6 +120,7 @@ def test_added_biases_and_a_resized_vocabulary(copy, llama, tmp_path):
     found = look(biased, llama)
     assert len(found.facts["added_biases"]) == 9 and found.facts["config_changed"] == ["mlp bias"]
     assert found.facts["comparable"]
+    assert "mlp.down_proj.bias" in said(found)
     grown = json.loads((copy / "config.json").read_text())["vocab_size"] + 4
     edit(copy / "config.json", vocab_size=grown)
     ends = ("model.embed_tokens.weight", "lm_head.weight")

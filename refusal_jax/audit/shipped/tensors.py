@@ -1,6 +1,7 @@
 """Compares the tensors in the files of two checkpoints: their names, shapes and dtypes by the headers, and their bytes by hashes.
 
-Each file is read once. Where only the dtypes of two tensors differ, their values are compared as the narrower of the two.
+Each file is read once, and the base's tensors up to their first difference. Where only the dtypes of two tensors differ, their
+values are compared as the narrower of the two.
 """
 
 import dataclasses
@@ -116,17 +117,15 @@ def compare_bytes(base: TensorFiles, candidate: TensorFiles, names: TensorNames)
     cast = [n for n in plain if _kind(base, n) != _kind(candidate, n) and n not in names.reshaped]
     cast = [n for n in cast if all(files.tensors[n].dtype in STORED for files in (base, candidate))]
     with Progress("comparing tensors", total, "B", delay=2.0) as bar, ThreadPoolExecutor(THREADS) as pool:
-        hashes = [
-            dict(zip(alike, pool.map(lambda name, files=files: _sha256(files, name, bar.update), alike), strict=True))
-            for files in (base, candidate)
-        ]
+        looked = list(pool.map(lambda name: _hash_and_compare(base, candidate, name, bar.update), alike))
         same = dict(
             zip(cast, pool.map(lambda name: _same_values(base, candidate, name, bar.update), cast), strict=True)
         )
+    hashes = {n: sha256 for n, (sha256, _) in zip(alike, looked, strict=True)}
     recast = [n for n in cast if same[n]]
-    kept = {n for n in alike if hashes[0][n] == hashes[1][n]} | set(recast)
+    kept = {n for n, (_, equal) in zip(alike, looked, strict=True) if equal} | set(recast)
     changed = sorted(n for n in plain if n not in kept)
-    return TensorBytes(hashes[1], changed, recast, sorted(set(names.common) - set(plain)), bytes_read=total)
+    return TensorBytes(hashes, changed, recast, sorted(set(names.common) - set(plain)), bytes_read=total)
 
 
 def _same_hashes(base: TensorFiles, candidate: TensorFiles) -> bool:
@@ -153,22 +152,34 @@ def _kind(files: TensorFiles, name: str) -> tuple:
     return tensor.dtype, tensor.shape
 
 
-def _sha256(files: TensorFiles, name: str, done: Callable[[int], None]) -> str:
-    """Returns the sha256 of a tensor's bytes. Raises BrokenCheckpoint for values that are not finite."""
-    tensor = files.tensors[name]
-    assert isinstance(tensor, PlainTensor), "whoever calls this has looked"
-    digest, buffer = hashlib.sha256(), bytearray(min(CHUNK, tensor.nbytes))
-    for start in range(tensor.extent.start, tensor.extent.stop, CHUNK):
-        part = memoryview(buffer)[: min(CHUNK, tensor.extent.stop - start)]
-        with reading(tensor.path):
-            tensor.file.read_into([start], len(part), part)
+def _hash_and_compare(
+    base: TensorFiles, candidate: TensorFiles, name: str, done: Callable[[int], None]
+) -> tuple[str, bool]:
+    """Returns the sha256 of a tensor's bytes in the candidate, and whether they are the base's, which is read up to the first
+    difference. Raises BrokenCheckpoint for values of the candidate that are not finite."""
+    ours, theirs = base.tensors[name], candidate.tensors[name]
+    assert isinstance(ours, PlainTensor) and isinstance(theirs, PlainTensor), "whoever calls this has looked"
+    digest, same = hashlib.sha256(), True
+    buffers = [np.empty(min(CHUNK, theirs.nbytes), np.uint8) for _ in range(2)]
+    for start in range(0, theirs.nbytes, CHUNK):
+        part, other = (buffer[: min(CHUNK, theirs.nbytes - start)] for buffer in buffers)
+        _read(theirs, start, part)
         digest.update(part)
-        if tensor.dtype in STORED and not all_finite(np.frombuffer(part, STORED[tensor.dtype])):
+        if theirs.dtype in STORED and not all_finite(part.view(STORED[theirs.dtype])):
             raise BrokenCheckpoint(
-                f"{files.folder} holds NaN or infinite values in {name}. The checkpoint is damaged: download it again."
+                f"{candidate.folder} holds NaN or infinite values in {name}. The checkpoint is damaged: download it again."
             )
-        done(len(part))
-    return digest.hexdigest()
+        if same:
+            _read(ours, start, other)
+            same = np.array_equal(part, other)
+        done(2 * len(part))
+    return digest.hexdigest(), same
+
+
+def _read(tensor: PlainTensor, start: int, out: np.ndarray) -> None:
+    """Fills an array with a tensor's bytes from byte `start` on."""
+    with reading(tensor.path):
+        tensor.file.read_into([tensor.extent.start + start], len(out), out.data)
 
 
 def _same_values(base: TensorFiles, candidate: TensorFiles, name: str, done: Callable[[int], None]) -> bool:
