@@ -11,18 +11,19 @@ import json
 import logging
 import pathlib
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from refusal_jax.audit.audit import Audit
 from refusal_jax.audit.evidence import Evidence
+from refusal_jax.audit.lanes.behaviour import Judged
 from refusal_jax.audit.removal import LEAST_CHANGE, MOST_ERROR, Removal, Unexplained, believed, bias_of, removals
+from refusal_jax.audit.replies import SIDES, batch_rows, completions
 from refusal_jax.audit.settings import AuditSettings
-from refusal_jax.audit.subject import Opened, draw_prompts
+from refusal_jax.audit.subject import Opened, Subject, draw_prompts
 from refusal_jax.audit.weights import Weights, check_comparable
-from refusal_jax.chat.model import ChatModel
 from refusal_jax.chat.prompts import Chat
 from refusal_jax.checkpoints.rewrite import Checkpoint
 from refusal_jax.errors import UserError, setting
@@ -36,13 +37,11 @@ from refusal_jax.export.tensor_edits import Projection
 from refusal_jax.export.verify import NOISE, Sample, differences
 from refusal_jax.files import to_json
 from refusal_jax.judges.choice import parse_judges
-from refusal_jax.judges.judge import judge_all, success_rate
 from refusal_jax.models.families import TABLES, WRITERS
 from refusal_jax.progress import Progress
 
 LOG = logging.getLogger(__name__)
 PROMPTS = 16  # of each kind that logits and perplexity are compared on
-ROWS = 16  # replies that are decoded at a time, where the settings name no batch size
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +96,8 @@ class Repair:
         rest = f" {lost} more tensors can only be restored from the base." if lost else ""
         words = (
             f"The candidate is repairable to within {self.error:.2g}: what was removed from {count - lost} tensors can be put "
-            f"back from the candidate alone, with this error relative to what the base has along the directions.{rest}"
+            f"back from the candidate alone, with this error relative to what the base has along the directions.{rest} It should "
+            "then refuse as the base does."
         )
         return Evidence("repairable", self.error, words)
 
@@ -244,11 +244,9 @@ def verified(
     for name, stream in streams.items():
         found[name] = differences(read["reference"], read[name]) | {"projection": stream.projection()}
     found["tensors"] = tensors
-    names = {"base": base.folder, "before the repair": candidate.folder, "this export": folder}
-    found["refusals"] = [
-        {"prompts": "harmful", "intervention": name} | refused(path, drawn["harmful_test"], settings)
-        for name, path in (names.items() if "behaviour" in settings.lanes else ())
-    ]
+    folders = {"base": base.folder, "before the repair": candidate.folder, "this export": folder}
+    opened = {name: Opened(str(path), settings) for name, path in folders.items()}
+    found["refusals"] = refusals(opened, settings) if "behaviour" in settings.lanes else []
     found["problems"] = _problems(found)
     return found
 
@@ -278,22 +276,17 @@ def _problems(found: dict[str, Any]) -> list[str]:
     return problems
 
 
-def refused(folder: pathlib.Path, prompts: Sequence[str], settings: AuditSettings) -> dict[str, Any]:
-    """Returns how many of the prompts a checkpoint refuses, `{"refused", "interval", "n"}`, by the judge of the settings. Raises
+def refusals(checkpoints: Mapping[str, Opened], settings: AuditSettings) -> list[dict[str, Any]]:
+    """Returns how many prompts of each side each checkpoint refuses, by the judge of the settings, as rows of a card. Raises
     UserError as loading, replying and judging do."""
-    opened = Opened(str(folder), settings)
-    (judge,) = parse_judges([settings.judge], settings.batch_size or ROWS, settings.dtype)
-    replies = _replies(opened.model, prompts, settings)
-    rows = [{"prompt": prompt, "response": reply} for prompt, reply in zip(prompts, replies, strict=True)]
-    verdicts = judge_all([judge], {"replies": rows})["replies"][judge.name]
-    rate = success_rate(verdicts).complement
-    return {"refused": rate.rate, "interval": list(rate.interval), "n": rate.n}
-
-
-def _replies(model: ChatModel, prompts: Sequence[str], settings: AuditSettings) -> list[str]:
-    replies = [""] * len(prompts)
-    rows = min(settings.batch_size or ROWS, len(prompts))
-    for index, texts in model.replies(model.encode(list(prompts)), settings.max_new_tokens, rows=rows):
-        for number, text in zip(index, texts, strict=True):
-            replies[number] = text
-    return replies
+    (judge,) = parse_judges([settings.judge], batch_rows(settings, "forward"), settings.dtype)
+    rows = []
+    for name, opened in checkpoints.items():
+        replied = completions(opened.model, Subject(settings, opened), f"replies, {name}")
+        judged = Judged.by(judge, replied)
+        for side in SIDES:
+            rate = judged.rate(side)
+            numbers = {"refused": rate.rate, "interval": list(rate.interval), "n": rate.n}
+            rows.append({"prompts": side, "intervention": name} | numbers)
+        opened.release()
+    return rows
