@@ -7,7 +7,20 @@ import numpy as np
 
 from refusal_jax.audit.audit import Audit
 
-COLOURS = ("#2f8fb8", "#d9534f", "#6a9a3a", "#8a63b5", "#c98a1b", "#5b6775")
+COLOURS = ("#2f8fb8", "#d9534f", "#6a9a3a", "#8a63b5", "#c98a1b", "#14a3a0", "#c45a9b", "#8c6d4f", "#4c5fd0", "#8d949c")
+SPREAD = 0.6  # of a layer, over which its kinds of matrices are drawn side by side
+# What kinds of matrices are called for readers.
+NAMES = {
+    "embed": "embedding",
+    "unembed": "unembedding",
+    "q": "query",
+    "k": "key",
+    "v": "value",
+    "o": "attention output",
+    "gate": "MLP gate",
+    "up": "MLP input",
+    "down": "MLP output",
+}
 ENDS = -1.0  # where embedding and unembedding are drawn, which belong to no layer
 Points = dict[str, list[tuple[float, float]]]
 
@@ -20,7 +33,8 @@ def doses_of(audit: Audit) -> Points:
     for row in rows:
         if row.get("dose") is not None and np.isfinite(row["dose"]):
             layer = ENDS if row["layer"] is None else float(row["layer"])
-            points.setdefault(str(row["component"]), []).append((layer, float(row["dose"])))
+            kind = NAMES.get(row["component"], str(row["component"]))
+            points.setdefault(kind, []).append((layer, float(row["dose"])))
     return points
 
 
@@ -45,9 +59,9 @@ def draw_doses(points: Points) -> str:
         for level in (0.0, 1.0):
             axes.axhline(level, color="#8d949c", linewidth=0.8, linestyle="-" if level == 0 else (0, (3, 2)))
         for number, (rows, colour) in enumerate(zip(points.values(), legend(points).values(), strict=True)):
-            side = 0.14 * (number - (len(points) - 1) / 2) if len(points) <= len(COLOURS) else 0.0
+            side = SPREAD * (number / max(len(points) - 1, 1) - 0.5) if len(points) > 1 else 0.0
             xs, ys = (np.asarray(part) for part in zip(*rows, strict=True))
-            axes.plot(xs + side, ys, "o", color=colour, markersize=3.5, clip_on=False)
+            axes.plot(xs + side, ys, "o", color=colour, markersize=3, clip_on=False)
         low, high = min(*values, 0.0), max(*values, 1.0)
         axes.set_ylim(low - 0.06 * (high - low), high + 0.06 * (high - low))
         layer_axis(axes, int(max(*placed, 0.0)) + 1)

@@ -61,8 +61,8 @@ def evidence_table(rows: list[tuple[str, Evidence]]) -> Table:
     """Returns the table of evidence, a row for each pair of a lane and a statistic."""
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
     table.add_column("lane", no_wrap=True)
-    table.add_column("statistic")
-    table.add_column("value", justify="right")
+    table.add_column("statistic", max_width=20)
+    table.add_column("value", justify="right", max_width=24)
     tested = any(one.p_value is not None for _, one in rows)
     if tested:
         table.add_column("p", justify="right")
@@ -83,7 +83,7 @@ def number_text(value: float | int | str | None) -> str:
         return "-"
     if isinstance(value, bool):
         return "yes" if value else "no"
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
+    return f"{value:.3g}" if isinstance(value, float) else str(value).replace("_", " ")
 
 
 def value_text(one: Evidence) -> str:
