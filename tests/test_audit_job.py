@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 
@@ -80,6 +81,30 @@ def test_verdicts_are_exit_codes_and_files(tmp_path):
     assert "files are those that were audited.\nVerdict of 2" in done[5][1] and ": inconclusive.\n" in done[5][1]
     assert "nobody has signed" in done[6][2]
     assert json.loads(done[7][1])["runs"][0]["invocations"][0]["exitCode"] == 40
+
+
+def test_a_broken_candidate_is_a_finding(tmp_path):
+    """It is written like any other, as the next step in continuous integration reads it."""
+    broken = pathlib.Path(shutil.copytree(demo_model_path(), tmp_path / "broken"))
+    weights = broken / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    gone = pathlib.Path(shutil.copytree(broken, tmp_path / "gone"))
+    (gone / "more").symlink_to("nowhere")
+    out = tmp_path / "out"
+    done = run(
+        ("intact", [broken, f"--out={out}", "--statement"]),
+        ("intact", [broken, "--fail_on=abliterated"]),
+        ("intact", [gone]),
+    )
+    assert [code for code, _, _ in done] == [40, 0, 40]
+    assert done[0][1].startswith("Damaged.\n") and str(weights) in done[0][1].replace("\n", "")
+    record, log = (json.loads((out / name).read_text()) for name in ("audit.json", "audit.sarif"))
+    assert record["verdict"]["overall"] == "damaged" and {lane["left_out"] for lane in record["lanes"]} == {
+        "The candidate is broken."
+    }
+    assert [result["ruleId"] for result in log["runs"][0]["results"]] == ["checkpoint-damaged"]
+    assert (out / "audit.html").is_file() and (out / "audit.statement.json").is_file()
+    assert "error:" in done[2][2] and not done[2][1]
 
 
 def test_bad_input(tmp_path):

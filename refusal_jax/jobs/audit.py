@@ -21,6 +21,7 @@ Exit codes: 0 intact or hardened, 10 edited but it refuses, 20 refusal is lost, 
 broken template, 2 bad input. --fail_on=abliterated,uncensored makes all other verdicts 0.
 """
 
+import contextlib
 import pathlib
 import sys
 from collections.abc import Callable
@@ -29,14 +30,17 @@ from typing import Any, get_origin
 from absl import flags
 
 from refusal_jax.audit.audit import Audit, run_audit
+from refusal_jax.audit.broken import BrokenCheckpoint
+from refusal_jax.audit.evidence import Findings
 from refusal_jax.audit.output.attestation import verified
+from refusal_jax.audit.output.checkpoint_files import checkpoint_paths
 from refusal_jax.audit.output.files import check_place, write_outputs
 from refusal_jax.audit.output.record import audit_record, opened
 from refusal_jax.audit.output.sarif import sarif_log
 from refusal_jax.audit.output.summary import text_of
 from refusal_jax.audit.repair import repair
 from refusal_jax.audit.settings import LANES, AuditSettings
-from refusal_jax.audit.verdict import OVERALL
+from refusal_jax.audit.verdict import OVERALL, Verdict
 from refusal_jax.errors import UserError, VerificationError, did_you_mean
 from refusal_jax.files import local_path, to_json, write_atomically
 from refusal_jax.jobs import devices
@@ -116,7 +120,7 @@ def show(words: list[str]) -> int:
         raise UserError(f"--out is missing, the folder for statement and replies{EXAMPLE}")
     if out:
         check_place(out, asked.candidate, *filter(None, [asked.base]))
-    found = run_audit(asked, devices.asked_mesh())
+    found = audited(asked)
     wanted = (JSON.value, lambda: audit_record(found)), (SARIF.value, lambda: sarif_log(found, opened(asked.candidate)))
     for place, make in wanted:
         if place == STDOUT:
@@ -132,6 +136,19 @@ def show(words: list[str]) -> int:
     if REPAIR.value:
         print(repaired(found, local_path(REPAIR.value)))
     return exit_code(found, fail_on)
+
+
+def audited(asked: AuditSettings) -> Audit:
+    """Returns the audit; a broken candidate is a finding, which is written like any other. Raises UserError as `run_audit` does,
+    and for files that are too broken to be named."""
+    try:
+        return run_audit(asked, devices.asked_mesh())
+    except BrokenCheckpoint as error:
+        with contextlib.suppress(UserError):
+            checkpoint_paths(opened(asked.candidate))
+            lanes = [Findings(lane, left_out="The candidate is broken.") for lane in asked.lanes]
+            return Audit(asked, lanes, Verdict("unknown", "not_measured", "damaged", [str(error)]))
+        raise
 
 
 def path_of(flag: flags.FlagHolder) -> pathlib.Path | None:

@@ -1,5 +1,6 @@
 """The files that a checkpoint consists of: which file holds a tensor, and the sha256 of each."""
 
+import contextlib
 import os
 import pathlib
 import re
@@ -89,8 +90,10 @@ def files_of(folder: pathlib.Path, where: str) -> list[str]:
     where: names of files or tensors in a sentence, as in `Evidence.where`.
     """
     words = [word for word in re.split(r"[\s,;]+", where) if word]
-    index = read_json(folder / INDEX).get("weight_map", {}) if (folder / INDEX).is_file() else {}
-    found = [index.get(word, word) for word in words]
+    index = {}
+    with contextlib.suppress(UserError):  # a broken index names no files
+        index = read_json(folder / INDEX).get("weight_map") if (folder / INDEX).is_file() else {}
+    found = [index.get(word, word) if isinstance(index, dict) else word for word in words]
     return [name for name in dict.fromkeys(found) if isinstance(name, str) and _is_inside(folder, name)]
 
 

@@ -182,7 +182,7 @@ def found(audit: Audit) -> Iterator[tuple[Rule, str, str]]:
         (BY_OVERALL, verdict.overall, ""),
     ):
         # What cannot be told is said once, by the overall verdict.
-        if name in rules and not (name == "unknown" and verdict.overall == "inconclusive"):
+        if name in rules and not (name == "unknown" and verdict.overall in BY_OVERALL):
             yield rules[name], text, where
     if verdict.exit_code:
         for lane in audit.findings:
