@@ -4,6 +4,7 @@ import json
 import pathlib
 import shutil
 
+import families
 import gguf
 import numpy as np
 import pytest
@@ -151,6 +152,46 @@ def test_config_differences_are_told(copy, llama):
     assert found.facts["config_changed"] == ["rotary embedding and window", "norm eps"]
     assert "5000" in said(found) and "0.001, and the base's is 1e-05" in said(found)
     assert found.facts["identical"]  # the weights are
+
+
+def test_a_claim_that_the_weights_contradict(copy, llama):
+    """A base that is itself edited would hide any edit."""
+    (copy / "README.md").write_text("This is an abliterated model.")
+    found = look(copy, llama)
+    assert found.facts["contradiction"] and "the base that was given is itself such a model" in said(found)
+    rewrite(copy, lambda held: held | {"model.norm.weight": held["model.norm.weight"] * 2})
+    assert look(copy, llama).facts["contradiction"] is False
+
+
+def test_parts_of_a_multimodal_model_that_are_missing(tmp_path):
+    base = families.tiny_model(tmp_path / "base", "gemma3")
+    copy = pathlib.Path(shutil.copytree(base, tmp_path / "copy"))
+    rewrite(copy, lambda held: {name: value for name, value in held.items() if "vision_tower" not in name})
+    found = look(copy, base)
+    assert found.facts["missing_tensors"] and all("vision" in name for name in found.facts["missing_tensors"])
+    assert not found.facts["identical"] and found.facts["n_changed_tensors"] == 0 and "missing tensors: " in said(found)
+
+
+@pytest.mark.parametrize("scale", [0, 1])
+def test_an_adapter_as_the_candidate(scale, llama, tmp_path):
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    name = "base_model.model.model.layers.1.mlp.down_proj.lora_{}.weight"
+    factors = {name.format("A"): np.ones((1, 48), np.float32), name.format("B"): np.full((32, 1), scale, np.float32)}
+    save_file(factors, adapter / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 1, "lora_alpha": 2, "base_model_name_or_path": str(llama)}
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    sides = subject(adapter, llama)
+    found = LANE.run(sides)
+    assert found.facts["changed_tensors"] == ["model.layers.1.mlp.down_proj.weight"][:scale]
+    assert found.facts["identical"] is not bool(scale) and found.facts["beside"] == []
+    plain = subject(llama).candidate.weights
+    change = sides.candidate.weights.rows(name[17:-15] + ".weight") - plain.rows(name[17:-15] + ".weight")
+    np.testing.assert_allclose(change, 2 * scale, atol=1e-5)
+    assert subject(adapter).candidate.adapter_base == str(llama)
+    (adapter / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "org/gone"}))
+    with pytest.raises(UserError, match="An adapter is read on its base: pass it as"):
+        _ = subject(adapter).candidate.weights
 
 
 # Broken files.

@@ -74,6 +74,9 @@ def stored_bias(cfg: ModelConfig, name: str) -> str:
 class Change(Protocol):
     """What an adapter makes of a tensor."""
 
+    @property
+    def idle(self) -> bool: ...
+
     def applied(self, values: Float32[np.ndarray, "..."], index: tuple[slice, ...]) -> Float32[np.ndarray, "..."]:
         """Returns the adapted values of the part of the tensor that `index` selects. values: the base's, which may be changed."""
         ...
@@ -90,6 +93,11 @@ class LowRank:
     def shape(self) -> tuple[int, ...]:
         """Returns the shape of the tensor that it fits."""
         return (*self.left.shape[:-1], self.right.shape[-1])
+
+    @property
+    def idle(self) -> bool:
+        """Returns whether it changes nothing, as an adapter that was not trained."""
+        return not self.left.any() or not self.right.any()
 
     def applied(self, values: Float32[np.ndarray, "..."], index: tuple[slice, ...]) -> Float32[np.ndarray, "..."]:
         """Returns the adapted values of a part, as `Change.applied` does."""
@@ -109,6 +117,11 @@ class Shift:
         """Returns the shape of the tensor that it fits."""
         return self.vector.shape
 
+    @property
+    def idle(self) -> bool:
+        """Returns whether it changes nothing."""
+        return not self.vector.any()
+
     def applied(self, values: Float32[np.ndarray, "..."], index: tuple[slice, ...]) -> Float32[np.ndarray, "..."]:
         """Returns the adapted values of a part, as `Change.applied` does."""
         return values + self.vector[index]
@@ -124,6 +137,11 @@ class Whole:
     def shape(self) -> tuple[int, ...]:
         """Returns the shape of the tensor, which is the base's but for a vocabulary that was resized."""
         return self.values.shape
+
+    @property
+    def idle(self) -> bool:
+        """Returns False: whether the values are the base's is not known."""
+        return False
 
     def applied(self, values: Float32[np.ndarray, "..."], index: tuple[slice, ...]) -> Float32[np.ndarray, "..."]:
         """Returns the adapted values of a part, as `Change.applied` does."""

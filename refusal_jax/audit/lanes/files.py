@@ -4,7 +4,8 @@ Facts, each there only if it was looked at:
 
 named: what files say of how the checkpoint was made, a list of {source, strength, kind, says, bases}; strength is "verified",
 "stated" or "weak", kind "removal", "addition", "merge", "adapter", "control_vector" or "edit". A claim never proves an edit.
-beside: files that change the model when they are used with it: adapters and control vectors.
+contradiction: whether files say that refusal was removed while all tensors are the base's. beside: files that change the model
+when they are used with it: adapters and control vectors.
 base_claimed: names of models that the files give as its origin. base_named_otherwise: whether none of them is the base.
 base_origin: "same" if the base's weight files are those that the hub has under its name, "other", or "not_checked".
 comparable: whether the layers have the base's shapes. identical: whether all tensors hold the base's bytes. n_tensors: that both
@@ -69,6 +70,7 @@ def look(subject: Subject) -> Findings:
     _tensors(subject, notes)
     _configs(subject, notes)
     _texts(subject, notes)
+    _contradictions(notes)
     return Findings("files", notes.evidence, notes.facts, bytes_read=notes.bytes_read)
 
 
@@ -106,6 +108,20 @@ def _claims(subject: Subject, notes: Notes) -> None:
     origin = check_origin(base.folder)
     notes.facts["base_origin"] = origin.state
     notes.add("origin of the base", origin.state, origin.says)
+
+
+def _contradictions(notes: Notes) -> None:
+    """Adds where what the files say and what they hold cannot both be so."""
+    removals = [one for one in notes.facts["named"] if one["kind"] == "removal"]
+    notes.facts["contradiction"] = bool(removals) and notes.facts.get("identical", False)
+    if notes.facts["contradiction"]:
+        notes.add(
+            "contradiction",
+            removals[0]["strength"],
+            "The files say that refusal was removed, and the weights are those of the base: either this is not so, or the base "
+            "that was given is itself such a model. Compare with the original.",
+            removals[0]["source"],
+        )
 
 
 def _tensors(subject: Subject, notes: Notes) -> None:

@@ -10,8 +10,9 @@ CARD, MOST = "README.md", 1 << 20
 FRONT = re.compile(r"\A\ufeff?---\s*\n(.*?)\n---\s*(?:\n|\Z)", re.DOTALL)
 # What says that refusal was removed, in a sentence and as a part of a name.
 CLAIMS = re.compile(
-    r"\b(?:l?or?abliterat\w*|abliterat\w*|obliterat(?:ed|us)\w*|uncensor\w*|de-?censor\w*|heretic(?:\b|ated|ized)|unfiltered|"
-    r"jail-?broken|refusal[- ]free|no[- ]refusals?\b|unalign(?:ed|ment)|never refuses?|(?:will|does) not refuse|"
+    r"\b(?:l?or?abliterat\w*|abliterat\w*|obliterat(?:ed|us)\w*|uncensor\w*|de-?censor\w*|heretic(?:\b|ated|ized)|"
+    r"unfiltered (?:model|version|chat|assistant|ai)|(?:an?|is|was|fully) jail-?broken|"
+    r"refusal[- ]free|no[- ]refusals?\b|unalignment|never refuses?|will not refuse|"
     r"refusals? (?:direction |vector |behaviou?r |mechanism )?(?:\w+ ){0,3}"
     r"(?:removed|ablated|suppressed|orthogonali[sz]ed|erased)|"
     r"(?:remov|ablat|suppress|orthogonali[sz]|eras|bypass)\w+ (?:of )?(?:\w+ ){0,2}(?:refusals?|censorship|safety (?:guardrails|"

@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 
 from refusal_jax.audit.broken import BrokenCheckpoint
+from refusal_jax.checkpoints.adapters import AdaptedTensor, adapter_parts
 from refusal_jax.checkpoints.fingerprint import file_hashes
 from refusal_jax.checkpoints.places import all_finite
 from refusal_jax.checkpoints.safetensors import BITS, LocalFile, reading
@@ -100,6 +101,10 @@ def compare_bytes(base: TensorFiles, candidate: TensorFiles, names: TensorNames)
     candidate that are not finite."""
     if same_files(base, candidate):
         return TensorBytes()
+    parts = adapter_parts(candidate.folder)
+    if parts is not None and parts[1] == base.folder.absolute():
+        adapted = {n: t for n, t in candidate.tensors.items() if isinstance(t, AdaptedTensor) and n in names.common}
+        return TensorBytes(changed=sorted(name for name, tensor in adapted.items() if not tensor.change.idle))
     plain = [n for n in names.common if all(isinstance(f.tensors[n], PlainTensor) for f in (base, candidate))]
     if not plain and _same_hashes(base, candidate):
         return TensorBytes()
