@@ -169,7 +169,7 @@ def _hash_and_compare(
     for start in range(0, theirs.nbytes, CHUNK):
         part, other = (buffer[: min(CHUNK, theirs.nbytes - start)] for buffer in buffers)
         _read(theirs, start, part)
-        digest.update(part)
+        digest.update(part.data)
         if theirs.dtype in STORED and not all_finite(part.view(STORED[theirs.dtype])):
             raise BrokenCheckpoint(
                 f"{candidate.folder} holds NaN or infinite values in {name}. The checkpoint is damaged: download it again."
