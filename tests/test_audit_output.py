@@ -7,6 +7,8 @@ import shutil
 
 import jsonschema
 import pytest
+from gguf import GGMLQuantizationType
+from gguf_files import write_gguf
 from pydantic_sarif.model import StaticAnalysisResultsFormatSarifVersion210JsonSchema as SarifLog
 
 from refusal_jax import AuditSettings, UserError, demo_model_path
@@ -19,8 +21,9 @@ from refusal_jax.audit.output.record import SCHEMA, SCHEMA_FILE, audit_record
 from refusal_jax.audit.output.sarif import RULES, sarif_log
 from refusal_jax.audit.output.summary import ALARMING, TITLES, text_of
 from refusal_jax.audit.verdict import EDITS, OVERALL, REFUSES, Verdict
+from refusal_jax.checkpoints.remote import checkpoint_folder
 from refusal_jax.errors import VerificationError
-from refusal_jax.files import to_json
+from refusal_jax.files import file_hash, to_json
 
 NASTY = "<script>alert(1)</script> \x1b[31mred"
 
@@ -227,6 +230,8 @@ def test_statement_is_one_of_in_toto(checkpoint):
     predicate = statement["predicate"]
     assert predicate["verdict"]["overall"] == "abliterated" and predicate["lanes"]["behaviour"] == "ran"
     assert set(predicate["prompts"]) == {f"{a}_{b}" for a in ("harmful", "harmless") for b in ("fit", "test")}
+    assert str(checkpoint.parent) not in json.dumps(statement)  # where it lies on this machine is nobody's business
+    assert predicate["candidate"]["name"] == predicate["settings"]["candidate"] == checkpoint.name
     assert predicate["judge"] == {"name": "substring_matching", "fingerprint": None}
     for part in (predicate["template"], *predicate["prompts"].values()):
         assert re.fullmatch("[0-9a-f]{64}", part["digest"]["sha256"])
@@ -343,3 +348,15 @@ def test_files_of_checkpoints(checkpoint, tmp_path):
     (checkpoint / "model.safetensors.index.json").write_text(json.dumps(index))
     assert checkpoint_files.files_of(checkpoint, "a.weight b.weight c") == ["model.safetensors"]
     assert checkpoint_files.main_file(checkpoint) == "model.safetensors.index.json"
+
+
+def test_a_gguf_file_is_its_own_checkpoint(llama, tmp_path):
+    """Its mirror in the cache, which is what is read, appears nowhere."""
+    path = write_gguf(llama, tmp_path / "my model.gguf", GGMLQuantizationType.F16)
+    folder = checkpoint_folder(path)
+    assert checkpoint_files.checkpoint_hashes(folder, False) == {path.name: file_hash(path)}
+    run = sarif_log(made_up(str(path)), folder, tmp_path)["runs"][0]
+    uris = {one["locations"][0]["physicalLocation"]["artifactLocation"]["uri"] for one in run["results"]}
+    assert uris == {"my%20model.gguf"} and run["originalUriBaseIds"]["CHECKPOINT"]["uri"] == f"{tmp_path.as_uri()}/"
+    statement = attestation.audit_statement(Audit(made_up(str(path)).settings, [], made_up().verdict))
+    assert [one["name"] for one in statement["subject"]] == [path.name]

@@ -16,14 +16,14 @@ from typing import Any
 import refusal_jax
 from refusal_jax.audit.audit import Audit
 from refusal_jax.audit.output.checkpoint_files import checkpoint_hashes
-from refusal_jax.audit.output.record import audit_record, named, opened
+from refusal_jax.audit.output.record import EMBEDDED, audit_record, opened
 from refusal_jax.audit.settings import AuditSettings
 from refusal_jax.audit.subject import Opened, draw_prompts
 from refusal_jax.chat.model import demo_model_path
 from refusal_jax.chat.prompts import Chat
-from refusal_jax.checkpoints.fingerprint import checkpoint_fingerprint
 from refusal_jax.checkpoints.tensors import listed
 from refusal_jax.errors import UserError, VerificationError, setting
+from refusal_jax.export.provenance import base_model
 from refusal_jax.files import read_bytes, read_json, to_json
 from refusal_jax.judges.choice import parse_judges
 from refusal_jax.models.hf_config import load_config
@@ -42,22 +42,24 @@ def audit_statement(audit: Audit) -> dict[str, Any]:
     predicate = {
         "auditor": {"name": "refusal_jax", "version": refusal_jax.__version__, "versions": record["versions"]},
         "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "candidate": record["candidate"] | {"fingerprint": checkpoint_fingerprint(folder)},
-        "base": None,
+        "candidate": base_model(folder, "" if settings.candidate else EMBEDDED),
+        "base": base_model(opened(settings.base)) if settings.base else None,
         "verdict": record["verdict"],
         "lanes": {found.lane: found.left_out or "ran" for found in audit.findings},
-        "settings": record["settings"],
+        "settings": {name: _without_place(value) for name, value in record["settings"].items()},
         "record": {"schema": record["schema"], "digest": {"sha256": _sha256(to_json(record["lanes"]))}},
     }
-    if settings.base:
-        base = opened(settings.base)
-        predicate["base"] = named(settings.base) | {"fingerprint": checkpoint_fingerprint(base)}
     if any(not found.left_out and found.lane in ASKING for found in audit.findings):
         predicate |= asked(settings)
     subjects = [
         {"name": name, "digest": {"sha256": sha256}} for name, sha256 in checkpoint_hashes(folder, True).items()
     ]
     return {"_type": STATEMENT, "subject": subjects, "predicateType": PREDICATE, "predicate": predicate}
+
+
+def _without_place(value: Any) -> Any:
+    """Returns a setting as others may read it: of a path its last part, as where a file lies is nobody's business."""
+    return pathlib.PurePath(value).name if isinstance(value, str) and os.path.exists(value) else value
 
 
 def asked(settings: AuditSettings) -> dict[str, Any]:

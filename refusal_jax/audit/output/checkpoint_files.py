@@ -75,6 +75,12 @@ def checkpoint_hashes(folder: pathlib.Path, remembered: bool) -> dict[str, str]:
     return dict(sorted(hashes.items()))
 
 
+def place_of(folder: pathlib.Path) -> pathlib.Path:
+    """Returns the folder in which a checkpoint's files lie: of the mirror of a GGUF file, that file's."""
+    weights = gguf_files(folder)
+    return weights[0].parent if weights else folder.absolute()
+
+
 def main_file(folder: pathlib.Path) -> str:
     """Returns the name of the file that stands for the whole checkpoint: its index, its only weight file, or its adapter's; its
     config where there is none of them."""

@@ -15,7 +15,7 @@ from typing import Any
 import refusal_jax
 from refusal_jax.audit.audit import Audit
 from refusal_jax.audit.evidence import Evidence, plain
-from refusal_jax.audit.output.checkpoint_files import files_of, main_file
+from refusal_jax.audit.output.checkpoint_files import files_of, main_file, place_of
 from refusal_jax.audit.output.record import named
 from refusal_jax.audit.output.summary import TITLES, p_text, value_text
 
@@ -131,7 +131,7 @@ def sarif_log(audit: Audit, folder: pathlib.Path, working: pathlib.Path | None =
     current one, which in CI is the repository.
     """
     candidate = named(audit.settings.candidate)
-    places = Places(folder.absolute(), (working or pathlib.Path.cwd()).absolute())
+    places = Places(folder, (working or pathlib.Path.cwd()).absolute())
     results = [result(rule, text, where, candidate["name"], places) for rule, text, where in found(audit)]
     left_out = [f"{one.lane}: {one.left_out}" for one in audit.findings if one.left_out]
     return {
@@ -148,7 +148,7 @@ def sarif_log(audit: Audit, folder: pathlib.Path, working: pathlib.Path | None =
                     }
                 },
                 "automationDetails": {"id": f"refusal_jax/audit/{candidate['name']}/"},
-                "originalUriBaseIds": {FOLDER: {"uri": f"{folder.absolute().as_uri()}/"}},
+                "originalUriBaseIds": {FOLDER: {"uri": f"{place_of(folder).as_uri()}/"}},
                 "invocations": [
                     {
                         "executionSuccessful": True,
@@ -198,15 +198,16 @@ def in_words(one: Evidence) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Places:
-    """Where results are: the checkpoint's folder, and the one that their addresses are relative to if it holds that."""
+    """Where results are: the checkpoint's folder, and the one that their addresses are relative to if it holds the files."""
 
     folder: pathlib.Path
     working: pathlib.Path
 
     def location(self, file: str) -> dict[str, Any]:
         """Returns the location of a file of the checkpoint. Its address is percent-encoded, as names may have spaces."""
-        inside = self.folder.is_relative_to(self.working)
-        path = (self.folder.relative_to(self.working) / file).as_posix() if inside else file
+        place = place_of(self.folder)
+        inside = place.is_relative_to(self.working)
+        path = (place.relative_to(self.working) / file).as_posix() if inside else file
         artifact = {"uri": urllib.parse.quote(path)} | ({} if inside else {"uriBaseId": FOLDER})
         return {"physicalLocation": {"artifactLocation": artifact, "region": {"startLine": 1}}}
 
