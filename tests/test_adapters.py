@@ -218,3 +218,23 @@ def test_an_adapters_own_tokenizer_and_template_count(base, tmp_path):
     mirror = adapter_mirror(adapter, pathlib.Path(base))
     assert (mirror / "tokenizer.json").resolve() == adapter / "tokenizer.json"
     assert (mirror / "chat_template.jinja").resolve() == adapter / "chat_template.jinja"
+
+
+def test_an_adapter_on_the_hub_is_a_candidate(hub, base, tmp_path, monkeypatch):
+    from refusal_jax.audit.settings import AuditSettings
+    from refusal_jax.audit.subject import Opened
+    from refusal_jax.checkpoints.remote import checkpoint_folder
+
+    adapter, merged = save_adapter(base, tmp_path / "adapter")
+    hub.add("org/base", pathlib.Path(base))
+    hub.add("org/adapter", adapter)
+    settings = AuditSettings(candidate="org/adapter", base="org/base")
+    opened = Opened("org/adapter", settings)
+    name = "model.layers.0.self_attn.o_proj.weight"
+    np.testing.assert_allclose(opened.weights.rows(name), merged.state_dict()[name].numpy(), atol=2e-6)
+    with pytest.raises(UserError, match="is a PEFT adapter of"):
+        checkpoint_folder("org/adapter")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert Opened("org/adapter", settings).folder == opened.folder
+    edit_config(adapter, base_model_name_or_path="org/base")
+    assert named_base(adapter) == "hf:org/base"

@@ -686,3 +686,26 @@ def test_a_default_system_prompt_that_the_base_has_too(copy, llama, tmp_path):
     found = look(copy, base)
     assert found.facts["template_changed"] and found.facts["template_alike"] and not found.facts["template_tampering"]
     assert look(copy, llama).facts["template_tampering"] == ["system_prompt"]
+
+
+def test_a_broken_base_is_bad_input(copy, llama, monkeypatch):
+    """And no finding about the candidate, whenever it is found."""
+    from refusal_jax.audit import audit
+    from refusal_jax.audit.evidence import Findings
+    from refusal_jax.audit.lane import Lane
+
+    def read(subject):
+        subject.base.weights.rows("model.norm.weight")
+        return Findings("weights")
+
+    monkeypatch.setattr(audit, "LANES", (Lane("weights", read),))
+    rewrite(copy, lambda held: held | {"model.norm.weight": np.full_like(held["model.norm.weight"], np.inf)})
+    with pytest.raises(UserError, match="The base is broken, .* holds NaN or infinite values in model.norm") as caught:
+        audit.audit(subject(llama, copy))
+    assert caught.value.exit_code == 2
+    with pytest.raises(BrokenCheckpoint, match="holds NaN"):
+        audit.audit(subject(copy, copy))
+    (copy / WEIGHTS).write_bytes(b"")
+    with pytest.raises(UserError, match="The base is broken, .* is not a readable safetensors file") as caught:
+        audit.audit(subject(llama, copy))
+    assert caught.value.exit_code == 2

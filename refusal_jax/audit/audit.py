@@ -51,13 +51,23 @@ def audit(subject: Subject) -> Audit:
     at all, and BrokenCheckpoint for a candidate whose files, values or chat template are broken.
     """
     _ = subject.candidate.weights
-    if subject.base is not None:
-        try:
+    base = None if subject.base is None else subject.base.folder
+    try:
+        if subject.base is not None:
             _ = subject.base.weights
-        except BrokenCheckpoint as error:
-            raise UserError(f"The base is broken, so that nothing can be compared with it. {error}") from None
+    except BrokenCheckpoint as error:
+        raise _broken_base(error) from None
     findings = []
     for lane in LANES:
         LOG.info(f"Audit: {lane.name}")
-        findings.append(lane.run(subject))
+        try:
+            findings.append(lane.run(subject))
+        except BrokenCheckpoint as error:
+            if error.folder is not None and error.folder == base != subject.candidate.folder:
+                raise _broken_base(error) from None
+            raise
     return Audit(subject.settings, findings, judge(subject.settings, {one.lane: one for one in findings}))
+
+
+def _broken_base(error: BrokenCheckpoint) -> UserError:
+    return UserError(f"The base is broken, so that nothing can be compared with it. {error}")

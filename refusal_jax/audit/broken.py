@@ -15,9 +15,16 @@ from refusal_jax.models.hf_config import load_config
 
 
 class BrokenCheckpoint(UserError):
-    """The files of a checkpoint, or its chat template, are broken, so that no program could use them."""
+    """The files of a checkpoint, or its chat template, are broken, so that no program could use them.
+
+    folder: of the checkpoint, where a part of an audit that reads two finds it.
+    """
 
     exit_code = 40
+
+    def __init__(self, message: str, folder: pathlib.Path | None = None):
+        super().__init__(message)
+        self.folder = folder
 
 
 @contextlib.contextmanager

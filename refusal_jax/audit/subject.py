@@ -38,14 +38,14 @@ class Opened:
         file.
         """
         with finding_damage():
-            folder = checkpoint_folder(self.name)
+            folder = checkpoint_folder(self.name, adapters=True)
             return adapter_mirror(folder, checkpoint_folder(self.adapter_base)) if is_adapter(folder) else folder
 
     @functools.cached_property
     def adapter_base(self) -> str:
         """Returns the base that an adapter is read on, "" for a checkpoint that is no adapter: the one of the settings, or the
         one that it names if that is on this machine. Raises UserError for an adapter without either."""
-        folder = checkpoint_folder(self.name)
+        folder = checkpoint_folder(self.name, adapters=True)
         return (self.settings.base or named_base(folder)) if is_adapter(folder) else ""
 
     @functools.cached_property

@@ -58,7 +58,8 @@ class StoredWeights:
         self.files.read_into(name, (slice(start, stop),), out)
         if not np.isfinite(out).all():
             raise BrokenCheckpoint(
-                f"{self.folder} holds NaN or infinite values in {name}. The checkpoint is damaged: download it again."
+                f"{self.folder} holds NaN or infinite values in {name}. The checkpoint is damaged: download it again.",
+                self.folder,
             )
         return out
 

@@ -15,7 +15,9 @@ import threading
 from collections.abc import Collection, Iterator, Mapping
 
 from refusal_jax import hub
+from refusal_jax.checkpoints.adapters import is_adapter
 from refusal_jax.checkpoints.fingerprint import SMALL, file_hashes
+from refusal_jax.checkpoints.lora import ADAPTER as ADAPTER_WEIGHTS
 from refusal_jax.checkpoints.mirrors import STUB, keep_only, link, mirrors, read_origin, write_origin
 from refusal_jax.errors import UserError, did_you_mean, shown
 from refusal_jax.files import read_json, to_json, write_atomically
@@ -38,10 +40,11 @@ SPLIT = re.compile(r"(.+)-\d{5}-of-(\d{5})\.gguf")
 LOOK = 0.5  # seconds between looks at how much has arrived
 
 
-def hub_mirror(name: HubName, weights: bool = True, streamed: bool = False) -> pathlib.Path:
+def hub_mirror(name: HubName, weights: bool = True, streamed: bool = False, adapters: bool = False) -> pathlib.Path:
     """Returns the mirror of a checkpoint on the hub, or the path of a GGUF file once it is in the cache.
 
     weights: False for config and tokenizer alone. streamed: leave large weight files on the hub, as several hosts do anyway.
+    adapters: whether the repository may be a PEFT adapter's, whose folder in the hub's cache is then returned.
     All processes must call this. What is in the cache already at the commit needs no network. Raises UserError for whatever
     the hub says, for repositories that hold no weights of a kind that is read, for a full disk, and for files that arrive
     damaged.
@@ -55,6 +58,8 @@ def hub_mirror(name: HubName, weights: bool = True, streamed: bool = False) -> p
     try:
         listing: Listing | None = hub.listing(at)
     except Exception as error:
+        if adapters and hub.unreachable(error) and is_adapter(snapshot_of(at)):
+            return snapshot_of(at)
         if not hub.unreachable(error) or not (snapshot_of(at) / (name.file or "config.json")).is_file():
             raise hub.explanation(name, error) from None
         listing = None  # what another tool fetched is read, and whoever reads it says what is missing
@@ -63,6 +68,9 @@ def hub_mirror(name: HubName, weights: bool = True, streamed: bool = False) -> p
         if listing is not None:
             fetch(at, gguf_files(name, listing), listing)
         return snapshot / name.file
+    if adapters and listing is not None and ADAPTER in listing.files and "config.json" not in listing.files:
+        fetch(at, [file for file in listing.files if SMALL_FILES.fullmatch(file) or file == ADAPTER_WEIGHTS], listing)
+        return snapshot
     if listing is not None:
         check_kind(name, listing)
     files = {p.name for p in snapshot.iterdir()} if listing is None else set(listing.files)

@@ -23,15 +23,16 @@ LARGE = 256 << 20  # bytes: a file above that is no config and no tokenizer, wha
 STAMPS = ("md5Hash", "md5", "crc32c", "ETag", "etag", "generation", "LastModified", "updated", "mtime", "created")
 
 
-def checkpoint_folder(path: str | os.PathLike, weights: bool = True) -> pathlib.Path:
+def checkpoint_folder(path: str | os.PathLike, weights: bool = True, adapters: bool = False) -> pathlib.Path:
     """Returns the folder of a checkpoint on this machine: `path` itself or, for an address, a name on the hub or a GGUF file, its
     mirror, brought up to date.
 
     path: a folder; an address such as gs://bucket/folder; or `ORG/NAME`, `ORG/NAME@REVISION` or `ORG/NAME/FILE.gguf`, as a
     string, unless there is such a folder. hf:ORG/NAME is the hub's in any case, and of hf://ORG/NAME only those parts of the
     weights are fetched that are read, when they are, as several hosts do with any name. weights: False if only config and
-    tokenizer are wanted. All processes must call this. Raises UserError if nothing is there, it may not be read, the hub
-    cannot be reached, or support for a kind of address is not installed.
+    tokenizer are wanted. adapters: whether a PEFT adapter on the hub will do, too, of which the folder in the hub's cache is
+    returned. All processes must call this. Raises UserError if nothing is there, it may not be read, the hub cannot be reached,
+    or support for a kind of address is not installed.
     """
     address, text = store_address(path), os.fspath(path)
     if address is not None and not address.startswith("hf://"):
@@ -47,7 +48,7 @@ def checkpoint_folder(path: str | os.PathLike, weights: bool = True) -> pathlib.
     if not before and os.path.lexists(text):
         _say_that_local(text)
         return as_folder(local_path(text))
-    found = hub_mirror(name, weights, streamed=before == "hf://")
+    found = hub_mirror(name, weights, streamed=before == "hf://", adapters=adapters)
     return as_folder(found) if name.file else found
 
 

@@ -46,10 +46,10 @@ def named(checkpoint: str) -> dict[str, str]:
     """Returns what a user calls a checkpoint, and by what it is found again: the hub's name with its commit, or a path."""
     if not checkpoint:
         return {"name": EMBEDDED, "source": EMBEDDED}
-    return {"name": checkpoint, "source": source_name(checkpoint_folder(checkpoint))}
+    return {"name": checkpoint, "source": source_name(checkpoint_folder(checkpoint, adapters=True))}
 
 
 def opened(checkpoint: str) -> pathlib.Path:
     """Returns the folder of a checkpoint by what a user calls it, "" for the embedded model. Raises UserError as
     `checkpoint_folder` does."""
-    return checkpoint_folder(checkpoint) if checkpoint else demo_model_path()
+    return checkpoint_folder(checkpoint, adapters=True) if checkpoint else demo_model_path()
