@@ -325,6 +325,18 @@ def test_changed_statements_are_found(signed, checkpoint, keys, tmp_path):
     )
 
 
+def test_the_base_is_verified_if_it_is_named(checkpoint, llama, keys, tmp_path):
+    made = made_up(str(checkpoint))
+    settings = AuditSettings.of({"candidate": str(checkpoint), "base": str(demo_model_path()), "lanes": ("weights",)})
+    file = tmp_path / "signed.json"
+    file.write_bytes(
+        attestation.signed(attestation.audit_statement(Audit(settings, [], made.verdict)), keys["ecdsa.pem"])
+    )
+    attestation.verified(file, keys["ecdsa.pub"], str(checkpoint), str(demo_model_path()))
+    with pytest.raises(VerificationError, match="is not the base that .* compares with, which is model. Name that one"):
+        attestation.verified(file, keys["ecdsa.pub"], str(checkpoint), str(llama))
+
+
 def test_signature_without_the_name_of_its_key(signed, checkpoint, keys):
     """Other tools name keys in their own ways, or not at all."""
     envelope = json.loads(signed.read_text())

@@ -209,7 +209,7 @@ def verify(words: list[str]) -> int:
             "The signed statement is missing: refusal-jax audit verify audited/audit.intoto.json DIR --key=key.pub."
         )
     checkpoint = words[1] if words[1:] else ""
-    statement = verified(local_path(words[0]), path_of(KEY), checkpoint)
+    statement = verified(local_path(words[0]), path_of(KEY), checkpoint, SETTINGS["base"].value)
     predicate = statement["predicate"]
     print(
         f"The signature is that of {KEY.value}, and all {len(statement['subject'])} files are those that were audited."

@@ -21,6 +21,7 @@ from refusal_jax.audit.settings import AuditSettings
 from refusal_jax.audit.subject import Opened, draw_prompts
 from refusal_jax.chat.model import demo_model_path
 from refusal_jax.chat.prompts import Chat
+from refusal_jax.checkpoints.fingerprint import checkpoint_fingerprint
 from refusal_jax.checkpoints.tensors import listed
 from refusal_jax.errors import UserError, VerificationError, setting
 from refusal_jax.export.provenance import base_model
@@ -112,12 +113,13 @@ def signed(statement: Mapping[str, Any], key: pathlib.Path) -> bytes:
     return to_json(envelope.to_dict())
 
 
-def verified(file: pathlib.Path, key: pathlib.Path | None, checkpoint: str) -> dict[str, Any]:
+def verified(file: pathlib.Path, key: pathlib.Path | None, checkpoint: str, base: str = "") -> dict[str, Any]:
     """Returns the statement in a signed file, once it is found to be true of a checkpoint's files.
 
-    key: the public key in PEM that must have signed it. checkpoint: as in `AuditSettings.candidate`. Raises UserError for a file
-    that is no envelope and for a key that cannot be used, and VerificationError for a signature of another key, for a statement
-    about something else, and for every file that is missing, changed or new.
+    key: the public key in PEM that must have signed it. checkpoint: as in `AuditSettings.candidate`. base: if given, it has to be
+    the one that the statement compares with. Raises UserError for a file that is no envelope and for a key that cannot be used,
+    and VerificationError for a signature of another key, for a statement about something else, for every file that is missing,
+    changed or new, and for another base.
     """
     statement = _payload(file, key)
     subjects = _subjects(file, statement)
@@ -132,6 +134,11 @@ def verified(file: pathlib.Path, key: pathlib.Path | None, checkpoint: str) -> d
         raise VerificationError(
             f"{folder} is not the checkpoint that {file} is about: {listed(wrong)}. The verdict says nothing about these files: "
             "get the checkpoint again, or audit it."
+        )
+    compared = statement["predicate"].get("base") or {}
+    if base and compared.get("fingerprint") != checkpoint_fingerprint(opened(base)):
+        raise VerificationError(
+            f"{opened(base)} is not the base that {file} compares with, which is {compared.get('name', 'none')}. Name that one."
         )
     return statement
 
