@@ -108,6 +108,16 @@ def tent(matrix):
     return 0.0 if distance > 1 else (0.84 if matrix.path == "blocks.o" else 1.15) * (1 - 0.8 * distance)
 
 
+def by_rows(r, strength):
+    """An oblique edit: the direction is taken out of rows of length 1, whose lengths are then given back."""
+
+    def edit(matrix, w):
+        lengths = np.linalg.norm(w, axis=1, keepdims=True)
+        return w - strength * lengths * np.outer(r, r @ (w / lengths))
+
+    return edit
+
+
 def edits(demo, refusal):
     """Name -> (candidate, true median dose)."""
     base, d = demo.base, demo.directions
@@ -128,6 +138,7 @@ def edits(demo, refusal):
         "far direction": (ablated(base, far), 1.0),
         "tent": (ablated(base, r, tent), float(np.median(tents))),
         "rows keep their lengths": (ablated(base, r, row_norms=True), 0.99),
+        "an adapter for rows of length 1": (changed(base, by_rows(r, 0.6), side(cfg)), 0.6),
         "reflection": (ablated(base, r, 2.0), 2.0),
         "rank 3": (ablated(base, spread), 1.0),
         "readers": (ablated(base, r, 0.6, side(cfg, writes=False)), 0.6),

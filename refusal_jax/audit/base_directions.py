@@ -9,6 +9,7 @@ import dataclasses
 import numpy as np
 from jaxtyping import Float64, Int
 
+from refusal_jax.audit.frame import unit_rows
 from refusal_jax.audit.subject import Subject
 from refusal_jax.chat.batches import length_batches
 from refusal_jax.chat.model import ChatModel
@@ -19,6 +20,7 @@ DIRECTIONS = "base_directions"  # in `Subject.shared`
 CONTROLS = 24
 POSITIONS = 2
 BATCH = 16
+LEAST_ALIGNED, MOST_ALIGNED = 0.45, 0.7
 MOST = 24  # refusal directions, so that what is done for each of them stays cheap in deep models
 
 
@@ -32,6 +34,15 @@ class BaseDirections:
     positions_n: Int[np.ndarray, " n"]
     control_nd: Float64[np.ndarray, "c D"]
     left_out: str = ""
+
+    @property
+    def aligned(self) -> float:
+        """Returns the cosine with a refusal direction from which on a direction counts as one: what one in five of the directions
+        without content reach, as the stream's largest entries are in both, and at least LEAST_ALIGNED."""
+        if not len(self.refusal_nd):
+            return 1.0
+        cosines = np.abs(unit_rows(self.control_nd) @ unit_rows(self.refusal_nd).T).max(1)
+        return float(np.clip(np.quantile(cosines, 0.8), LEAST_ALIGNED, MOST_ALIGNED))
 
     @classmethod
     def none(cls, width: int, left_out: str, seed: int = 0) -> "BaseDirections":

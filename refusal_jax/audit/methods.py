@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from refusal_jax.audit.dose import WeightStatistics, dose_of
-from refusal_jax.audit.operator_fit import Part
+from refusal_jax.audit.dose import WeightStatistics, dose_of, explained
+from refusal_jax.audit.operator_fit import CLEAR, Part
 
 ONE = 0.99  # cosine between directions of two layers that are the same
 EVEN = 0.03  # spread of doses that are the same
@@ -18,7 +18,8 @@ def likely_method(found: WeightStatistics) -> str:
         return ""
     parts = [row.fit.refusal for row in rows if row.fit is not None and row.fit.refusal is not None]
     words = [_operation(found.dose.value), _directions(found, parts), _layers(found)]
-    words += ["rows keep their lengths"] if np.median([row.lengths for row in rows]) > KEPT else []
+    clean = [row.lengths for row in rows if explained(row.fit) > CLEAR and row.lengths]
+    words += ["rows keep their lengths"] if clean and np.median(clean) > KEPT else []
     words += [{"readers": "from what reads the stream", "both": "from what writes and what reads"}.get(found.side, "")]
     components = {row.matrix.path for row in rows}
     words += (

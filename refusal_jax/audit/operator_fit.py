@@ -19,8 +19,13 @@ from jaxtyping import Float32, Float64
 from refusal_jax.audit.frame import PROBES, Frame, unit_rows
 
 EDGE = 1.1  # singular values count if they are so many times the largest that noise would have
-COLUMNS, BLOCK = 4096, 64  # so many columns of a matrix tell its operator, in blocks of so many
-CLEAR = 0.9  # the fit of a direction that was removed and not only changed
+COLUMNS, BLOCK = 2048, 64  # so many columns of a matrix tell its operator, in blocks of so many
+AGREE = 0.05  # difference between an eigenvalue and least squares that noise makes
+CLEAR, EXACT = (
+    0.9,
+    0.99,
+)  # the fit of a direction that was removed and not only changed, and of one where nothing else was done
+SEEN, BETTER = 0.3, 0.005  # an alignment that is worth a closer look, and a gain in fit that is
 FAINT = 1e-5  # vectors that are so much shorter than others are rounding noise
 
 
@@ -31,7 +36,8 @@ class Part:
     direction_d: of length 1; what is written less. strength: its eigenvalue. removed: by least squares, the share of what the
     matrix has along it that was removed. fit: the cosine between the change along it and what the matrix has along it.
     left_fit: the same along the operator's left eigenvector, which differs for oblique projections. aligned: the largest cosine
-    of either with a refusal direction.
+    of either with a refusal direction. by_row: whether strength and fit are of the matrix with rows of length 1, of which some
+    methods take the direction out.
     """
 
     direction_d: Float64[np.ndarray, " D"]
@@ -41,14 +47,18 @@ class Part:
     left_fit: float
     aligned: float
 
+    by_row: bool = False
+
     @property
     def dose(self) -> float:
-        """Returns the share that was removed.
+        """Returns the share that was removed along the direction.
 
-        The eigenvalue has errors of second order only where noise turns the direction; least squares along the direction are
-        what a dose means where rows were rescaled after the edit. For oblique projections only the first is right.
+        Of a projection, eigenvalue and least squares agree but for noise. Of one that is oblique, only the eigenvalue is right.
         """
-        return self.strength if self.left_fit > self.fit + 0.05 else (self.strength + self.removed) / 2
+        if self.by_row:
+            return self.removed
+        oblique = abs(self.strength - self.removed) > AGREE
+        return self.strength if oblique else (self.strength + self.removed) / 2
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -123,13 +133,31 @@ def fit_operator(
     done beside that. Of a matrix with very many columns, some are looked at, in blocks that are spread over all."""
     before_df, after_df = _some_columns(before_df), _some_columns(after_df)
     found = _fit(before_df, after_df, frame)
-    if found is None or not found.scale:
+    if found is None:
+        return None
+    if found.scale:
+        changed: dict[str, Any] = {"relative": found.relative, "cosine": found.cosine, "scale": found.scale}
+        before_df = np.float32(1 - found.scale) * before_df
+        beside = _fit(before_df, after_df, frame)
+        if beside is None or beside.relative < FAINT:
+            return dataclasses.replace(found.still, **changed)
+        found = dataclasses.replace(beside, **changed)
+    part = found.refusal
+    if part is None or part.fit > EXACT or abs(part.strength - part.removed) < 0.1 * AGREE or part.aligned < SEEN:
         return found
-    beside = _fit(np.float32(1 - found.scale) * before_df, after_df, frame)
-    changed: dict[str, Any] = {"relative": found.relative, "cosine": found.cosine, "scale": found.scale}
-    if beside is None or beside.relative < FAINT:
-        return dataclasses.replace(found.still, **changed)
-    return dataclasses.replace(beside, **changed)
+    return dataclasses.replace(found, refusal=_by_row(before_df, after_df, frame, part))
+
+
+def _by_row(before_df: np.ndarray, after_df: np.ndarray, frame: Frame, part: Part) -> Part:
+    """Returns the part of the operator on rows of length 1 that is about refusal, if it explains more than `part`."""
+    lengths = np.maximum(np.linalg.norm(before_df, axis=1, keepdims=True), 1e-30)
+    found = _fit(before_df / lengths, after_df / lengths, frame)
+    if found is None or found.refusal is None or found.refusal.fit < part.fit + BETTER:
+        return part
+    u = found.refusal.direction_d.astype(np.float32)
+    there, left = u @ before_df, u @ after_df
+    removed = 1 - float(left @ there) / max(float(there @ there), 1e-30)
+    return dataclasses.replace(found.refusal, removed=removed, by_row=True)
 
 
 def _some_columns(matrix_df: np.ndarray) -> np.ndarray:
@@ -302,8 +330,10 @@ class _Grams:
 
     def _part(self, parts: "_Parts", number: int) -> Part:
         """Returns one of the eigenvectors."""
-        direction, *ratios = (values[number] for values in parts)
-        return Part(direction @ self.basis_kd, *map(float, ratios))
+        direction, strength, removed, fit, left_fit, aligned = (values[number] for values in parts)
+        return Part(
+            direction @ self.basis_kd, float(strength), float(removed), float(fit), float(left_fit), float(aligned)
+        )
 
     def without(self, directions_nd, taken_d, gone, there) -> tuple[np.ndarray, np.ndarray]:
         """Returns what directions read from the change and from the matrix once the part along `taken_d` is taken out of them."""
