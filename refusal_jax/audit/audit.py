@@ -9,7 +9,7 @@ import jax
 from refusal_jax.audit.broken import BrokenCheckpoint, finding_damage
 from refusal_jax.audit.evidence import Findings
 from refusal_jax.audit.lane import Lane
-from refusal_jax.audit.lanes import activations, behaviour, files, weights
+from refusal_jax.audit.lanes import activations, alone, behaviour, files, weights
 from refusal_jax.audit.settings import AuditSettings
 from refusal_jax.audit.subject import Opened, Subject
 from refusal_jax.audit.verdict import Verdict, judge
@@ -17,7 +17,7 @@ from refusal_jax.chat.model import demo_model_path
 from refusal_jax.errors import UserError
 
 LOG = logging.getLogger(__name__)
-LANES: tuple[Lane, ...] = (files.LANE, weights.LANE, activations.LANE, behaviour.LANE)  # cheap first
+LANES: tuple[Lane, ...] = (files.LANE, weights.LANE, alone.LANE, activations.LANE, behaviour.LANE)  # cheap first
 
 
 @dataclasses.dataclass(frozen=True)
