@@ -22,7 +22,7 @@ TITLES = {
     "hardened": "Hardened",
     "edited": "Edited, and it still refuses",
     "abliterated": "Abliterated: refusal was removed from the weights",
-    "uncensored": "Uncensored by training",
+    "uncensored": "Uncensored: it no longer refuses, and no removed direction explains it",
     "damaged": "Damaged",
     "inconclusive": "Inconclusive",
 }
