@@ -194,7 +194,7 @@ def test_the_probability_of_a_removal(monkeypatch):
     assert all(abs(ratio) <= calibration.CAP for ratio in both.ratios.values())
     assert chance(files={}) is None
     found = verdict(
-        weights=CHANGED | rows[0]["lanes"]["weights"],
+        weights=CHANGED | {"dose_low": 0.7, "dose_high": 0.9} | rows[0]["lanes"]["weights"],
         behaviour=behaviour(),
         activations=rows[0]["lanes"]["activations"],
     )
