@@ -15,7 +15,7 @@ from refusal_jax import AuditSettings, UserError, demo_model_path
 from refusal_jax.audit.audit import Audit
 from refusal_jax.audit.evidence import Evidence, Findings
 from refusal_jax.audit.output import attestation, checkpoint_files
-from refusal_jax.audit.output.files import check_place, write_outputs
+from refusal_jax.audit.output.files import check_place, check_unchanged, fingerprints, write_outputs
 from refusal_jax.audit.output.page import audit_page
 from refusal_jax.audit.output.record import SCHEMA, SCHEMA_FILE, audit_record
 from refusal_jax.audit.output.sarif import RULES, sarif_log
@@ -372,3 +372,11 @@ def test_a_gguf_file_is_its_own_checkpoint(llama, tmp_path):
     assert uris == {"my%20model.gguf"} and run["originalUriBaseIds"]["CHECKPOINT"]["uri"] == f"{tmp_path.as_uri()}/"
     statement = attestation.audit_statement(Audit(made_up(str(path)).settings, [], made_up().verdict))
     assert [one["name"] for one in statement["subject"]] == [path.name]
+
+
+def test_a_checkpoint_that_changes_during_its_audit(checkpoint):
+    before = fingerprints(str(checkpoint), "")
+    check_unchanged(before)
+    (checkpoint / "chat_template.jinja").write_text("{{ messages }}")
+    with pytest.raises(UserError, match="was changed while it was audited, so that no statement can be made about it"):
+        check_unchanged(before)

@@ -29,12 +29,13 @@ from typing import Any, get_origin
 
 from absl import flags
 
+from refusal_jax import hub
 from refusal_jax.audit.audit import Audit, run_audit
 from refusal_jax.audit.broken import BrokenCheckpoint
 from refusal_jax.audit.evidence import Findings
 from refusal_jax.audit.output.attestation import verified
 from refusal_jax.audit.output.checkpoint_files import checkpoint_paths
-from refusal_jax.audit.output.files import check_place, write_outputs
+from refusal_jax.audit.output.files import check_place, check_unchanged, fingerprints, write_outputs
 from refusal_jax.audit.output.record import audit_record, opened
 from refusal_jax.audit.output.sarif import sarif_log
 from refusal_jax.audit.output.summary import text_of
@@ -108,9 +109,11 @@ flags.adopt_module_key_flags(devices)
 
 
 def main(words) -> int:
-    if words[:1] == ["verify"]:
-        return verify(words[1:])
-    return show(words)
+    action = words[0] if words and words[0] in ACTIONS else ""
+    with hub.session({}):  # a name on the hub is one commit from the first lane to the statement
+        if action == "verify":
+            return verify(words[1:])
+        return show(words)
 
 
 def show(words: list[str]) -> int:
@@ -118,9 +121,12 @@ def show(words: list[str]) -> int:
     asked, fail_on, out = asked_settings(words), asked_verdicts(), path_of(OUT)
     if (SIGN.value or STATEMENT.value or REPLIES.value) and not out:
         raise UserError(f"--out is missing, the folder for statement and replies{EXAMPLE}")
+    checkpoints = [asked.candidate, *filter(None, [asked.base])]
     if out:
-        check_place(out, asked.candidate, *filter(None, [asked.base]))
+        check_place(out, *checkpoints)
+    before = fingerprints(*checkpoints) if STATEMENT.value or SIGN.value else {}
     found = audited(asked)
+    check_unchanged(before)
     wanted = (JSON.value, lambda: audit_record(found)), (SARIF.value, lambda: sarif_log(found, opened(asked.candidate)))
     for place, make in wanted:
         if place == STDOUT:

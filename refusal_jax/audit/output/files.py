@@ -1,12 +1,14 @@
 """Writes everything that an audit leaves in a folder."""
 
 import pathlib
+from collections.abc import Mapping
 
 from refusal_jax.audit.audit import Audit
 from refusal_jax.audit.output.attestation import audit_statement, signed
 from refusal_jax.audit.output.page import audit_page
 from refusal_jax.audit.output.record import audit_record, opened
 from refusal_jax.audit.output.sarif import sarif_log
+from refusal_jax.checkpoints.fingerprint import checkpoint_fingerprint
 from refusal_jax.errors import UserError, setting
 from refusal_jax.files import to_json, write_atomically
 
@@ -47,4 +49,18 @@ def check_place(out: pathlib.Path, *checkpoints: str) -> None:
         if out.absolute().is_relative_to(opened(name).absolute()):
             raise UserError(
                 f"{setting('out', str(out))} lies in the folder of a checkpoint, which the audit must not change. Choose another."
+            )
+
+
+def fingerprints(*checkpoints: str) -> dict[str, str]:
+    """Returns the fingerprint of each checkpoint by its name, so that it can be told whether one changes during an audit."""
+    return {name: checkpoint_fingerprint(opened(name)) for name in checkpoints}
+
+
+def check_unchanged(before: Mapping[str, str]) -> None:
+    """Raises UserError if a checkpoint is no longer the one that it was when `before` was taken by `fingerprints`."""
+    for name, fingerprint in before.items():
+        if checkpoint_fingerprint(opened(name)) != fingerprint:
+            raise UserError(
+                f"{opened(name)} was changed while it was audited, so that no statement can be made about it. Audit it again."
             )

@@ -16,8 +16,9 @@ import refusal_jax
 from refusal_jax.audit.audit import Audit
 from refusal_jax.audit.evidence import Evidence, plain
 from refusal_jax.audit.output.checkpoint_files import files_of, main_file, place_of
-from refusal_jax.audit.output.record import named
+from refusal_jax.audit.output.record import EMBEDDED
 from refusal_jax.audit.output.summary import TITLES, p_text, value_text
+from refusal_jax.report.page import model_title
 
 SCHEMA = "https://json.schemastore.org/sarif-2.1.0.json"
 FOLDER = "CHECKPOINT"  # the base of locations in a checkpoint that is outside of the working folder
@@ -130,9 +131,9 @@ def sarif_log(audit: Audit, folder: pathlib.Path, working: pathlib.Path | None =
     folder: of the candidate. working: the folder that locations are relative to if the candidate is in it, by default the
     current one, which in CI is the repository.
     """
-    candidate = named(audit.settings.candidate)
+    title = model_title(audit.settings.candidate) or EMBEDDED
     places = Places(folder, (working or pathlib.Path.cwd()).absolute())
-    results = [result(rule, text, where, candidate["name"], places) for rule, text, where in found(audit)]
+    results = [result(rule, text, where, title, places) for rule, text, where in found(audit)]
     left_out = [f"{one.lane}: {one.left_out}" for one in audit.findings if one.left_out]
     return {
         "$schema": SCHEMA,
@@ -147,7 +148,7 @@ def sarif_log(audit: Audit, folder: pathlib.Path, working: pathlib.Path | None =
                         "rules": [rule.descriptor for rule in RULES],
                     }
                 },
-                "automationDetails": {"id": f"refusal_jax/audit/{candidate['name']}/"},
+                "automationDetails": {"id": f"refusal_jax/audit/{title}/"},
                 "originalUriBaseIds": {FOLDER: {"uri": f"{place_of(folder).as_uri()}/"}},
                 "invocations": [
                     {
