@@ -51,11 +51,13 @@ class Case:
 
 @dataclasses.dataclass(frozen=True)
 class Workshop:
-    """What candidates are made from. base: the original's folder. gguf: its GGUF file. study: a run that found its direction."""
+    """What candidates are made from. base: the original's folder. gguf: its GGUF file. study: a run that found its direction.
+    scratch: a folder for what several are made from."""
 
     base: pathlib.Path
     gguf: pathlib.Path
     study: pathlib.Path
+    scratch: pathlib.Path
 
     def exported(self, scale: float) -> Callable[[pathlib.Path], pathlib.Path]:
         """Returns a maker of this package's own export."""
@@ -90,8 +92,10 @@ class Workshop:
         """Returns a maker of a LoRA fine-tune on harmless text, merged or as an adapter."""
 
         def make(folder):
-            made.FineTune().run(self.base, folder / "adapter")
-            return self.changed(made.merged(folder / "adapter"))(folder) if merge else folder / "adapter"
+            adapter = self.scratch / "adapter"
+            if not adapter.exists():
+                made.FineTune().run(self.base, adapter)
+            return self.changed(made.merged(adapter))(folder) if merge else adapter
 
         return make
 
@@ -135,8 +139,8 @@ def cases(shop: Workshop) -> list[Case]:
         Case("half + int4", "half of r, int4", shop.changed(made.projected(r, half), int4), **partly),
         Case("all + int4", "all of r, int4", shop.changed(made.projected(r, full), int4), removed, 1.0),
         Case("half + gguf", "half of r, GGUF Q8_0", shop.as_gguf(made.projected(r, half)), **partly),
-        Case("tent, weak", "tent to .7 and .5", shop.changed(made.projected(between, weak)), removed, median(weak), NEAR),
-        Case("tent, tall", "tent to 1 and .8", shop.changed(made.projected(between, tall)), removed, median(tall), NEAR),
+        Case("weak tent", "tent to .7 and .5", shop.changed(made.projected(between, weak)), removed, median(weak), NEAR),
+        Case("tall tent", "tent to 1 and .8", shop.changed(made.projected(between, tall)), removed, median(tall), NEAR),
         Case("row-normed", "all of r, norms of rows kept", shop.changed(made.row_normed(r, full)), removed, 1.0, NEAR),
         Case(
             "row-normed tent",
@@ -195,7 +199,7 @@ def run(shop: Workshop, settings: AuditSettings, options: argparse.Namespace) ->
         if options.only and case.name not in options.only.split(","):
             continue
         lanes = tuple(options.lanes.split(",")) if options.lanes else case.lanes
-        with tempfile.TemporaryDirectory(dir=options.scratch or None) as folder:
+        with tempfile.TemporaryDirectory(dir=shop.scratch) as folder:
             try:
                 candidate = str(case.make(pathlib.Path(folder)))
             except Exception as error:  # one that breaks must not hide the others
@@ -246,8 +250,9 @@ def audit_checks(
     if not (study / DIRECTION).is_file():
         real_weights.command("study", *real_weights.study_arguments(gguf, study, options))
     with tempfile.TemporaryDirectory(dir=options.workdir) as folder:
-        options = argparse.Namespace(**{**vars(options), "scratch": folder, "lanes": "", "only": ""})
-        shop = Workshop(base_folder(hf, tokenizer, pathlib.Path(folder, "base")), gguf, study)
+        options = argparse.Namespace(**{**vars(options), "lanes": "", "only": ""})
+        base = base_folder(hf, tokenizer, pathlib.Path(folder, "base"))
+        shop = Workshop(base, gguf, study, pathlib.Path(folder))
         results = list(run(shop, audit_settings(options), options))
     for one in sorted(results, key=lambda one: not one.wrong):
         limit = " or ".join(one.case.edits) + (f", dose {one.case.dose:.2f}" if one.case.dose is not None else "")
@@ -274,16 +279,18 @@ def main() -> int:
         options.study = f"{options.workdir}/study"
         asked = real_weights.parsed([f"--prompts={options.prompts}", f"--workdir={options.workdir}"])
         real_weights.command("study", *real_weights.study_arguments(options.base, options.study, asked))
-    shop = Workshop(*(pathlib.Path(path).resolve() for path in (options.base, options.gguf, options.study)))
+    places = (pathlib.Path(path).resolve() for path in (options.base, options.gguf, options.study))
     results = []
-    for one in run(shop, audit_settings(options), options):
-        results.append(one)
-        said = "WRONG" if one.wrong else "right"
-        print(f"{one.seconds:6.1f} s {one.megabytes:6.0f} MB  {said}  {one.case.name}: {one.words}", flush=True)
-        for lane in one.audit.findings if one.audit else ():
-            print(
-                f"          {lane.lane}: {lane.seconds:.1f} s, {lane.bytes_read:,} bytes. {lane.left_out}", flush=True
-            )
+    with tempfile.TemporaryDirectory(dir=options.scratch or None) as folder:
+        for one in run(Workshop(*places, pathlib.Path(folder)), audit_settings(options), options):
+            results.append(one)
+            said = "WRONG" if one.wrong else "right"
+            print(f"{one.seconds:6.1f} s {one.megabytes:6.0f} MB  {said}  {one.case.name}: {one.words}", flush=True)
+            for lane in one.audit.findings if one.audit else ():
+                print(
+                    f"          {lane.lane}: {lane.seconds:.1f} s, {lane.bytes_read:,} bytes. {lane.left_out}",
+                    flush=True,
+                )
     print(table(results))
     return int(any(one.wrong for one in results))
 
