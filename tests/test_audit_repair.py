@@ -17,6 +17,7 @@ from refusal_jax.audit import removal
 from refusal_jax.audit.audit import Audit
 from refusal_jax.audit.removal import Removal, Unexplained
 from refusal_jax.audit.repair import Repair, repair
+from refusal_jax.audit.repairable import repair_facts, repairable
 from refusal_jax.audit.settings import AuditSettings
 from refusal_jax.audit.verdict import Verdict
 from refusal_jax.audit.weights import ArrayWeights, StoredWeights
@@ -320,3 +321,31 @@ def test_biases_are_restored_with_their_matrices(tmp_path):
     assert "model.layers.0.mlp.down_proj.bias" in report["edited_tensors"] and not report["verification"]["problems"]
     for name in report["edited_tensors"]:
         np.testing.assert_allclose(after[name], before[name], atol=1e-4)
+
+
+@pytest.mark.parametrize("strength", [0.3, 0.9])
+def test_an_audit_estimates_the_repair_from_doses_and_fits(base, direction, strength):
+    """What the lane of weights measures along the direction tells nearly the error that the repair itself finds."""
+    u = made.unit(direction)
+    candidate = changed(base, made.projected(direction, everywhere(strength)), made.rounded(8, 0))
+    plan = Repair.of(base, candidate)
+    found = []
+    for one in plan.removed:
+        own, after = (u @ w.tensors[one.tensor] for w in (base, candidate))
+        lost = after - own
+        found.append((-(lost @ own) / (own @ own), -(lost @ own) / np.linalg.norm(lost) / np.linalg.norm(own)))
+    facts = repair_facts(*np.array(found).T)
+    assert facts["repair_matrices"] == 16 and facts["repair_lost"] == 0
+    assert facts["repair_error"] == pytest.approx(plan.error, rel=0.35)
+
+
+def test_estimates_in_words():
+    """A whole removal is lost, in float32 too; one with a peak in part."""
+    whole = repair_facts(np.full(4, 1.0), np.full(4, 1.0))
+    said = repairable(*whole.values())
+    assert said.value == "by the base only" and "more than a million times" in said.meaning
+    some = repair_facts(np.array([0.5, 1.0]), np.full(2, 0.9999))
+    said = repairable(*some.values())
+    assert some["repair_lost"] == 1 and "1 more tensors can only be restored from the base" in said.meaning
+    exact = repair_facts(np.full(2, 0.5), np.full(2, 1.0))
+    assert exact["repair_error"] < 1e-6 and "should then refuse as the base does" in repairable(*exact.values()).meaning

@@ -20,6 +20,7 @@ from refusal_jax.audit.audit import Audit
 from refusal_jax.audit.evidence import Evidence
 from refusal_jax.audit.lanes.behaviour import Judged
 from refusal_jax.audit.removal import LEAST_CHANGE, MOST_ERROR, Removal, Unexplained, believed, bias_of, removals
+from refusal_jax.audit.repairable import repairable, times
 from refusal_jax.audit.replies import SIDES, batch_rows, completions
 from refusal_jax.audit.settings import AuditSettings
 from refusal_jax.audit.subject import Opened, Subject, draw_prompts
@@ -82,24 +83,7 @@ class Repair:
     @property
     def evidence(self) -> Evidence:
         """Returns how far the candidate can be repaired, as a row of an audit."""
-        count, lost = len(self.removed), len(self.lost)
-        if not count:
-            return Evidence(
-                "repairable", "nothing", "No direction was removed from the weights, so there is nothing to repair."
-            )
-        if lost == count:
-            words = (
-                f"Only the base can restore what was removed: of {count} tensors none holds more of it than storage rounds "
-                f"away, which undoing would amplify {_times(self.lost)}."
-            )
-            return Evidence("repairable", "by the base only", words)
-        rest = f" {lost} more tensors can only be restored from the base." if lost else ""
-        words = (
-            f"The candidate is repairable to within {self.error:.2g}: what was removed from {count - lost} tensors can be put "
-            f"back from the candidate alone, with this error relative to what the base has along the directions.{rest} It should "
-            "then refuse as the base does."
-        )
-        return Evidence("repairable", self.error, words)
+        return repairable(len(self.removed), len(self.lost), self.error, _amplification(self.lost))
 
 
 def repair(audit: Audit, out: pathlib.Path, command: str = "") -> dict[str, Any]:
@@ -158,18 +142,18 @@ def _check_possible(plan: Repair, settings: AuditSettings) -> None:
         )
     if not plan.restored:
         dose, error = np.median([one.doses[0] for one in plan.lost]), min(one.error for one in plan.lost)
+        amplified = times(_amplification(plan.lost))
         raise UserError(
             f"Only the base can restore {settings.candidate}: {dose:.3g} of the direction was removed from {len(plan.lost)} "
             "tensors, and what is left of it is no more than what storage rounds away, which undoing would amplify "
-            f"{_times(plan.lost)}; the error would be {error:.2g} of the whole or more, and at most {MOST_ERROR:g} counts as a "
+            f"{amplified}; the error would be {error:.2g} of the whole or more, and at most {MOST_ERROR:g} counts as a "
             f"repair. Use {settings.base}."
         )
 
 
-def _times(removed: Sequence[Removal]) -> str:
-    """Returns in words how much undoing amplifies."""
-    most = float(np.median([min(one.amplification, 1e9) for one in removed]))
-    return f"{most:.3g} times" if most < 1e6 else "more than a million times"
+def _amplification(removed: Sequence[Removal]) -> float:
+    """Returns the median factor by which undoing enlarges errors, 1 of nothing."""
+    return float(np.median([min(one.amplification, 1e9) for one in removed])) if removed else 1.0
 
 
 def edits_of(plan: Repair, base: Weights, candidate: Weights) -> dict[str, Projection]:

@@ -22,6 +22,8 @@ Both checkpoints are read once, matrix by matrix. Facts:
 - targeted, targeted_low, targeted_high, targeted_z, targeted_fit: mean share over all writers that was removed along
   the base's own refusal direction for which that is most. Training to comply leaves a little, with a large z and a
   small fit.
+- repair_matrices, repair_lost, repair_error, repair_amplification: from how many matrices refusal was removed, how many of
+  them only the base can restore, and how well the candidate itself can restore the others, as `repairable.repair_facts`.
 - side: "writers", "readers", "both", or "". dosed_layers: their numbers. layers: [{layer, side, component, dose}, …] for drawing;
   the layer of embeddings is None. method: the likely method in words.
 - blind_r2, blind_strength, blind_fit, blind_alignment: medians over changed matrices of the operator on the change's
@@ -52,12 +54,13 @@ import numpy as np
 
 from refusal_jax.audit.base_directions import base_directions
 from refusal_jax.audit.comparison import Compared
-from refusal_jax.audit.dose import STANDS_OUT, WeightStatistics, dose_of, weight_statistics
+from refusal_jax.audit.dose import STANDS_OUT, WeightStatistics, dose_of, explained, weight_statistics
 from refusal_jax.audit.evidence import Evidence, Findings
 from refusal_jax.audit.frame import Frame
 from refusal_jax.audit.lane import Lane
 from refusal_jax.audit.methods import likely_method
 from refusal_jax.audit.null import Null, make_null, statistics
+from refusal_jax.audit.repairable import repair_facts, repairable
 from refusal_jax.audit.storage import FORMS
 from refusal_jax.audit.subject import Subject
 from refusal_jax.audit.weights import StoredWeights, Weights
@@ -163,6 +166,9 @@ def dose_facts(found: WeightStatistics) -> dict[str, Any]:
     doses = [dose_of(row) for row in found.dosed]
     if doses:
         facts |= {"dose_mean": float(np.mean(doses)), "dose_most": max(doses, key=abs), "alignment": found.alignment}
+    taken = [(dose_of(row), explained(row.fit)) for row in found.dosed if dose_of(row) > 0]
+    if taken:
+        facts |= repair_facts(*np.array(taken).T)
     facts["side"] = found.side
     facts["dosed_layers"] = sorted({row.matrix.layer for row in found.dosed if row.matrix.layer is not None})
     facts["layers"] = [
@@ -258,6 +264,9 @@ def _dose_rows(facts: dict[str, Any]) -> list[Evidence]:
     if facts["dosed"]:
         words = f"This is the likely method; the edit's directions have a cosine of {facts['alignment']:.2f} with the base's own."
         rows.append(Evidence("method", facts["method"], words, where=_layers(facts["dosed_layers"])))
+        if "repair_error" in facts:
+            names = ("matrices", "lost", "error", "amplification")
+            rows.append(repairable(*(facts[f"repair_{name}"] for name in names)))
     else:
         words = (
             f"Along the base's refusal direction the writers lost {facts['targeted']:+.3f} of what they had, "
