@@ -270,6 +270,33 @@ def test_lane_tells_biases_and_gains(demo, refusal):
     assert found["kind"] == "gains" and found["gain_dose"] > 0.1 and not found["identical"]
 
 
+def test_what_no_matrix_shows_is_no_identity(demo):
+    """A gain, and an unembedding that the candidate has not: nothing is taken for equal that was not compared."""
+    name = "model.layers.2.input_layernorm.weight"
+    facts = run_lane(
+        demo, ArrayWeights(demo.base.cfg, demo.base.tensors | {name: demo.base.tensors[name] * 1.0001})
+    ).facts
+    assert facts["kind"] == "changed" and not facts["identical"] and facts["changed_vectors"] == 1
+    tied = {name: values for name, values in demo.base.tensors.items() if name != "lm_head.weight"}
+    tied_weights = ArrayWeights(dataclasses.replace(demo.base.cfg, tied_embeddings=True), tied)
+    assert run_lane(demo, tied_weights).facts["matrices"] == len(matrices(demo.base.cfg, embeddings=True)) - 1
+
+
+def test_some_heads_alone(demo, refusal):
+    """An edit of the columns of one head: the dose is that of what was edited."""
+    r = refusal[:, None]
+
+    def edit(matrix, w):
+        w = w.copy()
+        w[:, 32:64] -= 0.7 * r @ (r.T @ w[:, 32:64])
+        return w
+
+    heads = changed(demo.base, edit, [one for one in side(demo.base.cfg) if one.path == "blocks.o"])
+    found = weight_statistics(demo.base, heads, demo.directions)
+    assert found.dose.value == pytest.approx(0.7, abs=1e-3) and len(found.dosed) == 8
+    assert found.dosed[0].fit.changed == pytest.approx(0.25)
+
+
 def test_lane_without_a_model_still_tells_what_no_prompt_is_needed_for(demo, refusal):
     candidate = ablated(demo.base, refusal, 0.5)
     opened = [SimpleNamespace(weights=one) for one in (candidate, demo.base)]

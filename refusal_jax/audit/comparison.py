@@ -22,8 +22,10 @@ from refusal_jax.models.families import WRITER_BIASES, pieces
 SAMPLE = 8192  # tokens whose embeddings are looked at
 RANKED = 8  # about so many matrices are looked at for the rank of their change
 SMALL = 2**16  # values that fit into a cache
+VISIBLE = 0.01  # a relative change of gains or biases that is more than storage in 16 bits makes
 ROUNDING = 1e-5  # a relative change that is no more than the rounding of a product
 NORMS = {"blocks.attn_norm": ("q", "k", "v"), "blocks.mlp_norm": ("gate", "up", "router")}
+POST_NORMS = ("blocks.attn_post_norm", "blocks.mlp_post_norm")  # of what is written
 KINDS = ("", "shared_", "dense_")
 
 
@@ -61,11 +63,13 @@ class Vector:
 @dataclasses.dataclass(frozen=True, eq=False)
 class Comparison:
     """All that was compared, in order. vectors: those that changed. turned: whether the stream's entries were in another order,
-    and have been put back."""
+    and have been put back. others: the number of norms and biases that changed, but for
+    gains that were multiplied into what reads from them."""
 
     rows: Sequence[Compared]
     vectors: Sequence[Vector]
     turned: bool = False
+    others: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +93,7 @@ def compare(base: Weights, candidate: Weights, frame: Frame) -> Comparison:
     wanted = list(_wanted(base.cfg, candidate.cfg))
     order = stream_order(base, candidate, wanted)
     ratios = gain_ratios(base, candidate, order)
-    rows, made_up = [], set()
+    rows, made_up, seen = [], set(), 0
     every = max(1, len(wanted) // RANKED)
     for matrix, before, after in read_pairs(base, candidate, wanted):
         norm = _norm_of(matrix.path, base.cfg.parallel), matrix.layer
@@ -108,13 +112,16 @@ def compare(base: Weights, candidate: Weights, frame: Frame) -> Comparison:
         fit = fit_operator(before, after, frame)
         if folded and fit is not None and fit.relative < ROUNDING:
             fit = None
-        seen = sum(row.fit is not None for row in rows)
         rank = separable_rank(before, after) if fit is not None and seen % every == 0 else None
+        seen += fit is not None
         part = fit.refusal if fit is not None else None
         lengths = lengths_kept(before, after, part) if part is not None and part.fit >= CLEAR else 0.0
         rows.append(Compared(matrix, fit, kept, columns is not None, folded, rank, lengths))
     gains = [Vector(*norm, ratio_d=ratio) for norm, ratio in ratios.items() if norm not in made_up]
-    return Comparison(rows, [*gains, *added_biases(base, candidate, order)], order is not None)
+    biases = added_biases(base, candidate, order)
+    return Comparison(
+        rows, [*gains, *biases], order is not None, changed_vectors(base, candidate, order) - len(made_up)
+    )
 
 
 def stream_order(base: Weights, candidate: Weights, wanted: Sequence[Matrix]) -> np.ndarray | None:
@@ -129,16 +136,16 @@ def stream_order(base: Weights, candidate: Weights, wanted: Sequence[Matrix]) ->
 def gain_ratios(
     base: Weights, candidate: Weights, order: np.ndarray | None = None
 ) -> dict[tuple[str, int | None], np.ndarray]:
-    """Returns the gains of norms in the candidate as shares of the base's, by path and layer, where any changed by more than a
-    thousandth. Gains of zero in either count as unchanged. order: as of `stream_order`."""
+    """Returns the gains of norms in the candidate as shares of the base's, by path and layer, where any changed by more than
+    VISIBLE. Gains of zero in either count as unchanged. order: as of `stream_order`."""
     found, theirs = {}, {piece.name for piece in pieces(candidate.cfg)}
     for piece in pieces(base.cfg):
-        if piece.path not in (*NORMS, "final_norm") or piece.name not in theirs:
+        if piece.path not in (*NORMS, *POST_NORMS, "final_norm") or piece.name not in theirs:
             continue
         old, new = (one.cfg.norm_offset + piece.rows(one.rows).astype(np.float64) for one in (base, candidate))
         new = new if order is None else new[order]
         ratio = np.divide(new, old, out=np.ones_like(old), where=(np.abs(old) > 1e-6) & (np.abs(new) > 1e-6))
-        if np.abs(ratio - 1).max() > 1e-3:
+        if np.abs(ratio - 1).max() > VISIBLE:
             found[piece.path, piece.layer] = ratio
     return found
 
@@ -161,15 +168,34 @@ def added_biases(base: Weights, candidate: Weights, order: np.ndarray | None = N
             continue
         added = piece.rows(candidate.rows).astype(np.float64)
         added = added if order is None else added[order]
-        if (piece.path, piece.index) in ours:
-            added -= piece.rows(base.rows)
-        if added.any():
+        before = piece.rows(base.rows) if (piece.path, piece.index) in ours else np.zeros_like(added)
+        added -= before
+        if np.linalg.norm(added) > VISIBLE * np.linalg.norm(before):
             yield Vector(piece.path, piece.layer, added_d=added)
 
 
+def changed_vectors(base: Weights, candidate: Weights, order: np.ndarray | None = None) -> int:
+    """Returns how many norms and biases differ, those that only one has among them unless they are zero."""
+    ours, theirs = ({(piece.path, piece.index): piece for piece in pieces(one.cfg)} for one in (base, candidate))
+    compared = {
+        (one.piece.path, one.piece.index) for w in (base, candidate) for one in matrices(w.cfg, embeddings=True)
+    }
+    changed = 0
+    for key in sorted((ours.keys() | theirs.keys()) - compared):
+        before = ours[key].rows(base.rows) if key in ours else np.zeros(1, np.float32)
+        after = theirs[key].rows(candidate.rows) if key in theirs else np.zeros(1, np.float32)
+        if order is not None and np.shape(after) == order.shape:
+            after = after[order]
+        changed += bool(np.any(before != after))
+    return changed
+
+
 def _wanted(base: ModelConfig, candidate: ModelConfig) -> Iterator[Matrix]:
-    """Yields the matrices of the base, of embeddings a sample."""
+    """Yields the matrices of the base, of embeddings a sample, and none that are only the base's own."""
+    theirs = {piece.name for piece in pieces(candidate)}
     for matrix in matrices(base, embeddings=True):
+        if matrix.layer is None and matrix.piece.name not in theirs:
+            continue
         if matrix.layer is None:
             yield _Sampled(matrix.piece, matrix.writes, min(base.vocab_size, candidate.vocab_size))
         else:

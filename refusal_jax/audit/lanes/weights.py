@@ -2,8 +2,9 @@
 
 Both checkpoints are read once, matrix by matrix. Facts:
 
-- matrices, changed_matrices: counts. identical: whether nothing changed, norms and biases included. relative_change,
-  relative_change_most: norm of the change as a share of the matrix's, median over changed matrices and largest.
+- matrices, changed_matrices, changed_vectors: counts, the last of norms and biases. identical: whether nothing
+  changed, norms and biases included. relative_change, relative_change_most: norm of the change as a share of the
+  matrix's, median over changed matrices and largest.
 - storage: how most changed matrices are stored (of `storage.FORMS`). storage_explains: share of the changed matrices whose change
   is nothing but rounding to that.
 - scale: median factor, minus 1, of the matrices that were rescaled as a whole; rescaled, reordered, folded: how many
@@ -114,7 +115,8 @@ def change_facts(found: WeightStatistics) -> dict[str, Any]:
     return {
         "matrices": len(found.rows),
         "changed_matrices": len(rows),
-        "identical": not (rows or found.comparison.vectors or reordered or folded or turned),
+        "identical": not (rows or found.comparison.others or reordered or folded or turned),
+        "changed_vectors": found.comparison.others,
         "relative_change": _median(relative),
         "relative_change_most": max(relative, default=0.0),
         "storage": forms.most_common(1)[0][0] if forms else FORMS[0],
@@ -212,7 +214,7 @@ def kind_of(found: WeightStatistics, facts: dict[str, Any]) -> str:
     if found.dosed:
         return "removed" if facts["dose"] > 0 else "added"
     same = (row.fit is None or row.fit.relative < EXACT or (row.fit.scale and row.fit.refusal is None) for row in rows)
-    if not found.comparison.vectors and all(same):
+    if not found.comparison.others and all(same):
         return "equivalent"
     if abs(facts.get("bias_shift", 0.0)) >= SHIFTED:
         return "bias"
