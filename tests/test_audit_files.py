@@ -709,3 +709,40 @@ def test_a_broken_base_is_bad_input(copy, llama, monkeypatch):
     with pytest.raises(UserError, match="The base is broken, .* is not a readable safetensors file") as caught:
         audit.audit(subject(llama, copy))
     assert caught.value.exit_code == 2
+
+
+# What the verdict makes of it.
+
+
+def test_what_files_forbid_to_call_intact(copy, llama):
+    from refusal_jax.audit.shipped.doubts import doubts
+
+    assert doubts(look(copy, llama).facts) == [] == doubts({})
+    facts = {
+        "template_tampering": ["prefill", "other_system_prompt", "conditional"],
+        "template_broken": True,
+        "hidden_controls": [{"name": "suppress_tokens", "refusal": True}, {"name": "guidance_scale", "refusal": False}],
+        "beside": ["adapter_config.json"],
+        "base_origin": "other",
+        "contradiction": True,
+    }
+    found = doubts(facts)
+    assert len(found) == len(facts)
+    assert found[0] == (
+        "The chat template writes the beginning of the reply and writes something else for some prompts than for others."
+    )
+    assert "(suppress_tokens) keep replies from beginning as refusals do" in found[2]
+    assert doubts({"template_tampering": ["other_system_prompt"], "beside": [], "base_origin": "not_checked"}) == []
+
+
+@pytest.mark.parametrize("facts", [{}, {"template_tampering": ["conditional"]}])
+def test_tampering_is_not_intact(facts, monkeypatch):
+    from refusal_jax.audit import verdict
+    from refusal_jax.audit.evidence import Findings
+
+    monkeypatch.setattr(verdict, "overall_of", lambda edit, refuses: "intact")
+    found = verdict.judge(AuditSettings(), {"files": Findings("files", facts=facts)})
+    assert found.overall == ("inconclusive" if facts else "intact") and found.exit_code == (30 if facts else 0)
+    assert ("The chat template writes something else for some prompts than for others." in found.sentences) is bool(
+        facts
+    )

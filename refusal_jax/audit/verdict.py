@@ -12,6 +12,7 @@ from refusal_jax.audit.edit_verdict import EditVerdict, edit_verdict
 from refusal_jax.audit.evidence import Findings
 from refusal_jax.audit.refusal_verdict import RefusalVerdict, refusal_verdict
 from refusal_jax.audit.settings import AuditSettings
+from refusal_jax.audit.shipped.doubts import doubts
 
 # Verdicts on the edit, and what each means.
 EDITS = {
@@ -83,10 +84,14 @@ def judge(settings: AuditSettings, findings: Mapping[str, Findings]) -> Verdict:
     edit, refuses = edit_verdict(findings), refusal_verdict(findings)
     damaged = bool(_fact(findings, "behaviour", "damaged"))
     overall = "damaged" if damaged else overall_of(edit.name, refuses.name)
+    doubted = doubts(findings["files"].facts) if "files" in findings else []
+    if doubted and OVERALL[overall] == 0:
+        overall = "inconclusive"
     sentences = [
         IN_WORDS[overall],
         *edit.sentences,
         *refuses.sentences,
+        *doubted,
         *contradictions(edit, refuses, findings),
         *missing_lanes(overall, findings),
     ]
