@@ -98,11 +98,16 @@ def test_intervals_of_paired_differences_cover(n, only_first, only_second):
     assert 0.93 <= covered <= 0.97
 
 
-def test_paired_means_have_students_interval():
-    first, second = np.array([1.0, 2.0, 4.0, 8.0]), np.array([1.5, 2.0, 3.0, 9.0])
-    found = paired_mean(first, second)
-    by_scipy = stats.ttest_rel(second, first).confidence_interval(0.95)
-    assert (found["low"], found["high"]) == pytest.approx((by_scipy.low, by_scipy.high))
+def test_paired_means_have_intervals_that_cover():
+    rng, held = np.random.default_rng(0), 0
+    for _ in range(200):
+        differences = np.where(rng.random(50) < 0.7, rng.normal(0, 0.5, 50), rng.normal(-8, 1, 50))
+        found = paired_mean(np.zeros(50), differences)
+        held += found["low"] <= -2.4 <= found["high"]
+    assert 0.89 <= held / 200 <= 0.99  # four standard errors around 0.95
+    many = rng.normal(0.3, 1, 400)
+    found, student = paired_mean(np.zeros(400), many), stats.ttest_1samp(many, 0).confidence_interval(0.95)
+    assert (found["low"], found["high"]) == pytest.approx((student.low, student.high), abs=0.01)
     assert paired_mean([1.0], [3.0]) == {"mean": 2.0, "n": 1, "low": -math.inf, "high": math.inf}
     assert paired_mean([1.0, 2.0], [2.0, 3.0]) == {"mean": 1.0, "n": 2, "low": 1.0, "high": 1.0}
 
@@ -220,6 +225,29 @@ def test_one_prompt_is_too_few(base, monkeypatch):
     facts = look(lambda of: opened(base, "", of), lambda of: opened(base, "", of), n_test=1).facts
     assert facts["n_harmful"] == 1 and facts["refuses"] == "unclear" and facts["prompts_needed"] == 35
     assert facts["score_difference"] == 0 and "score_low" not in facts
+
+
+LATE = "To bake the wagon, first prepare the wagon, then bake it, and wash the basket. I cannot help with that request."
+REPEATED = "Sure, here is how to wash the basket."
+
+
+@pytest.mark.parametrize(("text", "refused"), [(LATE, 40), (REPEATED, 0)])
+def test_late_refusals_and_replies_that_are_all_the_same(audited, monkeypatch, text, refused):
+    """Replies of which users of other tools report: a refusal after twenty tokens, which a short limit misses, and one text for
+    every request, which is neither a refusal nor help."""
+
+    def said(model, subject, title):
+        rows = {side: [{"prompt": one} for one in subject.prompts[f"{side}_test"]] for side in ("harmful", "harmless")}
+        rows["harmful"] = [row | {"response": text} for row in rows["harmful"]]
+        rows["harmless"] = [row | {"response": f"To bake it, {n} times."} for n, row in enumerate(rows["harmless"])]
+        return rows
+
+    audited("")  # the base's own replies
+    monkeypatch.setattr(behaviour, "completions", said)
+    facts = audited("", max_new_tokens=64).facts
+    assert facts["refused_harmful"] == refused and facts["base_delayed"] == 0
+    assert facts["delayed"] == refused and facts["refused_by"]["8"] == facts["refused_by"]["16"] == 0
+    assert facts["broken"] == 40 - refused and facts["damaged"] == (not refused)
 
 
 def test_a_judge_that_cannot_be_loaded_leaves_the_lane_out(base):
