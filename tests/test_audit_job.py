@@ -70,7 +70,7 @@ def test_verdicts_are_exit_codes_and_files(tmp_path):
         ("damaged", ["--level=files", "--sarif=-", f"--out={out}"]),
     )
     assert [code for code, _, _ in done] == [20, 0, 0, 10, 30, 0, 3, 40]
-    assert done[0][1].startswith("Abliterated: refusal was removed from the weights.\nIt is made up.\n")
+    assert done[0][1].startswith("It is made up.\n")
     record = json.loads(done[1][1])
     assert record["verdict"]["overall"] == "intact" and record["settings"]["lanes"] == ["files"]
     assert json.loads((tmp_path / "x.sarif").read_text())["version"] == "2.1.0"
@@ -97,7 +97,7 @@ def test_a_broken_candidate_is_a_finding(tmp_path):
         ("intact", [gone]),
     )
     assert [code for code, _, _ in done] == [40, 0, 40]
-    assert done[0][1].startswith("Damaged.\n") and str(weights) in done[0][1].replace("\n", "")
+    assert done[0][1].startswith("The candidate is damaged.\n") and str(weights) in done[0][1].replace("\n", "")
     record, log = (json.loads((out / name).read_text()) for name in ("audit.json", "audit.sarif"))
     assert record["verdict"]["overall"] == "damaged" and {lane["left_out"] for lane in record["lanes"]} == {
         "The candidate is broken."

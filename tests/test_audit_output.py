@@ -19,7 +19,7 @@ from refusal_jax.audit.output.files import check_place, check_unchanged, fingerp
 from refusal_jax.audit.output.page import audit_page
 from refusal_jax.audit.output.record import SCHEMA, SCHEMA_FILE, audit_record
 from refusal_jax.audit.output.sarif import RULES, sarif_log
-from refusal_jax.audit.output.summary import ALARMING, TITLES, text_of
+from refusal_jax.audit.output.summary import ALARMING, text_of
 from refusal_jax.audit.verdict import EDITS, OVERALL, REFUSES, Verdict
 from refusal_jax.checkpoints.remote import checkpoint_folder
 from refusal_jax.errors import VerificationError
@@ -60,7 +60,7 @@ def made_up(candidate: str = "", **changes) -> Audit:
         "overall": "abliterated",
         "sentences": ["Refusal was removed from the weights.", f"It refuses 0 of 20 prompts. {NASTY}"],
         "dose": (0.98, 0.96, 1.0),
-        "details": {"layers": [0, 1], "method": "one direction"},
+        "details": {"layers": [0, 1, 2, 5], "probability": None, "method": "one direction"},
     }
     return Audit(AuditSettings.of({"candidate": candidate}), findings, Verdict(**(values | changes)))
 
@@ -89,7 +89,7 @@ def test_schema_names_everything():
     """All verdicts, and every field of a record."""
     schema, record = json.loads(SCHEMA_FILE.read_text()), audit_record(made_up())
     verdict = schema["properties"]["verdict"]["properties"]
-    assert verdict["overall"]["enum"] == list(OVERALL) == list(TITLES)
+    assert verdict["overall"]["enum"] == list(OVERALL)
     assert verdict["edit"]["enum"] == list(EDITS) and verdict["refuses"]["enum"] == list(REFUSES)
     assert set(verdict["exit_code"]["enum"]) == set(OVERALL.values()) and set(ALARMING) <= set(OVERALL)
     lane, evidence = schema["$defs"]["lane"], schema["$defs"]["evidence"]
@@ -106,12 +106,12 @@ def test_schema_names_everything():
 def test_text_has_verdicts_evidence_and_what_was_left_out():
     text = text_of(made_up(), 100)
     lines = text.splitlines()
-    assert lines[0] == "Abliterated: refusal was removed from the weights." and lines[1].startswith("Refusal was")
+    assert lines[0] == "Refusal was removed from the weights." and lines[1].startswith("It refuses 0 of 20")
     assert "0.98 [0.96, 1]" in text and "0.030" in text and "Left out: alone. The settings leave" in text
     assert "weights 1.2 s (3.00 MB read)" in text
     assert "\x1b" not in text and "\\x1b[31mred" in text  # a model's text does not steer the terminal
     assert max(map(len, lines[3:])) <= 100
-    assert "\x1b[1;31mAbliterated" in text_of(made_up(), 100, colour=True)
+    assert "\x1b[1;31mRefusal was removed" in text_of(made_up(), 100, colour=True)
     assert "Evidence" not in text_of(Audit(AuditSettings(), [], made_up().verdict))
 
 
@@ -172,6 +172,7 @@ def test_page_escapes_and_keeps_replies_to_itself():
     assert shown.count("Like so") == 8 and "<script" not in shown
     plain = audit_page(Audit(AuditSettings(), [], made_up(dose=None, details={}).verdict))
     assert "<svg" not in plain and "Differences" not in plain
+    assert "<td>0 to 2, 5</td>" in page
     assert "Generation settings" in page and "<h3>Tokenizer" not in page
     assert "emb." in page and "attention output</span>" in page and "MLP output</span>" not in page
 

@@ -188,13 +188,15 @@ def run(folder: pathlib.Path, command: list[str]) -> str:
 def test_commands_run(place):
     """Each command once, though pages share some."""
     folder, _ = place
-    done = {DEMO}
+    done = {DEMO: ""}
     for block in (block for block in RUN if block.language == "bash"):
         for line in block.text.replace("\\\n", " ").splitlines():
             if line.strip() and line not in done:
-                done.add(line)
-                run(folder, ["bash", "-euo", "pipefail", "-c", line])
+                done[line] = run(folder, ["bash", "-euo", "pipefail", "-c", line])
     assert (folder / "edited/export.json").is_file() and (folder / "judged/statistics.json").is_file()
+    (audited,) = (printed for line, printed in done.items() if line.startswith("refusal-jax audit edited"))
+    shown = [block.text for block in BLOCKS if block.page.name == "audit.md" and block.language == "text"]
+    assert any(audited.startswith(text) for text in shown) and (folder / "audited/audit.html").is_file()
 
 
 @pytest.mark.parametrize(

@@ -153,7 +153,9 @@ def audited(asked: AuditSettings) -> Audit:
         with contextlib.suppress(UserError):
             checkpoint_paths(opened(asked.candidate))
             lanes = [Findings(lane, left_out="The candidate is broken.") for lane in asked.lanes]
-            return Audit(asked, lanes, Verdict("unknown", "not_measured", "damaged", [str(error)]))
+            return Audit(
+                asked, lanes, Verdict("unknown", "not_measured", "damaged", ["The candidate is damaged.", str(error)])
+            )
         raise
 
 

@@ -14,7 +14,7 @@ from refusal_jax.audit.audit import Audit
 from refusal_jax.audit.evidence import Findings
 from refusal_jax.audit.output.figures import doses_of, draw_doses, legend
 from refusal_jax.audit.output.record import audit_record
-from refusal_jax.audit.output.summary import ALARMING, TITLES, amount, number_text, p_text, value_text
+from refusal_jax.audit.output.summary import ALARMING, amount, number_text, p_text, value_text
 from refusal_jax.audit.verdict import EDITS, REFUSES
 from refusal_jax.report.page import environment, flatten, model_title
 
@@ -42,7 +42,7 @@ def audit_page(audit: Audit, replies: bool = False) -> str:
     env = environment(TEMPLATE.parent)
     env.filters |= {"value": number_text}
     shown = {
-        "title": TITLES[audit.verdict.overall],
+        "title": audit.verdict.sentences[0],
         "strength": "bad" if audit.verdict.overall in ALARMING else "",
         "candidate": model_title(audit.settings.candidate) or record["candidate"]["name"],
         "record": record,
@@ -54,9 +54,25 @@ def audit_page(audit: Audit, replies: bool = False) -> str:
         "diffs": differences(audit),
         "samples": [samples(audit, side) for side in ("harmful", "harmless")] if replies else [],
         "settings": flatten(record["settings"]),
-        "details": flatten(record["verdict"]["details"]),
+        "details": {
+            name: in_words(value) for name, value in record["verdict"]["details"].items() if value not in (None, "", [])
+        },
     }
     return env.get_template(TEMPLATE.name).render(shown).lstrip()
+
+
+def in_words(value: Any) -> str:
+    """Returns a detail of the verdict for reading; numbers that follow each other, such as of layers, become ranges."""
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {in_words(one)}" for name, one in value.items())
+    if not isinstance(value, list):
+        return number_text(value)
+    parts: list[list] = []
+    for one in value:
+        follows = isinstance(one, int) and parts and isinstance(parts[-1][-1], int) and one == parts[-1][-1] + 1
+        parts[-1].append(one) if follows else parts.append([one])
+    ranges = (f"{part[0]} to {part[-1]}" if len(part) > 2 else ", ".join(map(in_words, part)) for part in parts)
+    return ", ".join(ranges)
 
 
 def lane_context(found: Findings) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from refusal_jax.audit.audit import Audit
 from refusal_jax.audit.evidence import Evidence, plain
 from refusal_jax.audit.output.checkpoint_files import files_of, main_file, place_of
 from refusal_jax.audit.output.record import EMBEDDED
-from refusal_jax.audit.output.summary import TITLES, p_text, value_text
+from refusal_jax.audit.output.summary import p_text, value_text
 from refusal_jax.report.page import model_title
 
 SCHEMA = "https://json.schemastore.org/sarif-2.1.0.json"
@@ -175,7 +175,7 @@ def sarif_log(audit: Audit, folder: pathlib.Path, working: pathlib.Path | None =
 def found(audit: Audit) -> Iterator[tuple[Rule, str, str]]:
     """Yields what is wrong: the rule, a message, and the tensors or files that it is about."""
     verdict = audit.verdict
-    text = " ".join([f"{TITLES[verdict.overall]}.", *verdict.sentences])
+    text = " ".join(verdict.sentences)
     edited = ", ".join(map(str, verdict.details.get("tensors", ())))
     for rules, name, where in (
         (BY_EDIT, verdict.edit, edited),

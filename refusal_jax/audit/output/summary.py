@@ -16,16 +16,6 @@ from refusal_jax.audit.evidence import Evidence
 from refusal_jax.terminal.screen import escaped
 
 WIDTH = 120  # columns where the output is no terminal
-# What each overall verdict is called.
-TITLES = {
-    "intact": "Intact",
-    "hardened": "Hardened",
-    "edited": "Edited, and it still refuses",
-    "abliterated": "Abliterated: refusal was removed from the weights",
-    "uncensored": "Uncensored: it no longer refuses, and no removed direction explains it",
-    "damaged": "Damaged",
-    "inconclusive": "Inconclusive",
-}
 ALARMING = ("abliterated", "uncensored", "damaged")
 
 
@@ -35,10 +25,9 @@ def text_of(audit: Audit, columns: int | None = None, colour: bool = False) -> s
     out = io.StringIO()
     columns = columns or shutil.get_terminal_size((WIDTH, 24)).columns
     console = Console(file=out, width=columns, force_terminal=colour, no_color=not colour, highlight=False)
-    title = TITLES[audit.verdict.overall]
-    style = "bold red" if audit.verdict.overall in ALARMING else "bold"
-    console.print(Text(title + ".", style))
-    for sentence in audit.verdict.sentences:
+    first, *others = audit.verdict.sentences
+    console.print(Text(escaped(first), "bold red" if audit.verdict.overall in ALARMING else "bold"))
+    for sentence in others:
         console.print(Text(escaped(sentence)))
     rows = [(found.lane, one) for found in audit.findings for one in found.evidence]
     if rows:
