@@ -166,7 +166,7 @@ def test_page_escapes_and_keeps_replies_to_itself():
         and "Generation settings" in page
         and "<h3>Tokenizer" not in page
         and "Left out." in page
-        and "0.96 to 1.00" in page
+        and "0.960 to 1.000" in page
     )
     shown = audit_page(made_up(), replies=True)
     assert shown.count("Like so") == 8 and "<script" not in shown
