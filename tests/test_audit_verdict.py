@@ -144,7 +144,7 @@ def test_templates_and_settings_that_change_replies_are_named():
     text = " ".join(found.sentences)
     assert found.overall == "uncensored"
     assert "Its chat template takes refusal away: with the base's template it refuses 97 of 100" in text
-    assert "tampered with (system prompt)" in text and "suppress_tokens" in text
+    assert "The chat template writes a system prompt that nobody gave." in text and "suppress_tokens" in text
 
 
 @pytest.mark.parametrize("edit", EDITS)

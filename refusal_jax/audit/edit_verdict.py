@@ -167,17 +167,10 @@ def _odds(name: str, chance: Probability | None) -> list[str]:
 
 
 def _claims(files: Mapping[str, Any]) -> list[str]:
-    """Returns what the files say of how the checkpoint was made, and what they carry that changes replies."""
+    """Returns what the files say of how the checkpoint was made."""
     said = []
     for claim in files.get("named", ()):
         if claim.get("kind") in ("removal", "addition"):
             weak = " This is weak evidence." if claim.get("strength") == "weak" else ""
             said.append(f"{claim.get('source', 'A file')}: {str(claim.get('says', '')).rstrip('.')}.{weak}")
-    if tampering := files.get("template_tampering"):
-        said.append(
-            f"The chat template was tampered with ({', '.join(str(one).replace('_', ' ') for one in tampering)})."
-        )
-    banned = [one.get("name") for one in files.get("hidden_controls", ()) if one.get("refusal")]
-    if banned:
-        said.append(f"The generation settings ban tokens that refusals begin with ({', '.join(map(str, banned))}).")
     return said
