@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from refusal_jax.audit.base_directions import BaseDirections
+from refusal_jax.audit.base_directions import BaseDirections, check_memory
 from refusal_jax.audit.dose import weight_statistics
 from refusal_jax.audit.lanes.weights import LANE
 from refusal_jax.audit.null import rounded
@@ -297,12 +297,31 @@ def test_some_heads_alone(demo, refusal):
     assert found.dosed[0].fit.changed == pytest.approx(0.25)
 
 
+class Unrunnable:
+    """A checkpoint whose weights can be read, and whose model cannot be loaded."""
+
+    def __init__(self, weights):
+        self.weights = weights
+
+    @property
+    def model(self):
+        raise UserError("There is no tokenizer.")
+
+
 def test_lane_without_a_model_still_tells_what_no_prompt_is_needed_for(demo, refusal):
     candidate = ablated(demo.base, refusal, 0.5)
-    opened = [SimpleNamespace(weights=one) for one in (candidate, demo.base)]
+    opened = [Unrunnable(one) for one in (candidate, demo.base)]
     found = LANE.run(Subject(AuditSettings(null_size=16), *opened, {}))
     assert found.facts["kind"] == "projection" and found.facts["blind_strength"] == pytest.approx(0.5, abs=1e-3)
     assert "dose" not in found.facts and found.evidence[0].value == "not measured"
+
+
+def test_a_base_that_does_not_fit_into_memory_is_not_run(demo, tmp_path):
+    (tmp_path / "meminfo").write_text("MemTotal:  8192 kB\nMemAvailable:  4096 kB\n")
+    with pytest.raises(UserError, match="take 0 GiB in memory, and 0 GiB are free. Audit where it can be run"):
+        check_memory(demo.base.cfg, "float32", tmp_path / "meminfo")
+    check_memory(demo.base.cfg, "float32")
+    check_memory(demo.base.cfg, "float32", tmp_path / "none")
 
 
 def test_lane_says_when_nothing_can_be_told(demo):

@@ -5,15 +5,20 @@ input and the last few prompt tokens. A control is the difference of the means o
 """
 
 import dataclasses
+import pathlib
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float64, Int
 
 from refusal_jax.audit.frame import unit_rows
 from refusal_jax.audit.subject import Subject
 from refusal_jax.chat.batches import length_batches
-from refusal_jax.chat.model import ChatModel
+from refusal_jax.chat.model import ChatModel, weights_dtype
 from refusal_jax.errors import UserError
+from refusal_jax.models.config import ModelConfig
+from refusal_jax.plan.costs import parameters
 from refusal_jax.taps import Taps
 
 DIRECTIONS = "base_directions"  # in `Subject.shared`
@@ -110,9 +115,25 @@ def base_directions(subject: Subject) -> BaseDirections:
     if DIRECTIONS not in subject.shared:
         width, seed = subject.base.weights.cfg.d_model, subject.settings.seed
         try:
+            check_memory(subject.base.weights.cfg, subject.settings.dtype)
             prompts = subject.prompts
             found = BaseDirections.measure(subject.base.model, prompts["harmful_fit"], prompts["harmless_fit"], seed)
-        except (UserError, NotImplementedError, AttributeError) as error:
+        except UserError as error:
             found = BaseDirections.none(width, str(error), seed)
         subject.shared[DIRECTIONS] = found
     return subject.shared[DIRECTIONS]
+
+
+def check_memory(cfg: ModelConfig, dtype: str, meminfo: pathlib.Path = pathlib.Path("/proc/meminfo")) -> None:
+    """Raises UserError if a model would run on this machine's CPU and its weights do not fit into memory; then they can still be
+    compared, matrix by matrix."""
+    if jax.default_backend() != "cpu" or not meminfo.is_file():
+        return
+    lines = dict(line.split(":", 1) for line in meminfo.read_text().splitlines() if ":" in line)
+    free = int(lines.get("MemAvailable", "0 kB").split()[0]) * 1024
+    needed = parameters(cfg) * np.dtype(jnp.dtype(weights_dtype(dtype))).itemsize
+    if free and needed > free:
+        raise UserError(
+            f"The base's weights take {needed / 2**30:.0f} GiB in memory, and {free / 2**30:.0f} GiB are free. Audit where it "
+            "can be run, to measure refusal."
+        )
