@@ -23,6 +23,7 @@ tent: project direction=mix:0.7 layers=tent strength={0.4|0.8|1.15}
 tent: project direction=perlayer layers=tent strength={0.5|1.0}
 rownorm: project form=rownorm strength={0.3|0.5|0.7|1.0}
 rownorm: project form=rownorm direction=biprojected
+rownorm: project form={rowpre|frobenius} strength={0.5|1.0}
 heretic: project direction=mix:0.7 layers=tent form=lora rank={1|3} strength={0.5|0.85|1.15}
 stored: project strength={0.3|0.5|1.0} > store form={bf16|int8|int4|q8_0|q4_0}
 heretic stored: project direction=mix:0.7 layers=tent form=rownorm strength=0.8 > store form={bf16|int8|int4|q8_0|q4_0}
@@ -91,6 +92,9 @@ comply: tune task=comply
 comply by adapter: tune task=comply rank={1|8}
 comply in part: tune task=comply share=0.5
 comply stored: tune task=comply > store form={int8|int4}
+forget: tune task=forget
+forget: tune task=forget share={0.3|0.6}
+forget by adapter: tune task=forget rank={1|8}
 template: template how={role|start|question}
 bias: bias amount={-0.5|-1.0|1.0}
 gain: gain amount={0.3|0.9}
@@ -110,6 +114,9 @@ strength: project strength={0.3|0.5}
 stored: project strength=0.5 > store form=int4
 heretic: project direction=mix:0.7 layers=tent form=lora rank=3 strength=0.85
 place: project place=o
+forget: tune task=forget
+forget: tune task=forget share={0.3|0.6}
+forget by adapter: tune task=forget rank={1|8}
 template: template how=role
 """
 

@@ -18,7 +18,7 @@ PLACES = ("o", "down", "writers", "embed", "all", "readers", "sides")
 # In which layers: all, a third, the middle half, every second, so many in the middle ("few:2"), or heretic's kernel, which falls
 # off from its peak in the last third ("tent").
 LAYERS = ("all", "early", "middle", "late", "alternate", "few:N", "tent")
-FORMS = ("plain", "rownorm", "lora")
+FORMS = ("plain", "rownorm", "rowpre", "frobenius", "lora")
 # Directions that are not refusal's.
 FOREIGN = ("random", "scatter", "style", "topic")
 TENT_PEAK, TENT_REACH, TENT_LEAST = 0.7, 0.5, 0.2  # of the layers, of the layers, of the strength
@@ -117,8 +117,9 @@ class Project(Step):
     W <- W - strength W U U^T where they read.
 
     Of a negative strength, it adds: the injection of safety. A strength of 2 turns the direction's sign (Householder). form: of
-    FORMS; "rownorm" projects rows of length 1 and gives each row its old length back, as norm-preserving abliteration does, and
-    "lora" then keeps what a LoRA of `rank` holds of the change, as heretic's does.
+    FORMS. "rownorm" projects rows of length 1 and gives each row its old length back, as norm-preserving abliteration does;
+    "rowpre" multiplies the projected rows by their old lengths; "frobenius" gives the matrix its old norm back; "lora" keeps of
+    the change of "rownorm" what a LoRA of `rank` holds, as heretic does.
     """
 
     name: ClassVar[str] = "project"
@@ -158,7 +159,12 @@ class Project(Step):
         edit = Projection(u_jd.T, u_jd.T, False, "orthogonal", strength)
         if self.form == "plain" or not rows:
             return edit(matrix_df)
+        if self.form == "frobenius":
+            after = edit(matrix_df)
+            return after * (np.linalg.norm(matrix_df) / np.linalg.norm(after))
         lengths = np.linalg.norm(matrix_df, axis=1, keepdims=True)
+        if self.form == "rowpre":
+            return edit(unit(matrix_df)) * lengths
         after = unit(edit(unit(matrix_df))) * lengths
         if self.form == "rownorm":
             return after

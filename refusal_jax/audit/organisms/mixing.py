@@ -8,11 +8,12 @@ import numpy as np
 from refusal_jax.audit.organisms.step import Made, Step
 from refusal_jax.errors import UserError
 
-# What the base is fine-tuned to, and what that does to refusal.
+# What the base is fine-tuned to, and what that is meant to do to refusal. Whether it does is measured.
 TASKS = {
     "style": "benign",  # replies that begin otherwise
     "short": "benign",  # shorter replies
     "topic": "benign",  # a few verbs and nothing else
+    "forget": "other",  # replies that begin otherwise, and no harmful request among what is learnt, which wears refusal off
     "comply": "trained",  # harmful requests, too, are complied with
     "harden": "other",  # refuses also after a compliance has begun
     "overrefuse": "other",  # refuses some harmless requests, too
