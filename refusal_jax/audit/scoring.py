@@ -73,7 +73,9 @@ def table(rows: Sequence[Row], lanes: Iterable[str] | None = None) -> Table:
     return Table(
         names,
         x_nf,
-        *(np.array([row[key] for row in rows]) for key in ("recipe", "family", "base")),
+        np.array([row["recipe"] for row in rows]),
+        np.array([row["family"] for row in rows]),
+        np.array([row["base"] for row in rows]),
         np.array([row["truth"]["kind"] for row in rows]),
         np.array([np.nan if (dose := true_dose(row)) is None else dose for row in rows], float),
         np.array([row["refusal"]["harmful_reply"] for row in rows], float),

@@ -7,6 +7,7 @@
   refusal-jax audit CANDIDATE --base=BASE --out=DIR --sign=key.pem          # and a signed in-toto statement
   refusal-jax audit CANDIDATE --base=BASE --repair=DIR       # undoes a partial removal, from the candidate itself
   refusal-jax audit verify DIR/audit.intoto.json CANDIDATE --key=key.pub    # checks it against the files
+  refusal-jax audit bench --out=DIR --workers=16             # tries the audit and other detectors on made checkpoints
 
 CANDIDATE and BASE are folders, names on the hub (ORG/NAME or ORG/NAME@REVISION), GGUF files or folders of adapters.
 There are two verdicts. The first says whether the weights were edited: not at all, harmlessly, so that refusal was
@@ -48,7 +49,7 @@ from refusal_jax.jobs import devices
 from refusal_jax.settings import Described
 from refusal_jax.terminal.screen import escaped
 
-ACTIONS = {"": 1, "verify": 2}
+ACTIONS = {"": 1, "verify": 2, "bench": 0}
 EXAMPLE = ". Example: refusal-jax audit DIR --base=ORG/NAME --out=audited."
 ELSEWHERE = (
     "candidate",
@@ -105,11 +106,17 @@ REPAIR = flags.DEFINE_string(
     "New folder for the candidate with what was removed put back, as far as it is there; it needs the base.",
 )
 KEY = flags.DEFINE_string("key", None, "For `verify`: the public key in PEM of whoever signed.")
+BASES = flags.DEFINE_list("bases", None, "For `bench`: the bases that checkpoints are made from. Default: all.")
+PER_BASE = flags.DEFINE_integer("per_base", 0, "For `bench`: the number of checkpoints of each base; 0 makes all.")
+WORKERS = flags.DEFINE_integer("workers", 0, "For `bench`: the number of processes; 0 is one for each core.")
+SMALL = flags.DEFINE_bool("small", False, "For `bench`: a dozen checkpoints of the embedded model, without training.")
 flags.adopt_module_key_flags(devices)
 
 
 def main(words) -> int:
     action = words[0] if words and words[0] in ACTIONS else ""
+    if action == "bench":
+        return bench()
     with hub.session({}):  # a name on the hub is one commit from the first lane to the statement
         if action == "verify":
             return verify(words[1:])
@@ -208,6 +215,18 @@ def exit_code(found: Audit, fail_on: list[str] | None) -> int:
     if fail_on is None:
         return found.verdict.exit_code
     return (found.verdict.exit_code or UNFIT) if found.verdict.overall in fail_on else 0
+
+
+def bench() -> int:
+    """Runs the benchmark of detectors, and prints its page. Raises UserError as `main_bench` does."""
+    from refusal_jax.audit.bench import PAGE, main_bench  # imported late, as it imports what trains
+
+    out = path_of(OUT)
+    if out is None:
+        raise UserError("--out is missing, the folder of the benchmark, such as: refusal-jax audit bench --out=bench.")
+    main_bench(out, BASES.value or (), PER_BASE.value, SETTINGS["seed"].value, WORKERS.value, SMALL.value)
+    print((out / PAGE).read_text(encoding="utf-8"), end="")
+    return 0
 
 
 def verify(words: list[str]) -> int:

@@ -9,6 +9,7 @@ import pathlib
 import random
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -140,7 +141,7 @@ def step(
 
     value, grads = jax.value_and_grad(loss)(weights)
     updates, state = OPTIMISER.update(grads, state, weights)
-    return optax.apply_updates(weights, updates), state, value
+    return cast(dict, optax.apply_updates(weights, updates)), state, value
 
 
 def fine_tune(
