@@ -36,10 +36,10 @@ class Reading:
     harmful, harmless: of chat prompts. raw_harmful, raw_harmless: of texts without a chat template.
     """
 
-    harmful: Float64[np.ndarray, "n L D"]
-    harmless: Float64[np.ndarray, "n L D"]
-    raw_harmful: Float64[np.ndarray, "n L D"]
-    raw_harmless: Float64[np.ndarray, "n L D"]
+    harmful: Float64[np.ndarray, "a L D"]
+    harmless: Float64[np.ndarray, "b L D"]
+    raw_harmful: Float64[np.ndarray, "c L D"]
+    raw_harmless: Float64[np.ndarray, "d L D"]
 
     @classmethod
     def of(cls, model: ChatModel, harmful: Sequence[str], harmless: Sequence[str]) -> "Reading":

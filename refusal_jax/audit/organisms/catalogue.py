@@ -114,9 +114,6 @@ strength: project strength={0.3|0.5}
 stored: project strength=0.5 > store form=int4
 heretic: project direction=mix:0.7 layers=tent form=lora rank=3 strength=0.85
 place: project place=o
-forget: tune task=forget
-forget: tune task=forget share={0.3|0.6}
-forget by adapter: tune task=forget rank={1|8}
 template: template how=role
 """
 
