@@ -23,6 +23,7 @@ setup(
         "refusal_jax": [
             "data/bundled/*.json",
             "data/datasets.json",
+            "audit/*.json",
             "organism/model/*",
             "plan/models.json",
             "organism/criteria.json",

@@ -98,6 +98,8 @@ def test_a_dose_that_harmless_changes_reach_proves_nothing():
     assert "conformal p = 0.20" in " ".join(found.sentences)
     found = verdict(weights=REMOVED | {"dose_low": 0.01}, behaviour=behaviour())
     assert found.edit == "unknown" and "cannot be told whether refusal was removed" in " ".join(found.sentences)
+    wide = REMOVED | {"dose": 1.9, "dose_low": 1.3, "dose_high": 2.4}
+    assert verdict(weights=wide, behaviour=behaviour()).edit == "unknown"  # matrices that do not agree
     assert verdict(weights=REMOVED | {"dose_p": 1 / 9, "null_size": 8}, behaviour=LOST).edit == "removed"
 
 
@@ -191,7 +193,7 @@ def test_the_probability_of_a_removal(monkeypatch):
     assert both.value > 0.9 and both.low <= both.value <= both.high
     assert chance(**rows[1]["lanes"]).value < 0.1
     assert alone.high - alone.low > both.high - both.low  # a lane that is missing widens
-    assert all(abs(ratio) <= calibration.CAP for ratio in both.ratios.values())
+    assert all(abs(ratio) <= calibration.CAPS[lane] for lane, ratio in both.ratios.items())
     assert chance(files={}) is None
     found = verdict(
         weights=CHANGED | {"dose_low": 0.7, "dose_high": 0.9} | rows[0]["lanes"]["weights"],

@@ -19,7 +19,10 @@ import numpy as np
 from refusal_jax.audit.evidence import Findings
 
 FILE = pathlib.Path(__file__).with_name("calibration.json")
-CAP = 5.0  # of a lane's log-likelihood ratio: odds of 150 to 1
+# How far a lane's log-likelihood ratio may go. Lanes that look at what a model does, and not at its weights, cannot tell removal
+# from training, so that they may only tip a balance.
+CAPS = {"weights": 6.0, "alone": 2.0, "activations": 1.0, "behaviour": 0.5}
+BESIDE = ("bias", "gain")  # families of recipes that remove refusal beside the matrices; the fit leaves them out
 # By lane, the facts that count and how each is made a number of usual size. Only what has no scale of a model's own is used.
 FEATURES: dict[str, dict[str, Callable[[Any], float]]] = {
     "weights": {
@@ -77,7 +80,7 @@ def probability_of_removal(findings: Mapping[str, Findings]) -> Probability | No
         if x is None:
             missing += known["spread"] ** 2
         else:
-            ratios[lane] = capped_ratios(np.asarray(known["weights"]), np.asarray(x))
+            ratios[lane] = capped_ratios(lane, np.asarray(known["weights"]), np.asarray(x))
     if not ratios:
         return None
     total = sum(ratios.values())
@@ -87,9 +90,9 @@ def probability_of_removal(findings: Mapping[str, Findings]) -> Probability | No
     return Probability(value, low, high, {lane: float(one[0]) for lane, one in ratios.items()})
 
 
-def capped_ratios(weights_nf: np.ndarray, x_f: np.ndarray) -> np.ndarray:
+def capped_ratios(lane: str, weights_nf: np.ndarray, x_f: np.ndarray) -> np.ndarray:
     """Returns a lane's log-likelihood ratio by each of its fits."""
-    return np.clip(weights_nf[:, :-1] @ x_f + weights_nf[:, -1], -CAP, CAP)
+    return np.clip(weights_nf[:, :-1] @ x_f + weights_nf[:, -1], -CAPS[lane], CAPS[lane])
 
 
 def fit(rows: Sequence[Mapping[str, Any]], draws: int = 40, seed: int = 0) -> dict[str, Any]:
@@ -97,6 +100,7 @@ def fit(rows: Sequence[Mapping[str, Any]], draws: int = 40, seed: int = 0) -> di
 
     rows: as `audit.bench` writes them, with "lanes", "family" and "truth".
     """
+    rows = [row for row in rows if row["family"] not in BESIDE]
     families = np.array([row["family"] for row in rows])
     removed = np.array([row["truth"]["kind"] == "removed" for row in rows])
     rng, lanes = np.random.default_rng(seed), {}
@@ -111,7 +115,7 @@ def fit(rows: Sequence[Mapping[str, Any]], draws: int = 40, seed: int = 0) -> di
             some = drawn_groups(families[known], rng)
             if len(np.unique(removed[known][some])) == 2:
                 weights.append(logistic(x[some], removed[known][some]).round(4))
-        spread = np.std([capped_ratios(weights[0][None], one)[0] for one in x])
+        spread = np.std([capped_ratios(lane, weights[0][None], one)[0] for one in x])
         lanes[lane] = {"spread": round(float(spread), 3), "weights": [one.tolist() for one in weights]}
     return {"organisms": len(rows), "bases": sorted({row["base"] for row in rows}), "lanes": lanes}
 
