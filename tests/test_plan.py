@@ -303,7 +303,9 @@ def test_bad_requests(argv, message):
     assert done.returncode == 2 and message in " ".join(done.stderr.split()), done.stderr
 
 
-WITHOUT_FLAGS = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}  # libtpu knows none of a CPU's
+WITHOUT_FLAGS = {
+    name: value for name, value in os.environ.items() if name != "XLA_FLAGS"
+}  # libtpu knows none of a CPU's
 
 
 def plan_command(argv, before: str = "pass"):
