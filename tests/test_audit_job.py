@@ -117,6 +117,7 @@ def test_bad_input(tmp_path):
         "--out is missing, the folder for statement and replies": ["--sign=key.pem"],
         "lies in the folder of a checkpoint": [f"--out={inside}"],
         "The signed statement is missing": ["verify"],
+        "--out is missing, the folder of the benchmark": ["bench"],
         "gone.json does not exist": ["verify", "gone.json", "--key=x"],
         "unexpected argument 'two'": ["one", "two"],
         "flag --margin=wide: could not convert": ["--margin=wide"],

@@ -249,7 +249,7 @@ def test_what_is_named_exists(page):
     fields = {one.path for one in get_config().described()}
     for name in re.findall(r"--config\.([a-z_.]+[a-z_])", text):
         assert name in fields or any(field.startswith(f"{name}.") for field in fields), name
-    for job in re.findall(r"refusal-jax (\w+)", text):
+    for job in re.findall(r"refusal-jax (\w+)", re.sub(r"^```text.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)):
         assert job in (*JOBS, "JOB", "alone"), job
     for name in re.findall(r"`((?:[\w.]+/)+[\w.]*)`", text):
         places = (ROOT, ROOT / "refusal_jax", ROOT / "refusal_jax/models", ROOT / "docs")
