@@ -139,7 +139,8 @@ def compared(
 def by_family(whole: Table, found: Sequence[Scored], counted: Bool[np.ndarray, " n"]) -> list[dict[str, Any]]:
     """Returns for each family of recipes which share each detector flags, at the stated false positives over all families."""
     rows = []
-    for family in dict.fromkeys(whole.families):
+    kind_of = dict(zip(whole.families, whole.kinds, strict=True))
+    for family in sorted(kind_of, key=lambda one: (kind_of[one], one)):
         here = whole.families == family
         row: dict[str, Any] = {
             "family": str(family),
@@ -295,7 +296,7 @@ def _doses(dose: dict[str, Any]) -> list[str]:
         f"| recipes | n | median error | within {CLOSE} | interval holds it |",
         "|---|---|---|---|---|",
     ]
-    for family, one in {"all": dose["all"], **dose["by_family"]}.items():
+    for family, one in {"all": dose["all"], **dict(sorted(dose["by_family"].items()))}.items():
         close, covered = (f"{100 * one[key]['rate']:.0f} %" for key in ("close", "covered"))
         lines.append(f"| {family} | {one['n']} | {one['median_error']:.4f} | {close} | {covered} |")
     missing = sum(dose["not_stated"].values())
