@@ -86,6 +86,7 @@ def test_what_is_the_base_in_every_file_refuses_as_it_does():
     same = {"kind": "identical", "identical": True, "directions": True}
     found = verdict(left_out=("behaviour",), weights=same)
     assert (found.edit, found.refuses, found.overall) == ("none", "as_base", "intact")
+    assert verdict(weights=same, behaviour=behaviour("unclear")).overall == "intact"  # however few the prompts
     found = verdict(left_out=("behaviour",), weights=same, files=FILES | {"template_changed": True})
     assert (found.refuses, found.overall) == ("not_measured", "inconclusive")
     found = verdict(left_out=("behaviour", "weights"), files=FILES | {"identical": True})

@@ -4,8 +4,8 @@ of what was found for every organism.
     main_bench(pathlib.Path("bench"), workers=16)
 
 trains further bases and fine-tunes where they are missing, goes on where it was interrupted, and writes `rows.jsonl`,
-`bench.json` and `bench.md`. Organisms are shared out over processes that run on the CPU alone; bases are trained on an
-accelerator if there is one. A row holds
+`bench.json`, `bench.md` and `calibration.json`, a fit like the one that the package ships. Organisms are shared out over
+processes that run on the CPU alone; bases are trained on an accelerator if there is one. A row holds
 
 - base, recipe (a line that makes the organism again), family, seed, truth (what was done: kind, dose, along, layers);
 - refusal: the measured shares of harmful and harmless prompts that are refused, by first token and by judged replies;
@@ -28,6 +28,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from typing import Any
 
+from refusal_jax.audit import calibration
 from refusal_jax.audit.audit import LANES
 from refusal_jax.audit.bench_tables import report
 from refusal_jax.audit.detectors import Reading, baselines
@@ -118,6 +119,7 @@ def main_bench(
             bar.update(len(rows))
     tables, page = report(read_rows(out), bench_settings(small))
     write_atomically(out / TABLES, to_json(tables))
+    write_atomically(out / calibration.FILE.name, to_json(calibration.fit(read_rows(out))))
     write_atomically(out / PAGE, page.encode())
     return tables
 

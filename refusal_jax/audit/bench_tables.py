@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float64
 
+from refusal_jax.audit.calibration import left_out_ratios
 from refusal_jax.audit.evidence import Findings
 from refusal_jax.audit.scoring import (
     FALSE_POSITIVES,
@@ -48,7 +49,7 @@ QUESTIONS = {
 }
 EVERYTHING = (None, "base, activations, replies")
 OURS: dict[str, dict[str, tuple[Sequence[str] | None, str]]] = {
-    "removed": {"weights": (("weights",), "base"), "all lanes": EVERYTHING},
+    "removed": {"weights": (("weights",), "base")},
     "projected": {"alone": (("alone",), "candidate's weights"), "weights": (("weights",), "base")},
     "lost": {"activations": (("activations",), "base, activations"), "behaviour": (("behaviour",), "base, replies")},
 }
@@ -225,6 +226,10 @@ def report(rows: Sequence[Row], settings: AuditSettings) -> tuple[dict[str, Any]
         "lost": (kept < LOST, everything),
     }
     found = {question: detectors(rows, positive, OURS[question]) for question, (positive, _) in asked.items()}
+    for way, groups in {"other bases": whole.bases, "other recipes": whole.families}.items():
+        if len(np.unique(groups)) > 1:
+            name = f"this audit, its probability, fitted on {way}"
+            found["removed"].append(Scored(name, EVERYTHING[1], left_out_ratios(rows, groups)))
     tables = {
         "organisms": len(rows),
         "bases": dict(Counter(map(str, whole.bases))),

@@ -120,6 +120,19 @@ def fit(rows: Sequence[Mapping[str, Any]], draws: int = 40, seed: int = 0) -> di
     return {"organisms": len(rows), "bases": sorted({row["base"] for row in rows}), "lanes": lanes}
 
 
+def left_out_ratios(rows: Sequence[Mapping[str, Any]], groups: np.ndarray) -> np.ndarray:
+    """Returns the log-odds of a removal for each row, float64 `[n]`, by a fit on the rows of all other groups."""
+    found = np.zeros(len(rows))
+    for group in np.unique(groups):
+        known = fit([row for row, other in zip(rows, groups, strict=True) if other != group], draws=0)["lanes"]
+        for number in np.flatnonzero(groups == group):
+            for lane, one in known.items():
+                x = features(lane, rows[number]["lanes"].get(lane, {}))
+                if x is not None:
+                    found[number] += capped_ratios(lane, np.asarray(one["weights"]), np.asarray(x))[0]
+    return found
+
+
 def drawn_groups(groups: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Returns the numbers of all rows of as many groups as there are, drawn with replacement."""
     members = [np.flatnonzero(groups == name) for name in np.unique(groups)]

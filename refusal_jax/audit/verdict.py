@@ -122,8 +122,8 @@ def contradictions(edit: EditVerdict, refuses: RefusalVerdict, findings: Mapping
     if edit.name == "removed" and dose > 0.7 and refuses.name in ("as_base", "stronger"):
         found.append(
             f"These two speak against each other: {dose:.0%} of the direction was removed and the replies still "
-            f"refuse. Refusal may "
-            "not rest on this direction, the edit may reach few layers, or the model was trained again afterwards."
+            "refuse. Refusal may not rest on this direction, the edit may reach few layers, or the model was trained "
+            "again afterwards."
         )
     if edit.name == "removed" and dose < 0.3 and refuses.name == "lost":
         found.append(
