@@ -21,6 +21,9 @@ from refusal_jax.audit.weights import Weights, check_comparable
 FITS = (
     0.45  # cosine of the change along a direction with what its removal makes of the matrix; a few reach it by chance
 )
+# If no more than this share of the changed matrices count, one of them must be clear: rounding to few bits makes small entries
+# zero where a large one shares their scale, which truly takes directions out of a reader here and there.
+HANDFUL = 0.02
 CLEAR, LARGE, LARGE_FITS = (
     0.65,
     0.2,
@@ -70,7 +73,8 @@ class WeightStatistics:
     def dosed(self) -> list[Compared]:
         """Returns the matrices from which refusal was removed, or to which it was added."""
         found = [row for row in self.changed if row.fit is not None and is_dosed(row.fit, self.directions.aligned)]
-        if not found or (len(found) == 1 and not _clear(found[0].fit)):
+        handful = max(1, int(HANDFUL * len(self.changed)))
+        if not found or (len(found) <= handful and not any(_clear(row.fit) for row in found)):
             return []
         doses, fits = np.array([dose_of(row) for row in found]), np.array([explained(row.fit) for row in found])
         one_way = max(np.mean(doses > 0), np.mean(doses < 0)) >= SAME_SIGN
