@@ -105,15 +105,6 @@ def demo_pair() -> Pair:
 HAS_DEMO = (demo_model_path() / "config.json").exists()
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Two threads cost more than they gain on models this small, and much more on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def random_model(llama):
     return random_pair(llama)
