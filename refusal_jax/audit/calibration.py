@@ -83,7 +83,7 @@ def probability_of_removal(findings: Mapping[str, Findings]) -> Probability | No
             ratios[lane] = capped_ratios(lane, np.asarray(known["weights"]), np.asarray(x))
     if not ratios:
         return None
-    total = sum(ratios.values())
+    total = np.sum(list(ratios.values()), axis=0)
     low, high = np.quantile(total[1:], (0.025, 0.975))
     half = 1.96 * math.sqrt(missing)
     value, low, high = (float(1 / (1 + math.exp(-one))) for one in (total[0], low - half, high + half))
@@ -125,7 +125,7 @@ def left_out_ratios(rows: Sequence[Mapping[str, Any]], groups: np.ndarray) -> np
     found = np.zeros(len(rows))
     for group in np.unique(groups):
         known = fit([row for row, other in zip(rows, groups, strict=True) if other != group], draws=0)["lanes"]
-        for number in np.flatnonzero(groups == group):
+        for number in np.flatnonzero(groups == group).tolist():
             for lane, one in known.items():
                 x = features(lane, rows[number]["lanes"].get(lane, {}))
                 if x is not None:

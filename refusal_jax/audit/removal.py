@@ -129,7 +129,7 @@ def believed(found: Sequence[Removal | Unexplained]) -> list[Removal | Unexplain
     def witnessed(one: Removal) -> bool:
         others = [other for other in written if other is not one]
         alike = sum(np.linalg.norm(one.left_dj.T @ other.left_dj, 2) >= AGREEMENT for other in others)
-        return one in written and alike >= WITNESSES
+        return one in written and bool(alike >= WITNESSES)
 
     return [
         Unexplained(one.matrix, one.change)
