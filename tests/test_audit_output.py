@@ -365,7 +365,8 @@ def test_files_of_checkpoints(checkpoint, tmp_path):
 
 def test_a_gguf_file_is_its_own_checkpoint(llama, tmp_path):
     """Its mirror in the cache, which is what is read, appears nowhere."""
-    path = write_gguf(llama, tmp_path / "my model.gguf", GGMLQuantizationType.F16)
+    source = pathlib.Path(shutil.copytree(llama, tmp_path / "source"))  # whose values become what the file holds
+    path = write_gguf(source, tmp_path / "my model.gguf", GGMLQuantizationType.F16)
     folder = checkpoint_folder(path)
     assert checkpoint_files.checkpoint_hashes(folder, False) == {path.name: file_hash(path)}
     run = sarif_log(made_up(str(path)), folder, tmp_path)["runs"][0]
