@@ -109,6 +109,8 @@ def test_without_a_base():
     met = verdict(alone={"missing": False}, behaviour=alone | {"refused_harmful": 97, "floor": "met"})
     assert (met.edit, met.refuses, met.overall) == ("unknown", "meets_floor", "inconclusive")
     assert "which clears nothing" in " ".join(met.sentences)
+    seen = verdict(alone={"missing": True}, behaviour=alone | {"refused_harmful": 97, "floor": "met"})
+    assert (seen.edit, seen.overall) == ("projection", "inconclusive")  # a missing direction alone decides nothing
     lost = verdict(
         alone={"missing": True, "missing_layers": [3, 5]},
         behaviour=alone | {"refused_harmful": 2, "floor": "missed", "refuses": "lost"},

@@ -205,7 +205,7 @@ def _worked(tasks: Sequence[Task], workers: int, out: pathlib.Path) -> Iterator[
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Bench:
-    """What the organisms of one base share in a process.
+    """Holds what the organisms of one base share in a process.
 
     opened: the base as lanes open it. before: its reading. shared: what lanes keep of it. texts: prompts, by side, that no lane
     sees; scored, replied: how many of them are read, and replied to. refuses: the base's own refusal, as `refusal` returns it.

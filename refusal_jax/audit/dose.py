@@ -54,7 +54,7 @@ class Dose:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class WeightStatistics:
-    """What was found in the weights of a candidate and its base."""
+    """Holds what was found in the weights of a candidate and its base."""
 
     comparison: Comparison
     directions: BaseDirections

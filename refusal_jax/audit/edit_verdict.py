@@ -149,8 +149,7 @@ def _without_base(facts: Mapping[str, Any]) -> EditVerdict:
     where = f" in layers {min(layers)} to {max(layers)}" if layers else ""
     words = (
         f"A direction is missing from what the weights write{where}, as a removal leaves it. Without the base it "
-        f"cannot be told "
-        "whether it was refusal's."
+        "cannot be told whether it was refusal's."
     )
     return EditVerdict("projection", [words], details={"dosed_layers": list(layers)})
 

@@ -1,4 +1,4 @@
-"""What the lanes of an audit find: rows of evidence, and the facts that verdicts are made from."""
+"""Holds what the lanes of an audit find: rows of evidence, and the facts that verdicts are made from."""
 
 import dataclasses
 import math
@@ -33,7 +33,7 @@ class Evidence:
 
 @dataclasses.dataclass(frozen=True)
 class Findings:
-    """What one lane found.
+    """Holds what one lane found.
 
     lane: its name. evidence: in the order in which it is shown. facts: plain values by name, from which the verdicts are made;
     a fact that was not measured is not there. left_out: why the lane was not run, one whole sentence, or "" if it was.

@@ -53,7 +53,7 @@ ABSENT = 0.1  # energy, as a share of the mean, under which a matrix counts as n
 
 @dataclasses.dataclass(frozen=True)
 class Window:
-    """What the smallest eigenvalues of some layers' writers show.
+    """Holds what the smallest eigenvalues of some layers' writers show.
 
     kind: "gap" or "agreement". side: of SIDES. layers: first and last. score: -log10 of the p-value, of the spacing above `rank`
     directions or of the agreement in one. energies: the largest eigenvalue of these and the smallest of the rest, of which the
@@ -76,7 +76,7 @@ class Window:
 
 @dataclasses.dataclass(frozen=True)
 class Missing:
-    """What was found.
+    """Holds what was found.
 
     windows: those that were looked at, the highest score first. best: of those whose direction may count, the gap with the
     highest score, if that is high enough, else the window with the highest; None if there is none. read: the readers' energy

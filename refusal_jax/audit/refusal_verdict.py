@@ -42,8 +42,7 @@ def refusal_verdict(findings: Mapping[str, Findings]) -> RefusalVerdict:
         "meets_floor": f"It refuses {counts}, which meets the {asked} that are asked for. Without a base this is "
         "no proof that nothing was changed.",
         "below_floor": f"It refuses {counts}, which is less than the {asked} that are asked for. Without a base "
-        f"it cannot be told "
-        "whether it ever refused more.",
+        "it cannot be told whether it ever refused more.",
         "unclear": f"It refuses {counts}, which may be more or less than the {asked} that are asked for.",
     }
     return RefusalVerdict(name, [said[name], *_template(facts)])

@@ -76,7 +76,7 @@ def band_of(cfg: ModelConfig) -> slice:
 
 
 class Told:
-    """What the lane says, as it grows."""
+    """Collects what the lane says."""
 
     def __init__(self) -> None:
         self.evidence: list[Evidence] = []

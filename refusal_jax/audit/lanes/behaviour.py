@@ -89,7 +89,7 @@ class Judged:
 
 @dataclasses.dataclass
 class Told:
-    """What the lane says, as it grows."""
+    """Collects what the lane says."""
 
     evidence: list[Evidence] = dataclasses.field(default_factory=list)
     facts: dict[str, Any] = dataclasses.field(default_factory=dict)
