@@ -211,7 +211,7 @@ class Store:
         return [Letter(number, json.loads(content)) for number, content in rows]
 
     def delivered(self, channel: str, number: int) -> None:
-        """Takes the letters of a channel up to a number, that one included, as done with. After a crash they may be given again."""
+        """Takes the letters of a channel up to a number, that one included, as done with. A crash may bring them back."""
         self._delivered[channel] = number
 
     def state(self, owner: str) -> dict[str, dict]:
