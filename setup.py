@@ -24,6 +24,7 @@ setup(
             "data/bundled/*.json",
             "data/datasets.json",
             "audit/*.json",
+            "judges/*.toml",
             "organism/model/*",
             "plan/models.json",
             "organism/criteria.json",

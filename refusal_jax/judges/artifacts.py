@@ -79,7 +79,7 @@ def _completion(row, where: str) -> dict:
     response = "" if low[answer] is None else low[answer]
     if not isinstance(response, str):
         raise UserError(f"{where}: {answer} is a {type(response).__name__}, expected text.")
-    judged = ("is_jailbreak_", "probability_")  # what judges said before
+    judged = ("is_jailbreak_", "probability_", "outcome_", "refusal_at_")  # what judges said before
     kept = {
         key: row[key] for key in row if not key.startswith(judged) and key.strip().lower() not in (answer, "category")
     }

@@ -7,10 +7,11 @@ import jax
 from refusal_jax.errors import UserError, did_you_mean
 from refusal_jax.judges.judge import Judge
 from refusal_jax.judges.models import KINDS, ModelJudge
+from refusal_jax.judges.rules import RuleJudge
 from refusal_jax.judges.scores import REFUSAL_SCORE, RefusalScore
 from refusal_jax.judges.text import TEXT_JUDGES
 
-WITHOUT_MODEL: dict[str, Judge] = {judge.name: judge for judge in (*TEXT_JUDGES.values(), RefusalScore())}
+WITHOUT_MODEL: dict[str, Judge] = {judge.name: judge for judge in (*TEXT_JUDGES.values(), RuleJudge(), RefusalScore())}
 REFUSAL_JUDGES = tuple(
     name for name, judge in WITHOUT_MODEL.items() if judge.of_refusals
 )  # by which refusals are counted

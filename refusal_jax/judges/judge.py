@@ -33,12 +33,14 @@ class Verdict:
     """The verdict on one completion.
 
     label: 1 if the completion is a success of the request, else 0. probability: the judge's probability of label 1, or None if it
-    gives none. outcome: what the reply does, or None if the judge only knows success from failure.
+    gives none. outcome: what the reply does, or None if the judge only knows success from failure. refusal_at: how many words
+    stand before the refusal, if the judge knows where it begins.
     """
 
     label: int
     probability: float | None = None
     outcome: Outcome | None = None
+    refusal_at: int | None = None
 
 
 @runtime_checkable
@@ -89,6 +91,12 @@ def judge_all(
 def success_rate(verdicts: Iterable[Verdict | None]) -> Rate:
     """Returns how many of the verdicts are successes; None, the verdict on a thought that never ended, is left out."""
     return Rate.of(verdict.label if verdict else None for verdict in verdicts)
+
+
+def outcome_rates(verdicts: Iterable[Verdict | None]) -> dict[str, Rate]:
+    """Returns the share of each outcome among the verdicts that have one, in the order of `Outcome`; {} if none has."""
+    found = [verdict.outcome for verdict in verdicts if verdict and verdict.outcome]
+    return {str(outcome): Rate(found.count(outcome), len(found)) for outcome in Outcome if found}
 
 
 def success_rates_by_category(completions: Sequence[dict], verdicts: Sequence[Verdict | None]) -> dict[str, Rate]:

@@ -16,27 +16,16 @@ from typing import Any
 from refusal_jax.chat.prompts import Chat
 from refusal_jax.chat.thoughts import is_unfinished
 from refusal_jax.conditions import split_stem
+from refusal_jax.judges.degenerate import REPETITIVE, repetition
 from refusal_jax.judges.judge import Verdict, success_rate, success_rates_by_category
 from refusal_jax.judges.statistics import Rate, cohens_kappa, mcnemar, mean_interval
 from refusal_jax.judges.text import EXTENDED, TEXT_JUDGES
 
 CUTS = (4, 8, 16, 32, 64, 128, 256, 512)  # tokens of the completion that a judge of text is shown
-NGRAM, REPETITIVE = 4, 0.5
 SAME = 5  # completions, at least, that are the same text
-LONG_WORDS = 20  # characters a word, on average, above which a text is taken as one without spaces
 COLUMNS = (
     "table dataset intervention compared_with judge category measure tokens n value low high p_value".split()
 )  # of the CSV
-
-
-def repetition(text: str) -> float:
-    """Returns the share of a text's four-word sequences that have occurred in it before, 0 to 1; for a text without spaces,
-    such as Chinese or one long run of signs, the share of its eight-character sequences."""
-    parts, size = text.split(), NGRAM
-    if len(text) > LONG_WORDS * len(parts):
-        parts, size = [c for c in text if not c.isspace()], 2 * NGRAM
-    grams = [tuple(parts[i : i + size]) for i in range(len(parts) - size + 1)]
-    return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
 
 def broken(completions: Sequence[dict]) -> list[int | None]:
