@@ -37,6 +37,9 @@ class EndpointSettings(Settings, path="endpoint"):
     )
     timeout_s: float = option(120.0, "Seconds after which a request without a whole reply is given up")
     retries: int = option(4, "Number of times that a request is sent again after a fault that may pass")
+    wait_s: float = option(
+        1.0, "Seconds before a request is sent again, doubled each time, where the server does not say how long"
+    )
     concurrency: int = option(4, "Largest number of requests at the same time")
 
 
@@ -102,9 +105,10 @@ class Answer:
     @classmethod
     def of(cls, row: Mapping[str, Any]) -> "Answer":
         """Returns the answer that a row holds; fields that it does not know are left out."""
-        known = {field.name: row[field.name] for field in dataclasses.fields(cls) if field.name in row}
-        kind = known.get("kind")
-        return cls(**known | {"kind": None if kind is None else Fault(kind)})
+        known: dict[str, Any] = {field.name: row[field.name] for field in dataclasses.fields(cls) if field.name in row}
+        if known.get("kind") is not None:
+            known["kind"] = Fault(known["kind"])
+        return cls(**known)
 
 
 @dataclasses.dataclass(frozen=True)
