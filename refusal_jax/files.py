@@ -34,15 +34,16 @@ def read_text(path: pathlib.Path) -> str:
         raise UserError(f"{path} is not UTF-8 text ({error}). Convert it, e.g. with iconv.") from None
 
 
-def write_atomically(path: pathlib.Path, data: bytes) -> None:
+def write_atomically(path: pathlib.Path, data: bytes, private: bool = False) -> None:
     """Writes `data` to `path` so that a crash leaves the old file or the new one, never a part.
 
-    Raises UserError if the disk is full, read-only or not ours to write.
+    private: only the file's owner may read it. Raises UserError if the disk is full, read-only or not ours to write.
     """
     temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
+        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
+        with open(os.open(temporary, flags, 0o600 if private else 0o666), "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())

@@ -11,7 +11,19 @@ import refusal_jax
 ROOT = pathlib.Path(refusal_jax.__file__).parent
 # From below; a room imports rooms of its own floor and of those beneath. The package's __init__ gathers the public names.
 FLOORS = (
-    {"errors", "axes", "files", "distributed", "surrogates", "settings", "logs", "progress", "stores", "hub"},
+    {
+        "errors",
+        "axes",
+        "files",
+        "distributed",
+        "surrogates",
+        "settings",
+        "logs",
+        "progress",
+        "stores",
+        "hub",
+        "signatures",
+    },
     {"edits", "taps"},
     {"models"},
     {"checkpoints"},

@@ -2,7 +2,7 @@
 
 The statement (in-toto Statement v1) names every file of the checkpoint with its sha256, and says by whom, with which settings,
 prompts and judge it was audited, and what the verdict was. It is signed as a DSSE envelope with a key of the user's, by
-securesystemslib, which TUF and in-toto use.
+`refusal_jax.signatures`.
 """
 
 import hashlib
@@ -25,14 +25,14 @@ from refusal_jax.checkpoints.fingerprint import checkpoint_fingerprint
 from refusal_jax.checkpoints.tensors import listed
 from refusal_jax.errors import UserError, VerificationError, setting
 from refusal_jax.export.provenance import base_model
-from refusal_jax.files import read_bytes, read_json, to_json
+from refusal_jax.files import read_json, to_json
 from refusal_jax.judges.choice import parse_judges
 from refusal_jax.models.hf_config import load_config
+from refusal_jax.signatures import Envelope, PrivateKey, PublicKey
 
 STATEMENT = "https://in-toto.io/Statement/v1"
 PREDICATE = "urn:refusal-jax:audit:v1"
 PAYLOAD = "application/vnd.in-toto+json"
-PASSWORD = "REFUSAL_JAX_KEY_PASSWORD"  # the variable of the environment that holds the password of a signing key
 ASKING = ("activations", "behaviour")  # the lanes that depend on prompts, template and judge
 
 
@@ -94,23 +94,9 @@ def _sha256(data: bytes) -> str:
 def signed(statement: Mapping[str, Any], key: pathlib.Path) -> bytes:
     """Returns the envelope of a statement, signed, for a file.
 
-    key: a private key (Ed25519, ECDSA or RSA) in PEM; its password, if it has one, is taken from the environment. Raises
-    UserError for a key that cannot be used, and if the library that signs is not installed.
+    key: a private key in PEM, as of `PrivateKey`, which says what is raised.
     """
-    dsse, signer, serialization = _library()
-    password = os.environ.get(PASSWORD)
-    try:
-        private = serialization.load_pem_private_key(read_bytes(key), password.encode() if password else None)
-        envelope = dsse.Envelope(to_json(statement), PAYLOAD, {})
-        envelope.sign(signer.CryptoSigner(private))
-    except UserError:
-        raise
-    except Exception as error:  # of many kinds, by the kind of key
-        raise UserError(
-            f"{key} cannot sign ({error}). A private key in PEM is needed, which `openssl genpkey -algorithm ed25519 -out "
-            f"key.pem` makes; {PASSWORD} in the environment is its password, if it has one."
-        ) from None
-    return to_json(envelope.to_dict())
+    return PrivateKey(key).signed(to_json(statement), PAYLOAD)
 
 
 def verified(file: pathlib.Path, key: pathlib.Path | None, checkpoint: str, base: str = "") -> dict[str, Any]:
@@ -151,28 +137,16 @@ def _payload(file: pathlib.Path, key: pathlib.Path | None) -> dict[str, Any]:
     if key is None:
         name = (setting("key") or "key").removesuffix("=")
         raise UserError(f"{name} is missing: name the public key, in PEM, of whoever signed {file}.")
-    dsse, signer, serialization = _library()
+    public = PublicKey(key)
     try:
-        public = signer.SSlibKey.from_crypto(serialization.load_pem_public_key(read_bytes(key)))
-    except UserError:
-        raise
-    except Exception as error:
-        raise UserError(
-            f"{key} is no public key in PEM ({error}). `openssl pkey -in key.pem -pubout -out key.pub` writes that of a private "
-            "key."
-        ) from None
-    try:
-        envelope = dsse.Envelope.from_dict(data)
-        statement = json.loads(envelope.payload)
-    except Exception as error:  # whatever a damaged file leads to
-        raise UserError(
-            f"{file} is no signed statement ({type(error).__name__}: {error}). Name the audit.intoto.json of an audit."
-        ) from None
-    # Other tools write no names of keys, or names of their own: every signature is tried.
-    if not any(_accepts(signer, public, one, envelope.pae()) for one in envelope.signatures.values()):
+        envelope = Envelope(data)
+    except ValueError as error:
+        raise UserError(f"{file} is no signed statement ({error}). Name the audit.intoto.json of an audit.") from None
+    if not envelope.is_signed_by(public):
         raise VerificationError(
             f"{file} was not signed with the private key of {key}, or it was changed afterwards. Do not rely on it."
         )
+    statement = envelope.document
     found = (envelope.payload_type, statement.get("_type") if isinstance(statement, dict) else None)
     if found != (PAYLOAD, STATEMENT) or statement.get("predicateType") != PREDICATE:
         raise VerificationError(
@@ -180,17 +154,6 @@ def _payload(file: pathlib.Path, key: pathlib.Path | None) -> dict[str, Any]:
             f"{statement.get('predicateType') if isinstance(statement, dict) else None}, expected {PREDICATE}."
         )
     return statement
-
-
-def _accepts(signer, public, one, signed_bytes: bytes) -> bool:
-    """Returns whether a signature is that of a key."""
-    from securesystemslib.exceptions import UnverifiedSignatureError
-
-    try:
-        public.verify_signature(signer.Signature(public.keyid, one.signature), signed_bytes)
-    except UnverifiedSignatureError:
-        return False
-    return True
 
 
 def _subjects(file: pathlib.Path, statement: Mapping[str, Any]) -> dict[str, str]:
@@ -204,15 +167,3 @@ def _subjects(file: pathlib.Path, statement: Mapping[str, Any]) -> dict[str, str
     if not whole:
         raise VerificationError(f"{file} is signed, but its statement names no files or no verdict. Audit again.")
     return subjects
-
-
-def _library():
-    """Returns the modules that sign. Raises UserError if they are not installed."""
-    try:
-        from cryptography.hazmat.primitives import serialization
-        from securesystemslib import dsse, signer
-    except ImportError:
-        raise UserError(
-            "Signing needs securesystemslib, which is not installed: pip install 'refusal-jax[sign]'."
-        ) from None
-    return dsse, signer, serialization
