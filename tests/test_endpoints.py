@@ -88,7 +88,7 @@ def test_streams_that_end_early_are_asked_again(server, act):
     server.plan["Hi"] = [CutStream(3)] * 3
     (answer,) = asked(server, "Hi", stream=True)
     assert answer.kind is Fault.UNREADABLE
-    assert "ended without a finish_reason, after 8 characters" in answer.fault
+    assert "ended without a finish_reason, after 9 characters" in answer.fault
 
 
 @pytest.mark.parametrize("drip", [False, True])

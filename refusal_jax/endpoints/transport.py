@@ -54,11 +54,8 @@ class Transport:
         """Yields a client. Of the environment's settings for OpenAI, other servers get only OPENAI_CUSTOM_HEADERS."""
         import openai
 
-        foreign = (
-            {}
-            if self.address.of_openai
-            else {name: openai.Omit() for name in ("OpenAI-Organization", "OpenAI-Project")}
-        )
+        foreign = () if self.address.of_openai else ("OpenAI-Organization", "OpenAI-Project")
+        headers: Any = {name: openai.Omit() for name in foreign}
         # A proxy of the environment knows no way to this machine.
         http = openai.DefaultAsyncHttpxClient(timeout=self.settings.timeout_s, trust_env=not self.address.local)
         async with openai.AsyncOpenAI(
@@ -66,7 +63,7 @@ class Transport:
             base_url=self.address.url,
             timeout=self.settings.timeout_s,
             max_retries=0,  # `send` knows of replies that are cut off and of the other requests
-            default_headers=foreign,
+            default_headers=headers,
             http_client=http,
         ) as client:
             yield client
