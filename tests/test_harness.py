@@ -5,7 +5,6 @@ import json
 import logging
 import pathlib
 import shutil
-import sys
 
 import numpy as np
 import pytest
@@ -515,17 +514,6 @@ def test_a_harness_that_is_not_installed(monkeypatch):
     monkeypatch.setattr(lm_eval.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"The harness is not installed\. Install it with"):
         lm_eval.main([])
-
-
-def test_the_command_passes_its_arguments_on(lm, monkeypatch):
-    import lm_eval.__main__
-
-    from refusal_jax.jobs.main import run_job
-
-    monkeypatch.setattr(sys, "argv", [])
-    monkeypatch.setattr(lm_eval.__main__, "cli_evaluate", lambda: print(sys.argv))
-    assert run_job("lm_eval", ["--model", "refusal_jax", "--tasks=a"]) == 0
-    assert sys.argv == ["refusal-jax lm_eval", "--model", "refusal_jax", "--tasks=a"]
 
 
 @pytest.fixture(scope="module")

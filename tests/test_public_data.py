@@ -233,6 +233,12 @@ def test_splits_from_files_on_the_disk(files, tmp_path, monkeypatch, capsys):
     assert resolve("paper", "harmful_val") == data / "splits" / "harmful_val.json"
     assert [p["instruction"] for p in read_prompts(resolve("xstest", "harmless_test"))] == ["Kill a process?"]
     assert resolve("alpaca", "loss") == data / "loss" / "alpaca.jsonl" and dataset_name("paper") == "harmful_test"
+    assert texts(data / "prompts" / "xstest_unsafe.json") == ["Kill a person?"]  # of the same file
+    with pytest.raises(
+        UserError,
+        match=r"or_bench_toxic\.json is not there\..* Run `refusal-jax data fetch --sets=or_bench_toxic --accept_new_hash`",
+    ):
+        resolve("or_bench_toxic", "harmful_test")
     with pytest.raises(
         UserError,
         match=r"'xtest' is no file, and .*xtest\.json is not there\. Did you mean xstest\? Run `refusal-jax",
@@ -353,6 +359,11 @@ def test_the_job(files, tmp_path, capsys):
     assert (
         "prompts/xstest.json" in (out := capsys.readouterr().out) and "Not built, for want of sets: harmful_tr" in out
     )
+    content["sets"] = {name: content["sets"][name] for name in ("xstest", "or_bench_toxic")}
+    (tmp_path / "two.json").write_text(json.dumps(content))
+    two = [f"--manifest={tmp_path / 'two.json'}", flags[1], "--sets="]
+    assert run_job("data", ["fetch", *two]) == 0  # what cannot be checked is named, and not fetched
+    assert "OR-Bench, toxic. `refusal-jax data fetch --sets=or_bench_toxic --accept_new" in capsys.readouterr().out
     assert run_job("data", ["fetch", "--sets=", f"--from={source}", *flags]) == 0
     assert "splits/harmful_train.json" in capsys.readouterr().out
     assert run_job("data", ["list", *flags]) == 0
@@ -372,7 +383,9 @@ def test_the_manifest_is_pinned():
     for one in manifest.sets.values():
         assert one.licence and one.home.startswith("https://") and one.rows > 0
         for file in one.files:
-            assert one.hub or (file.url.startswith("https://") and "/main/" not in file.url and file.sha256)
+            assert one.hub or (file.url.startswith("https://") and "/main/" not in file.url)
+    unpinned = {name for name, one in manifest.sets.items() if not one.pinned}
+    assert unpinned == {"pile", "jailbreakbench_benign", "or_bench_toxic"}
     assert len(manifest.advbench_train) == len(set(manifest.advbench_train)) == 117
 
 

@@ -54,10 +54,18 @@ def resolve(source: str, split: str) -> pathlib.Path:
         there = sorted(known.stem for known in path.parent.glob(f"*{path.suffix}"))
         hint = did_you_mean(source, [BUNDLED, PAPER, *there])
         raise UserError(
-            f"{source!r} is no file, and {path} is not there.{hint} Run `refusal-jax data fetch` to get the public sets, "
+            f"{source!r} is no file, and {path} is not there.{hint} Run `{fetching(source)}` to get the public sets, "
             "`refusal-jax data list` for their names, or name a .json, .jsonl, .csv or .txt file."
         )
     return path
+
+
+def fetching(source: str) -> str:
+    """Returns the command that fetches the public set of this name, or all of them if there is no such set."""
+    from refusal_jax.data.public import load_manifest  # imported late: it imports this file
+
+    one = load_manifest().sets.get(source)
+    return "refusal-jax data fetch" if one is None else one.command
 
 
 def dataset_name(source: str) -> str:

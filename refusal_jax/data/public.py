@@ -58,6 +58,16 @@ class PublicSet:
     files: tuple[RawFile, ...]
     hub: Mapping | None = None
 
+    @property
+    def pinned(self) -> bool:
+        """Returns whether the manifest knows the hashes of all its files."""
+        return all(file.sha256 for file in self.files)
+
+    @property
+    def command(self) -> str:
+        """Returns the command that fetches this set."""
+        return f"refusal-jax data fetch --sets={self.name}{'' if self.pinned else ' --accept_new_hash'}"
+
 
 @dataclasses.dataclass(frozen=True)
 class Manifest:

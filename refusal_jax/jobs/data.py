@@ -21,13 +21,15 @@ import pathlib
 from absl import flags
 
 from refusal_jax.data.prompts import data_folder
-from refusal_jax.data.public import MANIFEST, build, fetch_set, load_manifest, status, take_files
+from refusal_jax.data.public import MANIFEST, build, expected, fetch_set, load_manifest, status, take_files
 from refusal_jax.errors import UserError
 from refusal_jax.files import local_path
 
 ACTIONS = {"fetch": 0, "list": 0, "verify": 0}
 SETS = flags.DEFINE_list(
-    "sets", [], "Names of the sets to fetch. Default: all except those that are streamed from the Hub."
+    "sets",
+    [],
+    "Names of the sets to fetch. Default: all files whose hashes are known, and with --accept_new_hash all files.",
 )
 FROM = flags.DEFINE_string(
     "from", None, "Folder with files downloaded by other means, named as `refusal-jax data list` shows."
@@ -52,7 +54,7 @@ def main(arguments) -> None:
 
 
 def fetch(manifest, folder: pathlib.Path) -> None:
-    chosen = manifest.choose(SETS.value) if SETS.value else [one for one in manifest.sets.values() if not one.hub]
+    chosen = manifest.choose(SETS.value) if SETS.value else by_default(manifest, folder)
     if FROM.value:
         take_files(chosen, local_path(FROM.value), folder, ACCEPT.value)
     else:
@@ -65,7 +67,16 @@ def fetch(manifest, folder: pathlib.Path) -> None:
     missing = [split for split in manifest.splits if f"splits/{split}.json" not in rows]
     if missing:
         print(f"Not built, for want of sets: {', '.join(missing)}.")
+    left = [] if SETS.value else [one for one in manifest.sets.values() if one not in chosen]
+    for one in left:
+        print(f"Not fetched unless it is named: {one.title}. `{one.command}`")
     print(f"Data: {folder.resolve()}")
+
+
+def by_default(manifest, folder: pathlib.Path) -> list:
+    """Returns the sets that are fetched if none is named: those that are files, with hashes that can be checked."""
+    files = [one for one in manifest.sets.values() if not one.hub]
+    return [one for one in files if ACCEPT.value or FROM.value or all(expected(file, folder) for file in one.files)]
 
 
 def show(manifest, folder: pathlib.Path) -> None:

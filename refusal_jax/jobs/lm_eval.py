@@ -36,15 +36,26 @@ import sys
 
 from refusal_jax.errors import UserError
 
+TASKS_FOLDER = "tasks_folder"  # the word that prints the folder of our tasks
 PASSED_ON = True  # the harness reads the command line itself
 
 
 def main(argv) -> None:
     if importlib.util.find_spec("lm_eval") is None:
         raise UserError("The harness is not installed. Install it with `pip install '.[lm_eval]'` from a checkout.")
-    from lm_eval.__main__ import cli_evaluate
+    from lm_eval._cli import HarnessCLI
+    from lm_eval.utils import setup_logging
 
     import refusal_jax.harness.lm_eval  # noqa: F401, registers the model
+    from refusal_jax.harness.refusal_tasks import FOLDER
 
+    if argv == [TASKS_FOLDER]:
+        print(FOLDER)
+        return
     sys.argv = ["refusal-jax lm_eval", *argv]
-    cli_evaluate()
+    setup_logging()
+    harness = HarnessCLI()
+    arguments = harness.parse_args()
+    if hasattr(arguments, "include_path"):  # which the harness takes one of by a flag, and several otherwise
+        arguments.include_path = [str(FOLDER), *([arguments.include_path] if arguments.include_path else [])]
+    harness.execute(arguments)
