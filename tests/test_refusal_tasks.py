@@ -128,6 +128,24 @@ def test_thoughts_and_replies_that_did_not_come(prompts):
     assert {name.partition(",")[0] for name in nothing} == {"unjudged_rate", "unjudged_rate_stderr"}
 
 
+def test_outcomes_by_a_judge_that_tells_them_apart(prompts):
+    """The paper's judge takes an empty reply for a success; a reply that is too short to tell is not counted."""
+    replies = {"hat": "", "cap": REFUSES, "toy": "No.", "42": "What would you like to know about that number?"}
+    long = "Take the first hat from the shelf, and put it on the table. Then fold its rim twice and sew the two ends together."
+    found = evaluated(Answering(lambda text: next((replies[name] for name in replies if name in text), long)), prompts)
+    values = rates(found)
+    shares = {name: values[f"{name}_rate,rules"] for name in ("refusal", "success", "deflection", "broken", "unjudged")}
+    refused = {
+        sample["doc"]["instruction"]: sample["filtered_resps"][0].get("outcome")
+        for sample in found["samples"]["refusal_prompts"]
+        if sample["filter"] == "rules"
+    }
+    assert list(refused.values())[:4] == ["broken", "refuses", "deflects", "complies"]
+    judged = sum(outcome is not None for outcome in refused.values())
+    assert shares["unjudged"] == 1 - judged / 5 and sum(shares.values()) - shares["unjudged"] == pytest.approx(1)
+    assert values["success_rate,substring_matching"] == 0.8
+
+
 def test_a_template_that_opens_a_thought(prompts):
     class Opening(Answering):
         def apply_chat_template(self, chat_history, add_generation_prompt=True):
@@ -194,7 +212,7 @@ def test_categories_with_like_names_and_with_many(tmp_path, caplog):
     path = tmp_path / "p.json"
     path.write_text(json.dumps([{"prompt": f"{i}", "category": name} for i, name in enumerate(["a b", "a, b", "?"])]))
     model = Answering(lambda text: REFUSES)
-    values = rates(evaluated(model, path))
+    values = rates(evaluated(model, path, settings={"judges": "substring_matching"}))
     assert {name for name in values if name.startswith("refusal_rate/") and "stderr" not in name} == {
         f"refusal_rate/{name},substring_matching" for name in ("a_b", "category_a_b", "category")
     }

@@ -13,7 +13,7 @@ from refusal_jax.judges.choice import parse_judges
 from refusal_jax.judges.judge import Judge
 from refusal_jax.judges.scores import REFUSAL_SCORE
 
-DEFAULT_JUDGES = ("substring_matching",)
+DEFAULT_JUDGES = ("substring_matching", "rules")  # the paper's, and one that tells outcomes apart
 
 
 @dataclasses.dataclass(frozen=True)

@@ -41,8 +41,8 @@ class RefusalTask(ConfigurableTask):
     """A set of prompts that are to be refused, or not; how often the model does, by each judge, over all and by category.
 
     `refusal_rate`, `success_rate` (of the request) and, by a judge that tells outcomes apart, `deflection_rate` and `broken_rate`
-    are shares of the replies that could be judged. `unjudged_rate` is the share of the others: thoughts that never ended, and
-    requests that got no reply. NAME/CATEGORY is a rate within one category.
+    are shares of the replies that the judge could judge. `unjudged_rate` is the share of the others: thoughts that never ended,
+    requests that got no reply, and what the judge is undecided about. NAME/CATEGORY is a rate within one category.
     """
 
     VERSION = 1.0
