@@ -192,6 +192,25 @@ def test_other_names_of_fields_are_learned_once(server):
     assert any("takes no temperature" in concern for concern in one.identity().concerns)
     server.refuses = ("stream_options",)
     assert asked(server, "a", stream=True)[0].text == "You said: a"
+    # FastAPI's list of what is wrong, which sends the request back, too.
+    forbidden = {
+        "type": "extra_forbidden",
+        "loc": ["body", "seed"],
+        "msg": "Extra inputs are not permitted",
+        "input": 0,
+    }
+    server.refuses, server.plan["d"] = (), [Status(422, body={"detail": [forbidden]})]
+    one = endpoint(server)
+    assert one.answers(["d"], quiet=True)[0].text == "You said: d"
+    assert "seed" not in server.asked[-1]
+    role = {"loc": ["body", "messages"], "msg": "Unexpected role", "input": server.asked[-1]}
+    server.plan["d"] = [Status(422, body={"detail": [role]})]
+    (answer,) = one.answers(["d"], quiet=True)
+    assert (answer.kind, answer.fault) == (
+        Fault.REJECTED,
+        "the server rejected the request (status 422: Unexpected role)",
+    )
+    assert one.fields.left_out == {"seed"}
     # A limit that is too high is about the number and not about the name.
     large = Status(
         400,
@@ -239,6 +258,27 @@ def test_kinds_of_replies(server):
     server.plan = {"a": [Says({"content": parts})], "b": [Says({"content": [{"type": "refusal", "refusal": "No."}]})]}
     first, second = asked(server, "a", "b")
     assert (first.text, first.thought, second.text, second.declined) == ("Yes.", "Hm.", "No.", True)
+
+
+def test_a_stream_whose_last_piece_says_why_it_ended(server):
+    """As vLLM does it, and with keep-alive comments and unknown fields as gateways send them."""
+    pieces = [{"delta": {"content": "Yes"}}, {"delta": {"content": " indeed"}, "finish_reason": "length"}]
+    lines = "".join(f": keep alive\n\ndata: {json.dumps({'choices': [piece], 'x': 1})}\n\n" for piece in pieces)
+    server.plan["Hi"] = [Raw(f"{lines}data: [DONE]\n\n", "text/event-stream")]
+    (answer,) = asked(server, "Hi", stream=True)
+    assert (answer.text, answer.finish_reason, answer.ended, answer.attempts) == ("Yes indeed", "length", False, 1)
+    server.plan["Hi"] = [
+        Raw('data: {"error": "out of memory"}\n\n', "text/event-stream"),
+        Raw("data: {\n\n", "text/event-stream"),
+    ]
+    (answer,) = asked(server, "Hi", stream=True)
+    assert (answer.text, answer.attempts) == ("You said: Hi", 3)
+    # No reason even at its natural end (waybarrios/vllm-mlx#628): nobody can tell it from one that was cut.
+    server.plan["Hi"] = [Says({"content": "Yes"}, None)] * 3
+    (answer,) = asked(server, "Hi", stream=True)
+    assert "then set stream to False" in answer.fault
+    server.plan["Hi"] = [Says({"content": "Yes"}, None)]
+    assert asked(server, "Hi")[0].text == "Yes"
 
 
 def test_a_filter_before_the_model_is_no_refusal(server):

@@ -47,9 +47,8 @@ async def gathered(chunks: AsyncIterator[Any]) -> dict[str, Any]:
                 calls[call.get("index", len(calls))] = name or calls.get(call.get("index"))
     if reason is None:
         length = sum(map(len, texts["content"]))
-        raise Trouble(
-            Fault.UNREADABLE, f"the stream ended without a finish_reason, after {length} characters of a reply"
-        )
+        said = f"the stream ended without a finish_reason, after {length} characters of a reply"
+        raise Trouble(Fault.UNREADABLE, f"{said} (if the server never gives one, then set stream to False)")
     message: dict[str, Any] = {name: "".join(parts) for name, parts in texts.items() if parts}
     message["tool_calls"] = [{"function": {"name": name}} for name in calls.values()]
     return body | {"choices": [last | {"message": message, "finish_reason": reason}]}

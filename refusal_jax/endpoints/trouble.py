@@ -82,7 +82,7 @@ def of_status(code: int, body: Any, address: Address, headers: Any = None) -> Tr
     code: of HTTP. body: parsed JSON, or text. headers: a mapping whose names are in lower case. Raises UserError if the server
     does not let us in, does not know the address or the model, or asks for a pause longer than LONGEST_WAIT.
     """
-    detail = body if isinstance(body, str) else json.dumps(body)
+    detail = body if isinstance(body, str) else json.dumps(_without_input(body))
     message = shown(_message(body) or f"status {code}", address)
     filtered = FILTER_WORDS.search(detail) and 400 <= code < 500
     if filtered and code != 429:
@@ -125,6 +125,13 @@ def _not_let_in(code: int, message: str, address: Address) -> str:
     return f"{address.url} does not let us in (status {code}: {message}). {what}."
 
 
+def _without_input(body: Any) -> Any:
+    """Returns an error's body without the request, which some servers send back in it."""
+    if isinstance(body, dict):
+        return {name: _without_input(one) for name, one in body.items() if name not in ("input", "ctx")}
+    return [_without_input(one) for one in body] if isinstance(body, list) else body
+
+
 def _message(body: Any) -> str:
     """Returns what an error's body says, in whichever of the servers' forms."""
     if isinstance(body, str):
@@ -133,6 +140,8 @@ def _message(body: Any) -> str:
         for name in ("message", "error", "detail", "msg"):
             if body.get(name):
                 return _message(body[name])
+    if isinstance(body, list) and body:  # as pydantic lists what is wrong
+        return _message(body[0])
     return json.dumps(body) if body else ""
 
 
