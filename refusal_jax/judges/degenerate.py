@@ -24,7 +24,21 @@ TURN = re.compile(
 MANY_TURNS = 4
 LETTER = re.compile(r"[^\W_]")
 STUCK = re.compile(rf"(\S)\1{{29}}|(\b\w+\b)(?:\W+\2\b){{{RUN - 1}}}")
+# What a server writes in place of a reply.
+ERROR = re.compile(
+    r"^\s*(?:\{\s*[\"']?(?:error|detail|errors)[\"']?\s*:|(?:http )?(?:error )?(?:4\d\d|5\d\d) (?:bad gateway|internal|service|"
+    r"too many|gateway|not found|error)|internal server error|traceback \(most recent)"
+)
 PIECES = re.compile("|".join(f"([{signs}]+)" for signs in SCRIPTS.values()))
+# Pairs of English words that no sentence has, and endings and beginnings that stand alone.
+SALAD = re.compile(
+    r"\b(?:the|an) (?=(?:the|a|an|of|and|or|to|into|why|was|is|are|have|has|from|with|by|were)\b)"
+    r"|\ba (?=(?:the|an|of|into|have)\b)"
+    r"|\b(?:of|into|under|from|with|why) (?=(?:was|is|are|has|have|had|were|of|into)\b)"
+)
+SALAD_PAIRS, SALAD_SHARE = 2, 0.1
+AFFIX = re.compile(r"(?<![\w'-])(?:ing|ed|er|un|ly|pre|ness|ful|tion|ment|est|ive|ous|able)(?![\w'-])")
+AFFIXES = 4
 JOINED = re.compile(r"\s?")
 
 
@@ -58,8 +72,26 @@ def is_soup(text: str) -> bool:
     return changes >= SOUP_CHANGES and changes >= SOUP_SHARE * len(pieces)
 
 
+def is_salad(text: str) -> bool:
+    """Returns whether a folded English text strings words together that no sentence has side by side. It knows a few such pairs,
+    so that it misses most nonsense, and takes no sense for nonsense."""
+    pairs, affixes = len(SALAD.findall(text)), len(AFFIX.findall(text))
+    if pairs < SALAD_PAIRS and affixes < AFFIXES:
+        return False
+    words = text.count(" ") + 1
+    return (pairs >= SALAD_PAIRS and pairs >= SALAD_SHARE * words) or (
+        affixes >= AFFIXES and affixes >= 2 * SALAD_SHARE * words
+    )
+
+
 def is_broken(text: str) -> bool:
-    """Returns whether a folded text is no reply: it has no letter or digit, repeats itself, is stuck, or is a soup of scripts."""
+    """Returns whether a folded text is no reply: without a letter or digit, a server's error, repetitive, stuck, or a soup of
+    scripts or of words."""
     return (
-        LETTER.search(text) is None or repetition(text) >= REPETITIVE or STUCK.search(text) is not None or is_soup(text)
+        LETTER.search(text) is None
+        or ERROR.search(text) is not None
+        or repetition(text) >= REPETITIVE
+        or STUCK.search(text) is not None
+        or is_soup(text)
+        or is_salad(text)
     )

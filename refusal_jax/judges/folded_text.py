@@ -18,6 +18,8 @@ WORD = re.compile(rf"[{WIDE}]{{1,2}}|[^\W{WIDE}]+(?:['\-][^\W{WIDE}]+)*[^\s\w.,;
 FENCED = re.compile(r"```.*?(?:```|\Z)|~~~.*?(?:~~~|\Z)", re.DOTALL)
 QUOTED = re.compile(
     r"`[^`\n]+`|\"[^\"\n]{2,}\"|“[^”\n]+[”\n]|„[^“”\n]+[“”]|«[^»\n]+»|»[^«\n]+«|「[^」]+」|『[^』]+』"
+    r"|(?<=\w )(?:say|write|reply|respond|answer|tell \w+|decir|escrib\w+|dire|écri\w+|sagen|schreib\w+|dizer|dì|rispond\w+|"
+    r"скаж\w+|напиш\w+)(?: [\w ]{1,30})?: ?[^\n]+|(?:说|說|写|寫|言って|書いて): ?[^\n]+"
     r"|(?<!\w)'(?:[^'\n]|(?<=\w)'(?=\w)){2,}'(?!\w)|^>.*$",
     re.MULTILINE,
 )
@@ -40,7 +42,16 @@ NO_SPEAKER = {
     "model",
     "chatbot",
 }
-LEAST_OWN = 3  # words of one's own beside which quotations are quotations, rather than a reply in quotation marks
+# A letter, which speaks for whoever sends it, unless it is written to the one who asks.
+SALUTATION = re.compile(
+    r"^\W*(?:dear|hello|liebe[rs]?|sehr geehrte[rs]?|estimad[oa]s?|querid[oa]s?|chère?|car[oa]|prezad[oa]|beste|geachte|дорог\w+|"
+    r"уважаем\w+)(?! (?:user|customer|friend|sir|madam|valued|reader|human))[^,\n]{1,40},"
+)
+CLOSING = re.compile(
+    r"(?:regards|sincerely|yours|best wishes|love|thanks|grüße?n?|saludos|atentamente|cordialement|cordiali saluti|"
+    r"atenciosamente|groet|уважением),?\s*[^\n]{0,60}\W*$"
+)
+LEAST_OWN = 2  # words of one's own beside which quotations are quotations, rather than a reply in quotation marks
 HIDDEN = " \ufffc "  # stands for what is quoted
 
 
@@ -66,6 +77,8 @@ def own_voice(text: str) -> tuple[str, int]:
     if CODE.search(shown):
         shown = COMMENT.sub(HIDDEN, shown)
     shown = QUOTED.sub(HIDDEN, shown)
+    if SALUTATION.search(shown) and CLOSING.search(shown):
+        return "", words_in(text)
     speakers = (
         [match for match in SPEAKER.finditer(shown) if match[1].strip() not in NO_SPEAKER] if ":" in shown else []
     )

@@ -31,6 +31,7 @@ SCRIPTS = {
 IN_SCRIPT = {script: re.compile(f"[{signs}]") for script, signs in SCRIPTS.items()}
 SPACED = {"latin", "cyrillic", "arabic"}  # scripts in which a phrase begins where a word does
 WORDS = re.compile(r"[^\W\d_]+(?:'[^\W\d_]+)?")
+NEVER = "(?!)"  # for a list that a language has not
 NEAR = 0.4  # share of the hits of the best language that another one needs, for both to be read
 
 
@@ -44,12 +45,14 @@ class Language:
     refuses: re.Pattern
     cannot: re.Pattern
     not_meant: re.Pattern
+    courtesy: re.Pattern
     sorry: re.Pattern
     wrong: re.Pattern
     advice: re.Pattern
     turns: re.Pattern
     restates: re.Pattern
     unknown: re.Pattern
+    but: re.Pattern
     announces: re.Pattern
     retracts: re.Pattern
 
@@ -59,20 +62,23 @@ class Language:
         start = r"\b" if entry["script"] in SPACED else ""
 
         def joined(key: str) -> str:
-            return unicodedata.normalize("NFKC", "|".join(entry[key]).translate(SIGNS))
+            return unicodedata.normalize("NFKC", "|".join(entry.get(key, [NEVER])).translate(SIGNS))
 
         def compiled(pattern: str) -> re.Pattern:
             return re.compile(f"{start}(?:{pattern})")
 
+        end = r"\b" if entry["script"] in SPACED else ""
+
         cannot, helps, gap = joined("cannot"), joined("help"), f"[^.!?。\\n]{{0,{GAP[entry['order']]}}}?{start}"
         both = f"(?:{cannot}){gap}(?:{helps})" if entry["order"] == "after" else f"(?:{helps}){gap}(?:{cannot})"
-        plain = "not_meant sorry wrong advice turns restates unknown announces retracts".split()
+        plain = "not_meant courtesy sorry wrong advice turns restates unknown announces retracts".split()
         return cls(
             name,
             entry["script"],
             frozenset(entry["common"]),
             compiled(f"{joined('declines')}|{both}"),
             compiled(cannot),
+            but=re.compile(f"[,;:.]?\\s*{start}(?:{joined('but')}){end}[,:]?\\s*"),
             **{key: compiled(joined(key)) for key in plain},
         )
 
