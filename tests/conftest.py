@@ -100,3 +100,28 @@ def small_study(llama, six_sets):
     config.select.update(kl_threshold=1e9, induce_threshold=-1e9, prune_fraction=0.0)
     config.generation.update(max_new_tokens=4, batch_size=4)
     return config
+
+
+@pytest.fixture(scope="session")
+def keys(tmp_path_factory) -> dict[str, pathlib.Path]:
+    """Private and public keys of each kind, as openssl writes them."""
+    from cryptography.hazmat.primitives import serialization
+    from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
+
+    folder, found = tmp_path_factory.mktemp("keys"), {}
+    made = {
+        "ed25519": ed25519.Ed25519PrivateKey.generate(),
+        "ecdsa": ec.generate_private_key(ec.SECP256R1()),
+        "rsa": rsa.generate_private_key(65537, 2048),
+        "locked": ed25519.Ed25519PrivateKey.generate(),
+    }
+    for name, key in made.items():
+        lock = serialization.BestAvailableEncryption(b"open") if name == "locked" else serialization.NoEncryption()
+        private = key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, lock)
+        public = key.public_key().public_bytes(
+            serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
+        )
+        for end, content in (("pem", private), ("pub", public)):
+            found[f"{name}.{end}"] = folder / f"{name}.{end}"
+            found[f"{name}.{end}"].write_bytes(content)
+    return found

@@ -1,0 +1,56 @@
+"""Finds the records of a text, which proves that it was the prompt or the reply of a record."""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from refusal_jax.monitor.trail.chain import Place
+from refusal_jax.monitor.trail.settings import TextKey, sha256
+
+PARTS = ("system", "prompt", "reply")
+
+
+class Match(NamedTuple):
+    """A record that holds the text. part: "system", "prompt" or "reply"."""
+
+    place: Place
+    seq: int
+    part: str
+
+
+class Search:
+    """Looks for a text in the records that it visits.
+
+    text: as it was sent; with the newline at its end, which editors add, or without. key: by which texts were hashed, if they
+    were. matches: what was found; other_keys: the names of keys by which other texts were hashed; keyed: how many texts were
+    hashed with a key and could not be compared.
+    """
+
+    def __init__(self, text: str, key: TextKey | None = None):
+        forms = {text, text.removesuffix("\n")}
+        self._marks = {("text", form) for form in forms} | {("sha256", sha256(form)) for form in forms}
+        self._key = key
+        if key:
+            self._marks |= {("hmac", key.mark(form)) for form in forms}
+        self.begin()
+
+    def begin(self) -> None:
+        """Forgets what was found, before another reading of the trail."""
+        self.matches: list[Match] = []
+        self.other_keys: set[str] = set()
+        self.keyed = 0
+
+    def visit(self, record: Mapping[str, Any], place: Place) -> None:
+        """Compares the texts of a record with the one that is looked for."""
+        for part in PARTS:
+            held = record.get(part)
+            if not isinstance(held, dict):
+                continue
+            if any(
+                (how, held.get(how)) in self._marks
+                for how in ("text", "sha256", "hmac")
+                if isinstance(held.get(how), str)
+            ):
+                self.matches.append(Match(place, record["seq"], part))
+            elif "hmac" in held and (self._key is None or held.get("key") != self._key.id):
+                self.keyed += 1
+                self.other_keys.add(str(held.get("key")))
