@@ -23,7 +23,7 @@ class Unjudged(enum.StrEnum):
     ERROR: the call failed. NO_REPLY: the log has no reply. NO_TEXT: the log leaves the texts out or masks them. CUT: the log cut
     the reply short. TOOL_CALL: the reply calls tools and has no text. THOUGHT: the reply ended within its thought. NO_PROMPT: the
     judge needs the request, which the log does not have. OLD: the trace is older than what is kept. UNCLEAR: the judge gave no
-    verdict.
+    verdict. FILTERED: a filter beside the model took the reply away.
     """
 
     ERROR = "error"
@@ -33,6 +33,7 @@ class Unjudged(enum.StrEnum):
     TOOL_CALL = "tool_call"
     THOUGHT = "thought"
     NO_PROMPT = "no_prompt"
+    FILTERED = "filtered"
     OLD = "old"
     UNCLEAR = "unclear"
 
