@@ -61,8 +61,9 @@ class Trace:
     @property
     def row(self) -> dict:
         """Returns the trace as a completion, which judges read."""
-        system = {} if self.system is None else {"system_prompt": self.system}
-        return {"prompt": self.prompt, "response": self.response, "category": self.category, **system}
+        row = {"prompt": self.prompt, "response": self.response, "category": self.category}
+        optional = {"system_prompt": self.system, "finish_reason": self.finish_reason}
+        return row | {name: value for name, value in optional.items() if value is not None}
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
