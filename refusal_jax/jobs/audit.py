@@ -25,8 +25,6 @@ broken template, 2 bad input. --fail_on=abliterated,uncensored makes all other v
 import contextlib
 import pathlib
 import sys
-from collections.abc import Callable
-from typing import Any, get_origin
 
 from absl import flags
 
@@ -46,7 +44,7 @@ from refusal_jax.audit.verdict import OVERALL, Verdict
 from refusal_jax.errors import UserError, VerificationError, did_you_mean
 from refusal_jax.files import local_path, to_json, write_atomically
 from refusal_jax.jobs import devices
-from refusal_jax.settings import Described
+from refusal_jax.jobs.setting_flags import flags_of
 from refusal_jax.terminal.screen import escaped
 
 ACTIONS = {"": 1, "verify": 2, "bench": 0}
@@ -59,20 +57,7 @@ STDOUT = "-"
 UNFIT = 10  # the exit code of a verdict that --fail_on names and that has none of its own
 
 
-def _flag(one: Described) -> flags.FlagHolder:
-    """Defines the flag of a setting, with its meaning."""
-    if get_origin(one.kind) is tuple:
-        return flags.DEFINE_list(one.path, ",".join(one.value), f"{one.meaning}.")
-    define: dict[Any, Callable] = {
-        str: flags.DEFINE_string,
-        int: flags.DEFINE_integer,
-        float: flags.DEFINE_float,
-        bool: flags.DEFINE_bool,
-    }
-    return define[one.kind](one.path, one.value, f"{one.meaning}.")
-
-
-SETTINGS = {one.path: _flag(one) for one in AuditSettings().described() if one.path not in ELSEWHERE}
+SETTINGS = flags_of(AuditSettings(), but=ELSEWHERE)
 LEVEL = flags.DEFINE_enum(
     "level", None, LANES, "The last lane to run, in place of --lanes: it and the cheaper ones are run."
 )
