@@ -35,6 +35,7 @@ setup(
             "audit/output/*.css",
             "audit/output/*.json",
             "study/*.jinja",
+            "monitor/*.jinja",
         ]
     },
     python_requires=">=3.11,<3.14",

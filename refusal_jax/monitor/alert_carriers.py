@@ -24,6 +24,7 @@ from refusal_jax.monitor.parts import Letter
 LOG = logging.getLogger(__name__)
 WEBHOOK = "webhook"  # the channel
 TIMEOUT_S = 10.0
+MOMENT_S = 0.5  # for which reading waits for the answer of a server that has not failed
 WAITS_S = (1.0, 5.0, 30.0, 120.0, 600.0)  # after the first failure, the second, …; the last one is for all later ones
 KEPT = 100_000  # bytes of the end of a file that are searched for identities
 
@@ -97,6 +98,7 @@ class Webhook:
         self._queue: list[Letter] = []
         self._done = 0  # number of the last letter that is done with
         self._taken = 0  # number of the last letter in the queue
+        self._failing = False  # whether the last try failed
         self._wake, self._closed = threading.Condition(), False
         self._thread: threading.Thread | None = None
 
@@ -140,11 +142,14 @@ class Webhook:
                 self._queue += new
                 self._taken = new[-1].number
                 self._wake.notify_all()
+            if not self._failing:
+                self._wake.wait_for(lambda: self._done >= letters[-1].number or self._failing, MOMENT_S)
             return sum(letter.number <= self._done for letter in letters)
 
     def close(self) -> None:
-        """Gives what is being sent a moment to end; what is not delivered stays in the outbox for the next start."""
+        """Sends what waits if the server takes it in time; what it does not take stays in the outbox for the next start."""
         with self._wake:
+            self._wake.wait_for(lambda: self._done >= self._taken or self._failing, self.timeout_s)
             self._closed = True
             self._wake.notify_all()
         if self._thread:
@@ -155,10 +160,12 @@ class Webhook:
             tried, began = 0, clock.monotonic()
             while not self._closed:
                 fault, for_ever = self._post(letter)
+                with self._wake:
+                    self._failing = bool(fault)
+                    self.sent, self.failures = self.sent + (not fault), self.failures + bool(fault)
+                    self._wake.notify_all()
                 if not fault:
-                    self.sent += 1
                     break
-                self.failures += 1
                 patient = clock.monotonic() - began < self.PATIENCE_S
                 if for_ever and not patient:
                     LOG.warning(f"The webhook at {self.host} refuses alert {letter.content['id']}: {fault}. Given up.")
@@ -175,6 +182,7 @@ class Webhook:
                 return
             with self._wake:
                 self._done = letter.number
+                self._wake.notify_all()
 
     def _next(self) -> Letter | None:
         with self._wake:

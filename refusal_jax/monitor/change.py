@@ -23,7 +23,7 @@ import dataclasses
 import enum
 import functools
 import math
-from collections.abc import Sequence
+from typing import NamedTuple
 
 from refusal_jax.judges.judge import Outcome
 
@@ -33,7 +33,14 @@ TRACKED = 2  # the shift whose cumulative sum tells since when
 MOST = 1e6  # capital that is kept where an alarm has to wait for its minimum of replies
 EDGE = 0.003  # a range that reaches this close to 0 or 1 has nothing beyond it that could be told
 OUTCOMES = tuple(Outcome)
-Ratios = tuple[tuple[float, ...], tuple[float, ...]]
+
+
+class Bet(NamedTuple):
+    """What a reply does to a test. ratios: by what it multiplies the capital on each of SHIFTS; step: the logarithm of that for
+    the shift TRACKED."""
+
+    ratios: tuple[float, ...]
+    step: float
 
 
 class Change(enum.StrEnum):
@@ -61,8 +68,9 @@ CHANGES = tuple(Change)
 
 @dataclasses.dataclass(frozen=True)
 class Reference:
-    """What shares are compared with: how many of `n` replies had each outcome. origin: where they are from, in words. A rate that
-    somebody states, and did not measure, has the n 0, and `stated` holds the shares of the outcomes that are known."""
+    """What shares are compared with: how many of `n` replies had each outcome, -1 where that is not known. origin: where they are
+    from, in words. A rate that somebody states, and did not measure, has the n 0, and `stated` holds the shares of the outcomes
+    that are known."""
 
     counts: tuple[int, ...]
     n: int
@@ -74,7 +82,7 @@ class Reference:
         index = OUTCOMES.index(outcome)
         if self.stated:
             return self.stated[index]
-        return self.counts[index] / self.n if self.n else None
+        return self.counts[index] / self.n if self.n and self.counts[index] >= 0 else None
 
     def interval(self, outcome: Outcome, confidence: float) -> tuple[float, float]:
         """Returns the exact interval (Clopper and Pearson) of an outcome's share; of a stated one, the share itself."""
@@ -112,15 +120,20 @@ def expit(log_odds: float) -> float:
 
 
 @functools.lru_cache(maxsize=8192)
-def ratios(end: float | None, sign: int) -> Ratios:
-    """Returns by what a reply multiplies the capital on each of SHIFTS: first a reply without the outcome, then one with it.
+def bets(end: float | None, sign: int, back: float | None = None) -> tuple[Bet, Bet]:
+    """Returns what a reply without the outcome does to a test, and one with it.
 
-    end: of the range of no change; None leaves the capital as it is. sign: 1 for rates above the end, -1 for rates below.
+    end: of the range of no change; None leaves the test as it is. sign: 1 for a share that rises above the end, -1 for one that
+    falls below. back: None for a test of the change; for one of its end, by how many log-odds the share had left the range.
     """
     if end is None:
-        return (1.0,) * len(SHIFTS), (1.0,) * len(SHIFTS)
+        nothing = Bet((1.0,) * len(SHIFTS), 0.0)
+        return nothing, nothing
+    if back is not None:
+        end, sign = expit(logit(end) + sign * back / 2), -sign
     rates = [expit(logit(end) + sign * shift) for shift in SHIFTS]
-    return tuple((1 - rate) / (1 - end) for rate in rates), tuple(rate / end for rate in rates)
+    without, with_it = tuple((1 - rate) / (1 - end) for rate in rates), tuple(rate / end for rate in rates)
+    return Bet(without, math.log(without[TRACKED])), Bet(with_it, math.log(with_it[TRACKED]))
 
 
 @dataclasses.dataclass
@@ -134,16 +147,14 @@ class Detector:
     since: list[int] = dataclasses.field(default_factory=lambda: [0] * len(OUTCOMES))
     started: float = 0.0
 
-    def add(self, ratio: Sequence[float], income: float, outcome: int, time: float) -> float:
+    def add(self, bet: Bet, income: float, outcome: int, time: float) -> float:
         """Takes one reply, and returns the capital, 1 of which is an alarm.
 
-        ratio: what the reply multiplies the capital by. income: what comes in before it. outcome: its index in OUTCOMES.
+        income: what comes in on each shift before the reply. outcome: its index in OUTCOMES. time: seconds since 1970.
         """
-        part = income / len(SHIFTS)
-        self.capital = capital = [(held + part) * by for held, by in zip(self.capital, ratio, strict=True)]
-        drift = self.drift + math.log(ratio[TRACKED])
-        if drift > 0:
-            self.drift = drift
+        self.capital = capital = [(held + income) * by for held, by in zip(self.capital, bet.ratios, strict=True)]
+        self.drift += bet.step
+        if self.drift > 0:
             self.since[outcome] += 1
         else:
             self.drift, self.since, self.started = 0.0, [0] * len(OUTCOMES), time

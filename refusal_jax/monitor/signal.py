@@ -91,6 +91,15 @@ class Signal:
         self._changed = set()
         return values
 
+    @classmethod
+    def view(cls, state: Mapping[str, dict]) -> "Signal":
+        """Returns the signal of a state with the settings that it was kept with, to be looked at."""
+        kept = state.get(json.dumps(["signal"]), {}).get("settings", {})
+        known = SignalSettings()
+        signal = cls(SignalSettings.of({name: value for name, value in kept.items() if name in known}))
+        signal.restore(state)
+        return signal
+
     def state(self) -> dict[str, dict]:
         """Returns the whole state, as `restore` takes it."""
         keys = [("stream", *names) for names in self.streams] + [("group", model) for model in self.groups]
@@ -104,7 +113,7 @@ class Signal:
             self.latest = time
             self._share_out()
         self.latest = max(self.latest, time)
-        self._changed |= {("stream", model, category), ("group", model), ("signal",)}
+        self._changed.update(stream.keys)
         index = INDEX[outcome]
         group.count(category)
         if not stream.reference:
@@ -146,7 +155,9 @@ class Signal:
             return self.streams[key[1], key[2]].state()
         if key[0] == "group":
             return self.groups[key[1]].state()
-        return {"alerts": self.alerts} if key[0] == "alerts" else {"latest": self.latest, "active": self.active}
+        if key[0] == "alerts":
+            return {"alerts": self.alerts}
+        return {"latest": self.latest, "active": self.active, "settings": self.settings.to_dict()}
 
     def _stream(self, model: str, category: str) -> Stream:
         stream = self.streams.get((model, category))

@@ -20,8 +20,13 @@ class SignalSettings(Settings, path="signal"):
     threshold_points: float = option(
         2.0, "Drift of a share, in percentage points from its reference, up to which there is no alarm"
     )
+    references: str = option(
+        "",
+        "File of what shares are compared with: a run that `gate record` wrote, or JSON such as "
+        '{"CATEGORY": {"refuses": 0.95}}; what it leaves out is learnt',
+    )
     learn: int = option(
-        500, "Number of a category's first judged replies that its reference is learnt from, where none is given"
+        1000, "Number of a category's first judged replies that its reference is learnt from, where none is given"
     )
     confidence: float = option(
         0.95, "Confidence of the sequences that are shown, and of a reference's interval, which is no drift either"

@@ -10,6 +10,7 @@ from refusal_jax.monitor.change import CHANGES, OUTCOMES, Change, Reference
 from refusal_jax.monitor.watch import Tests, Watch
 
 RECENT = 300  # replies over which the recent mix of categories is averaged
+KEEPS = 1 - 1 / RECENT
 
 
 @dataclasses.dataclass
@@ -30,6 +31,9 @@ class Stream:
     reference: Reference | None = None
     tests: Tests = dataclasses.field(default_factory=Tests)
     ends: dict[Change, float] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self):
+        self.keys = ("stream", self.model, self.category), ("group", self.model), ("signal",)  # of what a reply changes
 
     def count(self, outcome: int, time: float) -> None:
         """Counts a reply. outcome: its index in OUTCOMES."""
@@ -85,13 +89,13 @@ class Group:
         """Counts a reply for the mix."""
         self.seen += 1
         entry = self.mix.setdefault(category, [0, 0.0, self.seen])
-        entry[1] = entry[1] * (1 - 1 / RECENT) ** (self.seen - entry[2]) + 1
+        entry[1] = entry[1] * KEEPS ** (self.seen - entry[2]) + 1
         entry[0] += 1
         entry[2] = self.seen
 
     def shares(self) -> dict[str, tuple[float, float]]:
         """Returns the share of each category in all replies and in those of late."""
-        late = {name: of[1] * (1 - 1 / RECENT) ** (self.seen - of[2]) for name, of in self.mix.items()}
+        late = {name: of[1] * KEEPS ** (self.seen - of[2]) for name, of in self.mix.items()}
         total = sum(late.values()) or 1.0
         return {name: (of[0] / self.seen, late[name] / total) for name, of in self.mix.items()}
 

@@ -8,7 +8,7 @@ not follow each other at random where a share lies on the edge of the range.
 import dataclasses
 from collections.abc import Mapping
 
-from refusal_jax.monitor.change import CHANGES, OUTCOMES, Change, Detector, Ratios, expit, logit, ratios
+from refusal_jax.monitor.change import CHANGES, OUTCOMES, SHIFTS, Change, Detector, bets
 
 LONGEST = 86400.0  # seconds of allowance that one reply may bring in; a gap in the traffic is no occasion for alarms
 FORGOTTEN = 14 * LONGEST  # seconds after which tests without replies give their share of the allowance to the others
@@ -25,12 +25,16 @@ class Watch:
     alarm: str | None = None
     alerted: float | None = None
 
-    def ratios(self, end: float | None) -> Ratios:
-        """Returns by what replies multiply the capital. end: of the range of no change, None where none can be told."""
-        sign = self.change.sign
-        if self.shift is None or end is None:
-            return ratios(end, sign)
-        return ratios(expit(logit(end) + sign * self.shift / 2), -sign)
+    def __post_init__(self):
+        self.sign, self.outcome = self.change.sign, OUTCOMES.index(self.change.outcome)
+
+    def add(self, end: float | None, outcome: int, income: float, time: float) -> float:
+        """Takes one reply, and returns the capital, 1 of which is an alarm, or the recovery from one.
+
+        end: of the range of no change of the reply's category, None where none can be told. The others are as in `Detector.add`.
+        """
+        bet = bets(end, self.sign, self.shift)[outcome == self.outcome]
+        return self.detector.add(bet, income, outcome, time)
 
     def state(self) -> dict:
         """Returns the state for JSON."""
@@ -73,13 +77,8 @@ class Tests:
 
         ends: of the ranges of no change, of the category that the reply is of. outcome: its index in OUTCOMES.
         """
-        found = []
-        for change, watch in self.watches.items():
-            with_it = OUTCOMES[outcome] is change.outcome
-            by = watch.ratios(ends.get(change))[with_it]
-            if watch.detector.add(by, income, outcome, time) >= 1:
-                found.append(watch)
-        return found
+        part, end = income / len(SHIFTS), ends.get
+        return [watch for change, watch in self.watches.items() if watch.add(end(change), outcome, part, time) >= 1]
 
     def state(self) -> dict:
         """Returns the state for JSON."""
