@@ -34,6 +34,7 @@ setup(
             "audit/output/*.jinja",
             "audit/output/*.css",
             "audit/output/*.json",
+            "gate/output/*.json",
             "study/*.jinja",
             "monitor/*.jinja",
         ]
