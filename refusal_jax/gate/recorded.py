@@ -149,7 +149,7 @@ class Recorded(Source):
             if held.get(judge.name) != judge.fingerprint():
                 raise UserError(
                     f"{self.path} holds no texts, only the verdicts of {', '.join(held)}, and {field('judges')} names "
-                    f"{judge.name}, which is none of them or has changed. Record it again with this judge, or with --texts."
+                    f"{judge.name}, which is none of them or has changed. Record it again with this judge, or with its texts."
                 )
 
 
