@@ -66,10 +66,11 @@ def ready(url: str) -> bool:
 
 
 @contextlib.contextmanager
-def transformers_serving(model: str | pathlib.Path, log: pathlib.Path, *options: str) -> Iterator[str]:
-    """Yields the address of `transformers serve` with one model in float32 on the CPU. It serves that model under any name."""
+def transformers_serving(log: pathlib.Path, *options: str) -> Iterator[str]:
+    """Yields the address of `transformers serve` in float32 on the CPU. It serves any folder under the folder's path, and
+    with a folder among the options only that one."""
     port = free_port()
-    program = [sys.executable, "-m", "transformers.cli.transformers", "serve", str(model)]
+    program = [sys.executable, "-m", "transformers.cli.transformers", "serve"]
     command = [*program, "--host", "127.0.0.1", "--port", str(port), "--device", "cpu", "--dtype", "float32", *options]
     with running(command, port, log) as url:
         yield url

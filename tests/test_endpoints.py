@@ -430,6 +430,7 @@ def test_a_server_with_several_models_needs_a_name(server):
     with pytest.raises(UserError, match="It lists none"):
         asked(server, "Hi", model="")
     assert endpoint(server).identity().listed is None
+    assert len([path for path in server.paths if path == "/v1/models"]) == 3  # none was asked twice
 
 
 def test_a_server_that_is_not_there():

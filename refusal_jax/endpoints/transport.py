@@ -18,6 +18,7 @@ from refusal_jax.errors import UserError
 
 LOG = logging.getLogger(__name__)
 TIMEOUT_ATTEMPTS = 2  # a reply that took too long will mostly do so again
+NO_LIST = (404, 405, 422, 500, 501)  # how servers say that they list no models; transformers' fails without a cache
 LONGEST_BACKOFF = 30.0  # seconds
 Result = TypeVar("Result")
 
@@ -122,7 +123,9 @@ class Transport:
 
         try:
             raw = await client.models.with_raw_response.list(extra_headers=self._headers())
-        except (openai.NotFoundError, openai.UnprocessableEntityError) as error:
+        except openai.APIStatusError as error:
+            if error.status_code not in NO_LIST:
+                raise
             LOG.info(f"{self.address.url} gives no list of models (status {error.status_code}).")
             return None
         return reply.models(reply.parsed(raw.text, self.address), self.address)
