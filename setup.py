@@ -34,7 +34,6 @@ setup(
             "audit/output/*.jinja",
             "audit/output/*.css",
             "audit/output/*.json",
-            "gate/output/*.json",
             "study/*.jinja",
             "monitor/*.jinja",
         ]

@@ -1,6 +1,7 @@
 """Messages name settings as what runs takes them: flags of the running job, a harness's arguments, or Python's keywords."""
 
 import ast
+import importlib
 import json
 import pathlib
 import re
@@ -15,9 +16,9 @@ from refusal_jax.audit.settings import AuditSettings
 from refusal_jax.chat.prompts import Chat
 from refusal_jax.chat.templates import named_template
 from refusal_jax.errors import field, setting, spelt
-from refusal_jax.gate.policy import get_config as get_policy
 from refusal_jax.harness.edited import ARGUMENTS
 from refusal_jax.jobs.main import JOBS
+from refusal_jax.settings import Settings
 from refusal_jax.study.config import get_config
 
 PACKAGE = pathlib.Path(__file__).parents[1] / "refusal_jax"
@@ -42,8 +43,26 @@ def flags_of(job: str) -> set[str]:
     imported = {alias.name for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) for alias in node.names}
     if "AuditSettings" in imported:  # whose fields are flags
         found |= set(AuditSettings())
-    shared = imported & {"processes", "devices", "settings"} | ({"common"} if job in JOBS else set())
+    found |= {one.path for made in settings_of(tree) for one in made.described()}
+    shared = imported & {"processes", "devices", "settings", "monitor_verify"} | ({"common"} if job in JOBS else set())
     return found.union(*map(flags_of, shared))
+
+
+def settings_of(tree: ast.Module) -> list[Settings]:
+    """The settings whose fields a job makes flags of, by `flags_of(KIND())`."""
+    calls = [
+        node for node in ast.walk(tree) if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "flags_of"
+    ]
+    kinds = {
+        arg.func.id
+        for call in calls
+        for arg in call.args
+        if isinstance(arg, ast.Call) and isinstance(arg.func, ast.Name)
+    }
+    places = {
+        alias.name: node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) for alias in node.names
+    }
+    return [getattr(importlib.import_module(str(places[kind])), kind)() for kind in sorted(kinds & places.keys())]
 
 
 def texts(path: pathlib.Path) -> list[str]:
@@ -60,17 +79,19 @@ def texts(path: pathlib.Path) -> list[str]:
 
 
 def is_field(name: str) -> bool:
-    """Whether a study's config or a gate's policy has a setting."""
-    return any(name in {one.path for one in made().described()} for made in (get_config, get_policy)) or any(
-        name in made() for made in (get_config, get_policy)
-    )
+    node = get_config()
+    for part in name.split("."):
+        if part not in node:
+            return False
+        node = node[part]
+    return True
 
 
 def has(job: str, flag: str) -> bool:
     """Returns whether a job takes a flag, of its own or of the config; placeholders such as --config.FIELD stand for any."""
-    flags, (kind, _, name) = flags_of(job), flag.partition(".")
-    if name:
-        return kind in flags and (name.isupper() or is_field(name))
+    flags, name = flags_of(job), flag.removeprefix("config.")
+    if name != flag:
+        return "config" in flags and (name.isupper() or is_field(name))
     return flag in flags or flag.removeprefix("no") in flags or flag == "help"
 
 
@@ -79,7 +100,10 @@ def test_flags_in_messages(path):
     """Outside of whole commands only a job's own module names flags, and all flags are those of the job that they are for."""
     if path in (PACKAGE / "__init__.py", *ANY_JOB):  # the former's string is for the TPU's compiler
         return
-    job = path.stem if path.parent.name == "jobs" and path.stem in JOBS else None
+    names = (
+        (path.stem, path.stem.partition("_")[0]) if path.parent.name == "jobs" else ()
+    )  # monitor_verify is of monitor
+    job = next((name for name in names if name in JOBS), None)
     wrong = []
     for text in texts(path):
         for command in re.findall(r"refusal-jax (\w+ [^`]*)", text):

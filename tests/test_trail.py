@@ -603,3 +603,49 @@ def test_kills(tmp_path, keys):
     assert found.findings == [] and found.exit_code == 0
     names = [record["id"] for record in records_of(tmp_path / "trail") if record["kind"] == "reply"]
     assert names == [f"t{n}" for n in range(200)]
+
+
+def test_the_job(tmp_path, keys):
+    """A monitor that leaves a trail, and the exit codes of its verification."""
+    log = tmp_path / "server.jsonl"
+    message = {"role": "assistant", "content": "I cannot do that."}
+    request = {"model": "m", "messages": [{"role": "user", "content": "Bake."}]}
+    reply = {"model": "m", "choices": [{"message": message, "finish_reason": "stop"}]}
+    log.write_text(json.dumps({"id": "c", "created": int(time.time()), "request": request, "response": reply}) + "\n")
+    (tmp_path / "text").write_text("Bake.")
+    (tmp_path / "bytes").write_bytes(b"\xff")
+    trail, public = f"{tmp_path}/trail", f"--key={keys['ed25519.pub']}"
+    commands = [
+        [
+            str(log),
+            f"--state={tmp_path}/state",
+            "--once",
+            f"--trail.folder={trail}",
+            f"--trail.key={keys['ed25519.pem']}",
+        ],
+        ["verify", trail, public],
+        ["verify", trail],
+        ["verify", trail, public, f"--text={tmp_path}/text"],
+        ["verify", trail, public, f"--text={log}"],
+        ["verify", trail, f"--key={keys['rsa.pub']}"],
+        ["verify"],
+        ["verify", trail, f"--text={tmp_path}/gone"],
+        ["verify", trail, f"--text={tmp_path}/bytes"],
+    ]
+    script = """
+import json, sys
+from absl import flags
+from refusal_jax.jobs import main
+for words in json.loads(sys.argv[1]):
+    print("exit code", main.run(["monitor", *words]), flush=True)
+    flags.FLAGS.unparse_flags()
+    for name in flags.FLAGS:
+        flags.FLAGS[name].unparse()
+"""
+    done = subprocess.run([sys.executable, "-c", script, json.dumps(commands)], capture_output=True, text=True)
+    assert re.findall(r"exit code (\d+)", done.stdout) == ["0", "0", "30", "0", "10", "40", "2", "2", "2"], done.stderr
+    assert "trail-000001.jsonl:2 holds the text as the prompt of record 2" in done.stdout
+    assert "The trail's folder is missing: refusal-jax monitor verify" in done.stderr
+    assert "the file could not be read" in done.stderr and "is not UTF-8 text" in done.stderr
+    (record,) = [one for one in records_of(tmp_path / "trail") if one["kind"] == "reply"]
+    assert record["outcome"] == "refuses" and record["judge"]["name"] == "rules"

@@ -5,6 +5,8 @@
   tail -F server.jsonl | refusal-jax monitor - --state=DIR     # standard input
   refusal-jax monitor logs/ --state=DIR --rate=0.1 --max_per_day=200 --category_field=metadata.category
   refusal-jax monitor status --state=DIR                       # what was counted, and the malformed lines
+  refusal-jax monitor logs/ --state=DIR --trail.folder=TRAIL --trail.key=key.pem    # also leaves an audit trail
+  refusal-jax monitor verify TRAIL --key=key.pub               # finds what was changed, removed or inserted there
 
 Lines may be requests and replies of the OpenAI API (with streams, batches and the Responses API), LiteLLM's logs, spans and
 events of OpenTelemetry with the GenAI conventions in OTLP's JSON, or vLLM's own log with --enable-log-outputs; the format is
@@ -14,6 +16,10 @@ outcome: they are counted apart, and are neither refusals nor compliance.
 --state is a folder for the database, in which every batch is one transaction: a monitor that is killed at any moment goes on
 where it stopped, and counts nothing twice. SIGTERM and SIGINT let it finish what it has begun. What was read from standard
 input and not yet committed cannot be read again; a file can.
+
+--trail.folder is a folder for records of what was judged, each of which holds the hash of the one before it. Exit codes of
+`verify`: 0 the trail is whole, 10 it is, but no record holds the text of --text, 30 nothing is wrong and nothing proves it,
+40 it was changed.
 """
 
 import pathlib
@@ -26,21 +32,23 @@ from absl import flags
 
 from refusal_jax.errors import UserError
 from refusal_jax.files import local_path
-from refusal_jax.jobs import common
+from refusal_jax.jobs import common, monitor_verify
 from refusal_jax.jobs.setting_flags import flags_of, given
 from refusal_jax.monitor.alert_carriers import WEBHOOK, AlertFile, Webhook
 from refusal_jax.monitor.alerts import ALERTS
 from refusal_jax.monitor.judging import Judging
 from refusal_jax.monitor.loop import Monitor
-from refusal_jax.monitor.parts import Carrier
+from refusal_jax.monitor.parts import Carrier, Part
 from refusal_jax.monitor.settings import MonitorSettings
 from refusal_jax.monitor.signal import Signal
 from refusal_jax.monitor.signal_settings import SignalSettings
 from refusal_jax.monitor.start import source_of
 from refusal_jax.monitor.status import status_text
 from refusal_jax.monitor.store import Store
+from refusal_jax.monitor.trail.part import TrailCarrier, TrailPart
+from refusal_jax.monitor.trail.settings import TrailSettings
 
-ACTIONS = {"": 1, "status": 0}
+ACTIONS = {"": 1, "status": 0, "verify": 1}
 EXAMPLE = ", a folder for the monitor's database. Example: refusal-jax monitor server.jsonl --state=monitor."
 STATE = flags.DEFINE_string("state", None, "Folder for the monitor's database and its alerts.")
 ONCE = flags.DEFINE_bool("once", False, "Read what is there and end, rather than wait for more.")
@@ -51,10 +59,14 @@ WEBHOOK_ENV = flags.DEFINE_string(
     "webhook_env", None, "Name of the environment variable that holds the address to which alerts are sent."
 )
 DAYS = flags.DEFINE_integer("days", 7, "For `status`: how many of the last days with traces are shown.")
-SETTINGS, SIGNAL = flags_of(MonitorSettings()), flags_of(SignalSettings())
+SETTINGS, SIGNAL, TRAIL = flags_of(MonitorSettings()), flags_of(SignalSettings()), flags_of(TrailSettings())
+flags.adopt_module_key_flags(monitor_verify)
 
 
 def main(words) -> int:
+    if words and words[0] == "verify":
+        trail = given(TrailSettings, TRAIL)
+        return monitor_verify.verify(words[1:], trail.text_key_env, trail.text_key_file)
     folder = local_path(common.required(STATE, EXAMPLE))
     if words and words[0] == "status":
         with Store.view(folder) as store:
@@ -74,6 +86,7 @@ def watch(name: str, folder: pathlib.Path) -> None:
     settings, signals = given(MonitorSettings, SETTINGS), given(SignalSettings, SIGNAL)
     settings.check()
     signals.check()
+    trail = given(TrailSettings, TRAIL)
     hook = Webhook.from_environment(WEBHOOK_ENV.value) if WEBHOOK_ENV.value else None
     with ExitStack() as stack:
         judging = Judging.of(settings)
@@ -83,7 +96,10 @@ def watch(name: str, folder: pathlib.Path) -> None:
         stack.callback(source.close)
         alerts = AlertFile(local_path(ALERT_FILE.value) if ALERT_FILE.value else folder / "alerts.jsonl")
         carriers: list[Carrier] = [alerts, *([hook] if hook else [])]
-        parts = [Signal(signals, channels=(ALERTS, WEBHOOK) if hook else (ALERTS,))]
+        parts: list[Part] = [Signal(signals, channels=(ALERTS, WEBHOOK) if hook else (ALERTS,))]
+        if trail.folder:
+            parts.append(TrailPart(trail, judging.judge))  # the last, as it records what the others send
+            carriers.append(TrailCarrier(trail))
         for carrier in carriers:
             stack.callback(carrier.close)
         stopped = stack.enter_context(told_to_stop())

@@ -15,7 +15,7 @@ from refusal_jax.monitor.trail import files
 from refusal_jax.monitor.trail.files import Head, Opening
 from refusal_jax.monitor.trail.records import REMOVED, START, hash_of
 
-KEPT = 1000  # findings that are told one by one
+KEPT = 200  # findings that are told one by one
 
 
 class Finding(NamedTuple):

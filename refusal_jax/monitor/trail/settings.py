@@ -5,7 +5,7 @@ import hashlib
 import hmac
 import os
 
-from refusal_jax.errors import UserError, did_you_mean, field
+from refusal_jax.errors import UserError, did_you_mean, field, setting
 from refusal_jax.files import local_path, read_bytes
 from refusal_jax.settings import Settings, option
 
@@ -89,7 +89,7 @@ class TextKey:
             return cls.of(read_bytes(local_path(file)), file)
         raise UserError(
             "The secret key of the trail's texts is missing: name the environment variable that holds it with "
-            f"{field('trail.text_key_env')}, or a file with {field('trail.text_key_file')}."
+            f"{setting('trail.text_key_env')}, or a file with {setting('trail.text_key_file')}."
         )
 
     def mark(self, text: str) -> str:

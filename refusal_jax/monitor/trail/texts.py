@@ -3,10 +3,13 @@
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from refusal_jax.errors import setting
 from refusal_jax.monitor.trail.chain import Place
 from refusal_jax.monitor.trail.settings import TextKey, sha256
+from refusal_jax.terminal.screen import escaped
 
 PARTS = ("system", "prompt", "reply")
+LISTED = 20  # matches that are shown one by one
 
 
 class Match(NamedTuple):
@@ -54,3 +57,22 @@ class Search:
             elif "hmac" in held and (self._key is None or held.get("key") != self._key.id):
                 self.keyed += 1
                 self.other_keys.add(str(held.get("key")))
+
+
+def search_text(search: Search) -> str:
+    """Returns what was found, in sentences for people."""
+    lines = [
+        f"{file}:{line} holds the text as the {part} of record {seq}."
+        for (file, line), seq, part in search.matches[:LISTED]
+    ]
+    if len(search.matches) > LISTED:
+        lines.append(f"{len(search.matches) - LISTED} more records hold it.")
+    if not search.matches:
+        lines.append("No record holds the text, byte for byte, as its system prompt, prompt or reply.")
+    if search.keyed:
+        names = ", ".join(sorted(search.other_keys))
+        lines.append(
+            f"{search.keyed} texts could not be compared: they were hashed with the secret key {names}. Name where it is with "
+            f"{setting('trail.text_key_env')} or {setting('trail.text_key_file')}."
+        )
+    return "\n".join(escaped(line) for line in lines) + "\n"

@@ -4,7 +4,7 @@ import dataclasses
 import pathlib
 from collections.abc import Sequence
 
-from refusal_jax.errors import UserError, shown
+from refusal_jax.errors import UserError, setting
 from refusal_jax.monitor.trail import files
 from refusal_jax.monitor.trail.chain import Chain, Finding, Known, Place
 from refusal_jax.monitor.trail.files import file_name, head_name, read_head, signer_of
@@ -19,10 +19,6 @@ VERDICTS = {
     UNPROVEN: "Nothing is wrong with the trail, but nothing proves it either.",
     CHANGED: "The trail is not as it was written.",
 }
-NO_ANCHOR = (
-    "No head that can be believed holds this trail: whoever may write to the folder could have written all of it anew. Give the "
-    "public key of its heads with --key, or a head that was kept elsewhere with --heads."
-)
 TRIES = 3  # a monitor may remove old files while the trail is read
 
 
@@ -61,7 +57,8 @@ def verify_trail(
     """
     if not folder.is_dir() or not files.numbers(folder):
         raise UserError(
-            f"{folder} holds no trail: expected a folder with {file_name(1)} or later ones. It is what `--trail.folder` names."
+            f"{folder} holds no trail: expected a folder with {file_name(1)} or later ones, which {setting('trail.folder')} of a "
+            "monitor has named."
         )
     public = [PublicKey(key) for key in keys]
     for left in reversed(range(TRIES)):
@@ -180,7 +177,7 @@ def text_of(found: Verification) -> str:
     """Returns what was found, in sentences for people, with no control characters."""
     chain, anchor = found.chain, found.anchor
     count = f"{chain.lines} records" + (f", {chain.first} to {chain.records}" if chain.lines else "")
-    lines = [f"Trail {shown(chain.trail)} in {found.folder}: {count}, begun {shown(chain.begun)}."]
+    lines = [f"Trail {chain.trail} in {found.folder}: {count}, begun {chain.begun}."]
     lines += [str(one) for one in found.findings]
     if chain.more:
         lines.append(f"{chain.more} more findings are not listed.")
@@ -189,7 +186,13 @@ def text_of(found: Verification) -> str:
         lines.append(
             f"{chain.torn.file}:{chain.torn.line} is not finished: it is being written, or a crash cut it. It is no record."
         )
-    lines += _what_holds(found, anchor) if anchor else [NO_ANCHOR]
+    if anchor:
+        lines += _what_holds(found, anchor)
+    elif not found.findings:
+        lines.append(
+            "No head that can be believed holds this trail: whoever may write to the folder could have written all of it anew. "
+            f"Give the public key of its heads with {setting('key')}, or a head that was kept elsewhere with {setting('heads')}."
+        )
     lines.append(VERDICTS[found.exit_code])
     return "\n".join(escaped(line) for line in lines) + "\n"
 
@@ -209,6 +212,6 @@ def _what_holds(found: Verification, anchor: Known) -> list[str]:
     if not anchor.elsewhere:
         lines.append(
             "If somebody put back an older state of the whole folder, with the head of that time, nothing in it shows that. A "
-            "head that is kept elsewhere does: give it with --heads."
+            f"head that is kept elsewhere does: give it with {setting('heads')}."
         )
     return lines
