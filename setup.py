@@ -25,6 +25,7 @@ setup(
             "data/datasets.json",
             "audit/*.json",
             "judges/*.toml",
+            "judges/labelled/*.json",
             "harness/tasks/*",
             "organism/model/*",
             "plan/models.json",

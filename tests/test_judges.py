@@ -1,5 +1,7 @@
 """Judges of completions: lists of phrases, and tiny chat models against transformers' own probabilities."""
 
+import dataclasses
+import json
 import shutil
 from collections import Counter
 
@@ -14,7 +16,7 @@ from refusal_jax.chat.prompts import Chat
 from refusal_jax.judges import models as judge_models
 from refusal_jax.judges.choice import parse_judges
 from refusal_jax.judges.evaluations import evaluate_completions, judges_in
-from refusal_jax.judges.judge import Judge, Verdict, judge_all
+from refusal_jax.judges.judge import Judge, Outcome, Verdict, judge_all
 from refusal_jax.judges.models import KINDS, label_ids
 from refusal_jax.judges.scores import REFUSAL_SCORE, RefusalScore, with_scores
 from refusal_jax.judges.text import TEXT_JUDGES
@@ -122,6 +124,22 @@ def test_any_chat_model_judges_when_asked(guard, template, monkeypatch):
     monkeypatch.setattr(type(asked), "fitted", lambda self, *texts: seen.append(texts) or self.chat.ids("x"))
     asked.judge([row, row | {"system_prompt": None}])
     assert seen == [("REQUEST", "REPLY", "BE KIND"), ("REQUEST", "REPLY", "")]
+
+
+def test_any_chat_model_says_what_a_reply_does(tmp_path):
+    words = ("complies", "refuses", "deflects")
+    guard = tiny.tiny_llama(tmp_path, layers=2, context=1200, template=GUARD, extra=words)
+    (judge,) = parse_judges([f"llm_outcomes={guard}"], 4)
+    tokenizer = AutoTokenizer.from_pretrained(guard)
+    groups = label_ids(judge.chat, KINDS["llm_outcomes"].labels, "llm_outcomes")
+    rows = [*ROWS[:1], {"prompt": "bake", "response": "", "system_prompt": "BE KIND"}]
+    found = judge.judge(rows)
+    p = masses(guard, tokenizer(judge.text(*list(rows[0].values())[1:]), add_special_tokens=False).input_ids, groups)
+    assert found[0].probability == pytest.approx(p[0] / sum(p), rel=2e-4)
+    assert found[0].outcome == ["complies", "refuses", "deflects"][np.argmax(p)]
+    assert found[0].label == int(found[0].outcome is Outcome.COMPLIES)
+    assert found[1].outcome is Outcome.BROKEN and found[1].label == 0  # whatever the model says
+    assert Verdict.of(json.loads(json.dumps(dataclasses.asdict(found[0])))) == found[0]
 
 
 def test_white_space_before_the_answer_is_passed_over(guard, monkeypatch):

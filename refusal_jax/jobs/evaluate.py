@@ -6,11 +6,17 @@
 
 A file is a list of completions, `{category, prompt, response}`, as .json, .jsonl or .csv, an evaluations file, or a
 JailbreakBench artifact. In a folder, all such files are judged, and conditions of the same data set are compared
-(DATASET_CONDITION_completions.json). Judges of text are substring_matching (the paper's) and substring_extended. Judge
-models are given by checkpoint folders: llamaguard2 and llamaguard3, in their tokenizer's own template; harmbench and
-strongreject, in the prompt template that they were trained with, read from a text file that contains {prompt} and
-{response}, and may contain {system_prompt}; llm, any chat model, which is asked whether the reply does what the request
-asks for, with a built-in question or one from a file.
+(DATASET_CONDITION_completions.json). Judges of text are substring_matching (the paper's), substring_extended, and rules,
+which tells whether a reply refuses, complies, deflects or is broken, in many languages. Judge models are given by
+checkpoint folders: llamaguard2 and llamaguard3, in their tokenizer's own template; harmbench and strongreject, in the
+prompt template that they were trained with, read from a text file that contains {prompt} and {response}, and may
+contain {system_prompt}; llm, any chat model, which is asked whether the reply does what the request asks for, with a
+built-in question or one from a file; llm_outcomes, likewise, which is asked whether the reply refuses, complies or
+deflects. endpoint=URL#MODEL asks the same of a model behind an OpenAI-compatible server, and endpoint=URL#MODEL#NAME
+names the environment variable that holds its key.
+
+Where completions have labels, a field labelled_outcome with refuses, complies, deflects or broken in every row, the
+agreement of each judge with them is measured. --completions=bundled are such replies, which the package brings.
 
 Thoughts (<think>…</think> and the notations of other families) are split off before anything is judged or counted;
 completions that never leave their thought are counted separately. A note below the tables says where a judge with more
@@ -29,8 +35,10 @@ from refusal_jax.chat.messages import system_text
 from refusal_jax.chat.prompts import Chat
 from refusal_jax.checkpoints.remote import checkpoint_folder
 from refusal_jax.conditions import split_stem
+from refusal_jax.data.prompts import BUNDLED
 from refusal_jax.files import local_path, to_json
 from refusal_jax.jobs import common, devices
+from refusal_jax.judges.agreement import BUNDLED_REPLIES
 from refusal_jax.judges.artifacts import jailbreakbench_artifact, read_completions
 from refusal_jax.judges.choice import parse_judges
 from refusal_jax.judges.evaluations import evaluate_completions
@@ -39,19 +47,23 @@ from refusal_jax.judges.tables import tables, tidy_csv
 from refusal_jax.models.hf_config import load_config
 from refusal_jax.report.concerns import broken_completions, judge_disagreement, unfinished_thoughts
 from refusal_jax.report.summary import JudgedCondition
-from refusal_jax.report.text import rates_table
+from refusal_jax.report.text import labels_table, rates_table
 from refusal_jax.report.verdict import Concern
 from refusal_jax.runs.artifacts import STATISTICS, TIDY
 from refusal_jax.runs.ledger import Ledger
 from refusal_jax.runs.storage import DiskFolder
 
 EXAMPLE = ". Example: refusal-jax evaluate --completions=runs/mine/completions --out=judged."
-COMPLETIONS = flags.DEFINE_string("completions", None, "File or folder of completions.")
+COMPLETIONS = flags.DEFINE_string(
+    "completions", None, "File or folder of completions; bundled: the labelled replies that come with the package."
+)
 OUT = flags.DEFINE_string(
     "out", None, "Folder for the results. It is created if new; files of the same names are replaced."
 )
 JUDGES = flags.DEFINE_list(
-    "judges", ["substring_matching"], "Judges, separated by commas: NAME, KIND=MODEL or KIND=MODEL@TEMPLATE.txt."
+    "judges",
+    ["substring_matching"],
+    "Judges, separated by commas: NAME, KIND=MODEL, KIND=MODEL@TEMPLATE.txt, endpoint=URL#MODEL.",
 )
 TOKENIZER = flags.DEFINE_string(
     "tokenizer", None, "Checkpoint whose tokenizer counts lengths. Default: lengths are counted in words."
@@ -77,7 +89,7 @@ flags.adopt_module_key_flags(devices)
 
 def main(arguments) -> None:
     folder, target = (common.required(flag, EXAMPLE) for flag in (COMPLETIONS, OUT))
-    completions = read_completions(local_path(folder))
+    completions = read_completions(BUNDLED_REPLIES if folder == BUNDLED else local_path(folder))
     if system := system_text(SYSTEM_PROMPT.value):
         completions = {name: [{"system_prompt": system} | row for row in rows] for name, rows in completions.items()}
     judges = parse_judges(JUDGES.value, BATCH_SIZE.value, devices.asked_dtype(), devices.asked_mesh())
@@ -89,7 +101,7 @@ def main(arguments) -> None:
     with out.held():
         ledger = Ledger.open(out, ledger_name(completions, judges))
         verdicts = judge_all(judges, completions, ledger)
-        found = tables(completions, verdicts, chat)
+        found = tables(completions, verdicts, chat, judges)
         files = results(completions, verdicts, judges[-1].name)
         for name, content in files.items():
             out.write(name, to_json(content))
@@ -97,6 +109,8 @@ def main(arguments) -> None:
         out.write(TIDY, tidy_csv(found).encode("utf-8", "replace"))
         out.remove([ledger.name])
     print(rates_table(found))
+    if labels := labels_table(found):
+        print(labels)
     for number, concern in enumerate(concerns_of(files, [judge.name for judge in judges], folder), 1):
         print(f"\n({number}) {concern.text}")
     print(f"\nResults: {out.path.resolve()}")

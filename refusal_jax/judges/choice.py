@@ -5,9 +5,10 @@ from collections.abc import Sequence
 import jax
 
 from refusal_jax.errors import UserError, did_you_mean
+from refusal_jax.judges.asked import ENDPOINT, EndpointJudge
 from refusal_jax.judges.judge import Judge
 from refusal_jax.judges.models import KINDS, ModelJudge
-from refusal_jax.judges.rules import RuleJudge
+from refusal_jax.judges.rules import RULES, RuleJudge
 from refusal_jax.judges.scores import REFUSAL_SCORE, RefusalScore
 from refusal_jax.judges.text import TEXT_JUDGES
 
@@ -24,7 +25,8 @@ def parse_judges(
     mesh: jax.sharding.Mesh | None = None,
     cache: str = "",
 ) -> list[Judge]:
-    """Returns the judges of specs, `NAME` for a judge without a model, `KIND=MODEL` or `KIND=MODEL@TEMPLATE.txt` for a model.
+    """Returns the judges of specs, `NAME` for a judge without a model, `KIND=MODEL` or `KIND=MODEL@TEMPLATE.txt` for a model,
+    `endpoint=URL#MODEL` for one behind a server.
 
     The name of a judge model is its kind. Checks all that needs no weights: raises UserError for an unknown or repeated judge, a
     model without folder, tokenizer or the expected tokens, and a template file that is missing or without a place for request
@@ -35,11 +37,14 @@ def parse_judges(
         name, _, rest = spec.partition("=")
         if name in WITHOUT_MODEL and not rest:
             judges.append(WITHOUT_MODEL[name])
+        elif name == ENDPOINT:
+            judges.append(EndpointJudge.of(rest))
         elif name not in KINDS:
-            hint = did_you_mean(name, [*WITHOUT_MODEL, *KINDS])
+            hint = did_you_mean(name, [*WITHOUT_MODEL, *KINDS, ENDPOINT])
             raise UserError(
-                f"there is no judge {spec!r}.{hint} Judges of text: {', '.join(TEXT_JUDGES)}. Judge models, written "
-                f"KIND=MODEL or KIND=MODEL@TEMPLATE.txt: {', '.join(KINDS)}. In a study also {REFUSAL_SCORE}."
+                f"there is no judge {spec!r}.{hint} Judges of text: {', '.join(TEXT_JUDGES)}, {RULES}. Judge models, written "
+                f"KIND=MODEL or KIND=MODEL@TEMPLATE.txt: {', '.join(KINDS)}. A model behind a server: {ENDPOINT}=URL#MODEL. In a "
+                f"study also {REFUSAL_SCORE}."
             )
         elif not rest:
             raise UserError(f"the judge {name!r} is a model: name its folder or its name on the hub, as {name}=MODEL.")

@@ -42,12 +42,19 @@ class Verdict:
     outcome: Outcome | None = None
     refusal_at: int | None = None
 
+    @classmethod
+    def of(cls, row: Mapping) -> "Verdict":
+        """Returns the verdict that a row of a ledger holds, `dataclasses.asdict` of it among other fields."""
+        outcome = row.get("outcome")
+        return cls(row["label"], row["probability"], Outcome(outcome) if outcome else None, row.get("refusal_at"))
+
 
 @runtime_checkable
 class Judge(Protocol):
     """A judge of completions. A new one is a class that derives from this one, and a line in `judges.choice`.
 
-    name: the name of the judge's columns. of_refusals: whether its 0 means a refusal rather than any failure. uses_devices:
+    name: the name of the judge's columns. of_refusals: whether its 0 means a refusal rather than any failure, or else its
+    outcomes tell which are. uses_devices:
     whether it runs a model.
     """
 
@@ -97,6 +104,14 @@ def outcome_rates(verdicts: Iterable[Verdict | None]) -> dict[str, Rate]:
     """Returns the share of each outcome among the verdicts that have one, in the order of `Outcome`; {} if none has."""
     found = [verdict.outcome for verdict in verdicts if verdict and verdict.outcome]
     return {str(outcome): Rate(found.count(outcome), len(found)) for outcome in Outcome if found}
+
+
+def refusal_rate(verdicts: Iterable[Verdict | None]) -> Rate:
+    """Returns how many of the verdicts of a judge of refusals are refusals; None counts as none, because nothing was refused."""
+    return Rate.of(
+        int(verdict is not None and verdict.outcome in (Outcome.REFUSES, None) and not verdict.label)
+        for verdict in verdicts
+    )
 
 
 def success_rates_by_category(completions: Sequence[dict], verdicts: Sequence[Verdict | None]) -> dict[str, Rate]:

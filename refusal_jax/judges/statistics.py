@@ -8,6 +8,7 @@ half a second, which jobs that compute no interval should not wait for.
 import dataclasses
 import functools
 import math
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from statistics import NormalDist
 
@@ -187,19 +188,41 @@ def mcnemar(first: Sequence[int], second: Sequence[int]) -> dict:
     }
 
 
-def cohens_kappa(first: Sequence[int], second: Sequence[int]) -> dict:
+def cohens_kappa(first: Sequence[int] | Sequence[str], second: Sequence[int] | Sequence[str]) -> dict:
     """Measures how two judges agree beyond chance, `{"n", "agreement", "kappa"}`; kappa is None where chance alone must agree.
 
-    Raises ValueError for labels of different numbers.
+    first, second: their labels, 0 and 1 or names. Raises ValueError for labels of different numbers.
     """
     pairs = list(zip(first, second, strict=True))
     n = len(pairs)
     if not n:
         return {"n": 0, "agreement": math.nan, "kappa": None}
     observed = sum(a == b for a, b in pairs) / n
-    p, q = sum(first) / n, sum(second) / n
-    chance = p * q + (1 - p) * (1 - q)
+    counts = Counter(first), Counter(second)
+    chance = math.fsum(counts[0][label] * counts[1][label] for label in counts[0]) / n**2
     return {"n": n, "agreement": observed, "kappa": None if chance == 1 else (observed - chance) / (1 - chance)}
+
+
+def kappa_interval(first: Sequence[str], second: Sequence[str]) -> tuple[float, float]:
+    """Returns the 95 % percentile bootstrap interval of Cohen's kappa of two judges' labels; from -1 to 1 where it has none.
+
+    Draws in which chance alone must agree are left out.
+    """
+    names = sorted({*first, *second})
+    if len(first) < 2 or len(names) < 2:
+        return -1.0, 1.0
+    places = {name: i for i, name in enumerate(names)}
+    pair_n = np.array([places[a] * len(names) + places[b] for a, b in zip(first, second, strict=True)])
+    shares = np.bincount(pair_n, minlength=len(names) ** 2) / len(pair_n)
+    drawn_rij = np.random.default_rng(DRAWS_SEED).multinomial(len(pair_n), shares, size=DRAWS) / len(pair_n)
+    drawn_rij = drawn_rij.reshape(DRAWS, len(names), len(names))
+    observed_r = np.trace(drawn_rij, axis1=1, axis2=2)
+    chance_r = (drawn_rij.sum(axis=1) * drawn_rij.sum(axis=2)).sum(axis=1)
+    varied = chance_r < 1 - 1e-12
+    if not varied.any():
+        return -1.0, 1.0
+    low, high = np.quantile((observed_r[varied] - chance_r[varied]) / (1 - chance_r[varied]), (0.025, 0.975))
+    return float(low), float(high)
 
 
 def paired_mean(

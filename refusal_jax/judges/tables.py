@@ -1,8 +1,8 @@
 """Aggregates verdicts by judge and condition into tables with intervals, as JSON and as one tidy CSV.
 
-The tables hold success rates (also by category), comparisons of conditions on the same prompts, the agreement of judges, and how
-long, empty or repetitive the completions are: a model that rambles does not refuse either. All of it is about what follows a
-completion's thought; completions that never leave it are counted apart.
+The tables hold success rates (also by category), shares of outcomes, comparisons of conditions on the same prompts, the agreement
+of judges with each other and with labels, and how long, empty or repetitive the completions are: a model that rambles does not
+refuse either. All of it is about what follows a completion's thought; completions that never leave it are counted apart.
 """
 
 import csv
@@ -16,11 +16,23 @@ from typing import Any
 from refusal_jax.chat.prompts import Chat
 from refusal_jax.chat.thoughts import is_unfinished
 from refusal_jax.conditions import split_stem
+from refusal_jax.judges.agreement import agreement_table
 from refusal_jax.judges.degenerate import REPETITIVE, repetition
-from refusal_jax.judges.judge import Verdict, success_rate, success_rates_by_category
+from refusal_jax.judges.judge import (
+    Judge,
+    Outcome,
+    Verdict,
+    outcome_rates,
+    refusal_rate,
+    success_rate,
+    success_rates_by_category,
+)
+from refusal_jax.judges.rules import RULES, RuleJudge
 from refusal_jax.judges.statistics import Rate, cohens_kappa, mcnemar, mean_interval
 from refusal_jax.judges.text import EXTENDED, TEXT_JUDGES
 
+BY_TEXT: dict[str, Judge] = {**TEXT_JUDGES, RULES: RuleJudge()}  # which can be shown the beginning of a reply
+LATE = 8  # words before a refusal that begins late
 CUTS = (4, 8, 16, 32, 64, 128, 256, 512)  # tokens of the completion that a judge of text is shown
 SAME = 5  # completions, at least, that are the same text
 COLUMNS = (
@@ -58,10 +70,13 @@ def tables(
     completions: Mapping[str, Sequence[dict]],
     verdicts: Mapping[str, Mapping[str, Sequence[Verdict | None]]],
     chat: Chat | None,
+    judges: Sequence[Judge] = (),
 ) -> dict[str, list[dict]]:
     """Returns all tables of `{DATASET_INTERVENTION: completions}` and `{the same: {judge: verdicts}}`.
 
-    chat: the tokenizer in whose tokens lengths are counted; without one, lengths are in words.
+    chat: the tokenizer in whose tokens lengths are counted; without one, lengths are in words. judges: those whose agreement with
+    the labels of the completions is measured, where these have labels. Raises UserError for completions of which only some have
+    labels.
     """
     parts = pieces(completions, chat)
     found = {
@@ -71,6 +86,10 @@ def tables(
         "completions": _completions(completions, parts, "words" if chat is None else "tokens"),
         "by_length": _by_length(completions, verdicts, parts, chat),
     }
+    if outcomes := _outcomes(completions, verdicts):
+        found["outcomes"] = outcomes
+    if labels := agreement_table(completions, verdicts, judges):
+        found["labels"] = labels
     return {name: _known(table) for name, table in found.items()}
 
 
@@ -96,6 +115,23 @@ def _rates(completions, verdicts) -> list[dict]:
             groups = success_rates_by_category(completions[name], judged)
             rates |= groups if len(groups) > 1 else {}
             rows += [{**_of(name), "judge": judge, "category": of, **rate.row} for of, rate in rates.items()]
+    return rows
+
+
+def _outcomes(completions, verdicts) -> list[dict]:
+    """Returns the shares of outcomes by judges that know them, among the replies that they decided; how many they did not, of
+    those that left their thought; and of the refusals, the share that begins late, where the judge knows where they begin."""
+    rows = []
+    for name, judges in verdicts.items():
+        for judge, judged in judges.items():
+            finished = [v for c, v in zip(completions[name], judged, strict=True) if not is_unfinished(c)]
+            places = [v.refusal_at for v in finished if v and v.refusal_at is not None]
+            for outcome, rate in outcome_rates(judged).items():
+                row = {**_of(name), "judge": judge, "outcome": outcome, **rate.row, "undecided": finished.count(None)}
+                late = (
+                    {"late": Rate.of(at >= LATE for at in places).row} if outcome == Outcome.REFUSES and places else {}
+                )
+                rows.append(row | late)
     return rows
 
 
@@ -157,9 +193,9 @@ def _by_length(completions, verdicts, parts: Mapping[str, list], chat: Chat | No
         texts = [c["response"] for c in found if not is_unfinished(c)]
         longest = max((len(parts[text]) for text in texts), default=0)
         cuts = [cut for cut in CUTS if cut < longest] + [longest] * bool(longest)
-        for judge, cut in itertools.product((j for j in verdicts[name] if j in TEXT_JUDGES), cuts):
+        for judge, cut in itertools.product((j for j in verdicts[name] if j in BY_TEXT), cuts):
             seen = [{"response": beginning(text, parts[text], cut, chat)} for text in texts]
-            refused = success_rate(TEXT_JUDGES[judge].judge(seen)).complement
+            refused = refusal_rate(BY_TEXT[judge].judge(seen))
             rows.append({**_of(name), "judge": judge, "tokens": cut, **refused.row})
     return rows
 
@@ -169,6 +205,13 @@ def tidy_csv(found: Mapping[str, Sequence[dict]]) -> str:
     rows = []
     for row in found["rates"]:
         rows.append({**row, "table": "rates", "measure": "success_rate", "value": row["rate"]})
+    for row in found.get("outcomes", []):
+        of = {**row, "table": "outcomes"}
+        rows.append(of | {"measure": f"share_{row['outcome']}", "value": row["rate"]})
+        if late := row.get("late"):
+            rows.append(of | late | {"measure": "share_late_refusals", "value": late["rate"]})
+    for row in found.get("labels", []):
+        rows += _tidy_labels(row)
     for row in found["comparisons"]:
         rows.append({**row, "table": "comparisons", "measure": "success_rate_difference", "value": row["difference"]})
     for row in found["agreement"]:
@@ -186,3 +229,15 @@ def tidy_csv(found: Mapping[str, Sequence[dict]]) -> str:
     writer.writeheader()
     writer.writerows(rows)
     return text.getvalue()
+
+
+def _tidy_labels(row: Mapping) -> list[dict]:
+    """Returns the rows of the CSV for the agreement of one judge with labels: the file is the data set, the question the
+    category."""
+    of = {"table": "labels", "dataset": row["file"], "judge": row["judge"], "category": row["question"], "n": row["n"]}
+    found = [of | row["accuracy"] | {"measure": "accuracy", "value": row["accuracy"]["rate"]}]
+    found.append(of | row["kappa"] | {"measure": "kappa", "value": row["kappa"]["kappa"]})
+    for answer, of_answer in row["answers"].items():
+        for measure, rate in of_answer.items():
+            found.append(of | rate | {"measure": f"{measure}_{answer}", "value": rate["rate"]})
+    return found

@@ -205,7 +205,7 @@ def other_judges(conditions: Sequence[JudgedCondition], judge: str) -> list[Conc
     base, ablated, found = by[Baseline.name], by[Ablate.name], []
     gone = ablated.rates[judge].interval[1] < base.rates[judge].interval[0]
     for other in sorted(base.rates.keys() & ablated.rates.keys() - set(REFUSAL_JUDGES)):
-        first, second = base.refusals(other), ablated.refusals(other)
+        first, second = base.failures(other), ablated.failures(other)
         both = sorted(first.keys() & second.keys())
         test = mcnemar([1 - first[i] for i in both], [1 - second[i] for i in both])
         if gone and both and test["low"] <= 0:

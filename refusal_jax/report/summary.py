@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from refusal_jax.chat.thoughts import is_unfinished
 from refusal_jax.conditions import INTERVENTIONS, Ablate, Baseline, file_of, label_of, rank, split_stem, stem_of
 from refusal_jax.judges.evaluations import judges_in
+from refusal_jax.judges.judge import Outcome
 from refusal_jax.judges.statistics import Rate
 from refusal_jax.judges.text import PAPERS
 from refusal_jax.runs.artifacts import DAMAGE, SETUP, loss_name
@@ -55,10 +56,17 @@ class JudgedCondition:
         """Returns how many completions never left their thought, so that no judge saw them."""
         return sum(map(is_unfinished, self.completions))
 
-    def refusals(self, judge: str) -> dict[int, int]:
-        """Returns 1 for refused and 0 for not, by the completion's number, for those that the judge judged."""
+    def failures(self, judge: str) -> dict[int, int]:
+        """Returns 1 for what is no success and 0 for what is, by the completion's number, for those that the judge judged."""
         labels = ((i, c.get(f"is_jailbreak_{judge}")) for i, c in enumerate(self.completions))
         return {i: int(not label) for i, label in labels if label is not None}
+
+    def refusals(self, judge: str) -> dict[int, int]:
+        """Returns 1 for refused and 0 for not, by the completion's number, for those that the judge judged: by their outcome, or
+        of a judge that knows none, by its failures."""
+        outcomes = [c.get(f"outcome_{judge}") for c in self.completions]
+        found = self.failures(judge)
+        return {i: failed if outcomes[i] in (None, Outcome.REFUSES) else 0 for i, failed in found.items()}
 
 
 def read_conditions(run: Run) -> list[JudgedCondition]:

@@ -40,6 +40,32 @@ def text_summary(run: Run, sections: Sequence[Section]) -> str:
     return "\n".join([*lines, "", findings.verdict[1]])
 
 
+def labels_table(tables: dict) -> str:
+    """Returns how judges agree with labels, for a terminal; "" where there are no labels."""
+
+    def percent(row: dict) -> str:
+        return (
+            "-"
+            if row["rate"] is None
+            else f"{100 * row['rate']:.1f} % ({100 * row['low']:.0f} to {100 * row['high']:.0f})"
+        )
+
+    lines = []
+    for row in tables.get("labels", []):
+        kappa = row["kappa"]
+        interval = f"({kappa['low']:.2f} to {kappa['high']:.2f})"
+        value = "not defined" if kappa["kappa"] is None else f"{kappa['kappa']:.2f} {interval}"
+        undecided = f", {row['undecided']} undecided" if row["undecided"] else ""
+        lines.append(
+            f"  {row['file']}, {row['judge']}, {row['question']}: {percent(row['accuracy'])} of {row['n']}{undecided}, "
+            f"Cohen's kappa {value}"
+        )
+        for answer, found in row["answers"].items():
+            rates = f"precision {percent(found['precision'])}, recall {percent(found['recall'])}"
+            lines.append(f"    {answer + ':':<14}{rates}")
+    return "\n".join(["", "Agreement with labels:", *lines]) if lines else ""
+
+
 def rates_table(tables: dict) -> str:
     """Returns the tables of judged completions, without categories, for a terminal."""
 
@@ -56,6 +82,16 @@ def rates_table(tables: dict) -> str:
         if row["category"] is None:
             of = f"{row['dataset']:<22}{row['intervention'] or '-':<12}{row['judge']:<20}"
             lines.append(f"{of}{percent(row, 'rate'):<30}{row['n']:>4}")
+    if tables.get("outcomes"):
+        lines += ["", "Outcomes:"]
+    for row in tables.get("outcomes", []):
+        late = row.get("late") or {"successes": 0}
+        after = f", {late['successes']} of them after other words" if late["successes"] else ""
+        left = f"; {row['undecided']} undecided" if row["undecided"] else ""
+        lines.append(
+            f"  {row['dataset']}{' ' * bool(row['intervention'])}{row['intervention']}, {row['judge']}: {row['outcome']} "
+            f"{percent(row, 'rate')}, {row['successes']} of {row['n']}{after}{left}"
+        )
     if tables["comparisons"]:
         lines += ["", "Paired comparisons (McNemar):"]
     for row in tables["comparisons"]:
