@@ -4,7 +4,11 @@
   refusal-jax monitor logs/ --state=DIR --once                 # all files in a folder, then ends
   tail -F server.jsonl | refusal-jax monitor - --state=DIR     # standard input
   refusal-jax monitor logs/ --state=DIR --rate=0.1 --max_per_day=200 --category_field=metadata.category
+  refusal-jax monitor server.jsonl --state=DIR --signal.references=record.json --webhook_env=HOOK --metrics_port=9464
   refusal-jax monitor status --state=DIR                       # what was counted, and the malformed lines
+  refusal-jax monitor page --state=DIR --out=refusals.html     # charts and alarms as a page, also while a monitor runs
+  refusal-jax monitor relearn --state=DIR --model=NAME         # after a change that was meant: references are learnt anew
+  refusal-jax monitor simulate                                 # how soon falls are found, and how many false alarms come
   refusal-jax monitor logs/ --state=DIR --trail.folder=TRAIL --trail.key=key.pem    # also leaves an audit trail
   refusal-jax monitor verify TRAIL --key=key.pub               # finds what was changed, removed or inserted there
 
@@ -32,13 +36,14 @@ from absl import flags
 
 from refusal_jax.errors import UserError
 from refusal_jax.files import local_path
-from refusal_jax.jobs import common, monitor_verify
+from refusal_jax.jobs import common, monitor_verify, monitor_views
 from refusal_jax.jobs.setting_flags import flags_of, given
 from refusal_jax.monitor.alert_carriers import WEBHOOK, AlertFile, Webhook
 from refusal_jax.monitor.alerts import ALERTS
 from refusal_jax.monitor.judging import Judging
 from refusal_jax.monitor.loop import Monitor
 from refusal_jax.monitor.parts import Carrier, Part
+from refusal_jax.monitor.references import read_references
 from refusal_jax.monitor.settings import MonitorSettings
 from refusal_jax.monitor.signal import Signal
 from refusal_jax.monitor.signal_settings import SignalSettings
@@ -48,7 +53,7 @@ from refusal_jax.monitor.store import Store
 from refusal_jax.monitor.trail.part import TrailCarrier, TrailPart
 from refusal_jax.monitor.trail.settings import TrailSettings
 
-ACTIONS = {"": 1, "status": 0, "verify": 1}
+ACTIONS = {"": 1, "verify": 1, "simulate": 0, **dict.fromkeys(monitor_views.ACTIONS, 0)}
 EXAMPLE = ", a folder for the monitor's database. Example: refusal-jax monitor server.jsonl --state=monitor."
 STATE = flags.DEFINE_string("state", None, "Folder for the monitor's database and its alerts.")
 ONCE = flags.DEFINE_bool("once", False, "Read what is there and end, rather than wait for more.")
@@ -58,19 +63,21 @@ ALERT_FILE = flags.DEFINE_string(
 WEBHOOK_ENV = flags.DEFINE_string(
     "webhook_env", None, "Name of the environment variable that holds the address to which alerts are sent."
 )
-DAYS = flags.DEFINE_integer("days", 7, "For `status`: how many of the last days with traces are shown.")
 SETTINGS, SIGNAL, TRAIL = flags_of(MonitorSettings()), flags_of(SignalSettings()), flags_of(TrailSettings())
-flags.adopt_module_key_flags(monitor_verify)
+for shared in (monitor_verify, monitor_views):
+    flags.adopt_module_key_flags(shared)
 
 
 def main(words) -> int:
     if words and words[0] == "verify":
         trail = given(TrailSettings, TRAIL)
         return monitor_verify.verify(words[1:], trail.text_key_env, trail.text_key_file)
+    if words and words[0] == "simulate":
+        monitor_views.simulate(given(SignalSettings, SIGNAL))
+        return 0
     folder = local_path(common.required(STATE, EXAMPLE))
-    if words and words[0] == "status":
-        with Store.view(folder) as store:
-            print(status_text(store, DAYS.value), end="")
+    if words and words[0] in monitor_views.ACTIONS:
+        monitor_views.ACTIONS[words[0]](folder)
         return 0
     if not words:
         raise UserError(
@@ -96,7 +103,9 @@ def watch(name: str, folder: pathlib.Path) -> None:
         stack.callback(source.close)
         alerts = AlertFile(local_path(ALERT_FILE.value) if ALERT_FILE.value else folder / "alerts.jsonl")
         carriers: list[Carrier] = [alerts, *([hook] if hook else [])]
-        parts: list[Part] = [Signal(signals, channels=(ALERTS, WEBHOOK) if hook else (ALERTS,))]
+        references = read_references(local_path(signals.references), judging.judge.name) if signals.references else {}
+        watching = Signal(signals, references, (ALERTS, WEBHOOK) if hook else (ALERTS,))
+        parts: list[Part] = [watching, *monitor_views.metrics_of(watching, store, stack)]
         if trail.folder:
             parts.append(TrailPart(trail, judging.judge))  # the last, as it records what the others send
             carriers.append(TrailCarrier(trail))

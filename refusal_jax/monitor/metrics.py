@@ -6,6 +6,8 @@ requests can fill Prometheus' memory. prometheus_client escapes them; here they 
 
 import contextlib
 import dataclasses
+import functools
+import hashlib
 import pathlib
 import threading
 import time as clock
@@ -202,10 +204,15 @@ def _tests(of: Snapshot, gauge: Callable[..., Any]) -> Iterator[Any]:
     yield from (evidence, alarmed)
 
 
+@functools.lru_cache(maxsize=4096)
 def label(name: str) -> str:
-    """Returns a name as a label's value: what UTF-8 cannot hold is replaced, and what is long is cut."""
+    """Returns a name as a label's value: what UTF-8 cannot hold is replaced, and what is long is cut. A name that this changes
+    ends in a part of its hash, because two names must not become one label, which Prometheus would refuse."""
     clean = name.encode("utf-8", "replace").decode()
-    return clean if len(clean) <= LONGEST else clean[: LONGEST - 1] + "…"
+    if clean == name and len(name) <= LONGEST:
+        return name
+    digest = hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()[:8]
+    return f"{clean[: LONGEST - 9]}…{digest}"
 
 
 def _library() -> Any:

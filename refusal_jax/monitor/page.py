@@ -9,7 +9,7 @@ import pathlib
 import time as clock
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 from markupsafe import Markup
 
@@ -19,8 +19,8 @@ from refusal_jax.monitor.change import Change
 from refusal_jax.monitor.figures import Chart, Day, date, draw
 from refusal_jax.monitor.sequences import confidence_sequence
 from refusal_jax.monitor.signal import Signal
-from refusal_jax.monitor.store import Count
-from refusal_jax.monitor.traces import Place, Unjudged
+from refusal_jax.monitor.store import Count, Store
+from refusal_jax.monitor.traces import Unjudged
 from refusal_jax.monitor.views import StreamView, stream_views, test_views
 from refusal_jax.report.page import environment, flatten
 
@@ -43,25 +43,16 @@ REASONS = {
 }
 
 
-class Kept(Protocol):
-    """What the page reads; the store has it."""
-
-    def state(self, owner: str) -> dict[str, dict]: ...
-    def counts(self, since: int = 0) -> Counter[Count]: ...
-    def tallies(self) -> Counter[str]: ...
-    def malformed(self) -> list[tuple[Place, str]]: ...
-
-
-def monitor_page(kept: Kept, now: float | None = None) -> str:
+def monitor_page(store: Store, now: float | None = None) -> str:
     """Returns the page. now: when it is made, in seconds since 1970; by default the present."""
-    signal = Signal.view(kept.state(Signal.name))
-    counts = kept.counts()
+    signal = Signal.view(store.state(Signal.name))
+    counts = store.counts()
     views = list(stream_views(signal))
     open_alarms = {test for test in test_views(signal) if test.alarmed}
     alerts = [_alert(one, signal) for one in reversed(signal.alerts[-ALERTS:])]
     charted = sorted(views, key=lambda one: -one.seen)[:CHARTS]
     figures = [_figure(index, one, signal, counts) for index, one in enumerate(sorted(charted, key=_name))]
-    malformed = kept.malformed()
+    malformed = store.malformed()
     return (
         environment(TEMPLATE.parent)
         .get_template(TEMPLATE.name)
@@ -76,7 +67,7 @@ def monitor_page(kept: Kept, now: float | None = None) -> str:
             rows=[_row(one, signal) for one in views],
             tiles=_tiles(views, counts, len(open_alarms)),
             tests=signal.active,
-            tallies=dict(sorted(kept.tallies().items())),
+            tallies=dict(sorted(store.tallies().items())),
             reasons=_reasons(counts),
             malformed=[(str(place), reason) for place, reason in reversed(malformed[-MALFORMED:])],
             settings=flatten(signal.settings.to_dict()),
