@@ -35,6 +35,7 @@ setup(
             "audit/output/*.jinja",
             "audit/output/*.css",
             "audit/output/*.json",
+            "gate/output/*.json",
             "study/*.jinja",
             "monitor/*.jinja",
         ]
@@ -91,6 +92,7 @@ setup(
             "securesystemslib[crypto]>=1.3",
             "in-toto-attestation>=0.9.3",  # reads statements of audits
             "jsonschema>=4.20",  # checks an audit's record
+            "junitparser>=4.0",  # reads the JUnit XML of a gate
             "pydantic-sarif>=0.1",  # the official schema of SARIF as classes
             "lm_eval>=0.4.13,<0.5",
             "inspect-ai>=0.3.285",

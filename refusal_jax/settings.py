@@ -27,6 +27,7 @@ from refusal_jax.errors import UserError, did_you_mean, field, shown
 T = TypeVar("T")
 # A whole number or None. It is marked so that a parser of flags can be found for it: `int` alone would refuse "None".
 OptionalInt = Annotated[int | None, "None is a value"]
+OptionalFloat = Annotated[float | None, "None is a value"]
 KINDS = {str: "a string", int: "a whole number", float: "a number", bool: "True or False", types.NoneType: "None"}
 MANY = {str: "strings", int: "whole numbers", float: "numbers"}
 
@@ -127,7 +128,7 @@ class Settings(Mapping[str, Any]):
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the settings as nested dictionaries of plain values."""
-        return {name: value.to_dict() if isinstance(value, Settings) else value for name, value in self.items()}
+        return {name: _plain(value) for name, value in self.items()}
 
     def described(self) -> Iterator[Described]:
         """Yields every setting, those of sections included, in the order in which they are declared."""
@@ -161,6 +162,13 @@ def chosen(name: str, entries: Mapping[str, T], file: str) -> T:
         )
         raise UserError(f"{what} Write {file}:NAME, with one of {', '.join(entries)}.")
     return entries[name]
+
+
+def _plain(value: Any) -> Any:
+    """Returns a field's value with settings, alone or in a tuple, as dictionaries."""
+    if isinstance(value, tuple):
+        return tuple(map(_plain, value))
+    return value.to_dict() if isinstance(value, Settings) else value
 
 
 def _is_mapping(value: Any) -> TypeGuard[Mapping[str, Any]]:
@@ -199,7 +207,7 @@ def in_words(kind: Any) -> str:
     if get_origin(kind) is Annotated:
         return in_words(parts[0])
     if get_origin(kind) is tuple:
-        return "a tuple of " + " and ".join(MANY[part] for part in get_args(parts[0]) or parts[:1])
+        return "a tuple of " + " and ".join(MANY.get(part) or part.__name__ for part in get_args(parts[0]) or parts[:1])
     if parts:
         return " or ".join(map(in_words, parts))
     return KINDS.get(kind) or "a mapping of the settings of this section"

@@ -77,7 +77,7 @@ MODELS = [(file, name) for file, module in FILES.items() for name in module.MODE
 
 
 def test_the_papers_models_and_one_of_each_family_have_a_config():
-    assert {path.stem for path in CONFIGS.glob("*.py")} == {"base", "demo", "paper", "families"}
+    assert {path.stem for path in CONFIGS.glob("*.py")} == {"base", "demo", "paper", "families", "gate"}
     assert list(PAPERS.MODELS) == list(PAPER) and not set(FAMILIES.MODELS) & set(PAPER)
     families = {BY_REPO[FILES[file].MODELS[name].repo].config["model_type"] for file, name in MODELS}
     others = {"gemma3_text", "glm", "ministral3"}  # their architectures run as gemma3 and, but for two norms, as glm4

@@ -16,6 +16,7 @@ from refusal_jax.audit.settings import AuditSettings
 from refusal_jax.chat.prompts import Chat
 from refusal_jax.chat.templates import named_template
 from refusal_jax.errors import field, setting, spelt
+from refusal_jax.gate.policy import get_config as get_policy
 from refusal_jax.harness.edited import ARGUMENTS
 from refusal_jax.jobs.main import JOBS
 from refusal_jax.settings import Settings
@@ -79,19 +80,16 @@ def texts(path: pathlib.Path) -> list[str]:
 
 
 def is_field(name: str) -> bool:
-    node = get_config()
-    for part in name.split("."):
-        if part not in node:
-            return False
-        node = node[part]
-    return True
+    """Whether a study's config or a gate's policy has a setting."""
+    made = [get_config(), get_policy()]
+    return any(name in one or name in {each.path for each in one.described()} for one in made)
 
 
 def has(job: str, flag: str) -> bool:
     """Returns whether a job takes a flag, of its own or of the config; placeholders such as --config.FIELD stand for any."""
-    flags, name = flags_of(job), flag.removeprefix("config.")
-    if name != flag:
-        return "config" in flags and (name.isupper() or is_field(name))
+    flags, (kind, _, name) = flags_of(job), flag.partition(".")
+    if name and kind in ("config", "policy"):
+        return kind in flags and (name.isupper() or is_field(name))
     return flag in flags or flag.removeprefix("no") in flags or flag == "help"
 
 

@@ -12,7 +12,7 @@ the candidate keeps, the first of these that holds is said:
 
 import dataclasses
 
-from refusal_jax.judges.statistics import PairedRates, Rate, score_interval
+from refusal_jax.judges.statistics import PairedRates, Rate, fewest, score_interval
 
 LOST = 0.5  # share of the base's refusals; refusal is lost where less is kept
 MOST_PROMPTS = 100_000  # up to which it is said how many would tell
@@ -51,15 +51,7 @@ class Change:
         n = self.paired.n
         if not n or self.name != "unclear":
             return n or None
-        short, enough = n, n
-        while not self._tells(enough):
-            if enough >= MOST_PROMPTS:
-                return None
-            short, enough = enough, min(2 * enough, MOST_PROMPTS)
-        while enough - short > 1:
-            middle = (short + enough) // 2
-            short, enough = (short, middle) if self._tells(middle) else (middle, enough)
-        return enough
+        return fewest(self._tells, n, MOST_PROMPTS)
 
     def _tells(self, n: int) -> bool:
         """Returns whether n prompts with the same shares of differing ones would tell."""

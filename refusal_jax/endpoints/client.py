@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 from refusal_jax.chat.messages import NONE, SYSTEM_ROLES, as_messages, system_text
 from refusal_jax.endpoints import reply
 from refusal_jax.endpoints.concerns import Seen, concerns
-from refusal_jax.endpoints.endpoint import Answer, Conversation, EndpointSettings, Fault, Identity, Kept
+from refusal_jax.endpoints.endpoint import Answer, Conversation, EndpointSettings, Fault, Identity, Kept, ServerGivenUp
 from refusal_jax.endpoints.fields import Fields
 from refusal_jax.endpoints.names import in_words, is_same
 from refusal_jax.endpoints.pace import Pace
@@ -183,7 +183,7 @@ class Endpoint:
         if self._faults_in_a_row >= PATIENCE:
             self._faults_in_a_row = 0
             again = ", and run the same command again: replies so far are kept" if kept and self.seen.replies else ""
-            raise UserError(
+            raise ServerGivenUp(
                 f"{self.address.url} gave no reply to {PATIENCE} conversations in a row ({done}). The last time, {answer.fault}. "
                 f"Check the server's log, and that it serves {self.name}{again}."
             )
@@ -220,7 +220,7 @@ class Endpoint:
             sent = await self.transport.send(lambda: self.transport.models(client), Pace(1))
         trouble = sent.trouble
         if trouble is not None and trouble.kind in (Fault.CONNECTION, Fault.TIMEOUT, Fault.BUSY):
-            raise UserError(
+            raise ServerGivenUp(
                 f"{self.address.url} was asked which models it serves, and {trouble.said}. Check the address, and that the "
                 "server runs."
             )

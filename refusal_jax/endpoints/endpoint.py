@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 from refusal_jax.chat.messages import Message, Prompt
+from refusal_jax.errors import UserError
 from refusal_jax.settings import OptionalInt, Settings, option
 
 
@@ -41,6 +42,10 @@ class EndpointSettings(Settings, path="endpoint"):
         1.0, "Seconds before a request is sent again, doubled each time, where the server does not say how long"
     )
     concurrency: int = option(4, "Largest number of requests at the same time")
+
+
+class ServerGivenUp(UserError):
+    """A server that cannot be reached, or that gave no replies to several conversations in a row."""
 
 
 class Fault(enum.StrEnum):

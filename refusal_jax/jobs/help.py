@@ -16,8 +16,9 @@ Jobs:
 Start with `refusal-jax study --workdir=runs/first`, which needs nothing else. `refusal-jax JOB --help` explains a job.
 Exit codes: 0 done, 1 a bug of ours (with a traceback), 2 bad input or environment (with a next step), 3 an export that failed
 its verification, 4 a study that found no direction (its report says why), 75 another process of the run failed (start all
-again), 130 interrupted, 141 the reader of the output, such as head, stopped reading. An audit's verdict is an exit code, too: 0
-intact or hardened, 10 edited but it refuses, 20 refusal is lost, 30 inconclusive, 40 broken files or template.
+again), 130 interrupted, 141 the reader of the output, such as head, stopped reading. Verdicts are exit codes, too. An audit: 0
+intact or hardened, 10 edited but it refuses, 20 refusal is lost, 30 inconclusive, 40 broken files or template. A gate: 0 pass,
+10 another limit is broken, 20 a limit of refusals is broken, 30 inconclusive, 40 a broken candidate.
 """
 WORDS = ("--help", "-h", "-help", "--helpfull", "--helpshort")
 
@@ -45,18 +46,19 @@ def help_text(job: str) -> str:
     own = sorted(flags.FLAGS.get_key_flags_for_module(module.__name__), key=lambda flag: flag.name)
     text = f"refusal-jax {job}: {docstring(job)}\n\nFlags:\n"
     for flag in [*own, common.FLAGS["log_level"]]:
-        hidden = flag.default in (None, "") or flag.name == "config"
+        hidden = flag.default in (None, "") or flag.name in ("config", "policy")
         text += entry(flag.name, flag.help or "", "" if hidden else (flag.default_as_str or "").strip("'"))
-    return text + "".join(settings_help()) if any(flag.name == "config" for flag in own) else text
+    return text + "".join(settings_help(job)) if any(flag.name in ("config", "policy") for flag in own) else text
 
 
-def settings_help() -> Iterator[str]:
-    """Yields the part of a help text that lists every setting of a study."""
-    from refusal_jax.study.config import get_config
+def settings_help(job: str) -> Iterator[str]:
+    """Yields the part of a help text that lists every setting of a job's config."""
+    from refusal_jax.jobs.command_line import WITH_CONFIG
 
-    yield "\nSettings, which --config.SECTION.FIELD=VALUE overrides (refusal_jax/study/config.py):\n"
-    for one in get_config().described():
-        yield entry(f"config.{one.path}", one.meaning + ".", default_as_typed(one.value))
+    taken = WITH_CONFIG[job]
+    yield f"\nSettings, which --{taken.name}.SECTION.FIELD=VALUE overrides ({taken.file}):\n"
+    for one in taken.defaults().described():
+        yield entry(f"{taken.name}.{one.path}", one.meaning + ".", default_as_typed(one.value))
 
 
 def default_as_typed(value: Any) -> str:

@@ -9,7 +9,20 @@ from refusal_jax.files import cache_folder
 from refusal_jax.jobs import help
 from refusal_jax.jobs.command_line import as_flags, canonical, prepare_job
 
-JOBS = ("study", "audit", "monitor", "plan", "export", "chat", "data", "evaluate", "lm_eval", "bench", "organism")
+JOBS = (
+    "study",
+    "audit",
+    "gate",
+    "monitor",
+    "plan",
+    "export",
+    "chat",
+    "data",
+    "evaluate",
+    "lm_eval",
+    "bench",
+    "organism",
+)
 PIPE_CLOSED = 141  # as a shell reports a process that SIGPIPE ended
 DISK_ERRORS = (errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EPERM, errno.EDQUOT)
 

@@ -1,27 +1,12 @@
 """The flag --config of jobs that take a study's settings, combined with the flags that set one of them."""
 
-from absl import flags
 from ml_collections import config_flags
 
-from refusal_jax.jobs import devices
-from refusal_jax.settings import OptionalInt
+from refusal_jax.jobs import devices, optional_numbers
 from refusal_jax.study import config as study_config
 from refusal_jax.study.config import StudyConfig
 
-
-class OptionalIntParser(flags.ArgumentParser):
-    """Parses a whole number, or None."""
-
-    def parse(self, argument: str) -> int | None:
-        """Returns the value of the text. Raises ValueError for any other."""
-        return None if str(argument).lower() == "none" else int(argument)
-
-    def flag_type(self) -> str:
-        """Returns the name of this type in help texts."""
-        return "int or None"
-
-
-config_flags.register_flag_parser_for_type(OptionalInt, OptionalIntParser())
+optional_numbers.register()
 CONFIG = config_flags.DEFINE_config_file(
     "config",
     study_config.__file__,

@@ -5,49 +5,21 @@ refuse results without one.
 """
 
 import dataclasses
-import hashlib
 import pathlib
-import time
-import urllib.parse
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import refusal_jax
 from refusal_jax.audit.audit import Audit
 from refusal_jax.audit.evidence import Evidence, plain
 from refusal_jax.audit.output.checkpoint_files import files_of, main_file, place_of
 from refusal_jax.audit.output.record import EMBEDDED
 from refusal_jax.audit.output.summary import p_text, value_text
+from refusal_jax.report import sarif
 from refusal_jax.report.page import model_title
+from refusal_jax.report.sarif import Rule
 
-SCHEMA = "https://json.schemastore.org/sarif-2.1.0.json"
 FOLDER = "CHECKPOINT"  # the base of locations in a checkpoint that is outside of the working folder
 UNUSUAL = 0.05  # the p-value up to which a statistic is a result of its own
-
-
-@dataclasses.dataclass(frozen=True)
-class Rule:
-    """A kind of result. level: "error", "warning" or "note". text: what it says of a checkpoint; help: what to do about it.
-    severity: 0 to 10, as services sort security findings."""
-
-    id: str
-    level: str
-    text: str
-    help: str
-    severity: float
-
-    @property
-    def descriptor(self) -> dict[str, Any]:
-        """Returns the rule as SARIF describes it."""
-        return {
-            "id": self.id,
-            "name": "".join(word.title() for word in self.id.split("-")),
-            "shortDescription": {"text": self.text},
-            "fullDescription": {"text": f"{self.text} {self.help}"},
-            "help": {"text": self.help},
-            "defaultConfiguration": {"level": self.level},
-            "properties": {"tags": ["security", "model"], "security-severity": f"{self.severity:.1f}"},
-        }
 
 
 BY_EDIT = {
@@ -135,41 +107,20 @@ def sarif_log(audit: Audit, folder: pathlib.Path, working: pathlib.Path | None =
     places = Places(folder, (working or pathlib.Path.cwd()).absolute())
     results = [result(rule, text, where, title, places) for rule, text, where in found(audit)]
     left_out = [f"{one.lane}: {one.left_out}" for one in audit.findings if one.left_out]
-    return {
-        "$schema": SCHEMA,
-        "version": "2.1.0",
-        "runs": [
-            {
-                "tool": {
-                    "driver": {
-                        "name": "refusal_jax",
-                        "version": refusal_jax.__version__,
-                        "semanticVersion": refusal_jax.__version__,
-                        "rules": [rule.descriptor for rule in RULES],
-                    }
-                },
-                "automationDetails": {"id": f"refusal_jax/audit/{title}/"},
-                "originalUriBaseIds": {FOLDER: {"uri": f"{place_of(folder).as_uri()}/"}},
-                "invocations": [
-                    {
-                        "executionSuccessful": True,
-                        "exitCode": audit.verdict.exit_code,
-                        "endTimeUtc": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-                        "toolExecutionNotifications": [
-                            {"level": "note", "message": {"text": text}} for text in left_out
-                        ],
-                    }
-                ],
-                "results": results,
-                "properties": {
-                    "overall": audit.verdict.overall,
-                    "edit": audit.verdict.edit,
-                    "refuses": audit.verdict.refuses,
-                    "dose": plain(audit.verdict.dose),
-                },
-            }
-        ],
-    }
+    return sarif.log(
+        RULES,
+        results,
+        automation=f"refusal_jax/audit/{title}/",
+        exit_code=audit.verdict.exit_code,
+        notes=left_out,
+        bases={FOLDER: f"{place_of(folder).as_uri()}/"},
+        properties={
+            "overall": audit.verdict.overall,
+            "edit": audit.verdict.edit,
+            "refuses": audit.verdict.refuses,
+            "dose": plain(audit.verdict.dose),
+        },
+    )
 
 
 def found(audit: Audit) -> Iterator[tuple[Rule, str, str]]:
@@ -209,8 +160,7 @@ class Places:
         place = place_of(self.folder)
         inside = place.is_relative_to(self.working)
         path = (place.relative_to(self.working) / file).as_posix() if inside else file
-        artifact = {"uri": urllib.parse.quote(path)} | ({} if inside else {"uriBaseId": FOLDER})
-        return {"physicalLocation": {"artifactLocation": artifact, "region": {"startLine": 1}}}
+        return sarif.location(path, "" if inside else FOLDER)
 
     def of(self, where: str) -> Sequence[str]:
         """Returns the files that hold what a finding is about, at least one."""
@@ -219,12 +169,7 @@ class Places:
 
 def result(rule: Rule, text: str, where: str, candidate: str, places: Places) -> dict[str, Any]:
     """Returns one result. Its fingerprint is the same in every audit that finds the same in the same candidate."""
-    key = "\0".join((rule.id, candidate, where if rule is not UNUSUAL_STATISTIC else text.split(" is ")[0] + where))
-    return {
-        "ruleId": rule.id,
-        "ruleIndex": RULES.index(rule),
-        "level": rule.level,
-        "message": {"text": text + (f" It is about {where}." if where else "")},
-        "locations": [places.location(file) for file in places.of(where)],
-        "partialFingerprints": {"audit/v1": hashlib.sha256(key.encode("utf-8", "surrogateescape")).hexdigest()},
-    }
+    about = where if rule is not UNUSUAL_STATISTIC else text.split(" is ")[0] + where
+    message = text + (f" It is about {where}." if where else "")
+    locations = [places.location(file) for file in places.of(where)]
+    return sarif.result(RULES, rule, message, locations, "audit", (candidate, about))
