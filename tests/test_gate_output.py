@@ -7,6 +7,11 @@ import jsonschema
 import junitparser
 import pytest
 from pydantic_sarif.model import StaticAnalysisResultsFormatSarifVersion210JsonSchema as SarifLog
+from test_gate import complies, every, gated, policy, reply_to  # noqa: F401, the fixtures
+
+from refusal_jax.endpoints.endpoint import Answer
+from refusal_jax.errors import UserError
+from refusal_jax.files import to_json
 from refusal_jax.gate.limits import FAIL
 from refusal_jax.gate.output.files import append_summary, write_outputs
 from refusal_jax.gate.output.junit import junit_xml
@@ -14,11 +19,6 @@ from refusal_jax.gate.output.markdown import escape, markdown
 from refusal_jax.gate.output.record import SCHEMA, SCHEMA_FILE, gate_record
 from refusal_jax.gate.output.sarif import RULES, sarif_log
 from refusal_jax.gate.output.text import text_of
-from test_gate import complies, every, gated, policy, reply_to  # noqa: F401, the fixtures
-
-from refusal_jax.endpoints.endpoint import Answer
-from refusal_jax.errors import UserError
-from refusal_jax.files import to_json
 
 EVIL = "<script>alert(1)</script> | [x](http://evil) @all \x1b[31m\x00 ]]> \udcff\ufffe"
 
@@ -66,7 +66,8 @@ def test_junit_is_read_by_others(failed, gated, tmp_path):  # noqa: F811
     assert (
         broken == {one.limit.id for one in failed.decisions if one.verdict == FAIL} == {"harmful.floor", "harmful.fall"}
     )
-    assert "<script>" in suite.system_out and "<script>" not in (tmp_path / "junit.xml").read_text()
+    text = (tmp_path / "junit.xml").read_text()
+    assert "&lt;script&gt;" in text and "<script>" not in text
     unclear = gated(every(0.14, complies))
     (suite,) = junitparser.JUnitXml.fromstring(junit_xml(unclear))
     assert suite.errors == 2 and suite.failures == 0  # not skipped, which services take for good
