@@ -12,6 +12,7 @@ from refusal_jax.monitor.traces import Place, Trace, Unjudged
 EARLIEST, LATEST = 946684800.0, 4102444800.0  # 2000 and 2100: a number outside is no time
 UNITS = ((1e17, 1e9), (1e14, 1e6), (1e11, 1e3))  # from what size on a number counts nano-, micro- or milliseconds
 MASKS = ("redacted-by-litellm", "[redacted]", "<redacted>", "redacted")  # whole texts that stand for one left out
+HALVES = "otel:"  # keys of traces of which one line may have the model, and another the reply, in any order
 CUT_MARKS = ("(litellm_truncated ", "...<truncated>")
 
 
@@ -59,15 +60,15 @@ class Draft:
     def joined(self, later: "Draft") -> "Draft":
         """Returns this draft with what a later line of the same trace tells: its reply continues this one's."""
         reply = self.reply if later.reply is None else (self.reply or "") + later.reply
-        fault = later.fault or self.fault
+        fault, model = later.fault or self.fault, self.model or later.model
         if reply and fault is Unjudged.NO_TEXT:
             fault = None
         return Draft(
             key=self.key,
-            ended=later.ended,
+            ended=later.ended or bool(self.key.startswith(HALVES) and reply is not None and model),
             id=self.id or later.id,
             time=self.time if later.time is None else later.time if self.time is None else min(self.time, later.time),
-            model=self.model or later.model,
+            model=model,
             category=later.category if self.category is None else self.category,
             system=later.system if self.system is None else self.system,
             prompt=later.prompt or self.prompt,

@@ -9,6 +9,7 @@ from refusal_jax.monitor.formats.messages import (
     add_event,
     add_message,
     add_reply,
+    events_of,
     is_piece,
     parsed,
     request_of,
@@ -102,6 +103,8 @@ def _named(record: Mapping[str, Any], names: tuple[str, ...]) -> Any:
 def _pair(record: Mapping[str, Any]) -> list[Draft]:
     """Returns the drafts of a record with a request and a reply, under any of their usual names."""
     asked, answered = parsed(_named(record, REQUESTS)), parsed(_named(record, REPLIES))
+    if isinstance(answered, str) and (events := events_of(answered)) is not None:
+        answered = events
     if answered is asked:  # the only text, such as `input` without an output
         answered = None
     if answered is None and "choices" in record:
@@ -150,8 +153,8 @@ def _names(record: Mapping[str, Any]) -> str:
 
 def _inner(value: Any, name: str) -> str:
     """Returns a field of a request or reply, or of its body."""
-    while isinstance(value, list) and value:
-        value = value[0]
+    if isinstance(value, list) and value:
+        return _inner(value[0], name) or _inner(value[-1], name)
     if not isinstance(value, Mapping):
         return ""
     body = parsed(value.get("body") or value.get("response"))
