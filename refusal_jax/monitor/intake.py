@@ -8,7 +8,7 @@ from refusal_jax.monitor.categories import OTHER, Categories
 from refusal_jax.monitor.formats.draft import Draft, Malformed
 from refusal_jax.monitor.formats.lines import read_line
 from refusal_jax.monitor.lines import Line
-from refusal_jax.monitor.sampling import DAY, SAMPLED, TRACES, Sampling, identity_of
+from refusal_jax.monitor.sampling import DAY, SAMPLED, TRACES, Sampling, day_of, identity_of
 from refusal_jax.monitor.settings import MonitorSettings
 from refusal_jax.monitor.store import Changes, Count, Cursor, Store
 from refusal_jax.monitor.traces import Place, Trace, Unjudged
@@ -70,8 +70,8 @@ class Intake:
         self.recent -= batch.changes.seen.keys()
 
     def _count(self, batch: Batch, trace: Trace, identity: int) -> None:
-        chosen = self.sampling.chosen(trace, identity)
-        day, counts = int(trace.time // DAY), batch.changes.counts
+        day, counts = day_of(trace, self.now()), batch.changes.counts
+        chosen = self.sampling.chosen(trace, identity, day)
         counts[Count(day, trace.model, trace.category, TRACES)] += 1
         if chosen:
             counts[Count(day, trace.model, trace.category, SAMPLED)] += 1

@@ -3,7 +3,7 @@
 import os
 import select
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 from refusal_jax.monitor.store import Cursor
 from refusal_jax.monitor.traces import Place
@@ -19,6 +19,7 @@ class Line(NamedTuple):
     place: Place
 
 
+@runtime_checkable
 class Source(Protocol):
     """Where lines come from."""
 

@@ -11,7 +11,7 @@ import pathlib
 import time
 import zlib
 from collections.abc import Iterable
-from typing import IO, cast
+from typing import Any
 
 from refusal_jax.monitor.lines import CHUNK, Line, Splitter
 from refusal_jax.monitor.store import Cursor
@@ -38,9 +38,9 @@ class LogFile:
         self.state: tuple[int, int] | None = None
         self.changed = status.st_mtime
         self.longest = longest
-        self.file: IO[bytes] | None = None
+        self.file: Any = None  # plain, or one that unpacks
 
-    def open(self) -> IO[bytes]:
+    def open(self) -> Any:
         """Opens the file at its cursor. Raises OtherContent if it is not the file that the cursor is of, and what
         UNREADABLE lists."""
         if self.file is None:
@@ -125,13 +125,13 @@ def digest(data: bytes) -> str:
     return hashlib.blake2b(data, digest_size=12).hexdigest()
 
 
-def opened(path: pathlib.Path) -> tuple[IO[bytes], bool]:
+def opened(path: pathlib.Path) -> tuple[Any, bool]:
     """Opens a file to read what it holds, and returns whether it is compressed. Raises OSError, for Zstandard too."""
     with open(path, "rb") as file:
         start = file.read(6)
     for magic, opener in OPENERS:
         if start.startswith(magic):
-            return cast(IO[bytes], opener(path, "rb")), True
+            return opener(path, "rb"), True
     if start.startswith(ZSTD):
         raise OSError("it is compressed with Zstandard, which cannot be read: use gzip, bzip2 or xz")
     return open(path, "rb", buffering=0), False

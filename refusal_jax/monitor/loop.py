@@ -12,7 +12,7 @@ from refusal_jax.monitor.intake import LINES, Batch, Intake
 from refusal_jax.monitor.judging import Judging, outcome_of
 from refusal_jax.monitor.lines import Source
 from refusal_jax.monitor.parts import Carrier, Message, Part
-from refusal_jax.monitor.sampling import DAY
+from refusal_jax.monitor.sampling import DAY, day_of
 from refusal_jax.monitor.settings import MonitorSettings
 from refusal_jax.monitor.store import Count, Store
 from refusal_jax.monitor.traces import Judged, Judgements, Unjudged
@@ -88,7 +88,7 @@ class Monitor:
             changes.counts[Count(int(one.trace.time // DAY), one.trace.model, one.trace.category, what)] += 1
         for trace in unjudged:
             assert trace.fault is not None
-            changes.counts[Count(int(trace.time // DAY), trace.model, trace.category, trace.fault.value)] += 1
+            changes.counts[Count(day_of(trace, self.now()), trace.model, trace.category, trace.fault.value)] += 1
         judgements = Judgements(tuple(judged), tuple(unjudged))
         sent: list[Message] = []
         for part in self.parts:

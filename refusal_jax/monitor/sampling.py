@@ -5,7 +5,7 @@ from collections import Counter
 
 from refusal_jax.monitor.settings import MonitorSettings
 from refusal_jax.monitor.store import Count
-from refusal_jax.monitor.traces import Trace
+from refusal_jax.monitor.traces import Trace, Unjudged
 
 DAY = 86400.0
 TRACES, SAMPLED = "traces", "sampled"
@@ -32,6 +32,11 @@ def _hash(*parts: str) -> int:
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "big", signed=True)
 
 
+def day_of(trace: Trace, present: float) -> int:
+    """Returns the day that a trace counts for, since 1970: its own, or today if that is kept no longer."""
+    return int((present if trace.fault is Unjudged.OLD else trace.time) // DAY)
+
+
 class Sampling:
     """Chooses traces at a rate, and at most so many a day of each model and category.
 
@@ -44,9 +49,8 @@ class Sampling:
         self.rate, self.limit, self.seed = settings.rate, settings.max_per_day, settings.seed
         self.counts = Counter({count: n for count, n in counts.items() if count.what in (TRACES, SAMPLED)})
 
-    def chosen(self, trace: Trace, identity: int) -> bool:
-        """Returns whether a trace is to be judged, and counts it. Traces come in the order of their logs."""
-        day = int(trace.time // DAY)
+    def chosen(self, trace: Trace, identity: int, day: int) -> bool:
+        """Returns whether a trace is to be judged, and counts it. Traces come in the order of their logs. day: it counts for."""
         seen, sampled = (Count(day, trace.model, trace.category, what) for what in (TRACES, SAMPLED))
         self.counts[seen] += 1
         if trace.fault:

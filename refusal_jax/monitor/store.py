@@ -95,8 +95,8 @@ def _explained(path: pathlib.Path) -> Iterator[None]:
                 "start the monitor again: it goes on where it stopped."
             ) from None
         raise DamagedFile(
-            f"{path} is damaged: {error}. Put a backup of it back, or move it away, together with the files whose names begin "
-            "with its name: the monitor then reads its sources anew, and its charts begin anew."
+            f"{path} is damaged: {' '.join(str(error).split())}. Put a backup of it back, or move it away, together with the "
+            "files whose names begin with its name: the monitor then reads its sources anew, and its charts begin anew."
         ) from None
 
 
@@ -130,8 +130,12 @@ class Store:
             )
         try:
             with _explained(path):
-                database = _connected(path)
-                _prepared(path, database)
+                database = sqlite3.connect(path, isolation_level=None, timeout=30)
+                try:
+                    _prepared(path, database)
+                except BaseException:
+                    database.close()
+                    raise
         except BaseException:
             os.close(locked)
             raise
@@ -293,18 +297,13 @@ def _json(value: dict) -> str:
     return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
 
 
-def _connected(path: pathlib.Path) -> sqlite3.Connection:
-    database = sqlite3.connect(path, isolation_level=None, timeout=30)
+def _prepared(path: pathlib.Path, database: sqlite3.Connection) -> None:
+    """Sets a connection up, makes the tables of a new database, and checks those of an old one."""
     database.execute("PRAGMA journal_mode = WAL")
     database.execute(
         "PRAGMA synchronous = FULL"
     )  # the trail's files are written after a commit, and must not be ahead of it
     database.execute("PRAGMA cache_size = -8000")
-    return database
-
-
-def _prepared(path: pathlib.Path, database: sqlite3.Connection) -> None:
-    """Makes the tables of a new database, and checks those of an old one."""
     if not database.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
         database.executescript(f"BEGIN; {SCHEMA} PRAGMA user_version = {VERSION}; COMMIT;")
     problem = database.execute("PRAGMA quick_check(1)").fetchone()[0]
