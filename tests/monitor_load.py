@@ -85,8 +85,8 @@ def rate(asked, folder: pathlib.Path) -> int:
     monitor.terminate()
     monitor.wait()
     print(
-        f"{total} traces at {total / (ended - began):.0f} a second for {ended - began:.0f} s: all were counted {late:.1f} s after the "
-        f"last was written; at most {max(behind, default=0)} were behind; {used / (ended - began):.0%} of a core."
+        f"{total} traces at {total / (ended - began):.0f} a second for {ended - began:.0f} s: all were counted {late:.1f} s after "
+        f"the last was written; at most {max(behind, default=0)} were behind; {used / (ended - began):.0%} of a core."
     )
     return int(late > 5)
 
