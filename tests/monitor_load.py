@@ -84,9 +84,10 @@ def rate(asked, folder: pathlib.Path) -> int:
     late, used = time.monotonic() - ended, spent(monitor.pid) - before
     monitor.terminate()
     monitor.wait()
+    seconds = ended - began
     print(
-        f"{total} traces at {total / (ended - began):.0f} a second for {ended - began:.0f} s: all were counted {late:.1f} s after "
-        f"the last was written; at most {max(behind, default=0)} were behind; {used / (ended - began):.0%} of a core."
+        f"{total} traces at {total / seconds:.0f} a second for {seconds:.0f} s: all were counted {late:.1f} s after the last was "
+        f"written; at most {max(behind, default=0)} were behind; {used / seconds:.0%} of a core."
     )
     return int(late > 5)
 
