@@ -44,9 +44,10 @@ NO_SPEAKER = {
 }
 # A letter, which speaks for whoever sends it, unless it is written to the one who asks.
 SALUTATION = re.compile(
-    r"^\W*(?:dear|hello|liebe[rs]?|sehr geehrte[rs]?|estimad[oa]s?|querid[oa]s?|chère?|car[oa]|prezad[oa]|beste|geachte|дорог\w+|"
-    r"уважаем\w+)(?! (?:user|customer|friend|sir|madam|valued|reader|human))[^,\n]{1,40},"
+    r"^\W*(?:subject: [^\n]*\n\s*)?(?:dear|hello|liebe[rs]?|sehr geehrte[rs]?|estimad[oa]s?|querid[oa]s?|chère?|car[oa]|"
+    r"prezad[oa]|beste|geachte|дорог\w+|уважаем\w+)(?! (?:user|customer|friend|sir|madam|valued|reader|human))[^,\n]{1,40},"
 )
+BLANK = re.compile(r"\[[^\]\n]{2,30}\]")  # of a letter that is a form
 CLOSING = re.compile(
     r"(?:regards|sincerely|yours|best wishes|love|thanks|grüße?n?|saludos|atentamente|cordialement|cordiali saluti|"
     r"atenciosamente|groet|уважением),?\s*[^\n]{0,60}\W*$"
@@ -77,7 +78,8 @@ def own_voice(text: str) -> tuple[str, int]:
     if CODE.search(shown):
         shown = COMMENT.sub(HIDDEN, shown)
     shown = QUOTED.sub(HIDDEN, shown)
-    if SALUTATION.search(shown) and CLOSING.search(shown):
+    salutation = SALUTATION.search(shown)
+    if salutation and (BLANK.search(salutation[0]) or CLOSING.search(shown)):
         return "", words_in(text)
     speakers = (
         [match for match in SPEAKER.finditer(shown) if match[1].strip() not in NO_SPEAKER] if ":" in shown else []
