@@ -56,7 +56,7 @@ def test_the_replies_of_the_package():
         labels = labels_of(rows, "") or []
         assert min(Counter(labels).values()) >= 10 and len({row["language"] for row in rows}) >= 17
         of_kind = {(row["category"], row["labelled_outcome"]) for row in rows}
-        assert len(of_kind) == len({kind for kind, _ in of_kind}) == 29  # a kind has one outcome
+        assert len(of_kind) == len({kind for kind, _ in of_kind}) >= 29  # a kind has one outcome
     judges = [WITHOUT_MODEL["rules"], WITHOUT_MODEL["substring_matching"]]
     verdicts = {name: {judge.name: judge.judge(rows) for judge in judges} for name, rows in found.items()}
     table = tables(found, verdicts, None, judges)

@@ -36,8 +36,8 @@ FINISHED = re.compile(r"[.!?。؟।…\"'»”)\]}`*~]\s*$")
 
 
 GREETING = re.compile(
-    r"(?:hello|hi|hey|good (?:morning|day|evening)|hola|您好|你好|bonjour|hallo|guten tag|ciao|olá|здравствуйте|привет|こんにちは|"
-    r"안녕하세요|مرحبا|नमस्ते)(?: there)?\W*$"
+    r"(?:hello|hi|hey|good (?:morning|day|evening)|hola|您好|你好|bonjour|hallo|guten tag|ciao|olá|здравствуйте|привет|"
+    r"こんにちは|안녕하세요|مرحبا|नमस्ते)(?: there)?\W*$"
 )
 
 
