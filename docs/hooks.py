@@ -29,6 +29,7 @@ NEEDS = {
     "gpu": "needs a GPU",
     "network": "needs a network",
     "model": "needs a downloaded model",
+    "server": "needs a running server",
     "minutes": "takes minutes",
 }
 MARK = re.compile(r"^( *)<!-- (needs|generated|excerpt): ([\w, ./]+) -->$", re.MULTILINE)

@@ -53,10 +53,8 @@ def compare(title: str, url: str, name: str, prompts: list[str], ours: list[str]
         for said in (ours, theirs)
     ]
     agree = sum(a == b for a, b in zip(*outcomes, strict=True))
-    print(
-        f"{title}, {how}: {same} of {len(ours)} replies equal ours, {agree} have the same outcome, {faults} faults, {seconds:.0f} s",
-        flush=True,
-    )
+    found = f"{same} of {len(ours)} replies equal ours, {agree} have the same outcome"
+    print(f"{title}, {how}: {found}, {faults} faults, {seconds:.0f} s", flush=True)
     for concern in endpoint.identity().concerns:
         print(f"  {concern}")
     return same == len(ours)
