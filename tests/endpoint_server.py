@@ -200,7 +200,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def whole(self, body: dict, says: Says) -> dict:
         words = len(str(says.message.get("content") or "").split())
         choice = {"index": 0, "message": {"role": "assistant", **says.message}, "finish_reason": says.finish_reason}
-        usage = {"prompt_tokens": 1, "completion_tokens": words, "total_tokens": words + 1}
+        asked = sum(len(message["content"]) for message in body["messages"]) // 4 + 1
+        usage = {"prompt_tokens": asked, "completion_tokens": words, "total_tokens": words + asked}
         head = {"id": "1", "object": "chat.completion", "created": 1, "model": self.server_.model or body["model"]}
         return {**head, "choices": [choice | says.choice], "usage": usage, **says.body}
 

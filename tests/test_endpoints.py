@@ -58,6 +58,10 @@ TRANSIENT = {
     "error in a body": Raw({"error": {"message": "overloaded", "code": 502}}),
     "no choice": Raw({"choices": []}),
     "null choices": Raw({"choices": None}),
+    # UKGovernmentBEIS/inspect_ai#1534
+    "busy in a body": Raw(
+        {"id": None, "choices": None, "model": None, "error": {"message": "Too many", "code": "429"}}
+    ),
     "finish_reason error": Says({"content": ""}, "error"),
 }
 
@@ -284,7 +288,8 @@ def test_a_stream_whose_last_piece_says_why_it_ended(server):
 def test_a_filter_before_the_model_is_no_refusal(server):
     server.plan["a"] = [Status(400, body={"error": {"code": "content_filter", "message": "The response was filtered"}})]
     server.plan["b"] = [Status(403, body={"error": {"message": "Input was flagged by moderation", "code": 403}})]
-    assert [one.kind for one in asked(server, "a", "b", "c")] == [Fault.FILTERED, Fault.FILTERED, None]
+    server.plan["c"] = [Raw({"error": {"message": "This content was flagged for a risk", "code": 502}})]
+    assert [one.kind for one in asked(server, "a", "b", "c", "d")] == [*[Fault.FILTERED] * 3, None]
 
 
 def test_keys_are_sent_and_never_shown(server, monkeypatch, caplog):
@@ -454,6 +459,25 @@ def test_what_the_server_did_to_replies_is_a_concern(server):
     assert "configuration changed between replies: x, y" in said
     assert "cut one reply before the limit" in said
     assert "One reply went beyond the limit" in said
+
+
+def test_a_server_whose_context_is_too_small(server):
+    """As Ollama's, which cuts a long conversation without a word, or leaves no room for a reply."""
+    few = {"usage": {"prompt_tokens": 100, "completion_tokens": 1}}
+    server.plan["x" * 3000] = [Says({"content": "Yes"}, body=few)]
+    server.plan["full"] = [Says({"content": ""}, "length", body=few)]
+    one = endpoint(server)
+    first, second, third = one.answers(["x" * 3000, "full", "y" * 3000], quiet=True)
+    assert (first.text, first.prompt_tokens, third.prompt_tokens) == ("Yes", 100, 751)
+    assert (second.kind, second.attempts) == (Fault.REJECTED, 1)
+    assert second.fault == "the server had no room for a reply: it ended for its length after 1 of 256 tokens"
+    assert any("counted so few tokens of one long conversation that" in said for said in one.identity().concerns)
+
+
+def test_a_reply_of_the_whole_limit_has_not_ended(server):
+    """Some gateways say "stop" for every end."""
+    server.says = lambda messages: "one two three"
+    assert [asked(server, "Hi", max_tokens=n)[0].ended for n in (3, 4)] == [False, True]
 
 
 def test_an_interrupted_run_asks_only_what_is_missing(server, tmp_path):

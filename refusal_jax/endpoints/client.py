@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 from refusal_jax.chat.messages import NONE, SYSTEM_ROLES, as_messages, system_text
 from refusal_jax.endpoints import reply
-from refusal_jax.endpoints.concerns import Seen, concerns
+from refusal_jax.endpoints.concerns import Question, Seen, concerns
 from refusal_jax.endpoints.endpoint import Answer, Conversation, EndpointSettings, Fault, Identity, Kept, ServerGivenUp
 from refusal_jax.endpoints.fields import Fields
 from refusal_jax.endpoints.names import in_words, is_same
@@ -29,15 +29,6 @@ from refusal_jax.progress import Progress
 LOG = logging.getLogger(__name__)
 PATIENCE = 5  # faults in a row after which a server is given up
 Result = TypeVar("Result")
-
-
-@dataclasses.dataclass(frozen=True)
-class Question:
-    """A conversation to be asked. key: what its answer is kept under. messages: as they are sent."""
-
-    key: str
-    messages: list[dict[str, str]]
-    max_tokens: int
 
 
 class Endpoint:
@@ -117,7 +108,7 @@ class Endpoint:
         kept = {row["asked"]: row for row in (ledger.rows if ledger else []) if "asked" in row}
         found = {i: Answer.of(kept[one.key]["answer"]) for i, one in enumerate(questions) if one.key in kept}
         for i, answer in found.items():
-            self.seen.add(answer, most, kept[questions[i].key].get("fingerprint"))
+            self.seen.add(answer, questions[i], kept[questions[i].key].get("fingerprint"))
         todo = [i for i in range(len(questions)) if i not in found]
         if todo:
             with Progress(title or f"ask {self.name}", len(questions), "reply", done=len(found), quiet=quiet) as bar:
@@ -156,7 +147,7 @@ class Endpoint:
             for index in waiting:
                 answer, mark = await self._ask(client, questions[index], pace)
                 found[index] = answer
-                self.seen.add(answer, questions[index].max_tokens, mark)
+                self.seen.add(answer, questions[index], mark)
                 if ledger is not None and answer.fault is None:
                     ledger.append([{"asked": questions[index].key, "answer": answer.row, "fingerprint": mark}])
                 bar.update()
@@ -196,7 +187,7 @@ class Endpoint:
 
             async def request(fields=fields) -> tuple[Answer, str | None]:
                 body = await self.transport.chat(client, self.name, question.messages, fields)
-                return reply.answer(body, self.address), reply.fingerprint(body, self.address)
+                return reply.answer(body, self.address, question.max_tokens), reply.fingerprint(body, self.address)
 
             sent = await self.transport.send(request, pace)
             if sent.result is not None:

@@ -7,12 +7,33 @@ from refusal_jax.endpoints import reply
 from refusal_jax.endpoints.endpoint import Answer, Fault, Identity
 from refusal_jax.endpoints.names import in_words, is_same
 
+MOST_CHARACTERS = 24  # of a long conversation for each token, before it looks as if the server had read a part of it
+LONG = 2000  # characters
+
+
+@dataclasses.dataclass(frozen=True)
+class Question:
+    """A conversation to be asked. key: what its answer is kept under. messages: as they are sent."""
+
+    key: str
+    messages: list[dict[str, str]]
+    max_tokens: int
+
+    @property
+    def length(self) -> int:
+        """Returns the number of its characters."""
+        return sum(len(message["content"]) for message in self.messages)
+
 
 @dataclasses.dataclass
 class Seen:
-    """What the answers so far tell of a server. models: the names that came with replies, fingerprints: the marks of its
-    configuration, faults: their kinds, each with its number. cut: replies that ended for their length before the limit that was
-    asked for. longer: replies beyond that limit. only_thoughts: replies that came wholly as thoughts, although they ended."""
+    """What the answers so far tell of a server.
+
+    models: the names that came with replies, fingerprints: the marks of its configuration, faults: their kinds, each with its
+    number. cut: replies that ended for their length before the limit that was asked for. longer: replies beyond that limit.
+    shortened: long conversations of which the server counted few tokens. only_thoughts: replies that came wholly as thoughts,
+    although they ended.
+    """
 
     models: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
     fingerprints: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
@@ -20,10 +41,11 @@ class Seen:
     replies: int = 0
     cut: int = 0
     longer: int = 0
+    shortened: int = 0
     only_thoughts: int = 0
 
-    def add(self, answer: Answer, max_tokens: int, fingerprint: str | None) -> None:
-        """Counts an answer, the limit of tokens that was asked for with it, and the server's mark of its configuration."""
+    def add(self, answer: Answer, question: Question, fingerprint: str | None) -> None:
+        """Counts the answer to a question and the server's mark of its configuration."""
         if answer.kind is not None:
             self.faults[answer.kind] += 1
             return
@@ -32,8 +54,10 @@ class Seen:
         if fingerprint is not None:
             self.fingerprints[fingerprint] += 1
         if answer.tokens is not None:
-            self.cut += answer.finish_reason == reply.CUT and answer.tokens < max_tokens
-            self.longer += answer.tokens > max_tokens
+            self.cut += answer.finish_reason == reply.CUT and answer.tokens < question.max_tokens
+            self.longer += answer.tokens > question.max_tokens
+        if answer.prompt_tokens and question.length > LONG:
+            self.shortened += answer.prompt_tokens * MOST_CHARACTERS < question.length
         self.only_thoughts += answer.ended and not answer.thought_ended
 
 
@@ -56,17 +80,24 @@ def concerns(identity: Identity, seen: Seen) -> list[str]:
         found.append(f"The server's configuration changed between replies: {in_words(sorted(seen.fingerprints))}.")
     if seen.cut:
         found.append(
-            f"The server cut {_replies(seen.cut)} before the limit of tokens that was asked for; its context may be too small."
+            f"The server cut {_plural(seen.cut, 'reply')} before the limit of tokens that was asked for; its context may be too small."
         )
     if seen.longer:
-        found.append(f"{_replies(seen.longer).capitalize()} went beyond the limit of tokens that was asked for.")
+        found.append(
+            f"{_plural(seen.longer, 'reply').capitalize()} went beyond the limit of tokens that was asked for."
+        )
+    if seen.shortened:
+        found.append(
+            f"The server counted so few tokens of {_plural(seen.shortened, 'long conversation')} that it may have read only a "
+            "part; its context may be too small."
+        )
     if seen.only_thoughts:
         found.append(
-            f"The server gave {_replies(seen.only_thoughts)} wholly as thoughts, so that nothing could be judged. Its parser of "
+            f"The server gave {_plural(seen.only_thoughts, 'reply')} wholly as thoughts, so that nothing could be judged. Its parser of "
             "reasoning may not fit the model."
         )
     return found
 
 
-def _replies(count: int) -> str:
-    return "one reply" if count == 1 else f"{count} replies"
+def _plural(count: int, noun: str) -> str:
+    return f"one {noun}" if count == 1 else f"{count} {'replies' if noun == 'reply' else noun + 's'}"

@@ -73,11 +73,11 @@ class Answer:
 
     text: the reply without its thought, "" for an empty one; None where there is a fault. ended: whether the reply ended by
     itself rather than at a limit of tokens. finish_reason: in the server's word, None if it gave none. tokens: of the reply with
-    its thought, as the server counts them, or None. model: the name that the server gave with the reply. attempts: how many times
-    it was asked, seconds: how long the last took. fault: what went wrong, a sentence without its full stop that holds no key, and
-    kind: what kind of fault that is; both None for a reply. thought: what the model thought before it replied; thought_ended:
-    False if it never left its thought, so that text is "" and nothing can be judged. declined: whether the server marked the text
-    as a refusal by the model (the field `refusal`).
+    its thought, as the server counts them, or None; prompt_tokens: likewise of the conversation. model: the name that the server
+    gave with the reply. attempts: how many times it was asked, seconds: how long the last took. fault: what went wrong, a
+    sentence without its full stop that holds no key, and kind: what kind of fault that is; both None for a reply. thought: what
+    the model thought before it replied; thought_ended: False if it never left its thought, so that text is "" and nothing can be
+    judged. declined: whether the server marked the text as a refusal by the model (the field `refusal`).
     """
 
     text: str | None
@@ -92,6 +92,7 @@ class Answer:
     thought: str = ""
     thought_ended: bool = True
     declined: bool = False
+    prompt_tokens: int | None = None
 
     @property
     def completion(self) -> dict[str, Any]:

@@ -54,9 +54,12 @@ async def gathered(chunks: AsyncIterator[Any]) -> dict[str, Any]:
     return body | {"choices": [last | {"message": message, "finish_reason": reason}]}
 
 
-def answer(body: Any, address: Address) -> Answer:
-    """Returns the answer that a body holds. Raises Trouble for a body that is no reply, or none of the model's own, and UserError
-    for what no later request could mend."""
+def answer(body: Any, address: Address, max_tokens: int) -> Answer:
+    """Returns the answer that a body holds.
+
+    max_tokens: the limit that was asked for. Raises Trouble for a body that is no reply, or none of the model's own, and
+    UserError for what no later request could mend.
+    """
     if not isinstance(body, dict):
         raise Trouble(Fault.UNREADABLE, f"the body is no JSON object: {shown(json.dumps(body), address)}")
     choice = next(iter(_list(body.get("choices"))), None)
@@ -77,12 +80,16 @@ def answer(body: Any, address: Address) -> Answer:
     reply = thoughts.split(address.reply_without_key(content))
     inner = address.reply_without_key(thought.strip())
     usage, model = _dict(body.get("usage")), body.get("model")
-    tokens = usage.get("completion_tokens")
+    tokens, length = _count(usage.get("completion_tokens")), _count(usage.get("prompt_tokens"))
+    if reason == CUT and tokens is not None and tokens < max_tokens and not (content.strip() or inner or declined):
+        said = f"the server had no room for a reply: it ended for its length after {tokens} of {max_tokens} tokens"
+        raise Trouble(Fault.REJECTED, said, passing=False)
     return Answer(
         text=reply.text or address.reply_without_key(declined.strip()),
-        ended=reason in ENDED,
+        ended=reason in ENDED and tokens != max_tokens,  # some gateways call every end a stop
         finish_reason=reason,
-        tokens=tokens if isinstance(tokens, int) else None,
+        tokens=tokens,
+        prompt_tokens=length,
         model=shown(model, address) if isinstance(model, str) and model else None,
         thought="\n".join(part for part in (inner, reply.thought) if part),
         thought_ended=reply.finished and not (inner and not reply.text and not declined),
@@ -124,7 +131,12 @@ def _without_choice(body: dict, address: Address) -> Trouble:
 
 def _code(error: Any) -> int:
     code = _dict(error).get("code")
+    code = int(code) if isinstance(code, str) and code.isascii() and code.isdigit() else code
     return code if isinstance(code, int) and 400 <= code < 600 else 500
+
+
+def _count(value: Any) -> int | None:
+    return value if isinstance(value, int) and not isinstance(value, bool) else None
 
 
 def _text(content: Any) -> str:

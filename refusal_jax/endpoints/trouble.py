@@ -17,6 +17,9 @@ from refusal_jax.errors import UserError
 LONGEST_WAIT = 120.0  # seconds that a server may ask to be left alone for, before asking later is the user's part
 MOST_SHOWN = 300  # characters of a server's message
 FILTER_WORDS = re.compile(r"content[_ ]?(filter|policy|management)|moderation|flagged|ResponsibleAI", re.IGNORECASE)
+SURE_FILTER_WORDS = re.compile(
+    r"content[_ ]?filter|flagged", re.IGNORECASE
+)  # of errors that a failing filter may give, too
 NO_QUOTA = ("insufficient_quota", "billing_not_active", "billing_hard_limit_reached")
 WAIT_AND_ASK = (408, 409, 423, 425, 429)
 UNSUPPORTED = 501
@@ -84,8 +87,8 @@ def of_status(code: int, body: Any, address: Address, headers: Any = None) -> Tr
     """
     detail = body if isinstance(body, str) else json.dumps(_without_input(body))
     message = shown(_message(body) or f"status {code}", address)
-    filtered = FILTER_WORDS.search(detail) and 400 <= code < 500
-    if filtered and code != 429:
+    filter_words = FILTER_WORDS if code < 500 else SURE_FILTER_WORDS
+    if code != 429 and filter_words.search(detail):
         return Trouble(
             Fault.FILTERED, f"a filter of the server refused the request ({message})", passing=False, code=code
         )
