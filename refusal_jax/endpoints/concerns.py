@@ -80,7 +80,8 @@ def concerns(identity: Identity, seen: Seen) -> list[str]:
         found.append(f"The server's configuration changed between replies: {in_words(sorted(seen.fingerprints))}.")
     if seen.cut:
         found.append(
-            f"The server cut {_plural(seen.cut, 'reply')} before the limit of tokens that was asked for; its context may be too small."
+            f"The server cut {_plural(seen.cut, 'reply')} before the limit of tokens that was asked for; its context may be too "
+            "small."
         )
     if seen.longer:
         found.append(
@@ -93,8 +94,8 @@ def concerns(identity: Identity, seen: Seen) -> list[str]:
         )
     if seen.only_thoughts:
         found.append(
-            f"The server gave {_plural(seen.only_thoughts, 'reply')} wholly as thoughts, so that nothing could be judged. Its parser of "
-            "reasoning may not fit the model."
+            f"The server gave {_plural(seen.only_thoughts, 'reply')} wholly as thoughts, so that nothing could be judged. Its "
+            "parser of reasoning may not fit the model."
         )
     return found
 
