@@ -29,11 +29,8 @@ import sys
 
 from absl import flags
 
-from refusal_jax.chat.model import ChatModel, demo_model_path, load_model
-from refusal_jax.chat.residuals import extract
+from refusal_jax.chat.model import demo_model_path, load_model
 from refusal_jax.checkpoints.remote import checkpoint_folder
-from refusal_jax.data.prompts import BUNDLED, read_prompts, resolve
-from refusal_jax.directions import Direction
 from refusal_jax.errors import UserError, print_error
 from refusal_jax.export.finished import FinishedStudy
 from refusal_jax.files import local_path
@@ -41,14 +38,11 @@ from refusal_jax.harness.edited import model_of, one_each
 from refusal_jax.jobs import common, devices
 from refusal_jax.models.decoding import in_words
 from refusal_jax.models.hf_config import load_config
-from refusal_jax.study.directions import difference_in_means
+from refusal_jax.organism.direction import embedded_direction
 from refusal_jax.surrogates import mended
 from refusal_jax.terminal.screen import escaped
 from refusal_jax.terminal.session import Session
 from refusal_jax.terminal.show import show_columns, show_plain
-
-EMBEDDED_LAYER = 4  # at whose input, at the prompt's last token, the study of the embedded model finds its direction
-TRAIN = 128  # prompts of each side for the embedded model's direction, as in a study
 
 MODEL = flags.DEFINE_string("model", None, f"{common.CHECKPOINT} Default: the study's model, or the embedded one.")
 DIRECTION = flags.DEFINE_string(
@@ -118,7 +112,7 @@ def start() -> Session:
     settings["generation_from_checkpoint"] = FROM_CHECKPOINT.value
     if not DIRECTION.value:
         model = load_model(demo_model_path(), dtype, mesh, **settings)
-        direction = embedded_direction(model)
+        direction = embedded_direction(model, LAYER.value)
         return Session(model, direction, MAX_NEW_TOKENS.value, NUMBERS.value, bool(HISTORY.value))
     path = local_path(DIRECTION.value)
     studies = [FinishedStudy.read(path, 1)] if path.is_dir() and not MODEL.value else []
@@ -129,17 +123,6 @@ def start() -> Session:
     model = load_model(folder, dtype, mesh, progress=True, **settings)
     history = folder != demo_model_path() if HISTORY.value is None else HISTORY.value
     return Session(model, direction, MAX_NEW_TOKENS.value, NUMBERS.value, history)
-
-
-def embedded_direction(model: ChatModel) -> Direction:
-    """Returns the embedded model's direction: the difference of means at the last prompt token, as a study computes
-    it."""
-    openers, means = model.chat.opener_ids(("I",)), {}
-    for side, sign in (("harmful", 1), ("harmless", -1)):
-        prompts = [row["instruction"] for row in read_prompts(resolve(BUNDLED, f"{side}_train"))[:TRAIN]]
-        means[side] = extract(model, prompts, openers, 1, sign, 64, f"{side} prompts").mean_lpd[EMBEDDED_LAYER, -1]
-    layer = EMBEDDED_LAYER if LAYER.value is None else LAYER.value
-    return Direction.of(difference_in_means(means["harmful"], means["harmless"]), layer)
 
 
 def lines(typed: bool):

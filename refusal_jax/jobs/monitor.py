@@ -8,6 +8,7 @@
   refusal-jax monitor status --state=DIR                       # what was counted, and the malformed lines
   refusal-jax monitor page --state=DIR --out=refusals.html     # charts and alarms as a page, also while a monitor runs
   refusal-jax monitor relearn --state=DIR --model=NAME         # after a change that was meant: references are learnt anew
+  refusal-jax monitor example server.jsonl                     # writes a log to try it on, of the embedded model
   refusal-jax monitor simulate                                 # how soon falls are found, and how many false alarms come
   refusal-jax monitor logs/ --state=DIR --trail.folder=TRAIL --trail.key=key.pem    # also leaves an audit trail
   refusal-jax monitor verify TRAIL --key=key.pub               # finds what was changed, removed or inserted there
@@ -53,7 +54,7 @@ from refusal_jax.monitor.store import Store
 from refusal_jax.monitor.trail.part import TrailCarrier, TrailPart
 from refusal_jax.monitor.trail.settings import TrailSettings
 
-ACTIONS = {"": 1, "verify": 1, "simulate": 0, **dict.fromkeys(monitor_views.ACTIONS, 0)}
+ACTIONS = {"": 1, "verify": 1, "simulate": 0, "example": 1, **dict.fromkeys(monitor_views.ACTIONS, 0)}
 EXAMPLE = ", a folder for the monitor's database. Example: refusal-jax monitor server.jsonl --state=monitor."
 STATE = flags.DEFINE_string("state", None, "Folder for the monitor's database and its alerts.")
 ONCE = flags.DEFINE_bool("once", False, "Read what is there and end, rather than wait for more.")
@@ -74,6 +75,9 @@ def main(words) -> int:
         return monitor_verify.verify(words[1:], trail.text_key_env, trail.text_key_file)
     if words and words[0] == "simulate":
         monitor_views.simulate(given(SignalSettings, SIGNAL))
+        return 0
+    if words and words[0] == "example":
+        monitor_views.example(words[1:])
         return 0
     folder = local_path(common.required(STATE, EXAMPLE))
     if words and words[0] in monitor_views.ACTIONS:

@@ -2,12 +2,14 @@
 
 import logging
 import pathlib
+from collections.abc import Sequence
 from contextlib import ExitStack
 
 from absl import flags
 
 from refusal_jax.errors import UserError, did_you_mean
 from refusal_jax.files import local_path, write_atomically
+from refusal_jax.monitor.example import DAYS, FAULTY, write_example
 from refusal_jax.monitor.metrics import Metrics
 from refusal_jax.monitor.page import monitor_page
 from refusal_jax.monitor.signal import Signal
@@ -17,7 +19,7 @@ from refusal_jax.monitor.status import status_text
 from refusal_jax.monitor.store import Changes, Store
 
 LOG = logging.getLogger(__name__)
-DAYS = flags.DEFINE_integer("days", 7, "For `status`: how many of the last days with traces are shown.")
+LATEST = flags.DEFINE_integer("days", 7, "For `status`: how many of the last days with traces are shown.")
 OUT = flags.DEFINE_string("out", "monitor.html", "For `page`: the file to write.")
 MODEL = flags.DEFINE_string("model", None, "For `relearn`: the model to learn anew; all without it.")
 REFUSALS = flags.DEFINE_float("refusals", 0.9, "For `simulate`: share of refusals before any change.", 0.25, 0.95)
@@ -40,7 +42,7 @@ METRICS_FILE = flags.DEFINE_string(
 def status(folder: pathlib.Path) -> None:
     """Prints what was counted."""
     with Store.view(folder) as store:
-        print(status_text(store, DAYS.value), end="")
+        print(status_text(store, LATEST.value), end="")
 
 
 def page(folder: pathlib.Path) -> None:
@@ -72,6 +74,14 @@ ACTIONS = {"status": status, "page": page, "relearn": relearn}
 def simulate(settings: SignalSettings) -> None:
     """Prints what the monitor with these settings, and simpler rules, would find and when."""
     print(table(simulated(Traffic(REFUSALS.value, A_DAY.value, N_CATEGORIES.value, RUNS.value), settings)))
+
+
+def example(words: Sequence[str]) -> None:
+    """Writes a log to try a monitor on. Raises UserError without a name for it."""
+    if not words:
+        raise UserError("The file to write is missing. Example: refusal-jax monitor example server.jsonl.")
+    n = write_example(local_path(words[0]))
+    print(f"{words[0]} is written: {n} requests and replies of {DAYS} days, with a fault in the last {FAULTY}.")
 
 
 def metrics_of(signal: Signal, store: Store, stack: ExitStack) -> list[Metrics]:
