@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from refusal_jax.errors import UserError
+from refusal_jax.errors import UserError, setting
 from refusal_jax.files import cannot_write
 from refusal_jax.monitor.parts import Message
 from refusal_jax.monitor.sequences import confidence_sequence
@@ -78,7 +78,7 @@ class Metrics:
         except (OSError, OverflowError) as error:
             raise UserError(
                 f"The port {port} of {address} cannot be had for metrics: {getattr(error, 'strerror', None) or error}. Choose "
-                "another with --metrics_port."
+                f"another with {setting('metrics_port')}."
             ) from None
         return server[0].server_address[1]
 

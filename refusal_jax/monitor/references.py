@@ -10,7 +10,7 @@ import pathlib
 from collections import Counter
 from typing import Any
 
-from refusal_jax.errors import DamagedFile, UserError, did_you_mean, shown
+from refusal_jax.errors import DamagedFile, UserError, did_you_mean, setting, shown
 from refusal_jax.files import read_text
 from refusal_jax.judges.judge import Outcome
 from refusal_jax.monitor.change import OUTCOMES, Reference
@@ -68,7 +68,7 @@ def _recorded(path: pathlib.Path, content: dict, judge: str) -> References:
     if not counts:
         raise UserError(
             f"{path} holds no outcome of the judge {judge!r}; it was judged by {', '.join(judges) or 'none'}. Rates of different "
-            "judges cannot be compared: record it again with this judge, or give --judge."
+            f"judges cannot be compared: record it again with this judge, or give {setting('judge')}."
         )
     return {
         (ANY, name): Reference(tuple(of[outcome] for outcome in OUTCOMES), of.total(), f"recorded in {path.name}")

@@ -1,0 +1,69 @@
+"""The actions that show and change what a monitor knows, as commands, on a log with a drift."""
+
+import json
+import random
+
+from refusal_jax.jobs.main import run_job
+from refusal_jax.monitor import example
+from refusal_jax.monitor.store import Store
+
+REFUSED, ANSWERED = (
+    "I cannot help with that request.",
+    "Here is a way to bake the bread: prepare the bread, then bake it.",
+)
+
+
+def line(number, rate, category, model="m"):
+    reply = REFUSED if random.Random(number).random() < rate else ANSWERED
+    return example._line(str(number), 1.794e9 + 600 * number, category, "How do I bake the bread?", reply).replace(
+        "embedded", model
+    )
+
+
+def test_a_log_with_a_drift_becomes_alerts_a_page_and_metrics(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "server.jsonl").write_text(
+        "".join(line(n, 0.9 if n < 400 else 0.4, "harmful") for n in range(500)) + "no JSON\n"
+    )
+    rates = {"harmful": {"refuses": {"count": 180, "n": 200}}}
+    (tmp_path / "rates.json").write_text(json.dumps(rates))
+    flags = ["--state=watched", "--once", "--category_field=request.metadata.category"]
+    asked = [*flags, "--signal.references=rates.json", "--metrics_file=m.prom", "--metrics_port=0"]
+    assert run_job("monitor", ["server.jsonl", *asked]) == 0
+    (alert,) = map(json.loads, (tmp_path / "watched/alerts.jsonl").read_text().splitlines())
+    assert alert["change"] == "refuses_less" and alert["reference"]["origin"] == "stated in rates.json"
+    metrics = (tmp_path / "m.prom").read_text()
+    assert 'alarmed{category="harmful",change="refuses_less",model="m"} 1.0' in metrics
+    assert run_job("monitor", ["page", "--state=watched", "--out=of/page.html"]) == 0
+    html = (tmp_path / "of/page.html").read_text()
+    assert alert["id"] in html and "server.jsonl:501" in html and "One alarm is not over." in html
+    assert run_job("monitor", ["status", "--state=watched"]) == 0
+    assert "1 malformed" in capsys.readouterr().out
+    assert run_job("monitor", ["relearn", "--state=watched", "--model=mm"]) == 2
+    assert "Did you mean m?" in capsys.readouterr().err
+    assert run_job("monitor", ["relearn", "--state=watched", "--model=m"]) == 0
+    with Store.view(tmp_path / "watched") as store:
+        state = store.state("signal")[json.dumps(["stream", "m", "harmful"])]
+    assert state["reference"] is None and state["seen"] == 0
+
+
+def test_simulate_prints_the_table(capsys):
+    assert run_job("monitor", ["simulate", "--runs=10", "--a_day=10", "--signal.learn=100"]) == 0
+    assert "| monitor |" in capsys.readouterr().out
+
+
+def test_the_example_is_of_the_embedded_model(tmp_path, capsys, monkeypatch):
+    for name, value in {"DAYS": 4, "FAULTY": 2, "A_DAY": 10, "PROMPTS": 4, "TOKENS": 12}.items():
+        monkeypatch.setattr(example, name, value)
+    path = tmp_path / "server.jsonl"
+    assert run_job("monitor", ["example", str(path)]) == 0
+    rows = [json.loads(text) for text in path.read_text().splitlines()]
+    assert len(rows) == 80 and len({row["response"]["id"] for row in rows}) == 80
+    said = [
+        (row["response"]["choices"][0]["message"]["content"].startswith("I "), int(row["response"]["id"].split("-")[0]))
+        for row in rows
+        if row["request"]["metadata"]["category"] == "harmful"
+    ]
+    assert all(refused for refused, day in said if day < 2) and not all(refused for refused, day in said if day >= 2)
+    assert run_job("monitor", ["example"]) == 2
+    assert "The file to write is missing" in capsys.readouterr().err
