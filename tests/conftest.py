@@ -1,5 +1,6 @@
 """Eight CPU devices, no network, few threads: set before anything imports jax or transformers."""
 
+import gc
 import json
 import os
 import pathlib
@@ -9,6 +10,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).parent))  # for `tiny` and others,
 
 from compiler import FAST
 
+gc.disable()  # what is imported stays: see pytest_collection_finish
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FAST} --xla_force_host_platform_device_count=8".strip()
 os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
@@ -43,6 +45,13 @@ test_edits
 def pytest_collection_modifyitems(items):
     rank = {name: place for place, name in enumerate(LONG)}
     items.sort(key=lambda item: rank.get(item.path.stem, len(rank)))
+
+
+def pytest_collection_finish():
+    """No garbage collection looks again at the modules and tests that stay to the end. There are so many objects of theirs that a
+    collection takes half a second else, and orbax' readers have one made for each weight."""
+    gc.enable()
+    gc.freeze()
 
 
 @pytest.fixture(scope="module", autouse=True)
