@@ -10,17 +10,19 @@ sys.path.insert(0, str(pathlib.Path(__file__).parent))  # for `tiny` and others,
 
 from compiler import FAST
 
-gc.disable()  # what is imported stays: see pytest_collection_finish
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FAST} --xla_force_host_platform_device_count=8".strip()
 os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of NumPy's linear algebra; see PyTorch's below
 
 import jax
 import jaxtyping
 import pytest
 import torch
 import typechecker
+
+gc.disable()  # what is imported stays: see pytest_collection_finish
 
 # Calls check the types and the axes of arrays that a function declares. Before the package is imported.
 typechecker.switch_on()

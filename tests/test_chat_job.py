@@ -7,7 +7,7 @@ import types
 import numpy as np
 import pytest
 import tiny
-from test_jobs import command, refused
+from commands import command, forked, refused
 
 from refusal_jax import Edits, Taps, UserError
 from refusal_jax.directions import Direction
@@ -247,28 +247,28 @@ def test_the_command_on_the_embedded_model():
 
 
 def test_the_command_on_another_model(llama, tmp_path):
-    refused(command("chat", f"--model={llama}"), "--direction is missing: run `refusal-jax study --model=")
+    refused(forked("chat", f"--model={llama}"), "--direction is missing: run `refusal-jax study --model=")
     np.save(tmp_path / "r.npy", np.ones(32))
     file = f"--direction={tmp_path / 'r.npy'}"
-    refused(command("chat", file), "The model is missing: a direction from a file does not")
+    refused(forked("chat", file), "The model is missing: a direction from a file does not")
     refused(
-        command("chat", f"--direction={tmp_path / 'gone.npy'}"),
+        forked("chat", f"--direction={tmp_path / 'gone.npy'}"),
         "gone.npy is not a file. Check the path of the direction",
     )
     bytes_too = {"input": "/abate\udcff\n", "errors": "surrogateescape"}
     refused(
-        command("chat", file, f"--model={llama}", "--layer=1", **bytes_too),
+        forked("chat", file, f"--model={llama}", "--layer=1", **bytes_too),
         "Line 1 of the input: 1 text holds half of .* a byte that is not UTF-8.*/abate\ufffd is not a command",
     )
     np.save(tmp_path / "rows.npy", np.eye(32)[:3])
     rows = f"--direction={tmp_path / 'rows.npy'}"
     refused(
-        command("chat", rows, f"--model={llama}"),
+        forked("chat", rows, f"--model={llama}"),
         "has 3 rows and the model has 3 layers: they may be one direction for",
     )
-    done = command("chat", rows, f"--model={llama}", "--layer=1", input="/quit\n")
+    done = forked("chat", rows, f"--model={llama}", "--layer=1", input="/quit\n")
     assert done.returncode == 0 and "The edits use 1 direction (rows.npy: row 1 of 3, counted from 0)." in done.stdout
-    done = command("chat", file, f"--model={llama}", "--layer=1", input="/off\n/quit\n/abate\n")
+    done = forked("chat", file, f"--model={llama}", "--layer=1", input="/off\n/quit\n/abate\n")
     assert done.returncode == 0 and "no edit" in done.stdout and "abate" not in done.stdout
     folder = shutil.copytree(llama, tmp_path / "model")
     tiny.edit_json(folder / "generation_config.json", repetition_penalty=1.9)
@@ -280,7 +280,7 @@ def test_the_command_on_another_model(llama, tmp_path):
         ),
         (["--generation_from_checkpoint"], "greedy with repetition_penalty = 1.9, from generation_config.json."),
     ):
-        asked = command(
+        asked = forked(
             "chat", file, f"--model={folder}", "--layer=1", "--max_new_tokens=16", *more, input="/off\nhelp\n"
         )
         assert f"Decoding: {line}" in asked.stdout, asked.stderr

@@ -1,8 +1,6 @@
 """The command line, as a user meets it: lists, help, and every failure as one paragraph with exit code 2."""
 
 import json
-import os
-import pathlib
 import re
 import shutil
 import signal
@@ -12,30 +10,16 @@ import time
 
 import pytest
 import tiny
-from compiler import FAST
+from commands import ROOT, command, environment, forked, refused
 
 from refusal_jax import demo_model_path
 from refusal_jax.jobs.command_line import canonical
 from refusal_jax.jobs.main import JOBS
 from refusal_jax.study.config import get_config
 
-ROOT = pathlib.Path(__file__).parents[1]
 SMALL = (
     "--config=configs/demo.py", "--config.data.n_train=32", "--config.data.n_val=16", "--config.data.n_test=8",
 )  # fmt: skip
-
-
-def command(*args, **more):
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": FAST, **more.pop("env", {})}
-    run = [sys.executable, "-m", "refusal_jax.jobs.main", *map(str, args)]
-    return subprocess.run(run, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300, **more)
-
-
-def refused(done, pattern):
-    """Asserts that a command failed as bad input should: code 2, one paragraph, no traceback."""
-    assert done.returncode == 2, done.stderr
-    assert "Traceback" not in done.stderr and done.stderr.count("error:") == 1
-    assert re.search(pattern, " ".join(done.stderr.split())), done.stderr
 
 
 def test_the_command_alone_lists_the_jobs():
@@ -52,11 +36,11 @@ def test_each_job_explains_itself(job):
 
 
 def test_usage_errors():
-    refused(command("stuyd"), "there is no job 'stuyd'. Did you mean study. The jobs are study, audit")
-    refused(command("study"), "--workdir is missing: name the folder")
-    refused(command("study", "x"), "unexpected argument 'x'")
-    refused(command("export", "--out=x"), "--direction is missing")
-    refused(command("organism"), "--out is missing")
+    refused(forked("stuyd"), "there is no job 'stuyd'. Did you mean study. The jobs are study, audit")
+    refused(forked("study"), "--workdir is missing: name the folder")
+    refused(forked("study", "x"), "unexpected argument 'x'")
+    refused(forked("export", "--out=x"), "--direction is missing")
+    refused(forked("organism"), "--out is missing")
     assert not (ROOT / "x").exists()
 
 
@@ -81,7 +65,7 @@ def test_usage_errors():
     ],
 )
 def test_flags_and_settings_that_cannot_be_understood(flags, message):
-    refused(command("study", "--workdir=x", flags), message)
+    refused(forked("study", "--workdir=x", flags), message)
     assert not (ROOT / "x").exists()
 
 
@@ -106,7 +90,7 @@ def get_config(name=""):
 def test_config_files_that_cannot_be_used(change, message, tmp_path):
     file = tmp_path / "mine.py"
     file.write_text(CONFIG_FILE.format(change=change))
-    refused(command("study", f"--config={file}:name", f"--workdir={tmp_path / 'run'}"), message)
+    refused(forked("study", f"--config={file}:name", f"--workdir={tmp_path / 'run'}"), message)
     assert not (tmp_path / "run").exists()
 
 
@@ -134,7 +118,7 @@ def test_config_files_and_overrides(old, tmp_path):
     ]  # fmt: skip
     if old:
         flags.remove("--config.positions=None")  # which ConfigDict has never taken
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "HOME": str(tmp_path)}
+    env = environment(HOME=str(tmp_path))
     done = subprocess.run([sys.executable, "-c", SAYS, *flags], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     workdir, config = json.loads(done.stdout)
@@ -148,7 +132,7 @@ def test_config_files_and_overrides(old, tmp_path):
 @pytest.mark.parametrize("job", ["study", "plan"])
 @pytest.mark.parametrize("word", ["-h", "--helpfull"])
 def test_help_lists_every_setting(job, word):
-    shown = " ".join(command(job, word).stdout.split())
+    shown = " ".join(forked(job, word).stdout.split())
     for one in get_config().described():
         assert f"--config.{one.path} {' '.join(one.meaning.split())}. (default: " in shown
 
@@ -172,15 +156,15 @@ def test_older_spellings_are_understood(job, old, new):
 
 def test_bad_models_and_folders(tmp_path):
     work = f"--workdir={tmp_path / 'run'}"
-    refused(command("study", "--model=/nowhere", work), "/nowhere is not a folder")
-    refused(command("study", f"--model={tmp_path}", work), "is not a Hugging Face checkpoint: it has no config.json")
+    refused(forked("study", "--model=/nowhere", work), "/nowhere is not a folder")
+    refused(forked("study", f"--model={tmp_path}", work), "is not a Hugging Face checkpoint: it has no config.json")
     (tmp_path / "file").write_text("")
-    refused(command("study", f"--workdir={tmp_path / 'file'}"), "is a file. Pass a folder as --workdir")
-    refused(command("study", f"--workdir={tmp_path / 'file' / 'below'}"), "could not be written|could not be used")
+    refused(forked("study", f"--workdir={tmp_path / 'file'}"), "is a file. Pass a folder as --workdir")
+    refused(forked("study", f"--workdir={tmp_path / 'file' / 'below'}"), "could not be written|could not be used")
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.txt").write_text("")
-    refused(command("study", f"--workdir={tmp_path / 'other'}"), "is not empty .thesis.txt. and holds no manifest.json")
-    refused(command("export", f"--direction={tmp_path}", "--out=x"), "holds no direction.safetensors")
+    refused(forked("study", f"--workdir={tmp_path / 'other'}"), "is not empty .thesis.txt. and holds no manifest.json")
+    refused(forked("export", f"--direction={tmp_path}", "--out=x"), "holds no direction.safetensors")
     assert not (tmp_path / "run").exists()
 
 
@@ -189,13 +173,13 @@ def test_home_folders_in_flags(tmp_path):
     shutil.copy(ROOT / "configs" / "demo.py", tmp_path / "demo.py")
     (tmp_path / "rows.json").write_text(json.dumps([{"prompt": "p", "response": "I cannot"}]))
     home = {"env": {"HOME": str(tmp_path)}}
-    assert command("evaluate", "--completions=~/rows.json", "--out=~/judged", **home).returncode == 0
+    assert forked("evaluate", "--completions=~/rows.json", "--out=~/judged", **home).returncode == 0
     assert (tmp_path / "judged" / "statistics.csv").is_file()
     gone = ("study", "--config=~/demo.py", "--workdir=~/run", "--model=~/gone")
-    refused(command(*gone, **home), f"{tmp_path}/gone is not a folder")
-    refused(command("data", "fetch", "--from=~/gone", "--folder=~/data", **home), f"{tmp_path}/gone is not a folder")
-    refused(command("study", "--workdir=~nosuchuser/x"), "~nosuchuser/x: this machine knows no home folder")
-    refused(command("study", "--workdir=x", "--config=~nosuchuser/x.py"), "knows no home folder for ~nosuchuser")
+    refused(forked(*gone, **home), f"{tmp_path}/gone is not a folder")
+    refused(forked("data", "fetch", "--from=~/gone", "--folder=~/data", **home), f"{tmp_path}/gone is not a folder")
+    refused(forked("study", "--workdir=~nosuchuser/x"), "~nosuchuser/x: this machine knows no home folder")
+    refused(forked("study", "--workdir=x", "--config=~nosuchuser/x.py"), "knows no home folder for ~nosuchuser")
     assert not (tmp_path / "run").exists() and not [p for p in ROOT.iterdir() if p.name.startswith("~")]
 
 
@@ -203,18 +187,18 @@ def test_a_damaged_checkpoint_is_refused_before_work(tmp_path):
     model = tiny.tiny_llama(tmp_path / "model")
     weights = model / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
-    refused(command("study", f"--model={model}", f"--workdir={tmp_path / 'run'}"), "truncated or damaged")
+    refused(forked("study", f"--model={model}", f"--workdir={tmp_path / 'run'}"), "truncated or damaged")
     assert not list((tmp_path / "run").glob("*.safetensors"))
 
 
 def test_a_random_model_has_no_direction_and_says_so(tmp_path):
     folder = tiny.tiny_llama(tmp_path / "model")
-    done = command("study", f"--model={folder}", f"--workdir={tmp_path / 'run'}", *SMALL)
+    done = forked("study", f"--model={folder}", f"--workdir={tmp_path / 'run'}", *SMALL)
     assert done.returncode == 4 and done.stderr.count("error:") == 1
     assert "No direction was found" in done.stdout and f"Report: {tmp_path / 'run' / 'report.html'}" in done.stdout
     for job in (("chat",), ("export", f"--out={tmp_path / 'out'}")):
-        refused(command(*job, f"--direction={tmp_path / 'run'}"), "found no direction, so there is nothing to take")
-    judged = command("evaluate", f"--completions={tmp_path / 'run' / 'completions'}", f"--out={tmp_path / 'judged'}")
+        refused(forked(*job, f"--direction={tmp_path / 'run'}"), "found no direction, so there is nothing to take")
+    judged = forked("evaluate", f"--completions={tmp_path / 'run' / 'completions'}", f"--out={tmp_path / 'judged'}")
     assert judged.returncode == 0 and "baseline" in judged.stdout
 
 
@@ -223,8 +207,7 @@ def finished(tmp_path_factory):
     """A study of the embedded model by the command, killed once on the way."""
     folder = tmp_path_factory.mktemp("jobs") / "run"
     args = [sys.executable, "-m", "refusal_jax.jobs.main", "study", *SMALL, f"--workdir={folder}"]
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": FAST}
-    process = subprocess.Popen(args, cwd=ROOT, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(args, cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 200
     while not (folder / "mean_diffs.safetensors").exists() and time.monotonic() < deadline and process.poll() is None:
         time.sleep(0.05)
@@ -241,13 +224,13 @@ def test_a_killed_study_continues_and_prints_its_results(finished):
     manifest = json.loads((folder / "manifest.json").read_text())
     assert {"config", "inputs", "stages"} <= manifest.keys() and "report" in manifest["stages"]
     assert re.search(r"baseline +\d+(\.\d)? ?%", output) and str(folder / "report.html") in output
-    again = command("study", *SMALL, f"--workdir={folder}")
+    again = forked("study", *SMALL, f"--workdir={folder}")
     assert again.returncode == 0 and "nothing was left to do" in again.stdout
-    refused(command("study", *SMALL, "--config.data.seed=1", f"--workdir={folder}"), "data.seed was 42, is now 1")
+    refused(forked("study", *SMALL, "--config.data.seed=1", f"--workdir={folder}"), "data.seed was 42, is now 1")
 
 
 def test_the_export_of_a_study_is_verified(finished, tmp_path):
-    done = command("export", f"--direction={finished[0]}", f"--out={tmp_path / 'edited'}")
+    done = forked("export", f"--direction={finished[0]}", f"--out={tmp_path / 'edited'}")
     assert done.returncode == 0, done.stderr
     report = json.loads((tmp_path / "edited" / "export.json").read_text())
     gaps = {name: report["verification"][name]["max_logit_difference"] for name in ("export", "original")}
@@ -256,10 +239,10 @@ def test_the_export_of_a_study_is_verified(finished, tmp_path):
         len(report["edited_tensors"])
         == 1 + 2 * json.loads((demo_model_path() / "config.json").read_text())["num_hidden_layers"]
     )
-    refused(command("export", f"--direction={finished[0]}", f"--out={tmp_path / 'edited'}"), "exists already")
-    assert "as they were exported and verified" in command("export", f"--check={tmp_path / 'edited'}").stdout
+    refused(forked("export", f"--direction={finished[0]}", f"--out={tmp_path / 'edited'}"), "exists already")
+    assert "as they were exported and verified" in forked("export", f"--check={tmp_path / 'edited'}").stdout
     (tmp_path / "edited" / "config.json").write_text("{}")
-    done = command("export", f"--check={tmp_path / 'edited'}")
+    done = forked("export", f"--check={tmp_path / 'edited'}")
     assert done.returncode == 3 and "config.json has changed" in " ".join(done.stderr.split())
 
 
@@ -268,11 +251,11 @@ def test_the_export_of_a_study_whose_checkpoint_changed_is_refused(finished, tmp
     setup = json.loads((study / "setup.json").read_text())
     (study / "setup.json").write_text(json.dumps(setup | {"model": str(tiny.tiny_llama(tmp_path / "other"))}))
     refused(
-        command("export", f"--direction={study}", f"--out={tmp_path / 'out'}"),
+        forked("export", f"--direction={study}", f"--out={tmp_path / 'out'}"),
         "is not the checkpoint that .* made from",
     )
     (study / "prompts.json").write_text("[")
-    refused(command("export", f"--direction={study}", f"--out={tmp_path / 'out'}"), "The study in .* is damaged")
+    refused(forked("export", f"--direction={study}", f"--out={tmp_path / 'out'}"), "The study in .* is damaged")
     assert not (tmp_path / "out").exists()
 
 

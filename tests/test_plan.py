@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import jax
 import jax.numpy as jnp
 import pytest
+from commands import forked
 from real_models import REAL_MODELS
 
 from refusal_jax import UserError
@@ -299,7 +300,7 @@ def test_a_run_that_does_not_fit_says_so(tiny_work, monkeypatch):
 def test_bad_requests(argv, message):
     if importlib.util.find_spec("libtpu") is None:
         pytest.skip("libtpu, the TPU compiler, is not installed")
-    done = plan_command(argv)
+    done = forked("plan", *argv, env={"XLA_FLAGS": ""})
     assert done.returncode == 2 and message in " ".join(done.stderr.split()), done.stderr
 
 
@@ -308,15 +309,12 @@ WITHOUT_FLAGS = {
 }  # libtpu knows none of a CPU's
 
 
-def plan_command(argv, before: str = "pass"):
-    """In a process of its own, because jobs share names of flags."""
-    code = f"import sys; {before}; from refusal_jax.jobs.main import main; sys.argv[1:] = {['plan', *argv]}; main()"
-    env = WITHOUT_FLAGS | {"JAX_ENABLE_COMPILATION_CACHE": "false"}
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
-
-
 def test_without_the_compiler_it_says_what_to_install():
-    done = plan_command(["--model=qwen_72b"], before="sys.modules['libtpu'] = None")
+    code = (
+        "import sys; sys.modules['libtpu'] = None; from refusal_jax.jobs.main import main; "
+        "sys.argv[1:] = ['plan', '--model=qwen_72b']; main()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=WITHOUT_FLAGS)
     assert done.returncode == 2 and "not installed here: pip install 'refusal-jax[plan]'" in " ".join(
         done.stderr.split()
     )
