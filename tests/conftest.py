@@ -51,9 +51,11 @@ def pytest_collection_modifyitems(items):
 
 def pytest_collection_finish():
     """No garbage collection looks again at the modules and tests that stay to the end. There are so many objects of theirs that a
-    collection takes half a second else, and orbax' readers have one made for each weight."""
+    collection takes half a second else, and orbax' readers have one made for each weight. Others are made less often, since
+    tracing makes many objects, and little garbage."""
     gc.enable()
     gc.freeze()
+    gc.set_threshold(10_000)
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -10,6 +10,7 @@ folder `real`. Each check prints what it found and its limit; the exit code is 1
 import argparse
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
 import os
@@ -20,6 +21,7 @@ import tempfile
 import time
 import zipfile
 from collections.abc import Callable, Iterator
+from unittest import mock
 
 import numpy as np
 
@@ -130,12 +132,16 @@ def fetch(name: str, timeout: float | None = None) -> pathlib.Path:
 
 def reference(gguf: pathlib.Path):
     """Returns transformers' model and tokenizer of a GGUF file, dequantised to float32."""
+    import gguf as library
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GgufConfig
 
     more = {"gguf_file": gguf.name, "dtype": torch.float32, "quantization_config": GgufConfig(dequantize=True)}
-    model = AutoModelForCausalLM.from_pretrained(str(gguf.parent), **more).eval()
-    tokenizer = AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
+    # Transformers reads the file for the config, the weights and the tokenizer, and lists all names for each tensor.
+    once = {name: functools.cache(getattr(library, name)) for name in ("GGUFReader", "get_tensor_name_map")}
+    with mock.patch.multiple(library, **once):
+        model = AutoModelForCausalLM.from_pretrained(str(gguf.parent), **more).eval()
+        tokenizer = AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
     model.generation_config = GenerationConfig(
         do_sample=False, eos_token_id=model.generation_config.eos_token_id, pad_token_id=tokenizer.pad_token_id or 0
     )
