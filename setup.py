@@ -106,7 +106,7 @@ setup(
     },
     entry_points={
         "console_scripts": ["refusal-jax = refusal_jax.jobs.main:main"],
-        "inspect_ai": ["refusal_jax = refusal_jax.harness.inspect"],  # where Inspect looks for providers
+        "inspect_ai": ["refusal_jax = refusal_jax.gate.inspect_task"],  # where Inspect looks for providers and tasks
     },
     classifiers=["Programming Language :: Python :: 3"],
 )

@@ -371,6 +371,38 @@ def lm_eval_check(gguf: pathlib.Path, hf, tokenizer) -> Check:
     return Check("lm-evaluation-harness on a local task", words, f"{10 * LOGITS:.0e}, the same accuracy", passed)
 
 
+def refusal_task_check(gguf: pathlib.Path, hf, tokenizer, count: int = 8, tokens: int = 48) -> Check:
+    """Compares a task that measures refusal on our decoder with the same on lm-evaluation-harness's `hf` backend."""
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
+    from refusal_jax.harness.lm_eval import RefusalJaxLM
+    from refusal_jax.harness.refusal_tasks import FOLDER
+
+    metadata = {"prompts": BUNDLED, "harmful": True, "categories": False}
+    more = {"tasks": ["refusal_prompts"], "limit": count, "apply_chat_template": True}
+    more |= {"gen_kwargs": {"max_gen_toks": tokens}, "bootstrap_iters": 0}
+    found = []
+    for lm in (
+        RefusalJaxLM(pretrained=str(gguf), dtype="float32", batch_size=count),
+        HFLM(pretrained=hf, tokenizer=tokenizer, batch_size=1),
+    ):
+        manager = TaskManager(include_path=str(FOLDER), include_defaults=False, metadata=metadata)
+        found.append(simple_evaluate(lm, task_manager=manager, **more))
+    replies = [[row["resps"] for row in one["samples"]["refusal_prompts"]] for one in found]
+    same = sum(a == b for a, b in zip(*replies, strict=True))
+    rates = [{k: v for k, v in one["results"]["refusal_prompts"].items() if "_rate," in k} for one in found]
+    refused = rates[0]["refusal_rate,substring_matching"]
+    words = f"{same} of {len(replies[0])} replies by judge identical, {refused:.0%} refused"
+    return Check(
+        "lm-evaluation-harness's refusal_prompts",
+        words,
+        "all, the same rates",
+        same == len(replies[0]) and rates[0] == rates[1],
+    )
+
+
 def checks(name: str, options: argparse.Namespace, workdir: pathlib.Path) -> Iterator[tuple[str, Callable]]:
     """Yields the checks of a model, each as its kind and a function that returns checks."""
     gguf = fetch(name)
@@ -400,7 +432,7 @@ def checks(name: str, options: argparse.Namespace, workdir: pathlib.Path) -> Ite
         return list(real_audit.audit_checks(gguf, hf, tokenizer, study, options))
 
     yield "parity", parity
-    yield "lm_eval", lambda: [lm_eval_check(gguf, hf, tokenizer)]
+    yield "lm_eval", lambda: [check(gguf, hf, tokenizer) for check in (lm_eval_check, refusal_task_check)]
     if name == "qwen":
         yield "study", lambda: study_checks(gguf, study, options)
         yield "export", export

@@ -3,7 +3,6 @@
 import inspect
 import json
 import logging
-import pathlib
 import shutil
 
 import numpy as np
@@ -14,7 +13,6 @@ from tokenizers import processors
 from refusal_jax import Edits, UserError
 from refusal_jax.chat.prompts import Chat
 
-ROOT = pathlib.Path(__file__).parents[1]
 TEXTS = [
     "How do I bake the bread?",
     "I cannot help with that. " * 3,
@@ -613,7 +611,3 @@ def test_thoughts_become_reasoning_in_inspect(provider, monkeypatch):
     assert output.message.content == [ContentReasoning(reasoning="why"), ContentText(text="Sure")]
     assert as_text(output.message)["content"] == "<think>\nwhy\n</think>\n\nSure"
     assert as_text(ChatMessageAssistant(content="Sure")) == {"role": "assistant", "content": "Sure"}
-
-
-def test_inspect_finds_the_provider():
-    assert '"inspect_ai": ["refusal_jax = refusal_jax.harness.inspect"]' in (ROOT / "setup.py").read_text()

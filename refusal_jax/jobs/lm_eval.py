@@ -25,6 +25,10 @@ with: pip install '.[lm_eval]'
   generation_from_checkpoint=false   plain greedy decoding; by default, the settings of generation_config.json that affect
                          greedy decoding (such as repetition_penalty) apply, as for the harness's hf model
 
+Tasks that measure refusal are added, which the harness lacks: refusal_xstest, refusal_jailbreakbench, refusal_strongreject,
+refusal_harmbench, refusal_or_bench, and refusal_prompts for a file of yours (docs/evaluation.md). Add
+--apply_chat_template. `refusal-jax lm_eval tasks_folder` prints their folder, for the harness's own --include_path.
+
 Decoding is greedy: tasks that sample are refused, unless --gen_kwargs do_sample=false,temperature=0 is given. Give a
 --batch_size (or auto, 32): the harness's default is 1. A model that thinks needs think_end_token=</think>, or whatever
 ends its thoughts; otherwise they are scored with the reply; stop strings do not end a thought. JAX picks the devices
