@@ -60,8 +60,8 @@ def gates(out: pathlib.Path) -> Iterator[tuple[str, int, float]]:
     for name, candidate in (("embedded", "embedded"), ("abliterated", str(abliterated)), ("gguf", str(gguf))):
         yield gate(out, name, candidate)
     servers = [
-        ("embedded_by_transformers", lambda log: transformers_serving(DEMO, log), DEMO),
-        ("abliterated_by_transformers", lambda log: transformers_serving(abliterated, log), abliterated),
+        ("embedded_by_transformers", lambda log: transformers_serving(log), DEMO),
+        ("abliterated_by_transformers", lambda log: transformers_serving(log), abliterated),
     ]
     if llama_server():
         servers.append(("gguf_by_llama_server", lambda log: llama_serving(gguf, log), gguf))

@@ -47,11 +47,9 @@ class Stand(Live):
         self.name, self.answer, self.asked = name, answer, 0
         self._identity, self._concerns = identity or {"kind": "stand", "name": name}, concerns
 
-    @property
     def identity(self):
         return self._identity
 
-    @property
     def concerns(self):
         return self._concerns
 
@@ -467,7 +465,7 @@ def test_recorded_runs_that_do_not_fit(policy, monkeypatch, tmp_path):
         Recorded(str(path), policy).judged(prompts, parse_judges(["rules"], 1), None)
     content["versions"]["refusal-jax"] = "0.0"
     path.write_bytes(to_json(content))
-    assert "was judged by refusal-jax 0.0, the candidate by" in Recorded(str(path), policy).concerns[0]
+    assert "was judged by refusal-jax 0.0, the candidate by" in Recorded(str(path), policy).concerns()[0]
     path.write_bytes(to_json(content | {"replies": [{}]}))
     with pytest.raises(
         UserError,

@@ -47,7 +47,7 @@ class Checkpoint(Live):
                 return folder
             return adapter_mirror(folder, checkpoint_folder(named_base(folder)))
 
-    @functools.cached_property
+    @functools.cache  # noqa: B019, there are two of them
     def identity(self) -> dict[str, Any]:
         """Returns name, revision and fingerprint of the checkpoint, its precision here, and its chat template by hash."""
         template = hashlib.sha256(str(self.chat.tokenizer.chat_template).encode("utf-8", "surrogatepass")).hexdigest()
@@ -61,7 +61,6 @@ class Checkpoint(Live):
             "template_sha256": template,
         }
 
-    @property
     def concerns(self) -> Sequence[str]:
         return ()
 
@@ -123,5 +122,5 @@ class Checkpoint(Live):
 
     def _key(self, prompt: Asked) -> str:
         """Returns a hash of all that the reply depends on."""
-        depends = [self.identity["fingerprint"], self.identity["dtype"], self.policy.max_new_tokens]
+        depends = [self.identity()["fingerprint"], self.identity()["dtype"], self.policy.max_new_tokens]
         return hashlib.sha256(json.dumps([*depends, self.chat.render(prompt.text)]).encode()).hexdigest()

@@ -93,7 +93,7 @@ def ask(role: str, source: Source, prompts: Sequence[Asked], judges: Sequence[Ju
     """Returns what a source replied. A candidate whose files are broken, or whose server does not reply, has replied to nothing,
     which is a finding; of a reference it is an error. Raises UserError as `Source.judged` does."""
     try:
-        return Replied(source.judged(prompts, judges, kept), source.identity, source.concerns)
+        return Replied(source.judged(prompts, judges, kept), source.identity(), source.concerns())
     except (BrokenCheckpoint, ServerGivenUp) as error:
         if role != CANDIDATE:
             raise UserError(f"The reference cannot be asked: {error}") from None

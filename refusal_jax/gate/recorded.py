@@ -52,8 +52,8 @@ def record_of(
         "schema": SCHEMA,
         "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "versions": versions(),
-        "model": source.identity,
-        "concerns": list(source.concerns),
+        "model": source.identity(),
+        "concerns": list(source.concerns()),
         "settings": settings_of(policy),
         "prompts": [drawn.record for drawn in sets],
         "judges": [{"name": judge.name, "fingerprint": judge.fingerprint()} for judge in judges],
@@ -101,7 +101,6 @@ class Recorded(Source):
                 "that alone. Record it again, or change the policy."
             )
 
-    @property
     def identity(self) -> dict[str, Any]:
         """Returns what was recorded, with the hash of the record's file."""
         return {
@@ -112,7 +111,6 @@ class Recorded(Source):
             "model": self.content["model"],
         }
 
-    @property
     def concerns(self) -> Sequence[str]:
         said = [f"When {self.path.name} was recorded: {text}" for text in self.content.get("concerns", ())]
         recorded, now = (of.get("refusal-jax") for of in (self.content["versions"], versions()))

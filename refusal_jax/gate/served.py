@@ -38,13 +38,11 @@ class Served(Live):
         settings.max_tokens, settings.system_prompt = policy.max_new_tokens, policy.system_prompt
         self.endpoint = Endpoint(settings)
 
-    @property
     def identity(self) -> dict[str, Any]:
         """Returns what the server says it serves, with the names and marks that came with the replies so far."""
         record = self.endpoint.identity().record
         return {"kind": "endpoint", **{name: value for name, value in record.items() if name != "concerns"}}
 
-    @property
     def concerns(self) -> Sequence[str]:
         return self.endpoint.identity().concerns
 

@@ -34,17 +34,18 @@ class Judged:
 class Source(Protocol):
     """Something that replies to prompts, or has done so.
 
-    name: what the user calls it. identity: what it is, for records, in plain values that hold no key; of a server it is complete
-    only once it has replied. concerns: what a reader of results should know of it, in sentences.
+    name: what the user calls it.
     """
 
     name: str
 
-    @property
-    def identity(self) -> dict[str, Any]: ...
+    def identity(self) -> dict[str, Any]:
+        """Returns what it is, for records, in plain values that hold no key; of a server only whole once it has replied."""
+        ...
 
-    @property
-    def concerns(self) -> Sequence[str]: ...
+    def concerns(self) -> Sequence[str]:
+        """Returns what a reader of results should know of it, in sentences."""
+        ...
 
     def judged(self, prompts: Sequence[Asked], judges: Sequence[Judge], ledger: Ledger | None) -> Judged:
         """Returns what it replies to the prompts and what the judges say. ledger: keeps finished replies, and has those of an
