@@ -12,6 +12,7 @@ SIGNS = str.maketrans(
     dict.fromkeys([*INVISIBLE, *(i for first, last in RANGES for i in range(first, last + 1))], "")
     | {ord(sign): "'" for sign in APOSTROPHES if sign != "`"}
 )
+RUNS = re.compile(r"\s{3,}")
 WIDE = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"  # signs of languages that put no spaces between words
 WORD = re.compile(rf"[{WIDE}]{{1,2}}|[^\W{WIDE}]+(?:['\-][^\W{WIDE}]+)*[^\s\w.,;:!?\"']*")
 
@@ -61,6 +62,12 @@ def folded(text: str) -> str:
     if text.isascii():
         return text.lower()
     return unicodedata.normalize("NFKC", text.translate(SIGNS)).translate(SIGNS).lower()
+
+
+def spaced(text: str) -> str:
+    """Returns a text with runs of white space as one space, or as one line end if they hold one, so that no pattern is slow on
+    them."""
+    return RUNS.sub(lambda run: "\n" if "\n" in run[0] else " ", text) if RUNS.search(text) else text
 
 
 def words_in(text: str) -> int:
