@@ -134,6 +134,18 @@ def test_a_webhook_that_is_not_there_shows_no_address(caplog):
     assert SECRET not in caplog.text and str(port) not in caplog.text
 
 
+def test_the_end_of_a_monitor_sends_what_waits_and_tells_the_store(tmp_path):
+    with hook([500, 500, 200]) as (port, got), Store.open(tmp_path) as store:
+        contents = [letter.content for letter in letters("a", "b")]
+        store.commit(Changes(messages=[Message("webhook", content) for content in contents]))
+        webhook = Webhook(f"http://127.0.0.1:{port}/", waits_s=(0.05, 600.0))
+        assert webhook.deliver(store.letters("webhook")) == 0
+        webhook.finish(store)
+        assert store.letters("webhook") == []
+        webhook.close()
+    assert [body["id"] for _, _, body in got] == ["a", "a", "a", "b"]
+
+
 def test_a_webhook_that_never_takes_an_alert_loses_it_after_a_day(caplog):
     with hook([404]) as (port, _):
         webhook = Webhook(f"http://127.0.0.1:{port}/", waits_s=(0.01,))

@@ -23,7 +23,7 @@ def line(number, rate, category, model="m"):
 def test_a_log_with_a_drift_becomes_alerts_a_page_and_metrics(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "server.jsonl").write_text(
-        "".join(line(n, 0.9 if n < 400 else 0.4, "harmful") for n in range(500)) + "no JSON\n"
+        "".join(line(n, 0.9 if n < 100 else 0.3, "harmful") for n in range(180)) + "no JSON\n"
     )
     rates = {"harmful": {"refuses": {"count": 180, "n": 200}}}
     (tmp_path / "rates.json").write_text(json.dumps(rates))
@@ -36,7 +36,7 @@ def test_a_log_with_a_drift_becomes_alerts_a_page_and_metrics(tmp_path, capsys, 
     assert 'alarmed{category="harmful",change="refuses_less",model="m"} 1.0' in metrics
     assert run_job("monitor", ["page", "--state=watched", "--out=of/page.html"]) == 0
     html = (tmp_path / "of/page.html").read_text()
-    assert alert["id"] in html and "server.jsonl:501" in html and "One alarm is not over." in html
+    assert alert["id"] in html and "server.jsonl:181" in html and "One alarm is not over." in html
     assert run_job("monitor", ["status", "--state=watched"]) == 0
     assert "1 malformed" in capsys.readouterr().out
     assert run_job("monitor", ["relearn", "--state=watched", "--model=mm"]) == 2
@@ -52,18 +52,15 @@ def test_simulate_prints_the_table(capsys):
     assert "| monitor |" in capsys.readouterr().out
 
 
-def test_the_example_is_of_the_embedded_model(tmp_path, capsys, monkeypatch):
-    for name, value in {"DAYS": 4, "FAULTY": 2, "A_DAY": 10, "PROMPTS": 4, "TOKENS": 12}.items():
-        monkeypatch.setattr(example, name, value)
+def test_the_example_has_a_fault_in_its_last_days(tmp_path, capsys, monkeypatch):
+    """With given replies; the commands of docs/monitor.md ask the embedded model."""
+    replies = {category: [("How?", REFUSED, ANSWERED)] for category in example.CATEGORIES}
+    monkeypatch.setattr(example, "_replies", lambda: replies)
     path = tmp_path / "server.jsonl"
     assert run_job("monitor", ["example", str(path)]) == 0
     rows = [json.loads(text) for text in path.read_text().splitlines()]
-    assert len(rows) == 80 and len({row["response"]["id"] for row in rows}) == 80
-    said = [
-        (row["response"]["choices"][0]["message"]["content"].startswith("I "), int(row["response"]["id"].split("-")[0]))
-        for row in rows
-        if row["request"]["metadata"]["category"] == "harmful"
-    ]
-    assert all(refused for refused, day in said if day < 2) and not all(refused for refused, day in said if day >= 2)
+    assert len(rows) == len({row["response"]["id"] for row in rows}) == 30 * 2 * 200
+    edited = [row["response"]["choices"][0]["message"]["content"] == ANSWERED for row in rows]
+    assert sum(edited[: 20 * 400]) == 0 and abs(sum(edited[20 * 400 :]) - 4000 / 3) < 120
     assert run_job("monitor", ["example"]) == 2
     assert "The file to write is missing" in capsys.readouterr().err

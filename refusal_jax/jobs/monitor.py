@@ -117,6 +117,8 @@ def watch(name: str, folder: pathlib.Path) -> None:
             stack.callback(carrier.close)
         stopped = stack.enter_context(told_to_stop())
         Monitor(settings, store, source, judging, parts, carriers).run(stopped.is_set)
+        if hook:
+            hook.finish(store)
         print(status_text(store, 1), end="")
         for place in source.waiting():
             print(f"{place}: the last line is not complete; it is read when it is.")

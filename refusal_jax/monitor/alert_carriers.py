@@ -20,11 +20,13 @@ from refusal_jax.errors import UserError
 from refusal_jax.files import cannot_write
 from refusal_jax.monitor.alerts import ALERTS
 from refusal_jax.monitor.parts import Letter
+from refusal_jax.monitor.store import Store
 
 LOG = logging.getLogger(__name__)
 WEBHOOK = "webhook"  # the channel
 TIMEOUT_S = 10.0
 MOMENT_S = 0.5  # for which reading waits for the answer of a server that has not failed
+LAST_S = 10.0  # for which a monitor that ends waits for the server at most
 WAITS_S = (1.0, 5.0, 30.0, 120.0, 600.0)  # after the first failure, the second, …; the last one is for all later ones
 KEPT = 100_000  # bytes of the end of a file that are searched for identities
 
@@ -100,6 +102,7 @@ class Webhook:
         self._taken = 0  # number of the last letter in the queue
         self._failing = False  # whether the last try failed
         self._wake, self._closed = threading.Condition(), False
+        self._finishing = False  # whether the monitor ends
         self._thread: threading.Thread | None = None
 
     @classmethod
@@ -146,10 +149,22 @@ class Webhook:
                 self._wake.wait_for(lambda: self._done >= letters[-1].number or self._failing, MOMENT_S)
             return sum(letter.number <= self._done for letter in letters)
 
-    def close(self) -> None:
-        """Sends what waits if the server takes it in time; what it does not take stays in the outbox for the next start."""
+    def finish(self, store: Store) -> None:
+        """Sends what waits if the server takes it in time, and tells the store; what it does not take stays in the outbox for
+        the next start."""
         with self._wake:
-            self._wake.wait_for(lambda: self._done >= self._taken or self._failing, self.timeout_s)
+            self._finishing = True
+            self._wake.notify_all()
+            self._wake.wait_for(lambda: self._done >= self._taken, LAST_S)
+        self.close()
+        letters = store.letters(self.channel)
+        done = sum(letter.number <= self._done for letter in letters)
+        if done:
+            store.delivered(self.channel, letters[done - 1].number)
+
+    def close(self) -> None:
+        """Ends the thread, and with it the tries."""
+        with self._wake:
             self._closed = True
             self._wake.notify_all()
         if self._thread:
@@ -177,7 +192,10 @@ class Webhook:
                 )
                 tried += 1
                 with self._wake:
-                    self._wake.wait_for(lambda: self._closed, pause)
+                    if not self._finishing:
+                        self._wake.wait_for(lambda: self._closed or self._finishing, pause)
+                    if self._finishing:
+                        self._wake.wait_for(lambda: self._closed, min(self.waits_s))
             else:
                 return
             with self._wake:
