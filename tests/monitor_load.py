@@ -16,6 +16,7 @@ import time
 
 from monitor_logs import lines
 
+from refusal_jax.errors import UserError
 from refusal_jax.monitor.store import Store
 
 MONITOR = [sys.executable, "-m", "refusal_jax.jobs.main", "monitor"]
@@ -41,8 +42,11 @@ def counted(folder: pathlib.Path) -> int:
     """Returns the traces that the monitor has committed, 0 before there is a database."""
     if not (folder / "monitor.sqlite").exists():
         return 0
-    with Store.view(folder) as store:
-        return store.tallies()["lines"]
+    try:
+        with Store.view(folder) as store:
+            return store.tallies()["lines"]
+    except UserError:  # it is being made
+        return 0
 
 
 def command(log: pathlib.Path, state: pathlib.Path) -> list[str]:

@@ -180,6 +180,14 @@ def test_judging_continues_where_it_stopped(guard, monkeypatch, tmp_path):
     assert judge_all(judges, files, Ledger.open(storage, "judged")) == whole
 
 
+def test_a_held_judge_loads_its_model_once(guard, monkeypatch):
+    loads, load = [], judge_models.load_model
+    monkeypatch.setattr(judge_models, "load_model", lambda *args, **more: loads.append(1) or load(*args, **more))
+    (judge,) = parse_judges([f"llamaguard3={guard}"], 2)
+    held = judge.held()
+    assert held.judge(ROWS) == held.judge(ROWS) and held == judge and loads == [1]
+
+
 def test_each_judge_has_columns_of_its_own():
     verdicts = {"one": [Verdict(1), Verdict(0)], "two": [Verdict(0, 0.25), Verdict(1, 0.75)]}
     rows = [{"category": c, "prompt": "p", "response": "r"} for c in "ab"]

@@ -154,7 +154,7 @@ def test_judged_and_unjudged_are_apart(tmp_path):
         assert [found["all", name] for name in names] == [1, 1, 1, 1] and len(part.judged) == 2
         assert sorted(trace.fault for trace in part.unjudged) == sorted(names)
         text = status_text(store, 7)
-        assert "2 traces, 2 judged, refused 100.0%" in text and "0 judged, 1 error, 1 no_reply, 1 unclear" in text
+        assert "2 traces, 2 judged, refused 50.0%" in text and "0 judged, 1 error, 1 no_reply, 1 unclear" in text
 
 
 def test_malformed_lines_are_counted_shown_and_skipped(tmp_path, caplog):
@@ -248,12 +248,16 @@ def test_traces_of_several_lines(tmp_path):
 def test_a_model_judges_in_a_thread_of_its_own(tmp_path, log, monkeypatch):
     monkeypatch.setattr(loop, "LINES_AT_ONCE", 10)
     judge, free = Saying("llm", outcome=False), threading.Event()
+    log.write_text(
+        log.read_text() + json.dumps({"id": "x", "time": DAY0, "output": "A reply to we do not know what"}) + "\n"
+    )
     judge.judge, says = lambda rows, ledger=None: free.wait(10) and says(rows), judge.judge
     threading.Timer(0.3, free.set).start()
     part = Recorder()
     with watch(tmp_path / "state", log, [part], judge=judge, judge_batch=1000) as store:
         found = counted(store)
     assert found["all", "judged"] == 180 and found["all", "complies"] == 120  # label 0 of such a judge is no refusal
+    assert found["all", "no_prompt"] == 1
     assert len(judge.asked) <= 4 and sum(judge.asked) == 300  # what came meanwhile was judged in one go
     assert [one.trace.id for one in part.judged] == [f"chatcmpl-{number}" for number in range(300)]
 

@@ -70,6 +70,10 @@ class Judge(Protocol):
         """Returns the judge with its model, if it has one, on the devices of a mesh; None is the first device."""
         return self
 
+    def held(self) -> "Judge":
+        """Returns the judge with what it loads kept from one call of `judge` to the next, for one that is called often."""
+        return self
+
     def judge(self, rows: Sequence[dict], ledger: Ledger | None = None) -> list[Verdict | None]:
         """Returns the verdicts on completions, `[{"prompt", "response", …}]`, in their order.
 

@@ -107,7 +107,7 @@ class ModelJudge(Judge):
     """A checkpoint that judges. `load` reads its tokenizer; its weights are on the devices only while it judges.
 
     template: the text with a place for request and completion, empty for guards. answers: the tokens of each label of the
-    kind, as `label_ids` finds them.
+    kind, as `label_ids` finds them. model: the one that is loaded, None where each call of `judge` loads it.
     """
 
     name: str
@@ -120,6 +120,7 @@ class ModelJudge(Judge):
     dtype: str = "auto"
     cache: str = ""
     mesh: jax.sharding.Mesh | None = None
+    model: ChatModel | None = dataclasses.field(default=None, compare=False, repr=False)
     uses_devices = True
 
     @classmethod
@@ -221,8 +222,16 @@ class ModelJudge(Judge):
         short = len(completion["response"].split(" ")) < self.kind.least_words
         return Verdict(0 if short else int(p > 0.5), p)
 
+    def held(self) -> "ModelJudge":
+        return dataclasses.replace(self, model=self.model or self._loaded())
+
+    def _loaded(self) -> ChatModel:
+        return load_model(
+            self.folder, self.dtype, self.mesh, progress=distributed.first(), chat=self.chat, cache=self.cache
+        )
+
     def _masses(self, completions: Sequence[dict]) -> Iterator[tuple[list[int], list[list[float]]]]:
-        """Loads the model, if there is anything to judge, and releases it after that.
+        """Loads the model, if there is anything to judge and it is not held, and releases it after that.
 
         Yields (indices, probabilities of each label as the answer's first token, `[n][labels]`), batch by batch.
         """
@@ -230,9 +239,7 @@ class ModelJudge(Judge):
         rows = [fitted(c["prompt"], c["response"], c.get(SYSTEM) or "") for c in completions]
         if not rows:
             return
-        model = load_model(
-            self.folder, self.dtype, self.mesh, progress=distributed.first(), chat=self.chat, cache=self.cache
-        )
+        model = self.model or self._loaded()
         order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
         with Progress(f"judge {self.name}", len(rows), "reply") as bar:
             for start in range(0, len(order), self.batch_size):

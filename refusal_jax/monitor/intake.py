@@ -36,9 +36,11 @@ class Batch:
 class Intake:
     """Reads lines as traces. What it knows of earlier batches it had from the store when it was made, and keeps itself since."""
 
-    def __init__(self, settings: MonitorSettings, store: Store, now: Callable[[], float] = time.time):
-        """now: the present, in seconds since 1970. Raises UserError for categories that are no rules."""
-        self.settings, self.store, self.now = settings, store, now
+    def __init__(
+        self, settings: MonitorSettings, store: Store, now: Callable[[], float] = time.time, needs_prompt: bool = False
+    ):
+        """now: the present, in seconds since 1970. needs_prompt: whether the judge reads requests, too. Raises UserError for categories that are no rules."""
+        self.settings, self.store, self.now, self.needs_prompt = settings, store, now, needs_prompt
         self.categories = Categories.of(settings)
         self.sampling = Sampling(settings, store.counts())
         self.series = store.series()
@@ -131,7 +133,11 @@ class Intake:
                 model, category = model if model in known else OTHER, OTHER
             self.series.add((model, category))
         late = trace.time < present - self.settings.retention_days * DAY
-        fault = Unjudged.OLD if late and trace.fault is None else trace.fault
+        fault = trace.fault
+        if fault is None and late:
+            fault = Unjudged.OLD
+        elif fault is None and self.needs_prompt and not trace.prompt:
+            fault = Unjudged.NO_PROMPT
         return dataclasses.replace(
             trace, model=model, category=category, fault=fault, response=None if fault else trace.response
         )

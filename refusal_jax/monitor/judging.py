@@ -26,6 +26,7 @@ class Judging:
 
     def __init__(self, judge: Judge):
         self.judge = judge
+        self.held: Judge | None = None  # with its model, from the first replies on
         self.needs_prompt = judge.name not in WITHOUT_MODEL
         self.thread = ThreadPoolExecutor(1, "judge") if self.needs_prompt else None
 
@@ -48,7 +49,9 @@ class Judging:
         return done
 
     def _judge(self, traces: Sequence[Trace]) -> list[Verdict | None]:
-        return self.judge.judge([trace.row for trace in traces])
+        if self.held is None:
+            self.held = self.judge.held()
+        return self.held.judge([trace.row for trace in traces])
 
     def close(self) -> None:
         """Ends the thread, after what it has begun."""

@@ -20,6 +20,7 @@ from refusal_jax.monitor.traces import Judged, Judgements, Unjudged
 LOG = logging.getLogger(__name__)
 LINES_AT_ONCE, BYTES_AT_ONCE = 1000, 8 << 20
 LINES_AHEAD = 20_000  # that are read while a model judges
+BATCHES_AHEAD = 8  # of a model's, that are chosen meanwhile
 AHEAD = 2  # batches that may wait for a model's verdicts
 JUDGED = "judged"
 EVERY = 3600.0  # seconds between looks for what is no longer kept
@@ -43,7 +44,7 @@ class Monitor:
         judge or a carrier fails; what is not committed then is read again by the next run."""
         for part in self.parts:
             part.restore(self.store.state(part.name))
-        intake = Intake(self.settings, self.store, self.now)
+        intake = Intake(self.settings, self.store, self.now, self.judging.needs_prompt)
         waiting: deque[tuple[Batch, Future[list[Verdict | None]]]] = deque()
         batch, pruned = Batch(), 0.0
         self._deliver()  # what a run before left
@@ -71,7 +72,10 @@ class Monitor:
 
     def _goes_on(self, batch: Batch, waiting: Sequence) -> bool:
         """Returns whether more is to be read into a batch: a model that is at work gets all that came meanwhile in one go."""
-        full = len(batch.chosen) >= self.settings.judge_batch or batch.changes.tallies[LINES] >= LINES_AHEAD
+        full = (
+            len(batch.chosen) >= BATCHES_AHEAD * self.settings.judge_batch
+            or batch.changes.tallies[LINES] >= LINES_AHEAD
+        )
         return self.judging.thread is not None and bool(waiting) and not full and not self.source.ended
 
     def _settle(self, intake: Intake, batch: Batch, verdicts: "Future[list[Verdict | None]]") -> None:

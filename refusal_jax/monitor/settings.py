@@ -41,7 +41,7 @@ class MonitorSettings(Settings):
     )
     retention_days: int = option(400, "Days for which counts are kept; older traces are counted, and not judged")
     ids_days: int = option(14, "Days for which identities of traces are kept, by which duplicates are known")
-    judge_batch: int = option(64, "Most replies that a judge that is a model is given at a time")
+    judge_batch: int = option(16, "Replies that a judge that is a model reads at once")
     poll_s: float = option(1.0, "Seconds after which it is looked for more to read")
 
     def check(self) -> None:
