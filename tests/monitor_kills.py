@@ -98,9 +98,11 @@ def kept(folder: pathlib.Path) -> dict:
     for path in sorted((folder / "trail").glob("trail-*.jsonl")):
         trail += [json.loads(line) for line in path.read_text().splitlines()]
     replies = [
-        {name: value for name, value in one.items() if name not in OWN} for one in trail if one["kind"] != "file"
+        {name: value for name, value in one.items() if name not in OWN} for one in trail if one["kind"] == "reply"
     ]
-    return found | {"alerts": [(one["id"], one["text"]) for one in records], "trail": replies}
+    sent = [one["alert"] for one in trail if one["kind"] == "alert"]  # they come after the replies of their batch
+    told = [(one["id"], one["text"]) for one in records]
+    return found | {"alerts": told, "trail": replies, "alerts in the trail": sent}
 
 
 def written(log: pathlib.Path, texts: list[str], number: int) -> None:

@@ -39,7 +39,9 @@ class Intake:
     def __init__(
         self, settings: MonitorSettings, store: Store, now: Callable[[], float] = time.time, needs_prompt: bool = False
     ):
-        """now: the present, in seconds since 1970. needs_prompt: whether the judge reads requests, too. Raises UserError for categories that are no rules."""
+        """now: the present, in seconds since 1970. needs_prompt: whether the judge reads requests, too.
+
+        Raises UserError for categories that are no rules."""
         self.settings, self.store, self.now, self.needs_prompt = settings, store, now, needs_prompt
         self.categories = Categories.of(settings)
         self.sampling = Sampling(settings, store.counts())
