@@ -22,8 +22,9 @@ READY_SECONDS = 180
 
 
 def llama_server() -> str | None:
-    """Returns the program that LLAMA_SERVER or PATH names; None if there is none."""
-    return os.environ.get("LLAMA_SERVER") or shutil.which("llama-server")
+    """Returns the program that LLAMA_SERVER names, or that is on the PATH or beside this Python; None if there is none."""
+    places = [os.environ.get("PATH", ""), os.path.dirname(sys.executable)]
+    return os.environ.get("LLAMA_SERVER") or shutil.which("llama-server", path=os.pathsep.join(places))
 
 
 def free_port() -> int:
