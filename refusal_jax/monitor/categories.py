@@ -5,7 +5,7 @@ import pathlib
 import re
 from collections.abc import Mapping, Sequence
 
-from refusal_jax.errors import UserError, shown
+from refusal_jax.errors import UserError, setting, shown
 from refusal_jax.files import local_path, read_json
 from refusal_jax.monitor.settings import MonitorSettings
 
@@ -28,7 +28,9 @@ class Categories:
         for rule in settings.categories:
             name, equals, pattern = rule.partition("=")
             if not name or not equals:
-                raise UserError(f"--categories: {rule!r} is no rule. Write NAME=REGEX, such as toys=forge|counterfeit.")
+                raise UserError(
+                    f"{setting('categories')}: {rule!r} is no rule. Write NAME=REGEX, such as toys=forge|counterfeit."
+                )
             rules.append((name, _compiled(name, pattern)))
         if settings.categories_file:
             path = local_path(settings.categories_file)

@@ -26,7 +26,7 @@ class MonitorSettings(Settings):
     categories: tuple[str, ...] = option(
         (),
         "Rules NAME=REGEX for traces without such a field: the first that is found in the request names the category; a rule "
-        "with a comma belongs into --categories_file",
+        "with a comma belongs into `--categories_file`",
     )
     categories_file: str = option(
         "", "JSON file of such rules, an object with a regular expression, or a list of them, for each name"

@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
-from refusal_jax.errors import DamagedFile, UserError
+from refusal_jax.errors import DamagedFile, UserError, setting
 from refusal_jax.files import cannot_write, lock
 from refusal_jax.monitor.parts import Letter, Message
 from refusal_jax.monitor.traces import Place
@@ -126,7 +126,7 @@ class Store:
             os.close(locked)
             raise UserError(
                 f"{folder} is in use by another monitor. One monitor may use a state at a time: stop the other, or give this one "
-                "a folder of its own with --state=DIR."
+                f"a folder of its own with {setting('state', 'DIR')}."
             )
         try:
             with _explained(path):
@@ -147,7 +147,7 @@ class Store:
         path = folder / FILE
         if not path.is_file():
             raise UserError(
-                f"{folder} has no {FILE}: it is not the state of a monitor. Give its folder with --state=DIR."
+                f"{folder} has no {FILE}: it is not the state of a monitor. Give its folder with {setting('state', 'DIR')}."
             )
         with _explained(path):
             database = sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True, isolation_level=None)
@@ -320,6 +320,6 @@ def _checked_version(path: pathlib.Path, database: sqlite3.Connection) -> None:
             + (
                 "a newer version of this package made it. Upgrade: pip install -U refusal-jax."
                 if found > VERSION
-                else "it is no state of a monitor. Give another folder with --state=DIR."
+                else f"it is no state of a monitor. Give another folder with {setting('state', 'DIR')}."
             )
         )
