@@ -38,9 +38,9 @@ torch.set_num_threads(1)  # two cost more than they gain on models this small: t
 
 # The files that take longest, longest first. They begin first, so that at the end no process is left alone with one of them.
 LONG = """
-test_finite test_decoder test_docs test_demo test_load_cached test_study test_chat_job test_jobs test_processes test_oracle
-test_decoding test_family_studies test_harness test_pipeline test_config test_plan test_launch test_organism test_head_taps
-test_edits
+test_families test_docs test_demo test_jobs test_processes test_config test_launch test_family_studies test_chat_job test_plan
+test_export test_real_models test_audit_bench test_load_places test_finite test_decoder test_audit_behaviour test_oracle
+test_decoding test_harness test_audit_repair test_pipeline test_hub test_real_weights
 """.split()
 
 
