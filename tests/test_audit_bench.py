@@ -130,9 +130,9 @@ def test_a_base_that_does_not_refuse_is_an_error(base, monkeypatch, unchecked):
 
 def test_a_small_run_is_resumed_and_makes_the_tables(tmp_path, monkeypatch):
     monkeypatch.setitem(bench.SMALL_SETTINGS, "lanes", ("weights", "alone"))  # the others compile for a minute
-    bench.main_bench(tmp_path, per_base=4, small=True)
+    bench.main_bench(tmp_path, per_base=6, small=True)
     rows = bench.read_rows(tmp_path)
-    assert len(rows) == 4 and {row["base"] for row in rows} == {"embedded"}
+    assert len(rows) == 6 and {row["base"] for row in rows} == {"embedded"}
     assert all(
         set(row["left_out"]) == {"files", "activations", "behaviour"} and set(row["baselines"]) == set(NAMES)
         for row in rows
@@ -142,9 +142,9 @@ def test_a_small_run_is_resumed_and_makes_the_tables(tmp_path, monkeypatch):
     with (tmp_path / bench.ROWS).open("a") as file:
         file.write('{"base": "embed')  # cut off
     bench.OPEN.clear()
-    tables = bench.main_bench(tmp_path, per_base=4, small=True)  # nothing is left to do
+    tables = bench.main_bench(tmp_path, per_base=6, small=True)  # nothing is left to do
     assert not bench.OPEN and json.loads((tmp_path / bench.TABLES).read_bytes()) == json.loads(json.dumps(tables))
-    assert set(tables["detectors"]) == set(QUESTIONS) and tables["organisms"] == 4
+    assert set(tables["detectors"]) == set(QUESTIONS) and tables["organisms"] == 6
     again, page = report(rows, bench.bench_settings(True))
     assert page == (tmp_path / bench.PAGE).read_text() and again["kinds"] == tables["kinds"]
     assert "| E1 + gap | base, activations |" in page and "**The dose**" in page
