@@ -7,6 +7,7 @@ and not meaning: content that is off the topic, or wrong, is taken as an answer.
 
 import dataclasses
 import enum
+import hashlib
 import re
 from collections.abc import Sequence
 
@@ -14,7 +15,7 @@ from refusal_jax.chat import thoughts
 from refusal_jax.judges.degenerate import MANY_TURNS, TURN, first_turn, is_broken
 from refusal_jax.judges.folded_text import HIDDEN, folded, own_voice, spaced, words_in
 from refusal_jax.judges.judge import Judge, Outcome, Verdict
-from refusal_jax.judges.languages import Language, languages_of
+from refusal_jax.judges.languages import PHRASES, Language, languages_of
 from refusal_jax.runs.ledger import Ledger
 
 RULES = "rules"  # the judge's name
@@ -264,6 +265,10 @@ class RuleJudge(Judge):
     name: str = RULES
     least_words: int = LEAST_WORDS
     of_refusals = True
+
+    def fingerprint(self) -> str:
+        """Returns a hash of the phrases."""
+        return hashlib.sha256(PHRASES.read_bytes()).hexdigest()
 
     def judge(self, rows: Sequence[dict], ledger: Ledger | None = None) -> list[Verdict | None]:
         return [None if thoughts.is_unfinished(row) else self.verdict(row) for row in rows]

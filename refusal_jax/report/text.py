@@ -40,6 +40,24 @@ def text_summary(run: Run, sections: Sequence[Section]) -> str:
     return "\n".join([*lines, "", findings.verdict[1]])
 
 
+def outcome_lines(rows: Sequence[dict]) -> list[str]:
+    """Returns the shares of outcomes, a line for each condition and judge, as rows of the table `outcomes` have them."""
+    by: dict[tuple, list[dict]] = {}
+    for row in rows:
+        by.setdefault((row["dataset"], row["intervention"], row["judge"]), []).append(row)
+    lines = ["", "Outcomes:"] if by else []
+    for (dataset, intervention, judge), found in by.items():
+        shares = [f"{r['outcome']} {r['successes']} ({100 * r['low']:.0f} to {100 * r['high']:.0f} %)" for r in found]
+        late = sum(row["late"]["successes"] for row in found if "late" in row)
+        more = [f"{late} of the refusals after other words"] if late else []
+        more += [f"{found[0]['undecided']} undecided"] if found[0]["undecided"] else []
+        name = f"{dataset} {intervention}".strip()
+        lines.append(
+            f"  {name}, {judge}: {', '.join(shares)} of {found[0]['n']}{''.join(f'; {part}' for part in more)}"
+        )
+    return lines
+
+
 def labels_table(tables: dict) -> str:
     """Returns how judges agree with labels, for a terminal; "" where there are no labels."""
 
@@ -82,16 +100,7 @@ def rates_table(tables: dict) -> str:
         if row["category"] is None:
             of = f"{row['dataset']:<22}{row['intervention'] or '-':<12}{row['judge']:<20}"
             lines.append(f"{of}{percent(row, 'rate'):<30}{row['n']:>4}")
-    if tables.get("outcomes"):
-        lines += ["", "Outcomes:"]
-    for row in tables.get("outcomes", []):
-        late = row.get("late") or {"successes": 0}
-        after = f", {late['successes']} of them after other words" if late["successes"] else ""
-        left = f"; {row['undecided']} undecided" if row["undecided"] else ""
-        lines.append(
-            f"  {row['dataset']}{' ' * bool(row['intervention'])}{row['intervention']}, {row['judge']}: {row['outcome']} "
-            f"{percent(row, 'rate')}, {row['successes']} of {row['n']}{after}{left}"
-        )
+    lines += outcome_lines(tables.get("outcomes", []))
     if tables["comparisons"]:
         lines += ["", "Paired comparisons (McNemar):"]
     for row in tables["comparisons"]:
