@@ -45,9 +45,8 @@ def flags_of(job: str) -> set[str]:
     if "AuditSettings" in imported:  # whose fields are flags
         found |= set(AuditSettings())
     found |= {one.path for made in settings_of(tree) for one in made.described()}
-    shared = imported & {"processes", "devices", "settings", "monitor_verify", "monitor_views"} | (
-        {"common"} if job in JOBS else set()
-    )
+    views = {"monitor_verify", "monitor_views", "monitor_projections"}
+    shared = imported & {"processes", "devices", "settings", *views} | ({"common"} if job in JOBS else set())
     return found.union(*map(flags_of, shared))
 
 

@@ -14,7 +14,8 @@ Each token's colour shows the projection of the residual stream on the direction
 direction's layer (/layer N chooses another): red is along the direction, blue against it; /numbers also shows the
 value. A token is coloured once the model has read it, so the newest is plain. Below the columns are the projections at
 the prompt's last token, where the reply is decided, and those of the reply. They are measured after the edit, so under
-ablation they are 0.
+ablation they are 0. A warning is shown where the projection at the prompt's end lies as it does before refusals and the
+reply complies, or the other way round, by the rules that judge replies.
 
 The embedded model needs no study: its direction is computed at the start, as the difference of means of the bundled
 training prompts at the position and layer that its study selects (last token, layer 4). It was trained on single
@@ -38,7 +39,8 @@ from refusal_jax.harness.edited import model_of, one_each
 from refusal_jax.jobs import common, devices
 from refusal_jax.models.decoding import in_words
 from refusal_jax.models.hf_config import load_config
-from refusal_jax.organism.direction import embedded_direction
+from refusal_jax.organism.direction import embedded
+from refusal_jax.study.projections import study_thresholds
 from refusal_jax.surrogates import mended
 from refusal_jax.terminal.screen import escaped
 from refusal_jax.terminal.session import Session
@@ -112,8 +114,8 @@ def start() -> Session:
     settings["generation_from_checkpoint"] = FROM_CHECKPOINT.value
     if not DIRECTION.value:
         model = load_model(demo_model_path(), dtype, mesh, **settings)
-        direction = embedded_direction(model, LAYER.value)
-        return Session(model, direction, MAX_NEW_TOKENS.value, NUMBERS.value, bool(HISTORY.value))
+        direction, thresholds = embedded(model, LAYER.value)
+        return Session(model, direction, MAX_NEW_TOKENS.value, NUMBERS.value, bool(HISTORY.value), thresholds)
     path = local_path(DIRECTION.value)
     studies = [FinishedStudy.read(path, 1)] if path.is_dir() and not MODEL.value else []
     settings |= (studies[0].template if studies else {}) | given
@@ -122,7 +124,8 @@ def start() -> Session:
     print(f"The edits use {direction.summary}.")
     model = load_model(folder, dtype, mesh, progress=True, **settings)
     history = folder != demo_model_path() if HISTORY.value is None else HISTORY.value
-    return Session(model, direction, MAX_NEW_TOKENS.value, NUMBERS.value, history)
+    thresholds = study_thresholds(path) if studies else None
+    return Session(model, direction, MAX_NEW_TOKENS.value, NUMBERS.value, history, thresholds)
 
 
 def lines(typed: bool):

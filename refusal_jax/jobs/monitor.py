@@ -12,6 +12,7 @@
   refusal-jax monitor simulate                                 # how soon falls are found, and how many false alarms come
   refusal-jax monitor logs/ --state=DIR --trail.folder=TRAIL --trail.key=key.pem    # also leaves an audit trail
   refusal-jax monitor verify TRAIL --key=key.pub               # finds what was changed, removed or inserted there
+  refusal-jax monitor projections RUN                          # how well a study's direction detects refusals
 
 Lines may be requests and replies of the OpenAI API (with streams, batches and the Responses API), LiteLLM's logs, spans and
 events of OpenTelemetry with the GenAI conventions in OTLP's JSON, or vLLM's own log with --enable-log-outputs; the format is
@@ -37,7 +38,7 @@ from absl import flags
 
 from refusal_jax.errors import UserError
 from refusal_jax.files import local_path
-from refusal_jax.jobs import common, monitor_verify, monitor_views
+from refusal_jax.jobs import common, monitor_projections, monitor_verify, monitor_views
 from refusal_jax.jobs.setting_flags import flags_of, given
 from refusal_jax.monitor.alert_carriers import WEBHOOK, AlertFile, Webhook
 from refusal_jax.monitor.alerts import ALERTS
@@ -54,7 +55,14 @@ from refusal_jax.monitor.store import Store
 from refusal_jax.monitor.trail.part import TrailCarrier, TrailPart
 from refusal_jax.monitor.trail.settings import TrailSettings
 
-ACTIONS = {"": 1, "verify": 1, "simulate": 0, "example": 1, **dict.fromkeys(monitor_views.ACTIONS, 0)}
+ACTIONS = {
+    "": 1,
+    "verify": 1,
+    "projections": 1,
+    "simulate": 0,
+    "example": 1,
+    **dict.fromkeys(monitor_views.ACTIONS, 0),
+}
 EXAMPLE = ", a folder for the monitor's database. Example: refusal-jax monitor server.jsonl --state=monitor."
 STATE = flags.DEFINE_string("state", None, "Folder for the monitor's database and its alerts.")
 ONCE = flags.DEFINE_bool("once", False, "Read what is there and end, rather than wait for more.")
@@ -65,7 +73,7 @@ WEBHOOK_ENV = flags.DEFINE_string(
     "webhook_env", None, "Name of the environment variable that holds the address to which alerts are sent."
 )
 SETTINGS, SIGNAL, TRAIL = flags_of(MonitorSettings()), flags_of(SignalSettings()), flags_of(TrailSettings())
-for shared in (monitor_verify, monitor_views):
+for shared in (monitor_projections, monitor_verify, monitor_views):
     flags.adopt_module_key_flags(shared)
 
 
@@ -73,6 +81,8 @@ def main(words) -> int:
     if words and words[0] == "verify":
         trail = given(TrailSettings, TRAIL)
         return monitor_verify.verify(words[1:], trail.text_key_env, trail.text_key_file)
+    if words and words[0] == "projections":
+        return monitor_projections.projections(words[1:], SETTINGS["judge"].value)
     if words and words[0] == "simulate":
         monitor_views.simulate(given(SignalSettings, SIGNAL))
         return 0

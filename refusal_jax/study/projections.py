@@ -6,6 +6,7 @@ import numpy as np
 from markupsafe import Markup
 
 from refusal_jax.chat.batches import length_batches
+from refusal_jax.chat.projection_monitor import midpoint
 from refusal_jax.chat.residuals import project
 from refusal_jax.edits import EPS
 from refusal_jax.models.finite import check_finite
@@ -15,6 +16,7 @@ from refusal_jax.report.page import plain
 from refusal_jax.report.verdict import Concern
 from refusal_jax.runs.artifacts import DIRECTION, MEANS, METADATA, PROJECTIONS, PROMPTS
 from refusal_jax.runs.ledger import Ledger
+from refusal_jax.runs.run import MANIFEST, Run, read_manifest
 from refusal_jax.runs.stage import Stage
 from refusal_jax.study.shared import Study
 
@@ -33,6 +35,16 @@ def project_prompts(study: Study, ledger: Ledger) -> None:
             finite = np.isfinite(along[split][index]).all(axis=1)
             check_finite(finite, study.model.decoder.dtype, f"The projections of {split} cannot be read")
     study.run.write_tensors(PROJECTIONS, along)
+
+
+def study_thresholds(folder: pathlib.Path) -> np.ndarray | None:
+    """Returns each layer's projection halfway between a finished study's harmful and harmless validation prompts, `[L]`; None if
+    it has not measured them. Raises UserError for a damaged folder."""
+    run = Run(folder, read_manifest(folder / MANIFEST))
+    if not run.exists(PROJECTIONS):
+        return None
+    along = run.read_tensors(PROJECTIONS)
+    return midpoint(along["harmful_val"], along["harmless_val"])
 
 
 def values(findings: Findings) -> dict:

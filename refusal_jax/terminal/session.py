@@ -5,14 +5,18 @@ import dataclasses
 from collections.abc import Generator, Sequence
 
 import numpy as np
+from jaxtyping import Float
 
 from refusal_jax.chat.messages import NONE
 from refusal_jax.chat.model import ChatModel
+from refusal_jax.chat.projection_monitor import disagreement
 from refusal_jax.chat.prompts import Chat
 from refusal_jax.conditions import Ablate, Add, Baseline
 from refusal_jax.directions import Direction
 from refusal_jax.edits import Edits
 from refusal_jax.errors import UserError, setting
+from refusal_jax.judges.judge import Outcome
+from refusal_jax.judges.rules import RuleJudge
 from refusal_jax.terminal.screen import Piece, escaped
 
 HELP = """Type a message, and both models reply to it, each in its own conversation. Commands:
@@ -50,12 +54,14 @@ class Texts:
 @dataclasses.dataclass(frozen=True)
 class Turn:
     """Both replies so far. pieces: of each column; done: whether each is complete; prompt: projections of the prompts' last
-    tokens, and along: those of the replies' tokens, in the residual stream's own units."""
+    tokens, and along: those of the replies' tokens, in the residual stream's own units. warnings: of complete replies, where the
+    projection says something else than the reply does; None where it does not, or where that is not known."""
 
     pieces: list[list[Piece]]
     done: list[bool]
     prompt: list[float]
     along: list[list[float]]
+    warnings: list[str | None]
 
 
 class Session:
@@ -68,8 +74,10 @@ class Session:
         max_new_tokens: int,
         numbers: bool = False,
         history: bool = True,
+        thresholds: Float[np.ndarray, " L"] | None = None,
     ):
-        """Starts a chat. history: whether a message continues the conversation. Raises UserError for a direction of
+        """Starts a chat. history: whether a message continues the conversation. thresholds: of each layer, the projection at the
+        prompt's end from which on the model is taken to be about to refuse, if it is known. Raises UserError for a direction of
         another model or without a layer."""
         direction.check_width(model.config.d_model)
         if direction.layer is None:
@@ -79,6 +87,7 @@ class Session:
             )
         self.model, self.direction, self.raw_d = model, direction, direction.raw_d
         self.max_new_tokens, self.numbers, self.history = max_new_tokens, numbers, history
+        self.thresholds, self.judge = thresholds, RuleJudge()
         self.layer = self._layer(direction.layer)
         self.edit, self.scale = Ablate.verb, 1.0
         self.reset()
@@ -188,4 +197,17 @@ class Session:
                 number = f"[{value:+z.1f}]" if self.numbers and value is not None and token else ""
                 parts.append(Piece(escaped(token) + number, None if value is None else float(value / unit)))
             pieces.append(parts)
-        return Turn(pieces, (~growth.active).tolist(), growth.along[:, self.layer, 0].tolist(), along)
+        prompt, done = growth.along[:, self.layer, 0].tolist(), (~growth.active).tolist()
+        warnings = [
+            self._warning(row, prompt[row], texts[row].shown) if done[row] else None for row in range(len(texts))
+        ]
+        return Turn(pieces, done, prompt, along, warnings)
+
+    def _warning(self, row: int, prompt: float, reply: str) -> str | None:
+        """Returns where the projection at the prompt's end and the reply disagree; an ablation leaves nothing to read."""
+        if self.thresholds is None or (row and self.edit == Ablate.verb):
+            return None
+        (verdict,) = self.judge.judge([{"prompt": "", "response": reply}])
+        if verdict is None or verdict.outcome not in (Outcome.REFUSES, Outcome.COMPLIES):
+            return None
+        return disagreement(prompt, float(self.thresholds[self.layer]), verdict.outcome == Outcome.REFUSES)

@@ -50,9 +50,9 @@ def show_plain(session: Session, message: str) -> None:
 def summaries(session: Session, turn: Turn) -> list[str]:
     """Returns, for each column, a description of what the tokens project on the direction."""
     found = []
-    for prompt, along in zip(turn.prompt, turn.along, strict=True):
+    for prompt, along, warning in zip(turn.prompt, turn.along, turn.warnings, strict=True):
         text = f"projection at layer {session.layer}: {prompt:+z.2f} at the prompt's end"
         if along:
             text += f"; reply {np.mean(along):+z.2f} on average, {min(along):+z.2f} to {max(along):+z.2f}"
-        found.append(text)
+        found.append(f"{text}; warning: {warning}" if warning else text)
     return found
