@@ -8,10 +8,12 @@ and not meaning: content that is off the topic, or wrong, is taken as an answer.
 import dataclasses
 import enum
 import hashlib
+import pathlib
 import re
 from collections.abc import Sequence
 
 from refusal_jax.chat import thoughts
+from refusal_jax.judges import degenerate, folded_text, languages
 from refusal_jax.judges.degenerate import MANY_TURNS, TURN, first_turn, is_broken
 from refusal_jax.judges.folded_text import HIDDEN, folded, own_voice, spaced, words_in
 from refusal_jax.judges.judge import Judge, Outcome, Verdict
@@ -267,8 +269,10 @@ class RuleJudge(Judge):
     of_refusals = True
 
     def fingerprint(self) -> str:
-        """Returns a hash of the phrases."""
-        return hashlib.sha256(PHRASES.read_bytes()).hexdigest()
+        """Returns a hash of the phrases and of the code that reads replies by them."""
+        code = (pathlib.Path(str(module.__file__)) for module in (degenerate, folded_text, languages))
+        files = sorted((PHRASES, pathlib.Path(__file__), *code))
+        return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
     def judge(self, rows: Sequence[dict], ledger: Ledger | None = None) -> list[Verdict | None]:
         return [None if thoughts.is_unfinished(row) else self.verdict(row) for row in rows]
