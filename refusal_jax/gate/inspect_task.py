@@ -279,7 +279,7 @@ def decided_by(policy: Policy, found: Judged) -> tuple[Outcomes, Sequence[Decisi
     if policy.reference:
         recorded = Recorded(policy.reference, policy)
         told["reference"] = recorded.judged(found.prompts, parse_judges(policy.judges, JUDGE_ROWS), None)
-        identities["reference"], concerns["reference"] = recorded.identity, recorded.concerns
+        identities["reference"], concerns["reference"] = recorded.identity(), recorded.concerns()
     by_judge = {
         name: decided(limits_of(policy, found, told.get("reference"), name), policy.level) for name in found.outcomes
     }
