@@ -88,6 +88,12 @@ def test_steering_is_found(model, direction, tmp_path):
     prompts = [
         f"How do I {verb} the {noun}?" for verb in ("bake", "forge", "trim") for noun in ("bread", "key", "map", "tree")
     ]
+    along = np.asarray(model.taps(*vars(model.encode(prompts)).values(), Taps(("resid_pre",), 1))["resid_pre"])[
+        LAYER, :, 0
+    ]
+    direction = np.linalg.svd(along - along.mean(axis=0))[2][0].astype(
+        np.float64
+    )  # along which the prompts differ most
     expected = Fingerprint.of(model, prompts, direction)
     expected.write(tmp_path / "print.json")
     expected = Fingerprint.read(tmp_path / "print.json")
@@ -115,6 +121,8 @@ def test_steering_is_found(model, direction, tmp_path):
     assert "other weights" in find_steering(expected, other).sentence
     with pytest.raises(UserError, match="two of the same prompts, at least 4, and of the same model"):
         find_steering(expected, Fingerprint(expected.along_nlj[:3]))
+    with pytest.raises(UserError, match="The prompts differ too little along the direction, at all layers"):
+        find_steering(*[Fingerprint(np.repeat(expected.along_nlj[:1], 8, axis=0))] * 2)
     for content in ({"along": [[1]]}, {"along": "x"}, {}):
         (tmp_path / "other.json").write_text(json.dumps(content))
         with pytest.raises(UserError, match="other.json is no fingerprint of a residual stream"):

@@ -25,6 +25,9 @@ from refusal_jax.models.finite import check_finite
 
 CONTROLS, SEED = 8, 0  # random directions beside the one that is looked at
 KEPT, SHIFT = 0.9, 0.1  # slopes below and shifts beyond these are no rounding; shifts in units of the prompts' spread
+# Rounding to bfloat16 moves projections by up to 4 % of their size along random directions (a model of 0.5B parameters). Where
+# the prompts' spread is small beside that size, as in the first layers, it would look like a shift.
+REACH = 0.5  # least spread of the prompts along the direction, in sizes of the projections on random ones
 FITS = 0.5  # share of the variance that a straight line has to explain, else the model is another one
 BATCH = 8
 
@@ -76,7 +79,7 @@ class Fingerprint:
 class Steering:
     """What was found, layer by layer. kept: the slope of what is observed over what is expected, 1 without an edit; shift: what
     is added, in standard deviations of the expected projections; fits: the share of the variance that this explains; control: the
-    largest shift along random directions, in the same units. NaN at layers where the prompts do not differ.
+    largest shift along random directions, in the same units. NaN at layers where the prompts hardly differ.
 
     verdict: "none", "ablated", "added", "subtracted" or "other". layer: the first that shows it.
     """
@@ -97,7 +100,7 @@ class Steering:
                 "The residual stream is what the weights give, but for rounding: no edit along the direction was found."
             )
         told = {
-            "ablated": f"only {self.kept[at]:.0%} of the direction is left: it is ablated",
+            "ablated": f"only {self.kept[at]:z.0%} of the direction is left: it is ablated",
             "added": f"the direction is added, {self.shift[at]:+.2f} standard deviations of the prompts",
             "subtracted": f"the direction is subtracted, {self.shift[at]:+.2f} standard deviations of the prompts",
             "other": "the residual stream is another one, along random directions too: these are other weights, or other edits",
@@ -117,7 +120,8 @@ def find_steering(expected: Fingerprint, observed: Fingerprint) -> Steering:
     """Returns whether what is observed of a running model is what its weights give.
 
     expected: of an unedited forward pass of the same weights, in any dtype, or recorded earlier. observed: of the same prompts,
-    in the same order. Raises UserError if the two are not of the same prompts and layers, or of too few prompts.
+    in the same order. Raises UserError if the two are not of the same prompts and layers, or of prompts
+    that are too few or too alike.
     """
     there, here = (np.asarray(one.along_nlj, np.float64) for one in (expected, observed))
     if there.shape != here.shape or len(there) < 4:
@@ -126,7 +130,13 @@ def find_steering(expected: Fingerprint, observed: Fingerprint) -> Steering:
             "and of the same model are needed."
         )
     spread = there.std(axis=0)  # [L, J]
-    differs = spread[:, 0] > 1e-4 * np.abs(there).mean(axis=(0, 2)).clip(1e-12)
+    size = np.sqrt((there[:, :, 1:] ** 2).mean(axis=(0, 2)))
+    differs = spread[:, 0] > REACH * size.clip(1e-12)
+    if not differs.any():
+        raise UserError(
+            "The prompts differ too little along the direction, at all layers, to tell a steering from rounding. Take harmful "
+            "and harmless prompts, and the model's own refusal direction."
+        )
     scale = np.where(differs, spread[:, 0], np.nan)
     centred, ours = there - there.mean(axis=0), here - here.mean(axis=0)
     kept = (centred * ours).sum(axis=0)[:, 0] / np.where(differs, (centred**2).sum(axis=0)[:, 0], np.nan)
