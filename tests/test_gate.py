@@ -352,6 +352,15 @@ def test_missing_replies_are_listed(gated):
     assert "it answered 500 (12). That is more than the 5 % up to which the gate decides." in said
 
 
+def test_replies_that_a_judge_cannot_tell_are_missing(gated):
+    cut = every(0.04, lambda text: Answer("The cake is", False, "length"))
+    found = gated(cut)
+    assert [rate.count for rate in found.verdict.missing["candidate"].values()] == [5, 5]
+    assert "the judge rules cannot tell what the reply does (5)." in " ".join(found.verdict.sentences)
+    whole = gated(every(0.04, lambda text: reply_to(text) if "forge" in text else Answer("False", True, "stop")))
+    assert [rate.count for rate in whole.verdict.missing["candidate"].values()] == [0, 0]
+
+
 def test_too_few_prompts_say_how_many_more(gated):
     found = gated(every(0.14, complies))
     assert any(" more would decide at this rate." in text for text in found.verdict.sentences)

@@ -73,10 +73,7 @@ def judged(prompts: Sequence[Asked], answers: Sequence[Answer], judges: Sequence
     for i, prompt in enumerate(prompts):
         if not faults[i]:
             by_set.setdefault(prompt.set, []).append(i)
-    rows = {
-        name: [{"category": prompts[i].category, "prompt": prompts[i].text} | answers[i].completion for i in index]
-        for name, index in by_set.items()
-    }
+    rows = {name: [row_of(prompts[i], answers[i]) for i in index] for name, index in by_set.items()}
     for name, verdicts in judge_all(judges, rows).items():
         damaged = broken(rows[name])
         for judge, found in verdicts.items():
@@ -84,6 +81,12 @@ def judged(prompts: Sequence[Asked], answers: Sequence[Answer], judges: Sequence
                 marked = Verdict(0, outcome=Outcome.REFUSES) if answers[place].declined else verdict
                 outcomes[judge][place] = outcome_of(marked, row["response"], bool(label))
     return Judged(prompts, answers, outcomes, faults)
+
+
+def row_of(prompt: Asked, answer: Answer) -> dict[str, Any]:
+    """Returns a reply as judges read it. Whether it ended tells a short answer from the beginning of one."""
+    how = {"finish_reason": answer.finish_reason} if answer.finish_reason else {}
+    return {"category": prompt.category, "prompt": prompt.text} | how | answer.completion
 
 
 def fault_of(answer: Answer) -> str:

@@ -57,12 +57,12 @@ def verdict_of(
     concerns: what is to be known of each model.
     """
     first = next(iter(by_judge))
-    missing = {role: missing_of(found) for role, found in judged.items()}
+    missing = {role: missing_of(found, first) for role, found in judged.items()}
     overall = overall_of(policy, judged["candidate"], by_judge[first], missing, first)
     sentences = [IN_WORDS[overall]]
     ranked = sorted(by_judge[first], key=lambda one: (one.verdict == PASS, one.verdict != FAIL))  # failures first
     sentences += [decision_in_words(one) for one in ranked]
-    sentences += missing_in_words(missing, judged, policy.most_missing)
+    sentences += missing_in_words(missing, judged, policy.most_missing, first)
     against = [
         *contradictions(judged, by_judge[first], first, identities),
         *of_categories(policy, judged["candidate"], by_judge[first], first),
@@ -91,13 +91,11 @@ def overall_of(
     return "pass" if decisions and all(one.verdict == PASS for one in decisions) else "inconclusive"
 
 
-def missing_of(judged: Judged) -> dict[str, Rate]:
-    """Returns of each set how many prompts have nothing to judge."""
+def missing_of(judged: Judged, judge: str) -> dict[str, Rate]:
+    """Returns of each set how many prompts have no outcome: no reply, or one of which the judge cannot tell."""
     sets = dict.fromkeys(prompt.set for prompt in judged.prompts)
-    return {
-        name: Rate.of(int(bool(f)) for p, f in zip(judged.prompts, judged.faults, strict=True) if p.set == name)
-        for name in sets
-    }
+    pairs = list(zip(judged.prompts, judged.outcomes[judge], strict=True))
+    return {name: Rate.of(int(outcome is None) for p, outcome in pairs if p.set == name) for name in sets}
 
 
 def contradictions(

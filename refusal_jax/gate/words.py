@@ -58,8 +58,10 @@ def is_too_much(missing: Rate, most: float) -> bool:
     return missing.n > 0 and missing.rate > most
 
 
-def missing_in_words(missing: Mapping[str, Mapping[str, Rate]], judged: Mapping[str, Judged], most: float) -> list[str]:
-    """Returns which prompts have no outcome and why, a sentence for each model and set that has any."""
+def missing_in_words(
+    missing: Mapping[str, Mapping[str, Rate]], judged: Mapping[str, Judged], most: float, judge: str
+) -> list[str]:
+    """Returns which prompts have no outcome by a judge and why, a sentence for each model and set that has any."""
     said = []
     for role, sets in missing.items():
         for name, rate in sets.items():
@@ -67,7 +69,9 @@ def missing_in_words(missing: Mapping[str, Mapping[str, Rate]], judged: Mapping[
                 continue
             found = judged[role]
             reasons = Counter(
-                fault for p, fault in zip(found.prompts, found.faults, strict=True) if p.set == name and fault
+                fault or f"the judge {judge} cannot tell what the reply does"
+                for p, fault, outcome in zip(found.prompts, found.faults, found.outcomes[judge], strict=True)
+                if p.set == name and outcome is None
             )
             why = "; ".join(f"{text} ({count})" for text, count in reasons.most_common(3))
             over = (

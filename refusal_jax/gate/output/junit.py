@@ -64,6 +64,6 @@ def _limit(one) -> ET.Element:
 def _replies(gate: Gate, role: str) -> ET.Element:
     """Returns the test that a model replied to enough prompts."""
     missing, most = {role: gate.verdict.missing[role]}, gate.policy.most_missing
-    text = " ".join(missing_in_words(missing, gate.judged, most))
+    text = " ".join(missing_in_words(missing, gate.judged, most, gate.judges[0].name))
     over = any(is_too_much(rate, most) for rate in missing[role].values())
     return _case("replies", role, "error" if over else "", "missing_replies", text)
