@@ -16,9 +16,14 @@ from refusal_jax.gate.limits import FAIL
 from refusal_jax.gate.output.files import append_summary, write_outputs
 from refusal_jax.gate.output.junit import junit_xml
 from refusal_jax.gate.output.markdown import escape, markdown
-from refusal_jax.gate.output.record import SCHEMA, SCHEMA_FILE, gate_record
+from refusal_jax.gate.output.record import SCHEMA, SCHEMA_FILE, gate_record, trail_record
 from refusal_jax.gate.output.sarif import RULES, sarif_log
 from refusal_jax.gate.output.text import text_of
+from refusal_jax.monitor.trail.part import record_run
+from refusal_jax.monitor.trail.records import marker
+from refusal_jax.monitor.trail.settings import TrailSettings
+from refusal_jax.monitor.trail.texts import Search
+from refusal_jax.monitor.trail.verify import verify_trail
 
 EVIL = "<script>alert(1)</script> | [x](http://evil) @all \x1b[31m\x00 ]]> \udcff\ufffe"
 
@@ -55,6 +60,21 @@ def test_record_follows_its_schema(failed, gated):  # noqa: F811
         jsonschema.validate(record | {"verdict": record["verdict"] | {"overall": "fine"}}, schema)
     broken = gated(lambda text: Answer(None, fault="down"), identities=({"kind": "broken"}, {"kind": "checkpoint"}))
     jsonschema.validate(json.loads(to_json(gate_record(broken))), schema)
+
+
+def test_a_trail_holds_what_was_asked_and_judged(failed, tmp_path):
+    """By hashes alone, by which a prompt and a reply can still be proved to be those of the record."""
+    settings = TrailSettings.of({"folder": str(tmp_path)})
+    assert record_run(settings, trail_record(failed, marker(settings))) == 2
+    (record,) = [
+        one for path in tmp_path.glob("*.jsonl") for one in map(json.loads, path.open()) if one["kind"] == "gate"
+    ]
+    assert record["verdict"]["overall"] == failed.verdict.overall and len(record["replies"]["candidate"]) == 240
+    prompt = failed.judged["candidate"].prompts[0].text
+    assert prompt not in json.dumps(record)
+    search = Search(prompt)
+    assert verify_trail(tmp_path, [], search=search).findings == []
+    assert {match.part for match in search.matches} == {"prompt"}
 
 
 def test_junit_is_read_by_others(failed, gated, tmp_path):  # noqa: F811

@@ -6,6 +6,7 @@
   refusal-jax gate --policy=gate.py --policy.candidate=http://localhost:8000#MODEL         # what a server serves
   refusal-jax gate record --policy=gate.py --policy.reference=DIR --out=reference.json     # the reference, once
   refusal-jax gate --policy=gate.py --policy.reference=reference.json --policy.candidate=DIR --out=gated
+  refusal-jax gate --policy=gate.py --trail.folder=TRAIL --trail.key=key.pem     # also leaves a record in an audit trail
 
 A policy is a Python file with get_config(), which names the candidate, the reference, the sets of prompts with their hashes,
 the judges, and the limits: a floor of refusals for harmful prompts, a ceiling for harmless ones, the largest fall and rise
@@ -42,12 +43,16 @@ from refusal_jax.files import local_path, to_json, write_atomically
 from refusal_jax.gate import policy as gate_policy
 from refusal_jax.gate.gate import Gate, kept_replies, record_reference, run_gate
 from refusal_jax.gate.output.files import append_summary, write_outputs
-from refusal_jax.gate.output.record import gate_record
+from refusal_jax.gate.output.record import gate_record, trail_record
 from refusal_jax.gate.output.text import text_of
 from refusal_jax.gate.policy import Policy
 from refusal_jax.gate.recorded import saved_path
 from refusal_jax.gate.verdict import OVERALL
 from refusal_jax.jobs import devices, optional_numbers
+from refusal_jax.jobs.setting_flags import flags_of, given
+from refusal_jax.monitor.trail.part import record_run
+from refusal_jax.monitor.trail.records import marker
+from refusal_jax.monitor.trail.settings import TrailSettings
 from refusal_jax.runs.storage import DiskFolder
 
 ACTIONS = {"": 0, "record": 0}
@@ -85,6 +90,7 @@ SUMMARY = flags.DEFINE_string(
     None,
     "File that the Markdown summary is added to. Default: the one that GITHUB_STEP_SUMMARY names, if it is set.",
 )
+TRAIL = flags_of(TrailSettings())
 flags.adopt_module_key_flags(devices)
 
 
@@ -101,7 +107,9 @@ def show(policy: Policy, fail_on: list[str] | None) -> int:
         raise UserError(
             "--out is missing, the folder for replies, such as: refusal-jax gate --policy=gate.py --out=gated."
         )
-    folder = DiskFolder(out) if out else None
+    folder, trail = DiskFolder(out) if out else None, given(TrailSettings, TRAIL)
+    trail.check()
+    mark = marker(trail)
     with kept_replies(folder) if folder else contextlib.nullcontext():
         found = run_gate(policy, devices.asked_mesh(), folder)
         files = write_outputs(found, out, policy_file(), REPLIES.value) if out else []
@@ -112,6 +120,8 @@ def show(policy: Policy, fail_on: list[str] | None) -> int:
     else:
         print(text_of(found, colour=sys.stdout.isatty()), end="")
     summarise(found)
+    if trail.folder:
+        record_run(trail, trail_record(found, mark))
     if out:
         names = ", ".join(str(path.relative_to(out)) for path in files)
         print(f"Written to {out}: {names}", file=sys.stderr if JSON.value == STDOUT else None)

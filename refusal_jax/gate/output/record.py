@@ -2,6 +2,7 @@
 
 import pathlib
 import time
+from collections.abc import Callable
 from typing import Any
 
 from refusal_jax.audit.evidence import plain
@@ -41,6 +42,27 @@ def gate_record(gate: Gate) -> dict[str, Any]:
         "outcomes": {role: outcomes(gate, role) for role in gate.judged},
         "settings": plain(gate.policy.to_dict()),
     }
+
+
+def trail_record(gate: Gate, mark: Callable[[str | None], Any]) -> dict[str, Any]:
+    """Returns a gate for an audit trail: its record, and for every prompt of each model what was replied and judged.
+
+    mark: makes of a text what the trail holds of it, such as its hash.
+    """
+    replies = {
+        role: [
+            {
+                "set": prompt.set,
+                "prompt": mark(prompt.text),
+                "reply": mark(answer.text),
+                "fault": fault or None,
+                "outcomes": {judge: values[i] for judge, values in judged.outcomes.items()},
+            }
+            for i, (prompt, answer, fault) in enumerate(zip(judged.prompts, judged.answers, judged.faults, strict=True))
+        ]
+        for role, judged in gate.judged.items()
+    }
+    return {**gate_record(gate), "replies": replies}
 
 
 def outcomes(gate: Gate, role: str) -> dict[str, dict[str, dict[str, int]]]:

@@ -1,6 +1,7 @@
 """Finds the records of a text, which proves that it was the prompt or the reply of a record."""
 
-from collections.abc import Mapping
+import itertools
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 from refusal_jax.errors import setting
@@ -43,11 +44,8 @@ class Search:
         self.keyed = 0
 
     def visit(self, record: Mapping[str, Any], place: Place) -> None:
-        """Compares the texts of a record with the one that is looked for."""
-        for part in PARTS:
-            held = record.get(part)
-            if not isinstance(held, dict):
-                continue
+        """Compares the texts of a record with the one that is looked for, and those of the replies that a gate's record holds."""
+        for part, held in _texts(record):
             if any(
                 (how, held.get(how)) in self._marks
                 for how in ("text", "sha256", "hmac")
@@ -57,6 +55,19 @@ class Search:
             elif "hmac" in held and (self._key is None or held.get("key") != self._key.id):
                 self.keyed += 1
                 self.other_keys.add(str(held.get("key")))
+
+
+def _texts(record: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yields what a record holds of its texts, with their parts; a record of a gate has many replies of each model."""
+    replies = record.get("replies")
+    rows = (
+        itertools.chain(*(some for some in replies.values() if isinstance(some, list)))
+        if isinstance(replies, dict)
+        else ()
+    )
+    for row in (record, *rows):
+        if isinstance(row, dict):
+            yield from ((part, row[part]) for part in PARTS if isinstance(row.get(part), dict))
 
 
 def search_text(search: Search) -> str:
