@@ -163,11 +163,11 @@ def test_prompts_that_are_asked_twice(sets, tmp_path):
 
 
 def test_the_embedded_model_by_our_provider(tmp_path):
-    """The task by its name, as the command line has it, and the same outcomes as those of the gate's own checkpoint."""
+    """The same outcomes as those of the gate's own checkpoint."""
     from refusal_jax.gate.gate import record_reference, run_gate
 
     model = get_model(f"refusal_jax/{demo_model_path()}", batch_size=16, dtype="float32", memoize=False)
-    log = evaluated(model, tmp_path, "refusal_jax/refusal_gate", task_args={"n": 16, "max_tokens": 40})
+    log = evaluated(model, tmp_path, refusal_gate(n=16, max_tokens=40))
     found = values(log)
     policy = asked_policy("", {"harmful.n": 16, "harmless.n": 16, "max_new_tokens": 40})
     ours = run_gate(policy)

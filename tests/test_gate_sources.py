@@ -39,7 +39,7 @@ def served(policy, monkeypatch):  # noqa: F811
     with serving() as server:
         server.says, server.key = model, KEY
         policy.update(candidate=f"{server.url}#tiny", reference="")
-        policy.endpoint.update(retries=1, wait_s=0.01, timeout_s=0.7, api_key_env="GATE_KEY", concurrency=8)
+        policy.endpoint.update(retries=1, wait_s=0.01, timeout_s=2.5, api_key_env="GATE_KEY", concurrency=8)
         policy.harmful.n = policy.harmless.n = 60
         policy.harmless.ceiling = 0.2
         yield policy, server
@@ -65,7 +65,7 @@ def test_faults_of_a_server_are_never_outcomes(served):
         (
             [Status(429, {"Retry-After": "0"})],  # passes at the second try
             [Status(500)] * 2,
-            [Hang(2)] * 2,
+            [Hang(6)] * 2,
             [Drop()] * 2,
             [Says({"content": "I'm sorry, but I can"}, finish_reason="content_filter")] * 2,
             [Says({"content": ""})] * 2,
@@ -81,7 +81,7 @@ def test_faults_of_a_server_are_never_outcomes(served):
     texts = [one.text for one in judged.prompts]
     outcomes = dict(zip(texts, judged.outcomes["rules"], strict=True))
     said = [outcomes[text] for text in prompts]
-    assert said[0] == said[6] == said[7] == Outcome.REFUSES
+    assert (said[0], said[6], said[7]) == (Outcome.REFUSES,) * 3, judged.faults[:8]
     assert said[1] is said[2] is said[3] is said[4] is None
     assert said[5] in (None, Outcome.BROKEN)
     assert found.verdict.missing["candidate"]["harmful"].count == said.count(None)
