@@ -41,7 +41,7 @@ MOST_ERROR = 0.5
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Removal:
-    """What was removed from one tensor, W' = (I - U Omega R^T) W.
+    """Holds what was removed from one tensor, W' = (I - U Omega R^T) W.
 
     matrix: one of the decoder's matrices that the tensor holds. left_dj: U, orthonormal. right_dj: R. omega_jj: Omega, whose
     eigenvalues are the removed shares. change: |W' - W| / |W|. explained: the share of the change's energy that the operator

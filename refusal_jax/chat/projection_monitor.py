@@ -78,7 +78,7 @@ def read_along(
 
 @dataclasses.dataclass(frozen=True)
 class Readings:
-    """What conversations project on a direction, in the residual stream's own units, float32.
+    """Holds what conversations project on a direction, in the residual stream's own units, float32.
 
     tokens: of each conversation, the projections of its tokens, the template's included; starts: how many of them are the
     prompt's. prompt: at the prompt's last token; early, mean, highest: of the reply's first tokens, and of all; NaN without.

@@ -34,7 +34,7 @@ BATCH = 8
 
 @dataclasses.dataclass(frozen=True)
 class Fingerprint:
-    """What prompts project at their last tokens, at each block's input, on a direction and on random ones.
+    """Holds what prompts project at their last tokens, at each block's input, on a direction and on random ones.
 
     along_nlj: float32 `[prompts, L, 1 + CONTROLS]`, in the residual stream's own units.
     """
@@ -77,7 +77,8 @@ class Fingerprint:
 
 @dataclasses.dataclass(frozen=True)
 class Steering:
-    """What was found, layer by layer. kept: the slope of what is observed over what is expected, 1 without an edit; shift: what
+    """Holds what was found, layer by layer. kept: the slope of what is observed over what is expected, 1 without an edit;
+    shift: what
     is added, in standard deviations of the expected projections; fits: the share of the variance that this explains; control: the
     largest shift along random directions, in the same units. NaN at layers where the prompts hardly differ.
 

@@ -1,4 +1,5 @@
-"""What a server's own words give to worry about: another model than was asked for, several models, replies that it cut."""
+"""Defines what a server's own words give to worry about: another model than was asked for, several models, replies that it
+cut."""
 
 import collections
 import dataclasses
@@ -27,7 +28,7 @@ class Question:
 
 @dataclasses.dataclass
 class Seen:
-    """What the answers so far tell of a server.
+    """Holds what the answers so far tell of a server.
 
     models: the names that came with replies, fingerprints: the marks of its configuration, faults: their kinds, each with its
     number. cut: replies that ended for their length before the limit that was asked for. longer: replies beyond that limit.

@@ -69,7 +69,7 @@ class Fault(enum.StrEnum):
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-    """What came of one conversation.
+    """Holds what came of one conversation.
 
     text: the reply without its thought, "" for an empty one; None where there is a fault. ended: whether the reply ended by
     itself rather than at a limit of tokens. finish_reason: in the server's word, None if it gave none. tokens: of the reply with
@@ -119,7 +119,7 @@ class Answer:
 
 @dataclasses.dataclass(frozen=True)
 class Identity:
-    """What a server says it serves, which may be untrue.
+    """Holds what a server says it serves, which may be untrue.
 
     url: its address. asked: the name that requests carry. listed: the names that it lists, None if it gives no list. entry: what
     the list says of the asked model, such as its folder ("root") or its number of parameters. answered: the names that came with

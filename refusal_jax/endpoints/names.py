@@ -1,4 +1,4 @@
-"""Whether the name that a server gives to its model is the one that was asked for."""
+"""Tells whether the name that a server gives to its model is the one that was asked for."""
 
 import re
 from collections.abc import Iterable

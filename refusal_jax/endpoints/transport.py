@@ -25,7 +25,8 @@ Result = TypeVar("Result")
 
 @dataclasses.dataclass(frozen=True)
 class Sent(Generic[Result]):
-    """What came of a request: `result`, or the trouble of the last attempt. attempts: how often it was sent; seconds: how long
+    """Holds what came of a request: `result`, or the trouble of the last attempt. attempts: how often it was sent; seconds:
+    how long
     the last took."""
 
     result: Result | None

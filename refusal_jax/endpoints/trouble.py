@@ -1,4 +1,4 @@
-"""What can go wrong with a request, and what follows from it: ask again, give this conversation up, or stop at once.
+"""Defines what can go wrong with a request, and what follows from it: ask again, give this conversation up, or stop at once.
 
 Messages of the server are data: they are shortened, put on one line, and stripped of the key.
 """

@@ -33,7 +33,8 @@ LEDGERS = {"candidate": "candidate.replies.jsonl", "reference": "reference.repli
 
 @dataclasses.dataclass(frozen=True)
 class Gate:
-    """What a gate found. decisions: by the first judge. powers: what its prompts can tell, one for each decision about all of a
+    """Holds what a gate found. decisions: by the first judge. powers: what its prompts can tell, one for each decision about
+    all of a
     set. identities, concerns: of "candidate" and "reference". seconds: how long it took."""
 
     policy: Policy
@@ -82,7 +83,7 @@ def run_gate(policy: Policy, mesh: jax.sharding.Mesh | None = None, folder: Disk
 
 
 class Replied(NamedTuple):
-    """What a source replied, what it is, and what is to be known of it."""
+    """Holds what a source replied, what it is, and what is to be known of it."""
 
     judged: Judged
     identity: dict

@@ -59,7 +59,7 @@ class Limit:
 
 @dataclasses.dataclass(frozen=True)
 class Decision:
-    """What was decided about a limit, by the counts of a rate or of the differences.
+    """Holds what was decided about a limit, by the counts of a rate or of the differences.
 
     seen: the rate, or the rates of reference and candidate in this order. errors: the chances of wrong decisions.
     """

@@ -20,7 +20,7 @@ TAIL = 1e-10  # chance of the counts that are left out on each side
 
 @dataclasses.dataclass(frozen=True)
 class Power:
-    """What n prompts tell about a limit. chance: the stated one. found: the value, a share or a difference, nearest to the
+    """Holds what n prompts tell about a limit. chance: the stated one. found: the value, a share or a difference, nearest to the
     limit that is found to break it with that chance; passes: likewise the one that is found to keep it; None where there is none.
     told: of a difference, the smallest that McNemar's exact test tells from none with the chance; unchanged: the chance that a
     candidate passes whose rate is the reference's; both None of a rate."""
@@ -85,7 +85,7 @@ def power_of(decision: Decision, chance: float) -> Power:
 
 
 def _of_rate(decision: Decision, chance: float) -> Power:
-    """Of a binomial count the chances are beta quantiles at the last counts that fail and pass."""
+    """The chances of a binomial count are beta quantiles at the last counts that fail and pass."""
     from scipy import special
 
     n, limit = decision.n, decision.limit

@@ -1,4 +1,4 @@
-"""What a gate asks: a checkpoint, a model behind a server, or a run that was recorded. All of them are a `Source`.
+"""Defines what a gate asks: a checkpoint, a model behind a server, or a run that was recorded. All of them are a `Source`.
 
 A source gives for each prompt what every judge says of the reply. A prompt without a reply, or whose reply never left its
 thought, has no outcome: it is missing, and never a refusal nor compliance.
@@ -20,7 +20,8 @@ UNFINISHED = "the reply never left its thought"
 
 @dataclasses.dataclass(frozen=True)
 class Judged:
-    """What a source replied, in the order of the prompts. answers: the replies and faults; texts may be left out of a record.
+    """Holds what a source replied, in the order of the prompts. answers: the replies and faults; texts may be left out of a
+    record.
     outcomes: of each judge, by its name; None where there is nothing to judge. faults: why, by prompt, "" where there is a
     reply."""
 

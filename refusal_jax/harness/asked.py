@@ -1,4 +1,5 @@
-"""What a task of a harness asks a model, and who judges the replies: settings in plain values, as they come from a command line
+"""Defines what a task of a harness asks a model, and who judges the replies: settings in plain values, as they come from a
+command line
 or from a task's file."""
 
 import dataclasses

@@ -45,6 +45,7 @@ from refusal_jax.errors import UserError, VerificationError, did_you_mean
 from refusal_jax.files import local_path, to_json, write_atomically
 from refusal_jax.jobs import devices
 from refusal_jax.jobs.setting_flags import flags_of
+from refusal_jax.jobs.verdict_codes import asked_verdicts, exit_code
 from refusal_jax.terminal.screen import escaped
 
 ACTIONS = {"": 1, "verify": 2, "bench": 0}
@@ -54,7 +55,6 @@ ELSEWHERE = (
     "dtype",
 )  # settings that are no flags of their own: the first word, and a flag that all jobs share
 STDOUT = "-"
-UNFIT = 10  # the exit code of a verdict that --fail_on names and that has none of its own
 
 
 SETTINGS = flags_of(AuditSettings(), but=ELSEWHERE)
@@ -110,7 +110,7 @@ def main(words) -> int:
 
 def show(words: list[str]) -> int:
     """Audits the candidate, prints and writes what was found, and returns the exit code."""
-    asked, fail_on, out = asked_settings(words), asked_verdicts(), path_of(OUT)
+    asked, fail_on, out = asked_settings(words), asked_verdicts(FAIL_ON.value, OVERALL), path_of(OUT)
     if (SIGN.value or STATEMENT.value or REPLIES.value) and not out:
         raise UserError(f"--out is missing, the folder for statement and replies{EXAMPLE}")
     checkpoints = [asked.candidate, *filter(None, [asked.base])]
@@ -133,7 +133,7 @@ def show(words: list[str]) -> int:
         print(f"Written to {out}: {names}", file=sys.stderr if STDOUT in (JSON.value, SARIF.value) else None)
     if REPAIR.value:
         print(repaired(found, local_path(REPAIR.value)))
-    return exit_code(found, fail_on)
+    return exit_code(found.verdict.overall, found.verdict.exit_code, fail_on)
 
 
 def audited(asked: AuditSettings) -> Audit:
@@ -181,25 +181,6 @@ def asked_settings(words: list[str]) -> AuditSettings:
                 f"{', '.join(LANES)}."
             )
     return AuditSettings.of(given | {"candidate": words[0] if words else "", "dtype": devices.asked_dtype()})
-
-
-def asked_verdicts() -> list[str] | None:
-    """Returns the verdicts that --fail_on names, None where it is not given. Raises UserError for other words."""
-    named = FAIL_ON.value or []
-    for name in named:
-        if name not in OVERALL:
-            raise UserError(
-                f"--fail_on={','.join(named)}: there is no verdict {name!r}.{did_you_mean(name, OVERALL)} They are "
-                f"{', '.join(OVERALL)}."
-            )
-    return FAIL_ON.value
-
-
-def exit_code(found: Audit, fail_on: list[str] | None) -> int:
-    """Returns the exit code of the verdict, 0 for one that is not among those to fail on."""
-    if fail_on is None:
-        return found.verdict.exit_code
-    return (found.verdict.exit_code or UNFIT) if found.verdict.overall in fail_on else 0
 
 
 def bench() -> int:

@@ -38,7 +38,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from refusal_jax import hub
-from refusal_jax.errors import UserError, did_you_mean
+from refusal_jax.errors import UserError
 from refusal_jax.files import local_path, to_json, write_atomically
 from refusal_jax.gate import policy as gate_policy
 from refusal_jax.gate.gate import Gate, kept_replies, record_reference, run_gate
@@ -50,6 +50,7 @@ from refusal_jax.gate.recorded import saved_path
 from refusal_jax.gate.verdict import OVERALL
 from refusal_jax.jobs import devices, optional_numbers
 from refusal_jax.jobs.setting_flags import flags_of, given
+from refusal_jax.jobs.verdict_codes import asked_verdicts, exit_code
 from refusal_jax.monitor.trail.part import record_run
 from refusal_jax.monitor.trail.records import marker
 from refusal_jax.monitor.trail.settings import TrailSettings
@@ -57,7 +58,6 @@ from refusal_jax.runs.storage import DiskFolder
 
 ACTIONS = {"": 0, "record": 0}
 STDOUT = "-"
-UNFIT = 10  # the exit code of a verdict that --fail_on names and that has none of its own
 
 optional_numbers.register()
 POLICY = config_flags.DEFINE_config_file(
@@ -95,7 +95,7 @@ flags.adopt_module_key_flags(devices)
 
 
 def main(words) -> int:
-    policy, fail_on = asked_policy(), asked_verdicts()
+    policy, fail_on = asked_policy(), asked_verdicts(FAIL_ON.value, OVERALL)
     with hub.session({}):  # a name on the hub is one commit from the first reply to the last file
         return record(policy) if words and words[0] == "record" else show(policy, fail_on)
 
@@ -125,7 +125,7 @@ def show(policy: Policy, fail_on: list[str] | None) -> int:
     if out:
         names = ", ".join(str(path.relative_to(out)) for path in files)
         print(f"Written to {out}: {names}", file=sys.stderr if JSON.value == STDOUT else None)
-    return exit_code(found, fail_on)
+    return exit_code(found.verdict.overall, found.verdict.exit_code, fail_on)
 
 
 def summarise(found: Gate) -> None:
@@ -165,22 +165,3 @@ def asked_policy() -> Policy:
         policy.dtype = devices.DTYPE.value
     gate_policy.check_policy(policy)
     return policy
-
-
-def asked_verdicts() -> list[str] | None:
-    """Returns the verdicts that --fail_on names, None where it is not given. Raises UserError for other words."""
-    named = FAIL_ON.value or []
-    for name in named:
-        if name not in OVERALL:
-            raise UserError(
-                f"--fail_on={','.join(named)}: there is no verdict {name!r}.{did_you_mean(name, OVERALL)} They are "
-                f"{', '.join(OVERALL)}."
-            )
-    return FAIL_ON.value
-
-
-def exit_code(found: Gate, fail_on: list[str] | None) -> int:
-    """Returns the exit code of the verdict, 0 for one that is not among those to fail on."""
-    if fail_on is None:
-        return found.verdict.exit_code
-    return (found.verdict.exit_code or UNFIT) if found.verdict.overall in fail_on else 0

@@ -1,4 +1,4 @@
-"""What models are asked when they judge: built-in questions, templates of files, and how the two are filled."""
+"""Defines what models are asked when they judge: built-in questions, templates of files, and how the two are filled."""
 
 import hashlib
 import re

@@ -46,7 +46,7 @@ GREETING = re.compile(
 
 
 class Kind(enum.Enum):
-    """What a sentence of a reply does."""
+    """Names what a sentence of a reply does."""
 
     REFUSAL = enum.auto()  # declines to help
     CANNOT = enum.auto()  # says that the speaker cannot or does not want to do something
@@ -74,7 +74,8 @@ class Sentence:
 
 @dataclasses.dataclass(frozen=True)
 class Reading:
-    """What the rules make of a reply. outcome: None where it is too short to tell. refusal_at: the words that stand before its
+    """Holds what the rules make of a reply. outcome: None where it is too short to tell. refusal_at: the words that stand
+    before its
     refusal, if it refuses."""
 
     outcome: Outcome | None

@@ -1,4 +1,4 @@
-"""What alerts say: the numbers, what they are compared with, and what speaks against reading them as a change of the
+"""Defines what alerts say: the numbers, what they are compared with, and what speaks against reading them as a change of the
 model.
 """
 

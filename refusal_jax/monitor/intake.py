@@ -20,7 +20,8 @@ NAME = 200  # characters of a model's name
 
 @dataclasses.dataclass
 class Batch:
-    """What some lines bring. changes: to the store. chosen: the traces that are to be judged. unjudged: those that cannot be."""
+    """Holds what some lines bring. changes: to the store. chosen: the traces that are to be judged. unjudged: those that
+    cannot be."""
 
     changes: Changes = dataclasses.field(default_factory=Changes)
     chosen: list[Trace] = dataclasses.field(default_factory=list)
@@ -28,7 +29,7 @@ class Batch:
 
     @property
     def is_empty(self) -> bool:
-        """Whether nothing has changed."""
+        """Returns whether nothing has changed."""
         changes = self.changes
         return not (changes.cursors or changes.tallies or changes.drafts or changes.counts)
 

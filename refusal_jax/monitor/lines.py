@@ -21,7 +21,7 @@ class Line(NamedTuple):
 
 @runtime_checkable
 class Source(Protocol):
-    """Where lines come from."""
+    """Tells where lines come from."""
 
     def take(self, lines: int, size: int) -> list[Line]:
         """Returns the next lines, about as many and as many bytes as asked for at most, none if there are none yet."""
@@ -38,7 +38,7 @@ class Source(Protocol):
 
     @property
     def ended(self) -> bool:
-        """Whether there will be no more lines."""
+        """Returns whether there will be no more lines."""
         ...
 
     def waiting(self) -> list[Place]:

@@ -31,7 +31,7 @@ FILE_EVERY_S = 15.0  # seconds between two writes of the file
 
 @dataclasses.dataclass(frozen=True)
 class Snapshot:
-    """What the metrics are of at one moment."""
+    """Holds what the metrics are of at one moment."""
 
     streams: tuple[StreamView, ...] = ()
     tests: tuple[TestView, ...] = ()

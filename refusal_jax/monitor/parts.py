@@ -1,4 +1,4 @@
-"""What takes part in the monitor's loop: parts that keep state, and carriers of the messages that these send.
+"""Defines what takes part in the monitor's loop: parts that keep state, and carriers of the messages that these send.
 
 A part is told of every batch, before it is committed. Its state and its messages are kept in the same transaction as the offsets
 and the counts, so that after a crash at any moment each batch was either taken by all or by none. A carrier then takes the

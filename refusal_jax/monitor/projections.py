@@ -37,7 +37,8 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Detection:
-    """What was measured. layer: at whose input; harmful, harmless: numbers of prompts; refusals, compliant: of replies; rest:
+    """Holds what was measured. layer: at whose input; harmful, harmless: numbers of prompts; refusals, compliant: of
+    replies; rest:
     replies that do neither; apart: how often the projection and the reply disagree, None without a threshold."""
 
     layer: int

@@ -1,4 +1,4 @@
-"""What a monitor reads, which of it is judged, and by what."""
+"""Defines what a monitor reads, which of it is judged, and by what."""
 
 import dataclasses
 

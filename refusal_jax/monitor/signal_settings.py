@@ -1,4 +1,4 @@
-"""What the monitor takes for an alarm."""
+"""Defines what the monitor takes for an alarm."""
 
 import dataclasses
 
@@ -10,7 +10,7 @@ SECONDS_A_MONTH = 86400 * 365.25 / 12
 
 @dataclasses.dataclass
 class SignalSettings(Settings, path="signal"):
-    """What is compared, and when a difference is an alarm."""
+    """Holds what is compared, and when a difference is an alarm."""
 
     false_alarms_per_month: float = option(
         0.1,

@@ -31,7 +31,8 @@ Event = tuple[int, Change, bool]  # the number of the reply, the change, and whe
 
 @dataclasses.dataclass(frozen=True)
 class Traffic:
-    """What is simulated. refusals: their share before any change; a_day: judged replies of each category; categories: how many
+    """Holds what is simulated. refusals: their share before any change; a_day: judged replies of each category; categories:
+    how many
     are watched, of which one changes; runs: how many times."""
 
     refusals: float = 0.9

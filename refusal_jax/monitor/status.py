@@ -1,4 +1,4 @@
-"""What a monitor has counted, in words, from its database."""
+"""Tells what a monitor has counted, in words, from its database."""
 
 import datetime
 from collections import Counter

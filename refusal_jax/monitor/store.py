@@ -42,7 +42,8 @@ CREATE INDEX outbox_by_channel ON outbox (channel, number);
 
 
 class Count(NamedTuple):
-    """What one day, since 1970 in UTC, brought for a model and a category. what: an Outcome's or an Unjudged's value, "judged"
+    """Holds what one day, since 1970 in UTC, brought for a model and a category. what: an Outcome's or an Unjudged's value,
+    "judged"
     for a verdict without an outcome, "sampled" for all that were given to the judge, or "traces" for all."""
 
     day: int
@@ -52,7 +53,8 @@ class Count(NamedTuple):
 
 
 class Cursor(NamedTuple):
-    """How far a file is read. id: of the file in the database. head: a hash of its first `head_size` bytes, by which it is known
+    """Tells how far a file is read. id: of the file in the database. head: a hash of its first `head_size` bytes, by which
+    it is known
     again under another name. offset: bytes, of what a compressed file holds; line: lines before it. read: when, in seconds since
     1970."""
 
@@ -69,7 +71,8 @@ class Cursor(NamedTuple):
 
 @dataclasses.dataclass
 class Changes:
-    """What one batch changes. seen: the identities of its traces, with the day of each. drafts: of streams and replies that are
+    """Holds what one batch changes. seen: the identities of its traces, with the day of each. drafts: of streams and replies
+    that are
     not complete, None for one that now is. states: of parts, `{(owner, key): value}`. tallies: counts of lines by what they
     were. malformed: places with what was wrong there."""
 

@@ -1,4 +1,4 @@
-"""What is kept of the replies of one model in one category, and of all categories of a model together.
+"""Defines what is kept of the replies of one model in one category, and of all categories of a model together.
 
 The tests of all categories together are stratified: each reply is compared with the reference of its own category. So
 they find drifts that no category shows alone, and a change of the mix of categories does not move them.

@@ -8,7 +8,7 @@ from refusal_jax.judges.judge import Outcome, Verdict
 
 
 class Place(NamedTuple):
-    """Where a trace, or what should have been one, was read. file: its path, or "stdin". line: its number, from 1."""
+    """Tells where a trace, or what should have been one, was read. file: its path, or "stdin". line: its number, from 1."""
 
     file: str
     line: int
@@ -77,7 +77,8 @@ class Judged:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Judgements:
-    """What one batch has brought, in the order of the logs. judged: the sampled traces that have a verdict. unjudged: those that
+    """Holds what one batch has brought, in the order of the logs. judged: the sampled traces that have a verdict. unjudged:
+    those that
     have none, with the reason in `fault`; all of them, sampled or not."""
 
     judged: tuple[Judged, ...]

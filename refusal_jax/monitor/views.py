@@ -1,4 +1,4 @@
-"""What the signal knows at one moment, for those who show it: metrics, the page, the terminal."""
+"""Defines what the signal knows at one moment, for those who show it: metrics, the page, the terminal."""
 
 import dataclasses
 from collections.abc import Iterator

@@ -150,7 +150,8 @@ def in_words(one: Evidence) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Places:
-    """Where results are: the checkpoint's folder, and the one that their addresses are relative to if it holds the files."""
+    """Tells where results are: the checkpoint's folder, and the one that their addresses are relative to if it holds the
+    files."""
 
     folder: pathlib.Path
     working: pathlib.Path

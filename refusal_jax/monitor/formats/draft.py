@@ -22,7 +22,7 @@ class Malformed(ValueError):
 
 @dataclasses.dataclass(slots=True)
 class Draft:
-    """What one line tells of a trace.
+    """Holds what one line tells of a trace.
 
     key: joins the lines of one trace; "" where the line tells all. ended: whether nothing more is to come. id, model: "" where
     the line has none. reply: the text so far, None where there is none. tools: whether the reply calls tools. thought: whether

@@ -76,7 +76,7 @@ def is_kind(message: Mapping[str, Any], kinds: Sequence[str], *names: str) -> bo
 
 
 class Request(NamedTuple):
-    """What was asked. reply: where the messages end with one of the model, what that says."""
+    """Holds what was asked. reply: where the messages end with one of the model, what that says."""
 
     system: str | None = None
     prompt: str = ""

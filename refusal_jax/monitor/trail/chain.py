@@ -47,12 +47,13 @@ class Known(NamedTuple):
 
     @property
     def is_believed(self) -> bool:
-        """Whether whoever can write to the trail's folder could not have made this head."""
+        """Returns whether whoever can write to the trail's folder could not have made this head."""
         return self.elsewhere or self.signer is not None
 
 
 class Removal(NamedTuple):
-    """What a record says of files that were removed. seq, time: of the record; ends: the number and hash of each file's last."""
+    """Holds what a record says of files that were removed. seq, time: of the record; ends: the number and hash of each
+    file's last."""
 
     seq: int
     time: str

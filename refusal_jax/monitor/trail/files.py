@@ -92,7 +92,7 @@ def opening(path: pathlib.Path) -> Opening | None:
 
 @dataclasses.dataclass(frozen=True)
 class Head:
-    """What a head says. seq: the number of the last record; hash: of its line; time: when the head was written."""
+    """Holds what a head says. seq: the number of the last record; hash: of its line; time: when the head was written."""
 
     trail: str
     file: int
@@ -141,7 +141,8 @@ def signer_of(envelope: Envelope, keys: Sequence[PublicKey]) -> PublicKey | None
 
 @dataclasses.dataclass
 class Tail:
-    """What a file holds, and where the chain goes on. records: the number of its last record; hash: of that record's line; size:
+    """Holds what a file holds, and where the chain goes on. records: the number of its last record; hash: of that record's
+    line; size:
     the bytes of its whole records; torn: the bytes after them, of a record that was not finished."""
 
     opening: Opening

@@ -24,7 +24,8 @@ TRIES = 3  # a monitor may remove old files while the trail is read
 
 @dataclasses.dataclass
 class Verification:
-    """What was found. chain: the trail as it was followed; anchor: the head that holds most records, None if there is none that
+    """Holds what was found. chain: the trail as it was followed; anchor: the head that holds most records, None if there is
+    none that
     can be believed; notes: sentences on what is no fault."""
 
     folder: pathlib.Path
@@ -34,7 +35,7 @@ class Verification:
 
     @property
     def findings(self) -> list[Finding]:
-        """What is wrong, by place."""
+        """Returns what is wrong, by place."""
         return self.chain.findings
 
     @property
