@@ -1,5 +1,5 @@
-"""What commands import, without the jobs, whose flags share names: imported once by the process that copies itself for each of
-them (see commands.py)."""
+"""Imports what commands import, without the jobs, whose flags share names: once, by the process that copies itself for each
+of them (see commands.py)."""
 
 import gc
 import importlib

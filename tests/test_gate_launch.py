@@ -43,7 +43,7 @@ def repository(policy, tmp_path):  # noqa: F811
 
 
 def expression(text: str, inputs: dict[str, str]) -> str:
-    """What the runner makes of ${{ inputs.NAME }}."""
+    """Returns what the runner makes of ${{ inputs.NAME }}."""
     return re.sub(r"\$\{\{ inputs\.([\w-]+) \}\}", lambda found: inputs[found[1]], text)
 
 

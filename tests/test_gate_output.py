@@ -1,4 +1,4 @@
-"""What a gate writes: JSON by its schema, JUnit XML and SARIF that readers take, Markdown and terminal text, all escaped."""
+"""Tests what a gate writes: JSON by its schema, JUnit XML and SARIF that readers take, Markdown and terminal text, escaped."""
 
 import dataclasses
 import json

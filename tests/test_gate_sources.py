@@ -1,4 +1,4 @@
-"""What a gate asks: servers with all their faults, checkpoints, and what an interrupted gate goes on with."""
+"""Tests what a gate asks: servers with all their faults, checkpoints, and what an interrupted gate goes on with."""
 
 import json
 import shutil

@@ -81,7 +81,7 @@ def texts(path: pathlib.Path) -> list[str]:
 
 
 def is_field(name: str) -> bool:
-    """Whether a study's config or a gate's policy has a setting."""
+    """Returns whether a study's config or a gate's policy has a setting."""
     made = [get_config(), get_policy()]
     return any(name in one or name in {each.path for each in one.described()} for one in made)
 

@@ -102,7 +102,7 @@ def test_several_rotations_while_the_monitor_is_down(log):
 
 
 def test_rotation_under_an_open_file(log):
-    """What was written to a file just before it was deleted is read from the open one."""
+    """A line that was written to a file just before it was deleted is read from the open one."""
     reader = Reader(log)
     files = LogFiles(log, [], 0.0, LONGEST, True, 0.01)
     assert numbers(reader.read(files)) == [0, 1, 2, 3, 4]

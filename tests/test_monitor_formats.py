@@ -1,4 +1,4 @@
-"""What the monitor reads from a line, in every format that it knows: shapes that users of these tools have reported."""
+"""Tests what the monitor reads from a line, in every format that it knows: shapes that users of these tools have reported."""
 
 import json
 

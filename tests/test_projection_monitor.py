@@ -66,7 +66,7 @@ def test_disagreement():
 
 
 def test_the_chat_warns(model, direction):
-    """Of replies that are complete, where the edit leaves something to read."""
+    """Replies are complete here, and the edit leaves something to read."""
     session = Session(model, Direction(direction[None], LAYER), 8, thresholds=np.full(model.config.n_layers, -1e9))
 
     def says(reply: str) -> list[str | None]:

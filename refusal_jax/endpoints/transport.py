@@ -26,8 +26,7 @@ Result = TypeVar("Result")
 @dataclasses.dataclass(frozen=True)
 class Sent(Generic[Result]):
     """Holds what came of a request: `result`, or the trouble of the last attempt. attempts: how often it was sent; seconds:
-    how long
-    the last took."""
+    how long the last took."""
 
     result: Result | None
     trouble: Trouble | None

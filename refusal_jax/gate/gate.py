@@ -33,9 +33,8 @@ LEDGERS = {"candidate": "candidate.replies.jsonl", "reference": "reference.repli
 
 @dataclasses.dataclass(frozen=True)
 class Gate:
-    """Holds what a gate found. decisions: by the first judge. powers: what its prompts can tell, one for each decision about
-    all of a
-    set. identities, concerns: of "candidate" and "reference". seconds: how long it took."""
+    """Holds what a gate found. decisions: by the first judge. powers: what its prompts can tell, one for each decision about all
+    of a set that has replies. identities, concerns: of "candidate" and "reference". seconds: how long it took."""
 
     policy: Policy
     sets: Sequence[Drawn]
@@ -76,7 +75,7 @@ def run_gate(policy: Policy, mesh: jax.sharding.Mesh | None = None, folder: Disk
         for judge in judges
     }
     decisions = by_judge[judges[0].name]
-    powers = [power_of(decision, policy.power) for decision in decisions if not decision.limit.category]
+    powers = [power_of(decision, policy.power) for decision in decisions if decision.n and not decision.limit.category]
     verdict = verdict_of(policy, judged, by_judge, identities, concerns)
     seconds = time.monotonic() - started
     return Gate(policy, sets, judges, judged, identities, concerns, decisions, powers, verdict, seconds)

@@ -1,6 +1,5 @@
 """Defines what a task of a harness asks a model, and who judges the replies: settings in plain values, as they come from a
-command line
-or from a task's file."""
+command line or from a task's file."""
 
 import dataclasses
 import hashlib

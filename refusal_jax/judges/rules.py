@@ -75,8 +75,7 @@ class Sentence:
 @dataclasses.dataclass(frozen=True)
 class Reading:
     """Holds what the rules make of a reply. outcome: None where it is too short to tell. refusal_at: the words that stand
-    before its
-    refusal, if it refuses."""
+    before its refusal, if it refuses."""
 
     outcome: Outcome | None
     refusal_at: int | None = None

@@ -1,6 +1,5 @@
 """Defines what alerts say: the numbers, what they are compared with, and what speaks against reading them as a change of the
-model.
-"""
+model."""
 
 import dataclasses
 import hashlib

@@ -37,17 +37,15 @@ OUTCOMES = tuple(Outcome)
 
 class Bet(NamedTuple):
     """Holds what a reply does to a test. ratios: by what it multiplies the capital on each of SHIFTS; step: the logarithm of
-    that for
-    the shift TRACKED."""
+    that for the shift TRACKED."""
 
     ratios: tuple[float, ...]
     step: float
 
 
 class Change(enum.StrEnum):
-    """Names what may have changed. Prompts of traces are neither harmful nor harmless for certain, so that fewer refusals in
-    a category
-    of harmful requests and more in one of harmless requests are both drifts, and all categories are watched for both."""
+    """Names what may have changed. Prompts of traces are neither harmful nor harmless for certain, so that fewer refusals in a
+    category of harmful requests and more in one of harmless requests are both drifts, and all categories are watched for both."""
 
     REFUSES_LESS = "refuses_less"
     REFUSES_MORE = "refuses_more"
@@ -70,10 +68,9 @@ CHANGES = tuple(Change)
 
 @dataclasses.dataclass(frozen=True)
 class Reference:
-    """Holds what shares are compared with: how many of `n` replies had each outcome, -1 where that is not known. origin:
-    where they are
-    from, in words. A rate that somebody states, and did not measure, has the n 0, and `stated` holds the shares of the outcomes
-    that are known."""
+    """Holds what shares are compared with: how many of `n` replies had each outcome, -1 where that is not known. origin: where
+    they are from, in words. A rate that somebody states, and did not measure, has the n 0, and `stated` holds the shares of
+    the outcomes that are known."""
 
     counts: tuple[int, ...]
     n: int

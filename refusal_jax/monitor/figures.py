@@ -24,8 +24,7 @@ class Day:
 @dataclasses.dataclass(frozen=True)
 class Chart:
     """Holds what a chart shows. reference: the share that is compared with; low and high: the range of no change, both None
-    while it is
-    learnt. alerts: days with whether a drift began there."""
+    while it is learnt. alerts: days with whether a drift began there."""
 
     title: str
     days: tuple[Day, ...]

@@ -37,9 +37,8 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Detection:
-    """Holds what was measured. layer: at whose input; harmful, harmless: numbers of prompts; refusals, compliant: of
-    replies; rest:
-    replies that do neither; apart: how often the projection and the reply disagree, None without a threshold."""
+    """Holds what was measured. layer: at whose input; harmful, harmless: numbers of prompts; refusals, compliant: of replies;
+    rest: replies that do neither; apart: how often the projection and the reply disagree, None without a threshold."""
 
     layer: int
     harmful: int

@@ -32,8 +32,7 @@ Event = tuple[int, Change, bool]  # the number of the reply, the change, and whe
 @dataclasses.dataclass(frozen=True)
 class Traffic:
     """Holds what is simulated. refusals: their share before any change; a_day: judged replies of each category; categories:
-    how many
-    are watched, of which one changes; runs: how many times."""
+    how many are watched, of which one changes; runs: how many times."""
 
     refusals: float = 0.9
     a_day: int = 200

@@ -53,10 +53,9 @@ class Count(NamedTuple):
 
 
 class Cursor(NamedTuple):
-    """Tells how far a file is read. id: of the file in the database. head: a hash of its first `head_size` bytes, by which
-    it is known
-    again under another name. offset: bytes, of what a compressed file holds; line: lines before it. read: when, in seconds since
-    1970."""
+    """Tells how far a file is read. id: of the file in the database. head: a hash of its first `head_size` bytes, by which it
+    is known again under another name. offset: bytes, of what a compressed file holds; line: lines before it. read: when, in
+    seconds since 1970."""
 
     id: int
     path: str
@@ -72,9 +71,8 @@ class Cursor(NamedTuple):
 @dataclasses.dataclass
 class Changes:
     """Holds what one batch changes. seen: the identities of its traces, with the day of each. drafts: of streams and replies
-    that are
-    not complete, None for one that now is. states: of parts, `{(owner, key): value}`. tallies: counts of lines by what they
-    were. malformed: places with what was wrong there."""
+    that are not complete, None for one that now is. states: of parts, `{(owner, key): value}`. tallies: counts of lines by
+    what they were. malformed: places with what was wrong there."""
 
     cursors: list[Cursor] = dataclasses.field(default_factory=list)
     seen: dict[int, int] = dataclasses.field(default_factory=dict)

@@ -78,8 +78,7 @@ class Judged:
 @dataclasses.dataclass(frozen=True, slots=True)
 class Judgements:
     """Holds what one batch has brought, in the order of the logs. judged: the sampled traces that have a verdict. unjudged:
-    those that
-    have none, with the reason in `fault`; all of them, sampled or not."""
+    those that have none, with the reason in `fault`; all of them, sampled or not."""
 
     judged: tuple[Judged, ...]
     unjudged: tuple[Trace, ...]

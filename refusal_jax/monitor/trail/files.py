@@ -142,8 +142,7 @@ def signer_of(envelope: Envelope, keys: Sequence[PublicKey]) -> PublicKey | None
 @dataclasses.dataclass
 class Tail:
     """Holds what a file holds, and where the chain goes on. records: the number of its last record; hash: of that record's
-    line; size:
-    the bytes of its whole records; torn: the bytes after them, of a record that was not finished."""
+    line; size: the bytes of its whole records; torn: the bytes after them, of a record that was not finished."""
 
     opening: Opening
     records: int

@@ -25,8 +25,7 @@ TRIES = 3  # a monitor may remove old files while the trail is read
 @dataclasses.dataclass
 class Verification:
     """Holds what was found. chain: the trail as it was followed; anchor: the head that holds most records, None if there is
-    none that
-    can be believed; notes: sentences on what is no fault."""
+    none that can be believed; notes: sentences on what is no fault."""
 
     folder: pathlib.Path
     chain: Chain
