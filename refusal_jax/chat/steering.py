@@ -77,10 +77,9 @@ class Fingerprint:
 
 @dataclasses.dataclass(frozen=True)
 class Steering:
-    """Holds what was found, layer by layer. kept: the slope of what is observed over what is expected, 1 without an edit;
-    shift: what
-    is added, in standard deviations of the expected projections; fits: the share of the variance that this explains; control: the
-    largest shift along random directions, in the same units. NaN at layers where the prompts hardly differ.
+    """Holds what was found, layer by layer. kept: the slope of what is observed over what is expected, 1 without an edit; shift:
+    what is added, in standard deviations of the expected projections; fits: the share of the variance that this explains;
+    control: the largest shift along random directions, in the same units. NaN at layers where the prompts hardly differ.
 
     verdict: "none", "ablated", "added", "subtracted" or "other". layer: the first that shows it.
     """

@@ -18,9 +18,8 @@ OPENAI = "api.openai.com"
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class Address:
-    """Tells where a server is. url: the base of its API, such as http://localhost:8000/v1. host: without its port. key: the
-    API key, or
-    "" where none is sent. variable: the name of the environment variable of the key, or ""."""
+    """Tells where a server is. url: the base of its API, such as http://localhost:8000/v1. host: without its port. key: the API
+    key, or "" where none is sent. variable: the name of the environment variable of the key, or ""."""
 
     url: str
     host: str

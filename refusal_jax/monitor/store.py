@@ -43,8 +43,7 @@ CREATE INDEX outbox_by_channel ON outbox (channel, number);
 
 class Count(NamedTuple):
     """Holds what one day, since 1970 in UTC, brought for a model and a category. what: an Outcome's or an Unjudged's value,
-    "judged"
-    for a verdict without an outcome, "sampled" for all that were given to the judge, or "traces" for all."""
+    "judged" for a verdict without an outcome, "sampled" for all that were given to the judge, or "traces" for all."""
 
     day: int
     model: str
