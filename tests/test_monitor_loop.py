@@ -358,6 +358,24 @@ def test_kills_change_nothing(tmp_path):
     assert int(done.stdout.split()[0]) >= 3
 
 
+def test_a_database_appears_whole(tmp_path, monkeypatch):
+    """A monitor that is stopped while it makes its database leaves none, and the next one makes it."""
+
+    def stopped(*_):
+        assert not (tmp_path / "monitor.sqlite").exists()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(os, "replace", stopped)
+        Store.open(tmp_path)
+    with pytest.raises(UserError, match="has no monitor.sqlite"):
+        Store.view(tmp_path)
+    (tmp_path / "monitor.sqlite.new").write_bytes(b"half a database")
+    with Store.open(tmp_path), Store.view(tmp_path) as seen:
+        assert seen.tallies()["lines"] == 0
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["monitor.lock", "monitor.sqlite"]
+
+
 def test_job(tmp_path, log):
     """The job follows a log until SIGTERM, and its status is read meanwhile."""
     command = [sys.executable, "-m", "refusal_jax.jobs.main", "monitor"]

@@ -130,6 +130,8 @@ class Store:
             )
         try:
             with _explained(path):
+                if not path.exists() or not path.stat().st_size:
+                    _make(path)
                 database = sqlite3.connect(path, isolation_level=None, timeout=30)
                 try:
                     _prepared(path, database)
@@ -297,15 +299,22 @@ def _json(value: dict) -> str:
     return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
 
 
+def _make(path: pathlib.Path) -> None:
+    """Makes a new database with its tables, which appears whole or not at all: others may look for it meanwhile."""
+    new = path.with_name(f"{path.name}.new")
+    new.unlink(missing_ok=True)
+    with contextlib.closing(sqlite3.connect(new, isolation_level=None)) as database:
+        database.execute("PRAGMA journal_mode = WAL")  # kept in the file
+        database.executescript(f"BEGIN; {SCHEMA} PRAGMA user_version = {VERSION}; COMMIT;")
+    os.replace(new, path)
+
+
 def _prepared(path: pathlib.Path, database: sqlite3.Connection) -> None:
-    """Sets a connection up, makes the tables of a new database, and checks those of an old one."""
-    database.execute("PRAGMA journal_mode = WAL")
+    """Sets the connection to a database up, and checks what it holds."""
     database.execute(
         "PRAGMA synchronous = FULL"
     )  # the trail's files are written after a commit, and must not be ahead of it
     database.execute("PRAGMA cache_size = -8000")
-    if not database.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
-        database.executescript(f"BEGIN; {SCHEMA} PRAGMA user_version = {VERSION}; COMMIT;")
     problem = database.execute("PRAGMA quick_check(1)").fetchone()[0]
     if problem != "ok":
         raise sqlite3.DatabaseError(problem)
