@@ -34,6 +34,7 @@ FLOORS = (
     {"judges"},
     {"plan"},
     {"report"},
+    {"mechanism"},
     {"study"},
     {"export"},
     {"harness", "terminal", "organism"},

@@ -14,6 +14,7 @@ JOBS = (
     "audit",
     "gate",
     "monitor",
+    "mechanism",
     "plan",
     "export",
     "chat",

@@ -35,5 +35,5 @@ def given(kind: type[S], defined: dict[str, flags.FlagHolder]) -> S:
     made = kind()
     for one in kind().described():
         if one.path in defined:
-            made[one.path.rpartition(".")[2]] = defined[one.path].value
+            made.update_from_flattened_dict({one.path.removeprefix(f"{kind._path}."): defined[one.path].value})
     return made

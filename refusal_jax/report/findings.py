@@ -21,6 +21,7 @@ class Findings:
     def __init__(self, run: Run, sections: Sequence["Section"]):
         self.run = run
         sections = [section for section in sections if self.none is None or not section.of_direction]
+        sections = [section for section in sections if all(map(run.exists, section.needs))]
         self.sections = sorted(sections, key=lambda section: not section.first)
 
     @functools.cached_property
@@ -90,7 +91,8 @@ class Section:
     their titles, for the page's navigation. values: what the template shows, by name. lines: of the text summary. concerns: the
     stage's evidence against the refusal rates. note: a sentence below the page's headline. first: whether the page shows it
     before the sections of the stages before it. late: whether the text summary has its lines after those of the other stages.
-    of_direction: whether it is about a direction, so that it is left out if the study found none.
+    of_direction: whether it is about a direction, so that it is left out if the study found none. needs: names of files without
+    which it is left out.
     """
 
     template: pathlib.Path | None = None
@@ -102,3 +104,4 @@ class Section:
     first: bool = False
     late: bool = False
     of_direction: bool = False
+    needs: Sequence[str] = ()

@@ -31,6 +31,7 @@ from refusal_jax.runs.stage import S, Stage
 from refusal_jax.runs.storage import DiskFolder, ObjectFolder, ToldFiles, named_by, open_storage
 
 MANIFEST = "manifest.json"
+GIVEN = "settings of the stage"  # among what the manifest records that a stage has read
 LOG = logging.getLogger(__name__)
 PACKAGES = ("refusal-jax", "jax", "flax", "transformers", "numpy", "safetensors")
 
@@ -163,7 +164,7 @@ class Run:
         if reason := stage.skipped(shared):
             self._skip(name, reason)
             return False
-        ledger, reads = self._due(name, stage.inputs(shared)) if owner else (None, {})
+        ledger, reads = self._due(name, stage.inputs(shared), stage.given(shared)) if owner else (None, {})
         due, rows = distributed.share_json([ledger is not None, ledger.rows if ledger else []])
         if due and (owner or not alone):
             LOG.info(f"{name}: {'continues from ' + str(len(rows)) + ' rows' if rows else 'starts'}")
@@ -193,9 +194,11 @@ class Run:
             self.manifest["stages"][name]["skipped"] = reason
             self.write_json(MANIFEST, self.manifest)
 
-    def _due(self, name: str, inputs: Sequence[str]) -> tuple[Ledger | None, dict]:
-        """Returns the stage's ledger if it is to be done, else None; and the hashes of its inputs."""
+    def _due(self, name: str, inputs: Sequence[str], given: dict) -> tuple[Ledger | None, dict]:
+        """Returns the stage's ledger if it is to be done, else None; and the hashes of its inputs and of what it is given."""
         reads = {file: self.hash(file) for file in inputs if self.exists(file)}
+        if given:
+            reads[GIVEN] = hashlib.sha256(to_json(given)).hexdigest()
         record = self.manifest["stages"].get(name)
         done = (
             record
@@ -246,15 +249,15 @@ class Run:
             self.storage.told(files)
 
 
-def recorded_inputs(folder: str | os.PathLike) -> dict[str, str]:
-    """Returns the inputs of the run that is in a folder, by name, in every process; {} if there is none yet, or it is damaged,
-    which `Run.open` says."""
-    found = {}
+def recorded_manifest(folder: str | os.PathLike) -> dict | None:
+    """Returns the manifest of the run that is in a folder, in every process; None if there is none yet, or it is damaged, which
+    `Run.open` says."""
+    found = None
     if distributed.first():
         storage = open_storage(folder)
         with contextlib.suppress(UserError):
             if storage.exists(MANIFEST):
-                found = _parsed_manifest(storage.place(MANIFEST), storage.read(MANIFEST))["inputs"]
+                found = _parsed_manifest(storage.place(MANIFEST), storage.read(MANIFEST))
     return distributed.share_json(found)
 
 

@@ -23,8 +23,9 @@ class Stage(Generic[S]):
     once the file is there; which of the files it wrote is in the manifest. alone: whether one process does the work because no
     device is needed, or a function that says so. skipped: returns why the stage cannot be done, or "" if it can. settings:
     names, in the config, of settings and sections that decide what the stage finds; they may be changed in the folder of a
-    run that found no direction. programs: the compiled programs for `refusal_jax.plan`, a `plan.programs.Group`. section:
-    what the stage adds to the report, a `report.section.Section`.
+    run that found no direction. given: what besides files and the run's settings decides what the stage finds, as JSON values;
+    the stage is due again once it changes. programs: the compiled programs for `refusal_jax.plan`, a `plan.programs.Group`.
+    section: what the stage adds to the report, a `report.findings.Section`.
     """
 
     name: str
@@ -34,6 +35,7 @@ class Stage(Generic[S]):
     alone: bool | Callable[[S], bool] = False
     skipped: Callable[[S], str] = lambda shared: ""
     settings: Sequence[str] = ()
+    given: Callable[[S], dict] = lambda shared: {}
     programs: Any = None
     section: Any = None
 

@@ -1,6 +1,7 @@
 """The report on the study, as the last of its stages."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from refusal_jax.report.page import write_report
 from refusal_jax.runs.artifacts import REPORT
@@ -8,8 +9,9 @@ from refusal_jax.runs.stage import Stage
 from refusal_jax.study.shared import Study
 
 
-def report_on(stages: Sequence[Stage[Study]]) -> Stage[Study]:
-    """Returns the stage that writes the page about what the stages before it have written."""
+def report_on(stages: Sequence[Stage[Any]]) -> Stage[Study]:
+    """Returns the stage that writes the page about what other stages have written: those of the study, and those that are added
+    to it later, whose files have the same names whatever their settings are."""
     sections = [stage.section for stage in stages if stage.section]
     return Stage(
         "report",

@@ -19,10 +19,11 @@ from refusal_jax.models.config import ModelConfig
 from refusal_jax.models.hf_config import load_config
 from refusal_jax.plan.programs import USUAL_LENGTH, Workload
 from refusal_jax.runs.artifacts import NO_DIRECTION
-from refusal_jax.runs.run import Run, recorded_inputs
+from refusal_jax.runs.run import Run, recorded_manifest
 from refusal_jax.study import completions, directions, evaluations, loss, projections, prompts, selection
 from refusal_jax.study.checks import check_settings
 from refusal_jax.study.config import StudyConfig
+from refusal_jax.study.mechanism import stages as mechanism
 from refusal_jax.study.report import report_on
 from refusal_jax.study.shared import Study
 
@@ -36,10 +37,11 @@ STEPS = (
     evaluations.STAGE,
 )
 COMMIT = "commit of "  # before a name on the hub, among the inputs that the manifest records
-STAGES = (*STEPS, report_on(STEPS))
+REPORT_STAGE = report_on((*STEPS, *mechanism.STAGES))
+STAGES = (*STEPS, REPORT_STAGE)
 GROUPS = tuple(stage.programs for stage in STAGES if stage.programs)
 RETRIED = {stage.name: stage.settings for stage in STAGES if stage.settings}
-SECTIONS = tuple(stage.section for stage in STAGES if stage.section)
+SECTIONS = tuple(stage.section for stage in (*STEPS, *mechanism.STAGES) if stage.section)
 
 
 def workload(cfg: ModelConfig, dtype: str, config: StudyConfig, length: int = USUAL_LENGTH) -> Workload:
@@ -91,7 +93,12 @@ def run_stages(
 
 def recorded_commits(workdir: str | os.PathLike) -> dict[str, str]:
     """Returns the commits of repositories on the hub that the study in a folder began with, by name; none for a new study."""
-    inputs = recorded_inputs(workdir)
+    return commits_of(recorded_manifest(workdir))
+
+
+def commits_of(manifest: dict | None) -> dict[str, str]:
+    """Returns the commits that a manifest records, by name."""
+    inputs = manifest["inputs"] if manifest else {}
     return {name.removeprefix(COMMIT): value for name, value in inputs.items() if name.startswith(COMMIT)}
 
 

@@ -1,0 +1,44 @@
+"""Looks at how a study's direction works: which heads carry it, what a suffix does to it, and how single it is.
+
+  refusal-jax mechanism --direction=runs/first                  # all parts, added to the study in that folder
+  refusal-jax mechanism --direction=runs/first --parts=PART,PART
+
+The parts are further stages of the study: they write into its folder, below mechanism/, and its report.html gains their sections.
+If it is stopped at any moment, the same command continues it; parts that are done are skipped unless a setting of theirs changes.
+"""
+
+import pathlib
+
+from absl import flags
+
+from refusal_jax import distributed
+from refusal_jax.jobs import common, processes
+from refusal_jax.jobs.setting_flags import flags_of, given
+from refusal_jax.report.text import text_summary
+from refusal_jax.runs.artifacts import REPORT
+from refusal_jax.runs.run import Run
+from refusal_jax.study.mechanism.run import run_mechanism
+from refusal_jax.study.mechanism.settings import MechanismSettings
+from refusal_jax.study.mechanism.stages import STAGES
+
+DIRECTION = flags.DEFINE_string("direction", None, "Folder of a finished study, or gs://BUCKET/FOLDER.")
+MODEL = flags.DEFINE_string(
+    "model", None, "Where the study's model is now, if it has moved since: a folder, or its name on the hub."
+)
+SETTINGS = flags_of(MechanismSettings())
+flags.adopt_module_key_flags(processes)
+
+
+def main(argv) -> None:
+    processes.join()
+    folder = common.required(DIRECTION, ": name the folder of a finished study, e.g. --direction=runs/first.")
+    show(run_mechanism(given(MechanismSettings, SETTINGS), folder, MODEL.value or ""))
+
+
+def show(run: Run) -> None:
+    """Prints the numbers of the parts that are done, and where the report is."""
+    if not distributed.first():
+        return
+    print(text_summary(run, [stage.section for stage in STAGES if stage.section]))
+    report = run.path(REPORT)
+    print(f"\nReport: {report.resolve() if isinstance(report, pathlib.Path) else report}")

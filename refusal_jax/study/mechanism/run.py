@@ -1,0 +1,67 @@
+"""Adds the mechanism to a finished study, as further stages in its folder."""
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from refusal_jax import hub
+from refusal_jax.chat.model import demo_model_path
+from refusal_jax.checkpoints.fingerprint import checkpoint_fingerprint
+from refusal_jax.checkpoints.remote import checkpoint_folder
+from refusal_jax.errors import UserError, setting
+from refusal_jax.models.hf_config import load_config
+from refusal_jax.runs.artifacts import DIRECTION, NO_DIRECTION
+from refusal_jax.runs.run import Run, recorded_manifest
+from refusal_jax.study.config import StudyConfig
+from refusal_jax.study.mechanism.settings import MechanismSettings
+from refusal_jax.study.mechanism.shared import MechanismStudy
+from refusal_jax.study.mechanism.stages import GROUPS, PARTS, STAGES
+from refusal_jax.study.study import REPORT_STAGE, commits_of
+
+
+def run_mechanism(settings: MechanismSettings | Mapping[str, Any], workdir: str | os.PathLike, model: str = "") -> Run:
+    """Does the parts of the mechanism that `settings` names in the folder of a finished study, and writes its report anew;
+    `worked` of the run names the stages that did work.
+
+    workdir: a local folder or gs://BUCKET/FOLDER. model: where the study's model is now, if it has moved; "" is where the study
+    read it. Of several processes (`distributed.start`) all must call it alike. A part that is done already is skipped unless
+    what it rests on has changed.
+
+    Raises UserError for unknown parts, for a folder that holds no finished study or one that found no direction, and for a model
+    that is not the study's.
+    """
+    settings = MechanismSettings.of(settings)
+    settings.check(PARTS)
+    manifest = recorded_manifest(workdir)
+    if manifest is None:
+        raise UserError(
+            f"{workdir} holds no study. Name the folder of a finished one: refusal-jax study --workdir=DIR makes it."
+        )
+    config = StudyConfig.of(manifest["config"])
+    with hub.session(commits_of(manifest), config.download):
+        named = model or config.model
+        folder = checkpoint_folder(named) if named else demo_model_path()
+        load_config(folder)
+        inputs = manifest["inputs"] | {"model": checkpoint_fingerprint(folder)}
+        with Run.open(workdir, manifest["config"], inputs) as run:
+            check_finished(run)
+            study = MechanismStudy(settings, config, run, folder, GROUPS)
+            for stage in STAGES:
+                if not settings.parts or stage.name in settings.parts:
+                    run.stage(stage, study)
+            run.stage(REPORT_STAGE, study)
+            return run
+
+
+def check_finished(run: Run) -> None:
+    """Raises UserError unless a run has found a direction and written its report."""
+    if run.exists(NO_DIRECTION):
+        raise UserError(
+            f"The study in {run.folder} found no direction, so that there is no mechanism to look at. Try again with other "
+            f"settings of the selection; its report says what came near."
+        )
+    if not run.exists(DIRECTION) or REPORT_STAGE.name not in run.manifest["stages"]:
+        raise UserError(
+            f"The study in {run.folder} is not finished. Run its command again, which continues it, and then this one with "
+            f"{setting('direction', run.folder)}."
+        )
