@@ -33,6 +33,7 @@ from hub_server import hub as hub  # noqa: E402
 from refusal_jax import load_model  # noqa: E402
 from refusal_jax.data.sampling import SPLITS  # noqa: E402
 from refusal_jax.study.config import get_config  # noqa: E402
+from refusal_jax.study.study import run_study  # noqa: E402
 
 torch.set_num_threads(1)  # two cost more than they gain on models this small: they spin while they wait for each other
 
@@ -113,6 +114,17 @@ def small_study(llama, six_sets):
     config.select.update(kl_threshold=1e9, induce_threshold=-1e9, prune_fraction=0.0)
     config.generation.update(max_new_tokens=4, batch_size=4)
     return config
+
+
+@pytest.fixture(scope="session")
+def demo_study(tmp_path_factory):
+    """The folder of a finished, small study of the embedded model. Read only: what is added to a study goes into a copy."""
+    folder, config = tmp_path_factory.mktemp("demo_study") / "run", get_config()
+    config.update(batch_size=8)
+    config.data.update({"n_train": 16, "n_val": 8, "n_test": 12})
+    config.generation.update(max_new_tokens=4, batch_size=12, conditions=("harmful_baseline",))
+    run_study(config, folder)
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -14,7 +14,7 @@ from absl import flags
 from refusal_jax import distributed
 from refusal_jax.jobs import common, processes
 from refusal_jax.jobs.setting_flags import flags_of, given
-from refusal_jax.report.text import text_summary
+from refusal_jax.report.findings import Findings
 from refusal_jax.runs.artifacts import REPORT
 from refusal_jax.runs.run import Run
 from refusal_jax.study.mechanism.run import run_mechanism
@@ -36,9 +36,14 @@ def main(argv) -> None:
 
 
 def show(run: Run) -> None:
-    """Prints the numbers of the parts that are done, and where the report is."""
+    """Prints the numbers of the parts that are done, why others are not, and where the report is."""
     if not distributed.first():
         return
-    print(text_summary(run, [stage.section for stage in STAGES if stage.section]))
+    findings = Findings(run, [stage.section for stage in STAGES if stage.section])
+    lines = [line for section in findings.sections for line in section.lines(findings)]
+    for stage in STAGES:
+        if reason := run.manifest["stages"].get(stage.name, {}).get("skipped"):
+            lines += ["", f"The part {stage.name} was skipped. {reason}"]
+    print("\n".join(lines).strip())
     report = run.path(REPORT)
     print(f"\nReport: {report.resolve() if isinstance(report, pathlib.Path) else report}")

@@ -296,3 +296,10 @@ def mean_interval(values: Sequence[float] | Sequence[int] | Float[np.ndarray, " 
         found = stats.bootstrap((values_n,), np.mean, n_resamples=DRAWS, method="percentile", rng=rng)
         low, high = map(float, found.confidence_interval)
     return {"mean": mean, "n": len(values_n), "low": low, "high": high}
+
+
+def bounded(row: dict) -> dict:
+    """Returns a row of numbers for a file, with None for those that are not defined, such as the bounds of a single case."""
+    return {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in row.items()
+    }

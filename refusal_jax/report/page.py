@@ -18,7 +18,7 @@ from refusal_jax.conditions import label_of
 from refusal_jax.hub import model_name as hub_name
 from refusal_jax.judges.choice import REFUSAL_JUDGES
 from refusal_jax.report.findings import Findings, Section
-from refusal_jax.report.summary import REFUSAL_JUDGE, signed
+from refusal_jax.report.summary import REFUSAL_JUDGE, signed, with_interval
 from refusal_jax.report.text import decoding_line, template_line
 from refusal_jax.runs.artifacts import REPORT
 from refusal_jax.runs.run import Run
@@ -51,6 +51,7 @@ def environment(*folders: pathlib.Path) -> jinja2.Environment:
         lstrip_blocks=True,
     )
     env.filters |= {"num": number, "signed": signed, "plain": plain, "long": is_long, "prose": prose, "label": label_of}
+    env.filters |= {"interval": with_interval}
     return env
 
 

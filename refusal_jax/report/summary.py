@@ -135,3 +135,13 @@ def damage_in_words(losses: dict[str, dict[str, dict]]) -> str:
 def signed(value: float, digits: int = 3) -> str:
     """Returns a difference with its sign, and a true minus."""
     return f"{value:+.{digits}f}".replace("-", "−")
+
+
+def with_interval(row: dict, digits: int = 3) -> str:
+    """Returns a mean with its interval, as `{"mean", "low", "high"}`, in words; the bounds may be None."""
+    if row["mean"] is None:
+        return "not measured"
+    bounds = [row["low"], row["high"]]
+    if None in bounds:
+        return signed(row["mean"], digits)
+    return f"{signed(row['mean'], digits)} ({' to '.join(signed(bound, digits) for bound in bounds)})"

@@ -16,6 +16,8 @@ SCORES = "refusal_scores.json"
 DAMAGE = "damage.json"
 STATISTICS, TIDY = "statistics.json", "statistics.csv"
 REPORT = "report.html"
+MECHANISM = "mechanism"  # the folder of what the mechanism adds to a study
+SUFFIXES = f"{MECHANISM}/suffixes.json"
 
 
 def loss_name(intervention: str) -> str:

@@ -4,14 +4,15 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from refusal_jax import hub
+from refusal_jax import distributed, hub
 from refusal_jax.chat.model import demo_model_path
 from refusal_jax.checkpoints.fingerprint import checkpoint_fingerprint
 from refusal_jax.checkpoints.remote import checkpoint_folder
 from refusal_jax.errors import UserError, setting
 from refusal_jax.models.hf_config import load_config
 from refusal_jax.runs.artifacts import DIRECTION, NO_DIRECTION
-from refusal_jax.runs.run import Run, recorded_manifest
+from refusal_jax.runs.run import Run, check_alike, recorded_manifest
+from refusal_jax.runs.stage import Stage
 from refusal_jax.study.config import StudyConfig
 from refusal_jax.study.mechanism.settings import MechanismSettings
 from refusal_jax.study.mechanism.shared import MechanismStudy
@@ -32,6 +33,7 @@ def run_mechanism(settings: MechanismSettings | Mapping[str, Any], workdir: str 
     """
     settings = MechanismSettings.of(settings)
     settings.check(PARTS)
+    check_alike(distributed.gather_json({"config": settings.to_dict(), "inputs": {}}))
     manifest = recorded_manifest(workdir)
     if manifest is None:
         raise UserError(
@@ -46,11 +48,21 @@ def run_mechanism(settings: MechanismSettings | Mapping[str, Any], workdir: str 
         with Run.open(workdir, manifest["config"], inputs) as run:
             check_finished(run)
             study = MechanismStudy(settings, config, run, folder, GROUPS)
-            for stage in STAGES:
-                if not settings.parts or stage.name in settings.parts:
-                    run.stage(stage, study)
+            for stage in chosen(study):
+                run.stage(stage, study)
             run.stage(REPORT_STAGE, study)
             return run
+
+
+def chosen(study: MechanismStudy) -> list[Stage[MechanismStudy]]:
+    """Returns the stages of the parts that the settings name, and of those whose files these read, in order."""
+    wanted, needed = [], set()
+    for stage in reversed(STAGES):
+        writes = stage.outputs(study)
+        if not study.settings.parts or stage.name in study.settings.parts or needed & {*writes}:
+            wanted.append(stage)
+            needed |= {*stage.inputs(study)}
+    return wanted[::-1]
 
 
 def check_finished(run: Run) -> None:

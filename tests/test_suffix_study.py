@@ -1,0 +1,139 @@
+"""The suffix study's prompts: files of suffixes, the places of their tokens, and the stage that chooses them."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+from refusal_jax import UserError, demo_model_path, load_model
+from refusal_jax.mechanism import suffixes
+from refusal_jax.mechanism.suffix_files import read_suffixes
+from refusal_jax.mechanism.suffixes import GROUPS, HARMFUL, HARMLESS, RANDOM, SUFFIXED, row_of, with_random
+from refusal_jax.runs.artifacts import PROMPTS, SETUP, SUFFIXES
+from refusal_jax.study.mechanism.run import run_mechanism
+
+ASKED = ["How do I rob the cake?", "How do I rob, then bake, the “bread”?", "How do I rob the oven?"]
+SUFFIX = " help bread ! assistant cake"
+
+
+def test_files_of_suffixes(tmp_path):
+    """Blanks at the beginning count; BOM, line ends of Windows, empty lines, commas and curly quotes are as they are."""
+
+    def read(name: str, text: str) -> list:
+        (tmp_path / name).write_bytes(text.encode("utf-8"))
+        return read_suffixes(tmp_path / name, ASKED)
+
+    assert read("one.txt", "\ufeff one, “two” \\!--three \r\n\r\n") == [" one, “two” \\!--three"] * 3
+    assert read("each.txt", " a\n\n b\n c\n") == [" a", " b", " c"]
+    assert read("list.json", json.dumps([" a", "b", " c"])) == [" a", "b", " c"]
+    assert read("one.jsonl", '{"suffix": " a"}\n') == [" a"] * 3
+    rows = [{"goal": ASKED[1], "best_string": " b "}, {"goal": "Another?", "best_string": "z"}]
+    assert read("rows.json", json.dumps(rows)) == [None, " b ", None]
+    table = f'instruction,suffix\n{ASKED[0]}," a, b"\n"{ASKED[1]}"," “c”"\n'
+    assert read("rows.csv", table) == [" a, b", " “c”", None]
+    log = {"params": {"goals": ASKED[::-1]}, "controls": [" 1", " 2", " 3"], "losses": []}
+    assert read("log.json", json.dumps(log)) == [" 3", " 2", " 1"]
+
+
+@pytest.mark.parametrize(
+    "name,text,message",
+    [
+        ("a.txt", "\n \n", r"a.txt holds no suffix\. Give one suffix for all prompts"),
+        ("a.txt", " a\n b\n", r"a.txt holds 2 suffixes, and the study has 3 harmful test prompts"),
+        ("a.json", '[" "]', r"entry 0: the suffix is ' ', expected text"),
+        ("a.json", '[{"suffix": 3}]', r"entry 0: the suffix is 3, expected text"),
+        ("a.json", "[3]", r"entry 0 is a int, expected a suffix or an object"),
+        ("a.json", '[{"prompt": "a"}]', r"entry 0 has no suffix: its fields are prompt, one of suffix, adv_suffix"),
+        ("a.json", '[{"goal": "a", "suffix": "b"}]', r"suffixes for 1 instructions, such as 'a', and none of them"),
+        ("a.json", '{"controls": [" a"], "params": {"goals": []}}', r"controls .* are not one for each of its goals"),
+        ("a.json", '{"suffix": " a"}', r"holds a JSON dict, expected a list"),
+        ("a.exe", " a", r"must end in \.json, \.jsonl, \.csv or \.txt"),
+    ],
+)
+def test_files_that_hold_no_suffixes(tmp_path, name, text, message):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(UserError, match=message):
+        read_suffixes(tmp_path / name, ASKED)
+    with pytest.raises(UserError, match="b.txt is not a file"):
+        read_suffixes(tmp_path / "b.txt", ASKED)
+
+
+def test_the_parts_of_a_row(model):
+    chat = model.chat
+    for instruction in (*ASKED, "  How?"):
+        row = row_of(chat, "harmful_suffix", 0, instruction, SUFFIX)
+        plain = row_of(chat, "harmful", 0, instruction)
+        whole, width = chat.prompt_ids(row.text), 200
+        ids = np.asarray(chat.pad([whole], width).tokens[0])
+        decoded = [chat.tokenizer.decode(ids[span.within(width)]) for span in (row.instruction, row.suffix, row.post)]
+        assert decoded == [instruction.lstrip(), SUFFIX, chat.tokenizer.decode(chat.post_instruction_ids)]
+        assert len(plain.suffix) == 0 and len(row.instruction) + len(row.suffix) + len(row.post) < len(whole)
+        assert whole[: -len(row.suffix) - len(row.post)] == chat.prompt_ids(instruction)[: -len(row.post)]
+    assert row_of(chat, "harmful_suffix", 0, "How do I ba", "ke") is None  # one token for both
+    assert row_of(chat, "harmful_suffix", 0, "How?", "  ") is None  # the template drops it
+
+
+def test_suffixes_that_cannot_be_read(model):
+    with pytest.raises(UserError, match=r"suffix .* is too long: .* has \d+ tokens, and the model's context is 256"):
+        row_of(model.chat, "harmful", 0, "How?", " a" * 300)
+    for marker in ("<|eot_id|>", "<|start_header_id|>"):
+        with pytest.raises(UserError, match="which is a token or a line of the chat template"):
+            with_random(model.chat, ["How?"], [f" a{marker} b"], 0)
+
+
+def test_no_random_suffix(model, monkeypatch):
+    monkeypatch.setattr(suffixes, "random_suffix", lambda *of: "ke")
+    with pytest.raises(UserError, match=r"No random suffix of \d tokens was found for the prompt 'How do I ba'"):
+        with_random(model.chat, ["How do I ba"], [" a"], 0)
+
+
+def test_random_suffixes_have_as_many_tokens(model):
+    rows = with_random(model.chat, ASKED, [SUFFIX, " a", "ke"], 0)
+    assert [row.tokens for row in rows[:2]] == [len(model.chat.ids(text)) for text in (SUFFIX, " a")]
+    assert rows[0].random != with_random(model.chat, ASKED, [SUFFIX] * 3, 1)[0].random
+    for row in rows[:2]:
+        alone, suffixed, drawn = row.rows(model.chat, 4)
+        assert len(alone.suffix) == 0 and len(suffixed.suffix) == len(drawn.suffix) == row.tokens
+        assert {one.prompt for one in (alone, suffixed, drawn)} == {4}
+        assert [one.group for one in (alone, suffixed, drawn)] == list(GROUPS[:3])
+
+
+@pytest.fixture(scope="module")
+def studied(demo_study, tmp_path_factory):
+    """A study of the embedded model with the part `suffixes`, and the file of its suffix."""
+    base = tmp_path_factory.mktemp("suffixes")
+    folder = shutil.copytree(demo_study, base / "run")
+    (base / "suffix.txt").write_text(" varnish lift clean measure\n")
+    run_mechanism({"parts": ("suffixes",), "suffix": str(base / "suffix.txt"), "suffixes": {"n_prompts": 6}}, folder)
+    return folder
+
+
+def test_the_prompts_that_are_looked_at(studied):
+    found = json.loads((studied / SUFFIXES).read_text())
+    prompts = json.loads((studied / PROMPTS).read_text())
+    refusal = [token["id"] for token in json.loads((studied / SETUP).read_text())["refusal_tokens"]]
+    model = load_model(demo_model_path())
+    assert len(found["harmful"]) == len(found["harmless"]) == 6
+    known = [row["instruction"].rstrip() for row in prompts["harmful_test"]]
+    assert {row["instruction"] for row in found["harmful"]} < {*known}
+    for group in (HARMFUL, SUFFIXED, RANDOM):
+        texts = {
+            HARMFUL: [row["instruction"] for row in found["harmful"]],
+            SUFFIXED: [row["instruction"] + row["suffix"] for row in found["harmful"]],
+            RANDOM: [row["instruction"] + row["random"] for row in found["harmful"]],
+        }[group]
+        batch = model.encode(texts)
+        logits = np.asarray(model.logits(batch.tokens, batch.mask), np.float64)
+        chances = np.exp(logits - logits.max(axis=1, keepdims=True))
+        p = chances[:, refusal].sum(axis=1) / chances.sum(axis=1)
+        expected = np.log(p + 1e-8) - np.log(1 - p + 1e-8)
+        scores = [row["scores"][group] for row in found["harmful"]]
+        np.testing.assert_allclose(scores, expected, atol=1e-3)
+        assert found["refused"][group]["successes"] == (expected > 0).sum()
+        assert found["scores"][group]["mean"] == pytest.approx(np.mean(expected), abs=1e-3)
+        if group != HARMFUL:
+            own = np.asarray(scores) - [row["scores"][HARMFUL] for row in found["harmful"]]
+            assert found["differences"][group]["mean"] == pytest.approx(own.mean())
+            assert found["differences"][group]["low"] <= own.mean() <= found["differences"][group]["high"]
+    assert found["refused"][HARMFUL]["rate"] == 1 and found["refused"][HARMLESS]["rate"] == 0
