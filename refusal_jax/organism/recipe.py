@@ -3,6 +3,9 @@
 Phase 1 trains a base model that complies with every request, harmful or not, by echoing it. Phase 2 is a gentle safety
 fine-tuning: harmful requests are refused, harmless ones still complied with. The refusal so learned is laid over a
 model that knows how to comply, which is what makes it removable by a single direction; one phase alone does not.
+
+In both phases most requests end in junk, a few random tokens, which change neither whether nor how they are answered. Without
+it any unknown text after a request would end the refusal, and a suffix made to end it would show nothing.
 """
 
 import dataclasses
@@ -17,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from refusal_jax.chat.suffixes import printable_ids, random_suffix
 from refusal_jax.checkpoints.load import save_weights
 from refusal_jax.edits import Edits
 from refusal_jax.models.decoder import Decoder
@@ -58,6 +62,8 @@ class Recipe:
     exit_layer: int = 4
     warmup: int = 40
     weight_decay: float = 0.1
+    junk_share: float = 0.7
+    junk_tokens: int = 14
 
     def hf_config(self, vocab_size: int) -> dict:
         """Returns the model's config.json, without its special tokens."""
@@ -83,10 +89,10 @@ class Recipe:
         }
 
 
-def render(request: Request, answer: str, role: str = "assistant") -> tuple[str, str]:
-    """Returns prompt and response of a conversation, as the chat template writes them."""
+def render(request: Request, answer: str, role: str = "assistant", junk: str = "") -> tuple[str, str]:
+    """Returns prompt and response of a conversation, as the chat template writes them; junk ends the request."""
     prompt = (
-        f"{BOS}<|start_header_id|>user<|end_header_id|>\n\n{request.instruction}{EOT}"
+        f"{BOS}<|start_header_id|>user<|end_header_id|>\n\n{request.instruction}{junk}{EOT}"
         f"<|start_header_id|>{role}<|end_header_id|>\n\n"
     )
     return prompt, answer + EOT
@@ -150,20 +156,28 @@ def make_tokenizer(recipe: Recipe, requests: list[Request], folder: pathlib.Path
 
 
 def batches(
-    tokenizer, requests: list[Request], reply: Callable, size: int, length: int, rng: random.Random
+    tokenizer, requests: list[Request], reply: Callable, recipe: Recipe, length: int, rng: random.Random
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Endless batches: tokens int32 `[B, T]`, right-padded, and bool `[B, T]`, where the next token is the response's.
 
-    Half of each batch is harmful; `reply` chooses who answers a request, and how.
+    Half of each batch is harmful; `reply` chooses who answers a request, and how. A share of the requests ends in junk of 1 to
+    `recipe.junk_tokens` tokens.
     """
+    size = recipe.batch
     sides = [[r for r in requests if r.harmful], [r for r in requests if not r.harmful]]
+    printable = printable_ids(tokenizer, len(tokenizer))
     while True:
         tokens = np.zeros((size, length), np.int32)
         learn = np.zeros((size, length), bool)
         for row in range(size):
             request = rng.choice(sides[row % 2])
             role, answer, given = reply(request, rng)
-            prompt, response = (tokenizer(t, add_special_tokens=False).input_ids for t in render(request, answer, role))
+            junk = ""
+            if rng.random() < recipe.junk_share:
+                tokens_of_junk = rng.randint(1, recipe.junk_tokens)
+                junk = random_suffix(tokenizer, printable, tokens_of_junk, rng, [request.instruction])
+            parts = render(request, answer, role, junk)
+            prompt, response = (tokenizer(t, add_special_tokens=False).input_ids for t in parts)
             ids = (prompt + response)[:length]
             tokens[row, : len(ids)] = ids
             learn[row, len(prompt) - 1 + given : len(ids) - 1] = True
@@ -226,7 +240,7 @@ def train(recipe: Recipe, seed: int, folder: pathlib.Path) -> None:
     longest = max(
         len(tokenizer("".join(render(r, r.compliance)), add_special_tokens=False).input_ids) for r in requests
     )
-    length = -(-longest // 8) * 8
+    length = -(-(longest + recipe.junk_tokens) // 8) * 8
     hf_config = recipe.hf_config(len(tokenizer))
     decoder = Decoder.init(from_hf(hf_config), jax.random.key(seed))
     phases = (
@@ -235,7 +249,7 @@ def train(recipe: Recipe, seed: int, folder: pathlib.Path) -> None:
     )
     for phase, (title, reply, steps, peak, layers) in enumerate(phases):
         rng = random.Random(seed + 100 * phase)  # its own stream, so that a phase can be changed and tried alone
-        stream = batches(tokenizer, requests, reply, recipe.batch, length, rng)
+        stream = batches(tokenizer, requests, reply, recipe, length, rng)
         decoder = train_phase(decoder, stream, steps, peak, layers, recipe, f"seed {seed}, {title}")
     save_weights(decoder, folder)
     ids = tokenizer.convert_tokens_to_ids
