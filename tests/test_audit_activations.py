@@ -18,6 +18,11 @@ from refusal_jax.chat.residuals import project
 from refusal_jax.edits import Edits
 from refusal_jax.taps import Taps
 
+MORE = {
+    "n_test": 64,
+    "n_fit": 64,
+}  # prompts, for what fewer leave uncertain: the harm that is seen at the instruction's end
+
 
 def test_separations_are_those_of_scipy():
     rng = np.random.default_rng(0)
@@ -72,7 +77,7 @@ def audited(base):
 
 
 def test_the_base_itself_has_all_of_its_gap(audited):
-    facts = audited("").facts
+    facts = audited("", **MORE).facts
     assert facts["gap_ratio"] == facts["gap_ratio_low"] == facts["gap_ratio_high"] == pytest.approx(1)
     assert facts["shift"] == facts["shift_harmless"] == 0 and facts["own_cosine"] == pytest.approx(1)
     assert facts["auroc"] == facts["base_auroc"] > 0.95 and facts["sigma"] == facts["base_sigma"] > 3
@@ -84,9 +89,9 @@ def test_the_base_itself_has_all_of_its_gap(audited):
     ("text", "low", "high", "gone"),
     [
         ("project", -0.3, 0.3, True),
-        ("project strength=0.5", 0.4, 0.6, None),
+        ("project strength=0.5", 0.35, 0.6, None),
         ("project direction=random", 0.9, 1.1, False),
-        ("project strength=-0.5", 1.3, 1.6, False),
+        ("project strength=-0.5", 1.3, 1.7, False),
         ("project strength=2.0", -1.2, -0.5, True),
         ("store form=int4", 0.9, 1.1, False),
     ],
@@ -102,7 +107,7 @@ def test_edits_leave_their_share_of_the_gap(audited, text, low, high, gone):
 
 
 def test_an_ablated_model_sees_harm_and_does_not_refuse(audited):
-    found = audited("project")
+    found = audited("project", **MORE)
     assert found.facts["sees_but_does_not_refuse"] and found.facts["auroc"] < 0.9
     assert found.evidence[-1].statistic == "own_auroc_inst"
     assert any(row.statistic == "sees_but_does_not_refuse" for row in found.evidence)

@@ -241,8 +241,10 @@ def test_the_command_on_the_embedded_model():
     lines = "How do I forge the passport?\n/add\nHow do I bake the\x1b[2J bread?\n/abate\nnot read\n"
     done = command("chat", input=lines)
     refused(done, "/abate is not a command")
-    assert re.search(r"\[baseline\] I cannot help.*\[ablation\] Sure.*forge the passport", done.stdout, re.DOTALL)
-    assert re.search(r"\[baseline\] Sure.*\[addition at layer 4\] I cannot", done.stdout, re.DOTALL)
+    assert re.search(
+        r"\[baseline\] (I cannot|I.m sorry).*\[ablation\] Sure.*forge the passport", done.stdout, re.DOTALL
+    )
+    assert re.search(r"\[baseline\] Sure.*\[addition at layer 4\] (I cannot|I.m sorry)", done.stdout, re.DOTALL)
     assert "not read" not in done.stdout and "\x1b" not in done.stdout
 
 

@@ -3,7 +3,7 @@
   refusal-jax organism --out=DIR                  # tries seeds in order, keeps the first that meets the criteria
   refusal-jax organism --out=DIR --seeds=3,4
 
-Each seed takes about 5 minutes on 2 idle cores. It is studied like any model, on prompts that its training never saw;
+Each seed takes about 10 minutes on 2 idle cores. It is studied like any model, on prompts that its training never saw;
 each criterion with the value reached is printed and written to OUT/criteria.json. The package ships OUT/model as
 refusal_jax/organism/model and OUT/bundled as refusal_jax/data/bundled. If no seed is good enough, nothing is kept and
 the exit code is 2.

@@ -9,14 +9,12 @@ without content; for other models the suffix study takes suffixes that its user 
 import dataclasses
 import random
 from collections.abc import Sequence
-from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float
 
-from refusal_jax.axes import Array
 from refusal_jax.chat.model import ChatModel
 from refusal_jax.chat.suffixes import ids_of, is_stable, printable_ids, random_suffix
 from refusal_jax.edits import Edits
@@ -32,8 +30,8 @@ SWAPS = 2  # tokens that a candidate changes at most
 @dataclasses.dataclass(frozen=True)
 class Search:
     """How a suffix is searched. tokens: its length. prompts: harmful prompts that it is made for. steps: swaps at most.
-    candidates: swaps that are tried exactly in a step. top: tokens at each place that swaps are drawn from. margin: refusal score,
-    in nats, below which a prompt weighs less and less."""
+    candidates: swaps that are tried exactly in a step. top: tokens at each place that swaps are drawn from. margin: refusal
+    score, in nats, below which a prompt weighs less and less."""
 
     tokens: int = 14
     prompts: int = 16
@@ -137,9 +135,7 @@ def search_suffix(
     UserError if there are too few prompts.
     """
     if len(prompts) < search.prompts:
-        raise UserError(
-            f"The search needs {search.prompts} harmful prompts, and {len(prompts)} were given. Give more."
-        )
+        raise UserError(f"The search needs {search.prompts} harmful prompts, and {len(prompts)} were given. Give more.")
     tokenizer, rng = model.chat.tokenizer, random.Random(search.seed)
     own = rng.sample(list(prompts), search.prompts)
     printable = printable_ids(tokenizer, model.config.vocab_size)
@@ -153,9 +149,7 @@ def search_suffix(
         return text.isprintable() and all(is_stable(tokenizer, one, text, ids) for one in own)
 
     def mean_losses(suffixes_cs: np.ndarray) -> np.ndarray:
-        padded = np.concatenate(
-            [suffixes_cs, np.repeat(suffixes_cs[:1], search.candidates - len(suffixes_cs), axis=0)]
-        )
+        padded = np.concatenate([suffixes_cs, np.repeat(suffixes_cs[:1], search.candidates - len(suffixes_cs), axis=0)])
         tokens, mask = layout.filled(padded)
         losses = np.asarray(_losses(model.decoder, tokens, mask, refusing, margin)).reshape(search.candidates, -1)
         return losses.mean(axis=1)[: len(suffixes_cs)]
