@@ -52,8 +52,8 @@ def pytest_collection_modifyitems(items):
 
 def pytest_collection_finish():
     """No garbage collection looks again at the modules and tests that stay to the end. There are so many objects of theirs that a
-    collection takes half a second else, and orbax' readers have one made for each weight. Others are made less often, since
-    tracing makes many objects, and little garbage."""
+    collection takes half a second else, and studies and readers of converted copies ask for one. Others are made less often,
+    since tracing makes many objects, and little garbage."""
     gc.enable()
     gc.freeze()
     gc.set_threshold(10_000)
@@ -61,9 +61,12 @@ def pytest_collection_finish():
 
 @pytest.fixture(scope="module", autouse=True)
 def forgotten_programs():
-    """Every compiled program holds memory mappings, of which a process may have 65,530 by default: more makes XLA crash."""
+    """Every compiled program holds memory mappings, of which a process may have 65,530 by default: more makes XLA crash. What
+    stays after a file's tests stays to the end, as libraries that they import: see `pytest_collection_finish`."""
     yield
     jax.clear_caches()
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture

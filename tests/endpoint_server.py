@@ -31,7 +31,7 @@ class Status:
 
 @dataclasses.dataclass(frozen=True)
 class Hang:
-    """Sends nothing for so many seconds, and then the reply. drip: sends a header every tenth of a second meanwhile."""
+    """Sends nothing for so many seconds, or until the server ends, and then the reply. drip: sends headers meanwhile."""
 
     seconds: float
     drip: bool = False
@@ -97,6 +97,7 @@ class Server:
     headers: list[dict[str, str]] = dataclasses.field(default_factory=list)
     paths: list[str] = dataclasses.field(default_factory=list)
     lock: threading.Lock = dataclasses.field(default_factory=threading.Lock)
+    ended: threading.Event = dataclasses.field(default_factory=threading.Event)
     active: int = 0
     most_active: int = 0
 
@@ -241,8 +242,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         end = time.monotonic() + act.seconds
         if act.drip:
             self.wfile.write(b"HTTP/1.1 200 OK\r\n")
-        while time.monotonic() < end:
-            time.sleep(0.05)
+        while time.monotonic() < end and not self.server_.ended.wait(0.05):
             if act.drip:
                 self.wfile.write(b"X-Wait: 1\r\n")
                 self.wfile.flush()
@@ -271,6 +271,7 @@ def serving(**fields) -> Iterator[Server]:
         try:
             yield server
         finally:
+            server.ended.set()
             running.shutdown()
 
 

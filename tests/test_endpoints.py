@@ -4,6 +4,7 @@ import asyncio
 import dataclasses
 import json
 import logging
+import threading
 import time
 
 import pytest
@@ -18,7 +19,8 @@ from refusal_jax.runs.ledger import Ledger
 from refusal_jax.runs.storage import DiskFolder
 
 server = endpoint_server
-QUICK = {"model": "tiny", "wait_s": 0.01, "retries": 2, "timeout_s": 5.0}
+SOON = 60.0  # seconds within which a busy machine does what takes none
+QUICK = {"model": "tiny", "wait_s": 0.01, "retries": 2, "timeout_s": SOON}
 SECRET = "sk-secret-0123456789abcdef"
 
 
@@ -32,8 +34,18 @@ def asked(server, *prompts, **settings) -> list[Answer]:
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_replies_come_in_order(server, stream):
-    server.says = lambda messages: time.sleep(0.05 * (messages[-1]["content"] == "0")) or messages[-1]["content"]
-    answers = asked(server, *map(str, range(12)), stream=stream, concurrency=5)
+    last = threading.Event()
+
+    def says(messages):
+        """Replies to the first prompt only once the last one has been asked."""
+        prompt = messages[-1]["content"]
+        if prompt == "11":
+            last.set()
+        assert prompt != "0" or last.wait(SOON)
+        return prompt
+
+    server.says = says
+    answers = asked(server, *map(str, range(12)), stream=stream, concurrency=5, timeout_s=SOON)
     assert [one.text for one in answers] == [str(i) for i in range(12)]
     assert {(one.ended, one.finish_reason, one.tokens, one.model, one.attempts, one.fault) for one in answers} == {
         (True, "stop", 1, "tiny", 1, None)
@@ -98,14 +110,14 @@ def test_streams_that_end_early_are_asked_again(server, act):
 @pytest.mark.parametrize("drip", [False, True])
 @pytest.mark.parametrize("stream", [False, True])
 def test_time_outs_hold_for_the_whole_reply(server, drip, stream):
-    server.plan["Hi"] = [Hang(2, drip)]
-    answers = asked(server, "Hi", "Ho", timeout_s=0.3, stream=stream)
+    server.plan["Hi"] = [Hang(SOON, drip)]
+    answers = asked(server, "Hi", "Ho", timeout_s=1.0, stream=stream)
     assert [one.text for one in answers] == ["You said: Hi", "You said: Ho"]
-    server.plan["Hi"] = [Hang(2, drip)] * 9
+    server.plan["Hi"] = [Hang(SOON, drip)] * 9
     started = time.monotonic()
     (answer,) = asked(server, "Hi", timeout_s=0.2, stream=stream)
     assert (answer.kind, answer.attempts) == (Fault.TIMEOUT, 2)
-    assert time.monotonic() - started < 1.5
+    assert time.monotonic() - started < SOON
 
 
 def test_retry_after_is_kept_by_all_requests(server):
@@ -113,7 +125,7 @@ def test_retry_after_is_kept_by_all_requests(server):
     started = time.monotonic()
     answers = asked(server, *map(str, range(6)), concurrency=2)
     assert [one.attempts for one in answers] == [2, 1, 1, 1, 1, 1]
-    assert 0.4 <= time.monotonic() - started < 3
+    assert 0.4 <= time.monotonic() - started < SOON
     server.plan["0"] = [
         Status(429, {"retry-after-ms": "1"}),
         Status(429, {"Retry-After": "Thu, 01 Jan 1970 00:00:00 GMT"}),
@@ -132,7 +144,7 @@ def test_a_server_for_one_request_at_a_time(server):
     server.says = lambda messages: time.sleep(0.01) or "Yes."
     act = server.act
     server.act = lambda prompt: Status(429) if server.active > 1 else act(prompt)
-    answers = asked(server, *map(str, range(20)), concurrency=8, retries=4, wait_s=0.02)
+    answers = asked(server, *map(str, range(20)), concurrency=8, retries=8, wait_s=0.02)
     assert {one.text for one in answers} == {"Yes."}
 
 

@@ -19,7 +19,7 @@ from refusal_jax.checkpoints.tensor_files import INDEX, SINGLE
 
 COPIES, GROUP = 640, 80
 SAMPLE = 20  # of the copies that load, one in so many is run: each may need a compile
-SLOW = 5.0  # seconds, of which a copy needs a hundredth
+SLOW = 30.0  # seconds, of which a copy needs some hundredths on a quiet machine
 HUGE = (10**12, 2**31, 2**63, 10**400, float("inf"), float("nan"), 1e300, 1e-300)
 VALUES = (*HUGE, -1, 0, 1, 0.5, "text", "", "\ud800", "\0", "x" * 100_000, [], {}, [1], [[["deep"]]], None, True, False)
 TEMPLATES = (

@@ -65,7 +65,7 @@ def test_faults_of_a_server_are_never_outcomes(served):
         (
             [Status(429, {"Retry-After": "0"})],  # passes at the second try
             [Status(500)] * 2,
-            [Hang(6)] * 2,
+            [Hang(60)] * 2,
             [Drop()] * 2,
             [Says({"content": "I'm sorry, but I can"}, finish_reason="content_filter")] * 2,
             [Says({"content": ""})] * 2,

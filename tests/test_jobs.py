@@ -10,7 +10,7 @@ import time
 
 import pytest
 import tiny
-from commands import ROOT, command, environment, forked, refused
+from commands import ROOT, SECONDS, command, environment, forked, refused
 
 from refusal_jax import demo_model_path
 from refusal_jax.jobs.command_line import canonical
@@ -208,7 +208,7 @@ def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("jobs") / "run"
     args = [sys.executable, "-m", "refusal_jax.jobs.main", "study", *SMALL, f"--workdir={folder}"]
     process = subprocess.Popen(args, cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 200
+    deadline = time.monotonic() + SECONDS
     while not (folder / "mean_diffs.safetensors").exists() and time.monotonic() < deadline and process.poll() is None:
         time.sleep(0.05)
     process.send_signal(signal.SIGKILL)

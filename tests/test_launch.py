@@ -14,6 +14,7 @@ import time
 
 import pytest
 import yaml
+from commands import SECONDS
 
 ROOT = pathlib.Path(__file__).parent.parent
 SCRIPT = ROOT / "launch/tpu_vm.sh"
@@ -120,7 +121,7 @@ case "$1" in
 esac
 """
 DONE = 'touch "{cloud}/bucket/report.html"'
-WAIT = "[ -e {cloud}/{file} ] || { echo waiting; exec sleep 60; }\n"
+WAIT = "[ -e {cloud}/{file} ] || { echo waiting; exec sleep {seconds}; }\n"
 
 
 class Cloud:
@@ -148,7 +149,7 @@ class Cloud:
 
     def job(self, text: str) -> None:
         """What the job does, in bash; it also writes down how it was called, where `tests` can read it."""
-        text = re.sub(r"\{cloud\}", str(self.folder), text)
+        text = text.replace("{cloud}", str(self.folder)).replace("{seconds}", str(2 * SECONDS))
         self.program("job", f'#!/usr/bin/env bash\nprintf "%s\\n" "$@" >"{self.folder}/bucket/arguments"\n{text}\n')
 
     def events(self, *events: dict) -> None:
@@ -163,7 +164,7 @@ class Cloud:
 
     def run(self, *args: str, **more) -> subprocess.CompletedProcess:
         process = self.start(*args, **more)
-        out, err = process.communicate(timeout=60)
+        out, err = process.communicate(timeout=SECONDS)
         return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
     def calls(self, contains: str = "") -> list[list[str]]:
@@ -189,11 +190,12 @@ def cloud(tmp_path):
 
 
 def wait_for(condition) -> None:
-    for _ in range(600):
+    until = time.monotonic() + SECONDS
+    while time.monotonic() < until:
         if condition():
             return
         time.sleep(0.05)
-    raise AssertionError("waited for 30 seconds")
+    raise AssertionError(f"waited for {SECONDS} seconds")
 
 
 RUN = ("run", "--zone=z", "--results=results")
@@ -374,7 +376,7 @@ def test_slice_is_kept_when_the_results_cannot_be_fetched(cloud):
 
 
 def test_process_that_outlives_a_failed_peer_is_stopped(cloud):
-    cloud.job('case "$HOME" in *-1) exit 1 ;; *) sleep 60 ;; esac')
+    cloud.job('case "$HOME" in *-1) exit 1 ;; *) sleep {seconds} ;; esac')
     done = cloud.run(*RUN)
     assert done.returncode == 1, done.stderr
     assert "stop" in cloud.verbs() and "with: 1 130" in done.stderr
@@ -429,7 +431,7 @@ def test_interrupted_script_leaves_the_job_and_the_same_command_follows_it(cloud
     seen = len(cloud.calls("status"))
     wait_for(lambda: len(cloud.calls("status")) >= seen + 3)
     process.send_signal(signal.SIGTERM)
-    err = process.communicate(timeout=30)[1]
+    err = process.communicate(timeout=SECONDS)[1]
     assert process.returncode == 130 and "still there, and billed" in err
     assert "2 of 2 workers run: layer 3" in err
     other = cloud.run(*RUN, job=[*JOB, "--config.seed=1"])

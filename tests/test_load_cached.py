@@ -10,6 +10,7 @@ import sys
 import jax
 import numpy as np
 import pytest
+from commands import SECONDS
 from test_load_places import places
 
 from refusal_jax import UserError, load_model, make_mesh
@@ -249,7 +250,7 @@ def test_two_processes(llama, model, tmp_path):
         )
         for rank in range(2)
     ]
-    said = [process.communicate(timeout=120) for process in both]
+    said = [process.communicate(timeout=SECONDS) for process in both]
     assert [process.returncode for process in both] == [0, 0], said
     whole = {path: np.asarray(w) for path, w in model.decoder.weights().items()}
     # norms, and keys and values whose two heads are on all four devices of either process by halves

@@ -31,6 +31,8 @@ from refusal_jax.monitor.traces import Judged, Judgements, Place, Trace, Unjudge
 SECRET = "T0000/B0000/not-to-be-shown"
 EVIL = '<script>alert("x")</script>\n\\"} 1'
 
+SOON = 60.0  # seconds within which a busy machine does what takes none
+
 
 def letters(*names):
     return [Letter(number, {"id": name, "kind": "drift", "text": name}) for number, name in enumerate(names, 1)]
@@ -38,9 +40,9 @@ def letters(*names):
 
 @contextlib.contextmanager
 def hook(answers):
-    """A server that answers with these statuses in turn, the last one for ever; "hang" answers too late. Yields its port and what
-    it got."""
-    got, left = [], list(answers)
+    """A server that answers with these statuses in turn, the last one for ever; "hang" answers when all is over. Yields its port
+    and what it got."""
+    got, left, over = [], list(answers), threading.Event()
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_POST(self):
@@ -48,7 +50,7 @@ def hook(answers):
             got.append((self.path, dict(self.headers), body))
             answer = left.pop(0) if len(left) > 1 else left[0]
             if answer == "hang":
-                time.sleep(0.6)
+                over.wait(SOON)
                 answer = 200
             self.send_response(answer)
             if answer == 302:
@@ -66,12 +68,13 @@ def hook(answers):
     try:
         yield server.server_port, got
     finally:
+        over.set()
         server.shutdown()
         server.server_close()
         thread.join()
 
 
-def delivered(webhook, of, patience=5.0):
+def delivered(webhook, of, patience=SOON):
     """Offers letters, as the monitor's loop does, until all are delivered."""
     until, done = time.monotonic() + patience, 0
     while done < len(of) and time.monotonic() < until:
@@ -113,12 +116,12 @@ def test_the_webhook_sends_in_order_and_again_after_failures(caplog):
 
 def test_the_webhook_does_not_hold_up_reading_and_gives_the_rest_back(caplog):
     with hook(["hang"]) as (port, got):
-        webhook = Webhook(f"http://127.0.0.1:{port}/{SECRET}", timeout_s=0.2, waits_s=(30.0,))
+        webhook = Webhook(f"http://127.0.0.1:{port}/{SECRET}", timeout_s=0.2, waits_s=(10 * SOON,))
         began = time.monotonic()
         assert webhook.deliver(letters("a", "b")) == 0
         assert webhook.deliver(letters("a", "b")) == 0, "it is not queued again"
         webhook.close()
-        assert time.monotonic() - began < 3
+        assert time.monotonic() - began < SOON
     assert [body["id"] for _, _, body in got] == ["a"]
     assert "TimeoutError" in caplog.text and SECRET not in caplog.text
 
@@ -196,7 +199,7 @@ def watched():
 
 
 def scraped(port):
-    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5) as answer:
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=SOON) as answer:
         return answer.read().decode()
 
 

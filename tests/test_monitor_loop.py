@@ -9,9 +9,11 @@ import sqlite3
 import subprocess
 import sys
 import threading
+import time
 from collections import Counter
 
 import pytest
+from commands import SECONDS
 from monitor_logs import DAY0, lines, record
 
 from refusal_jax.errors import DamagedFile, UserError
@@ -251,8 +253,16 @@ def test_a_model_judges_in_a_thread_of_its_own(tmp_path, log, monkeypatch):
     log.write_text(
         log.read_text() + json.dumps({"id": "x", "time": DAY0, "output": "A reply to we do not know what"}) + "\n"
     )
-    judge.judge, says = lambda rows, ledger=None: free.wait(10) and says(rows), judge.judge
-    threading.Timer(0.3, free.set).start()
+    judge.judge, says = lambda rows, ledger=None: free.wait(60) and says(rows), judge.judge
+    add = loop.Intake.add
+
+    def added(self, batch, lines, changed, ended):
+        """Lets the judge go on once all has been read."""
+        add(self, batch, lines, changed, ended)
+        if ended:
+            free.set()
+
+    monkeypatch.setattr(loop.Intake, "add", added)
     part = Recorder()
     with watch(tmp_path / "state", log, [part], judge=judge, judge_batch=1000) as store:
         found = counted(store)
@@ -384,12 +394,13 @@ def test_job(tmp_path, log):
         [*command, str(log), state, "--poll_s=0.05"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
     database = tmp_path / "state/monitor.sqlite"
-    for _ in range(600):
+    until = time.monotonic() + SECONDS
+    while time.monotonic() < until and run.poll() is None:
         if database.exists():
             with Store.view(tmp_path / "state") as store:
                 if store.tallies()["lines"] == 300:
                     break
         threading.Event().wait(0.1)
     run.send_signal(signal.SIGTERM)
-    out, _ = run.communicate(timeout=60)
+    out, _ = run.communicate(timeout=SECONDS)
     assert run.returncode == 0 and "300 lines were read: 300 traces" in out

@@ -13,6 +13,7 @@ import time
 
 import numpy as np
 import pytest
+from commands import SECONDS
 from compiler import FAST
 from safetensors.numpy import load_file
 
@@ -56,7 +57,7 @@ class Pair:
     def wait(self) -> "Pair":
         """Until both have ended; then `codes`, and `out` and `err` with all white space as single blanks."""
         try:
-            self.codes = [process.wait(120) for process in self.processes]
+            self.codes = [process.wait(SECONDS) for process in self.processes]
         finally:
             for process in self.processes:
                 process.kill()
@@ -260,7 +261,7 @@ def test_a_study_in_two_processes_killed_and_continued(llama, data, tmp_path):
         )  # fmt: skip
 
     first = pair()
-    deadline = time.monotonic() + 100
+    deadline = time.monotonic() + SECONDS
     while not (folder / "mean_diffs.safetensors").exists() and time.monotonic() < deadline:
         assert first.processes[1].poll() is None
         time.sleep(0.02)
@@ -270,7 +271,7 @@ def test_a_study_in_two_processes_killed_and_continued(llama, data, tmp_path):
     config.update_from_flattened_dict(settings)
     run_study(config, alone)  # while the other process finds out
     first.wait()
-    assert first.codes == [distributed.LOST, -signal.SIGKILL] and first.ended - killed < 60, first.err
+    assert first.codes == [distributed.LOST, -signal.SIGKILL] and first.ended - killed < SECONDS / 2, first.err
     assert re.search(r"Process 1 of 2 \(.*\) stopped without a word", first.err[0]) and "Traceback" not in first.err[0]
     before = json.loads((folder / "manifest.json").read_text())["stages"]
 

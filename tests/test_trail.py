@@ -15,6 +15,7 @@ import threading
 import time
 
 import pytest
+from commands import SECONDS
 
 from refusal_jax.errors import UserError
 from refusal_jax.judges.judge import Outcome, Verdict
@@ -596,7 +597,7 @@ def test_kills(tmp_path, keys):
         "20",
         "1",
     ]
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=100)
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=SECONDS)
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) >= 3
     found = verify_trail(tmp_path / "trail", [keys["ed25519.pub"]])

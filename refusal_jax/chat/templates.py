@@ -187,12 +187,12 @@ def set_template(tokenizer, wanted: str, folder: pathlib.Path) -> str:
 
 @contextlib.contextmanager
 def within(seconds: float) -> Iterator[None]:
-    """Raises TimeoutError in Python code of the block, such as a rendered template, that runs for longer: jinja's sandbox
-    bounds each loop, and not loops in loops."""
-    end = time.monotonic() + seconds
+    """Raises TimeoutError in Python code of the block, such as a rendered template, that computes for longer: jinja's sandbox
+    bounds each loop, and not loops in loops. The time in which other threads and processes have the core is not counted."""
+    end = time.thread_time() + seconds
 
     def check(frame, event, arg):
-        if time.monotonic() > end:
+        if time.thread_time() > end:
             raise TimeoutError(f"it runs for more than {seconds:g} seconds")
         return check
 
