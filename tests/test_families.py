@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from refusal_jax import Edits, Taps
 from refusal_jax.checkpoints.load import load_decoder, save_weights
 from refusal_jax.checkpoints.tensor_files import SINGLE
+from refusal_jax.mechanism.attribution import SITES, check_sum, parts_of
 from refusal_jax.models.cache import Cache
 from refusal_jax.models.decoder import Decoder
 from refusal_jax.models.predict import predict
@@ -137,6 +138,24 @@ def test_head_taps(case):
         if not edited:
             close(taps["result_along"][:, case.mask], by_head(case, z_lbtnh, theirs["out"])[:, case.mask])
     assert cfg.o_bias == bool(np.abs(case.taps["o_bias_along"]).max())
+
+
+def test_attribution(case):
+    """Parts of the last token along a direction sum to the residual, as transformers computes both; heads are tested above."""
+    theirs, unit = families.hf_taps(case.theirs, case.tokens, case.mask), case.along / np.linalg.norm(case.along)
+    rows, last = case.rows(0), {site: values[:, :, -1].astype(np.float64) @ unit for site, values in theirs.items()}
+    tapped = {site: case.taps[site][:, rows, -1] for site in SITES}
+    for site in ("result_along", "o_bias_along"):
+        tapped[site] = tapped[site] / np.linalg.norm(case.along)
+    units = np.tile(unit, (len(LENGTHS), 1)).astype(np.float32)
+    found, spread = parts_of(tapped, case.taps["resid_post"][-1, rows, -1], units)
+    close(found.embed, last["resid_pre"][0])
+    close(np.asarray(found.heads).sum(axis=2) + found.bias, last["attn_out"].T)
+    close(found.mlp, last["mlp_out"].T)
+    close(found.along, np.concatenate([last["resid_pre"], last["resid_post"][-1:]]).T)
+    close(found.norm[:, 1:], np.linalg.norm(theirs["resid_post"][:, :, -1], axis=-1).T)
+    check_sum(found, np.asarray(spread), case.ours.dtype)
+    assert np.abs(found.off).max() < 1e-4 < np.abs(found.heads).max()
 
 
 @partial(jax.jit, static_argnames="prefix")

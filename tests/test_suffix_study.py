@@ -5,12 +5,13 @@ import shutil
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 from refusal_jax import UserError, demo_model_path, load_model
 from refusal_jax.mechanism import suffixes
 from refusal_jax.mechanism.suffix_files import read_suffixes
 from refusal_jax.mechanism.suffixes import GROUPS, HARMFUL, HARMLESS, RANDOM, SUFFIXED, row_of, with_random
-from refusal_jax.runs.artifacts import PROMPTS, SETUP, SUFFIXES
+from refusal_jax.runs.artifacts import ATTRIBUTED, ATTRIBUTION, PROMPTS, SETUP, SUFFIXES
 from refusal_jax.study.mechanism.run import run_mechanism
 
 ASKED = ["How do I rob the cake?", "How do I rob, then bake, the “bread”?", "How do I rob the oven?"]
@@ -101,11 +102,11 @@ def test_random_suffixes_have_as_many_tokens(model):
 
 @pytest.fixture(scope="module")
 def studied(demo_study, tmp_path_factory):
-    """A study of the embedded model with the part `suffixes`, and the file of its suffix."""
+    """A study of the embedded model with the parts `suffixes`, which the other one reads, and `attribution`."""
     base = tmp_path_factory.mktemp("suffixes")
     folder = shutil.copytree(demo_study, base / "run")
     (base / "suffix.txt").write_text(" varnish lift clean measure\n")
-    run_mechanism({"parts": ("suffixes",), "suffix": str(base / "suffix.txt"), "suffixes": {"n_prompts": 6}}, folder)
+    run_mechanism({"parts": ("attribution",), "suffix": str(base / "suffix.txt"), "suffixes": {"n_prompts": 6}}, folder)
     return folder
 
 
@@ -137,3 +138,50 @@ def test_the_prompts_that_are_looked_at(studied):
             assert found["differences"][group]["mean"] == pytest.approx(own.mean())
             assert found["differences"][group]["low"] <= own.mean() <= found["differences"][group]["high"]
     assert found["refused"][HARMFUL]["rate"] == 1 and found["refused"][HARMLESS]["rate"] == 0
+
+
+def test_what_is_attributed(studied):
+    """The figures' numbers, from each prompt's parts as the file has them."""
+    found = json.loads((studied / ATTRIBUTION).read_text())
+    arrays = {name: values.astype(np.float64) for name, values in load_file(studied / ATTRIBUTED).items()}
+    heads = {group: arrays[f"{group}.heads"] for group in GROUPS}
+    mean_ln = heads[HARMFUL].mean(axis=0)
+    assert len(found["heads"]) == 8
+    assert [mean_ln[row["layer"], row["head"]] for row in found["heads"]] == sorted(mean_ln.ravel())[::-1][:8]
+    for group in GROUPS:
+        cosines = arrays[f"{group}.along"] / arrays[f"{group}.norm"]
+        np.testing.assert_allclose(found["cosines"][group]["mean"], cosines.mean(axis=0), atol=1e-6)
+        np.testing.assert_allclose(found["cosines"][group]["sd"], cosines.std(axis=0, ddof=1), atol=1e-6)
+        whole = sum(arrays[f"{group}.{part}"].reshape(6, -1).sum(axis=1) for part in ("embed", "heads", "bias", "mlp"))
+        np.testing.assert_allclose(whole, arrays[f"{group}.along"][:, -1], atol=1e-4)
+        together = sum(heads[group][:, row["layer"], row["head"]] for row in found["heads"])
+        assert found["heads_together"]["written"][group]["mean"] == pytest.approx(together.mean(), abs=1e-6)
+        for row in found["heads"]:
+            own = heads[group][:, row["layer"], row["head"]]
+            assert row["written"][group]["mean"] == pytest.approx(own.mean(), abs=1e-6)
+            if group in (SUFFIXED, RANDOM):
+                change = own - heads[HARMFUL][:, row["layer"], row["head"]]
+                assert row["changes"][group]["mean"] == pytest.approx(change.mean(), abs=1e-6)
+                assert row["changes"][group]["low"] <= change.mean() <= row["changes"][group]["high"]
+    assert 0 <= found["largest_error"] < 1e-4
+
+
+def test_the_report_shows_the_parts(studied):
+    page = (studied / "report.html").read_text()
+    for heading in (
+        "<h2>Suffixes</h2>",
+        "<h2>Attribution along the direction</h2>",
+        "Cosine with the direction, by layer",
+    ):
+        assert heading in page
+    assert page.index('id="suffixes"') < page.index('id="attribution"')
+
+
+def test_parts_that_are_done_are_skipped(studied, tmp_path):
+    """Without a file, too: the study has its suffixes. A changed setting has only its own parts done anew."""
+    folder = shutil.copytree(studied, tmp_path / "run")
+    changed = {"parts": ("attribution",), "suffixes": {"n_prompts": 6}}
+    assert run_mechanism(changed, folder).worked == []
+    assert run_mechanism(changed | {"attribution": {"heads": 3}}, folder).worked == ["attribution", "report"]
+    changed["suffixes"]["seed"] = 1
+    assert run_mechanism(changed, folder).worked == ["suffixes", "attribution", "report"]

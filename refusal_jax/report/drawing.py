@@ -31,11 +31,18 @@ STYLE = {
 
 
 @contextmanager
-def drawing(height: float) -> Iterator[Figure]:
-    """Yields a figure of `WIDTH` x `height` points, to be drawn and saved under this module's settings only."""
+def styled() -> Iterator[None]:
+    """Has this module's settings only in force, for drawing and for saving."""
     defaults = {key: value for key, value in matplotlib.rcParamsDefault.items() if not key.startswith("backend")}
     settings: dict[Any, Any] = {**defaults, **STYLE}
     with matplotlib.rc_context(settings):
+        yield
+
+
+@contextmanager
+def drawing(height: float) -> Iterator[Figure]:
+    """Yields a figure of `WIDTH` x `height` points, to be drawn under this module's settings only."""
+    with styled():
         figure = Figure((WIDTH / 72, height / 72), facecolor="none")
         FigureCanvasSVG(figure)
         yield figure
@@ -56,9 +63,10 @@ def inline(figure: Figure, name: str, label: str) -> str:
     name: prefix of the ids that the figure refers to; all others are removed. label: what a screen reader says.
     """
     buffer = io.StringIO()
-    figure.savefig(
-        buffer, format="svg", transparent=True, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type"))
-    )
+    with styled():
+        figure.savefig(
+            buffer, format="svg", transparent=True, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type"))
+        )
     svg = buffer.getvalue()
     # Comments may quote labels, and matplotlib's style sheet would apply to the whole page.
     svg = re.sub(r"<!--.*?-->|<style.*?</style>", "", svg[svg.index("<svg") :], flags=re.DOTALL)

@@ -18,6 +18,7 @@ STATISTICS, TIDY = "statistics.json", "statistics.csv"
 REPORT = "report.html"
 MECHANISM = "mechanism"  # the folder of what the mechanism adds to a study
 SUFFIXES = f"{MECHANISM}/suffixes.json"
+ATTRIBUTION, ATTRIBUTED = f"{MECHANISM}/attribution.json", f"{MECHANISM}/attribution.safetensors"
 
 
 def loss_name(intervention: str) -> str:

@@ -15,6 +15,13 @@ class SuffixSettings(Settings, path="suffixes"):
 
 
 @dataclasses.dataclass
+class AttributionSettings(Settings, path="attribution"):
+    """What is attributed to heads and MLPs."""
+
+    heads: int = option(8, "Number of heads to look at, those that write most along the direction for harmful prompts")
+
+
+@dataclasses.dataclass
 class MechanismSettings(Settings):
     """Every setting of the mechanism, with a section for each part that has settings of its own."""
 
@@ -26,6 +33,7 @@ class MechanismSettings(Settings):
         "was given before, and for the embedded model the one that comes with it",
     )
     suffixes: SuffixSettings = section(SuffixSettings, "The prompts of the suffix study")
+    attribution: AttributionSettings = section(AttributionSettings, "What is attributed to heads and MLPs")
 
     def check(self, known: tuple[str, ...]) -> None:
         """Raises UserError for a part that is not among the `known` ones."""

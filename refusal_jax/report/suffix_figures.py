@@ -1,0 +1,80 @@
+"""Figures of the suffix study (the paper's figures 5 and 6a): cosines by layer, and what single heads write."""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from refusal_jax.report.drawing import WIDTH, axes_within, drawing, layer_axis
+from refusal_jax.report.figures import HARMFUL_COLOUR, HARMLESS_COLOUR
+
+GREY = "#8d949c"
+# Of prompts that are harmful, with a suffix, with random tokens, and harmless; with their marks.
+COLOURS = (HARMFUL_COLOUR, "#c98a1b", "#8f6bc2", HARMLESS_COLOUR)
+MARKS = ("o", "s", "^", "D")
+
+
+def legend(axes: Axes, names: Sequence[str]) -> None:
+    """Draws the names of the groups above the axes, in two lines."""
+    height = axes.get_position().height * axes.figure.get_figheight() * 72
+    for number, (name, colour, mark) in enumerate(zip(names, COLOURS, MARKS, strict=False)):
+        x, y = (number % 2) * 0.4, 1 + (24 - 14 * (number // 2)) / height
+        axes.plot(x + 0.01, y, mark, color=colour, markersize=4.5, transform=axes.transAxes, clip_on=False)
+        axes.text(x + 0.04, y, name, transform=axes.transAxes, fontsize=9, va="center")
+
+
+def cosine_figure(means: Mapping[str, Sequence[float]], spreads: Mapping[str, Sequence[float]], layer: int) -> Figure:
+    """Draws the mean cosine of the last token's residual with the direction by layer, and a band of one standard deviation.
+
+    means, spreads: of each group by its name, `[L + 1]`. layer: where the direction was found.
+    """
+    points = len(next(iter(means.values())))
+    with drawing(300) as figure:
+        axes = axes_within(figure, 44, 44, 10, 34)
+        axes.axhline(0, color=GREY, linewidth=0.7)
+        axes.axvline(layer, color=GREY, linewidth=1.0, linestyle=(0, (3, 2)))
+        x = np.arange(points)
+        for (name, mean), colour, mark in zip(means.items(), COLOURS, MARKS, strict=False):
+            middle, spread = np.asarray(mean, np.float64), np.asarray(spreads[name], np.float64)
+            axes.fill_between(x, middle - spread, middle + spread, color=colour, alpha=0.16, linewidth=0)
+            axes.plot(x, middle, color=colour, linewidth=1.5, marker=mark, markersize=3.2 if points <= 40 else 0)
+        layer_axis(axes, points)
+        axes.yaxis.set_major_locator(MaxNLocator(6))
+        axes.set_ylabel("cosine with the direction", labelpad=2)
+        axes.spines[["top", "right"]].set_visible(False)
+        legend(axes, list(means))
+        return figure
+
+
+def heads_figure(heads: Sequence[str], rows: Mapping[str, Sequence[Mapping[str, float | None]]]) -> Figure:
+    """Draws what each of a few heads writes along the direction, a mean with its interval for each group.
+
+    heads: their names. rows: of each group by its name, `{"mean", "low", "high"}` of each head.
+    """
+    with drawing(300) as figure:
+        axes = axes_within(figure, 44, 44, 10, 34)
+        axes.axhline(0, color=GREY, linewidth=0.7)
+        for number, ((_, found), colour, mark) in enumerate(zip(rows.items(), COLOURS, MARKS, strict=False)):
+            x = np.arange(len(heads)) + 0.18 * (number - (len(rows) - 1) / 2)
+            axes.plot(x, [row["mean"] for row in found], mark, color=colour, markersize=4.2, zorder=4)
+            for place, row in zip(x, found, strict=True):
+                if row["low"] is not None and row["high"] is not None:
+                    axes.plot([place, place], [row["low"], row["high"]], color=colour, linewidth=1.4)
+        size = 9 if (WIDTH - 54) / max(len(heads), 1) > 34 else 7.5
+        axes.set_xticks(range(len(heads)), heads, fontsize=size)
+        axes.set_xlim(-0.6, len(heads) - 0.4)
+        axes.tick_params(length=2.5, pad=2, labelsize=size)
+        axes.yaxis.set_major_locator(MaxNLocator(6))
+        axes.set_ylabel("written along the direction", labelpad=2)
+        axes.set_xlabel("layer . head", labelpad=2)
+        axes.spines[["top", "right"]].set_visible(False)
+        legend(axes, list(rows))
+        return figure
+
+
+def thinned(count: int, most: int = 16) -> list[str]:
+    """Returns the numbers from 0 to `count`, with "" in place of most of them where there are more than `most`."""
+    step = -(-count // most)
+    return [str(i) if i % step == 0 else "" for i in range(count)]
