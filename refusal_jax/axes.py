@@ -39,4 +39,6 @@ AXES = {
     "M": "candidate directions, in selection",
     "O": "output tokens of a reply",
     "U": "answers that a judge model can give",
+    "X": "heads that are looked at",
+    "W": "regions of a row's tokens, and what else a value can come from",
 }

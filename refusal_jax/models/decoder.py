@@ -77,6 +77,12 @@ class Block(Stack):
         scale = self.weight(name)
         return x if scale is None else normed(self.cfg, x, scale)
 
+    @property
+    def post_norm_d(self) -> jax.Array | None:
+        """Returns what a norm after attention multiplies with besides dividing by its input's norm, `[D]`; None without one."""
+        scale = self.weight("attn_post_norm")
+        return None if scale is None else self.cfg.norm_offset + scale.astype(jnp.float32)
+
     def spec(self, name: str) -> jax.sharding.PartitionSpec:
         """Returns how a weight is placed on the mesh, its layer axis included; of no axes without a mesh."""
         return weight_spec(self.mesh, weight_table(self.cfg)[f"blocks.{name}"])
@@ -112,10 +118,9 @@ class Block(Stack):
         segments: list[Segment] = [(k, v, view.allowed_btt)]
         if past is not None and view.allowed_btc is not None:
             segments.insert(0, (*past, view.allowed_btc))
-        q, norm_d = view.scaled(placed("q", q)), w("attn_post_norm")
+        q = view.scaled(placed("q", q))
         z = attend(q, segments, w("sinks"), cfg.query_scale, cfg.attention_softcap)
-        norm_d = None if norm_d is None else cfg.norm_offset + norm_d.astype(jnp.float32)
-        return Heads(q, segments, w("sinks"), z, self.out("o", z), w("o"), w("o_bias"), norm_d), (k, v)
+        return Heads(q, segments, w("sinks"), z, self.out("o", z), w("o"), w("o_bias"), self.post_norm_d), (k, v)
 
     def mlp(self, h_btd: Float[jax.Array, "B T D"], layer: Layer, apart: Stack | None) -> Float[jax.Array, "B T D"]:
         """Returns the MLP of its input, which may be a mixture of experts. apart: as in `__call__`."""

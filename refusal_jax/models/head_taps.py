@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Float
 
+from refusal_jax.axes import Array
 from refusal_jax.edits import Edits
 from refusal_jax.models.attention import Segment, pattern
 from refusal_jax.models.config import ModelConfig
@@ -53,10 +54,11 @@ def read_heads(cfg: ModelConfig, mesh, heads: Heads, edits: Edits, gate_r, taps:
         pattern_bnqt = pattern(q_bqnh, segments, heads.sinks_n, cfg.query_scale, cfg.attention_softcap)
         read["pattern"] = constrain(mesh, pattern_bnqt, "batch", divided)
     if taps.asks(*ALONG_SITES):
-        along_bd = _before_norm(cfg, heads, edits, gate_r, taps.along)
-        along_bnh = jnp.einsum("bd,df->bf", along_bd, heads.o_df.astype(jnp.float32), precision="highest")
-        along_bnh = constrain(mesh, along_bnh.reshape(-1, cfg.n_heads, cfg.head_dim), "batch", divided)
-        scale_bp = constrain(mesh, _norm_scale(cfg, heads, taps), "batch")
+        # An ablation is symmetric: it acts on either side of a product alike.
+        ablated_bd = edits.ablated(jnp.asarray(taps.along)[:, None], gate_r)[:, 0]
+        along_bd = before_norm(cfg, ablated_bd, heads.norm_d)
+        along_bnh = constrain(mesh, to_heads(cfg, along_bd, heads.o_df), "batch", divided)
+        scale_bp = constrain(mesh, norm_scale(cfg, taps.cut(heads.out_btd), heads.norm_d), "batch")
         along_bpn = jnp.einsum("bpnh,bnh->bpn", z_bpnh.astype(jnp.float32), along_bnh, precision="highest")
         read["result_along"] = along_bpn * scale_bp[..., None]
         bias_d = jnp.zeros_like(along_bd[0]) if heads.o_bias_d is None else heads.o_bias_d.astype(jnp.float32)
@@ -67,18 +69,29 @@ def read_heads(cfg: ModelConfig, mesh, heads: Heads, edits: Edits, gate_r, taps:
     return {site: read[site] for site in taps.sites if site in read}
 
 
-def _before_norm(cfg: ModelConfig, heads: Heads, edits: Edits, gate_r, along_bd) -> Float[jax.Array, "B D"]:
-    """Returns the direction before edits, residual multiplier and a post-norm's weights, whose product with the projected heads,
-    times `_norm_scale`, is that of `along_bd` with what is added to the residual. An ablation is symmetric: it acts on either
-    side of a product alike."""
-    along_bd = edits.ablated(along_bd[:, None], gate_r)[:, 0] * cfg.residual_scale
-    return jnp.asarray(along_bd if heads.norm_d is None else along_bd * heads.norm_d)
+def before_norm(
+    cfg: ModelConfig, along_bd: Float[Array, "B D"], norm_d: Float[jax.Array, " D"] | None
+) -> Float[jax.Array, "B D"]:
+    """Returns the direction before residual multiplier and a post-norm's weights, whose product with the projected heads, times
+    `norm_scale`, is that of `along_bd` with what is added to the residual. norm_d: as in `Heads`."""
+    along_bd = jnp.asarray(along_bd) * cfg.residual_scale
+    return along_bd if norm_d is None else along_bd * norm_d
 
 
-def _norm_scale(cfg: ModelConfig, heads: Heads, taps: Taps) -> Float[jax.Array, "B P"]:
-    """Returns what a post-norm multiplies each tapped token with, 1 without one."""
-    out_bpd = taps.cut(heads.out_btd).astype(jnp.float32)
-    if heads.norm_d is None:
+def to_heads(
+    cfg: ModelConfig, along_bd: Float[jax.Array, "B D"], o_df: Float[jax.Array, "D F"]
+) -> Float[jax.Array, "B N H"]:
+    """Returns the direction, one from `before_norm`, before the output projection `o_df`, as each head sees it."""
+    along_bf = jnp.einsum("bd,df->bf", along_bd, o_df.astype(jnp.float32), precision="highest")
+    return along_bf.reshape(-1, cfg.n_heads, cfg.head_dim)
+
+
+def norm_scale(
+    cfg: ModelConfig, out_bpd: Float[jax.Array, "B P D"], norm_d: Float[jax.Array, " D"] | None
+) -> Float[jax.Array, "B P"]:
+    """Returns what a post-norm multiplies each token of the projected heads with, besides `norm_d`; 1 without one."""
+    out_bpd = out_bpd.astype(jnp.float32)
+    if norm_d is None:
         return jnp.ones(out_bpd.shape[:2], jnp.float32)
     return jax.lax.rsqrt(jnp.mean(out_bpd * out_bpd, axis=-1) + cfg.norm_eps)
 

@@ -105,15 +105,28 @@ def row_parallel(
 
 
 def normed(
-    cfg: ModelConfig, x: Float[jax.Array, "... D"], scale: Float[jax.Array, "... D"]
+    cfg: ModelConfig,
+    x: Float[jax.Array, "... D"],
+    scale: Float[jax.Array, "... D"],
+    part: Float[jax.Array, "... D"] | None = None,
 ) -> Float[jax.Array, "... D"]:
     """Returns the RMS norm of the last axis, less its mean where norms are centred, times `norm_offset + scale`; float32 inside,
-    the dtype of x outside."""
-    x32 = x.astype(jnp.float32)
-    if cfg.centred_norms:
-        x32 = x32 - jnp.mean(x32, axis=-1, keepdims=True)
-    x32 = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + cfg.norm_eps)
-    return ((cfg.norm_offset + scale.astype(jnp.float32)) * x32).astype(x.dtype)
+    the dtype of x outside.
+
+    part: of `x`; its share of the norm is returned in place of the whole, in its own dtype. Shares of parts that sum to `x` sum
+    to its norm, since each is divided by the root mean square of the whole.
+    """
+
+    def centred(x):
+        x32 = x.astype(jnp.float32)
+        return x32 - jnp.mean(x32, axis=-1, keepdims=True) if cfg.centred_norms else x32
+
+    x32 = centred(x)
+    root = jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + cfg.norm_eps)
+    own = x32 if part is None else centred(part)
+    return ((cfg.norm_offset + scale.astype(jnp.float32)) * (own * root)).astype(
+        x.dtype if part is None else part.dtype
+    )
 
 
 def gated(
