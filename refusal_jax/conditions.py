@@ -169,7 +169,65 @@ class Add(Intervention):
         return {"kind": self.verb, "scale": self.scale, "layers": list(self.at(cfg))}
 
 
-INTERVENTIONS: dict[str, type[Intervention]] = {one.name: one for one in (Baseline, Ablate, Add)}
+def with_origin(direction: Direction, means: Mapping[str, np.ndarray]) -> Direction:
+    """Returns the direction with the mean residual of the harmless prompts at its place, as `Affine` needs it.
+
+    means: what a study writes, by name; where these have none at the direction's place, it stays as it is.
+    """
+    harmless_pld = means.get("harmless")
+    if harmless_pld is None or direction.position is None or direction.layer is None:
+        return direction
+    return dataclasses.replace(direction, origin_d=np.float64(harmless_pld[direction.position, direction.layer]))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Affine(Intervention):
+    """Gives every token the same coordinate along a direction at the input of the block where it was read (affine concept
+    editing, arXiv 2411.09003): that of the mean harmless prompt, plus `scale` times the direction's norm.
+
+    So 0 is where harmless prompts are along it, and 1 where harmful ones are. direction: with its `origin_d`.
+    """
+
+    direction: Direction
+    scale: float = 0.0
+
+    name = "affine"
+    verb = "affine"
+
+    @classmethod
+    def of(cls, direction: Direction, harmful: bool) -> "Affine":
+        """Returns the edit to 0 for harmful prompts, which bypasses refusal, and to 1 for others, which induces it."""
+        return cls(direction, 0.0 if harmful else 1.0)
+
+    @classmethod
+    def label(cls, harmful: bool) -> str:
+        """Returns the edit with its scale."""
+        return "affine, to 0" if harmful else "affine, to 1"
+
+    @property
+    def target(self) -> float:
+        """Returns the coordinate along the unit direction that every token gets. Raises UserError where the mean of the harmless
+        prompts is not known."""
+        if self.direction.origin_d is None:
+            raise UserError(
+                "An affine edit needs the mean activation of the harmless prompts, which this direction comes without. Use the "
+                "folder of a study, whose mean_diffs.safetensors has it."
+            )
+        return (
+            float(self.direction.origin_d @ self.direction.raw_d / self.direction.norm)
+            + self.scale * self.direction.norm
+        )
+
+    def edits(self, cfg: ModelConfig) -> Edits:
+        """Returns a row that sets the coordinate. Raises UserError for a direction of another model, for several, and for one
+        whose layer or origin is not known."""
+        self.direction.check_width(cfg.d_model)
+        (layer,) = Add(self.direction).at(cfg)
+        return Edits.affine(self.direction.raw_d, self.target, layer, cfg.n_layers)
+
+
+INTERVENTIONS: dict[str, type[Intervention]] = {one.name: one for one in (Baseline, Ablate, Add, Affine)}
+USUAL = (Baseline, Ablate, Add)  # those that every study with a direction measures
 
 
 def _layers_of(cfg: ModelConfig, layers: Sequence[int]) -> tuple[int, ...]:

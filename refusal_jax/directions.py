@@ -50,7 +50,7 @@ class Direction:
 
     raw_jd: float64 `[J, D]`. layer, position: at which block's input, and which token from the prompt's end, a single direction
     was read, where that is known. files: sha256 of each file they come from, by name. taken: what was taken out of each file,
-    in words.
+    in words. origin_d: the mean residual of the harmless prompts at that place, float64 `[D]`, where that is known.
     """
 
     raw_jd: np.ndarray
@@ -58,6 +58,7 @@ class Direction:
     position: int | None = None
     files: dict[str, str] = dataclasses.field(default_factory=dict)
     taken: tuple[str, ...] = ()
+    origin_d: np.ndarray | None = None
 
     def __post_init__(self):
         """Raises UserError for what is no direction: zero, not finite, or in the span of the others."""

@@ -107,6 +107,21 @@ class Edits:
         )
 
     @classmethod
+    def affine(cls, direction, target, layer: int, n_layers: int) -> "Edits":
+        """Returns affine editing (arXiv 2411.09003): at the input of block `layer`, of `n_layers`, it gives every token the
+        coordinate `target` along the unit direction, whatever it was: x <- x - (x . d) d + target d.
+
+        direction: `[D]` or `[R, D]`, of any norm. target: in the residual stream's units, a number or one for each row, `[R]`.
+        Raises ValueError for a direction or target that is not finite, for a zero direction and for a layer out of range.
+        """
+        rows, target_r = np.atleast_2d(_rows(direction, 2)), np.atleast_1d(np.asarray(target, np.float64))
+        norms = np.linalg.norm(rows, axis=-1, keepdims=True)
+        if not (norms > 0).all() or not np.isfinite(target_r).all():
+            raise ValueError("an affine edit needs a direction that is not zero and a target that is a finite number")
+        without = cls.ablate(rows, layers=[layer], n_layers=n_layers, sites=SITES[:1])
+        return without.adding(cls.add(target_r[:, None] * rows / norms, layer))
+
+    @classmethod
     def concat(cls, parts: Sequence["Edits"]) -> "Edits":
         """Returns the rows of all `parts`, in order, padded to the same number of directions, layers and additions."""
         n_layers = max(p.gate_rls.shape[1] for p in parts)

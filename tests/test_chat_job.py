@@ -1,5 +1,6 @@
 """The terminal chat: projections of growing replies, commands, two columns on a small terminal, untrusted text."""
 
+import dataclasses
 import re
 import shutil
 import types
@@ -116,6 +117,11 @@ def test_commands_switch_edits_while_it_runs(session, direction):
     np.testing.assert_allclose(session.edits().add_rd, [0 * direction, -direction], rtol=1e-6)
     session.command("/layer 1")
     assert session.edits().layer_ra.tolist() == [[-1], [1]] and session.titles[1] == "addition × -1 at layer 1"
+    session.direction = dataclasses.replace(session.direction, origin_d=2 * direction)
+    assert "affine, to 1 at layer 2" in session.command("/affine 1")
+    wanted = Edits.affine(direction, 3 * np.linalg.norm(direction), LAYER, 3)
+    np.testing.assert_allclose(session.edits().add_rd[1:], wanted.add_rd, rtol=1e-5)
+    assert "affine, to 0" in session.command("/affine")
     assert "no edit" in session.command("/off")
     assert not session.edits().add_rd.any() and not session.edits().ablate_rjd.any()
     assert session.command("/numbers") == "Numbers are shown."
@@ -138,6 +144,7 @@ def test_commands_switch_edits_while_it_runs(session, direction):
         ("/\x1b[2J", r"/\\x1b\[2J is not a command"),
         ("/add much", "/add takes a number, not 'much'"),
         ("/ablate inf", "/ablate takes a number, not 'inf'"),
+        ("/affine", "needs the mean activation of the harmless prompts"),
         ("/layer 3", "There is no layer 3: the model's layers are 0 to 2"),
         ("/layer 0.5", "There is no layer 0.5"),
     ],

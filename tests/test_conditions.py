@@ -8,6 +8,7 @@ from refusal_jax.conditions import (
     INTERVENTIONS,
     Ablate,
     Add,
+    Affine,
     Baseline,
     Condition,
     datasets,
@@ -15,6 +16,7 @@ from refusal_jax.conditions import (
     rank,
     split_stem,
     stem_of,
+    with_origin,
 )
 from refusal_jax.directions import Direction
 from refusal_jax.export.tensor_edits import WEIGHT_SITES, check_edit
@@ -64,7 +66,12 @@ def test_conditions_are_named_once():
     assert ablated.file("completions") == f"completions/{ablated.stem}_completions.json"
     assert added.file("evaluations") == "completions/harmless_actadd_evaluations.json" and added.label == "+ addition"
     assert Condition(known["harmful"], Add).label == label_of("actadd", True) == "− addition"
-    assert label_of("prompted", True) == "prompted" and tuple(INTERVENTIONS) == ("baseline", "ablation", "actadd")
+    assert label_of("prompted", True) == "prompted" and tuple(INTERVENTIONS) == (
+        "baseline",
+        "ablation",
+        "actadd",
+        "affine",
+    )
     for kind in ("completions", "evaluations", "jailbreakbench"):
         assert stem_of(ablated.file(kind)) == ablated.stem
     assert split_stem("jailbreakbench_ablation") == ("jailbreakbench", "ablation") and split_stem("mine") == (
@@ -77,6 +84,24 @@ def test_conditions_are_named_once():
             UserError, match=f"unknown condition '{name}': it is harmful_ or harmless_ followed by one of"
         ):
             Condition.parse(name, known)
+
+
+def test_affine_edits_go_to_where_harmless_or_harmful_prompts_are(cfg):
+    harmless_pld = np.random.default_rng(1).normal(size=(2, 3, 32))
+    direction = with_origin(ONE, {"harmless": harmless_pld})
+    unit, norm = ROWS[0] / np.linalg.norm(ROWS[0]), np.linalg.norm(ROWS[0])
+    harmless, harmful = harmless_pld[-1, 1] @ unit, (harmless_pld[-1, 1] + ROWS[0]) @ unit
+    known = datasets(get_config().data)
+    for side, target in (("harmful", harmless), ("harmless", harmful)):
+        condition = Condition.parse(f"{side}_affine", known)
+        assert same(condition.edits(direction, cfg), Edits.affine(ROWS[0], target, 1, 3), cfg)
+    assert Affine(direction, 0.5).target == pytest.approx(harmless + norm / 2)
+    assert [Condition(known[side], Affine).label for side in known] == ["affine, to 0", "affine, to 1"]
+    assert with_origin(ONE, {}) is ONE and with_origin(SPAN, {"harmless": harmless_pld}) is SPAN
+    with pytest.raises(UserError, match="needs the mean activation of the harmless prompts.*Use the folder of a study"):
+        Affine(ONE).edits(cfg)
+    with pytest.raises(UserError, match="does not tell at which layer"):
+        Affine(Direction.of(ROWS[0])).edits(cfg)
 
 
 def test_addition_is_subtracted_on_the_harmful_side(cfg):

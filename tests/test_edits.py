@@ -179,6 +179,31 @@ def test_an_addition_at_several_layers_equals_torch_hooks(model, hf, batch, dire
     np.testing.assert_allclose(np.asarray(model.logits(tokens, mask, edits)), theirs, rtol=1e-4, atol=1e-4)
 
 
+def test_affine_edits_equal_torch_hooks(model, hf, batch, direction):
+    """At the input of a block, and nowhere else, every token gets one coordinate, whatever it had; rows have their own."""
+    tokens, mask = batch
+    unit = torch.tensor(direction / np.linalg.norm(direction), dtype=torch.float32)
+    targets = np.array([2.5, -1.0, 0.0])
+
+    def hook(module, args):
+        x = args[0]
+        along = torch.tensor(targets, dtype=torch.float32)[:, None, None] - (x @ unit)[..., None]
+        return (x + along * unit, *args[1:])
+
+    handle = hf.model.layers[1].register_forward_pre_hook(hook)
+    try:
+        theirs = tiny.hf_forward(hf, tokens, mask).logits.numpy()[:, -1]
+    finally:
+        handle.remove()
+    edits = Edits.affine(np.stack([direction] * 3), targets, 1, 3)
+    np.testing.assert_allclose(np.asarray(model.logits(tokens, mask, edits)), theirs, rtol=1e-4, atol=1e-4)
+    tapped = model.taps(tokens, mask, Taps(("resid_pre",)), edits)["resid_pre"]
+    along = np.asarray(tapped)[1] @ (direction / np.linalg.norm(direction))
+    np.testing.assert_allclose(along, np.broadcast_to(targets[:, None], along.shape), atol=1e-4)
+    alone = Edits.affine(direction, -1.0, 1, 3)
+    np.testing.assert_array_equal(alone.take([0]).add_rd, edits.take([1]).add_rd)
+
+
 def test_edits_at_one_layer():
     edits = Edits.ablate(np.ones(4), layers=[1], n_layers=3).adding(Edits.add(np.ones(4), 2))
     gates = [edits.at_layer(layer).gate_rls.any() for layer in range(3)]
@@ -283,6 +308,9 @@ BAD_CALLS = {
         lambda: Edits.ablate(np.ones(4), layers=[1], n_layers=2).for_batch(1, 3, 4),
         "has gates for 2 layers, the model has 3",
     ),
+    "affine-zero": (lambda: Edits.affine(np.zeros(4), 1.0, 0, 3), "needs a direction that is not zero and a target"),
+    "affine-nan": (lambda: Edits.affine(np.ones(4), np.nan, 0, 3), "and a target that is a finite number"),
+    "affine-above": (lambda: Edits.affine(np.ones(4), 1.0, 3, 3), "layer 3 is out of range; layers count from 0 to 2"),
     "add-above": (
         lambda: Edits.add(np.ones(4), 3).for_batch(1, 3, 4),
         "adds at layer 3, the model's layers are 0 to 2",

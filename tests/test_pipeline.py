@@ -22,7 +22,7 @@ from refusal_jax.judges import models as judge_models
 from refusal_jax.judges.judge import Verdict
 from refusal_jax.report.page import model_title
 from refusal_jax.report.summary import read_conditions
-from refusal_jax.report.text import template_line
+from refusal_jax.report.text import template_line, text_summary
 from refusal_jax.runs.artifacts import DAMAGE, DIRECTION, MEANS, PROJECTIONS, REPORT, SCORES, SETUP, STATISTICS
 from refusal_jax.study import directions, prompts, shared
 from refusal_jax.study import report as report_stage
@@ -174,8 +174,13 @@ def test_over_refusal_sets_that_are_not_there(config, tmp_path):
 
 def test_study_without_baselines(config, tmp_path):
     """Conditions are the user's choice; without harmless baselines there is no on-distribution loss, and no error."""
-    config.generation.conditions = ("harmful_ablation",)
-    assert pipeline.run_study(config, tmp_path / "run").worked == STAGES
+    config.generation.conditions = ("harmful_ablation", "harmless_affine")
+    run = pipeline.run_study(config, tmp_path / "run")
+    assert run.worked == STAGES
+    # An affine edit is measured where a condition names it, as all others are, and rests on the means.
+    assert run.exists("completions/harmless_affine_evaluations.json") and run.exists("loss_evals/affine_loss_eval.json")
+    assert "mean_diffs.safetensors" in run.manifest["stages"]["completions"]["reads"]
+    assert "affine, to 1" in text_summary(run, pipeline.SECTIONS)
 
 
 def test_refusal_tokens_from_data(config, tmp_path, monkeypatch):

@@ -38,6 +38,13 @@ POST_NORMS = {"attn_out": "blocks.attn_post_norm", "mlp_out": "blocks.mlp_post_n
 MOST_AMPLIFICATION = 10.0
 
 
+NO_WEIGHTS = (
+    "An affine edit sets a coordinate at the input of one block and leaves it as it was for the blocks before, which read what "
+    "the same weights have written. So no weights and biases hold it exactly. Export an ablation, or edit at inference time "
+    "with refusal_jax.Edits.affine."
+)
+
+
 def check_edit(cfg: ModelConfig, edit: Ablate | Add) -> None:
     """Raises UserError for a direction of another width, a scale of zero, sites that no weight writes to, layers out of range, an
     addition of several directions, and one whose layer nothing tells."""

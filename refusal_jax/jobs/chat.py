@@ -7,7 +7,7 @@
 
 Both columns receive the same messages, and each continues with its own replies. The left column is the unedited model;
 in the right one the direction is ablated, which you can change while you chat by commands such as /add 1, /add -1,
-/off, /layer 12 and /help. Ctrl-C stops a reply, Ctrl-D or /quit ends the chat. Decoding is greedy;
+/affine 0, /off, /layer 12 and /help. Ctrl-C stops a reply, Ctrl-D or /quit ends the chat. Decoding is greedy;
 --generation_from_checkpoint applies the settings of generation_config.json that change greedy replies.
 
 Each token's colour shows the projection of the residual stream on the direction at that token, at the input of the
@@ -32,6 +32,8 @@ from absl import flags
 
 from refusal_jax.chat.model import demo_model_path, load_model
 from refusal_jax.checkpoints.remote import checkpoint_folder
+from refusal_jax.checkpoints.safetensors import read_tensors
+from refusal_jax.conditions import with_origin
 from refusal_jax.errors import UserError, print_error
 from refusal_jax.export.finished import FinishedStudy
 from refusal_jax.files import local_path
@@ -40,6 +42,7 @@ from refusal_jax.jobs import common, devices
 from refusal_jax.models.decoding import in_words
 from refusal_jax.models.hf_config import load_config
 from refusal_jax.organism.direction import embedded
+from refusal_jax.runs.artifacts import MEANS
 from refusal_jax.study.projections import study_thresholds
 from refusal_jax.surrogates import mended
 from refusal_jax.terminal.screen import escaped
@@ -121,6 +124,8 @@ def start() -> Session:
     settings |= (studies[0].template if studies else {}) | given
     folder = checkpoint_folder(MODEL.value) if MODEL.value else model_of([path], studies)
     (direction,) = one_each([path], LAYER.value, POSITION.value, load_config(folder).n_layers)
+    if (path / MEANS).is_file():
+        direction = with_origin(direction, read_tensors(path / MEANS))
     print(f"The edits use {direction.summary}.")
     model = load_model(folder, dtype, mesh, progress=True, **settings)
     history = folder != demo_model_path() if HISTORY.value is None else HISTORY.value

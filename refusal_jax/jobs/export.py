@@ -31,7 +31,7 @@ from absl import flags
 from refusal_jax.checkpoints.fingerprint import checkpoint_fingerprint
 from refusal_jax.checkpoints.mirrors import on_the_hub
 from refusal_jax.checkpoints.remote import checkpoint_folder
-from refusal_jax.conditions import Ablate, Add
+from refusal_jax.conditions import Ablate, Add, Affine
 from refusal_jax.directions import direction_file, read_direction
 from refusal_jax.errors import UserError, VerificationError
 from refusal_jax.export.finished import FinishedStudy
@@ -39,7 +39,7 @@ from refusal_jax.export.hf import TIED
 from refusal_jax.export.hub import push
 from refusal_jax.export.provenance import check
 from refusal_jax.export.run import FORMATS, Request, export
-from refusal_jax.export.tensor_edits import WEIGHT_SITES
+from refusal_jax.export.tensor_edits import NO_WEIGHTS, WEIGHT_SITES
 from refusal_jax.files import local_path
 from refusal_jax.jobs import common
 from refusal_jax.models.hf_config import load_config
@@ -70,7 +70,12 @@ FORMAT = flags.DEFINE_enum(
     FORMATS,
     "What to write: an edited checkpoint, a LoRA adapter for PEFT, or a control vector for llama.cpp.",
 )
-EDIT = flags.DEFINE_enum("edit", Ablate.verb, (Ablate.verb, Add.verb), "Whether to remove the direction or add it.")
+EDIT = flags.DEFINE_enum(
+    "edit",
+    Ablate.verb,
+    (Ablate.verb, Add.verb, Affine.verb),
+    "Whether to remove the direction or add it. No weights hold an affine edit, which is refused.",
+)
 SCALE = flags.DEFINE_float(
     "scale", 1.0, "Fraction of the direction to remove, or multiple of it to add (-1 subtracts it)."
 )
@@ -131,6 +136,8 @@ def main(argv) -> None:
 def read_request(argv) -> Request:
     """Returns what the flags ask for. Raises UserError for a direction or model that does not exist, or that do not
     belong together."""
+    if EDIT.value == Affine.verb:
+        raise UserError(NO_WEIGHTS)
     paths = [local_path(path) for path in common.required(DIRECTION, EXAMPLE)]
     folders = [path for path in paths if path.is_dir() or not path.suffix]
     study = (

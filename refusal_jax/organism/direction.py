@@ -1,5 +1,6 @@
 """The refusal direction of the embedded model, which is ready without a study."""
 
+import dataclasses
 from typing import NamedTuple
 
 import numpy as np
@@ -36,7 +37,8 @@ def embedded(model: ChatModel, layer: int | None = None) -> Embedded:
     for side, sign in (("harmful", 1), ("harmless", -1)):
         prompts = [row["instruction"] for row in read_prompts(resolve(BUNDLED, f"{side}_train"))[:TRAIN]]
         means[side] = extract(model, prompts, openers, 1, sign, 64, f"{side} prompts").mean_lpd[:, -1]
-    direction = Direction.of(
-        difference_in_means(means["harmful"][LAYER], means["harmless"][LAYER]), LAYER if layer is None else layer
-    )
+    difference = difference_in_means(means["harmful"][LAYER], means["harmless"][LAYER])
+    direction = Direction.of(difference, LAYER if layer is None else layer)
+    if direction.layer == LAYER:
+        direction = dataclasses.replace(direction, origin_d=means["harmless"][LAYER])
     return Embedded(direction, (means["harmful"] + means["harmless"]) @ direction.basis_jd[0] / 2)

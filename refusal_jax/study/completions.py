@@ -25,7 +25,7 @@ from refusal_jax.plan.programs import Group, Program, Shapes
 from refusal_jax.progress import Progress
 from refusal_jax.report.findings import Findings, Section
 from refusal_jax.report.summary import JudgedCondition
-from refusal_jax.runs.artifacts import DIRECTION, METADATA, PROMPTS, SCORES, SETUP, STATISTICS
+from refusal_jax.runs.artifacts import PROMPTS, SCORES, SETUP, STATISTICS
 from refusal_jax.runs.ledger import Ledger
 from refusal_jax.runs.stage import Stage
 from refusal_jax.study.shared import Study
@@ -211,7 +211,7 @@ def values(findings: Findings) -> dict:
 STAGE = Stage(
     "completions",
     complete_prompts,
-    reads=lambda study: [PROMPTS, METADATA, DIRECTION, *([SETUP] if score_names(study) else [])],
+    reads=lambda study: [PROMPTS, *study.of_direction, *([SETUP] if score_names(study) else [])],
     writes=lambda study: [*study.files("completions"), *score_names(study)],
     programs=Group("completions", "generation", programs, assumed="every reply is as long as it may be"),
     section=Section(pathlib.Path(__file__).with_name("completions.html.jinja"), {"samples": "Completions"}, values),

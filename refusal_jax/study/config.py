@@ -62,7 +62,7 @@ class GenerationSettings(Settings, path="generation"):
     batch_size: int = option(0, f"Number of completions decoded together; {FITTING}")
     conditions: tuple[str, ...] = option(
         ("harmful_baseline", "harmful_ablation", "harmful_actadd", "harmless_baseline", "harmless_actadd"),
-        "Pairs of prompts and intervention to complete: harmful or harmless, and baseline, ablation or actadd",
+        "Pairs of prompts and intervention to complete: harmful or harmless, and baseline, ablation, actadd or affine",
     )
 
 

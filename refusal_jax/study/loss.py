@@ -13,7 +13,7 @@ import numpy as np
 from refusal_jax.chat.loss_rows import LossRow, chat_rows, text_rows
 from refusal_jax.chat.model import ChatModel
 from refusal_jax.chat.padding import bucket
-from refusal_jax.conditions import INTERVENTIONS, Baseline, Condition, label_of
+from refusal_jax.conditions import INTERVENTIONS, USUAL, Baseline, Condition, Intervention, label_of
 from refusal_jax.data.prompts import distinct, read_chat_pairs, read_prompts, resolve
 from refusal_jax.edits import Edits
 from refusal_jax.errors import UserError, field
@@ -26,7 +26,7 @@ from refusal_jax.plan.programs import Group, Program, Shapes
 from refusal_jax.progress import each
 from refusal_jax.report.findings import Findings, Section
 from refusal_jax.report.summary import damage_in_words, loss_change, read_damage, read_losses
-from refusal_jax.runs.artifacts import DAMAGE, DIRECTION, METADATA, loss_name
+from refusal_jax.runs.artifacts import DAMAGE, loss_name
 from refusal_jax.runs.ledger import Ledger
 from refusal_jax.runs.stage import Stage
 from refusal_jax.study.shared import Study
@@ -159,13 +159,20 @@ def own_answers(study: Study) -> list[str]:
     return [condition.file("completions") for condition in study.conditions if condition == wanted]
 
 
+def interventions(study: Study) -> list[type[Intervention]]:
+    """Returns the interventions whose losses a study measures: the paper's, and those that its conditions name."""
+    named = {condition.intervention for condition in study.conditions}
+    return [one for one in INTERVENTIONS.values() if one in USUAL or one in named]
+
+
 def measure(study: Study, ledger: Ledger) -> None:
-    """Writes the loss at baseline, under ablation and under -addition, and how far these move the next-token distributions along
-    the model's own answers to harmless prompts."""
+    """Writes the loss at baseline, under ablation, under -addition and under what else the conditions name, and how far these
+    move the next-token distributions along the model's own answers to harmless prompts."""
     answers = [row for name in own_answers(study) for row in study.run.read_json(name)]
     sets = loss_datasets(study.model, study.config.loss, answers)
     size, moved = study.sizes.loss, {}
-    for kind, intervention in INTERVENTIONS.items():
+    for intervention in interventions(study):
+        kind = intervention.name
         edits = Condition(study.datasets["harmful"], intervention).edits(study.direction(), study.model.config)
         found = {
             title: measure_loss(study.model, rows, edits, size, f"{title}, {kind}") for title, rows in sets.items()
@@ -193,36 +200,46 @@ def programs(shapes: Shapes, rows: int) -> list[Program]:
 
 
 def loss_rows(losses: dict[str, dict[str, dict]]) -> list[dict]:
-    """Returns for each data set its token count, and for each intervention its loss, perplexity and change of the loss."""
+    """Returns for each data set its token count, and for each intervention that was measured its loss, perplexity and change of
+    the loss."""
+    kinds = measured(losses)
     return [
         {
             "dataset": name,
             "n_tokens": next(iter(by.values()))["n_tokens"],
             "cells": [
                 {**by[kind], "change": None if kind == Baseline.name else loss_change(by, kind)} if kind in by else None
-                for kind in INTERVENTIONS
+                for kind in kinds
             ],
         }
         for name, by in losses.items()
     ]
 
 
+def measured(losses: dict[str, dict[str, dict]]) -> list[str]:
+    """Returns the names of the interventions under which there is any loss, and the usual ones, in their order."""
+    found = {kind for by in losses.values() for kind in by} | {one.name for one in USUAL}
+    return [kind for kind in INTERVENTIONS if kind in found]
+
+
 def values(findings: Findings) -> dict:
     """Returns the losses and distances that the report shows."""
+    losses = read_losses(findings.run)
     return {
-        "interventions": list(INTERVENTIONS),
-        "losses": loss_rows(read_losses(findings.run)),
+        "interventions": measured(losses),
+        "losses": loss_rows(losses),
         "kl": read_damage(findings.run),
     }
 
 
 def lines(findings: Findings) -> list[str]:
     """Returns the losses and distances, for the text summary."""
-    labels = {name: intervention.label(harmful=True) for name, intervention in INTERVENTIONS.items()}
+    losses = read_losses(findings.run)
+    labels = {name: label_of(name, harmful=True) for name in measured(losses)}
     widths = {name: len(label) + (1 if name == Baseline.name else 2) for name, label in labels.items()}
     columns = "".join(f"{label:>{widths[name]}}" for name, label in labels.items())
     lines = ["", f"{'cross-entropy on':<18}{columns}{'tokens':>9}"]
-    for name, by in read_losses(findings.run).items():
+    for name, by in losses.items():
         values = "".join(f"{by[kind]['ce_loss']:>{width}.3f}" for kind, width in widths.items())
         lines.append(f"{name:<18}{values}{by[Baseline.name]['n_tokens']:>9}")
     for kind, row in read_damage(findings.run).items():
@@ -236,7 +253,7 @@ def lines(findings: Findings) -> list[str]:
 STAGE = Stage(
     "loss",
     measure,
-    reads=lambda study: [*own_answers(study), METADATA, DIRECTION],
+    reads=lambda study: [*own_answers(study), *study.of_direction],
     writes=(*map(loss_name, INTERVENTIONS), DAMAGE),
     skipped=lambda study: study.without_direction,
     programs=Group("loss", "loss", programs),

@@ -12,7 +12,7 @@ import jax
 from refusal_jax import distributed
 from refusal_jax.chat.model import ChatModel, load_model, weights_dtype
 from refusal_jax.chat.prompts import Chat
-from refusal_jax.conditions import Ablate, Baseline, Condition, Dataset, Kind, datasets
+from refusal_jax.conditions import Ablate, Affine, Baseline, Condition, Dataset, Kind, datasets, with_origin
 from refusal_jax.data.sampling import over_refusal_names
 from refusal_jax.directions import Direction
 from refusal_jax.errors import UserError, field
@@ -20,7 +20,7 @@ from refusal_jax.judges.judge import Judge
 from refusal_jax.models.hf_config import load_config
 from refusal_jax.plan.planner import run_mesh, run_sizes
 from refusal_jax.plan.programs import USUAL_LENGTH, Group, Sizes, Workload
-from refusal_jax.runs.artifacts import FILTER, NO_DIRECTION, PROMPTS, SETUP
+from refusal_jax.runs.artifacts import DIRECTION, FILTER, MEANS, METADATA, NO_DIRECTION, PROMPTS, SETUP
 from refusal_jax.runs.run import Run
 from refusal_jax.study.config import StudyConfig
 
@@ -152,6 +152,13 @@ class Study:
         """Returns that the study found no direction, in words, or "" if it found one or has not looked for it yet."""
         return "The study found no direction." if self.run.exists(NO_DIRECTION) else ""
 
+    @property
+    def of_direction(self) -> tuple[str, ...]:
+        """Returns the names of the files that `direction` reads: the means too, if a condition needs the direction's origin."""
+        affine = any(condition.intervention is Affine for condition in self.conditions)
+        return (METADATA, DIRECTION, MEANS) if affine else (METADATA, DIRECTION)
+
     def direction(self) -> Direction:
-        """Returns the selected direction."""
-        return Direction.selected(self.run)
+        """Returns the selected direction, with its origin where a condition needs that."""
+        selected = Direction.selected(self.run)
+        return with_origin(selected, self.run.read_tensors(MEANS)) if MEANS in self.of_direction else selected

@@ -11,7 +11,7 @@ from refusal_jax.chat.messages import NONE
 from refusal_jax.chat.model import ChatModel
 from refusal_jax.chat.projection_monitor import disagreement
 from refusal_jax.chat.prompts import Chat
-from refusal_jax.conditions import Ablate, Add, Baseline
+from refusal_jax.conditions import Ablate, Add, Affine, Baseline
 from refusal_jax.directions import Direction
 from refusal_jax.edits import Edits
 from refusal_jax.errors import UserError, setting
@@ -22,6 +22,8 @@ from refusal_jax.terminal.screen import Piece, escaped
 HELP = """Type a message, and both models reply to it, each in its own conversation. Commands:
   /ablate [PART]   take the direction out at every layer and token (PART 1 unless given)
   /add [SCALE]     add the direction at its layer, SCALE times (1 unless given; -1 subtracts it)
+  /affine [PART]   give every token the direction's coordinate of harmless prompts at its layer (0 unless given), or of harmful
+                   ones (1)
   /off             no edit: both columns are the model as it is
   /layer N         read the projections, and add, at the input of layer N
   /numbers         show each token's projection as a number too, or no longer
@@ -30,7 +32,7 @@ HELP = """Type a message, and both models reply to it, each in its own conversat
   /help            this text
   /quit            leave (as do Ctrl-D and the end of a file); Ctrl-C stops a reply
 Colours: red tokens lie along the direction, blue ones against it; full colour is 0.6 of the direction's length or more."""
-EDITS = ("off", Ablate.verb, Add.verb)
+EDITS = {"off": 1.0, Ablate.verb: 1.0, Add.verb: 1.0, Affine.verb: 0.0}  # with their scales unless given
 
 
 @dataclasses.dataclass
@@ -103,6 +105,7 @@ class Session:
             "off": "no edit",
             Ablate.verb: f"{Ablate.name}{scale}",
             Add.verb: f"addition{scale} at layer {self.layer}",
+            Affine.verb: f"{Affine.name}, to {self.scale:g} at layer {self.direction.layer}",
         }
         return [Baseline.name, edits[self.edit]]
 
@@ -112,6 +115,7 @@ class Session:
             "off": Baseline(),
             Ablate.verb: Ablate(self.direction, scale=self.scale),
             Add.verb: Add(self.direction, [self.layer], self.scale),
+            Affine.verb: Affine(self.direction, self.scale),
         }
         return Edits.concat([one.edits(self.model.config) for one in (Baseline(), edited[self.edit])])
 
@@ -120,8 +124,10 @@ class Session:
         command."""
         name, _, argument = line[1:].strip().partition(" ")
         if name in EDITS and not (name == "off" and argument):
-            self.scale = self._number(name, argument) if argument else 1.0
-            self.edit = name
+            scale = self._number(name, argument) if argument else EDITS[name]
+            if name == Affine.verb:
+                Affine(self.direction, scale).edits(self.model.config)  # it may lack what that needs
+            self.edit, self.scale = name, scale
         elif name == "layer" and argument:
             self.layer = self._layer(self._number(name, argument))
         elif name == "numbers" and not argument:
@@ -204,8 +210,9 @@ class Session:
         return Turn(pieces, done, prompt, along, warnings)
 
     def _warning(self, row: int, prompt: float, reply: str) -> str | None:
-        """Returns where the projection at the prompt's end and the reply disagree; an ablation leaves nothing to read."""
-        if self.thresholds is None or (row and self.edit == Ablate.verb):
+        """Returns where the projection at the prompt's end and the reply disagree; an ablation leaves nothing to read, and an
+        affine edit the same for all prompts."""
+        if self.thresholds is None or (row and self.edit in (Ablate.verb, Affine.verb)):
             return None
         (verdict,) = self.judge.judge([{"prompt": "", "response": reply}])
         if verdict is None or verdict.outcome not in (Outcome.REFUSES, Outcome.COMPLIES):
