@@ -329,10 +329,12 @@ class Decoder(nnx.Module):
         taps: Taps = NO_TAPS,
         cache: Cache | None = None,
         layers=None,
+        remat: bool = False,
     ) -> Output:
         """Runs all blocks on residuals `x_btd`, of whole prompts or, with a cache, of the tokens that follow it.
 
-        layers: `self.layers(edits)`, or that `unstacked`, which the cache must then be too.
+        layers: `self.layers(edits)`, or that `unstacked`, which the cache must then be too. remat: whether a gradient computes a
+        block's values anew instead of keeping those of all blocks.
         """
 
         def body(x, layer):
@@ -340,6 +342,7 @@ class Decoder(nnx.Module):
             x, tapped, new = block(x, own, ctx, edits, taps, past, self.apart)
             return x, (tapped, new)
 
+        body = jax.checkpoint(body) if remat else body
         layers = self.layers(edits) if layers is None else layers
         past = None if cache is None else cache.kv
         if not isinstance(layers, list):

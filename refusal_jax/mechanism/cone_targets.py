@@ -1,0 +1,81 @@
+"""The texts that cones are trained on, all of them the model's own: nothing of them is stored.
+
+Compliant replies to harmful prompts are what the model says while its difference in means is ablated, refusals are what it
+says to harmful prompts by itself, and what is to be kept are its replies to harmless prompts.
+"""
+
+import re
+from collections.abc import Sequence
+
+from refusal_jax.chat.loss_rows import chat_rows
+from refusal_jax.chat.messages import Prompt
+from refusal_jax.chat.model import ChatModel
+from refusal_jax.conditions import Ablate
+from refusal_jax.directions import Direction
+from refusal_jax.edits import Edits
+from refusal_jax.errors import UserError, field
+from refusal_jax.judges.text import EXTENDED
+from refusal_jax.mechanism.cones import ConeData
+from refusal_jax.mechanism.direction_loss import TargetRows, width
+
+LEAST = 4  # prompts of each kind
+SENTENCE = re.compile(r"(?<=[.!?])\s")
+
+
+def replies(model: ChatModel, prompts: Sequence[Prompt], tokens: int, edits: Edits | None, rows: int) -> list[str]:
+    """Returns the greedy replies to prompts, in their order, of at most so many tokens; of a thought only what follows it."""
+    found = [""] * len(prompts)
+    batch = model.encode(list(prompts))
+    for index, ids in model.reply_ids(batch, tokens, edits, rows=rows):
+        for number, reply in zip(index, model.chat.replies(ids), strict=True):
+            found[number] = reply.row["response"]
+    return found
+
+
+def cone_data(
+    model: ChatModel,
+    direction: Direction,
+    harmful: Sequence[Prompt],
+    harmless: Sequence[Prompt],
+    *,
+    tokens: int,
+    rows: int,
+    least: int = LEAST,
+) -> ConeData:
+    """Returns the rows of text that cones are trained on: as many of each kind.
+
+    direction: the difference in means. tokens: of a reply at most. rows: of prompts that are decoded together. least: prompts of
+    each kind that are needed. Raises UserError if the model refuses no harmful prompt, or if too few are left that it refuses and
+    answers under ablation, or too few harmless ones that it answers.
+    """
+    refusals = replies(model, harmful, tokens, None, rows)
+    refused = [i for i, reply in enumerate(refusals) if reply and not EXTENDED.complies(reply)]
+    if not refused:
+        raise UserError(
+            f"The model refuses none of the {len(harmful)} harmful training prompts by its words (judge {EXTENDED.name}), so that "
+            f"there is no refusal for a cone to learn. Read the study's completions, or leave cones out with {field('parts')}."
+        )
+    ablated = Ablate(direction).edits(model.config)
+    answers = dict(zip(refused, replies(model, [harmful[i] for i in refused], tokens, ablated, rows), strict=True))
+    spoken = [(harmful[i], answers[i]) for i in refused if answers[i] and EXTENDED.complies(answers[i])]
+    own = [(p, reply) for p, reply in zip(harmless, replies(model, harmless, tokens, None, rows), strict=True)]
+    own = [(p, reply) for p, reply in own if reply and EXTENDED.complies(reply)]
+    count = min(len(spoken), len(own))
+    if count < least:
+        raise UserError(
+            f"Cones need at least {least} harmful training prompts that are refused, and answered while the direction is ablated, "
+            f"and as many harmless ones that are answered: there are {len(spoken)} (of {len(harmful)}) and {len(own)} (of "
+            f"{len(harmless)}). Draw more prompts in the study ({field('data.n_train')}), or leave cones out with {field('parts')}."
+        )
+    first = [SENTENCE.split(refusals[i])[0] for i in refused]
+    kinds = (
+        spoken[:count],
+        [(prompt, first[i % len(first)]) for i, (prompt, _) in enumerate(own[:count])],
+        own[:count],
+    )
+    longest = model.config.context_length
+    texts = [[row for row in chat_rows(model.chat, pairs, longest) if len(row.ids) > row.first] for pairs in kinds]
+    read = max(len(row.ids) - row.first for rows_of_kind in texts for row in rows_of_kind)
+    across = width([row for rows_of_kind in texts for row in rows_of_kind])
+    made = [TargetRows.of(model, rows_of_kind, across, read) for rows_of_kind in texts]
+    return ConeData(*made)
