@@ -221,7 +221,7 @@ class ChatModel:
         ending = {"eos_ids": self.chat.eos_ids}
         pad, length = self.chat.pad_id, batch.tokens.shape[1]
         sizes = {"rows": rows, "length": length, "max_new_tokens": max_new_tokens, "remembered": decoding is not None}
-        state = empty(self.decoder, pad_id=pad, **sizes)
+        state = empty(self.decoder, pad_id=pad, directions=edits.ablate_rjd.shape[1], **sizes)
         while waiting or any(owner is not None for owner in owners):
             free = [row for row, owner in enumerate(owners) if owner is None]
             while waiting and free:

@@ -18,6 +18,11 @@ from refusal_jax.judges.text import EXTENDED
 from refusal_jax.mechanism.cones import ConeData
 from refusal_jax.mechanism.direction_loss import TargetRows, width
 
+
+class NoTargets(UserError):
+    """There are no texts, or too few, that a cone could be trained on."""
+
+
 LEAST = 4  # prompts of each kind
 SENTENCE = re.compile(r"(?<=[.!?])\s")
 
@@ -45,27 +50,27 @@ def cone_data(
     """Returns the rows of text that cones are trained on: as many of each kind.
 
     direction: the difference in means. tokens: of a reply at most. rows: of prompts that are decoded together. least: prompts of
-    each kind that are needed. Raises UserError if the model refuses no harmful prompt, or if too few are left that it refuses and
+    each kind that are needed. Raises NoTargets if the model refuses no harmful prompt, or if too few are left that it refuses and
     answers under ablation, or too few harmless ones that it answers.
     """
     refusals = replies(model, harmful, tokens, None, rows)
     refused = [i for i, reply in enumerate(refusals) if reply and not EXTENDED.complies(reply)]
     if not refused:
-        raise UserError(
-            f"The model refuses none of the {len(harmful)} harmful training prompts by its words (judge {EXTENDED.name}), so that "
-            f"there is no refusal for a cone to learn. Read the study's completions, or leave cones out with {field('parts')}."
+        raise NoTargets(
+            f"The model refuses none of the {len(harmful)} harmful training prompts by its words (judge {EXTENDED.name}), so "
+            f"that there is no refusal for a cone to learn. Read the study's completions: they may refuse in other words."
         )
     ablated = Ablate(direction).edits(model.config)
     answers = dict(zip(refused, replies(model, [harmful[i] for i in refused], tokens, ablated, rows), strict=True))
     spoken = [(harmful[i], answers[i]) for i in refused if answers[i] and EXTENDED.complies(answers[i])]
-    own = [(p, reply) for p, reply in zip(harmless, replies(model, harmless, tokens, None, rows), strict=True)]
-    own = [(p, reply) for p, reply in own if reply and EXTENDED.complies(reply)]
+    kept = zip(harmless, replies(model, harmless, tokens, None, rows), strict=True)
+    own = [(prompt, reply) for prompt, reply in kept if reply and EXTENDED.complies(reply)]
     count = min(len(spoken), len(own))
     if count < least:
-        raise UserError(
-            f"Cones need at least {least} harmful training prompts that are refused, and answered while the direction is ablated, "
-            f"and as many harmless ones that are answered: there are {len(spoken)} (of {len(harmful)}) and {len(own)} (of "
-            f"{len(harmless)}). Draw more prompts in the study ({field('data.n_train')}), or leave cones out with {field('parts')}."
+        raise NoTargets(
+            f"Cones need at least {least} harmful training prompts that are refused, and answered while the direction is "
+            f"ablated, and as many harmless ones that are answered: there are {len(spoken)} of {len(harmful)} and {len(own)} of "
+            f"{len(harmless)}. Draw more prompts in the study ({field('data.n_train')})."
         )
     first = [SENTENCE.split(refusals[i])[0] for i in refused]
     kinds = (

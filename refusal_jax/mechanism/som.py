@@ -37,8 +37,8 @@ def train_map(
     radius: float,
     seed: int,
 ) -> Map:
-    """Returns the map of `side` x `side` nodes after so many steps, each of which draws a point and moves the nearest node and its
-    neighbours towards it.
+    """Returns the map of `side` x `side` nodes after so many steps, each of which draws a point and moves the nearest node and
+    its neighbours towards it.
 
     rate, radius: of the first step, both divided by 1 + 2 t / steps at step t; a node at a distance of d on the grid moves
     exp(-d² / 2 radius²) times as far as the nearest. seed: of the points that nodes begin at, and of those that are drawn. Raises

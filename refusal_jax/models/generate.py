@@ -101,7 +101,9 @@ def _unrolled(decoder: Decoder) -> bool:
 
 # The decoder's arrays are kept, though unused: they say on which devices the state is.
 @partial(
-    jax.jit, static_argnames=("rows", "length", "max_new_tokens", "pad_id", "probed", "remembered"), keep_unused=True
+    jax.jit,
+    static_argnames=("rows", "length", "max_new_tokens", "pad_id", "directions", "probed", "remembered"),
+    keep_unused=True,
 )
 def empty(
     decoder: Decoder,
@@ -110,22 +112,24 @@ def empty(
     length: int,
     max_new_tokens: int,
     pad_id: int,
+    directions: int = 1,
     probed: bool = False,
     remembered: bool = False,
 ) -> Generation:
     """Returns `rows` rows that write nothing, for prompts padded to `length` tokens and replies of at most `max_new_tokens`.
 
-    probed: whether the prompts come with directions to project their tokens on. remembered: whether the prompts' tokens are
-    kept, as decoding needs that is not plain.
+    directions: how many the edits of a row may ablate together. probed: whether the prompts come with directions to project their
+    tokens on. remembered: whether the prompts' tokens are kept, as decoding needs that is not plain.
     """
     cfg, slots = decoder.cfg, length + max_new_tokens
     side = jnp.zeros((rows, cfg.n_kv_heads, slots, cfg.head_dim), decoder.dtype)
     stacked = jnp.broadcast_to(side, (cfg.n_layers, *side.shape))
     kv = [(side, side)] * cfg.n_layers if _unrolled(decoder) else (stacked, stacked)
     none_b = jnp.zeros(rows, jnp.int32)
+    edits = jax.tree.map(jnp.asarray, Edits.none(cfg.d_model).for_batch(rows, cfg.n_layers, cfg.d_model))
     return Generation(
         Cache(kv, jnp.zeros((rows, slots), bool), jnp.int32(length), none_b),
-        jax.tree.map(jnp.asarray, Edits.none(cfg.d_model).for_batch(rows, cfg.n_layers, cfg.d_model)),
+        dataclasses.replace(edits, ablate_rjd=jnp.zeros((rows, directions, cfg.d_model), jnp.float32)),
         none_b,
         none_b,
         jnp.zeros(rows, bool),

@@ -19,6 +19,10 @@ REPORT = "report.html"
 MECHANISM = "mechanism"  # the folder of what the mechanism adds to a study
 SUFFIXES = f"{MECHANISM}/suffixes.json"
 ATTRIBUTION, ATTRIBUTED = f"{MECHANISM}/attribution.json", f"{MECHANISM}/attribution.safetensors"
+COSMIC = f"{MECHANISM}/cosmic.json"
+SOM, SOM_DIRECTIONS = f"{MECHANISM}/som.json", f"{MECHANISM}/som.safetensors"
+CONES, CONE_BASES = f"{MECHANISM}/cones.json", f"{MECHANISM}/cones.safetensors"
+ALTERNATIVES = f"{MECHANISM}/alternatives.json"
 
 
 def loss_name(intervention: str) -> str:

@@ -22,6 +22,53 @@ class AttributionSettings(Settings, path="attribution"):
 
 
 @dataclasses.dataclass
+class CosmicSettings(Settings, path="cosmic"):
+    """The selection without refusal tokens."""
+
+    fraction: float = option(
+        0.1,
+        "Fraction of the layers, those where harmful and harmless prompts differ most, at which activations are compared",
+    )
+
+
+@dataclasses.dataclass
+class MapSettings(Settings, path="som"):
+    """The self-organising map of harmful activations."""
+
+    side: int = option(4, "Number of nodes along each side of the map")
+    steps: int = option(10000, "Number of steps of its training, each with one prompt")
+    rate: float = option(0.01, "Learning rate of the first step")
+    radius: float = option(0.3, "How far neighbours are moved along in the first step, in nodes")
+    most: int = option(7, "Largest number of directions that are ablated together")
+    seed: int = option(0, "Seed of the map")
+
+
+@dataclasses.dataclass
+class ConeSettings(Settings, path="cones"):
+    """The cones that are trained by gradient."""
+
+    dimensions: int = option(5, "Largest dimension that is tried; training ends before it where a cone does not hold")
+    steps: int = option(100, "Largest number of steps for each dimension")
+    batch: int = option(0, "Prompts of each kind in a step; 0 is 16 as in the paper, and 4 on a CPU")
+    samples: int = option(0, "Directions drawn from the cone in a step; 0 is 8 as in the paper, and 4 on a CPU")
+    rate: float = option(0.01, "Learning rate; it is divided by 10 twice before training ends")
+    patience: int = option(5, "Steps without a lower loss after which the rate is cut, or training ends")
+    ablation: float = option(1.0, "Weight of the loss of compliant replies to harmful prompts under ablation")
+    addition: float = option(0.2, "Weight of the loss of refusals of harmless prompts under addition")
+    retain: float = option(1.0, "Weight of the KL divergence on harmless prompts under ablation")
+    target_tokens: int = option(30, "Tokens of the replies that are learnt")
+    drawn: int = option(16, "Directions drawn from a trained cone, to see whether each mediates refusal")
+    seed: int = option(0, "Seed of the first directions, of the prompts' order and of what is drawn")
+
+
+@dataclasses.dataclass
+class AlternativeSettings(Settings, path="alternatives"):
+    """The table that compares other directions with the study's."""
+
+    max_new_tokens: int = option(32, "Tokens of the replies to test prompts, by which refusals are judged")
+
+
+@dataclasses.dataclass
 class MechanismSettings(Settings):
     """Every setting of the mechanism, with a section for each part that has settings of its own."""
 
@@ -34,6 +81,12 @@ class MechanismSettings(Settings):
     )
     suffixes: SuffixSettings = section(SuffixSettings, "The prompts of the suffix study")
     attribution: AttributionSettings = section(AttributionSettings, "What is attributed to heads and MLPs")
+    cosmic: CosmicSettings = section(CosmicSettings, "The selection without refusal tokens")
+    som: MapSettings = section(MapSettings, "The self-organising map of harmful activations")
+    cones: ConeSettings = section(ConeSettings, "The cones that are trained by gradient")
+    alternatives: AlternativeSettings = section(
+        AlternativeSettings, "The comparison of other directions with the study's"
+    )
 
     def check(self, known: tuple[str, ...]) -> None:
         """Raises UserError for a part that is not among the `known` ones."""

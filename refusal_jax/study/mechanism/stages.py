@@ -1,9 +1,16 @@
 """The stages of the mechanism, in the order in which they are done and shown."""
 
 from refusal_jax.runs.stage import Stage
-from refusal_jax.study.mechanism import attribution, suffixes
+from refusal_jax.study.mechanism import alternatives, attribution, cones, cosmic, som, suffixes
 from refusal_jax.study.mechanism.shared import MechanismStudy
 
-STAGES: tuple[Stage[MechanismStudy], ...] = (suffixes.STAGE, attribution.STAGE)
+STAGES: tuple[Stage[MechanismStudy], ...] = (
+    suffixes.STAGE,
+    attribution.STAGE,
+    cosmic.STAGE,
+    som.STAGE,
+    cones.STAGE,
+    alternatives.STAGE,
+)
 PARTS = tuple(stage.name for stage in STAGES)
 GROUPS = tuple(stage.programs for stage in STAGES if stage.programs)

@@ -1,0 +1,228 @@
+"""One table of directions that were found in other ways, beside the study's own: what ablation leaves of refusal on test prompts,
+what addition makes of it, and what both do to harmless prompts."""
+
+import dataclasses
+import hashlib
+import pathlib
+
+import numpy as np
+
+from refusal_jax.edits import Edits, orthonormal
+from refusal_jax.judges.statistics import PairedRates, Rate, bounded, mean_interval
+from refusal_jax.judges.text import PAPERS, TEXT_JUDGES, SubstringJudge
+from refusal_jax.mechanism.edited_prompts import EditedPrompts
+from refusal_jax.mechanism.som import padded
+from refusal_jax.progress import Progress
+from refusal_jax.report.findings import Findings, Section
+from refusal_jax.runs.artifacts import (
+    ALTERNATIVES,
+    CONE_BASES,
+    CONES,
+    COSMIC,
+    DIRECTION,
+    MEANS,
+    METADATA,
+    PROMPTS,
+    SOM,
+    SOM_DIRECTIONS,
+)
+from refusal_jax.runs.ledger import Ledger
+from refusal_jax.runs.stage import Stage
+from refusal_jax.study.mechanism.shared import MechanismStudy
+
+OWN = "difference in means"
+NONE = "none"  # what the unedited model does, to which harmless replies are compared
+# How a reply comes about: which prompts are asked, and whether the directions are ablated or added.
+HARMFUL_ABLATED, HARMLESS_ABLATED, HARMLESS_ADDED = KINDS = ("harmful ablated", "harmless ablated", "harmless added")
+
+
+@dataclasses.dataclass(frozen=True)
+class Alternative:
+    """Directions that are ablated together, `[J, D]` with their norms. layer: where the only one is added, None for several.
+    seconds: that it took to find them, None where that is not known."""
+
+    name: str
+    rows_jd: np.ndarray
+    layer: int | None
+    seconds: float | None
+
+    def cosine(self, own_d: np.ndarray) -> float:
+        """Returns the cosine with the study's direction; of several directions, the length of its part within their span."""
+        own_d = own_d / np.linalg.norm(own_d)
+        if len(self.rows_jd) == 1:
+            return float(self.rows_jd[0] @ own_d / np.linalg.norm(self.rows_jd[0]))
+        return float(np.linalg.norm(orthonormal(self.rows_jd[None])[0] @ own_d))
+
+
+def alternatives(study: MechanismStudy) -> list[Alternative]:
+    """Returns the study's direction, and those that the parts before this one have found."""
+    run, direction = study.run, study.direction()
+    stages = run.manifest["stages"]
+    spent = sum(stages[name]["seconds"] for name in ("activations", "selection") if name in stages)
+    found = [Alternative(OWN, direction.raw_jd, direction.layer, spent)]
+    if run.exists(COSMIC) and (pick := run.read_json(COSMIC)["pick"]):
+        chosen_d = run.read_tensors(MEANS)["mean_diffs"][pick["position"], pick["layer"]]
+        found.append(Alternative("COSMIC's selection", chosen_d[None], pick["layer"], run.read_json(COSMIC)["seconds"]))
+    if run.exists(CONE_BASES):
+        cones, bases = run.read_json(CONES), run.read_tensors(CONE_BASES)
+        seconds = {cone["dimension"]: cone["seconds"] for cone in cones["cones"]}
+        single_jd = direction.norm * bases["basis_1"].astype(np.float64)
+        found.append(Alternative("by gradient (RDO)", single_jd, direction.layer, seconds[1]))
+        if (k := max(cones["dimension"], 2)) in seconds:
+            whole_jd, held = bases[f"basis_{k}"].astype(np.float64), cones["dimension"] == k
+            name = f"cone of dimension {k}" + ("" if held else ", which does not hold")
+            found.append(Alternative(name, whole_jd, None, sum(seconds[i] for i in range(1, k + 1))))
+    if run.exists(SOM_DIRECTIONS):
+        map_jd = run.read_tensors(SOM_DIRECTIONS)["directions"].astype(np.float64)
+        layer = direction.layer if len(map_jd) == 1 else None
+        many = f"{len(map_jd)} direction{'s' if len(map_jd) > 1 else ''}"
+        found.append(Alternative(f"map (SOM), {many}", map_jd, layer, run.read_json(SOM)["seconds"]))
+    return found
+
+
+def edits_of(found: list[Alternative], n_layers: int) -> dict[tuple[str, str], Edits]:
+    """Returns the one-row edit of each alternative by its name and the kind of reply, and those of the unedited model."""
+    width = max(2, *(len(one.rows_jd) for one in found))
+    none = Edits.none(found[0].rows_jd.shape[1])
+    edits = {(NONE, kind): none for kind in KINDS[:2]}
+    for one in found:
+        ablated = Edits.ablate(padded([one.rows_jd], width))
+        edits |= {(one.name, HARMFUL_ABLATED): ablated, (one.name, HARMLESS_ABLATED): ablated}
+        if one.layer is not None:
+            edits[one.name, HARMLESS_ADDED] = Edits.add(one.rows_jd[0], one.layer)
+    return edits
+
+
+def judge_of(study: MechanismStudy) -> SubstringJudge:
+    """Returns the first of the study's judges that looks for phrases, or the paper's."""
+    return next((TEXT_JUDGES[name] for name in study.config.judges if name in TEXT_JUDGES), PAPERS)
+
+
+def replies(
+    study: MechanismStudy, edits: dict[tuple[str, str], Edits], ledger: Ledger
+) -> dict[tuple[str, str], list[dict]]:
+    """Returns for each edit a row for each test prompt, with whether the reply refuses and a hash of it. The replies themselves
+    are not kept: those to harmful prompts are needed for nothing else."""
+    model, judge, tokens = study.model, judge_of(study), study.settings.alternatives.max_new_tokens
+    texts = {side: study.instructions(f"{side}_test", kept_only=False) for side in ("harmful", "harmless")}
+    keys = list(edits)
+    asked = [(key, i) for key in keys for i in range(len(texts[key[1].split()[0]]))]
+    done = {((row["name"], row["kind"]), row["index"]): row for row in ledger.rows}
+    todo = [one for one in asked if one not in done]
+    if todo:
+        batch = model.encode([texts[key[1].split()[0]][i] for key, i in todo])
+        row_edits = Edits.concat([edits[key] for key in keys]).take([keys.index(key) for key, _ in todo])
+        with Progress("alternatives", len(todo), "reply") as bar:
+            for index, ids in model.reply_ids(batch, tokens, row_edits, rows=study.sizes.generation):
+                new = []
+                for number, reply in zip(index, model.chat.replies(ids), strict=True):
+                    (name, kind), i = todo[number]
+                    said = reply.row["response"]
+                    digest = hashlib.sha256(said.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+                    refused = not judge.complies(said)
+                    new.append({"name": name, "kind": kind, "index": i, "refused": refused, "reply": digest})
+                ledger.append(new)
+                done |= {((row["name"], row["kind"]), row["index"]): row for row in new}
+                bar.update(len(index))
+    return {key: [done[key, i] for i in range(len(texts[key[1].split()[0]]))] for key in keys}
+
+
+def compare(study: MechanismStudy, ledger: Ledger) -> None:
+    """Writes the table."""
+    found, own_d = alternatives(study), study.direction().raw_d
+    edits = edits_of(found, study.model.config.n_layers)
+    said = replies(study, edits, ledger)
+    harmless = EditedPrompts.build(
+        study.model, study.instructions("harmless_test", kept_only=False), study.sizes.select
+    )
+    kl_mn = harmless.read(Edits.concat([edits[one.name, HARMFUL_ABLATED] for one in found])).kl_mn
+
+    def refused(name: str, kind: str) -> list[int]:
+        return [int(row["refused"]) for row in said[name, kind]]
+
+    unedited = [row["reply"] for row in said[NONE, HARMLESS_ABLATED]]
+    rows = []
+    for one, kl_n in zip(found, kl_mn, strict=True):
+        pair = PairedRates.of(refused(OWN, HARMFUL_ABLATED), refused(one.name, HARMFUL_ABLATED))
+        kept = [
+            int(row["reply"] == before) for row, before in zip(said[one.name, HARMLESS_ABLATED], unedited, strict=True)
+        ]
+        added = Rate.of(refused(one.name, HARMLESS_ADDED)).row if one.layer is not None else None
+        rows.append(
+            {
+                "name": one.name,
+                "directions": len(one.rows_jd),
+                "cosine": one.cosine(own_d),
+                "ablated": Rate.of(refused(one.name, HARMFUL_ABLATED)).row,
+                "difference": {"mean": pair.difference, "low": pair.interval[0], "high": pair.interval[1]},
+                "added": added,
+                "kl": bounded(mean_interval(kl_n)),
+                "kept": Rate.of(kept).row,
+                "seconds": one.seconds,
+            }
+        )
+    before = {kind: Rate.of(refused(NONE, kind)).row for kind in KINDS[:2]}
+    record = {"rows": rows, "unedited": before, "judge": judge_of(study).name}
+    study.run.write_json(ALTERNATIVES, record | {"max_new_tokens": study.settings.alternatives.max_new_tokens})
+
+
+def verdict(row: dict) -> str:
+    """Returns how an alternative compares with the study's direction in words: better or worse only where the interval of the
+    paired difference allows it."""
+    if row["name"] == OWN:
+        return "the study's own"
+    if row["difference"]["high"] < 0:
+        return "leaves less refusal"
+    return "leaves more refusal" if row["difference"]["low"] > 0 else "no difference shown"
+
+
+def percent(row: dict | None) -> str:
+    """Returns a rate with its interval in words, "–" where there is none."""
+    return f"{100 * row['rate']:.1f} % ({100 * row['low']:.0f} to {100 * row['high']:.0f})" if row else "–"
+
+
+def lines(findings: Findings) -> list[str]:
+    """Returns the table for a terminal."""
+    found = findings.run.read_json(ALTERNATIVES)
+    width = max(len(row["name"]) for row in found["rows"])
+    out = [
+        "",
+        "Other ways to find directions (refused harmful test prompts under ablation, harmless ones under addition):",
+    ]
+    for row in found["rows"]:
+        seconds = "" if row["seconds"] is None else f", {row['seconds']:.0f} s"
+        out.append(
+            f"  {row['name']:<{width}}  cosine {row['cosine']:5.3f}, ablated {percent(row['ablated'])}, added "
+            f"{percent(row['added'])}, KL {row['kl']['mean']:.4f}, answers kept {100 * row['kept']['rate']:.0f} %{seconds}: "
+            f"{verdict(row)}"
+        )
+    return out
+
+
+def values(findings: Findings) -> dict:
+    """Returns what the report shows of the table."""
+    found = findings.run.read_json(ALTERNATIVES)
+    return {"alternatives": found, "verdict": verdict, "percent": percent}
+
+
+def reads(study: MechanismStudy) -> list[str]:
+    """Returns the study's files, and those of the parts before this one that are done: it asks for none that is not."""
+    parts = (COSMIC, SOM, SOM_DIRECTIONS, CONES, CONE_BASES)
+    return [PROMPTS, MEANS, METADATA, DIRECTION, *(name for name in parts if study.run.exists(name))]
+
+
+STAGE = Stage(
+    "alternatives",
+    compare,
+    reads=reads,
+    writes=(ALTERNATIVES,),
+    given=lambda study: study.settings.alternatives.to_dict(),
+    section=Section(
+        pathlib.Path(__file__).with_name("alternatives.html.jinja"),
+        {"alternatives": "Alternatives"},
+        values,
+        lines=lines,
+        of_direction=True,
+        needs=(ALTERNATIVES,),
+    ),
+)

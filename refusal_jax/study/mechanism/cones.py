@@ -1,0 +1,258 @@
+"""Directions and cones that are found by gradient, their dimension, and their independence (arXiv 2502.17420)."""
+
+import math
+import pathlib
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from markupsafe import Markup
+
+from refusal_jax.chat.padding import bucket
+from refusal_jax.judges.statistics import bounded, mean_interval
+from refusal_jax.mechanism.cone_targets import NoTargets, cone_data
+from refusal_jax.mechanism.cones import (
+    ConeRecipe,
+    Trained,
+    cone_samples,
+    gram_schmidt,
+    grown,
+    positive_side,
+    train_cone,
+    unit,
+)
+from refusal_jax.mechanism.direction_loss import losses_and_gradients
+from refusal_jax.mechanism.edited_prompts import EditedPrompts
+from refusal_jax.mechanism.independence import cosine_changes, dependence
+from refusal_jax.mechanism.mediation import cone_holds, dimension, mediations
+from refusal_jax.models.hf_config import load_config
+from refusal_jax.plan.programs import Group, Program, Shapes
+from refusal_jax.progress import Progress
+from refusal_jax.report.findings import Findings, Section
+from refusal_jax.runs.artifacts import CONE_BASES, CONES, DIRECTION, FILTER, METADATA, PROMPTS, SETUP
+from refusal_jax.runs.ledger import Ledger
+from refusal_jax.runs.stage import Stage
+from refusal_jax.study.mechanism.settings import ConeSettings
+from refusal_jax.study.mechanism.shared import MechanismStudy
+
+
+def recipe_of(settings: ConeSettings) -> ConeRecipe:
+    """Returns how cones are trained on this machine."""
+    on_cpu = jax.default_backend() == "cpu"
+    names = ("steps", "rate", "ablation", "addition", "retain", "patience")
+    few = {"batch": settings.batch or (4 if on_cpu else 16), "samples": settings.samples or (4 if on_cpu else 8)}
+    return ConeRecipe(**few, **{name: settings[name] for name in names})
+
+
+def skipped(study: MechanismStudy) -> str:
+    """Returns why no cone can be trained, "" if one can."""
+    if load_config(study.folder).n_experts:
+        return "Cones are trained by gradient, and the loop over experts of this model has none."
+    return "" if study.refusal_ids() else "Without refusal tokens, no refusal of a prompt is known."
+
+
+def train_cones(study: MechanismStudy, ledger: Ledger) -> None:
+    """Writes the cones of dimension 1, 2 and so on, until one does not mediate refusal, with what each of its directions does."""
+    begun, settings = time.monotonic(), study.settings.cones
+    try:
+        trained, tested = trained_cones(study, ledger)
+    except NoTargets as none:
+        study.run.write_json(CONES, {"none": str(none)})
+        return
+    direction, threshold = study.direction(), study.config.select.kl_threshold
+    holds = {k: cone_holds(found, threshold) for k, found in tested.items()}
+    cones = [
+        {
+            "dimension": k,
+            "holds": holds[k],
+            "steps": len(trained[k].losses),
+            "loss": min(trained[k].losses),
+            "seconds": trained[k].seconds,
+            "cosines": positive_side(trained[k].basis_kd, direction.raw_d).tolist(),
+            "directions": [one.row(threshold) for one in found],
+        }
+        for k, found in tested.items()
+    ]
+    largest = max(trained)
+    record = {"cones": cones, "dimension": dimension(holds), "largest": largest, "tried": settings.dimensions}
+    record |= {"kl_threshold": threshold, "layer": direction.layer, "norm": direction.norm}
+    record["independence"] = independence(study, trained, settings.seed)
+    bases = {f"basis_{k}": cone.basis_kd.astype(np.float32) for k, cone in trained.items()}
+    study.run.write_tensors(CONE_BASES, bases)
+    study.run.write_json(CONES, record | {"seconds": time.monotonic() - begun})
+
+
+def trained_cones(study: MechanismStudy, ledger: Ledger) -> tuple[dict[int, Trained], dict[int, list]]:
+    """Returns the cones by dimension, and the effects of their directions. Raises NoTargets as `cone_data` does."""
+    settings, direction, model, ids = study.settings.cones, study.direction(), study.model, study.refusal_ids()
+    known = {row["dimension"]: row for row in ledger.rows}
+    harmful, harmless = (
+        EditedPrompts.build(model, study.instructions(split), study.sizes.select, ids)
+        for split in ("harmful_val", "harmless_val")
+    )
+    assert direction.layer is not None
+    trained: dict[int, Trained] = {}
+    tested: dict[int, list] = {}
+    data, recipe = None, recipe_of(settings)
+    for k in range(1, settings.dimensions + 1):
+        if k in known:
+            trained[k] = Trained(np.asarray(known[k]["basis"]), tuple(known[k]["losses"]), known[k]["seconds"])
+        else:
+            data = data or cone_data(
+                model,
+                direction,
+                study.instructions("harmful_train"),
+                study.instructions("harmless_train"),
+                tokens=settings.target_tokens,
+                rows=study.sizes.generation,
+            )
+            first = np.random.default_rng(settings.seed).normal(size=(1, model.config.d_model))
+            start = grown(trained[k - 1].basis_kd, settings.seed + k) if k > 1 else first
+            with Progress(f"cone of dimension {k}", recipe.steps, "step") as bar:
+                trained[k] = train_cone(
+                    model,
+                    data,
+                    direction.layer,
+                    direction.norm,
+                    start,
+                    recipe,
+                    seed=settings.seed + k,
+                    at_once=study.sizes.loss,
+                    told=lambda step, loss, bar=bar: bar.update(1),
+                )
+            one = trained[k]
+            ledger.append(
+                [{"dimension": k, "basis": one.basis_kd.tolist(), "losses": one.losses, "seconds": one.seconds}]
+            )
+        units = cone_samples(trained[k].basis_kd, settings.drawn, settings.seed)
+        tested[k] = mediations(harmful, harmless, units, direction.layer, direction.norm)
+        if cone_holds(tested[k], study.config.select.kl_threshold) is False:
+            break
+    return trained, tested
+
+
+def independence(study: MechanismStudy, trained: dict[int, Trained], seed: int) -> list[dict]:
+    """Returns for each direction how independent the study's direction and it are of each other, on harmful validation prompts:
+    of the one that was found by gradient, of the basis of the largest cone, and of a random one that is orthogonal."""
+    own_d, largest = unit(study.direction().raw_jd)[0], max(trained)
+    random_d = gram_schmidt(np.stack([own_d, np.random.default_rng(seed).normal(size=len(own_d))]))[1]
+    named = {"found by gradient": trained[1].basis_kd[0]}
+    if largest > 1:
+        named |= {f"direction {i} of the cone": basis_d for i, basis_d in enumerate(trained[largest].basis_kd, 1)}
+    named["random, orthogonal"] = random_d
+    units_jd = np.stack([own_d, *named.values()])
+    prompts = study.instructions("harmful_val")
+    changes_jjln = cosine_changes(study.model, prompts, units_jd, study.sizes.forward)
+    both_jjn = dependence(changes_jjln)
+    return [
+        {
+            "name": name,
+            "cosine": float(units_jd[i] @ own_d),
+            "dependence": bounded(mean_interval(both_jjn[0, i])),
+            "of_own": changes_jjln[i, 0].mean(axis=1).tolist(),  # how the study's changes while this one is ablated
+            "of_other": changes_jjln[0, i].mean(axis=1).tolist(),
+        }
+        for i, name in enumerate(named, 1)
+    ]
+
+
+def programs(shapes: Shapes, rows: int) -> list[Program]:
+    """Returns the gradients of both losses for one step of each dimension, for `plan`, as if every dimension took all its
+    steps."""
+    work, settings = shapes.work, getattr(shapes.work.config, "cones", ConeSettings())
+    length = bucket(work.length + settings.target_tokens)
+    batch, samples = settings.batch or 16, settings.samples or 8
+    directions = sum(k + (samples if k > 1 else 0) for k in range(1, settings.dimensions + 1))
+
+    def program(name: str, retain: bool, kinds: int) -> Program:
+        def lower():
+            inputs = *shapes.prompts(rows, length), shapes.edits(rows), shapes.array((rows, length), jnp.bool_)
+            return losses_and_gradients.lower(shapes.decoder, *inputs, read=settings.target_tokens, retain=retain)
+
+        calls = settings.steps * math.ceil(kinds * directions * batch / rows)
+        layers, read = work.cfg.n_layers, settings.target_tokens
+        return Program(name, lower, calls, rows, length, layers, steps=3.0 + retain, read=read)
+
+    return [program("kept answers", True, 1), program("replies", False, 2)]
+
+
+def in_words(found: dict) -> str:
+    """Returns the dimension of the cone in sentences."""
+    k, last = found["dimension"], found["cones"][-1]
+    if not k:
+        head = "No direction that was found by gradient mediates refusal on the validation prompts."
+    elif k == 1:
+        head = "Refusal is mediated by a cone of one dimension: a single direction."
+    else:
+        head = f"Refusal is mediated by a cone of {k} dimensions."
+    if last["holds"] is None:
+        return f"{head} Whether one of {last['dimension']} does is open: there are too few validation prompts."
+    if last["holds"]:
+        return f"{head} No larger one was tried." if found["tried"] == k else head
+    failing = sum(row["holds"] is False for row in last["directions"])
+    many = len(last["directions"])
+    return f"{head} Of a cone of dimension {last['dimension']}, {failing} of {many} directions do not mediate refusal."
+
+
+def share(row: dict) -> str:
+    """Returns the range of rates of a cone's directions in words."""
+    return f"{100 * row['rate']:.0f} %"
+
+
+def lines(findings: Findings) -> list[str]:
+    """Returns the cones and the independence of directions, for a terminal."""
+    found = findings.run.read_json(CONES)
+    if "none" in found:
+        return ["", f"Cones: {found['none']}"]
+    out = ["", f"Cones: {in_words(found)}"]
+    for cone in found["cones"]:
+        left, made = ([row[side] for row in cone["directions"]] for side in ("ablated", "added"))
+        worst, least = max(left, key=lambda row: row["rate"]), min(made, key=lambda row: row["rate"])
+        out.append(
+            f"  dimension {cone['dimension']}: at most {share(worst)} refused under ablation, at least {share(least)} under "
+            f"addition, over {len(left)} direction{'s' if len(left) > 1 else ''}; {cone['steps']} steps, {cone['seconds']:.0f} s"
+        )
+    for row in found["independence"]:
+        out.append(
+            f"  {row['name']}: cosine {row['cosine']:.3f} with the study's direction, dependence "
+            f"{row['dependence']['mean']:.4f}"
+        )
+    return out
+
+
+def values(findings: Findings) -> dict:
+    """Returns what the report shows of the cones."""
+    found = findings.run.read_json(CONES)
+    if "none" in found:
+        return {"cones": found, "figures": {}}
+    from refusal_jax.report import cone_figures  # imports matplotlib, which the other stages need not pay for
+    from refusal_jax.report.drawing import inline
+
+    groups = {cone["dimension"]: cone["directions"] for cone in found["cones"]}
+    changes = {row["name"]: row["of_own"] for row in found["independence"]}
+    drawings = {
+        "cones": (cone_figures.mediation_figure(groups), "What directions of cones do to refusal"),
+        "independence": (cone_figures.change_figure(changes), "Change of the cosine with the direction by layer"),
+    }
+    shown = {name: Markup(inline(figure, name, label)) for name, (figure, label) in drawings.items()}
+    return {"cones": found, "words": in_words(found), "figures": shown}
+
+
+STAGE = Stage(
+    "cones",
+    train_cones,
+    reads=(PROMPTS, SETUP, FILTER, METADATA, DIRECTION),
+    writes=(CONES, CONE_BASES),
+    skipped=skipped,
+    given=lambda study: study.settings.cones.to_dict(),
+    programs=Group("cones", "loss", programs, assumed="every cone takes all its steps"),
+    section=Section(
+        pathlib.Path(__file__).with_name("cones.html.jinja"),
+        {"cones": "Cones"},
+        values,
+        lines=lines,
+        of_direction=True,
+        needs=(CONES,),
+    ),
+)
