@@ -7,8 +7,9 @@ The decoder's weights are constants.
 """
 
 import dataclasses
+import functools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 
 import jax.numpy as jnp
 import numpy as np
@@ -18,7 +19,10 @@ from jaxtyping import Float, Int
 from refusal_jax.chat.model import ChatModel
 from refusal_jax.edits import Edits
 from refusal_jax.mechanism.direction_loss import TargetRows, row_losses
+from refusal_jax.mechanism.mediation import Mediation, cone_holds
 
+# The losses of unit directions [M, D] on the texts of some numbers [n], and their gradients [M, D].
+Losses = Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]
 CLIP = 10.0  # the norm that gradients are cut to
 
 
@@ -132,45 +136,34 @@ def cone_loss(
 
 
 def train_cone(
-    model: ChatModel,
-    data: ConeData,
-    layer: int,
-    norm: float,
+    losses: Losses,
+    count: int,
     start_kd: Float[np.ndarray, "K D"],
     recipe: ConeRecipe,
     *,
     seed: int,
-    at_once: int,
-    told: Callable[[int, float], None] = lambda step, loss: None,
+    told: Callable[[int], object] = lambda step: None,
 ) -> Trained:
     """Returns the cone of the lowest loss that is met on the way from a basis.
 
-    layer, norm: as in `direction_losses`; norm is that of the difference in means. start_kd: what the basis begins as, linearly
-    independent rows. seed: of the prompts' order and of what is drawn. told: is called with each step's number and loss. Raises
-    UserError as `ChatModel.put` does.
+    losses: of directions on some of the texts. count: how many texts of each kind there are. start_kd: what the basis begins as,
+    linearly independent rows. seed: of the texts' order and of what is drawn. told: is called with the number of each step.
     """
     rng, begun = np.random.default_rng(seed), time.monotonic()
     basis_kd = gram_schmidt(start_kd)
     optimiser = optax.chain(optax.clip_by_global_norm(CLIP), optax.scale_by_amsgrad(b1=0.9, b2=0.98))
     state = optimiser.init(jnp.asarray(basis_kd, jnp.float32))
-    rate, waited, cuts, losses = recipe.rate, 0, 0, []
+    rate, waited, cuts, met = recipe.rate, 0, 0, []
     best, lowest, order = basis_kd, np.inf, np.zeros(0, int)
     for step in range(recipe.steps):
         while len(order) < recipe.batch:
-            order = np.concatenate([order, rng.permutation(data.retain.count)])
+            order = np.concatenate([order, rng.permutation(count)])
         index, order = order[: recipe.batch], order[recipe.batch :]
         weights_nk = drawn(rng, recipe.samples if len(basis_kd) > 1 else 0, len(basis_kd))
-        loss, gradient_kd = cone_loss(
-            basis_kd,
-            weights_nk,
-            lambda units_md, index=index: direction_losses(model, data, index, units_md, layer, norm, recipe, at_once),
-        )
-        losses.append(loss)
-        told(step, loss)
-        if loss < lowest:
-            best, lowest, waited = basis_kd, loss, 0
-        else:
-            waited += 1
+        loss, gradient_kd = cone_loss(basis_kd, weights_nk, functools.partial(losses, index))
+        met.append(loss)
+        told(step)
+        best, lowest, waited = (basis_kd, loss, 0) if loss < lowest else (best, lowest, waited + 1)
         if waited >= recipe.patience:
             if cuts == recipe.cuts:
                 break
@@ -178,7 +171,45 @@ def train_cone(
         gradient_kd = gradient_kd - (gradient_kd * basis_kd).sum(axis=1, keepdims=True) * basis_kd  # along the sphere
         updates, state = optimiser.update(jnp.asarray(gradient_kd, jnp.float32), state)
         basis_kd = gram_schmidt(basis_kd - rate * np.asarray(updates, np.float64))
-    return Trained(best, tuple(losses), time.monotonic() - begun)
+    return Trained(best, tuple(met), time.monotonic() - begun)
+
+
+def find_cones(
+    losses: Losses,
+    count: int,
+    test: Callable[[np.ndarray], list[Mediation]],
+    first_d: Float[np.ndarray, " D"],
+    recipe: ConeRecipe,
+    *,
+    dimensions: int,
+    drawn: int,
+    seed: int,
+    kl_threshold: float,
+    known: Mapping[int, Trained] | None = None,
+    save: Callable[[int, Trained], object] = lambda dimension, trained: None,
+    told: Callable[[int], object] = lambda step: None,
+) -> tuple[dict[int, Trained], dict[int, list[Mediation]]]:
+    """Returns the cones of dimension 1, 2 and so on, until one does not mediate refusal, and the effects of the directions of
+    each: of its basis, and of those that are drawn from it.
+
+    losses, count, told: as in `train_cone`. test: gives the effects of unit directions. first_d: the direction that training
+    begins with; each further dimension begins with a random one beside the cone before it. dimensions: at most. drawn: directions
+    of a cone that are tested. kl_threshold: as in `Mediation.holds`. known: cones of an interrupted run; save: is called with
+    each new one.
+    """
+    trained: dict[int, Trained] = {}
+    tested: dict[int, list[Mediation]] = {}
+    for k in range(1, dimensions + 1):
+        if known and k in known:
+            trained[k] = known[k]
+        else:
+            start_kd = grown(trained[k - 1].basis_kd, seed + k) if k > 1 else first_d[None]
+            trained[k] = train_cone(losses, count, start_kd, recipe, seed=seed + k, told=told)
+            save(k, trained[k])
+        tested[k] = test(cone_samples(trained[k].basis_kd, drawn, seed))
+        if cone_holds(tested[k], kl_threshold) is False:
+            break
+    return trained, tested
 
 
 def grown(basis_kd: Float[np.ndarray, "K D"], seed: int) -> Float[np.ndarray, "_ D"]:
@@ -193,9 +224,3 @@ def cone_samples(basis_kd: Float[np.ndarray, "K D"], count: int, seed: int) -> F
         return basis_kd
     weights_nk = drawn(np.random.default_rng(seed), count, len(basis_kd))
     return np.concatenate([basis_kd, unit(weights_nk @ basis_kd)])
-
-
-def positive_side(basis_kd: Float[np.ndarray, "K D"], towards_d: Sequence[float]) -> Float[np.ndarray, " K"]:
-    """Returns the cosines of a basis with a direction of any norm."""
-    towards = np.asarray(towards_d, np.float64)
-    return basis_kd @ towards / np.linalg.norm(towards)

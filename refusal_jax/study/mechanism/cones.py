@@ -15,17 +15,15 @@ from refusal_jax.mechanism.cone_targets import NoTargets, cone_data
 from refusal_jax.mechanism.cones import (
     ConeRecipe,
     Trained,
-    cone_samples,
+    direction_losses,
+    find_cones,
     gram_schmidt,
-    grown,
-    positive_side,
-    train_cone,
     unit,
 )
 from refusal_jax.mechanism.direction_loss import losses_and_gradients
 from refusal_jax.mechanism.edited_prompts import EditedPrompts
 from refusal_jax.mechanism.independence import cosine_changes, dependence
-from refusal_jax.mechanism.mediation import cone_holds, dimension, mediations
+from refusal_jax.mechanism.mediation import Mediation, cone_holds, dimension, mediations
 from refusal_jax.models.hf_config import load_config
 from refusal_jax.plan.programs import Group, Program, Shapes
 from refusal_jax.progress import Progress
@@ -69,7 +67,7 @@ def train_cones(study: MechanismStudy, ledger: Ledger) -> None:
             "steps": len(trained[k].losses),
             "loss": min(trained[k].losses),
             "seconds": trained[k].seconds,
-            "cosines": positive_side(trained[k].basis_kd, direction.raw_d).tolist(),
+            "cosines": (trained[k].basis_kd @ unit(direction.raw_jd)[0]).tolist(),
             "directions": [one.row(threshold) for one in found],
         }
         for k, found in tested.items()
@@ -83,53 +81,42 @@ def train_cones(study: MechanismStudy, ledger: Ledger) -> None:
     study.run.write_json(CONES, record | {"seconds": time.monotonic() - begun})
 
 
-def trained_cones(study: MechanismStudy, ledger: Ledger) -> tuple[dict[int, Trained], dict[int, list]]:
+def trained_cones(study: MechanismStudy, ledger: Ledger) -> tuple[dict[int, Trained], dict[int, list[Mediation]]]:
     """Returns the cones by dimension, and the effects of their directions. Raises NoTargets as `cone_data` does."""
     settings, direction, model, ids = study.settings.cones, study.direction(), study.model, study.refusal_ids()
-    known = {row["dimension"]: row for row in ledger.rows}
+    recipe, norm, (_, layer) = recipe_of(settings), direction.norm, direction.place
     harmful, harmless = (
         EditedPrompts.build(model, study.instructions(split), study.sizes.select, ids)
         for split in ("harmful_val", "harmless_val")
     )
-    assert direction.layer is not None
-    trained: dict[int, Trained] = {}
-    tested: dict[int, list] = {}
-    data, recipe = None, recipe_of(settings)
-    for k in range(1, settings.dimensions + 1):
-        if k in known:
-            trained[k] = Trained(np.asarray(known[k]["basis"]), tuple(known[k]["losses"]), known[k]["seconds"])
-        else:
-            data = data or cone_data(
-                model,
-                direction,
-                study.instructions("harmful_train"),
-                study.instructions("harmless_train"),
-                tokens=settings.target_tokens,
-                rows=study.sizes.generation,
-            )
-            first = np.random.default_rng(settings.seed).normal(size=(1, model.config.d_model))
-            start = grown(trained[k - 1].basis_kd, settings.seed + k) if k > 1 else first
-            with Progress(f"cone of dimension {k}", recipe.steps, "step") as bar:
-                trained[k] = train_cone(
-                    model,
-                    data,
-                    direction.layer,
-                    direction.norm,
-                    start,
-                    recipe,
-                    seed=settings.seed + k,
-                    at_once=study.sizes.loss,
-                    told=lambda step, loss, bar=bar: bar.update(1),
-                )
-            one = trained[k]
-            ledger.append(
-                [{"dimension": k, "basis": one.basis_kd.tolist(), "losses": one.losses, "seconds": one.seconds}]
-            )
-        units = cone_samples(trained[k].basis_kd, settings.drawn, settings.seed)
-        tested[k] = mediations(harmful, harmless, units, direction.layer, direction.norm)
-        if cone_holds(tested[k], study.config.select.kl_threshold) is False:
-            break
-    return trained, tested
+    sides = study.instructions("harmful_train"), study.instructions("harmless_train")
+    data = cone_data(model, direction, *sides, tokens=settings.target_tokens, rows=study.sizes.generation)
+
+    def losses(index: np.ndarray, units_md: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        return direction_losses(model, data, index, units_md, layer, norm, recipe, study.sizes.loss)
+
+    def save(dimension: int, cone: Trained) -> None:
+        basis, losses = cone.basis_kd.tolist(), list(cone.losses)
+        ledger.append([{"dimension": dimension, "basis": basis, "losses": losses, "seconds": cone.seconds}])
+
+    known = {
+        row["dimension"]: Trained(np.asarray(row["basis"]), tuple(row["losses"]), row["seconds"]) for row in ledger.rows
+    }
+    with Progress("cones", recipe.steps * settings.dimensions, "step") as bar:
+        return find_cones(
+            losses,
+            data.retain.count,
+            lambda units_md: mediations(harmful, harmless, units_md, layer, norm),
+            np.random.default_rng(settings.seed).normal(size=model.config.d_model),
+            recipe,
+            dimensions=settings.dimensions,
+            drawn=settings.drawn,
+            seed=settings.seed,
+            kl_threshold=study.config.select.kl_threshold,
+            known=known,
+            save=save,
+            told=lambda step: bar.update(1),
+        )
 
 
 def independence(study: MechanismStudy, trained: dict[int, Trained], seed: int) -> list[dict]:
