@@ -26,7 +26,7 @@ def done(demo_study, tmp_path_factory):
     folder = tmp_path_factory.mktemp("alternatives") / "run"
     shutil.copytree(demo_study, folder)
     run = run_mechanism(QUICK, folder)
-    assert run.worked == [*PARTS, "report"]
+    assert run.worked == [*PARTS, "report", "figures"]
     return folder
 
 
@@ -63,14 +63,14 @@ def test_parts_that_are_done_are_skipped_and_the_table_follows_them(done, tmp_pa
     again = run_mechanism(
         QUICK | {"parts": ("som", "alternatives"), "som": {"side": 2, "steps": 200, "most": 1}}, folder
     )
-    assert again.worked == ["som", "alternatives", "report"]
+    assert again.worked == ["som", "alternatives", "report", "figures"]
     assert read(folder, "som")["picked"] == 1
 
 
 def test_the_table_alone_asks_for_no_part(demo_study, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(demo_study, folder)
-    assert run_mechanism(QUICK | {"parts": ("alternatives",)}, folder).worked == ["alternatives", "report"]
+    assert run_mechanism(QUICK | {"parts": ("alternatives",)}, folder).worked == ["alternatives", "report", "figures"]
     assert [row["name"] for row in read(folder, "alternatives")["rows"]] == ["difference in means"]
 
 

@@ -182,6 +182,6 @@ def test_parts_that_are_done_are_skipped(studied, tmp_path):
     folder = shutil.copytree(studied, tmp_path / "run")
     changed = {"parts": ("attribution",), "suffixes": {"n_prompts": 6}}
     assert run_mechanism(changed, folder).worked == []
-    assert run_mechanism(changed | {"attribution": {"heads": 3}}, folder).worked == ["attribution", "report"]
+    assert run_mechanism(changed | {"attribution": {"heads": 3}}, folder).worked == ["attribution", "report", "figures"]
     changed["suffixes"]["seed"] = 1
-    assert run_mechanism(changed, folder).worked == ["suffixes", "attribution", "report"]
+    assert run_mechanism(changed, folder).worked == ["suffixes", "attribution", "report", "figures"]

@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 WIDTH = 360.0  # user units (points); the page shows figures at about this many CSS pixels, so font sizes hold
+NO_METADATA = dict.fromkeys(("Date", "Creator", "Format", "Type"))  # of an SVG file, which would differ from day to day
 THEME_COLOUR = "#010203"  # stands for the page's text colour, see `inline`
 STYLE = {
     "svg.fonttype": "none",
@@ -64,9 +65,8 @@ def inline(figure: Figure, name: str, label: str) -> str:
     """
     buffer = io.StringIO()
     with styled():
-        figure.savefig(
-            buffer, format="svg", transparent=True, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type"))
-        )
+        FigureCanvasSVG(figure)
+        figure.savefig(buffer, format="svg", transparent=True, metadata=NO_METADATA)
     svg = buffer.getvalue()
     # Comments may quote labels, and matplotlib's style sheet would apply to the whole page.
     svg = re.sub(r"<!--.*?-->|<style.*?</style>", "", svg[svg.index("<svg") :], flags=re.DOTALL)

@@ -1,4 +1,4 @@
-"""The report's figures, as SVG to be placed inside the page.
+"""The report's figures, with the data that they show.
 
 Grids are small images (one pixel a candidate) scaled by the viewer, so an 80-layer model costs no more than a 6-layer one.
 """
@@ -17,10 +17,12 @@ from matplotlib.path import Path
 from matplotlib.ticker import MaxNLocator
 
 from refusal_jax.directions import Direction
-from refusal_jax.report.drawing import THEME_COLOUR, WIDTH, axes_within, drawing, inline, layer_axis
+from refusal_jax.report.drawing import THEME_COLOUR, WIDTH, axes_within, drawing, layer_axis
+from refusal_jax.report.pictures import Cell, Picture, grid_rows
 
 HARMFUL_COLOUR, HARMLESS_COLOUR = "#d9534f", "#2f8fb8"
 FADED = 0.3  # opacity of candidates that the rule discards
+MOST_LABELS = 16  # on the axis of positions
 MAX_POINTS = 6000  # of the strip plot
 
 
@@ -147,12 +149,14 @@ def heatmap(
     scale: Scale,
     pick: Direction | None,
     *,
+    columns: tuple[str, str, str],
     shown_pl: np.ndarray | None = None,
     passing_pl: np.ndarray | None = None,
     limit: int | None = None,
     height: float | None = None,
-) -> str:
-    """Draws values over layer (x) and position (y), with the pick outlined, if there is one.
+) -> Picture:
+    """Draws values over layer (x) and position (y), with the pick outlined, if there is one. columns: names of what is down and
+    across, and of the values, in the data.
 
     Cells are hatched where not `shown_pl` (not evaluated, or not defined), crossed where NaN, and faded where not
     `passing_pl`. limit: the first pruned layer.
@@ -177,11 +181,12 @@ def heatmap(
         if pick is not None:
             position, layer = pick.place
             _mark_pick(axes, layer, position + positions, cell)
-        axes.set_yticks(range(positions), y_labels, parse_math=False)
+        step = -(-positions // MOST_LABELS)
+        axes.set_yticks(range(0, positions, step), y_labels[::step], parse_math=False)
         layer_axis(axes, layers)
         axes.set_ylim(positions - 0.5, -0.5)
         _colour_bar(figure, axes, scale, values_pl[finite_pl].max(initial=scale.middle))
-        return inline(figure, name, label)
+        return Picture(name, label, figure, grid_rows(values_pl, columns, y_labels))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -196,8 +201,8 @@ class Limits:
 
 def selection_figures(
     rows: Sequence[dict], passing: Sequence[dict], limits: Limits, tokens: Sequence[str], pick: Direction | None
-) -> dict[str, str]:
-    """Returns bypass, induce and KL of every candidate as `{score key: svg}`.
+) -> list[Picture]:
+    """Returns the maps of bypass, induce and KL over all candidates.
 
     rows: of all candidates, in the published format. passing: those that no threshold discards. tokens: the post-instruction
     tokens' texts.
@@ -208,25 +213,27 @@ def selection_figures(
     for row in passing:
         passing_pl[row["position"], row["layer"]] = True
     kl_range = (0.0, 10 * limits.kl)
-    figures = {}
-    for key, title, cmap, middle, bounds, digits in (
-        ("refusal_score", "Bypass score", "RdBu_r", 0.0, (-np.inf, np.inf), 1),
-        ("steering_score", "Induce score", "RdBu_r", limits.induce, (-np.inf, np.inf), 1),
-        ("kl_div_score", "KL divergence", "PRGn_r", limits.kl, kl_range, 2),
+    figures = []
+    for key, name, title, cmap, middle, bounds, digits in (
+        ("refusal_score", "bypass", "Bypass score", "RdBu_r", 0.0, (-np.inf, np.inf), 1),
+        ("steering_score", "induce", "Induce score", "RdBu_r", limits.induce, (-np.inf, np.inf), 1),
+        ("kl_div_score", "kl", "KL divergence", "PRGn_r", limits.kl, kl_range, 2),
     ):
         values_pl, evaluated_pl = grids(rows, key, positions, layers)
         spread = np.append(values_pl, 0.0) if key == "kl_div_score" else values_pl  # its scale starts at 0
-        figures[key] = heatmap(
-            f"fig-{key}",
+        drawn = heatmap(
+            f"selection-{name}",
             f"{title} of each candidate direction over layer and position",
             values_pl,
             position_labels(positions, tokens),
             Scale(cmap, split_norm(spread, middle, bounds), middle, digits),
             pick,
+            columns=("position", "layer", f"{title.lower().replace('kl', 'KL')} [nats]"),
             shown_pl=evaluated_pl,
             passing_pl=passing_pl if key == "refusal_score" else None,
             limit=limits.first_pruned,
         )
+        figures.append(drawn)
     return figures
 
 
@@ -241,26 +248,27 @@ def cosines(vectors: np.ndarray, others: np.ndarray, tiny: float) -> np.ndarray:
     return np.where(defined, vectors @ others.T / np.where(defined, products, 1.0), np.nan)
 
 
-def cosine_figures(diffs_pld: np.ndarray, tokens: Sequence[str], pick: Direction) -> dict[str, str]:
+def cosine_figures(diffs_pld: np.ndarray, tokens: Sequence[str], pick: Direction) -> list[Picture]:
     """Returns the similarity of the candidates: each with the pick, and between layers at the picked position."""
     tiny = 1e-9 * np.linalg.norm(diffs_pld, axis=-1).max(initial=0.0)
     position, layer = pick.place
     here_ld = diffs_pld[position]
-    return {
-        "with_pick": heatmap(
-            "fig-with-pick",
+    return [
+        heatmap(
+            "geometry-with-pick",
             "Cosine similarity of each candidate direction with the selected one",
             cosines(diffs_pld, here_ld[[layer]], tiny)[..., 0],
             position_labels(len(diffs_pld), tokens),
             COSINE,
             pick,
+            columns=("position", "layer", "cosine"),
             height=294,
         ),
-        "layers": layer_similarity(cosines(here_ld, here_ld, tiny), pick),
-    }
+        layer_similarity(cosines(here_ld, here_ld, tiny), pick),
+    ]
 
 
-def layer_similarity(values_ll: np.ndarray, pick: Direction) -> str:
+def layer_similarity(values_ll: np.ndarray, pick: Direction) -> Picture:
     """Draws a square map over pairs of layers, hatched where the similarity is not defined."""
     (_, layer), layers, finite_ll = pick.place, len(values_ll), np.isfinite(values_ll)
     with drawing(294) as figure:
@@ -277,7 +285,8 @@ def layer_similarity(values_ll: np.ndarray, pick: Direction) -> str:
         axes.set_ylim(-0.5, layers - 0.5)
         axes.set_ylabel("layer", labelpad=2)
         _colour_bar(figure, axes, COSINE, 1.0)
-        return inline(figure, "fig-layers", "Cosine similarity of the directions of each pair of layers")
+        label = "Cosine similarity of the directions of each pair of layers"
+        return Picture("geometry-layers", label, figure, grid_rows(values_ll, ("layer", "other layer", "cosine")))
 
 
 def _dots(axes: Axes, x: np.ndarray, y: np.ndarray, colour: str, size: float) -> None:
@@ -291,7 +300,7 @@ def _dots(axes: Axes, x: np.ndarray, y: np.ndarray, colour: str, size: float) ->
         )
 
 
-def projection_figure(harmful_nl: np.ndarray, harmless_nl: np.ndarray, pick: Direction) -> str:
+def projection_figure(harmful_nl: np.ndarray, harmless_nl: np.ndarray, pick: Direction) -> Picture:
     """Draws a strip plot of both sides' activations along the direction, per layer, with the means as lines."""
     layers = harmful_nl.shape[1]
     most = max(8, MAX_POINTS // (2 * layers))
@@ -321,4 +330,15 @@ def projection_figure(harmful_nl: np.ndarray, harmless_nl: np.ndarray, pick: Dir
             axes.plot(x + 0.01, 1.06, "o", color=colour, markersize=5, transform=axes.transAxes, clip_on=False)
             axes.text(x + 0.04, 1.06, text, transform=axes.transAxes, fontsize=9, va="center")
         axes.spines[["top", "right"]].set_visible(False)
-        return inline(figure, "fig-projections", "Projections of validation activations on the direction, per layer")
+        label = "Projections of validation activations on the direction, per layer"
+        return Picture("geometry-projections", label, figure, projection_rows(harmful_nl, harmless_nl))
+
+
+def projection_rows(harmful_nl: np.ndarray, harmless_nl: np.ndarray) -> list[dict[str, Cell]]:
+    """Returns the rows of the data of projections: one for each prompt and layer."""
+    columns = "prompt", "layer", "projection [residual units]"
+    return [
+        {"group": group} | row
+        for group, values_nl in (("harmful", harmful_nl), ("harmless", harmless_nl))
+        for row in grid_rows(values_nl, columns)
+    ]

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import pathlib
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from refusal_jax.conditions import COMPLETIONS_FOLDER
 from refusal_jax.directions import Direction
@@ -92,7 +93,8 @@ class Section:
     stage's evidence against the refusal rates. note: a sentence below the page's headline. first: whether the page shows it
     before the sections of the stages before it. late: whether the text summary has its lines after those of the other stages.
     of_direction: whether it is about a direction, so that it is left out if the study found none. needs: names of files without
-    which it is left out.
+    which it is left out. pictures: its figures with their data, each a `report.pictures.Picture`, which the template shows by
+    name with the macro `figure`, and which are exported.
     """
 
     template: pathlib.Path | None = None
@@ -105,3 +107,4 @@ class Section:
     late: bool = False
     of_direction: bool = False
     needs: Sequence[str] = ()
+    pictures: Callable[[Findings], Sequence[Any]] = nothing

@@ -96,7 +96,9 @@ def page_context(findings: Findings) -> dict:
     sections = []
     for section in findings.sections:
         if section.template:
-            html = env.get_template(section.template.name).render(shared | section.values(findings))
+            figures = {picture.name: picture.html for picture in section.pictures(findings)}
+            values = shared | section.values(findings) | ({"figures": figures} if figures else {})
+            html = env.get_template(section.template.name).render(values)
             links = {name: title for name, title in section.links.items() if f'id="{name}"' in html}
             sections.append({"links": links, "html": Markup(html)})
     return shared | {

@@ -4,11 +4,11 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from refusal_jax.report.drawing import WIDTH, axes_within, drawing, layer_axis
 from refusal_jax.report.figures import HARMFUL_COLOUR, HARMLESS_COLOUR
+from refusal_jax.report.pictures import Picture, series_rows
 
 GREY = "#8d949c"
 # Of prompts that are harmful, with a suffix, with random tokens, and harmless; with their marks.
@@ -25,7 +25,7 @@ def legend(axes: Axes, names: Sequence[str]) -> None:
         axes.text(x + 0.04, y, name, transform=axes.transAxes, fontsize=9, va="center")
 
 
-def cosine_figure(means: Mapping[str, Sequence[float]], spreads: Mapping[str, Sequence[float]], layer: int) -> Figure:
+def cosine_figure(means: Mapping[str, Sequence[float]], spreads: Mapping[str, Sequence[float]], layer: int) -> Picture:
     """Draws the mean cosine of the last token's residual with the direction by layer, and a band of one standard deviation.
 
     means, spreads: of each group by its name, `[L + 1]`. layer: where the direction was found.
@@ -45,10 +45,12 @@ def cosine_figure(means: Mapping[str, Sequence[float]], spreads: Mapping[str, Se
         axes.set_ylabel("cosine with the direction", labelpad=2)
         axes.spines[["top", "right"]].set_visible(False)
         legend(axes, list(means))
-        return figure
+        label = "Cosine of the last token's residual with the direction by layer"
+        data = series_rows(("layer", range(points)), {"mean cosine": means, "standard deviation": spreads})
+        return Picture("attribution-cosines", label, figure, data)
 
 
-def heads_figure(heads: Sequence[str], rows: Mapping[str, Sequence[Mapping[str, float | None]]]) -> Figure:
+def heads_figure(heads: Sequence[str], rows: Mapping[str, Sequence[Mapping[str, float | None]]]) -> Picture:
     """Draws what each of a few heads writes along the direction, a mean with its interval for each group.
 
     heads: their names. rows: of each group by its name, `{"mean", "low", "high"}` of each head.
@@ -71,10 +73,9 @@ def heads_figure(heads: Sequence[str], rows: Mapping[str, Sequence[Mapping[str, 
         axes.set_xlabel("layer . head", labelpad=2)
         axes.spines[["top", "right"]].set_visible(False)
         legend(axes, list(rows))
-        return figure
-
-
-def thinned(count: int, most: int = 16) -> list[str]:
-    """Returns the numbers from 0 to `count`, with "" in place of most of them where there are more than `most`."""
-    step = -(-count // most)
-    return [str(i) if i % step == 0 else "" for i in range(count)]
+        bounds = {
+            f"{key} [residual units]": {name: [row[key] for row in found] for name, found in rows.items()}
+            for key in ("mean", "low", "high")
+        }
+        data = series_rows(("head", heads), bounds)
+        return Picture("attribution-heads", "What single heads write along the direction", figure, data)

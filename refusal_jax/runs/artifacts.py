@@ -24,6 +24,9 @@ SOM, SOM_DIRECTIONS = f"{MECHANISM}/som.json", f"{MECHANISM}/som.safetensors"
 CONES, CONE_BASES = f"{MECHANISM}/cones.json", f"{MECHANISM}/cones.safetensors"
 ALTERNATIVES = f"{MECHANISM}/alternatives.json"
 
+FIGURES = f"{MECHANISM}/figures"  # the folder of the report's figures as files, and their list
+FIGURE_LIST = f"{FIGURES}/figures.json"
+
 
 def loss_name(intervention: str) -> str:
     """Returns the name of the file with the losses under an intervention."""

@@ -3,7 +3,6 @@
 import pathlib
 
 import numpy as np
-from markupsafe import Markup
 
 from refusal_jax.chat.batches import length_batches
 from refusal_jax.chat.projection_monitor import midpoint
@@ -48,21 +47,24 @@ def study_thresholds(folder: pathlib.Path) -> np.ndarray | None:
 
 
 def values(findings: Findings) -> dict:
-    """Returns what the report shows of the geometry: similarities of candidates, and the projections."""
+    """Returns what the report shows of the geometry."""
+    pick, along = findings.direction, findings.run.read_tensors(PROJECTIONS)
+    assert pick is not None
+    layer = pick.place[1]
+    return {"pick": pick, "auc": auc(along["harmful_val"][:, layer], along["harmless_val"][:, layer])}
+
+
+def pictures(findings: Findings) -> list:
+    """Returns the figures of the similarities of candidates, and of the projections."""
     from refusal_jax.report import figures  # imports matplotlib, which the other stages need not pay for
 
-    run, pick = findings.run, findings.direction
+    pick, along = findings.direction, findings.run.read_tensors(PROJECTIONS)
     assert pick is not None
     tokens = [plain(token["text"]) for token in findings.setup["post_instruction_tokens"]]
-    along = run.read_tensors(PROJECTIONS)
-    harmful_nl, harmless_nl = along["harmful_val"], along["harmless_val"]
-    drawings = figures.cosine_figures(run.read_tensors(MEANS)["mean_diffs"], tokens, pick)
-    drawings |= {"projections": figures.projection_figure(harmful_nl, harmless_nl, pick)}
-    return {
-        "pick": pick,
-        "figures": {name: Markup(svg) for name, svg in drawings.items()},
-        "auc": auc(harmful_nl[:, pick.place[1]], harmless_nl[:, pick.place[1]]),
-    }
+    return [
+        *figures.cosine_figures(findings.run.read_tensors(MEANS)["mean_diffs"], tokens, pick),
+        figures.projection_figure(along["harmful_val"], along["harmless_val"], pick),
+    ]
 
 
 def concerns(findings: Findings) -> list[Concern]:
@@ -83,5 +85,6 @@ STAGE = Stage(
         values,
         concerns=concerns,
         of_direction=True,
+        pictures=pictures,
     ),
 )

@@ -1,10 +1,12 @@
-"""The report on the study, as the last of its stages."""
+"""The report on the study, as the last of its stages, and its figures as files."""
 
 from collections.abc import Sequence
 from typing import Any
 
+from refusal_jax.report.findings import Findings
 from refusal_jax.report.page import write_report
-from refusal_jax.runs.artifacts import REPORT
+from refusal_jax.runs.artifacts import FIGURE_LIST, FIGURES, REPORT
+from refusal_jax.runs.ledger import Ledger
 from refusal_jax.runs.stage import Stage
 from refusal_jax.study.shared import Study
 
@@ -18,5 +20,33 @@ def report_on(stages: Sequence[Stage[Any]]) -> Stage[Study]:
         lambda study, ledger: write_report(study.run, sections),
         reads=lambda study: [name for stage in stages for name in stage.outputs(study)],
         writes=(REPORT,),
+        alone=True,
+    )
+
+
+def figures_of(stages: Sequence[Stage[Any]]) -> Stage[Study]:
+    """Returns the stage that writes each figure of the report as SVG and PNG with its data as CSV, and the list of them."""
+    sections = [stage.section for stage in stages if stage.section]
+
+    def export(study: Study, ledger: Ledger) -> None:
+        findings, listed = Findings(study.run, sections), []
+        for section in findings.sections:
+            for picture in section.pictures(findings):
+                files = picture.files()
+                for name, data in files.items():
+                    study.run.write(f"{FIGURES}/{name}", data)
+                listed.append({"name": picture.name, "label": picture.label, "files": list(files)})
+        study.run.write_json(FIGURE_LIST, listed)
+
+    def written(study: Study) -> list[str]:
+        """Returns the names of the list and of what it lists."""
+        listed = study.run.read_json(FIGURE_LIST) if study.run.exists(FIGURE_LIST) else []
+        return [FIGURE_LIST, *(f"{FIGURES}/{name}" for row in listed for name in row["files"])]
+
+    return Stage(
+        "figures",
+        export,
+        reads=lambda study: [name for stage in stages for name in stage.outputs(study)],
+        writes=written,
         alone=True,
     )

@@ -11,7 +11,6 @@ from collections.abc import Callable, Sequence
 
 import jax.numpy as jnp
 import numpy as np
-from markupsafe import Markup
 
 from refusal_jax.chat.messages import Prompt
 from refusal_jax.chat.model import ChatModel
@@ -237,8 +236,7 @@ def rule_of(findings: Findings) -> Rule:
 
 
 def values(findings: Findings) -> dict:
-    """Returns what the report shows of the selected candidate, or why there is none, and of the rule, what it discarded, and the
-    maps of scores."""
+    """Returns what the report shows of the selected candidate, or why there is none, and of the rule and what it discarded."""
     picked, direction = selected_row(findings), findings.direction
     tokens = [plain(token["text"]) for token in findings.setup["post_instruction_tokens"]]
     shown: dict = {"pick": direction, "ended": findings.none, "loosening": LOOSENING}
@@ -250,12 +248,8 @@ def values(findings: Findings) -> dict:
         }
     if not findings.run.exists(CANDIDATES):
         return shown | {"n_candidates": 0, "misses": []}
-    from refusal_jax.report import figures  # imports matplotlib, which the other stages need not pay for
-
     rows, rule = findings.run.read_json(CANDIDATES), rule_of(findings)
     discarded = Counter(rule.verdict(row) for row in rows)
-    limits = figures.Limits(rule.n_layers, rule.layer_limit, rule.induce_threshold, rule.kl_threshold)
-    maps = figures.selection_figures(rows, [r for r in rows if not rule.verdict(r)], limits, tokens, direction)
     return shown | {
         "rule": rule,
         "full_grid": not any(row[key] is None for row in rows for key, *_ in SCORES),
@@ -263,8 +257,20 @@ def values(findings: Findings) -> dict:
         "discarded": {why: discarded[why] for why in ("layer", "induce", "kl", "nan")},
         "passing": rule.passing(rows),
         "misses": [] if direction is not None else nearest_misses(rows, rule),
-        "figures": {name: Markup(svg) for name, svg in maps.items()},
     }
+
+
+def pictures(findings: Findings) -> list:
+    """Returns the maps of the candidates' scores."""
+    if not findings.run.exists(CANDIDATES):
+        return []
+    from refusal_jax.report import figures  # imports matplotlib, which the other stages need not pay for
+
+    rows, rule = findings.run.read_json(CANDIDATES), rule_of(findings)
+    tokens = [plain(token["text"]) for token in findings.setup["post_instruction_tokens"]]
+    limits = figures.Limits(rule.n_layers, rule.layer_limit, rule.induce_threshold, rule.kl_threshold)
+    passing = [row for row in rows if not rule.verdict(row)]
+    return figures.selection_figures(rows, passing, limits, tokens, findings.direction)
 
 
 def lines(findings: Findings) -> list[str]:
@@ -317,5 +323,6 @@ STAGE = Stage(
         values,
         lines,
         concerns,
+        pictures=pictures,
     ),
 )

@@ -24,7 +24,7 @@ from refusal_jax.study import completions, directions, evaluations, loss, projec
 from refusal_jax.study.checks import check_settings
 from refusal_jax.study.config import StudyConfig
 from refusal_jax.study.mechanism import stages as mechanism
-from refusal_jax.study.report import report_on
+from refusal_jax.study.report import figures_of, report_on
 from refusal_jax.study.shared import Study
 
 STEPS = (
@@ -38,6 +38,7 @@ STEPS = (
 )
 COMMIT = "commit of "  # before a name on the hub, among the inputs that the manifest records
 REPORT_STAGE = report_on((*STEPS, *mechanism.STAGES))
+FIGURES_STAGE = figures_of((*STEPS, *mechanism.STAGES))
 STAGES = (*STEPS, REPORT_STAGE)
 GROUPS = tuple(stage.programs for stage in STAGES if stage.programs)
 RETRIED = {stage.name: stage.settings for stage in STAGES if stage.settings}

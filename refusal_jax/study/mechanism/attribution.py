@@ -3,7 +3,6 @@
 import pathlib
 
 import numpy as np
-from markupsafe import Markup
 
 from refusal_jax.judges.statistics import bounded, mean_interval, paired_mean
 from refusal_jax.mechanism.attribution import Attribution, attribute
@@ -123,51 +122,56 @@ def lines(findings: Findings) -> list[str]:
 
 
 def values(findings: Findings) -> dict:
-    """Returns what the report shows: the figures, and a table of the heads."""
-    from refusal_jax.report import figures, suffix_figures  # import matplotlib, which the other stages need not pay for
-    from refusal_jax.report.drawing import inline
-
-    found, arrays, direction = (
-        findings.run.read_json(ATTRIBUTION),
-        findings.run.read_tensors(ATTRIBUTED),
-        findings.direction,
-    )
+    """Returns what the report shows in a table of the heads."""
+    found, direction = findings.run.read_json(ATTRIBUTION), findings.direction
     assert direction is not None
-    groups = [group for group in GROUPS if group in found["cosines"]]
-    cosines = suffix_figures.cosine_figure(
-        {IN_WORDS[group]: found["cosines"][group]["mean"] for group in groups},
-        {IN_WORDS[group]: found["cosines"][group]["sd"] for group in groups},
-        direction.place[1],
-    )
-    heads = suffix_figures.heads_figure(
-        [head_name(row) for row in found["heads"]],
-        {IN_WORDS[group]: [row["written"][group] for row in found["heads"]] for group in groups},
-    )
-    drawn = {
-        "cosines": inline(
-            cosines, "fig-suffix-cosines", "Cosine of the last token's residual with the direction by layer"
-        ),
-        "heads": inline(heads, "fig-suffix-heads", "What single heads write along the direction"),
-    }
-    mean_nl = {group: arrays[f"{group}.heads"].astype(np.float64).mean(axis=0).T for group in groups}
-    grids = {
-        "grid": ("What each head writes along the direction for harmful prompts", mean_nl[HARMFUL]),
-        "grid_change": ("Change of what each head writes by the suffix", mean_nl[SUFFIXED] - mean_nl[HARMFUL]),
-    }
-    most = max(np.abs(values).max() for _, values in grids.values())
-    for name, (label, grid) in grids.items():
-        scale = figures.Scale("RdBu_r", figures.Normalize(-most, most), 0.0, 1)
-        rows = suffix_figures.thinned(len(grid))
-        drawn[name] = figures.heatmap(f"fig-{name.replace('_', '-')}", label, grid, rows, scale, None)
     return {
         "attribution": found,
         "compared": COMPARED,
         "words": IN_WORDS,
-        "groups": groups,
+        "groups": shown_groups(found),
         "head_name": head_name,
         "layer": direction.place[1],
-        "figures": {name: Markup(svg) for name, svg in drawn.items()},
     }
+
+
+def shown_groups(found: dict) -> list[str]:
+    """Returns the groups that have prompts."""
+    return [group for group in GROUPS if group in found["cosines"]]
+
+
+def pictures(findings: Findings) -> list:
+    """Returns the figures of the cosines, of the heads that write most, and of all heads."""
+    from refusal_jax.report import figures, suffix_figures  # import matplotlib, which the other stages need not pay for
+
+    found, arrays = findings.run.read_json(ATTRIBUTION), findings.run.read_tensors(ATTRIBUTED)
+    assert findings.direction is not None
+    groups = shown_groups(found)
+    mean_nl = {group: arrays[f"{group}.heads"].astype(np.float64).mean(axis=0).T for group in groups}
+    grids = {
+        "grid": ("What each head writes along the direction for harmful prompts", mean_nl[HARMFUL]),
+        "change": ("Change of what each head writes by the suffix", mean_nl[SUFFIXED] - mean_nl[HARMFUL]),
+    }
+    most = max(np.abs(values).max() for _, values in grids.values())
+    scale = figures.Scale("RdBu_r", figures.Normalize(-most, most), 0.0, 1)
+    columns = ("head", "layer", "written [residual units]")
+    return [
+        suffix_figures.cosine_figure(
+            {IN_WORDS[group]: found["cosines"][group]["mean"] for group in groups},
+            {IN_WORDS[group]: found["cosines"][group]["sd"] for group in groups},
+            findings.direction.place[1],
+        ),
+        suffix_figures.heads_figure(
+            [head_name(row) for row in found["heads"]],
+            {IN_WORDS[group]: [row["written"][group] for row in found["heads"]] for group in groups},
+        ),
+        *(
+            figures.heatmap(
+                f"attribution-{name}", label, grid, list(map(str, range(len(grid)))), scale, None, columns=columns
+            )
+            for name, (label, grid) in grids.items()
+        ),
+    ]
 
 
 STAGE = Stage(
@@ -184,5 +188,6 @@ STAGE = Stage(
         lines=lines,
         of_direction=True,
         needs=(ATTRIBUTION, ATTRIBUTED),
+        pictures=pictures,
     ),
 )

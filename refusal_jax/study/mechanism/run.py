@@ -17,7 +17,7 @@ from refusal_jax.study.config import StudyConfig
 from refusal_jax.study.mechanism.settings import MechanismSettings
 from refusal_jax.study.mechanism.shared import MechanismStudy
 from refusal_jax.study.mechanism.stages import GROUPS, PARTS, STAGES
-from refusal_jax.study.study import REPORT_STAGE, commits_of
+from refusal_jax.study.study import FIGURES_STAGE, REPORT_STAGE, commits_of
 
 
 def run_mechanism(settings: MechanismSettings | Mapping[str, Any], workdir: str | os.PathLike, model: str = "") -> Run:
@@ -26,13 +26,14 @@ def run_mechanism(settings: MechanismSettings | Mapping[str, Any], workdir: str 
 
     workdir: a local folder or gs://BUCKET/FOLDER. model: where the study's model is now, if it has moved; "" is where the study
     read it. Of several processes (`distributed.start`) all must call it alike. A part that is done already is skipped unless
-    what it rests on has changed.
+    what it rests on has changed. The report's figures are written as files whatever the parts are; the part "figures" does that
+    alone.
 
     Raises UserError for unknown parts, for a folder that holds no finished study or one that found no direction, and for a model
     that is not the study's.
     """
     settings = MechanismSettings.of(settings)
-    settings.check(PARTS)
+    settings.check((*PARTS, FIGURES_STAGE.name))
     check_alike(distributed.gather_json({"config": settings.to_dict(), "inputs": {}}))
     manifest = recorded_manifest(workdir)
     if manifest is None:
@@ -51,6 +52,7 @@ def run_mechanism(settings: MechanismSettings | Mapping[str, Any], workdir: str 
             for stage in chosen(study):
                 run.stage(stage, study)
             run.stage(REPORT_STAGE, study)
+            run.stage(FIGURES_STAGE, study)
             return run
 
 
