@@ -73,6 +73,7 @@ def attribute_batch(
 
     taps: of `SITES` at the last token, along the unit direction, as from `Taps.for_batch`.
     """
+    assert taps.along is not None
     out = decoder.forward(tokens_bt, mask_bt, edits, taps)
     found, spread_b = parts_of(
         {site: values[:, :, 0] for site, values in out.taps.items()}, out.resid_btd[:, -1], taps.along

@@ -18,9 +18,8 @@ MARKS = ("o", "s", "^", "D")
 
 def legend(axes: Axes, names: Sequence[str]) -> None:
     """Draws the names of the groups above the axes, in two lines."""
-    height = axes.get_position().height * axes.figure.get_figheight() * 72
     for number, (name, colour, mark) in enumerate(zip(names, COLOURS, MARKS, strict=False)):
-        x, y = (number % 2) * 0.4, 1 + (24 - 14 * (number // 2)) / height
+        x, y = (number // 2) * 0.56, 1.11 - 0.06 * (number % 2)
         axes.plot(x + 0.01, y, mark, color=colour, markersize=4.5, transform=axes.transAxes, clip_on=False)
         axes.text(x + 0.04, y, name, transform=axes.transAxes, fontsize=9, va="center")
 
@@ -60,7 +59,9 @@ def heads_figure(heads: Sequence[str], rows: Mapping[str, Sequence[Mapping[str, 
         axes.axhline(0, color=GREY, linewidth=0.7)
         for number, ((_, found), colour, mark) in enumerate(zip(rows.items(), COLOURS, MARKS, strict=False)):
             x = np.arange(len(heads)) + 0.18 * (number - (len(rows) - 1) / 2)
-            axes.plot(x, [row["mean"] for row in found], mark, color=colour, markersize=4.2, zorder=4)
+            axes.plot(
+                x, np.asarray([row["mean"] for row in found], np.float64), mark, color=colour, markersize=4.2, zorder=4
+            )
             for place, row in zip(x, found, strict=True):
                 if row["low"] is not None and row["high"] is not None:
                     axes.plot([place, place], [row["low"], row["high"]], color=colour, linewidth=1.4)
