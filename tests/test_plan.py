@@ -27,6 +27,7 @@ from refusal_jax.plan.chips import Slice
 from refusal_jax.plan.planner import MeshShape, Sizes, fit, make_plan, ranked_meshes, run_mesh, run_sizes
 from refusal_jax.plan.programs import Group, Program, Shapes, Workload
 from refusal_jax.study.config import get_config
+from refusal_jax.study.mechanism import run as mechanism
 from refusal_jax.study.study import workload
 
 KNOWN = json.loads((pathlib.Path(chips.__file__).parent / "models.json").read_text())
@@ -216,6 +217,20 @@ def test_a_plan_of_programs_that_really_compile(tiny_work, monkeypatch):
     assert json.loads(json.dumps(table.as_json("tiny", plan)))["mesh"] == {"data": 2, "fsdp": 1, "model": 4}
 
 
+def test_a_mechanism_is_planned(llama, monkeypatch):
+    """All its parts, with room for suffixes after the prompts."""
+    monkeypatch.setattr(Slice, "devices", lambda self: jax.devices()[: self.chips])
+    config = get_config()
+    config.batch_size = 8
+    work = mechanism.workload(load_config(llama), "float32", config, 16)
+    assert [group.name for group in work.groups[:2]] == ["suffixes", "attribution"] and work.length == 40
+    (suffixes,), (attribution,) = (group.describe(Shapes(work, None), 8) for group in work.groups[:2])
+    assert (suffixes.runs, attribution.runs) == (2 * 13 + 2 * 13, 50)
+    work = dataclasses.replace(work, groups=work.groups[:2])
+    plan = make_plan(work, Slice.parse("v5e-4"), MeshShape(1, 1, 4))
+    assert set(plan.stages) == {"suffixes", "attribution"} and not plan.problems and plan.seconds > 0
+
+
 def test_an_audit_is_planned_with_both_models(llama, monkeypatch):
     """Twice the runs of the same programs, and the base's weights beside the candidate's."""
     monkeypatch.setattr(Slice, "devices", lambda self: jax.devices()[: self.chips])
@@ -345,6 +360,7 @@ from refusal_jax.study.study import workload
 from refusal_jax.plan.costs import cache_bytes
 from refusal_jax.models.sharding import make_mesh
 from refusal_jax.study.config import get_config
+from refusal_jax.study.mechanism import run as mechanism
 known = json.loads((pathlib.Path(chips.__file__).parent / "models.json").read_text())
 for name, rows in (("llama_3_70b", 128), ("qwen_72b", 32)):
     where = chips.Slice.parse("v5e-16")

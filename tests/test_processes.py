@@ -5,6 +5,7 @@ import json
 import os
 import pathlib
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -20,6 +21,7 @@ from safetensors.numpy import load_file
 from refusal_jax import UserError, distributed
 from refusal_jax.data.sampling import SPLITS
 from refusal_jax.study.config import get_config
+from refusal_jax.study.mechanism.run import run_mechanism
 from refusal_jax.study.study import run_study
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -281,14 +283,47 @@ def test_a_study_in_two_processes_killed_and_continued(llama, data, tmp_path):
     after = json.loads((folder / "manifest.json").read_text())["stages"]
     assert "activations" in before and "report" not in before and all(after[name] == before[name] for name in before)
 
+    same_results(alone, folder)
+
+
+def same_results(alone: pathlib.Path, folder: pathlib.Path, tolerance: float = 1e-4) -> None:
+    """Two folders hold the same files, whose numbers are the same but for rounding."""
     names = {str(p.relative_to(alone)) for p in alone.rglob("*") if p.is_file()}
     assert names == {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()}
     for name in names:
         if name.endswith(".safetensors"):
             one, other = load_file(alone / name), load_file(folder / name)
-            assert one.keys() == other.keys() and all(np.allclose(one[k], other[k], atol=1e-4) for k in one), name
+            assert one.keys() == other.keys() and all(np.allclose(one[k], other[k], atol=tolerance) for k in one), name
         elif name.endswith(".json") and name != "manifest.json":
-            assert differ(*(json.loads((f / name).read_text()) for f in (alone, folder)), name) < 1e-4
+            assert differ(*(json.loads((f / name).read_text()) for f in (alone, folder)), name) < tolerance
+
+
+PARTS = ("suffixes", "attribution")
+
+
+def test_a_mechanism_in_two_processes_and_on_eight_devices(demo_study, tmp_path):
+    """The same numbers as in one process on one device. Without a mesh of its own, a study takes all devices."""
+    (tmp_path / "suffix.txt").write_text(" varnish lift clean measure\n")
+    alone, several, meshed = (shutil.copytree(demo_study, tmp_path / name) for name in ("alone", "several", "meshed"))
+    flags = f"--suffix={tmp_path / 'suffix.txt'}", f"--parts={','.join(PARTS)}", "--suffixes.n_prompts=6"
+    pair = Pair(
+        lambda i, port: (
+            "-m", "refusal_jax.jobs.main", "mechanism", f"--direction={several}", *flags,
+            f"--coordinator=127.0.0.1:{port}", "--num_processes=2", f"--process_id={i}",
+        ),
+        tmp_path,
+    )  # fmt: skip
+    settings = {"suffix": str(tmp_path / "suffix.txt"), "parts": PARTS, "suffixes": {"n_prompts": 6}}
+    run_mechanism(settings, alone)
+    manifest = json.loads((meshed / "manifest.json").read_text())
+    manifest["config"]["mesh"] = {"data": 2, "fsdp": 2, "model": 2}
+    (meshed / "manifest.json").write_text(json.dumps(manifest))
+    run_mechanism(settings, meshed)
+    pair.wait()
+    assert pair.codes == [0, 0], pair.err
+    assert "Report:" in pair.out[0] and "Report:" not in pair.out[1]
+    for other in (several, meshed):
+        same_results(alone / "mechanism", other / "mechanism", 1e-3)
 
 
 def test_a_mesh_without_all_devices(tmp_path, monkeypatch, llama):

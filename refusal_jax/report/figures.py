@@ -133,7 +133,7 @@ def _write_values(axes: Axes, values: np.ndarray, shade: np.ndarray, digits: int
             axes.text(
                 x,
                 y,
-                f"{value:.{digits}f}".replace("-", "−"),
+                f"{round(float(value), digits) + 0.0:.{digits}f}".replace("-", "−"),
                 fontsize=8,
                 ha="center",
                 va="center",

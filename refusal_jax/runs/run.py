@@ -186,6 +186,11 @@ class Run:
         self._pass_on(name)
         return due
 
+    def tell(self) -> None:
+        """Gives what stages have written before to the other processes, for stages that are added to a finished run."""
+        for name in list(self.manifest["stages"]):
+            self._pass_on(name)
+
     def _skip(self, name: str, reason: str) -> None:
         """Enters into the manifest that a stage cannot be done, and removes what it once wrote."""
         LOG.info(f"{name}: skipped. {reason}")
@@ -239,7 +244,7 @@ class Run:
         if not distributed.several():
             return
         if distributed.first():
-            written = {file: self.storage.read(file) for file in self._writes(name)}
+            written = {file: self.storage.read(file) for file in self._writes(name) if self.exists(file)}
             files = {MANIFEST: to_json(self.manifest["stages"][name]), **written}
             distributed.share(save({file: np.frombuffer(data, np.uint8) for file, data in files.items()}))
         else:

@@ -17,6 +17,7 @@ from refusal_jax.data.sampling import over_refusal_names
 from refusal_jax.directions import Direction
 from refusal_jax.errors import UserError, field
 from refusal_jax.judges.judge import Judge
+from refusal_jax.models.config import ModelConfig
 from refusal_jax.models.hf_config import load_config
 from refusal_jax.plan.planner import run_mesh, run_sizes
 from refusal_jax.plan.programs import USUAL_LENGTH, Group, Sizes, Workload
@@ -72,9 +73,12 @@ class Study:
     @functools.cached_property
     def mesh(self) -> jax.sharding.Mesh | None:
         """Returns the mesh that the settings ask for, or else the one that is planned for the devices there are."""
-        dtype = weights_dtype(self.config.dtype)
-        work = Workload(load_config(self.folder), dtype, self.config, USUAL_LENGTH, self.groups)
+        work = self.workload(load_config(self.folder), weights_dtype(self.config.dtype), USUAL_LENGTH)
         return run_mesh(work, self.config.mesh, jax.devices())
+
+    def workload(self, cfg: ModelConfig, dtype: str, length: int) -> Workload:
+        """Returns what is planned for. length: tokens that prompts are padded to."""
+        return Workload(cfg, dtype, self.config, length, self.groups)
 
     @functools.cached_property
     def chat(self) -> Chat:
@@ -130,7 +134,7 @@ class Study:
         """Returns the rows of the batches of each stage: what fits the devices, with the longest prompt there is."""
         prompts = [row["instruction"] for rows in self.run.read_json(PROMPTS).values() for row in rows]
         length = self.model.encode(prompts).tokens.shape[1]
-        work = Workload(self.model.config, str(self.model.decoder.dtype), self.config, length, self.groups)
+        work = self.workload(self.model.config, str(self.model.decoder.dtype), length)
 
         def note(text: str) -> None:
             LOG.info(f"Planning: {text}")

@@ -1,12 +1,16 @@
 """What writes the last token's component along the direction, with and without a suffix: the paper's figures 5 and 6a."""
 
+import dataclasses
+import math
 import pathlib
 
+import jax.numpy as jnp
 import numpy as np
 
 from refusal_jax.judges.statistics import bounded, mean_interval, paired_mean
-from refusal_jax.mechanism.attribution import Attribution, attribute
+from refusal_jax.mechanism.attribution import SITES, Attribution, attribute, attribute_batch
 from refusal_jax.mechanism.suffixes import GROUPS, HARMFUL, IN_WORDS, RANDOM, SUFFIXED
+from refusal_jax.plan.programs import Group, Program, Shapes
 from refusal_jax.report.findings import Findings, Section
 from refusal_jax.report.summary import signed, with_interval
 from refusal_jax.runs.artifacts import ATTRIBUTED, ATTRIBUTION, DIRECTION, METADATA, SETUP, SUFFIXES
@@ -14,6 +18,7 @@ from refusal_jax.runs.ledger import Ledger
 from refusal_jax.runs.stage import Stage
 from refusal_jax.study.mechanism.shared import MechanismStudy
 from refusal_jax.study.mechanism.suffixes import rows_of, without_rows
+from refusal_jax.taps import Taps
 
 COMPARED = (SUFFIXED, RANDOM)  # with the prompts without a suffix, in pairs
 
@@ -31,6 +36,20 @@ def attribute_rows(study: MechanismStudy, ledger: Ledger) -> None:
     }
     study.run.write_tensors(ATTRIBUTED, arrays)
     study.run.write_json(ATTRIBUTION, summary(groups, study.settings.attribution.heads))
+
+
+def programs(shapes: Shapes, rows: int) -> list[Program]:
+    """Returns the pass over all rows of the suffix study, for `plan`."""
+    work = shapes.work
+    prompts = min(work.mechanism.suffixes.n_prompts, work.config.data.n_test)
+    along = shapes.array((rows, work.cfg.d_model), jnp.float32, "batch")
+
+    def lower():
+        taps = dataclasses.replace(Taps(SITES, 1), along=along)
+        return attribute_batch.lower(shapes.decoder, *shapes.prompts(rows), shapes.edits(rows), taps)
+
+    runs = math.ceil(len(GROUPS) * prompts / rows)
+    return [Program("attribution", lower, runs, rows, work.length, work.cfg.n_layers)]
 
 
 def summary(groups: dict[str, Attribution], n_heads: int) -> dict:
@@ -181,6 +200,7 @@ STAGE = Stage(
     writes=(ATTRIBUTED, ATTRIBUTION),
     skipped=without_rows,
     given=lambda study: study.settings.attribution.to_dict(),
+    programs=Group("attribution", "forward", programs),
     section=Section(
         pathlib.Path(__file__).with_name("attribution.html.jinja"),
         {"attribution": "Attribution"},

@@ -9,13 +9,15 @@ from refusal_jax.chat.model import demo_model_path
 from refusal_jax.checkpoints.fingerprint import checkpoint_fingerprint
 from refusal_jax.checkpoints.remote import checkpoint_folder
 from refusal_jax.errors import UserError, setting
+from refusal_jax.models.config import ModelConfig
 from refusal_jax.models.hf_config import load_config
+from refusal_jax.plan.programs import USUAL_LENGTH, Workload
 from refusal_jax.runs.artifacts import DIRECTION, NO_DIRECTION
 from refusal_jax.runs.run import Run, check_alike, recorded_manifest
 from refusal_jax.runs.stage import Stage
 from refusal_jax.study.config import StudyConfig
 from refusal_jax.study.mechanism.settings import MechanismSettings
-from refusal_jax.study.mechanism.shared import MechanismStudy
+from refusal_jax.study.mechanism.shared import MechanismStudy, mechanism_workload
 from refusal_jax.study.mechanism.stages import GROUPS, PARTS, STAGES
 from refusal_jax.study.study import FIGURES_STAGE, REPORT_STAGE, commits_of
 
@@ -47,6 +49,7 @@ def run_mechanism(settings: MechanismSettings | Mapping[str, Any], workdir: str 
         load_config(folder)
         inputs = manifest["inputs"] | {"model": checkpoint_fingerprint(folder)}
         with Run.open(workdir, manifest["config"], inputs) as run:
+            run.tell()
             check_finished(run)
             study = MechanismStudy(settings, config, run, folder, GROUPS)
             for stage in chosen(study):
@@ -54,6 +57,11 @@ def run_mechanism(settings: MechanismSettings | Mapping[str, Any], workdir: str 
             run.stage(REPORT_STAGE, study)
             run.stage(FIGURES_STAGE, study)
             return run
+
+
+def workload(cfg: ModelConfig, dtype: str, config: StudyConfig, length: int = USUAL_LENGTH) -> Workload:
+    """Returns the programs of all parts of the mechanism, under their own settings' defaults, for a study with this config."""
+    return mechanism_workload(cfg, dtype, config, length, GROUPS, MechanismSettings())
 
 
 def chosen(study: MechanismStudy) -> list[Stage[MechanismStudy]]:

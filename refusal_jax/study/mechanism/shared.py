@@ -2,11 +2,15 @@
 
 import pathlib
 
-from refusal_jax.plan.programs import Group
+from refusal_jax.chat.padding import bucket
+from refusal_jax.models.config import ModelConfig
+from refusal_jax.plan.programs import Group, Workload
 from refusal_jax.runs.run import Run
 from refusal_jax.study.config import StudyConfig
 from refusal_jax.study.mechanism.settings import MechanismSettings
 from refusal_jax.study.shared import Study
+
+SUFFIX_TOKENS = 20  # of a usual suffix, as in the paper
 
 
 class MechanismStudy(Study):
@@ -22,3 +26,20 @@ class MechanismStudy(Study):
     ):
         super().__init__(config, run, folder, groups=groups)
         self.settings = settings
+
+    def workload(self, cfg: ModelConfig, dtype: str, length: int) -> Workload:
+        """Returns what is planned for, with room for a suffix after each prompt."""
+        return mechanism_workload(cfg, dtype, self.config, length, self.groups, self.settings)
+
+
+def mechanism_workload(
+    cfg: ModelConfig,
+    dtype: str,
+    config: StudyConfig,
+    length: int,
+    groups: tuple[Group, ...],
+    settings: MechanismSettings,
+) -> Workload:
+    """Returns the programs of the mechanism of a study, to be planned. config: of the study. length: tokens that its prompts are
+    padded to, without a suffix."""
+    return Workload(cfg, dtype, config, bucket(length + SUFFIX_TOKENS), groups, mechanism=settings)

@@ -3,7 +3,9 @@
 Its file tells the later stages which rows to look at; `rows_of` gives them with the places of their parts.
 """
 
+import dataclasses
 import logging
+import math
 import pathlib
 from collections.abc import Sequence
 
@@ -27,11 +29,13 @@ from refusal_jax.mechanism.suffixes import (
     row_of,
     with_random,
 )
+from refusal_jax.plan.programs import Group, Program, Shapes
 from refusal_jax.report.findings import Findings, Section
 from refusal_jax.report.summary import with_interval
 from refusal_jax.runs.artifacts import PROMPTS, SETUP, SUFFIXES
 from refusal_jax.runs.ledger import Ledger
 from refusal_jax.runs.stage import Stage
+from refusal_jax.study.directions import programs as extraction_programs
 from refusal_jax.study.mechanism.shared import MechanismStudy
 
 LOG = logging.getLogger(__name__)
@@ -148,6 +152,14 @@ def as_json(rows: list[Suffixed], harmless: list[str], scores: dict[str, np.ndar
     }
 
 
+def programs(shapes: Shapes, rows: int) -> list[Program]:
+    """Returns the pass over the test prompts, and those over the chosen ones with their suffixes, for `plan`."""
+    work, most = shapes.work, shapes.work.mechanism.suffixes.n_prompts
+    (one,) = extraction_programs(shapes, rows)
+    runs = 2 * math.ceil(work.config.data.n_test / rows) + 2 * math.ceil(min(most, work.config.data.n_test) / rows)
+    return [dataclasses.replace(one, name="suffixes", runs=runs)]
+
+
 def suffixed(study: MechanismStudy) -> list[Suffixed]:
     """Returns the harmful prompts of the suffix study with their suffixes."""
     return [
@@ -220,6 +232,7 @@ STAGE = Stage(
     writes=(SUFFIXES,),
     skipped=skipped,
     given=given,
+    programs=Group("suffixes", "forward", programs),
     section=Section(
         pathlib.Path(__file__).with_name("suffixes.html.jinja"),
         {"suffixes": "Suffixes"},
