@@ -6,9 +6,12 @@ import shutil
 import numpy as np
 import pytest
 
+from refusal_jax import demo_model_path, load_model, make_mesh
 from refusal_jax.directions import Direction, read_direction
 from refusal_jax.mechanism.cone_targets import NoTargets, cone_data
-from refusal_jax.study.mechanism import alternatives, cones, cosmic
+from refusal_jax.plan.programs import Shapes, Sizes, Workload, programs
+from refusal_jax.study.config import get_config
+from refusal_jax.study.mechanism import alternatives, cones, cosmic, stages
 from refusal_jax.study.mechanism.run import run_mechanism
 
 PARTS = ("cosmic", "som", "cones", "alternatives")
@@ -84,8 +87,6 @@ def test_a_map_of_more_nodes_than_prompts_is_skipped(demo_study, tmp_path):
 
 def test_too_few_texts_and_no_refusals(demo_study, done, tmp_path):
     """A direction whose ablation changes nothing leaves no prompt that is answered; harmless prompts are not refused."""
-    from refusal_jax import demo_model_path, load_model
-
     model, prompts = load_model(demo_model_path()), json.loads((demo_study / "prompts.json").read_text())
     harmful, harmless = (
         [row["instruction"] for row in prompts[f"{side}_train"]][:6] for side in ("harmful", "harmless")
@@ -119,6 +120,18 @@ def test_a_study_without_texts_says_so(demo_study, tmp_path, monkeypatch):
     run_mechanism({"parts": ("cones",)}, folder)
     assert read(folder, "cones") == {"none": "The model refuses none of the prompts."}
     assert "The model refuses none of the prompts." in (folder / "report.html").read_text()
+
+
+def test_programs_are_those_of_the_plan(model):
+    """What the planner compiles are the parts' own programs, for one device and for several."""
+    config = get_config()
+    config.data.n_val = 8
+    work = Workload(model.config, "float32", config, 16, stages.GROUPS)
+    for mesh in (None, make_mesh(2, 1, 2)):
+        found = {one.name: one for one in programs(Shapes(work, mesh), Sizes(8, 16, 8, 8))}
+        for name in ("edited prompts", "kept answers", "replies"):
+            assert found[name].runs >= 1 and found[name].lower()
+    assert found["replies"].runs == 2 * found["kept answers"].runs
 
 
 def test_a_difference_is_named_only_where_the_interval_allows_it():

@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Sequence
 
+from refusal_jax.chat.messages import Prompt
 from refusal_jax.chat.prompts import Chat
 
 
@@ -14,7 +15,7 @@ class LossRow:
     first: int
 
 
-def chat_rows(chat: Chat, pairs: Sequence[tuple[str, str]], max_tokens: int) -> list[LossRow]:
+def chat_rows(chat: Chat, pairs: Sequence[tuple[Prompt, str]], max_tokens: int) -> list[LossRow]:
     """Returns rows of (instruction, response), in which only the response counts, predicted from the last
     post-instruction token on."""
     rows = []

@@ -79,8 +79,11 @@ def cone_data(
         own[:count],
     )
     longest = model.config.context_length
-    texts = [[row for row in chat_rows(model.chat, pairs, longest) if len(row.ids) > row.first] for pairs in kinds]
-    read = max(len(row.ids) - row.first for rows_of_kind in texts for row in rows_of_kind)
-    across = width([row for rows_of_kind in texts for row in rows_of_kind])
-    made = [TargetRows.of(model, rows_of_kind, across, read) for rows_of_kind in texts]
-    return ConeData(*made)
+    each = zip(*(chat_rows(model.chat, pairs, longest) for pairs in kinds), strict=True)
+    texts = [
+        three for three in each if all(len(row.ids) > row.first for row in three)
+    ]  # the context may end before a target
+    rows_of_all = [row for three in texts for row in three]
+    read = max(len(row.ids) - row.first for row in rows_of_all)
+    ablation, addition, retain = zip(*texts, strict=True)
+    return ConeData(*(TargetRows.of(model, kind, width(rows_of_all), read) for kind in (ablation, addition, retain)))

@@ -89,7 +89,7 @@ def losses_and_gradients(
 
     none = jax.tree.map(jnp.zeros_like, edits)
     none = dataclasses.replace(none, layer_ra=jnp.full_like(edits.layer_ra, -1))
-    base = last(none, False) if retain else None
+    base = last(none, False) if retain else embedded[:, ends]  # of which the cross-entropy reads nothing
 
     @jax.checkpoint
     def row(_, inputs):
@@ -106,8 +106,7 @@ def losses_and_gradients(
     def total(directions):
         ablate_rjd, add_rd = directions
         x = last(dataclasses.replace(edits, ablate_rjd=ablate_rjd, add_rd=add_rd), True)
-        compared = x if base is None else base
-        loss_b = jax.lax.scan(row, None, (x, compared, tokens_bt[:, ends], counted_bt[:, ends]))[1]
+        loss_b = jax.lax.scan(row, None, (x, base, tokens_bt[:, ends], counted_bt[:, ends]))[1]
         return jnp.sum(loss_b), loss_b
 
     (_, loss_b), gradients = jax.value_and_grad(total, has_aux=True)((edits.ablate_rjd, edits.add_rd))
