@@ -53,6 +53,12 @@ def test_the_table_has_a_row_for_each_way(done):
     assert not any(row["instruction"] in text for rows in prompts.values() for row in rows)  # numbers only
 
 
+def test_directions_are_read_from_their_files(done):
+    for name, count in (("som", read(done, "som")["picked"]), ("cones", max(read(done, "cones")["dimension"], 1))):
+        found = read_direction([done / "mechanism" / f"{name}.safetensors"], subspace=True)
+        assert found.raw_jd.shape == (count, 128)
+
+
 def test_the_report_shows_all_of_it(done):
     page = (done / "report.html").read_text()
     for section in ("cosmic", "som", "cones", "alternatives"):

@@ -77,7 +77,8 @@ def train_cones(study: MechanismStudy, ledger: Ledger) -> None:
     record |= {"kl_threshold": threshold, "layer": direction.layer, "norm": direction.norm}
     record["independence"] = independence(study, trained, settings.seed)
     bases = {f"basis_{k}": cone.basis_kd.astype(np.float32) for k, cone in trained.items()}
-    study.run.write_tensors(CONE_BASES, bases)
+    held = bases[f"basis_{max(record['dimension'], 1)}"]
+    study.run.write_tensors(CONE_BASES, bases | {"directions": held})
     study.run.write_json(CONES, record | {"seconds": time.monotonic() - begun})
 
 
