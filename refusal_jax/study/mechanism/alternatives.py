@@ -12,6 +12,7 @@ from refusal_jax.judges.statistics import PairedRates, Rate, bounded, mean_inter
 from refusal_jax.judges.text import PAPERS, TEXT_JUDGES, SubstringJudge
 from refusal_jax.mechanism.edited_prompts import EditedPrompts
 from refusal_jax.mechanism.som import padded
+from refusal_jax.plan.programs import Group
 from refusal_jax.progress import Progress
 from refusal_jax.report.findings import Findings, Section
 from refusal_jax.runs.artifacts import (
@@ -28,6 +29,7 @@ from refusal_jax.runs.artifacts import (
 )
 from refusal_jax.runs.ledger import Ledger
 from refusal_jax.runs.stage import Stage
+from refusal_jax.study import completions
 from refusal_jax.study.mechanism.shared import MechanismStudy
 
 OWN = "difference in means"
@@ -217,6 +219,7 @@ STAGE = Stage(
     reads=reads,
     writes=(ALTERNATIVES,),
     given=lambda study: study.settings.alternatives.to_dict(),
+    programs=Group("alternatives", "generation", completions.programs, assumed="its replies cost what the study's did"),
     section=Section(
         pathlib.Path(__file__).with_name("alternatives.html.jinja"),
         {"alternatives": "Alternatives"},
