@@ -63,6 +63,8 @@ def test_the_report_shows_all_of_it(done):
     page = (done / "report.html").read_text()
     for section in ("cosmic", "som", "cones", "alternatives"):
         assert f'id="{section}"' in page
+    for name in ("mediation", "independence"):
+        assert (done / "mechanism" / "figures" / f"cones-{name}.csv").is_file()
 
 
 def test_parts_that_are_done_are_skipped_and_the_table_follows_them(done, tmp_path):
@@ -142,11 +144,13 @@ def test_programs_are_those_of_the_plan(model):
 
 def test_a_difference_is_named_only_where_the_interval_allows_it():
     def row(low, high, name="other"):
-        return {"name": name, "difference": {"low": low, "high": high}}
+        return {"name": name, "difference": {"low": low, "high": high}, "note": ""}
 
     words = [alternatives.verdict(row(*bounds)) for bounds in ((-0.3, -0.1), (-0.1, 0.1), (0.1, 0.3))]
     assert words == ["leaves less refusal", "no difference shown", "leaves more refusal"]
     assert alternatives.verdict(row(0, 0, alternatives.OWN)) == "the study's own"
+    noted = row(0.1, 0.3) | {"note": "it is no cone of refusal"}
+    assert alternatives.verdict(noted) == "leaves more refusal; it is no cone of refusal"
 
 
 def test_the_dimension_in_words():

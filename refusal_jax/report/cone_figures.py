@@ -8,9 +8,21 @@ from matplotlib.ticker import MaxNLocator
 
 from refusal_jax.report.drawing import THEME_COLOUR, axes_within, drawing, layer_axis
 from refusal_jax.report.figures import HARMFUL_COLOUR, HARMLESS_COLOUR
+from refusal_jax.report.pictures import Picture, series_rows
 
 GREY = "#8d949c"
 LINES = ("#c98a1b", "#8f6bc2", HARMFUL_COLOUR, "#3c9d6b", HARMLESS_COLOUR, "#7a5c3e")
+
+
+def mediation_picture(groups: Mapping[int, Sequence[Mapping]]) -> Picture:
+    """Returns the figure with its data, a row for each direction of each cone; groups: as in `mediation_figure`."""
+    data = [
+        {"dimension": dimension, "direction": number, "drawn": int(number > dimension), "kl [nats]": row["kl"]}
+        | {f"{name}, {key}": row[name][key] for name in ("ablated", "added") for key in ("rate", "low", "high")}
+        for dimension, rows in groups.items()
+        for number, row in enumerate(rows, 1)
+    ]
+    return Picture("cones-mediation", "What directions of cones do to refusal", mediation_figure(groups), data)
 
 
 def mediation_figure(groups: Mapping[int, Sequence[Mapping]]) -> Figure:
@@ -52,6 +64,15 @@ def mediation_figure(groups: Mapping[int, Sequence[Mapping]]) -> Figure:
             )
             axes.text(0.05 + 0.48 * number, 1.09, name, transform=axes.transAxes, fontsize=9, va="center")
         return figure
+
+
+def change_picture(changes: Mapping[str, Sequence[float]]) -> Picture:
+    """Returns the figure with its data, a row for each layer of each direction; changes: as in `change_figure`."""
+    layers = range(len(next(iter(changes.values()))))
+    data = series_rows(("layer", layers), {"change of the cosine": changes})
+    return Picture(
+        "cones-independence", "Change of the cosine with the direction by layer", change_figure(changes), data
+    )
 
 
 def change_figure(changes: Mapping[str, Sequence[float]]) -> Figure:

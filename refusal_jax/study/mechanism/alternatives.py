@@ -41,12 +41,13 @@ HARMFUL_ABLATED, HARMLESS_ABLATED, HARMLESS_ADDED = KINDS = ("harmful ablated", 
 @dataclasses.dataclass(frozen=True)
 class Alternative:
     """Directions that are ablated together, `[J, D]` with their norms. layer: where the only one is added, None for several.
-    seconds: that it took to find them, None where that is not known."""
+    seconds: that it took to find them. note: what else is to be said of them, as a clause."""
 
     name: str
     rows_jd: np.ndarray
     layer: int | None
-    seconds: float | None
+    seconds: float
+    note: str = ""
 
     def cosine(self, own_d: np.ndarray) -> float:
         """Returns the cosine with the study's direction; of several directions, the length of its part within their span."""
@@ -72,8 +73,8 @@ def alternatives(study: MechanismStudy) -> list[Alternative]:
         found.append(Alternative("by gradient (RDO)", single_jd, direction.layer, seconds[1]))
         if (k := max(cones["dimension"], 2)) in seconds:
             whole_jd, held = bases[f"basis_{k}"].astype(np.float64), cones["dimension"] == k
-            name = f"cone of dimension {k}" + ("" if held else ", which does not hold")
-            found.append(Alternative(name, whole_jd, None, sum(seconds[i] for i in range(1, k + 1))))
+            spent, note = sum(seconds[i] for i in range(1, k + 1)), "" if held else "it is no cone of refusal"
+            found.append(Alternative(f"cone of dimension {k}", whole_jd, None, spent, note))
     if run.exists(SOM_DIRECTIONS):
         map_jd = run.read_tensors(SOM_DIRECTIONS)["directions"].astype(np.float64)
         layer = direction.layer if len(map_jd) == 1 else None
@@ -161,6 +162,7 @@ def compare(study: MechanismStudy, ledger: Ledger) -> None:
                 "kl": bounded(mean_interval(kl_n)),
                 "kept": Rate.of(kept).row,
                 "seconds": one.seconds,
+                "note": one.note,
             }
         )
     before = {kind: Rate.of(refused(NONE, kind)).row for kind in KINDS[:2]}
@@ -173,9 +175,9 @@ def verdict(row: dict) -> str:
     paired difference allows it."""
     if row["name"] == OWN:
         return "the study's own"
-    if row["difference"]["high"] < 0:
-        return "leaves less refusal"
-    return "leaves more refusal" if row["difference"]["low"] > 0 else "no difference shown"
+    low, high = row["difference"]["low"], row["difference"]["high"]
+    words = "leaves less refusal" if high < 0 else "leaves more refusal" if low > 0 else "no difference shown"
+    return f"{words}; {row['note']}" if row["note"] else words
 
 
 def percent(row: dict | None) -> str:
@@ -192,11 +194,10 @@ def lines(findings: Findings) -> list[str]:
         "Other ways to find directions (refused harmful test prompts under ablation, harmless ones under addition):",
     ]
     for row in found["rows"]:
-        seconds = "" if row["seconds"] is None else f", {row['seconds']:.0f} s"
         out.append(
             f"  {row['name']:<{width}}  cosine {row['cosine']:5.3f}, ablated {percent(row['ablated'])}, added "
-            f"{percent(row['added'])}, KL {row['kl']['mean']:.4f}, answers kept {100 * row['kept']['rate']:.0f} %{seconds}: "
-            f"{verdict(row)}"
+            f"{percent(row['added'])}, KL {row['kl']['mean']:.4f}, answers kept {100 * row['kept']['rate']:.0f} %, "
+            f"{row['seconds']:.0f} s: {verdict(row)}"
         )
     return out
 

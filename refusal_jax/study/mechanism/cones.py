@@ -7,7 +7,6 @@ import time
 import jax
 import jax.numpy as jnp
 import numpy as np
-from markupsafe import Markup
 
 from refusal_jax.chat.padding import bucket
 from refusal_jax.judges.statistics import bounded, mean_interval
@@ -212,19 +211,20 @@ def lines(findings: Findings) -> list[str]:
 def values(findings: Findings) -> dict:
     """Returns what the report shows of the cones."""
     found = findings.run.read_json(CONES)
-    if "none" in found:
-        return {"cones": found, "figures": {}}
-    from refusal_jax.report import cone_figures  # imports matplotlib, which the other stages need not pay for
-    from refusal_jax.report.drawing import inline
+    return {"cones": found, "words": "" if "none" in found else in_words(found)}
 
-    groups = {cone["dimension"]: cone["directions"] for cone in found["cones"]}
-    changes = {row["name"]: row["of_own"] for row in found["independence"]}
-    drawings = {
-        "cones": (cone_figures.mediation_figure(groups), "What directions of cones do to refusal"),
-        "independence": (cone_figures.change_figure(changes), "Change of the cosine with the direction by layer"),
-    }
-    shown = {name: Markup(inline(figure, name, label)) for name, (figure, label) in drawings.items()}
-    return {"cones": found, "words": in_words(found), "figures": shown}
+
+def pictures(findings: Findings) -> list:
+    """Returns the figures of what directions of cones do, and of their independence; none if there are no cones."""
+    found = findings.run.read_json(CONES)
+    if "none" in found:
+        return []
+    from refusal_jax.report import cone_figures  # imports matplotlib, which the other stages need not pay for
+
+    return [
+        cone_figures.mediation_picture({cone["dimension"]: cone["directions"] for cone in found["cones"]}),
+        cone_figures.change_picture({row["name"]: row["of_own"] for row in found["independence"]}),
+    ]
 
 
 STAGE = Stage(
@@ -242,5 +242,6 @@ STAGE = Stage(
         lines=lines,
         of_direction=True,
         needs=(CONES,),
+        pictures=pictures,
     ),
 )
