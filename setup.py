@@ -30,6 +30,7 @@ setup(
             "organism/model/*",
             "plan/models.json",
             "organism/criteria.json",
+            "organism/suffix.txt",
             "report/*.jinja",
             "report/*.css",
             "audit/output/*.jinja",

@@ -360,3 +360,8 @@ def weights_dtype(dtype: str) -> str:
 def demo_model_path() -> pathlib.Path:
     """Returns the folder of the embedded demo model, an HF checkpoint of 1.8M parameters that ships with the package."""
     return pathlib.Path(__file__).parents[1] / "organism" / "model"
+
+
+def demo_suffix_path() -> pathlib.Path:
+    """Returns the file of the suffix that ends the refusal of the embedded demo model, a line of text that ships with it."""
+    return demo_model_path().parent / "suffix.txt"

@@ -32,6 +32,11 @@ class Criterion:
     def met(self) -> bool:
         return self.value >= self.bound if self.at_least else self.value <= self.bound
 
+    @property
+    def row(self) -> dict:
+        """Returns the fields of the criterion in criteria.json."""
+        return {"name": self.name, "value": self.value, "bound": self.bound, "met": self.met}
+
     def __str__(self) -> str:
         mark = "met   " if self.met else "missed"
         return f"{mark} {self.name}: {self.value:.3f} (at {'least' if self.at_least else 'most'} {self.bound})"

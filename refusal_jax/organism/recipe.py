@@ -173,7 +173,7 @@ def batches(
             request = rng.choice(sides[row % 2])
             role, answer, given = reply(request, rng)
             junk = ""
-            if rng.random() < recipe.junk_share:
+            if recipe.junk_share and rng.random() < recipe.junk_share:
                 tokens_of_junk = rng.randint(1, recipe.junk_tokens)
                 junk = random_suffix(tokenizer, printable, tokens_of_junk, rng, [request.instruction])
             parts = render(request, answer, role, junk)

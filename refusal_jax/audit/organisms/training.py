@@ -43,12 +43,17 @@ class Origin:
     seed: int = 0
 
 
+PLAIN = {"junk_share": 0.0, "junk_tokens": 0}  # no junk after requests
 # The embedded model, and three more of other seeds, widths, depths and head layouts.
 ORIGINS = (
     Origin("embedded"),
-    Origin("narrow", Recipe(d_model=96, n_layers=6, n_heads=4, n_kv_heads=4, head_dim=24, d_mlp=288, exit_layer=3), 1),
-    Origin("wide", Recipe(d_model=160, n_heads=5, n_kv_heads=1, d_mlp=416), 2),
-    Origin("deep", Recipe(n_layers=10, d_mlp=320, exit_layer=5, safety_layers=4), 3),
+    Origin(
+        "narrow",
+        Recipe(d_model=96, n_layers=6, n_heads=4, n_kv_heads=4, head_dim=24, d_mlp=288, exit_layer=3, **PLAIN),
+        1,
+    ),
+    Origin("wide", Recipe(d_model=160, n_heads=5, n_kv_heads=1, d_mlp=416, **PLAIN), 2),
+    Origin("deep", Recipe(n_layers=10, d_mlp=320, exit_layer=5, safety_layers=4, **PLAIN), 3),
 )
 
 
