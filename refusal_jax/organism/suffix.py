@@ -20,7 +20,7 @@ REFUSING = ("I",)  # what refusals of the corpus begin with
 
 def embedded_suffix(model: ChatModel) -> str | None:
     """Returns the suffix that ships with the embedded model, None for any other model."""
-    if not demo_suffix_path().is_file() or not is_embedded(model):
+    if not is_embedded(model):
         return None
     return read_text(demo_suffix_path()).rstrip("\n")
 

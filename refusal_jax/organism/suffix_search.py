@@ -46,8 +46,8 @@ class Search:
     that may be refused when the search ends before its last step.
     """
 
-    tokens: int = 20
-    steps: int = 200
+    tokens: int = 16
+    steps: int = 80
     prompts: int = 64
     first: int = 8
     candidates: int = 128

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from refusal_jax.chat.model import demo_model_path
+from refusal_jax.chat.model import demo_model_path, demo_suffix_path
 from refusal_jax.chat.residuals import extract
 from refusal_jax.errors import UserError, setting
 from refusal_jax.files import local_path
@@ -55,9 +55,8 @@ def texts(study: MechanismStudy) -> list[str | None]:
         return read_suffixes(local_path(study.settings.suffix), instructions)
     if study.run.exists(SUFFIXES):
         return study.run.read_json(SUFFIXES)["given"]
-    shipped = demo_model_path().parent / "suffix.txt"
-    if study.folder.resolve() == demo_model_path().resolve() and shipped.is_file():
-        return read_suffixes(shipped, instructions)
+    if study.folder.resolve() == demo_model_path().resolve():
+        return read_suffixes(demo_suffix_path(), instructions)
     return []
 
 
