@@ -11,11 +11,11 @@ from refusal_jax.audit.organisms.base import Base
 from refusal_jax.audit.organisms.organism import OpenedOrganism, Organism
 from refusal_jax.audit.organisms.recipe import Recipe
 from refusal_jax.audit.readings import directions
-from refusal_jax.judges.separation import Estimate, Resamples
 from refusal_jax.audit.settings import AuditSettings
 from refusal_jax.audit.subject import Opened, Subject
 from refusal_jax.chat.residuals import project
 from refusal_jax.edits import Edits
+from refusal_jax.judges.separation import Estimate, Resamples
 from refusal_jax.taps import Taps
 
 MORE = {

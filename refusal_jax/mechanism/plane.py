@@ -1,8 +1,8 @@
 """Reads harmfulness at the instruction's end and refusal at the template's end (arXiv 2507.11878).
 
-What a model thinks of a request is read at the last token of the instruction, before the template's tokens, and what it is about to
-say at the last token of all. Both are projections of the residual stream on a difference of means of that place, so that an edit
-can be seen to move one of them and not the other.
+What a model takes a request for is read at the last token of the instruction, before the template's tokens, and what it is about
+to say at the last token of all. Both are projections of the residual stream on a difference of means of that place, so that an
+edit can be seen to move one of them and not the other.
 """
 
 import dataclasses
@@ -106,8 +106,8 @@ def read_ends(
 class Moved:
     """How an edit moves harmful and harmless prompts along a direction, with 95 % bootstrap intervals over prompts of each kind.
 
-    gap: the distance of their means, without and with the edit; kept: the second as a share of the first. area: how often a harmful
-    prompt lies above a harmless one, without and with the edit; change: the second minus the first.
+    gap: the distance of their means, without and with the edit; kept: the second as a share of the first. area: how often a
+    harmful prompt lies above a harmless one, without and with the edit; change: the second minus the first.
     """
 
     gap: tuple[Estimate, Estimate]

@@ -19,7 +19,8 @@ TITLES = {"baseline": "as it is", "ablation": "direction ablated"}
 
 @dataclasses.dataclass(frozen=True)
 class Points:
-    """Prompts of one set under one intervention: projections on harmfulness and on refusal, and whether each is refused, `[n]`."""
+    """Prompts of one set under one intervention: projections on harmfulness and on refusal, and whether each is refused, all
+    `[n]`."""
 
     dataset: str
     intervention: str
@@ -113,7 +114,9 @@ def areas_figure(areas: Mapping[tuple[str, str], Sequence[Mapping[str, float | N
         axes.axhline(0.5, color=GREY, linewidth=0.7)
         for (name, kind), rows in areas.items():
             colour = LINES[names.index(name) % len(LINES)]
-            bounds = {key: np.array([np.nan if r[key] is None else r[key] for r in rows]) for key in ("mean", "low", "high")}
+            bounds = {
+                key: np.array([np.nan if r[key] is None else r[key] for r in rows]) for key in ("mean", "low", "high")
+            }
             plain = kind == "baseline"
             axes.fill_between(np.arange(layers), bounds["low"], bounds["high"], color=colour, alpha=0.12, linewidth=0)
             axes.plot(np.arange(layers), bounds["mean"], "-" if plain else "--", color=colour, linewidth=1.5)
@@ -124,7 +127,9 @@ def areas_figure(areas: Mapping[tuple[str, str], Sequence[Mapping[str, float | N
         marks = {name: (LINES[i % len(LINES)], "-") for i, name in enumerate(names)}
         legend(axes, 14 * len(names) + 8, marks | {"dashed: direction ablated": (THEME_COLOUR, "--")})
         rows = {f"{name}, {kind}": found for (name, kind), found in areas.items()}
-        columns = {key: {name: [row[key] for row in found] for name, found in rows.items()} for key in ("mean", "low", "high")}
+        columns = {
+            key: {name: [row[key] for row in found] for name, found in rows.items()} for key in ("mean", "low", "high")
+        }
         data = series_rows(("layer", range(layers)), {f"area, {key}": value for key, value in columns.items()})
         return Picture("plane-areas", "Separation of harmful and harmless prompts by layer", figure, data)
 
@@ -138,7 +143,9 @@ def cosines_figure(cosines: Mapping[str, Sequence[float | None]], layer: int) ->
         axes.axvline(layer, color=GREY, linewidth=1.0, linestyle=(0, (3, 2)))
         for (_, values), colour in zip(cosines.items(), LINES, strict=False):
             shown = np.array([np.nan if value is None else value for value in values])
-            axes.plot(np.arange(layers), shown, color=colour, linewidth=1.5, marker="o", markersize=2.6 if layers <= 40 else 0)
+            axes.plot(
+                np.arange(layers), shown, color=colour, linewidth=1.5, marker="o", markersize=2.6 if layers <= 40 else 0
+            )
         layer_axis(axes, layers)
         axes.yaxis.set_major_locator(MaxNLocator(6))
         axes.set_ylabel("cosine", labelpad=2)

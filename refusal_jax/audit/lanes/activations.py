@@ -32,8 +32,8 @@ import numpy as np
 from refusal_jax.audit.evidence import Evidence, Findings
 from refusal_jax.audit.lane import Lane
 from refusal_jax.audit.readings import Along, Directions, along, check_prompts, directions
-from refusal_jax.judges.separation import Estimate, Resamples
 from refusal_jax.audit.subject import Subject
+from refusal_jax.judges.separation import Estimate, Resamples
 from refusal_jax.models.config import ModelConfig
 
 BAND = (0.4, 0.8)  # of the layers

@@ -30,7 +30,11 @@ from refusal_jax.runs.stage import Stage
 from refusal_jax.study.mechanism.shared import MechanismStudy
 
 HARMFUL, HARMLESS = "harmful", "harmless"
-HARMFULNESS, REFUSAL, REST = AXES = ("harmfulness", "refusal", "rest")  # the directions that are read along, in this order
+HARMFULNESS, REFUSAL, REST = AXES = (
+    "harmfulness",
+    "refusal",
+    "rest",
+)  # the directions that are read along, in this order
 IN_WORDS = {
     HARMFULNESS: "harmfulness, instruction's end",
     REST: "the same without the ablated direction",
@@ -66,13 +70,16 @@ def measure(study: MechanismStudy, ledger: Ledger) -> None:
     refusal_ld = study.run.read_tensors(MEANS)["mean_diffs"][-1].astype(np.float64)
     rest_ld = without(harmfulness_ld, study.direction().raw_d)
     units_jld = unit_rows(np.stack([harmfulness_ld, refusal_ld, rest_ld]))
-    val = [read(study, s, study.instructions(f"{s}_val", kept_only=False), Baseline, units_jld) for s in (HARMFUL, HARMLESS)]
+    val = [
+        read(study, s, study.instructions(f"{s}_val", kept_only=False), Baseline, units_jld)
+        for s in (HARMFUL, HARMLESS)
+    ]
     points: dict[str, dict[str, Ends]] = {}
     for name in (HARMFUL, HARMLESS, *study.over_refusal):
         texts = study.instructions(f"{name}_test", kept_only=False)
         kinds = (Baseline, Ablate) if name != HARMLESS else (Baseline, Ablate, Add)
         points[name] = {kind.name: read(study, name, texts, kind, units_jld) for kind in kinds}
-    layers = {HARMFULNESS: widest(*(one.along_nlpj[:, :, INSTRUCTION_END, 0] for one in val))}
+    layers = {HARMFULNESS: clearest(*(one.along_nlpj[:, :, INSTRUCTION_END, 0] for one in val))}
     layers |= {REFUSAL: study.direction().place[1], REST: layers[HARMFULNESS]}
     study.run.write_json(PLANE, summary(points, layers) | cosines(units_jld, study.direction().raw_d))
     arrays = {"harmfulness": harmfulness_ld, "refusal": refusal_ld}
@@ -84,11 +91,14 @@ def measure(study: MechanismStudy, ledger: Ledger) -> None:
     study.run.write_tensors(PLANE_POINTS, {name: np.asarray(values, np.float32) for name, values in arrays.items()})
 
 
-def widest(harmful_nl: np.ndarray, harmless_nl: np.ndarray) -> int:
-    """Returns the layer at which the means of two kinds of prompts lie most standard deviations apart, the first of equals."""
+def clearest(harmful_nl: np.ndarray, harmless_nl: np.ndarray) -> int:
+    """Returns the layer at which a harmful prompt most often lies above a harmless one; of equals, that where their means lie
+    most standard deviations apart."""
+    areas = [Area.of(above, below).area for above, below in zip(harmful_nl.T, harmless_nl.T, strict=True)]
     spread_l = np.sqrt((harmful_nl.var(axis=0) + harmless_nl.var(axis=0)) / 2)
     gap_l = harmful_nl.mean(axis=0) - harmless_nl.mean(axis=0)
-    return int(np.argmax(np.divide(gap_l, spread_l, out=np.zeros_like(gap_l), where=spread_l > 0)))
+    apart_l = np.divide(gap_l, spread_l, out=np.zeros_like(gap_l), where=spread_l > 0)
+    return max(range(len(areas)), key=lambda layer: (areas[layer], apart_l[layer]))
 
 
 def cosines(units_jld: np.ndarray, direction_d: np.ndarray) -> dict:
@@ -219,22 +229,29 @@ def within(points, layers: Mapping[str, int]) -> dict:
 
 def verdict(found: dict) -> str:
     """Returns whether ablation moves what the model judges or only what it says, in words, as far as intervals tell."""
-    seen, kept = found["effects"][REST]["area"], found["effects"][REST]["kept"]
-    change = found["refused"][HARMFUL][Ablate.name]["change"]
+    seen, kept = (found["effects"][HARMFULNESS][name] for name in ("area", "kept"))
     if seen["low"] <= SEPARATES:
         return (
             "At the instruction's end harmful and harmless prompts are not told apart clearly, so that nothing can be said about "
             "what the model judges."
         )
-    share = f"{100 * kept['mean']:.0f} % ({100 * kept['low']:.0f} to {100 * kept['high']:.0f})"
-    left = f"of the distance between harmful and harmless prompts at the instruction's end {share} is left"
-    if change["high"] >= 0:
+    left = (
+        f"of the distance between harmful and harmless prompts at the instruction's end {percent(kept)} is left, and "
+        f"{percent(found['effects'][REST]['kept'])} of the part of it that is not along the ablated direction"
+    )
+    if found["refused"][HARMFUL][Ablate.name]["change"]["high"] >= 0:
         return f"Ablation does not end refusals for certain; {left}."
     if kept["low"] > HALF:
-        return f"Ablation changes what the model says and not what it judges: refusals end, and {left}."
+        return f"Ablation changes what the model says more than what it judges: refusals end, and {left}."
     if kept["high"] < HALF:
         return f"Ablation changes what the model judges, too: refusals end, and {left}."
     return f"Ablation ends refusals; whether it changes what the model judges is open: {left}."
+
+
+def percent(row: Mapping[str, float]) -> str:
+    """Returns a share with its interval, in words."""
+    mean, low, high = (round(100 * row[key]) for key in ("mean", "low", "high"))
+    return f"{mean} % ({low} to {high})"
 
 
 def lines(findings: Findings) -> list[str]:
@@ -247,17 +264,18 @@ def lines(findings: Findings) -> list[str]:
         area = f"area {row['area']['mean']:.3f} ({row['area']['low']:.3f} to {row['area']['high']:.3f})"
         out.append(
             f"  {words + f', layer {layers[axis]}:':<50}{area}, ablated {row['area_ablated']['mean']:.3f}, change "
-            f"{with_interval(row['area_change'])}; distance kept {100 * row['kept']['mean']:.0f} % "
-            f"({100 * row['kept']['low']:.0f} to {100 * row['kept']['high']:.0f})"
+            f"{with_interval(row['area_change'])}; distance kept {percent(row['kept'])}"
         )
     cosine = found["cosine"][layers[HARMFULNESS]]
-    out.append(f"  Cosine of the two at layer {layers[HARMFULNESS]}: {'not defined' if cosine is None else signed(cosine)}")
+    out.append(
+        f"  Cosine of the two at layer {layers[HARMFULNESS]}: {'not defined' if cosine is None else signed(cosine)}"
+    )
     return out
 
 
 def values(findings: Findings) -> dict:
     """Returns what the report shows in tables."""
-    return {"plane": findings.run.read_json(PLANE), "axes": IN_WORDS}
+    return {"plane": findings.run.read_json(PLANE), "axes": IN_WORDS, "percent": percent}
 
 
 def pictures(findings: Findings) -> list:
