@@ -18,6 +18,7 @@ STATISTICS, TIDY = "statistics.json", "statistics.csv"
 REPORT = "report.html"
 MECHANISM = "mechanism"  # the folder of what the mechanism adds to a study
 SUFFIXES = f"{MECHANISM}/suffixes.json"
+DOSE, DOSES = f"{MECHANISM}/dose.json", f"{MECHANISM}/dose.safetensors"
 ATTRIBUTION, ATTRIBUTED = f"{MECHANISM}/attribution.json", f"{MECHANISM}/attribution.safetensors"
 COSMIC = f"{MECHANISM}/cosmic.json"
 SOM, SOM_DIRECTIONS = f"{MECHANISM}/som.json", f"{MECHANISM}/som.safetensors"

@@ -2,6 +2,8 @@
 
 import dataclasses
 
+import numpy as np
+
 from refusal_jax.errors import UserError, did_you_mean, field
 from refusal_jax.settings import Settings, option, section
 
@@ -69,6 +71,35 @@ class AlternativeSettings(Settings, path="alternatives"):
 
 
 @dataclasses.dataclass
+class DoseSettings(Settings, path="dose"):
+    """How much of the direction is ablated and added."""
+
+    most: float = option(1.5, "Largest dose: the part of the direction that is ablated, and the multiple that is added")
+    steps: int = option(12, "Number of equal steps from dose 0 to the largest")
+    n_prompts: int = option(128, "Largest number of harmful test prompts, and of harmless ones, to look at")
+    replies: int = option(16, "Number of harmful prompts that are replied to at a few doses of ablation; 0 is none")
+    max_new_tokens: int = option(48, "Maximum length of these replies in tokens")
+
+    @property
+    def doses(self) -> np.ndarray:
+        """Returns the doses, rising from 0, float64."""
+        return np.linspace(0.0, self.most, self.steps + 1)
+
+    def check(self) -> None:
+        """Raises UserError for settings that leave nothing to measure."""
+        if not (np.isfinite(self.most) and self.most > 0 and self.steps >= 1):
+            raise UserError(
+                f"{field('dose.most')} = {self.most} in {field('dose.steps')} = {self.steps} steps are no doses. Give a number "
+                "above 0, and 1 step or more."
+            )
+        if self.n_prompts < 1 or self.replies < 0 or self.max_new_tokens < 1:
+            raise UserError(
+                f"{field('dose.n_prompts')} = {self.n_prompts}, {field('dose.replies')} = {self.replies} and "
+                f"{field('dose.max_new_tokens')} = {self.max_new_tokens}: give at least 1 prompt, 0 replies and 1 token."
+            )
+
+
+@dataclasses.dataclass
 class MechanismSettings(Settings):
     """Every setting of the mechanism, with a section for each part that has settings of its own."""
 
@@ -87,9 +118,11 @@ class MechanismSettings(Settings):
     alternatives: AlternativeSettings = section(
         AlternativeSettings, "The comparison of other directions with the study's"
     )
+    dose: DoseSettings = section(DoseSettings, "How much of the direction is ablated and added")
 
     def check(self, known: tuple[str, ...]) -> None:
-        """Raises UserError for a part that is not among the `known` ones."""
+        """Raises UserError for a part that is not among the `known` ones, and for settings that leave nothing to do."""
+        self.dose.check()
         for part in self.parts:
             if part not in known:
                 raise UserError(

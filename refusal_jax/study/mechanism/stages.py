@@ -1,13 +1,14 @@
 """The stages of the mechanism, in the order in which they are done and shown."""
 
 from refusal_jax.runs.stage import Stage
-from refusal_jax.study.mechanism import alternatives, attribution, cones, cosmic, plane, som, suffixes
+from refusal_jax.study.mechanism import alternatives, attribution, cones, cosmic, dose, plane, som, suffixes
 from refusal_jax.study.mechanism.shared import MechanismStudy
 
 STAGES: tuple[Stage[MechanismStudy], ...] = (
     suffixes.STAGE,
     attribution.STAGE,
     plane.STAGE,
+    dose.STAGE,
     cosmic.STAGE,
     som.STAGE,
     cones.STAGE,

@@ -1,0 +1,80 @@
+"""Figures of how much must be done to a direction: refusal and damage by dose, and refusal by the number of directions."""
+
+from collections.abc import Mapping, Sequence
+
+from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
+
+from refusal_jax.report.drawing import axes_within, drawing
+from refusal_jax.report.pictures import Picture, series_rows
+from refusal_jax.report.suffix_figures import GREY
+
+Rows = Sequence[Mapping[str, float | None]]
+ENDS = {"mean": "", "low": " low", "high": " high"}  # of names of columns
+
+
+def _curve(
+    axes: Axes, x: Sequence[float], rows: Rows, middle: str, colour: str, mark: str = "", scale: float = 1.0
+) -> None:
+    """Draws rows `{middle, "low", "high"}` over x as a line with a band, where they are known."""
+    known = [i for i, row in enumerate(rows) if row[middle] is not None]
+    values = {key: [scale * (rows[i].get(key) or 0.0) for i in known] for key in (middle, "low", "high")}
+    bounded = all(rows[i].get(key) is not None for i in known for key in ("low", "high"))
+    at = [x[i] for i in known]
+    if bounded:
+        axes.fill_between(at, values["low"], values["high"], color=colour, alpha=0.18, linewidth=0)
+    axes.plot(at, values[middle], color=colour, linewidth=1.6, marker=mark, markersize=3.4)
+
+
+def _mark_half(axes: Axes, half: Mapping[str, float | None], most: float) -> None:
+    """Marks one half, and the place where it is reached with its interval, which may be open above."""
+    axes.axhline(50, color=GREY, linewidth=0.7, linestyle=(0, (1, 2)))
+    if half["low"] is not None:
+        high = half["high"]
+        axes.axvspan(half["low"], most if high is None else high, color=GREY, alpha=0.18, linewidth=0)
+    if half["at"] is not None:
+        axes.axvline(half["at"], color=GREY, linewidth=1.1, linestyle=(0, (3, 2)))
+
+
+def _plain(axes: Axes, label: str) -> None:
+    axes.set_ylabel(label, labelpad=2)
+    axes.tick_params(length=2.5, pad=2, labelsize=9)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def dose_figure(
+    kind: str,
+    doses: Sequence[float],
+    refused: Rows,
+    kl: Rows,
+    half: Mapping[str, float | None],
+    colour: str,
+    replies: Sequence[tuple[float, float]] = (),
+) -> Picture:
+    """Draws the share of prompts that are refused over the dose, and below it the damage.
+
+    kind: "ablation" or "addition", of the doses. refused: rates `{"rate", "low", "high"}`, one a dose. kl: means `{"mean",
+    "low", "high"}` in nats. half: `{"at", "low", "high"}`. replies: doses and rates that were counted in replies.
+    """
+    with drawing(330) as figure:
+        above, below = axes_within(figure, 46, 10, 12, 140), axes_within(figure, 46, 208, 12, 36)
+        _mark_half(above, half, doses[-1])
+        _curve(above, doses, refused, "rate", colour, "o", 100)
+        for dose, rate in replies:
+            above.plot(dose, 100 * rate, "D", markersize=6, fillstyle="none", color=colour, markeredgewidth=1.3)
+        above.set_ylim(-4, 104)
+        above.set_yticks([0, 25, 50, 75, 100])
+        _plain(above, "refused, %")
+        _curve(below, doses, kl, "mean", GREY, "o")
+        below.set_ylim(bottom=0)
+        below.yaxis.set_major_locator(MaxNLocator(4))
+        _plain(below, "KL, nats")
+        below.set_xlabel("dose", labelpad=2)
+        for axes in (above, below):
+            axes.set_xlim(doses[0], doses[-1] * 1.02)
+            axes.xaxis.set_major_locator(MaxNLocator(8))
+        above.tick_params(labelbottom=False)
+        rates = {key: {"refused": [row[key] for row in refused]} for key in ("rate", "low", "high")}
+        moved = {f"KL{end} [nats]": {"refused": [row[key] for row in kl]} for key, end in ENDS.items()}
+        data = series_rows((f"dose of {kind}", doses), rates | moved)
+        return Picture(f"dose-{kind}", f"Refusals and damage by the dose of {kind}", figure, data)
