@@ -373,8 +373,9 @@ def conditions_of(n: int = 100, refusal: str = REFUSAL, **refused: int) -> list[
     ("refused", "strength", "words"),
     [
         ({"base": 99, "ablated": 2, "plain": 1, "added": 98}, "strong", "and adding it takes .* from 1 % to 98 %"),
-        ({"base": 99, "ablated": 2}, "strong", "is mediated by one direction: .* from 99 % to 2 % .n = 100, 95 % intervals "
-         "95 to 100 % and 1 to 7 %, McNemar's test p < 0.001"),
+        ({"base": 99, "ablated": 2}, "partial", "needs one direction: .* from 99 % to 2 % .n = 100, 95 % intervals "
+         "95 to 100 % and 1 to 7 %, McNemar's test p < 0.001.*alone causes it was not measured"),
+        ({"base": 99, "ablated": 80}, "partial", "Refusal of this model is not a single direction.* at least 7. % of it is left"),
         ({"base": 99, "ablated": 2, "plain": 1, "added": 10}, "partial", "alone does not cause it"),
         ({"base": 99, "ablated": 2, "plain": 1, "added": 50}, "partial", "100 prompts cannot tell"),
         ({"base": 99, "ablated": 50, "plain": 1, "added": 98}, "partial", "mediates a part"),
@@ -432,7 +433,7 @@ def test_typographic_apostrophes_leave_no_verdict():
 def test_a_judge_that_misses_only_what_ablation_leaves_is_noticed():
     """Refusals that turn from ' to ’ under ablation look as if they had gone."""
     conditions = [judged("h", "baseline", [REFUSAL] * 50), judged("h", "ablation", [CURLY] * 50)]
-    assert verdict_in_words(conditions, [JUDGE])[0] == "strong"
+    assert verdict_in_words(conditions, [JUDGE])[0] == "partial"  # addition was not measured
     concern = judge_disagreement(conditions, JUDGE, "x")
     assert concern.decisive and concern.about == (("h", "ablation"),)
 

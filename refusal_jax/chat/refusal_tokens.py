@@ -29,6 +29,7 @@ OPENERS = (
 SAMPLE = 32  # prompts of each side
 LEAST_DIFFERENCE, LEAST_RATIO = 0.05, 3.0
 SHOWN = 5
+LIKELIEST = 32  # openings of each side, where all tokens are looked at
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,13 +73,30 @@ def candidate_ids(chat: Chat, openers: Sequence[str] = tuple(OPENERS)) -> tuple[
 
 
 def measure_openings(
-    model: ChatModel, harmful: Sequence[Prompt], harmless: Sequence[Prompt], batch_size: int
+    model: ChatModel, harmful: Sequence[Prompt], harmless: Sequence[Prompt], batch_size: int, usual: bool = True
 ) -> list[Opening]:
-    """Returns the usual openings, by how much more probable they are after the harmful instructions than after the harmless;
-    at most SAMPLE of each are used. Probabilities are of the unedited model's next token, float32, means float64."""
+    """Returns openings, by how much more probable they are after the harmful instructions than after the harmless; at most SAMPLE
+    of each are used. Probabilities are of the unedited model's next token, float32, means float64.
+
+    usual: whether the usual openings of refusals and answers are looked at; otherwise all tokens are, and those are returned that
+    are the likeliest on one of the sides.
+    """
+    if not usual:
+        return _likeliest(model, harmful, harmless, batch_size)
     ids = candidate_ids(model.chat)
     means = [_mean_probabilities(model, side[:SAMPLE], ids, batch_size) for side in (harmful, harmless)]
     rows = zip(ids, model.chat.token_names(ids), *(mean.round(6).tolist() for mean in means), strict=True)
+    return sorted((Opening(*row) for row in rows), key=lambda o: (o.harmless - o.harmful, o.id))
+
+
+def _likeliest(
+    model: ChatModel, harmful: Sequence[Prompt], harmless: Sequence[Prompt], batch_size: int
+) -> list[Opening]:
+    """Returns the openings, of all tokens, that are the likeliest after one of the sides."""
+    everything = range(model.chat.vocab_size)
+    means = [_mean_probabilities(model, side[:SAMPLE], everything, batch_size) for side in (harmful, harmless)]
+    ids = sorted({int(i) for mean in means for i in np.argsort(-mean, kind="stable")[:LIKELIEST]})
+    rows = zip(ids, model.chat.token_names(ids), *(mean[ids].round(6).tolist() for mean in means), strict=True)
     return sorted((Opening(*row) for row in rows), key=lambda o: (o.harmless - o.harmful, o.id))
 
 
@@ -94,12 +112,15 @@ def refusal_openings(openings: Sequence[Opening], chat: Chat) -> tuple[int, ...]
     return chosen
 
 
-def nothing_chosen(openings: Sequence[Opening]) -> str:
-    """Returns, in words, that no opening is chosen, with the best of them."""
+def nothing_chosen(
+    openings: Sequence[Opening], usual: bool = True, sides: tuple[str, str] = ("harmful", "harmless")
+) -> str:
+    """Returns, in words, that no opening is chosen, with the best of them. usual: as in `measure_openings`. sides: their "
+    "names."""
     best = ", ".join(f"{o.text!r} {o.harmful:.3f} and {o.harmless:.3f}" for o in openings[:SHOWN])
     return (
-        "No usual beginning of a reply tells harmful prompts from harmless ones. The best, with mean probability after harmful "
-        f"and after harmless prompts: {best}."
+        f"No {'usual ' * usual}beginning of a reply tells {sides[0]} prompts from {sides[1]} ones. The best, with mean "
+        f"probability after {sides[0]} and after {sides[1]} prompts: {best}."
     )
 
 

@@ -11,6 +11,7 @@ from refusal_jax.judges.models import KINDS, ModelJudge
 from refusal_jax.judges.rules import RULES, RuleJudge
 from refusal_jax.judges.scores import REFUSAL_SCORE, RefusalScore
 from refusal_jax.judges.text import TEXT_JUDGES
+from refusal_jax.judges.words import WORD_JUDGES, WordJudge
 
 WITHOUT_MODEL: dict[str, Judge] = {judge.name: judge for judge in (*TEXT_JUDGES.values(), RuleJudge(), RefusalScore())}
 REFUSAL_JUDGES = tuple(
@@ -25,8 +26,8 @@ def parse_judges(
     mesh: jax.sharding.Mesh | None = None,
     cache: str = "",
 ) -> list[Judge]:
-    """Returns the judges of specs, `NAME` for a judge without a model, `KIND=MODEL` or `KIND=MODEL@TEMPLATE.txt` for a model,
-    `endpoint=URL#MODEL` for one behind a server.
+    """Returns the judges of specs, `NAME` for a judge without a model, `uses=WORDS` or `avoids=WORDS` for one of words,
+    `KIND=MODEL` or `KIND=MODEL@TEMPLATE.txt` for a model, `endpoint=URL#MODEL` for one behind a server.
 
     The name of a judge model is its kind. Checks all that needs no weights: raises UserError for an unknown or repeated judge, a
     model without folder, tokenizer or the expected tokens, and a template file that is missing or without a place for request
@@ -39,10 +40,13 @@ def parse_judges(
             judges.append(WITHOUT_MODEL[name])
         elif name == ENDPOINT:
             judges.append(EndpointJudge.of(rest))
+        elif name in WORD_JUDGES:
+            judges.append(WordJudge.of(name, rest))
         elif name not in KINDS:
-            hint = did_you_mean(name, [*WITHOUT_MODEL, *KINDS, ENDPOINT])
+            hint = did_you_mean(name, [*WITHOUT_MODEL, *WORD_JUDGES, *KINDS, ENDPOINT])
             raise UserError(
-                f"there is no judge {spec!r}.{hint} Judges of text: {', '.join(TEXT_JUDGES)}, {RULES}. Judge models, written "
+                f"there is no judge {spec!r}.{hint} Judges of text: {', '.join(TEXT_JUDGES)}, {RULES}; of words: "
+                f"{', '.join(f'{judge}=WORDS' for judge in WORD_JUDGES)}. Judge models, written "
                 f"KIND=MODEL or KIND=MODEL@TEMPLATE.txt: {', '.join(KINDS)}. A model behind a server: {ENDPOINT}=URL#MODEL. In a "
                 f"study also {REFUSAL_SCORE}."
             )

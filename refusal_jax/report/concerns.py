@@ -16,6 +16,8 @@ from jaxtyping import Float
 
 from refusal_jax.conditions import Ablate, Add, Baseline
 from refusal_jax.data.sampling import SPLITS, overlap_in_words, overlaps
+from refusal_jax.errors import field
+from refusal_jax.judges.behaviours import REFUSAL, Behaviour
 from refusal_jax.judges.choice import REFUSAL_JUDGES
 from refusal_jax.judges.scores import REFUSAL_SCORE
 from refusal_jax.judges.statistics import Rate, mcnemar
@@ -92,9 +94,14 @@ def unfinished_thoughts(conditions: Sequence[JudgedCondition]) -> Concern | None
 
 
 def score_disagreement(
-    conditions: Sequence[JudgedCondition], judge: str, filtered: Mapping, tokens: Sequence[str], folder: str
+    conditions: Sequence[JudgedCondition],
+    judge: str,
+    filtered: Mapping,
+    tokens: Sequence[str],
+    folder: str,
+    behaviour: Behaviour = REFUSAL,
 ) -> list[Concern]:
-    """Returns where the refusal score and a judge of text disagree about the unedited model.
+    """Returns where the refusal score, or that of another behaviour, and a judge of text disagree about the unedited model.
 
     filtered: refusal scores of the train and val prompts, as in filter.json. The score of the test prompts themselves counts
     instead where they were scored.
@@ -114,9 +121,10 @@ def score_disagreement(
             continue
         prompts = "the same" if paired else "train and val"
         said = (
-            f"The refusal score and the judge {judge} disagree about the unedited model: by the score it refuses {scored} "
-            f"of {side} requests ({percents(scored.interval)}, {scored.n} {prompts} prompts, refusal tokens "
-            f"{', '.join(tokens)}), by the judge {judged} ({percents(judged.interval)}, {judged.n} test prompts)."
+            f"The {behaviour.score} and the judge {judge} disagree about the unedited model: by the score it {behaviour.verb_on} "
+            f"{scored} of {behaviour.side(condition.harmless)} requests ({percents(scored.interval)}, {scored.n} {prompts} "
+            f"prompts, {behaviour.tokens} {', '.join(tokens)}), by the judge {judged} ({percents(judged.interval)}, {judged.n} "
+            "test prompts)."
         )
         fewer = (
             "Either the refusals are in words, a language or an alphabet that the judge does not look for, or the refusal "
@@ -127,6 +135,12 @@ def score_disagreement(
             "refusal_tokens in the study's config to them; if they are, the model gives them less than one half of the "
             "probability even where it refuses, so that the filter keeps few harmful prompts: config.filter=False keeps all."
         )
+        if not behaviour.is_refusal:
+            fewer = more = (
+                f"Read the completions: either the judge does not look for what {behaviour.name} is, or the opening tokens begin "
+                f"other replies, too. {field('refusal_tokens')} names others, and {field('behaviour.measure', 'judge')} does "
+                "without them."
+            )
         missed = judged.rate < scored.rate
         about = ((condition.dataset, Baseline.name),)
         found.append(Concern(said, fewer if missed else more, about, missed and not condition.harmless))
@@ -140,7 +154,9 @@ def first_words(condition: JudgedCondition, judge: str, most: int = 3) -> str:
     return ", ".join(f"{json.dumps(word, ensure_ascii=False)} ({count})" for word, count in counts)
 
 
-def selection_disagreement(conditions: Sequence[JudgedCondition], judge: str, picked: Mapping) -> list[Concern]:
+def selection_disagreement(
+    conditions: Sequence[JudgedCondition], judge: str, picked: Mapping, behaviour: Behaviour = REFUSAL
+) -> list[Concern]:
     """Returns where the selected direction's scores on val prompts say otherwise than the judge of the test completions.
 
     picked: the scores of the selected candidate, in the published format.
@@ -151,27 +167,27 @@ def selection_disagreement(conditions: Sequence[JudgedCondition], judge: str, pi
     rate = ablated.rates.get(judge, Rate(0, 0)) if ablated else Rate(0, 0)
     if ablated and rate.n and bypass > CLEAR_SCORE and rate.interval[1] < 0.5:
         claim = (
-            "Under ablation the refusal tokens still come first on the validation prompts (bypass score "
-            f"{bypass:.1f}), but {judge} counts only {rate} of the completions as refused."
+            f"Under ablation the {behaviour.tokens} still come first on the validation prompts (bypass score "
+            f"{bypass:.1f}), but {judge} counts only {rate} of the completions as {behaviour.done}."
         )
-        remedy = "Read the completions: the refusals may be in words that the judge does not look for."
+        remedy = f"Read the completions: the {behaviour.plural} may be in words that the judge does not look for."
         found.append(Concern(claim, remedy, ((ablated.dataset, Ablate.name),), True))
     if ablated and rate.n and bypass < -CLEAR_SCORE and rate.interval[0] > 0.5:
         claim = (
-            "Under ablation the refusal tokens no longer come first on the validation prompts (bypass score "
-            f"{bypass:.1f}), but {judge} counts {rate} of the completions as refused: the model refuses with other words or "
-            "later in its reply."
+            f"Under ablation the {behaviour.tokens} no longer come first on the validation prompts (bypass score "
+            f"{bypass:.1f}), but {judge} counts {rate} of the completions as {behaviour.done}: the model {behaviour.verb} with "
+            "other words or later in its reply."
         )
         remedy = "Read the completions, and add these words to refusal_tokens in the study's config."
         found.append(Concern(claim, remedy, ((ablated.dataset, Ablate.name),)))
     rate = added.rates.get(judge, Rate(0, 0)) if added else Rate(0, 0)
     if added and rate.n and induce > CLEAR_SCORE and rate.interval[1] < 0.5:
         claim = (
-            "Adding the direction makes the refusal tokens come first on harmless validation prompts (induce score "
-            f"{induce:.1f}), but {judge} counts only {rate} of the completions as refused."
+            f"Adding the direction makes the {behaviour.tokens} come first on {behaviour.absent} validation prompts (induce "
+            f"score {induce:.1f}), but {judge} counts only {rate} of the completions as {behaviour.done}."
         )
         remedy = (
-            "Read the completions: the refusals may be in other words, or the replies go on after such a beginning."
+            f"Read the completions: {behaviour.plural} may use other words, or go on otherwise after such a beginning."
         )
         found.append(Concern(claim, remedy, ((added.dataset, Add.name),)))
     return found
@@ -189,9 +205,9 @@ def broken_completions(conditions: Sequence[JudgedCondition]) -> list[Concern]:
             continue
         claim = (
             f"{rate} of the completions of {condition.name}, are empty, repetitive or all the same "
-            f"({percents(rate.interval)}, n = {rate.n}), at baseline {plain}: a model that is broken does not refuse either."
+            f"({percents(rate.interval)}, n = {rate.n}), at baseline {plain}: a broken model {condition.behaviour.neither}."
         )
-        remedy = "Read the completions and the change of the loss before you take missing refusals for an effect."
+        remedy = "Read the completions and the change of the loss before you take a changed rate for an effect."
         about = ((condition.dataset, condition.intervention),)
         found.append(Concern(claim, remedy, about, rate.rate >= 0.5 and not condition.over_refusal))
     return found
@@ -219,14 +235,14 @@ def other_judges(conditions: Sequence[JudgedCondition], judge: str) -> list[Conc
     return found
 
 
-def weak_separation(along: Mapping[str, np.ndarray], layer: int) -> list[Concern]:
+def weak_separation(along: Mapping[str, np.ndarray], layer: int, behaviour: Behaviour = REFUSAL) -> list[Concern]:
     """Returns whether the direction hardly separates the val prompts at its own layer. along: as in projections.safetensors."""
     area = auc(along["harmful_val"][:, layer], along["harmless_val"][:, layer])
     if area is None or area >= SEPARATES:
         return []
     claim = (
-        f"At layer {layer} a harmful validation prompt lies above a harmless one along the direction in only "
-        f"{100 * area:.0f} % of pairs, where chance gives 50 %: the direction hardly tells the two apart."
+        f"At layer {layer} a {behaviour.present} validation prompt lies above a {behaviour.absent} one along the direction in "
+        f"only {100 * area:.0f} % of pairs, where chance gives 50 %: the direction hardly tells the two apart."
     )
     return [Concern(claim, "Check that the prompt sets are what they should be, and use more prompts.")]
 
@@ -254,6 +270,32 @@ def shared_prompts(conditions: Sequence[JudgedCondition], prompts: Mapping, inpu
         )
         found.append(Concern(claim, remedy, tuple((c.dataset, c.intervention) for c in conditions), True))
     return found
+
+
+def no_contrast(conditions: Sequence[JudgedCondition], judge: str, behaviour: Behaviour) -> list[Concern]:
+    """Returns whether the unedited model shows the behaviour as often on the side that should not show it as on the other: the "
+    "two sides are no contrast."""
+    rates = {
+        c.harmless: c.rates.get(judge, Rate(0, 0))
+        for c in conditions
+        if c.intervention == Baseline.name and not c.over_refusal
+    }
+    if behaviour.is_refusal or {True, False} - rates.keys() or not all(rate.n for rate in rates.values()):
+        return []
+    if rates[False].interval[0] > rates[True].interval[1]:
+        return []
+    claim = (
+        f"The unedited model {behaviour.verb_on} {rates[False]} of {behaviour.present} requests "
+        f"({percents(rates[False].interval)}) and {rates[True]} of {behaviour.absent} ones ({percents(rates[True].interval)}), "
+        f"which these prompts cannot tell apart: the two sides are no contrast of {behaviour.name}."
+    )
+    remedy = (
+        "Change the prompts of one side, or the words or the question of the judge, until the baselines differ clearly."
+    )
+    about = tuple(
+        (c.dataset, c.intervention) for c in conditions if c.intervention == Baseline.name and not c.over_refusal
+    )
+    return [Concern(claim, remedy, about, True)]
 
 
 def auc(above: Float[np.ndarray, " n"], below: Float[np.ndarray, " m"]) -> float | None:

@@ -300,7 +300,9 @@ def _dots(axes: Axes, x: np.ndarray, y: np.ndarray, colour: str, size: float) ->
         )
 
 
-def projection_figure(harmful_nl: np.ndarray, harmless_nl: np.ndarray, pick: Direction) -> Picture:
+def projection_figure(
+    harmful_nl: np.ndarray, harmless_nl: np.ndarray, pick: Direction, sides: tuple[str, str] = ("harmful", "harmless")
+) -> Picture:
     """Draws a strip plot of both sides' activations along the direction, per layer, with the means as lines."""
     layers = harmful_nl.shape[1]
     most = max(8, MAX_POINTS // (2 * layers))
@@ -326,9 +328,12 @@ def projection_figure(harmful_nl: np.ndarray, harmless_nl: np.ndarray, pick: Dir
         layer_axis(axes, layers)
         axes.yaxis.set_major_locator(MaxNLocator(6))
         axes.set_ylabel("projection on the direction", labelpad=2)
-        for x, colour, text in ((0.0, HARMFUL_COLOUR, "harmful"), (0.24, HARMLESS_COLOUR, "harmless")):
+        for x, colour, text in (
+            (0.0, HARMFUL_COLOUR, sides[0]),
+            (0.04 + 0.02 * max(len(sides[0]), 10), HARMLESS_COLOUR, sides[1]),
+        ):
             axes.plot(x + 0.01, 1.06, "o", color=colour, markersize=5, transform=axes.transAxes, clip_on=False)
-            axes.text(x + 0.04, 1.06, text, transform=axes.transAxes, fontsize=9, va="center")
+            axes.text(x + 0.04, 1.06, text, transform=axes.transAxes, fontsize=9, va="center", parse_math=False)
         axes.spines[["top", "right"]].set_visible(False)
         label = "Projections of validation activations on the direction, per layer"
         return Picture("geometry-projections", label, figure, projection_rows(harmful_nl, harmless_nl))

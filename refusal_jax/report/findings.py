@@ -8,7 +8,7 @@ from typing import Any
 
 from refusal_jax.conditions import COMPLETIONS_FOLDER
 from refusal_jax.directions import Direction
-from refusal_jax.judges.choice import REFUSAL_JUDGES
+from refusal_jax.judges.behaviours import Behaviour
 from refusal_jax.report.concerns import Concern
 from refusal_jax.report.summary import REFUSAL_JUDGE, JudgedCondition, judges_of, read_conditions
 from refusal_jax.report.verdict import verdict_in_words, verdict_without_direction
@@ -36,6 +36,11 @@ class Findings:
         return self.run.read_json(SETUP)
 
     @functools.cached_property
+    def behaviour(self) -> Behaviour:
+        """Returns the behaviour that the run is about."""
+        return Behaviour.of(self.run.manifest["config"])
+
+    @functools.cached_property
     def direction(self) -> Direction | None:
         """Returns the selected direction; None if the study found none."""
         return Direction.selected(self.run) if self.none is None else None
@@ -52,8 +57,8 @@ class Findings:
 
     @property
     def refusal_judge(self) -> str | None:
-        """Returns the first judge whose failures are refusals, or None if there is none."""
-        return next((judge for judge in self.judges if judge in REFUSAL_JUDGES), None)
+        """Returns the judge by which the behaviour is counted, for refusal the first one of refusals; None if there is none."""
+        return self.behaviour.deciding(self.judges)
 
     @property
     def shown_judge(self) -> str:
@@ -75,8 +80,9 @@ class Findings:
     def verdict(self) -> tuple[str, str]:
         """Returns the strength of the effect, and the verdict in words."""
         if self.none is not None:
-            return verdict_without_direction(self.conditions, self.judges, self.none["reason"], self.concerns)
-        return verdict_in_words(self.conditions, self.judges, self.concerns)
+            rates = self.conditions, self.judges
+            return verdict_without_direction(*rates, self.none["reason"], self.concerns, self.behaviour)
+        return verdict_in_words(self.conditions, self.judges, self.concerns, self.behaviour)
 
 
 def nothing(findings: Findings) -> list:

@@ -82,6 +82,8 @@ def is_long(text: str) -> bool:
 def page_context(findings: Findings) -> dict:
     """Returns everything that the page's template shows, the sections as markup."""
     manifest, setup, env = findings.run.manifest, findings.setup, environment(*folders_of(findings.sections))
+    names = {condition.dataset: condition.shown for condition in findings.conditions}
+    env.filters["dataset"] = lambda name: names.get(name, name)
     stages = {name: record for name, record in manifest["stages"].items() if REPORT not in record.get("writes", ())}
     latest = max(stages.values(), key=lambda record: record.get("finished", ""), default={})
     shared = {
@@ -90,6 +92,7 @@ def page_context(findings: Findings) -> dict:
         "conditions": findings.conditions,
         "judges": findings.judges,
         "concerns": findings.concerns,
+        "behaviour": findings.behaviour,
         "refusal_judge": REFUSAL_JUDGE,
         "refusal_judges": REFUSAL_JUDGES,
     }

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from refusal_jax.chat.thoughts import is_unfinished
 from refusal_jax.conditions import INTERVENTIONS, Ablate, Baseline, file_of, label_of, rank, split_stem, stem_of
+from refusal_jax.judges.behaviours import REFUSAL, Behaviour
 from refusal_jax.judges.evaluations import judges_in
 from refusal_jax.judges.judge import Outcome
 from refusal_jax.judges.statistics import Rate
@@ -21,7 +22,8 @@ LARGE_LOSS = 0.2  # nats; the published runs' ablations stay under 0.06
 class JudgedCondition:
     """The completions of one data set under one intervention, as judged: the content of an evaluations file.
 
-    rates: the refusal rate by each judge that judged it. over_refusal: whether it is a set of harmless prompts that look harmful.
+    rates: the refusal rate by each judge that judged it, or that of another behaviour. over_refusal: whether it is a set of
+    harmless prompts that look harmful. behaviour: which the run is about, with the names of the sides.
     """
 
     dataset: str
@@ -29,11 +31,19 @@ class JudgedCondition:
     rates: dict[str, Rate]
     completions: list[dict]
     over_refusal: bool = False
+    behaviour: Behaviour = REFUSAL
 
     @classmethod
-    def of(cls, dataset: str, intervention: str, evaluations: Mapping, over_refusal: bool = False) -> "JudgedCondition":
+    def of(
+        cls,
+        dataset: str,
+        intervention: str,
+        evaluations: Mapping,
+        over_refusal: bool = False,
+        behaviour: Behaviour = REFUSAL,
+    ) -> "JudgedCondition":
         """Returns the condition of an evaluations file in the published format."""
-        condition = cls(dataset, intervention, {}, evaluations["completions"], over_refusal)
+        condition = cls(dataset, intervention, {}, evaluations["completions"], over_refusal, behaviour)
         for judge in sorted(judges_in(evaluations)):
             condition.rates[judge] = Rate.of(condition.refusals(judge).values())
         return condition
@@ -49,7 +59,12 @@ class JudgedCondition:
     @property
     def name(self) -> str:
         """Returns the data set and the intervention, if there is one, in words."""
-        return f"{self.dataset}, {self.label}" if self.label else self.dataset
+        return f"{self.shown}, {self.label}" if self.label else self.shown
+
+    @property
+    def shown(self) -> str:
+        """Returns what reports call the data set: of another behaviour than refusal, the name of the side."""
+        return self.dataset if self.behaviour.is_refusal or self.over_refusal else self.behaviour.side(self.harmless)
 
     @property
     def unfinished(self) -> int:
@@ -73,13 +88,14 @@ def read_conditions(run: Run) -> list[JudgedCondition]:
     """Returns the conditions of the evaluations files that a run has recorded and that exist: harmful sets first, then by data
     set and intervention."""
     conditions, setup = [], run.read_json(SETUP) if run.exists(SETUP) else {}
+    behaviour = Behaviour.of(run.manifest["config"])
     for name in [name for stage in run.manifest["stages"].values() for name in stage.get("writes", ())]:
         stem = stem_of(name)
         if name != file_of(stem, "evaluations") or not run.exists(name):
             continue
         dataset, intervention = split_stem(stem)
         over_refusal = dataset in setup.get("over_refusal", ())
-        conditions.append(JudgedCondition.of(dataset, intervention, run.read_json(name), over_refusal))
+        conditions.append(JudgedCondition.of(dataset, intervention, run.read_json(name), over_refusal, behaviour))
 
     def order(c: JudgedCondition):
         return c.harmless, c.over_refusal, c.dataset, rank(c.intervention)
@@ -115,7 +131,7 @@ def loss_change(by_intervention: dict[str, dict], intervention: str) -> float | 
     return by_intervention[intervention]["ce_loss"] - by_intervention[Baseline.name]["ce_loss"]
 
 
-def damage_in_words(losses: dict[str, dict[str, dict]]) -> str:
+def damage_in_words(losses: dict[str, dict[str, dict]], behaviour: Behaviour = REFUSAL) -> str:
     """Returns what ablation costs on other text, the largest change of the loss, in words."""
     changes = {name: loss_change(by, Ablate.name) for name, by in losses.items()}
     changes = {name: change for name, change in changes.items() if change is not None}
@@ -128,7 +144,9 @@ def damage_in_words(losses: dict[str, dict[str, dict]]) -> str:
     text = f"The price: ablation changes the cross-entropy on {worst} by {signed(changes[worst])} nats per token"
     text += f", the most of {len(changes)} data sets." if len(changes) > 1 else "."
     if changes[worst] > LARGE_LOSS:
-        text += " That is much: part of the missing refusals may be damage rather than removed refusal."
+        text += (
+            f" That is much: part of the missing {behaviour.plural} may be damage rather than removed {behaviour.name}."
+        )
     return text
 
 

@@ -1,4 +1,5 @@
-"""The verdict on a run's refusal rates, in one sentence with its numbers: how many prompts, intervals, and a paired test.
+"""The verdict on a run's refusal rates, or on those of another behaviour, in one sentence with its numbers: how many prompts,
+intervals, and a paired test.
 
 The sentence at the top of the page is all that many readers take away. So it claims what the intervals allow and no more, says
 when the prompts are too few to carry a verdict, and gives none where other evidence of the same run contradicts it.
@@ -8,7 +9,7 @@ import dataclasses
 from collections.abc import Sequence
 
 from refusal_jax.conditions import Ablate, Add, Baseline
-from refusal_jax.judges.choice import REFUSAL_JUDGES
+from refusal_jax.judges.behaviours import REFUSAL, Behaviour
 from refusal_jax.judges.statistics import Rate, mcnemar
 from refusal_jax.report.summary import JudgedCondition
 
@@ -95,22 +96,29 @@ def p_value(p: float) -> str:
 
 
 def verdict_in_words(
-    conditions: Sequence[JudgedCondition], judges: Sequence[str], concerns: Sequence[Concern] = ()
+    conditions: Sequence[JudgedCondition],
+    judges: Sequence[str],
+    concerns: Sequence[Concern] = (),
+    behaviour: Behaviour = REFUSAL,
 ) -> tuple[str, str]:
     """Returns how strong the effect is ("strong", "partial", "weak", or "none" for no verdict), and a sentence with the numbers.
 
     judges: by name, of which the first that judges refusals counts. concerns: what else the run says; those that are decisive
     leave no verdict.
     """
-    return unless_decided(strength_of(conditions, judges), concerns)
+    return unless_decided(strength_of(conditions, judges, behaviour), concerns)
 
 
 def verdict_without_direction(
-    conditions: Sequence[JudgedCondition], judges: Sequence[str], reason: str, concerns: Sequence[Concern] = ()
+    conditions: Sequence[JudgedCondition],
+    judges: Sequence[str],
+    reason: str,
+    concerns: Sequence[Concern] = (),
+    behaviour: Behaviour = REFUSAL,
 ) -> tuple[str, str]:
     """Returns the verdict on a model for which the study found no direction, as `verdict_in_words` does: how often it refuses,
     and what follows. reason: a clause that says at what the study ended."""
-    return unless_decided(_strength_without_direction(conditions, judges, reason), concerns)
+    return unless_decided(_strength_without_direction(conditions, judges, reason, behaviour), concerns)
 
 
 def unless_decided(verdict: tuple[str, str], concerns: Sequence[Concern]) -> tuple[str, str]:
@@ -125,23 +133,26 @@ def unless_decided(verdict: tuple[str, str], concerns: Sequence[Concern]) -> tup
     )
 
 
-def strength_of(conditions: Sequence[JudgedCondition], judges: Sequence[str]) -> tuple[str, str]:
-    """Returns the verdict that the refusal rates alone give, as `verdict_in_words` does."""
-    judge = next((judge for judge in judges if judge in REFUSAL_JUDGES), None)
+def strength_of(
+    conditions: Sequence[JudgedCondition], judges: Sequence[str], behaviour: Behaviour = REFUSAL
+) -> tuple[str, str]:
+    """Returns the verdict that the rates alone give, as `verdict_in_words` does."""
+    judge = behaviour.deciding(judges)
     if judge is None and judges:
         return "none", (
-            f"No verdict on refusal: the completions were judged by {', '.join(judges)} only, whose failures may be harmless "
-            "answers. Add a judge of refusals, such as substring_matching."
+            f"No verdict on {behaviour.name}: the completions were judged by {', '.join(judges)} only, whose failures may be "
+            f"{behaviour.absent} answers. Add a judge of {behaviour.judge or 'refusals, such as substring_matching'}."
         )
     found = _judged(conditions, judge)
     base, ablated = found.get((False, Baseline.name)), found.get((False, Ablate.name))
     if judge is None or base is None or ablated is None:
         return "none", (
-            "No verdict: this run has no judged completions of harmful requests both at baseline and under ablation."
+            f"No verdict: this run has no judged completions of {behaviour.present} requests both at baseline and under ablation."
         )
     removal = Change.of(base, ablated, judge)
     plain, added = found.get((True, Baseline.name)), found.get((True, Add.name))
-    return _removal(removal) or _cause(removal, Change.of(plain, added, judge) if plain and added else None)
+    addition = Change.of(plain, added, judge) if plain and added else None
+    return _removal(removal, behaviour) or _cause(removal, addition, behaviour)
 
 
 def _judged(conditions: Sequence[JudgedCondition], judge: str | None) -> dict[tuple[bool, str], JudgedCondition]:
@@ -154,81 +165,93 @@ def _judged(conditions: Sequence[JudgedCondition], judge: str | None) -> dict[tu
 
 
 def _strength_without_direction(
-    conditions: Sequence[JudgedCondition], judges: Sequence[str], reason: str
+    conditions: Sequence[JudgedCondition], judges: Sequence[str], reason: str, behaviour: Behaviour
 ) -> tuple[str, str]:
-    judge = next((judge for judge in judges if judge in REFUSAL_JUDGES), None)
+    judge, verb = behaviour.deciding(judges), behaviour.verb
     found = _judged(conditions, judge)
     base, plain = found.get((False, Baseline.name)), found.get((True, Baseline.name))
     if judge is None or base is None or plain is None:
-        return "none", f"No direction was found: {reason}. How often this model refuses was not judged."
+        return "none", f"No direction was found: {reason}. How often this model {verb} was not judged."
     harmful, harmless = base.rates[judge], plain.rates[judge]
-    rates = f"this model refuses {counted(harmful, 'harmful')} and {counted(harmless, 'harmless')}"
+    rates = f"this model {behaviour.verb_on} {counted(harmful, behaviour.present)} and {counted(harmless, behaviour.absent)}"
     if harmful.interval[1] < FEW_REFUSALS:
-        return "weak", (f"No direction was found, and there is little refusal for one to mediate: {rates}; {reason}.")
+        return (
+            "weak",
+            f"No direction was found, and there is little {behaviour.name} for one to mediate: {rates}; {reason}.",
+        )
     if harmful.interval[0] < FEW_REFUSALS:
-        few = f"{harmful.n} prompts cannot tell how often it refuses"
+        few = f"{harmful.n} prompts cannot tell how often it {verb}"
         return "none", f"No direction was found, and no verdict: {rates}; {reason}, and {few}."
     if harmful.interval[0] <= harmless.interval[1]:
         return "weak", (
-            f"No direction was found, and refusal does not tell harmful from harmless requests, as far as these prompts show: "
-            f"{rates}; {reason}."
+            f"No direction was found, and {behaviour.name} does not tell {behaviour.present} from {behaviour.absent} requests, "
+            f"as far as these prompts show: {rates}; {reason}."
         )
     return "weak", (
-        f"No single direction was found to mediate refusal of this model, although it refuses: {rates}; {reason}. That does not "
-        "show that there is none."
+        f"No single direction was found to mediate {behaviour.name} of this model, although it {verb}: {rates}; {reason}. That "
+        "does not show that there is none."
     )
 
 
 def counted(rate: Rate, side: str) -> str:
-    """Returns how many requests are refused, with the interval of the rate, in words."""
+    """Returns on how many requests of a side the behaviour is seen, with the interval of the rate, in words."""
     return f"{rate.count} of {rate.n} {side} requests ({rate}, 95 % interval {percents(rate.interval)})"
 
 
-def _removal(change: Change) -> tuple[str, str] | None:
-    """Returns the verdict on ablation, unless that takes away most refusals."""
-    base, move = change.before, f"ablating it takes refusal of harmful requests {change}"
+def _removal(change: Change, behaviour: Behaviour) -> tuple[str, str] | None:
+    """Returns the verdict on ablation, unless that takes away most of the behaviour."""
+    base, name, verb_on = change.before, behaviour.name, behaviour.verb_on
+    move = f"ablating it takes {behaviour.of_requests} {behaviour.present} requests {change}"
     if base.rate < FEW_REFUSALS:
-        shown = f"{base} of harmful requests to begin with (n = {base.n}, 95 % interval {percents(base.interval)})"
+        shown = f"{base} of {behaviour.present} requests to begin with (n = {base.n}, 95 % interval {percents(base.interval)})"
         if base.interval[1] >= FEW_REFUSALS:
             return (
                 "none",
-                f"No verdict: this model refuses {shown}, and {base.n} prompts cannot tell how often it does.",
+                f"No verdict: this model {verb_on} {shown}, and {base.n} prompts cannot tell how often it does.",
             )
         return "weak", (
-            f"This model refuses only {shown}, which leaves little for a direction to mediate; under ablation it refuses "
-            f"{change.after} ({percents(change.after.interval)})."
+            f"This model {verb_on} only {shown}, which leaves little for a direction to mediate; under ablation it "
+            f"{verb_on} {change.after} ({percents(change.after.interval)})."
         )
     if change.sign > 0:
-        return "weak", f"The selected direction does not mediate refusal of this model: {move}, which is more."
+        return "weak", f"The selected direction does not mediate {name} of this model: {move}, which is more."
     if change.sign == 0:
         cannot = f"{move}, which {change.n} prompts cannot tell from no change"
         if change.left[0] < HALF:
             return "none", f"No verdict: {cannot}. Use more test prompts."
-        return "weak", f"No single direction was found to mediate refusal of this model: {cannot}."
+        return "weak", f"No single direction was found to mediate {name} of this model: {cannot}."
+    if change.left[0] >= HALF:
+        return "partial", (
+            f"{behaviour.title} of this model is not a single direction, as far as its candidates show: {move}, so that at least "
+            f"{100 * change.left[0]:.0f} % of it is left without the best of them, which mediates the rest."
+        )
     if change.left[0] > MOSTLY_GONE:
-        return "partial", f"One direction mediates a part of this model's refusal: {move}."
+        return "partial", f"One direction mediates a part of this model's {name}: {move}."
     if change.left[1] > MOSTLY_GONE:
         return "partial", (
-            f"One direction mediates at least a part of this model's refusal: {move}. {change.n} prompts cannot tell "
+            f"One direction mediates at least a part of this model's {name}: {move}. {change.n} prompts cannot tell "
             "whether it is most of it."
         )
     return None
 
 
-def _cause(removal: Change, addition: Change | None) -> tuple[str, str]:
-    """Returns the verdict on a direction whose ablation takes away most refusals, by what adding it does."""
-    move = f"ablating it takes refusal of harmful requests {removal}"
+def _cause(removal: Change, addition: Change | None, behaviour: Behaviour) -> tuple[str, str]:
+    """Returns the verdict on a direction whose ablation takes away most of the behaviour, by what adding it does."""
+    move = f"ablating it takes {behaviour.of_requests} {behaviour.present} requests {removal}"
     if addition is None:
-        return "strong", f"Refusal of this model is mediated by one direction: {move}."
-    also = f"adding it takes refusal of harmless requests {addition}"
+        return "partial", (
+            f"{behaviour.title} of this model needs one direction: {move}. Whether that direction alone causes it was not "
+            "measured."
+        )
+    also = f"adding it takes {behaviour.of_requests} {behaviour.absent} requests {addition}"
     if addition.sign > 0 and addition.after.interval[0] >= HALF:
-        return "strong", f"Refusal of this model is mediated by one direction: {move}, and {also}."
+        return "strong", f"{behaviour.title} of this model is mediated by one direction: {move}, and {also}."
     if addition.after.interval[1] < HALF:
         return "partial", (
-            f"Refusal of this model needs one direction, but that direction alone does not cause it: {move}, while {also} "
-            "only."
+            f"{behaviour.title} of this model needs one direction, but that direction alone does not cause it: {move}, while "
+            f"{also} only."
         )
     return "partial", (
-        f"Refusal of this model needs one direction: {move}. Whether that direction alone causes it, {addition.n} prompts "
-        f"cannot tell: {also}."
+        f"{behaviour.title} of this model needs one direction: {move}. Whether that direction alone causes it, {addition.n} "
+        f"prompts cannot tell: {also}."
     )

@@ -2,7 +2,7 @@
 
 import math
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -59,14 +59,14 @@ def complete(
     longest = max(len(row) for rows in ids.values() for row in rows)
     length = min(bucket(longest), model.config.context_length)
     if todo:
-        batch = model.chat.pad([ids[side[c]][i] for c, i in todo], length)
+
+        def done(numbers: Mapping[int, dict]) -> None:
+            save([{"condition": todo[n][0], "index": todo[n][1], **row} for n, row in numbers.items()])
+            replies.update({todo[n]: row for n, row in numbers.items()})
+
         row_edits = edits.take([list(side).index(c) for c, _ in todo])
-        with Progress("completions", len(todo), "reply") as bar:
-            for done, generated in model.reply_ids(batch, max_new_tokens, row_edits, rows=batch_size):
-                new = {todo[n]: reply.row for n, reply in zip(done, model.chat.replies(generated), strict=True)}
-                save([{"condition": c, "index": i, **row} for (c, i), row in new.items()])
-                replies |= new
-                bar.update(len(done))
+        asked = [ids[side[c]][i] for c, i in todo]
+        write_replies(model, asked, row_edits, max_new_tokens, batch_size, "completions", done, length)
     kept = ("response", "thought", "thought_ended")
     return {
         c: [
@@ -77,6 +77,29 @@ def complete(
         ]
         for c in side
     }
+
+
+def write_replies(
+    model: ChatModel,
+    ids: Sequence[Sequence[int]],
+    edits: Edits,
+    max_new_tokens: int,
+    batch_size: int,
+    title: str,
+    done: Callable[[Mapping[int, dict]], None],
+    length: int = 0,
+) -> None:
+    """Decodes the replies to prompts, each under its own row of edits, and calls `done` with those that have ended, as
+    `{number of the prompt: row}`.
+
+    length: in tokens, that prompts are padded to; 0 is that of the longest.
+    """
+    length = length or min(bucket(max(map(len, ids))), model.config.context_length)
+    batch = model.chat.pad(ids, length)
+    with Progress(title, len(ids), "reply") as bar:
+        for ended, generated in model.reply_ids(batch, max_new_tokens, edits, rows=batch_size):
+            done({n: reply.row for n, reply in zip(ended, model.chat.replies(generated), strict=True)})
+            bar.update(len(ended))
 
 
 def score_replies(

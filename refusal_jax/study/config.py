@@ -87,6 +87,35 @@ class LossSettings(Settings, path="loss"):
 
 
 @dataclasses.dataclass
+class BehaviourSettings(Settings, path="behaviour"):
+    """The behaviour that the study is about; refusal by default. The files of `data` keep their names: the harmful ones are those
+    of the side that shows the behaviour."""
+
+    name: str = option(
+        "refusal",
+        "What the behaviour is called in the report, such as flinching; the next settings are of other behaviours",
+    )
+    present: str = option("harmful", "Name of the side that shows it, whose prompts are those of data.harmful_*")
+    absent: str = option("harmless", "Name of the side that does not, whose prompts are those of data.harmless_*")
+    measure: str = option(
+        "tokens",
+        "What filter and selection go by: 'tokens', the probability of opening tokens as the reply's first (refusal_tokens, or "
+        "those that tell the two sides apart), or 'judge', a judge of whole replies",
+    )
+    judge: str = option(
+        "",
+        "Name of the judge that decides, of those in `judges`: its label 0 is the behaviour; '' is the first of them, and for "
+        "refusal the first judge of refusals",
+    )
+    reply_tokens: int = option(
+        48, "With the measure 'judge', length in tokens of the replies that filter and selection judge"
+    )
+    candidates: int = option(
+        4, "With the measure 'judge', number of directions, the best by their activations, that are tried on replies"
+    )
+
+
+@dataclasses.dataclass
 class StudyConfig(Settings):
     """Every setting of a study."""
 
@@ -130,15 +159,16 @@ class StudyConfig(Settings):
         None, "Number of last post-instruction tokens that are candidate positions; None uses all of them"
     )
     filter: bool = option(True, "Keep only harmful prompts that are refused and harmless ones that are not")
+    behaviour: BehaviourSettings = section(BehaviourSettings, "The behaviour that the study is about")
     mesh: MeshSettings = section(MeshSettings, "The devices along each axis of the mesh")
     data: DataSettings = section(DataSettings, "Where prompts come from, and how many are drawn")
     select: SelectSettings = section(SelectSettings, "How the direction is selected among the candidates")
     generation: GenerationSettings = section(GenerationSettings, "How completions are generated")
     judges: tuple[str, ...] = option(
         ("substring_matching",),
-        "Judges of the completions: substring_matching, substring_extended, refusal_score, and judge models: llamaguard2=MODEL, "
-        "llamaguard3=MODEL, harmbench=MODEL@TEMPLATE.txt, strongreject=MODEL@TEMPLATE.txt, llm=MODEL (`refusal-jax evaluate "
-        "--help`)",
+        "Judges of the completions: substring_matching, substring_extended, refusal_score; of words: uses=WORDS, avoids=WORDS; "
+        "and judge models: llamaguard2=MODEL, llamaguard3=MODEL, harmbench=MODEL@TEMPLATE.txt, strongreject=MODEL@TEMPLATE.txt, "
+        "llm=MODEL (`refusal-jax evaluate --help`)",
     )
     loss: LossSettings = section(LossSettings, "The texts on which the loss is measured")
 

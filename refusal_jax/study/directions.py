@@ -21,6 +21,7 @@ from refusal_jax.checkpoints.mirrors import source_name
 from refusal_jax.data.prompts import BUNDLED
 from refusal_jax.data.sampling import SPLITS
 from refusal_jax.errors import UserError, field
+from refusal_jax.judges.behaviours import JUDGE, REFUSAL, Behaviour
 from refusal_jax.models.quantisation import read_quantisation
 from refusal_jax.plan.programs import Group, Program, Shapes
 from refusal_jax.report.concerns import score_disagreement
@@ -30,6 +31,7 @@ from refusal_jax.report.verdict import Concern
 from refusal_jax.runs.artifacts import FILTER, MEANS, PROMPTS, SETUP
 from refusal_jax.runs.ledger import Ledger
 from refusal_jax.runs.stage import Stage
+from refusal_jax.study.judged import judge_prompts
 from refusal_jax.study.shared import Study
 from refusal_jax.taps import Taps
 
@@ -50,7 +52,10 @@ ESTIMATOR = difference_in_means
 
 
 def refusal_tokens(study: Study) -> tuple[tuple[int, ...], list[Opening]]:
-    """Returns the ids of the refusal tokens and, where the settings leave them open, the openings they were chosen from."""
+    """Returns the ids of the refusal tokens, or of the opening tokens of another behaviour, and, where the settings leave them
+    open, the openings they were chosen from; none where a judge of replies takes their place."""
+    if study.behaviour.measure == JUDGE:
+        return (), []
     if study.config.refusal_tokens:
         return study.model.chat.opener_ids(study.config.refusal_tokens), []
     openings = openings_of(study)
@@ -60,7 +65,8 @@ def refusal_tokens(study: Study) -> tuple[tuple[int, ...], list[Opening]]:
 def openings_of(study: Study) -> list[Opening]:
     """Returns the usual openings with their probabilities after the training prompts."""
     harmful, harmless = (study.instructions(f"{side}_train", kept_only=False) for side in ("harmful", "harmless"))
-    return measure_openings(study.model, harmful, harmless, study.sizes.forward)
+    usual = study.behaviour.name == REFUSAL.name
+    return measure_openings(study.model, harmful, harmless, study.sizes.forward, usual)
 
 
 def setup(study: Study, positions: int, refusal_ids: Sequence[int], openings: Sequence[Opening]) -> dict:
@@ -108,33 +114,54 @@ def candidate_positions(study: Study) -> int:
 def find_directions(study: Study, ledger: Ledger) -> dict:
     """Writes scores, filter and candidate directions, from one pass over the train and val prompts.
 
-    Without refusal tokens there are no scores, and without prompts that the filter keeps no directions. Returns the setup, for
-    the manifest.
+    Without refusal tokens there are no scores, and without prompts that the filter keeps no directions. A judge of replies
+    filters in place of scores. Returns the setup, for the manifest.
     """
     positions = candidate_positions(study)
     refusal_ids, openings = refusal_tokens(study)
     settled = setup(study, positions, refusal_ids, openings)
-    LOG.info("\n".join(setup_lines(settled)))  # now: if it is not what was meant, stop
+    LOG.info("\n".join(setup_lines(settled, study.behaviour)))  # now: if it is not what was meant, stop
     study.run.write_json(SETUP, settled)
-    if not refusal_ids:
+    if study.behaviour.measure == JUDGE:
+        filtered, means_lpd = read_judged(study, positions, ledger)
+    elif refusal_ids:
+        filtered, means_lpd = read_scored(study, positions, refusal_ids)
+    else:
         return settled
+    study.run.write_json(FILTER, filtered)
+    if not all(any(of_split["kept"]) for of_split in filtered.values()):
+        if not openings and refusal_ids:  # how replies begin instead is what the user will ask
+            settled = setup(study, positions, refusal_ids, openings_of(study))
+            study.run.write_json(SETUP, settled)
+        return settled
+    harmful, harmless = (np.swapaxes(means_lpd[split], 0, 1) for split in ("harmful_train", "harmless_train"))
+    means = {"mean_diffs": ESTIMATOR(harmful, harmless), "harmful": harmful, "harmless": harmless}
+    study.run.write_tensors(MEANS, means)
+    return settled
+
+
+def read_scored(
+    study: Study, positions: int, refusal_ids: Sequence[int]
+) -> tuple[dict[str, dict], dict[str, np.ndarray]]:
+    """Returns the filter by refusal scores, and the mean residuals of the prompts that it keeps, by split."""
     found = {}
     for split in SPLITS[:4]:
         sign = 0 if not study.config.filter else 1 if split.startswith("harmful") else -1
         texts = study.instructions(split, kept_only=False)
         found[split] = extract(study.model, texts, refusal_ids, positions, sign, study.sizes.forward, split)
-    study.run.write_json(
-        FILTER, {split: {"scores": e.scores.tolist(), "kept": e.kept.tolist()} for split, e in found.items()}
-    )
-    if not all(extraction.kept.any() for extraction in found.values()):
-        if not openings:  # how replies begin instead is what the user will ask
-            settled = setup(study, positions, refusal_ids, openings_of(study))
-            study.run.write_json(SETUP, settled)
-        return settled
-    harmful, harmless = (np.swapaxes(found[s].mean_lpd, 0, 1) for s in ("harmful_train", "harmless_train"))
-    means = {"mean_diffs": ESTIMATOR(harmful, harmless), "harmful": harmful, "harmless": harmless}
-    study.run.write_tensors(MEANS, means)
-    return settled
+    filtered = {split: {"scores": e.scores.tolist(), "kept": e.kept.tolist()} for split, e in found.items()}
+    return filtered, {split: e.mean_lpd for split, e in found.items()}
+
+
+def read_judged(study: Study, positions: int, ledger: Ledger) -> tuple[dict[str, dict], dict[str, np.ndarray]]:
+    """Returns the filter by a judge of replies, and the mean residuals of the training prompts that it keeps, by split."""
+    filtered, means_lpd = judge_prompts(study, ledger), {}
+    for split in SPLITS[:2]:
+        texts = study.instructions(split, kept_only=False)
+        kept = [text for text, keep in zip(texts, filtered[split]["kept"], strict=True) if keep]
+        if kept:
+            means_lpd[split] = extract(study.model, kept, (), positions, 0, study.sizes.forward, split).mean_lpd
+    return filtered, means_lpd
 
 
 def programs(shapes: Shapes, rows: int) -> list[Program]:
@@ -162,16 +189,17 @@ def telling_openings(openings: list[dict]) -> list[dict]:
     return seen[: max(OPENINGS, sum(row["chosen"] for row in openings))]
 
 
-def filter_rows(splits: dict[str, dict]) -> list[dict]:
+def filter_rows(splits: dict[str, dict], behaviour: Behaviour) -> list[dict]:
     """Returns for each split its prompts, how many the filter kept, and the range of their refusal scores."""
     rows = []
     for split, found in splits.items():
         scores = [score for score in found["scores"] if math.isfinite(score)]
         rows.append(
             {
-                "split": split.replace("_", " "),
+                "split": behaviour.split(split),
                 "n": len(found["kept"]),
                 "kept": sum(found["kept"]),
+                "shown": sum(score > 0 for score in scores),
                 "low": min(scores, default=math.nan),
                 "high": max(scores, default=math.nan),
             }
@@ -179,9 +207,9 @@ def filter_rows(splits: dict[str, dict]) -> list[dict]:
     return rows
 
 
-def setup_lines(setup: dict) -> list[str]:
+def setup_lines(setup: dict, behaviour: Behaviour = REFUSAL) -> list[str]:
     """Returns the chat template, what it puts after the instruction, the refusal tokens with where they came
-    from, and decoding, as lines."""
+    from or what takes their place, and decoding, as lines."""
     openings = {row["id"]: row for row in setup["openings"]}
     tokens = []
     for token in setup["refusal_tokens"]:
@@ -196,8 +224,11 @@ def setup_lines(setup: dict) -> list[str]:
         *filter(None, [warning if bundled else "", setup.get("dequantised")]),
         f"{template_line(setup)}. Post-instruction tokens: {' '.join(t['text'] for t in setup['post_instruction_tokens'])}",
         *([ReplyStart(**setup["reply_start"]).note(setup["chat_template"])] if "reply_start" in setup else []),
-        f"Refusal tokens, from {setup['refusal_tokens_from']}"
-        f"{' (mean probability after harmful and harmless prompts)' if openings else ''}: {', '.join(tokens) or 'none'}",
+        f"{behaviour.title} is measured by the judge {behaviour.judge}."
+        if behaviour.measure == JUDGE
+        else f"{behaviour.tokens.capitalize()}, from {setup['refusal_tokens_from']}"
+        f"{f' (mean probability after {behaviour.present} and {behaviour.absent} prompts)' if openings else ''}: "
+        f"{', '.join(tokens) or 'none'}",
         *filter(None, [decoding_line(setup)]),
     ]
 
@@ -206,7 +237,9 @@ def values(findings: Findings) -> dict:
     """Returns what the report shows of the prompts and tokens that the directions rest on."""
     return {
         "pick": findings.direction,
-        "filter": filter_rows(findings.run.read_json(FILTER)) if findings.run.exists(FILTER) else [],
+        "filter": filter_rows(findings.run.read_json(FILTER), findings.behaviour)
+        if findings.run.exists(FILTER)
+        else [],
         "openings": telling_openings(findings.setup["openings"]),
         "least_difference": LEAST_DIFFERENCE,
         "least_ratio": LEAST_RATIO,
@@ -215,11 +248,11 @@ def values(findings: Findings) -> dict:
 
 def concerns(findings: Findings) -> list[Concern]:
     """Returns where the refusal scores of the prompts disagree with the judge of the completions."""
-    if findings.refusal_judge is None or not findings.run.exists(FILTER):
+    if findings.refusal_judge is None or not findings.run.exists(FILTER) or findings.behaviour.measure == JUDGE:
         return []
     filtered, tokens = findings.run.read_json(FILTER), [token["text"] for token in findings.setup["refusal_tokens"]]
     folder = findings.completions_folder
-    return score_disagreement(findings.conditions, findings.refusal_judge, filtered, tokens, folder)
+    return score_disagreement(findings.conditions, findings.refusal_judge, filtered, tokens, folder, findings.behaviour)
 
 
 STAGE = Stage(
@@ -233,7 +266,7 @@ STAGE = Stage(
         pathlib.Path(__file__).with_name("directions.html.jinja"),
         {"prompts": "Prompts"},
         values,
-        lambda findings: setup_lines(findings.setup),
+        lambda findings: setup_lines(findings.setup, findings.behaviour),
         concerns,
     ),
 )

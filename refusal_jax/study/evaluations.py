@@ -4,13 +4,20 @@ import pathlib
 from collections.abc import Sequence
 
 from refusal_jax.conditions import stem_of
+from refusal_jax.judges.behaviours import REFUSAL
 from refusal_jax.judges.evaluations import evaluate_completions
 from refusal_jax.judges.judge import judge_all
 from refusal_jax.judges.scores import REFUSAL_SCORE, with_scores
 from refusal_jax.judges.statistics import Rate
 from refusal_jax.judges.tables import tables, tidy_csv
 from refusal_jax.judges.text import PAPERS
-from refusal_jax.report.concerns import broken_completions, judge_disagreement, other_judges, unfinished_thoughts
+from refusal_jax.report.concerns import (
+    broken_completions,
+    judge_disagreement,
+    no_contrast,
+    other_judges,
+    unfinished_thoughts,
+)
 from refusal_jax.report.findings import Findings, Section
 from refusal_jax.report.verdict import Concern
 from refusal_jax.runs.artifacts import STATISTICS, TIDY
@@ -66,15 +73,19 @@ def values(findings: Findings) -> dict:
 
 
 def lines(findings: Findings) -> list[str]:
-    """Returns the refusal rates with 95 % intervals, and the numbers of the concerns about them, for the text summary."""
-    lines = ["", f"{'prompts':<18}{'intervention':<14}{'refused':>9}   {'95 % interval':<18}{'n':>4}"]
+    """Returns the refusal rates with 95 % intervals, or those of another behaviour, and the numbers of the concerns about them,
+    for the text summary."""
+    behaviour = findings.behaviour
+    column = "refused" if behaviour.name == REFUSAL.name else behaviour.name
+    width = max(9, len(column) + 2)
+    lines = ["", f"{'prompts':<18}{'intervention':<14}{column:>{width}}   {'95 % interval':<18}{'n':>4}"]
     for condition in findings.conditions:
         rate = condition.rates.get(findings.shown_judge, Rate(0, 0))
         key = (condition.dataset, condition.intervention)
         interval = " to ".join(f"{100 * bound:.1f}" for bound in rate.interval) + " %"
         share = f"{100 * rate.rate:.1f} %" if rate.n else "-"
         notes = "".join(f" ({number})" for number, concern in enumerate(findings.concerns, 1) if key in concern.about)
-        lines.append(f"{condition.dataset:<18}{condition.label:<14}{share:>9}   {interval:<18}{rate.n:>4}{notes}")
+        lines.append(f"{condition.shown:<18}{condition.label:<14}{share:>{width}}   {interval:<18}{rate.n:>4}{notes}")
     return lines
 
 
@@ -84,6 +95,7 @@ def concerns(findings: Findings) -> list[Concern]:
     found = [unfinished_thoughts(conditions), *broken_completions(conditions)]
     if judge is not None:
         found += [judge_disagreement(conditions, judge, findings.completions_folder), *other_judges(conditions, judge)]
+        found += no_contrast(conditions, judge, findings.behaviour)
     return [concern for concern in found if concern]
 
 
@@ -95,7 +107,7 @@ STAGE = Stage(
     alone=lambda study: not any(judge.uses_devices for judge in study.judges),
     section=Section(
         pathlib.Path(__file__).with_name("evaluations.html.jinja"),
-        {"rates": "Refusal rates"},
+        {"rates": "Rates"},
         values,
         lines,
         concerns,

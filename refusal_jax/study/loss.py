@@ -245,7 +245,8 @@ def lines(findings: Findings) -> list[str]:
     for kind, row in read_damage(findings.run).items():
         name = label_of(kind, harmful=True)
         lines.append(
-            f"KL from baseline on answers to harmless prompts, {name}: {row['kl_per_token']:.4f} nats per token"
+            f"KL from baseline on answers to {findings.behaviour.absent} prompts, {name}: {row['kl_per_token']:.4f} nats per "
+            "token"
         )
     return lines
 
@@ -262,7 +263,7 @@ STAGE = Stage(
         {"loss": "Loss"},
         values,
         lines,
-        note=lambda findings: damage_in_words(read_losses(findings.run)),
+        note=lambda findings: damage_in_words(read_losses(findings.run), findings.behaviour),
         late=True,
         of_direction=True,
     ),

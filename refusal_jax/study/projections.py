@@ -63,14 +63,14 @@ def pictures(findings: Findings) -> list:
     tokens = [plain(token["text"]) for token in findings.setup["post_instruction_tokens"]]
     return [
         *figures.cosine_figures(findings.run.read_tensors(MEANS)["mean_diffs"], tokens, pick),
-        figures.projection_figure(along["harmful_val"], along["harmless_val"], pick),
+        figures.projection_figure(along["harmful_val"], along["harmless_val"], pick, findings.behaviour.sides),
     ]
 
 
 def concerns(findings: Findings) -> list[Concern]:
     """Returns whether the direction hardly separates the validation prompts."""
     assert findings.direction is not None
-    return weak_separation(findings.run.read_tensors(PROJECTIONS), findings.direction.place[1])
+    return weak_separation(findings.run.read_tensors(PROJECTIONS), findings.direction.place[1], findings.behaviour)
 
 
 STAGE = Stage(

@@ -40,11 +40,11 @@ class Shortfall:
 
 KL, INDUCE, PRUNE = "kl_threshold", "induce_threshold", "prune_fraction"
 LOOSENING = {
-    KL: "A higher KL threshold accepts a direction whose ablation changes what the model says after harmless prompts: refusals "
-    "that are then missing may be damage to the model and no removed refusal.",
-    INDUCE: "A lower induce threshold accepts a direction that does not make the model refuse when it is added: it may tell "
-    "harmful prompts from harmless ones without causing refusal.",
-    PRUNE: "A lower pruned fraction accepts directions of the last layers, which may be no more than the refusal tokens "
+    KL: "A higher KL threshold accepts a direction whose ablation changes what the model says on the other side, too: what is "
+    "then missing may be damage to the model and no removed behaviour.",
+    INDUCE: "A lower induce threshold accepts a direction that does not cause the behaviour when it is added: it may only tell "
+    "the two kinds of prompts apart.",
+    PRUNE: "A lower pruned fraction accepts directions of the last layers, which may be no more than the opening tokens "
     "themselves, shortly before they are said.",
 }
 
@@ -146,7 +146,7 @@ def nearest_misses(rows: Sequence[dict], rule: Rule) -> list[Miss]:
     return [Miss(row, rule.shortfalls(row)) for row in nearest]
 
 
-def pick(rows: Sequence[dict], rule: Rule) -> dict:
+def pick(rows: Sequence[dict], rule: Rule, behaviour: str = "refusal") -> dict:
     """Returns the selected candidate: the lowest bypass score of those that pass the rule.
 
     Raises NoDirection that says which condition removed how many, and how near the nearest came, if none passes.
@@ -166,7 +166,7 @@ def pick(rows: Sequence[dict], rule: Rule) -> dict:
         claim += "." if kl is None else f", KL {kl:.4f}."
     grid = setting("config.select.full_grid", True)
     remedy = (
-        f"This model's refusal may not be a single direction; to look further, raise {field(f'select.{KL}')} or lower "
+        f"This model's {behaviour} may not be a single direction; to look further, raise {field(f'select.{KL}')} or lower "
         f"{field(f'select.{INDUCE}')}{f', or see all scores with {grid}' if grid else ''}."
     )
     reason = f"none of the {len(rows)} candidate directions passes the selection's filter"

@@ -4,10 +4,11 @@ The rule filters candidates by layer, induce score and KL divergence, then takes
 never run; *induce* runs first; KL runs for those that pass; bypass for those that pass both. The pick is the full grid's.
 """
 
+import dataclasses
 import math
 import pathlib
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import jax.numpy as jnp
 import numpy as np
@@ -17,6 +18,8 @@ from refusal_jax.chat.model import ChatModel
 from refusal_jax.chat.refusal_tokens import Opening, nothing_chosen
 from refusal_jax.directions import Direction
 from refusal_jax.errors import NoDirection, field
+from refusal_jax.judges.behaviours import JUDGE, REFUSAL, Behaviour
+from refusal_jax.judges.statistics import Rate
 from refusal_jax.plan.programs import Group, Program, Shapes
 from refusal_jax.progress import Progress
 from refusal_jax.report.concerns import selection_disagreement
@@ -27,6 +30,7 @@ from refusal_jax.runs.artifacts import CANDIDATES, DIRECTION, FILTER, MEANS, MET
 from refusal_jax.runs.ledger import Ledger
 from refusal_jax.runs.run import Run
 from refusal_jax.runs.stage import Stage
+from refusal_jax.study.judged import find_judged, tried_rows
 from refusal_jax.study.rule import LOOSENING, Rule, nearest_misses, pick
 from refusal_jax.study.scoring import Batching, PromptScorer, last_logits, score_edits, score_from_layer, shared_prefix
 from refusal_jax.study.shared import Study
@@ -117,22 +121,28 @@ def evaluate_candidates(
 
 def check_candidates(run: Run) -> None:
     """Raises NoDirection if the study's first steps leave no candidates: no refusal tokens, or no prompts after the filter."""
-    settled = run.read_json(SETUP)
-    if not settled["refusal_tokens"]:
+    settled, behaviour = run.read_json(SETUP), Behaviour.of(run.manifest["config"])
+    if not settled["refusal_tokens"] and behaviour.measure != JUDGE:
+        usual = behaviour.name == REFUSAL.name
         openings = [
             Opening(*(row[key] for key in ("id", "text", "harmful", "harmless"))) for row in settled["openings"]
         ]
         raise NoDirection(
             "refusal_tokens",
-            "no usual beginning of a reply tells harmful prompts from harmless ones",
-            nothing_chosen(openings),
+            f"no {'usual ' * usual}beginning of a reply tells {behaviour.present} prompts from {behaviour.absent} ones",
+            nothing_chosen(openings, usual, behaviour.sides),
             f"The model may not refuse, or refuses with other words: read its replies and set {field('refusal_tokens')} to how "
-            f"refusals begin, such as ('I',). Otherwise check {field('chat_template')}.",
+            f"refusals begin, such as ('I',). Otherwise check {field('chat_template')}."
+            if usual
+            else f"If the behaviour is not in how replies begin, measure it with a judge: {field('behaviour.measure', JUDGE)}. "
+            f"Otherwise set {field('refusal_tokens')} to how such replies begin.",
         )
     splits = run.read_json(FILTER)
     empty = {split: found["scores"] for split, found in splits.items() if not any(found["kept"])}
     if empty:
         side = "harmful" if any(split.startswith("harmful") for split in empty) else "harmless"
+        if not behaviour.is_refusal:
+            raise nothing_kept(behaviour, side, empty)
         names = [split for split in empty if split.startswith(f"{side}_")]
         scores = [score for split in names for score in empty[split]]
         why, needs = ("is refused", "> 0") if side == "harmful" else ("is complied with", "< 0")
@@ -146,10 +156,29 @@ def check_candidates(run: Run) -> None:
         )
 
 
+def nothing_kept(behaviour: Behaviour, side: str, empty: Mapping[str, Sequence[float]]) -> NoDirection:
+    """Returns that the filter kept no prompts of a side, for other behaviours than refusal. empty: the scores of its splits."""
+    harmless = side == "harmless"
+    names = [split for split in empty if split.startswith(f"{side}_")]
+    n = sum(len(empty[split]) for split in names)
+    judged = behaviour.measure == JUDGE
+    by = f"the judge {behaviour.judge}" if judged else "the first token of its replies"
+    what = f"shows {behaviour.name} on every" if harmless else f"does not show {behaviour.name} on any"
+    cause = "the words or the question of the judge" if judged else field("refusal_tokens")
+    return NoDirection(
+        "filter",
+        f"by {by} the model {what} {behaviour.side(harmless)} prompt",
+        f"The filter kept none of the {n} prompts of '{' and '.join(map(behaviour.split, names))}': by {by} it {what} prompt.",
+        f"Check the prompts and {cause}, or switch the filter off with {field('filter', False)}.",
+    )
+
+
 def find(study: Study, ledger: Ledger) -> Direction:
     """Scores the candidates, writes their scores, and returns the selected direction. Raises NoDirection if there is none."""
     check_candidates(study.run)
     settings, diffs_pld = study.config.select, study.run.read_tensors(MEANS)["mean_diffs"]
+    if study.behaviour.measure == JUDGE:
+        return find_judged(study, diffs_pld, ledger)
     rule = Rule.of(study.run.read_json(SETUP)["n_layers"], settings)
     rows = evaluate_candidates(
         study.model,
@@ -164,7 +193,7 @@ def find(study: Study, ledger: Ledger) -> Direction:
         save=ledger.append,
     )
     study.run.write_json(CANDIDATES, rows)
-    best = pick(rows, rule)
+    best = pick(rows, rule, study.behaviour.name)
     position, layer = best["position"], best["layer"]
     return Direction.of(diffs_pld[position, layer], layer, position)
 
@@ -186,6 +215,9 @@ def programs(shapes: Shapes, rows: int) -> list[Program]:
     climbed = Rule.of(n_layers, settings).layers(settings.full_grid)
     left = sum(n_layers - layer for layer in range(climbed)) / max(climbed, 1)
     scored = climbed * positions * (2.0 if settings.full_grid else PASS_INDUCE + PASS_KL)
+    judged = Behaviour.of(work.config).measure == JUDGE
+    if judged:
+        scored = climbed * positions * 3.0  # COSMIC's passes; replies are written by the programs of completions
 
     def ids():
         return shapes.array((1,), jnp.int32)
@@ -210,16 +242,23 @@ def programs(shapes: Shapes, rows: int) -> list[Program]:
 
     return [
         program("scores", scores, math.ceil(scored / at_once), at_once, n_layers),
-        program("induce", later, climbed * math.ceil(positions / together), together, left),
+        *([] if judged else [program("induce", later, climbed * math.ceil(positions / together), together, left)]),
         program("baseline", base, 2 + climbed / n_layers, 1, n_layers),  # and the climb itself, layer by layer
     ]
 
 
-SCORES = (
-    ("refusal_score", "Bypass", "mean refusal score of harmful validation prompts while the direction is ablated"),
-    ("steering_score", "Induce", "mean refusal score of harmless validation prompts while it is added"),
-    ("kl_div_score", "KL", "how far ablation moves the next-token distribution on harmless prompts"),
-)
+SCORES = ("refusal_score", "steering_score", "kl_div_score")
+
+
+def scores_of(findings: Findings) -> list[tuple[str, str, str]]:
+    """Returns the key of each score, its name, and what it is."""
+    of = findings.behaviour
+    what = f"log-odds of {of.name} in replies" if of.measure == JUDGE else f"mean {of.score}"
+    return [
+        ("refusal_score", "Bypass", f"{what} of {of.present} validation prompts while the direction is ablated"),
+        ("steering_score", "Induce", f"{what} of {of.absent} validation prompts while it is added"),
+        ("kl_div_score", "KL", f"how far ablation moves the next-token distribution on {of.absent} prompts"),
+    ]
 
 
 def selected_row(findings: Findings) -> dict | None:
@@ -231,28 +270,33 @@ def selected_row(findings: Findings) -> dict | None:
 
 
 def rule_of(findings: Findings) -> Rule:
-    """Returns the rule that the study selected by."""
-    return Rule.of(findings.setup["n_layers"], findings.run.manifest["config"]["select"])
+    """Returns the rule that the study selected by; a judge of replies sets no threshold of addition."""
+    rule = Rule.of(findings.setup["n_layers"], findings.run.manifest["config"]["select"])
+    judged = findings.behaviour.measure == JUDGE
+    return dataclasses.replace(rule, induce_threshold=-math.inf) if judged else rule
 
 
 def values(findings: Findings) -> dict:
     """Returns what the report shows of the selected candidate, or why there is none, and of the rule and what it discarded."""
     picked, direction = selected_row(findings), findings.direction
     tokens = [plain(token["text"]) for token in findings.setup["post_instruction_tokens"]]
-    shown: dict = {"pick": direction, "ended": findings.none, "loosening": LOOSENING}
+    judged = findings.behaviour.measure == JUDGE
+    shown: dict = {"pick": direction, "ended": findings.none, "loosening": LOOSENING, "tried": []}
     if direction is not None:
         shown |= {
             "pick_token": tokens[direction.place[0]] if -direction.place[0] <= len(tokens) else "",
-            "scores": [(name, note, picked and picked[key]) for key, name, note in SCORES],
+            "scores": [(name, note, picked and picked[key]) for key, name, note in scores_of(findings)],
             "norm": direction.norm,
         }
     if not findings.run.exists(CANDIDATES):
         return shown | {"n_candidates": 0, "misses": []}
+    if judged:
+        shown["tried"] = tried_rows(findings)
     rows, rule = findings.run.read_json(CANDIDATES), rule_of(findings)
     discarded = Counter(rule.verdict(row) for row in rows)
     return shown | {
         "rule": rule,
-        "full_grid": not any(row[key] is None for row in rows for key, *_ in SCORES),
+        "full_grid": not any(row[key] is None for row in rows for key in SCORES),
         "n_candidates": len(rows),
         "discarded": {why: discarded[why] for why in ("layer", "induce", "kl", "nan")},
         "passing": rule.passing(rows),
@@ -268,7 +312,8 @@ def pictures(findings: Findings) -> list:
 
     rows, rule = findings.run.read_json(CANDIDATES), rule_of(findings)
     tokens = [plain(token["text"]) for token in findings.setup["post_instruction_tokens"]]
-    limits = figures.Limits(rule.n_layers, rule.layer_limit, rule.induce_threshold, rule.kl_threshold)
+    induce = 0.0 if findings.behaviour.measure == JUDGE else rule.induce_threshold
+    limits = figures.Limits(rule.n_layers, rule.layer_limit, induce, rule.kl_threshold)
     passing = [row for row in rows if not rule.verdict(row)]
     return figures.selection_figures(rows, passing, limits, tokens, findings.direction)
 
@@ -276,6 +321,14 @@ def pictures(findings: Findings) -> list:
 def lines(findings: Findings) -> list[str]:
     """Returns the selected candidate and its scores, or the nearest candidates if there is none, for the text summary."""
     row = selected_row(findings)
+    if row is not None and findings.behaviour.measure == JUDGE:
+        ablated, added = (Rate(row[key]["successes"], row[key]["n"]) for key in ("ablated", "added"))
+        of = findings.behaviour
+        return [
+            f"Direction: position {row['position']}, layer {row['layer']}. On validation prompts {of.name} is in {ablated} of "
+            f"the {of.present} replies under ablation and in {added} of the {of.absent} ones under addition, KL "
+            f"{row['kl_div_score']:.4f}."
+        ]
     if row is not None:
         return [
             f"Direction: position {row['position']}, layer {row['layer']}. Bypass {row['refusal_score']:.3f}, induce "
@@ -298,9 +351,9 @@ def lines(findings: Findings) -> list[str]:
 def concerns(findings: Findings) -> list[Concern]:
     """Returns where the selected candidate's scores disagree with the judge of the completions."""
     row = selected_row(findings)
-    if findings.refusal_judge is None or row is None:
+    if findings.refusal_judge is None or row is None or findings.behaviour.measure == JUDGE:
         return []
-    return selection_disagreement(findings.conditions, findings.refusal_judge, row)
+    return selection_disagreement(findings.conditions, findings.refusal_judge, row, findings.behaviour)
 
 
 STAGE = Stage(

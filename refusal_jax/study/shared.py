@@ -16,6 +16,7 @@ from refusal_jax.conditions import Ablate, Affine, Baseline, Condition, Dataset,
 from refusal_jax.data.sampling import over_refusal_names
 from refusal_jax.directions import Direction
 from refusal_jax.errors import UserError, field
+from refusal_jax.judges.behaviours import Behaviour
 from refusal_jax.judges.judge import Judge
 from refusal_jax.models.config import ModelConfig
 from refusal_jax.models.hf_config import load_config
@@ -45,6 +46,11 @@ class Study:
     ):
         self.config, self.run, self.folder, self.judges, self.groups = config, run, folder, judges, groups
         self._model: ChatModel | None = None
+
+    @functools.cached_property
+    def behaviour(self) -> Behaviour:
+        """Returns the behaviour that the study is about."""
+        return Behaviour.of(self.config)
 
     @property
     def over_refusal(self) -> list[str]:

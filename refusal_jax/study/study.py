@@ -22,7 +22,7 @@ from refusal_jax.runs.artifacts import NO_DIRECTION
 from refusal_jax.runs.run import Run, recorded_manifest
 from refusal_jax.study import completions, directions, evaluations, loss, projections, prompts, selection
 from refusal_jax.study.checks import check_settings
-from refusal_jax.study.config import StudyConfig
+from refusal_jax.study.config import BehaviourSettings, StudyConfig
 from refusal_jax.study.mechanism import stages as mechanism
 from refusal_jax.study.report import figures_of, report_on
 from refusal_jax.study.shared import Study
@@ -74,11 +74,7 @@ def run_stages(
     config: StudyConfig, folder: pathlib.Path, judges: Sequence[Judge], inputs: dict[str, str], workdir
 ) -> Run:
     """Does what `run_study` does, once model, judges and data are found."""
-    settings = config.to_dict() | {"cache": ""}  # where copies are kept may change from run to run
-    del settings["download"]  # and so may the way to the model
-    if not settings["system_prompt"]:
-        del settings["system_prompt"]  # a study of the time before there was one goes on
-    with Run.open(workdir, settings, inputs, RETRIED) as run:
+    with Run.open(workdir, recorded_settings(config), inputs, RETRIED) as run:
         try:
             study = Study(config, run, folder, judges, GROUPS)
             for stage in STAGES:
@@ -90,6 +86,18 @@ def run_stages(
         if run.exists(NO_DIRECTION):
             raise NoDirection(**run.read_json(NO_DIRECTION), run=run)
         return run
+
+
+def recorded_settings(config: StudyConfig) -> dict[str, Any]:
+    """Returns the settings as a run's manifest records them, without those that older versions did not have, where they are as
+    by default."""
+    settings = config.to_dict() | {"cache": ""}  # where copies are kept may change from run to run
+    del settings["download"]  # and so may the way to the model
+    if not settings["system_prompt"]:
+        del settings["system_prompt"]  # a study of the time before there was one goes on
+    if settings["behaviour"] == BehaviourSettings().to_dict():
+        del settings["behaviour"]
+    return settings
 
 
 def recorded_commits(workdir: str | os.PathLike) -> dict[str, str]:
