@@ -83,9 +83,8 @@ def test_by_opening_tokens_and_by_a_judge_of_replies(eager, tmp_path):
     assert run_study(eager, tmp_path / "judge").worked == []
     for found in (run, judged):
         text, shown = text_summary(found, SECTIONS), page(found.folder)
-        assert (
-            "Eagerness of this model is mediated by one direction: ablating it takes eagerness on eager requests"
-            in text
+        assert re.search(
+            "(part of this model's eagerness|Eagerness of this model is .*): ablating it takes eagerness on", text
         )
         assert re.search(r"eager +baseline +100\.0 %", text) and re.search(r"plain +\+ addition", text)
         for words in ("Eagerness direction", "Eagerness rates", "plain prompts", "is of this contrast"):
