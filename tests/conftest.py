@@ -4,6 +4,7 @@ import gc
 import json
 import os
 import pathlib
+import shutil
 import sys
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))  # for `tiny` and others, whatever the import mode
@@ -33,6 +34,7 @@ from hub_server import hub as hub  # noqa: E402
 from refusal_jax import load_model  # noqa: E402
 from refusal_jax.data.sampling import SPLITS  # noqa: E402
 from refusal_jax.study.config import get_config  # noqa: E402
+from refusal_jax.study.mechanism.run import run_mechanism  # noqa: E402
 from refusal_jax.study.study import run_study  # noqa: E402
 
 torch.set_num_threads(1)  # two cost more than they gain on models this small: they spin while they wait for each other
@@ -127,6 +129,16 @@ def demo_study(tmp_path_factory):
     config.data.update({"n_train": 16, "n_val": 8, "n_test": 12})
     config.generation.update(max_new_tokens=4, batch_size=12, conditions=("harmful_baseline",))
     run_study(config, folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def suffix_study(demo_study, tmp_path_factory):
+    """The folder of such a study with the parts `suffixes`, `attribution` and `attention`, of six prompts a side. Read only."""
+    base = tmp_path_factory.mktemp("suffix_study")
+    folder = shutil.copytree(demo_study, base / "run")
+    (base / "suffix.txt").write_text(" varnish lift clean measure\n")
+    run_mechanism({"parts": ("attention",), "suffix": str(base / "suffix.txt"), "suffixes": {"n_prompts": 6}}, folder)
     return folder
 
 

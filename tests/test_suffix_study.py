@@ -100,20 +100,10 @@ def test_random_suffixes_have_as_many_tokens(model):
         assert [one.group for one in (alone, suffixed, drawn)] == list(GROUPS[:3])
 
 
-@pytest.fixture(scope="module")
-def studied(demo_study, tmp_path_factory):
-    """A study of the embedded model with the parts `suffixes`, which the other one reads, and `attribution`."""
-    base = tmp_path_factory.mktemp("suffixes")
-    folder = shutil.copytree(demo_study, base / "run")
-    (base / "suffix.txt").write_text(" varnish lift clean measure\n")
-    run_mechanism({"parts": ("attribution",), "suffix": str(base / "suffix.txt"), "suffixes": {"n_prompts": 6}}, folder)
-    return folder
-
-
-def test_the_prompts_that_are_looked_at(studied):
-    found = json.loads((studied / SUFFIXES).read_text())
-    prompts = json.loads((studied / PROMPTS).read_text())
-    refusal = [token["id"] for token in json.loads((studied / SETUP).read_text())["refusal_tokens"]]
+def test_the_prompts_that_are_looked_at(suffix_study):
+    found = json.loads((suffix_study / SUFFIXES).read_text())
+    prompts = json.loads((suffix_study / PROMPTS).read_text())
+    refusal = [token["id"] for token in json.loads((suffix_study / SETUP).read_text())["refusal_tokens"]]
     model = load_model(demo_model_path())
     assert len(found["harmful"]) == len(found["harmless"]) == 6
     known = [row["instruction"].rstrip() for row in prompts["harmful_test"]]
@@ -140,10 +130,10 @@ def test_the_prompts_that_are_looked_at(studied):
     assert found["refused"][HARMFUL]["rate"] == 1 and found["refused"][HARMLESS]["rate"] == 0
 
 
-def test_what_is_attributed(studied):
+def test_what_is_attributed(suffix_study):
     """The figures' numbers, from each prompt's parts as the file has them."""
-    found = json.loads((studied / ATTRIBUTION).read_text())
-    arrays = {name: values.astype(np.float64) for name, values in load_file(studied / ATTRIBUTED).items()}
+    found = json.loads((suffix_study / ATTRIBUTION).read_text())
+    arrays = {name: values.astype(np.float64) for name, values in load_file(suffix_study / ATTRIBUTED).items()}
     heads = {group: arrays[f"{group}.heads"] for group in GROUPS}
     mean_ln = heads[HARMFUL].mean(axis=0)
     assert len(found["heads"]) == 8
@@ -166,8 +156,8 @@ def test_what_is_attributed(studied):
     assert 0 <= found["largest_error"] < 1e-4
 
 
-def test_the_report_shows_the_parts(studied):
-    page = (studied / "report.html").read_text()
+def test_the_report_shows_the_parts(suffix_study):
+    page = (suffix_study / "report.html").read_text()
     for heading in (
         "<h2>Suffixes</h2>",
         "<h2>Attribution along the direction</h2>",
@@ -177,11 +167,11 @@ def test_the_report_shows_the_parts(studied):
     assert page.index('id="suffixes"') < page.index('id="attribution"')
 
 
-def test_parts_that_are_done_are_skipped(studied, tmp_path):
+def test_parts_that_are_done_are_skipped(suffix_study, tmp_path):
     """Without a file, too: the study has its suffixes. A changed setting has only its own parts done anew."""
-    folder = shutil.copytree(studied, tmp_path / "run")
-    changed = {"parts": ("attribution",), "suffixes": {"n_prompts": 6}}
+    folder = shutil.copytree(suffix_study, tmp_path / "run")
+    changed, shown = {"parts": ("attention",), "suffixes": {"n_prompts": 6}}, ["attention", "report", "figures"]
     assert run_mechanism(changed, folder).worked == []
-    assert run_mechanism(changed | {"attribution": {"heads": 3}}, folder).worked == ["attribution", "report", "figures"]
+    assert run_mechanism(changed | {"attribution": {"heads": 3}}, folder).worked == ["attribution", *shown]
     changed["suffixes"]["seed"] = 1
-    assert run_mechanism(changed, folder).worked == ["suffixes", "attribution", "report", "figures"]
+    assert run_mechanism(changed, folder).worked == ["suffixes", "attribution", *shown]

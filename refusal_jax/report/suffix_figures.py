@@ -16,10 +16,13 @@ COLOURS = (HARMFUL_COLOUR, "#c98a1b", "#8f6bc2", HARMLESS_COLOUR)
 MARKS = ("o", "s", "^", "D")
 
 
-def legend(axes: Axes, names: Sequence[str]) -> None:
-    """Draws the names of the groups above the axes, in two lines."""
-    for number, (name, colour, mark) in enumerate(zip(names, COLOURS, MARKS, strict=False)):
-        x, y = (number // 2) * 0.56, 1.11 - 0.06 * (number % 2)
+def legend(axes: Axes, names: Sequence[str], height: float = 222.0, above: float = 0.0, first: int = 0) -> None:
+    """Draws the names of the groups above the axes, in two lines.
+
+    height: of the axes, in points. above: points between them and the usual place. first: the place of the first one's colour.
+    """
+    for number, (name, colour, mark) in enumerate(zip(names, COLOURS[first:], MARKS[first:], strict=False)):
+        x, y = (number // 2) * 0.56, 1 + (above + 24 - 13 * (number % 2)) / height
         axes.plot(x + 0.01, y, mark, color=colour, markersize=4.5, transform=axes.transAxes, clip_on=False)
         axes.text(x + 0.04, y, name, transform=axes.transAxes, fontsize=9, va="center")
 

@@ -20,6 +20,7 @@ MECHANISM = "mechanism"  # the folder of what the mechanism adds to a study
 SUFFIXES = f"{MECHANISM}/suffixes.json"
 DOSE, DOSES = f"{MECHANISM}/dose.json", f"{MECHANISM}/dose.safetensors"
 ATTRIBUTION, ATTRIBUTED = f"{MECHANISM}/attribution.json", f"{MECHANISM}/attribution.safetensors"
+ATTENTION, ATTENTION_READ = f"{MECHANISM}/attention.json", f"{MECHANISM}/attention.safetensors"
 COSMIC = f"{MECHANISM}/cosmic.json"
 SOM, SOM_DIRECTIONS = f"{MECHANISM}/som.json", f"{MECHANISM}/som.safetensors"
 CONES, CONE_BASES = f"{MECHANISM}/cones.json", f"{MECHANISM}/cones.safetensors"

@@ -1,12 +1,13 @@
 """The stages of the mechanism, in the order in which they are done and shown."""
 
 from refusal_jax.runs.stage import Stage
-from refusal_jax.study.mechanism import alternatives, attribution, cones, cosmic, dose, plane, som, suffixes
+from refusal_jax.study.mechanism import alternatives, attention, attribution, cones, cosmic, dose, plane, som, suffixes
 from refusal_jax.study.mechanism.shared import MechanismStudy
 
 STAGES: tuple[Stage[MechanismStudy], ...] = (
     suffixes.STAGE,
     attribution.STAGE,
+    attention.STAGE,
     plane.STAGE,
     dose.STAGE,
     cosmic.STAGE,

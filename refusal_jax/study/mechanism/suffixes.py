@@ -221,7 +221,13 @@ def values(findings: Findings) -> dict:
     """Returns what the report shows of the prompts."""
     found = findings.run.read_json(SUFFIXES)
     shared = len({row["suffix"] for row in found["harmful"]}) == 1
-    return {"suffixes": found, "groups": IN_WORDS, "left_out": omitted(found), "shared": shared, "none": NONE_REFUSED}
+    return {
+        "suffixes": found,
+        "groups": IN_WORDS,
+        "left_out": omitted(found),
+        "shared": shared,
+        "none_refused": NONE_REFUSED,
+    }
 
 
 STAGE = Stage(
