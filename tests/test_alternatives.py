@@ -13,6 +13,7 @@ from refusal_jax.plan.programs import Shapes, Sizes, Workload, programs
 from refusal_jax.study.config import get_config
 from refusal_jax.study.mechanism import alternatives, cones, cosmic, stages
 from refusal_jax.study.mechanism.run import run_mechanism
+from refusal_jax.study.mechanism.settings import MechanismSettings
 
 PARTS = ("cosmic", "som", "cones", "alternatives")
 QUICK = {
@@ -134,7 +135,7 @@ def test_programs_are_those_of_the_plan(model):
     """What the planner compiles are the parts' own programs, for one device and for several."""
     config = get_config()
     config.data.n_val = 8
-    work = Workload(model.config, "float32", config, 16, stages.GROUPS)
+    work = Workload(model.config, "float32", config, 16, stages.GROUPS, mechanism=MechanismSettings())
     for mesh in (None, make_mesh(2, 1, 2)):
         found = {one.name: one for one in programs(Shapes(work, mesh), Sizes(8, 16, 8, 8))}
         for name in ("edited prompts", "kept answers", "replies"):
@@ -154,22 +155,29 @@ def test_a_difference_is_named_only_where_the_interval_allows_it():
 
 
 def test_the_dimension_in_words():
-    def words(dimension, last, holds, tried=5):
+    def words(dimension, last, holds, tried=5, own=True):
         directions = [{"holds": holds}, {"holds": True}]
         return cones.in_words(
             {
                 "dimension": dimension,
                 "tried": tried,
+                "own": {"holds": own},
                 "cones": [{"dimension": last, "holds": holds, "directions": directions}],
             }
         )
 
-    assert words(0, 1, False).startswith("No direction that was found by gradient mediates refusal")
+    none = "No direction that was found by gradient mediates refusal on the validation prompts. "
+    assert words(0, 1, False).startswith(
+        f"{none}The study's own direction does, so that the training fell short. Of a cone"
+    )
+    assert words(0, 1, False, own=False).startswith(f"{none}Of a cone")
     assert words(1, 2, False) == (
         "Refusal is mediated by a cone of one dimension: a single direction. Of a cone of dimension 2, 1 of 2 directions do not "
         "mediate refusal."
     )
-    assert words(3, 3, True, tried=3) == "Refusal is mediated by a cone of 3 dimensions. No larger one was tried."
+    assert words(3, 3, True, tried=3) == (
+        "Refusal is mediated by a cone of 3 dimensions: the study's direction is not the only one. No larger one was tried."
+    )
     assert words(1, 2, None).endswith("Whether one of 2 does is open: there are too few validation prompts.")
 
 

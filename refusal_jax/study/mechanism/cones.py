@@ -53,7 +53,7 @@ def train_cones(study: MechanismStudy, ledger: Ledger) -> None:
     """Writes the cones of dimension 1, 2 and so on, until one does not mediate refusal, with what each of its directions does."""
     begun, settings = time.monotonic(), study.settings.cones
     try:
-        trained, tested = trained_cones(study, ledger)
+        trained, tested, own = trained_cones(study, ledger)
     except NoTargets as none:
         study.run.write_json(CONES, {"none": str(none)})
         return
@@ -73,7 +73,7 @@ def train_cones(study: MechanismStudy, ledger: Ledger) -> None:
     ]
     largest = max(trained)
     record = {"cones": cones, "dimension": dimension(holds), "largest": largest, "tried": settings.dimensions}
-    record |= {"kl_threshold": threshold, "layer": direction.layer, "norm": direction.norm}
+    record |= {"kl_threshold": threshold, "layer": direction.layer, "norm": direction.norm, "own": own.row(threshold)}
     record["independence"] = independence(study, trained, settings.seed)
     bases = {f"basis_{k}": cone.basis_kd.astype(np.float32) for k, cone in trained.items()}
     held = bases[f"basis_{max(record['dimension'], 1)}"]
@@ -81,8 +81,11 @@ def train_cones(study: MechanismStudy, ledger: Ledger) -> None:
     study.run.write_json(CONES, record | {"seconds": time.monotonic() - begun})
 
 
-def trained_cones(study: MechanismStudy, ledger: Ledger) -> tuple[dict[int, Trained], dict[int, list[Mediation]]]:
-    """Returns the cones by dimension, and the effects of their directions. Raises NoTargets as `cone_data` does."""
+def trained_cones(
+    study: MechanismStudy, ledger: Ledger
+) -> tuple[dict[int, Trained], dict[int, list[Mediation]], Mediation]:
+    """Returns the cones by dimension, the effects of their directions, and those of the study's direction. Raises NoTargets as
+    `cone_data` does."""
     settings, direction, model, ids = study.settings.cones, study.direction(), study.model, study.refusal_ids()
     recipe, norm, (_, layer) = recipe_of(settings), direction.norm, direction.place
     harmful, harmless = (
@@ -91,6 +94,9 @@ def trained_cones(study: MechanismStudy, ledger: Ledger) -> tuple[dict[int, Trai
     )
     sides = study.instructions("harmful_train"), study.instructions("harmless_train")
     data = cone_data(model, direction, *sides, tokens=settings.target_tokens, rows=study.sizes.generation)
+
+    def test(units_md: np.ndarray) -> list[Mediation]:
+        return mediations(harmful, harmless, units_md, layer, norm)
 
     def losses(index: np.ndarray, units_md: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         return direction_losses(model, data, index, units_md, layer, norm, recipe, study.sizes.loss)
@@ -103,10 +109,10 @@ def trained_cones(study: MechanismStudy, ledger: Ledger) -> tuple[dict[int, Trai
         row["dimension"]: Trained(np.asarray(row["basis"]), tuple(row["losses"]), row["seconds"]) for row in ledger.rows
     }
     with Progress("cones", recipe.steps * settings.dimensions, "step") as bar:
-        return find_cones(
+        cones = find_cones(
             losses,
             data.retain.count,
-            lambda units_md: mediations(harmful, harmless, units_md, layer, norm),
+            test,
             np.random.default_rng(settings.seed).normal(size=model.config.d_model),
             recipe,
             dimensions=settings.dimensions,
@@ -117,6 +123,7 @@ def trained_cones(study: MechanismStudy, ledger: Ledger) -> tuple[dict[int, Trai
             save=save,
             told=lambda step: bar.update(1),
         )
+    return *cones, test(unit(direction.raw_jd))[0]
 
 
 def independence(study: MechanismStudy, trained: dict[int, Trained], seed: int) -> list[dict]:
@@ -147,7 +154,7 @@ def independence(study: MechanismStudy, trained: dict[int, Trained], seed: int) 
 def programs(shapes: Shapes, rows: int) -> list[Program]:
     """Returns the gradients of both losses for one step of each dimension, for `plan`, as if every dimension took all its
     steps."""
-    work, settings = shapes.work, getattr(shapes.work.config, "cones", ConeSettings())
+    work, settings = shapes.work, shapes.work.mechanism.cones
     length = bucket(work.length + settings.target_tokens)
     batch, samples = settings.batch or 16, settings.samples or 8
     directions = sum(k + (samples if k > 1 else 0) for k in range(1, settings.dimensions + 1))
@@ -169,10 +176,11 @@ def in_words(found: dict) -> str:
     k, last = found["dimension"], found["cones"][-1]
     if not k:
         head = "No direction that was found by gradient mediates refusal on the validation prompts."
+        head += " The study's own direction does, so that the training fell short." if found["own"]["holds"] else ""
     elif k == 1:
         head = "Refusal is mediated by a cone of one dimension: a single direction."
     else:
-        head = f"Refusal is mediated by a cone of {k} dimensions."
+        head = f"Refusal is mediated by a cone of {k} dimensions: the study's direction is not the only one."
     if last["holds"] is None:
         return f"{head} Whether one of {last['dimension']} does is open: there are too few validation prompts."
     if last["holds"]:
