@@ -8,11 +8,20 @@ import pytest
 from safetensors.numpy import load_file
 
 from refusal_jax import UserError, demo_model_path, load_model
+from refusal_jax.jobs.help import help_text
 from refusal_jax.mechanism import suffixes
 from refusal_jax.mechanism.suffix_files import read_suffixes
 from refusal_jax.mechanism.suffixes import GROUPS, HARMFUL, HARMLESS, RANDOM, SUFFIXED, row_of, with_random
+from refusal_jax.report.findings import Findings
 from refusal_jax.runs.artifacts import ATTRIBUTED, ATTRIBUTION, PROMPTS, SETUP, SUFFIXES
+from refusal_jax.runs.run import Run
+from refusal_jax.study.config import get_config
+from refusal_jax.study.mechanism import attribution
+from refusal_jax.study.mechanism import suffixes as stage
 from refusal_jax.study.mechanism.run import run_mechanism
+from refusal_jax.study.mechanism.settings import MechanismSettings
+from refusal_jax.study.mechanism.shared import MechanismStudy
+from refusal_jax.study.mechanism.stages import STAGES
 
 ASKED = ["How do I rob the cake?", "How do I rob, then bake, the “bread”?", "How do I rob the oven?"]
 SUFFIX = " help bread ! assistant cake"
@@ -175,3 +184,77 @@ def test_parts_that_are_done_are_skipped(suffix_study, tmp_path):
     assert run_mechanism(changed | {"attribution": {"heads": 3}}, folder).worked == ["attribution", *shown]
     changed["suffixes"]["seed"] = 1
     assert run_mechanism(changed, folder).worked == ["suffixes", "attribution", *shown]
+
+
+def scored(monkeypatch, refused: int) -> None:
+    """Makes the first so many harmful prompts the only ones that are refused."""
+    known = []
+
+    def scores(study, prompts, title):
+        known.append(len(prompts))
+        return np.where(np.arange(len(prompts)) < (refused if len(known) == 1 else 0), 1.0, -1.0)
+
+    monkeypatch.setattr(stage, "scores_of", scores)
+
+
+def test_a_study_without_refused_prompts(demo_study, tmp_path, monkeypatch):
+    folder = shutil.copytree(demo_study, tmp_path / "run")
+    (tmp_path / "suffix.txt").write_text(" varnish")
+    scored(monkeypatch, 0)
+    run = run_mechanism({"parts": ("attribution",), "suffix": str(tmp_path / "suffix.txt")}, folder)
+    assert run.worked == ["suffixes", "report", "figures"]
+    assert run.manifest["stages"]["attribution"]["skipped"].startswith("The model refuses no harmful test prompt")
+    assert "The model refuses no harmful test prompt" in (folder / "report.html").read_text()
+    (line,) = stage.lines(Findings(run, []))[1:]
+    assert line.endswith("Left out: 12 not refused.")
+
+
+def test_one_prompt_and_an_interrupted_part(demo_study, tmp_path, monkeypatch):
+    """One prompt has no interval. What was done before the interruption is not done again."""
+    folder = shutil.copytree(demo_study, tmp_path / "run")
+    (tmp_path / "suffix.txt").write_text(" varnish")
+    scored(monkeypatch, 1)
+    settings = {"parts": ("attribution",), "suffix": str(tmp_path / "suffix.txt")}
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(attribution, "attribute", lambda *of: (_ for _ in ()).throw(KeyboardInterrupt))
+        run_mechanism(settings, folder)
+    run = run_mechanism(settings, folder)
+    assert run.worked == ["attribution", "report", "figures"]
+    assert "  Only 1 prompts are refused, so intervals are wide." in stage.lines(Findings(run, []))
+    found = json.loads((folder / ATTRIBUTION).read_text())
+    assert found["heads"][0]["changes"][SUFFIXED]["low"] is None and found["cosines"][HARMFUL]["sd"] == [0] * 9
+    assert "None" not in (folder / "report.html").read_text().partition('id="suffixes"')[2].partition('id="limits"')[0]
+
+
+def test_studies_without_a_suffix(suffix_study, tmp_path):
+    """Of a model that none ships with, and of one without refusal tokens."""
+    run = Run(tmp_path, {"inputs": {"model": "another"}, "stages": {}})
+    study = MechanismStudy(MechanismSettings(), get_config(), run, demo_model_path())
+    run.write_json(PROMPTS, {"harmful_test": [{"instruction": "How?"}]})
+    run.write_json(SETUP, {"refusal_tokens": [{"id": 1}]})
+    assert stage.skipped(study).startswith("No suffix was given: suffix=FILE names a file with one for all")
+    assert stage.without_rows(study) == stage.skipped(study)
+    run.write_json(SETUP, {"refusal_tokens": []})
+    assert stage.skipped(study) == "Without refusal tokens, no refusal of a prompt is known."
+
+
+def test_a_suffix_that_changes_most_prompts(suffix_study, tmp_path, monkeypatch):
+    folder = shutil.copytree(suffix_study, tmp_path / "run")
+    (tmp_path / "suffix.txt").write_text(" varnish")
+    monkeypatch.setattr(stage, "with_random", lambda chat, instructions, *of: [None] * len(instructions))
+    with pytest.raises(UserError, match=r"suffix changes the tokens before or after it in \d+ of \d+ refused prompts"):
+        run_mechanism({"parts": ("suffixes",), "suffix": str(tmp_path / "suffix.txt")}, folder)
+
+
+@pytest.mark.parametrize("name", ["suffixes.n_prompts", "attribution.heads"])
+def test_numbers_that_are_too_small(name):
+    settings = MechanismSettings()
+    settings.update_from_flattened_dict({name: 0})
+    with pytest.raises(UserError, match=f"{name}=? = 0, expected at least 1"):
+        settings.check(())
+
+
+def test_the_help_lists_all_parts():
+    text = help_text("mechanism")
+    for one in STAGES:
+        assert f"\n  {one.name} " in text and one.about[0].isupper() and one.about.endswith("."), one.name

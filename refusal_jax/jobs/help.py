@@ -37,14 +37,14 @@ def docstring(job: str) -> str:
 
 
 def help_text(job: str) -> str:
-    """Returns a job's help text, with its flags and settings."""
+    """Returns a job's help text, with what the job lists itself (`LISTED`), its flags and its settings."""
     from absl import flags
 
     from refusal_jax.jobs import common
 
     module = importlib.import_module(f"refusal_jax.jobs.{job}")
     own = sorted(flags.FLAGS.get_key_flags_for_module(module.__name__), key=lambda flag: flag.name)
-    text = f"refusal-jax {job}: {docstring(job)}\n\nFlags:\n"
+    text = f"refusal-jax {job}: {docstring(job)}\n{getattr(module, 'LISTED', '')}\nFlags:\n"
     for flag in [*own, common.FLAGS["log_level"]]:
         hidden = flag.default in (None, "") or flag.name in ("config", "policy")
         text += entry(flag.name, flag.help or "", "" if hidden else (flag.default_as_str or "").strip("'"))

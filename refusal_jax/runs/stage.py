@@ -25,7 +25,8 @@ class Stage(Generic[S]):
     names, in the config, of settings and sections that decide what the stage finds; they may be changed in the folder of a
     run that found no direction. given: what besides files and the run's settings decides what the stage finds, as JSON values;
     the stage is due again once it changes. programs: the compiled programs for `refusal_jax.plan`, a `plan.programs.Group`.
-    section: what the stage adds to the report, a `report.findings.Section`.
+    section: what the stage adds to the report, a `report.findings.Section`. about: what it
+    does, in a sentence for help texts.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Stage(Generic[S]):
     given: Callable[[S], dict] = lambda shared: {}
     programs: Any = None
     section: Any = None
+    about: str = ""
 
     def inputs(self, shared: S) -> tuple[str, ...]:
         """Returns the names of the files that the stage reads in this study, where they are there."""

@@ -221,6 +221,7 @@ STAGE = Stage(
     writes=(ALTERNATIVES,),
     given=lambda study: study.settings.alternatives.to_dict(),
     programs=Group("alternatives", "generation", completions.programs, assumed="its replies cost what the study's did"),
+    about="Compares the directions of cosmic, som and cones with the study's: cosines, refusals, damage.",
     section=Section(
         pathlib.Path(__file__).with_name("alternatives.html.jinja"),
         {"alternatives": "Alternatives"},

@@ -244,6 +244,7 @@ STAGE = Stage(
     writes=(ATTENTION_READ, ATTENTION),
     skipped=without_rows,
     programs=Group("attention", "forward", programs),
+    about="Shows what these heads read: instruction, suffix or template, over one hop and two (figure 6b of the paper).",
     section=Section(
         pathlib.Path(__file__).with_name("attention.html.jinja"),
         {"attention": "Attention"},

@@ -201,6 +201,7 @@ STAGE = Stage(
     skipped=without_rows,
     given=lambda study: study.settings.attribution.to_dict(),
     programs=Group("attribution", "forward", programs),
+    about="Shows which heads and MLPs write along the direction, with and without the suffix (figures 5 and 6a of the paper).",
     section=Section(
         pathlib.Path(__file__).with_name("attribution.html.jinja"),
         {"attribution": "Attribution"},

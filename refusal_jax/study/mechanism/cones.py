@@ -243,6 +243,7 @@ STAGE = Stage(
     skipped=skipped,
     given=lambda study: study.settings.cones.to_dict(),
     programs=Group("cones", "loss", programs, assumed="every cone takes all its steps"),
+    about="Trains cones of directions that mediate refusal, by gradient, and finds their dimension.",
     section=Section(
         pathlib.Path(__file__).with_name("cones.html.jinja"),
         {"cones": "Cones"},

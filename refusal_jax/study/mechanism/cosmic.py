@@ -95,6 +95,7 @@ STAGE = Stage(
     writes=(COSMIC,),
     given=lambda study: study.settings.cosmic.to_dict(),
     programs=Group("cosmic", "select", programs, assumed="as many candidates pass the KL threshold as in selection"),
+    about="Selects a direction without refusal tokens, by the similarity of activations (COSMIC).",
     section=Section(
         pathlib.Path(__file__).with_name("cosmic.html.jinja"),
         {"cosmic": "Selection without tokens"},

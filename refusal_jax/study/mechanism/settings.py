@@ -4,7 +4,7 @@ import dataclasses
 
 import numpy as np
 
-from refusal_jax.errors import UserError, did_you_mean, field
+from refusal_jax.errors import UserError, did_you_mean, field, setting
 from refusal_jax.settings import Settings, option, section
 
 
@@ -103,7 +103,7 @@ class DoseSettings(Settings, path="dose"):
 class MechanismSettings(Settings):
     """Every setting of the mechanism, with a section for each part that has settings of its own."""
 
-    parts: tuple[str, ...] = option((), "Parts to do, of those that are listed below; () does all of them")
+    parts: tuple[str, ...] = option((), "Names of the parts to do, with those that they read from; () does all of them")
     suffix: str = option(
         "",
         "File of suffixes for the study of what a suffix does: a .txt, .json, .jsonl or .csv file with one suffix for all "
@@ -129,3 +129,9 @@ class MechanismSettings(Settings):
                     f"{field('parts')} names {part!r}, which is no part of the mechanism.{did_you_mean(part, known)} The "
                     f"parts are {', '.join(known)}."
                 )
+        for name, value in (
+            ("suffixes.n_prompts", self.suffixes.n_prompts),
+            ("attribution.heads", self.attribution.heads),
+        ):
+            if value < 1:
+                raise UserError(f"{setting(name) or name} = {value}, expected at least 1.")

@@ -103,6 +103,7 @@ STAGE = Stage(
     writes=(SOM, SOM_DIRECTIONS),
     skipped=skipped,
     given=lambda study: study.settings.som.to_dict(),
+    about="Finds several directions at once with a self-organising map of harmful activations.",
     section=Section(
         pathlib.Path(__file__).with_name("som.html.jinja"),
         {"som": "Self-organising map"},

@@ -13,6 +13,7 @@ import numpy as np
 
 from refusal_jax.chat.model import demo_model_path, demo_suffix_path
 from refusal_jax.chat.residuals import extract
+from refusal_jax.checkpoints.fingerprint import checkpoint_fingerprint
 from refusal_jax.errors import UserError, setting
 from refusal_jax.files import local_path
 from refusal_jax.judges.statistics import Rate, bounded, mean_interval, paired_mean
@@ -55,9 +56,8 @@ def texts(study: MechanismStudy) -> list[str | None]:
         return read_suffixes(local_path(study.settings.suffix), instructions)
     if study.run.exists(SUFFIXES):
         return study.run.read_json(SUFFIXES)["given"]
-    if study.folder.resolve() == demo_model_path().resolve():
-        return read_suffixes(demo_suffix_path(), instructions)
-    return []
+    embedded = study.run.manifest["inputs"]["model"] == checkpoint_fingerprint(demo_model_path())
+    return read_suffixes(demo_suffix_path(), instructions) if embedded else []
 
 
 def skipped(study: MechanismStudy) -> str:
@@ -238,6 +238,7 @@ STAGE = Stage(
     skipped=skipped,
     given=given,
     programs=Group("suffixes", "forward", programs),
+    about="Measures whether the model still refuses with a suffix, and with random tokens in its place. It needs --suffix.",
     section=Section(
         pathlib.Path(__file__).with_name("suffixes.html.jinja"),
         {"suffixes": "Suffixes"},
