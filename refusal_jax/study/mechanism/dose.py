@@ -244,7 +244,7 @@ STAGE = Stage(
     skipped=lambda study: "" if study.refusal_ids() else "Without refusal tokens, no refusal of a prompt is known.",
     given=lambda study: study.settings.dose.to_dict(),
     programs=Group("doses", "select", programs),
-    about="Measures how much of the direction must go until half of the refusals are gone, how much added causes as many, and the damage.",
+    about="Measures how much of the direction must go until half of the refusals are gone, and what each dose costs.",
     section=Section(
         pathlib.Path(__file__).with_name("dose.html.jinja"),
         {"dose": "Dose and damage"},

@@ -332,7 +332,7 @@ STAGE = Stage(
     writes=(PLANE, PLANE_POINTS),
     skipped=skipped,
     programs=Group("plane", "forward", programs),
-    about="Compares what the model takes a request for, at the instruction's end, with whether it refuses it, at the template's end.",
+    about="Compares what the model takes a request for, at its end, with whether it refuses it, at the template's end.",
     section=Section(
         pathlib.Path(__file__).with_name("plane.html.jinja"),
         {"plane": "Harmfulness"},

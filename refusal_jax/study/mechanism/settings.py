@@ -4,7 +4,7 @@ import dataclasses
 
 import numpy as np
 
-from refusal_jax.errors import UserError, did_you_mean, field, setting
+from refusal_jax.errors import UserError, did_you_mean, field
 from refusal_jax.settings import Settings, option, section
 
 
@@ -134,4 +134,4 @@ class MechanismSettings(Settings):
             ("attribution.heads", self.attribution.heads),
         ):
             if value < 1:
-                raise UserError(f"{setting(name) or name} = {value}, expected at least 1.")
+                raise UserError(f"{field(name)} = {value}, expected at least 1.")
