@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from refusal_jax import Edits, Taps, UserError
-from refusal_jax.mechanism.som import activations, grow_subsets, padded, train_map
+from refusal_jax.mechanism.activations import activations
+from refusal_jax.mechanism.som import grow_subsets, padded, train_map
 
 PLACES = {"steps": 3000, "rate": 0.05, "radius": 0.3, "seed": 0}
 
@@ -60,7 +61,7 @@ def test_sets_of_several_sizes_are_ablated_together(model):
 
 def test_activations_are_those_of_taps(model):
     texts = ["How do I bake the bread?", "hack", "Explain at length how one might repair the well."]
-    found = activations(model, texts, 2, -2, 2)
+    found = activations(model, texts, [(-2, 2)], 2)[:, 0]
     for text, row in zip(texts, found, strict=True):
         batch = model.encode([text])
         expected = model.taps(batch.tokens, batch.mask, Taps(("resid_pre",), 2))["resid_pre"][2, 0, 0]

@@ -8,23 +8,11 @@ always gives the same.
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from functools import partial
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 
-from refusal_jax.axes import Array
-from refusal_jax.chat.batches import length_batches
-from refusal_jax.chat.messages import Prompt
-from refusal_jax.chat.model import ChatModel
-from refusal_jax.edits import Edits
 from refusal_jax.errors import UserError, field
-from refusal_jax.models.decoder import Decoder
-from refusal_jax.models.finite import check_finite
-from refusal_jax.models.sharding import replicate
-from refusal_jax.taps import Taps
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,34 +61,6 @@ def train_map(
     wins_n = np.bincount(winner_n, minlength=len(nodes_nd))
     order = np.argsort(-wins_n, kind="stable")[: int((wins_n > 0).sum())]
     return Map(nodes_nd[order], wins_n[order])
-
-
-@partial(jax.jit, static_argnames="taps")
-def residual_at(
-    decoder: Decoder,
-    tokens_bt: Int[Array, "B T"],
-    mask_bt: Bool[Array, "B T"],
-    edits: Edits,
-    layer: Int[Array, ""],
-    taps: Taps,
-) -> Float[Array, "B D"]:
-    """Returns the residuals at the input of a block, at the first token that `taps` reads, float32."""
-    tapped = decoder.forward(tokens_bt, mask_bt, edits, taps).taps["resid_pre"]
-    return replicate(decoder.mesh, tapped[layer, :, 0].astype(jnp.float32))
-
-
-def activations(
-    model: ChatModel, prompts: Sequence[Prompt], layer: int, position: int, rows: int
-) -> Float[np.ndarray, "n D"]:
-    """Returns the residuals at the input of a block, at a token counted from the prompts' end, float64. rows: of a batch. Raises
-    UserError for values that are not finite."""
-    found, taps = np.zeros((len(prompts), model.config.d_model)), Taps(("resid_pre",), -position)
-    for index, batch in length_batches(model, prompts, rows):
-        inputs = model.put(batch.tokens, batch.mask)
-        found[index] = np.asarray(residual_at(model.decoder, *inputs, np.int32(layer), taps))[: len(index)]
-    finite = np.isfinite(found).all(axis=1)
-    check_finite(finite, model.decoder.dtype, "No map can be made of the activations of harmful prompts")
-    return found
 
 
 def grow_subsets(

@@ -7,7 +7,7 @@ from matplotlib.ticker import MaxNLocator
 
 from refusal_jax.report.drawing import axes_within, drawing
 from refusal_jax.report.pictures import Picture, series_rows
-from refusal_jax.report.suffix_figures import GREY
+from refusal_jax.report.suffix_figures import COLOURS, GREY, MARKS
 
 Rows = Sequence[Mapping[str, float | None]]
 ENDS = {"mean": "", "low": " low", "high": " high"}  # of names of columns
@@ -78,3 +78,31 @@ def dose_figure(
         moved = {f"KL{end} [nats]": {"refused": [row[key] for row in kl]} for key, end in ENDS.items()}
         data = series_rows((f"dose of {kind}", doses), rates | moved)
         return Picture(f"dose-{kind}", f"Refusals and damage by the dose of {kind}", figure, data)
+
+
+def rank_figure(curves: Mapping[str, Rows], half: Mapping[str, float | None]) -> Picture:
+    """Draws the share of prompts that are refused over the number of ablated directions, from none on, for kinds of directions.
+
+    curves: rates `{"rate", "low", "high"}` of each kind by its name. half: `{"at", "low", "high"}` of the first kind.
+    """
+    most = max(len(rows) for rows in curves.values()) - 1
+    with drawing(290) as figure:
+        axes = axes_within(figure, 46, 58, 12, 36)
+        _mark_half(axes, half, most)
+        for number, ((name, rows), colour, mark) in enumerate(zip(curves.items(), COLOURS, MARKS, strict=False)):
+            _curve(axes, range(len(rows)), rows, "rate", colour, mark, 100)
+            y = 1 + (46 - 15 * number) / (290 - 94)
+            axes.plot(0.01, y, mark, color=colour, markersize=4.5, transform=axes.transAxes, clip_on=False)
+            axes.text(0.04, y, name, transform=axes.transAxes, fontsize=9, va="center")
+        axes.set_ylim(-4, 104)
+        axes.set_yticks([0, 25, 50, 75, 100])
+        axes.set_xlim(-0.1, most + 0.3)
+        axes.xaxis.set_major_locator(MaxNLocator(min(10, most), integer=True, min_n_ticks=1))
+        axes.set_xlabel("ablated directions", labelpad=2)
+        _plain(axes, "refused, %")
+        data = [
+            {"kind": name, "directions": number} | {key: row[key] for key in ("rate", "low", "high")}
+            for name, rows in curves.items()
+            for number, row in enumerate(rows)
+        ]
+        return Picture("rank-curves", "Refusals by the number of ablated directions", figure, data)

@@ -100,6 +100,26 @@ class DoseSettings(Settings, path="dose"):
 
 
 @dataclasses.dataclass
+class RankSettings(Settings, path="rank"):
+    """How many directions refusal takes to break."""
+
+    most: int = option(16, "Largest number of directions that are ablated together")
+    n_prompts: int = option(64, "Largest number of harmful test prompts, and of harmless ones, to look at")
+    n_train: int = option(
+        128, "Largest number of harmful training prompts, and of harmless ones, that make each direction"
+    )
+    seed: int = option(0, "Seed of the random directions")
+
+    def check(self) -> None:
+        """Raises UserError for settings that leave nothing to count."""
+        if min(self.most, self.n_prompts, self.n_train) < 1:
+            raise UserError(
+                f"{field('rank.most')} = {self.most}, {field('rank.n_prompts')} = {self.n_prompts} and "
+                f"{field('rank.n_train')} = {self.n_train}: give at least 1 of each."
+            )
+
+
+@dataclasses.dataclass
 class MechanismSettings(Settings):
     """Every setting of the mechanism, with a section for each part that has settings of its own."""
 
@@ -119,10 +139,12 @@ class MechanismSettings(Settings):
         AlternativeSettings, "The comparison of other directions with the study's"
     )
     dose: DoseSettings = section(DoseSettings, "How much of the direction is ablated and added")
+    rank: RankSettings = section(RankSettings, "How many directions refusal takes to break")
 
     def check(self, known: tuple[str, ...]) -> None:
         """Raises UserError for a part that is not among the `known` ones, and for settings that leave nothing to do."""
         self.dose.check()
+        self.rank.check()
         for part in self.parts:
             if part not in known:
                 raise UserError(

@@ -7,8 +7,9 @@ import numpy as np
 
 from refusal_jax.edits import Edits
 from refusal_jax.judges.statistics import Rate
+from refusal_jax.mechanism.activations import activations
 from refusal_jax.mechanism.edited_prompts import EditedPrompts
-from refusal_jax.mechanism.som import activations, grow_subsets, padded, train_map
+from refusal_jax.mechanism.som import grow_subsets, padded, train_map
 from refusal_jax.report.findings import Section
 from refusal_jax.runs.artifacts import DIRECTION, FILTER, MEANS, METADATA, PROMPTS, SETUP, SOM, SOM_DIRECTIONS
 from refusal_jax.runs.ledger import Ledger
@@ -28,9 +29,9 @@ def map_directions(study: MechanismStudy) -> tuple[np.ndarray, np.ndarray]:
     """Returns the directions of the map at the place of the study's direction, float64 `[n, D]`, and how many prompts each is the
     nearest to."""
     settings, (position, layer) = study.settings.som, study.direction().place
-    points_nd = activations(study.model, study.instructions("harmful_train"), layer, position, study.sizes.forward)
+    prompts = study.instructions("harmful_train")
     found = train_map(
-        points_nd,
+        activations(study.model, prompts, [(position, layer)], study.sizes.forward)[:, 0],
         settings.side,
         steps=settings.steps,
         rate=settings.rate,

@@ -1,7 +1,18 @@
 """The stages of the mechanism, in the order in which they are done and shown."""
 
 from refusal_jax.runs.stage import Stage
-from refusal_jax.study.mechanism import alternatives, attention, attribution, cones, cosmic, dose, plane, som, suffixes
+from refusal_jax.study.mechanism import (
+    alternatives,
+    attention,
+    attribution,
+    cones,
+    cosmic,
+    dose,
+    plane,
+    rank,
+    som,
+    suffixes,
+)
 from refusal_jax.study.mechanism.shared import MechanismStudy
 
 STAGES: tuple[Stage[MechanismStudy], ...] = (
@@ -10,6 +21,7 @@ STAGES: tuple[Stage[MechanismStudy], ...] = (
     attention.STAGE,
     plane.STAGE,
     dose.STAGE,
+    rank.STAGE,
     cosmic.STAGE,
     som.STAGE,
     cones.STAGE,
