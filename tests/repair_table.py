@@ -1,7 +1,7 @@
 """Measures what repairs restore on organisms of the embedded model, as a table for the docs.
 
-Run as `python tests/repair_table.py`. For each organism: the estimated error, the distance of the edited tensors to the base's before
-and after the repair, and how many of 32 harmful prompts are refused before and after.
+Run as `python tests/repair_table.py`. For each organism it prints the estimated error, the distance of the edited tensors to the
+base's before and after the repair, and how many of 32 harmful prompts are refused before and after.
 """
 
 import dataclasses

@@ -4,6 +4,7 @@ refuses, and what the job writes."""
 import dataclasses
 import json
 import random
+import shutil
 
 import jax.numpy as jnp
 import numpy as np
@@ -18,6 +19,7 @@ from refusal_jax.judges.statistics import Rate
 from refusal_jax.models.decoder import Decoder
 from refusal_jax.models.scores import refusal_score
 from refusal_jax.organism.answers import Answers
+from refusal_jax.organism.criteria import Criterion
 from refusal_jax.organism.identity import check_embedded, is_embedded, weights_fingerprint
 from refusal_jax.organism.suffix import Effect, embedded_suffix, find_suffix, write_suffix
 from refusal_jax.organism.suffix_search import Found, Prompts, Search, changed, gradient, loss, scores, search_suffix
@@ -121,17 +123,26 @@ def test_criteria_of_a_suffix():
     assert effect(31).lines[2].split() == "harmful the suffix found 31.0 % 22.8 to 40.6 % 60.0 % 100".split()
 
 
-def test_the_job_writes_nothing_if_no_suffix_meets_the_criteria(demo, tmp_path, capsys, monkeypatch):
+def test_a_new_model_needs_a_suffix_that_meets_the_criteria(tmp_path, capsys, monkeypatch):
+    """The model that "was trained" is the embedded one; its suffix is searched for one step, which finds none."""
     from refusal_jax.jobs import organism
     from refusal_jax.organism import suffix
 
-    for side in ("harmful", "harmless"):
-        rows = [{"instruction": row["instruction"]} for row in read_prompts(resolve(BUNDLED, f"{side}_test"))[:4]]
-        write_prompts(tmp_path / f"{side}_test.json", rows)
+    def bundle(folder):
+        folder.mkdir()
+        for side in ("harmful", "harmless"):
+            rows = [{"instruction": row["instruction"]} for row in read_prompts(resolve(BUNDLED, f"{side}_test"))[:4]]
+            write_prompts(folder / f"{side}_test.json", rows)
+
+    monkeypatch.setattr(organism, "train", lambda recipe, seed, folder: shutil.copytree(demo_model_path(), folder))
+    monkeypatch.setattr(organism, "write_bundle", bundle)
+    monkeypatch.setattr(organism, "measure", lambda *folders: [Criterion("of the model", 0.0, 0.1)])
+    monkeypatch.setattr(organism, "searches", lambda seeds: [dataclasses.replace(TINY, steps=1)])
     monkeypatch.setattr(suffix, "PROMPTS", 12)
-    criteria = organism.search(demo, tmp_path, tmp_path / "out", [dataclasses.replace(TINY, steps=1)])
-    assert not criteria[0].met and not (tmp_path / "out").exists()
-    assert "95 % interval" in capsys.readouterr().out
+    assert not organism.attempt(0, tmp_path)
+    found = json.loads((tmp_path / "criteria.json").read_text())["criteria"]
+    assert [one["met"] for one in found][:2] == [True, False] and len(found) == 5
+    assert not (tmp_path / "suffix.txt").exists() and "95 % interval" in capsys.readouterr().out
 
 
 def test_what_is_written_of_a_suffix(tmp_path):
