@@ -1,17 +1,24 @@
 """`refusal-jax` as a user meets it: what commands print and return."""
 
+import contextlib
 import functools
+import json
 import multiprocessing
+import operator
 import os
 import pathlib
 import re
+import runpy
+import socket
+import socketserver
 import subprocess
 import sys
 import tempfile
-from multiprocessing import forkserver
+import threading
+from collections.abc import Iterator, Sequence
+from multiprocessing import forkserver, reduction
 from unittest import mock
 
-import pytest
 from compiler import FAST
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -40,33 +47,107 @@ def copied() -> multiprocessing.context.BaseContext:
     return context
 
 
-def forked(*args, input: str = "", errors: str = "strict", env: dict[str, str] | None = None):
-    """Runs `refusal-jax ARGS` as `command` does, a second sooner: in a copy of a process that has imported it."""
-    with tempfile.TemporaryDirectory() as folder:
-        files = [pathlib.Path(folder, name) for name in ("stdin", "stdout", "stderr")]
-        files[0].write_text(input, encoding="utf-8", errors=errors)
-        process = copied().Process(target=run_here, args=(files, list(map(str, args)), environment(**(env or {}))))
-        process.start()
-        process.join(SECONDS)
-        if process.exitcode is None:
-            process.kill()
-            pytest.fail(f"{args} took more than {SECONDS} s")
-        out, err = (file.read_text(encoding="utf-8", errors=errors) for file in files[1:])
-    return subprocess.CompletedProcess(args, process.exitcode, out, err)
+class File:
+    """A file's descriptor, which a copied process gets as its own."""
+
+    def __init__(self, number: int):
+        self.number = number
+
+    def __reduce__(self):
+        return operator.methodcaller("detach"), (reduction.DupFd(self.number),)
 
 
-def run_here(files: list[pathlib.Path], args: list[str], env: dict[str, str]) -> None:
-    """Becomes a command with these files as its input, output and errors."""
+def run_copy(words: Sequence[str], files: Sequence[int], folder: pathlib.Path, env: dict[str, str]) -> int:
+    """Runs a command in a copy of the process that has imported what it needs, and returns its exit code.
+
+    words: `refusal-jax` with its arguments, or the file of a Python script with its own. files: the descriptors of its input,
+    output and errors. folder: where it works.
+    """
+    given = [File(number) for number in files]
+    process = copied().Process(target=become, args=(list(words), given, folder, env))
+    process.start()
+    process.join(SECONDS)
+    if process.exitcode is None:
+        process.kill()
+        raise TimeoutError(f"{words} took more than {SECONDS} s")
+    return process.exitcode
+
+
+def become(words: list[str], files: list[int], folder: pathlib.Path, env: dict[str, str]) -> None:
+    """Becomes a command: see `run_copy`."""
     from refusal_jax.jobs.main import main
 
     os.environ.clear()
     os.environ.update(env)
-    os.chdir(ROOT)
+    os.chdir(folder)
     for place, file in enumerate(files):
-        os.dup2(os.open(file, os.O_RDWR | os.O_CREAT | os.O_APPEND * bool(place)), place)
+        os.dup2(file, place)
     sys.stdin = os.fdopen(0, encoding="utf-8", errors=sys.stdout.errors, closefd=False)  # multiprocessing has closed it
-    sys.argv = ["refusal-jax", *args]
-    main()
+    sys.argv = list(words)
+    if words[0] == "refusal-jax":
+        main()
+    else:
+        runpy.run_path(words[0], run_name="__main__")
+
+
+def forked(*args, input: str = "", errors: str = "strict", env: dict[str, str] | None = None):
+    """Runs `refusal-jax ARGS` as `command` does, some seconds sooner: see `run_copy`."""
+    return captured(["refusal-jax", *map(str, args)], ROOT, environment(**(env or {})), input, errors)
+
+
+def captured(words: list[str], folder: pathlib.Path, env: dict[str, str], input: str = "", errors: str = "strict"):
+    """Runs a command as `run_copy` does, with this input, and returns what it prints, too."""
+    with contextlib.ExitStack() as stack:
+        files = [stack.enter_context(tempfile.TemporaryFile("w+", encoding="utf-8", errors=errors)) for _ in range(3)]
+        files[0].write(input)
+        files[0].seek(0)
+        code = run_copy(words, [file.fileno() for file in files], folder, env)
+        out, err = (file.seek(0) or file.read() for file in files[1:])
+    return subprocess.CompletedProcess(words, code, out, err)
+
+
+# The program that asks for such a copy from a shell. It starts in a hundredth of a second.
+ASKS = """#!{python} -IS
+import json, os, socket, sys
+with socket.socket(socket.AF_UNIX) as asked:
+    asked.connect({address!r})
+    sent = json.dumps([["refusal-jax", *sys.argv[1:]], os.getcwd(), dict(os.environ)]).encode()
+    socket.send_fds(asked, [len(sent).to_bytes(4)], [0, 1, 2])
+    asked.sendall(sent)
+    sys.exit(int(asked.recv(9)))
+"""
+
+
+class Asked(socketserver.BaseRequestHandler):
+    """Runs what one such program asks for."""
+
+    def handle(self):
+        size, files, _, _ = socket.recv_fds(self.request, 4, 3)
+        with self.request.makefile("rb") as sent:
+            words, folder, env = json.loads(sent.read(int.from_bytes(size)))
+        try:
+            code = run_copy(words, files, folder, env)
+        finally:
+            for file in files:
+                os.close(file)
+        self.request.sendall(str(code if code >= 0 else 128 - code).encode())
+
+
+@contextlib.contextmanager
+def on_a_path(folder: pathlib.Path) -> Iterator[None]:
+    """Makes a program `refusal-jax` in a folder, for shells, which runs as `forked` does."""
+    copied()
+    with tempfile.TemporaryDirectory() as place:
+        address = os.path.join(place, "asked")
+        program = folder / "refusal-jax"
+        program.write_text(ASKS.format(python=sys.executable, address=address))
+        program.chmod(0o755)
+        with socketserver.ThreadingUnixStreamServer(address, Asked) as server:
+            threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+            try:
+                yield
+            finally:
+                server.shutdown()
 
 
 def refused(done: subprocess.CompletedProcess, pattern: str) -> None:

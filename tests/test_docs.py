@@ -16,6 +16,7 @@ import sys
 
 import pytest
 import yaml
+from commands import captured, on_a_path
 from test_messages import has
 from test_structure import FLOORS
 
@@ -163,25 +164,24 @@ def place(tmp_path_factory):
     folder = tmp_path_factory.mktemp("docs")
     for name in ("configs", "launch", "refusal_jax", "tests"):
         (folder / name).symlink_to(ROOT / name)
-    command = folder / "bin/refusal-jax"
-    command.parent.mkdir()
-    command.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -m refusal_jax.jobs.main "$@"\n')
-    command.chmod(0o755)
-    return folder, run(folder, ["bash", "-euo", "pipefail", "-c", DEMO])
+    (folder / "bin").mkdir()
+    with on_a_path(folder / "bin"):
+        yield folder, run(folder, DEMO)
 
 
-def run(folder: pathlib.Path, command: list[str]) -> str:
-    """Runs a command in the folder like a checkout, and returns what it prints."""
-    env = os.environ | {
-        "PATH": f"{folder / 'bin'}:{os.path.dirname(sys.executable)}:{os.environ['PATH']}",
-        "PYTHONPATH": str(ROOT),
-        "XDG_CACHE_HOME": str(folder / "cache"),
-        "JAX_COMPILATION_CACHE_DIR": str(folder / "cache/xla"),  # shared by commands and code
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-    }
-    done = subprocess.run(command, cwd=folder, env=env, text=True, capture_output=True, stdin=subprocess.DEVNULL)
-    assert done.returncode == 0, f"{command[-1]}\n{done.stdout}\n{done.stderr}"
+def surroundings(folder: pathlib.Path) -> dict[str, str]:
+    """Returns the environment of what runs in the folder like a checkout."""
+    path = f"{folder / 'bin'}:{os.path.dirname(sys.executable)}:{os.environ['PATH']}"
+    return os.environ | {"PATH": path, "PYTHONPATH": str(ROOT), "XDG_CACHE_HOME": str(folder / "cache")}
+
+
+def run(folder: pathlib.Path, line: str) -> str:
+    """Runs a line of commands in the folder like a checkout, and returns what it prints."""
+    command = ["bash", "-euo", "pipefail", "-c", line]
+    done = subprocess.run(
+        command, cwd=folder, env=surroundings(folder), text=True, capture_output=True, stdin=subprocess.DEVNULL
+    )
+    assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
     return done.stdout
 
 
@@ -192,7 +192,7 @@ def test_commands_run(place):
     for block in (block for block in RUN if block.language == "bash"):
         for line in block.text.replace("\\\n", " ").splitlines():
             if line.strip() and line not in done:
-                done[line] = run(folder, ["bash", "-euo", "pipefail", "-c", line])
+                done[line] = run(folder, line)
     assert (folder / "edited/export.json").is_file() and (folder / "judged/statistics.json").is_file()
     (audited,) = (" ".join(out.split()) for line, out in done.items() if line.startswith("refusal-jax audit edited"))
     shown = [block.text for block in BLOCKS if block.page.name == "audit.md" and block.language == "text"]
@@ -208,7 +208,8 @@ def test_code_runs(place, page):
     folder, _ = place
     script = folder / f"{page.stem}.py"
     script.write_text("\n\n".join(block.text for block in RUN if block.page == page and block.language == "python"))
-    run(folder, [sys.executable, str(script)])
+    done = captured([str(script)], folder, surroundings(folder))
+    assert done.returncode == 0, f"{page.name}\n{done.stdout}\n{done.stderr}"
 
 
 def test_readme_shows_what_the_demo_prints(place):
