@@ -1,5 +1,6 @@
 """`refusal-jax` as a user meets it: what commands print and return."""
 
+import atexit
 import contextlib
 import functools
 import json
@@ -57,15 +58,21 @@ class File:
         return operator.methodcaller("detach"), (reduction.DupFd(self.number),)
 
 
-def run_copy(words: Sequence[str], files: Sequence[int], folder: pathlib.Path, env: dict[str, str]) -> int:
-    """Runs a command in a copy of the process that has imported what it needs, and returns its exit code.
+def begun(words: Sequence[str], files: Sequence[int], folder: pathlib.Path, env: dict[str, str]):
+    """Starts a command in a copy of the process that has imported what it needs, and returns its process.
 
-    words: `refusal-jax` with its arguments, or the file of a Python script with its own. files: the descriptors of its input,
-    output and errors. folder: where it works.
+    words: `refusal-jax` with its arguments, or the file of a Python script with its own, or `python` with what is for an
+    interpreter that has imported nothing. files: the descriptors of its input, output and errors. folder: where it works.
     """
     given = [File(number) for number in files]
     process = copied().Process(target=become, args=(list(words), given, folder, env))
     process.start()
+    return process
+
+
+def run_copy(words: Sequence[str], files: Sequence[int], folder: pathlib.Path, env: dict[str, str]) -> int:
+    """Runs a command as `begun` starts it, and returns its exit code."""
+    process = begun(words, files, folder, env)
     process.join(SECONDS)
     if process.exitcode is None:
         process.kill()
@@ -74,29 +81,39 @@ def run_copy(words: Sequence[str], files: Sequence[int], folder: pathlib.Path, e
 
 
 def become(words: list[str], files: list[int], folder: pathlib.Path, env: dict[str, str]) -> None:
-    """Becomes a command: see `run_copy`."""
+    """Becomes a command: see `begun`."""
+    import jax
+
     from refusal_jax.jobs.main import main
 
+    for name, value in env.items():  # which JAX has read when it was imported
+        if name.startswith("JAX_") and value != os.environ.get(name) and name.lower() in jax.config.values:
+            jax.config.update(name.lower(), int(value) if value.isdigit() else value)
     os.environ.clear()
     os.environ.update(env)
     os.chdir(folder)
     for place, file in enumerate(files):
         os.dup2(file, place)
+    if words[0] == "python":
+        os.execv(sys.executable, [sys.executable, *words[1:]])
     sys.stdin = os.fdopen(0, encoding="utf-8", errors=sys.stdout.errors, closefd=False)  # multiprocessing has closed it
     sys.argv = list(words)
-    if words[0] == "refusal-jax":
-        main()
-    else:
-        runpy.run_path(words[0], run_name="__main__")
+    try:
+        if words[0] == "refusal-jax":
+            main()
+        else:
+            runpy.run_path(words[0], run_name="__main__")
+    finally:
+        atexit._run_exitfuncs()  # which copies leave out
 
 
 def forked(*args, input: str = "", errors: str = "strict", env: dict[str, str] | None = None):
-    """Runs `refusal-jax ARGS` as `command` does, some seconds sooner: see `run_copy`."""
+    """Runs `refusal-jax ARGS` as `command` does, some seconds sooner: see `begun`."""
     return captured(["refusal-jax", *map(str, args)], ROOT, environment(**(env or {})), input, errors)
 
 
 def captured(words: list[str], folder: pathlib.Path, env: dict[str, str], input: str = "", errors: str = "strict"):
-    """Runs a command as `run_copy` does, with this input, and returns what it prints, too."""
+    """Runs a command as `begun` starts it, with this input, and returns what it prints, too."""
     with contextlib.ExitStack() as stack:
         files = [stack.enter_context(tempfile.TemporaryFile("w+", encoding="utf-8", errors=errors)) for _ in range(3)]
         files[0].write(input)

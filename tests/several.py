@@ -1,5 +1,4 @@
 """A run of two stages without a model, as one of two processes; `test_processes.py` starts it and lets it fail."""
-# ruff: noqa: E402
 
 import json
 import os
@@ -11,11 +10,6 @@ import types
 
 import jax
 import numpy as np
-
-# The package without what its __init__ imports, which would double the time of each of many processes.
-package = types.ModuleType("refusal_jax")
-package.__path__ = [str(pathlib.Path(__file__).parents[1] / "refusal_jax")]
-sys.modules["refusal_jax"] = package
 
 from refusal_jax import distributed
 from refusal_jax.errors import UserError

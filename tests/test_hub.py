@@ -377,7 +377,7 @@ def test_two_processes_read_their_slices_from_the_hub(tiny_hub, model, tmp_path,
         monkeypatch.delenv(name)
     monkeypatch.setenv("HF_ENDPOINT", constants.ENDPOINT)
     monkeypatch.setenv("HF_HOME", str(tmp_path / "elsewhere"))
-    pair = Pair(lambda i, port: ("-c", PART, i, f"127.0.0.1:{port}"), tmp_path).wait()
+    pair = Pair(lambda i, port: ("python", "-c", PART, i, f"127.0.0.1:{port}"), tmp_path).wait()
     assert pair.codes == [0, 0], pair.err
     (name, stubs, logit), other = (out.split()[-3:] for out in pair.out)  # after what Gloo prints
     assert other == [name, stubs, logit] and (name, stubs) == (f"org--tiny-{OLD[:12]}", "1")

@@ -8,13 +8,11 @@ import re
 import shutil
 import signal
 import socket
-import subprocess
-import sys
 import time
 
 import numpy as np
 import pytest
-from commands import SECONDS
+from commands import SECONDS, begun
 from compiler import FAST
 from safetensors.numpy import load_file
 
@@ -25,6 +23,7 @@ from refusal_jax.study.mechanism.run import run_mechanism
 from refusal_jax.study.study import run_study
 
 ROOT = pathlib.Path(__file__).parents[1]
+SEVERAL = ROOT / "tests/several.py"
 FAILURES = ("alike", "settings", "bad-1", "bug-1", "disk-0", "kill-0", "kill-1", "terminate-0", "terminate-1")
 
 
@@ -39,9 +38,9 @@ def free_port():
 
 
 class Pair:
-    """Two processes of one command; `arguments(index, port)` are what comes after `python`."""
+    """Two processes of one command, whose words are `words(index, port)`; see `commands.begun`."""
 
-    def __init__(self, arguments, logs: pathlib.Path):
+    def __init__(self, words, logs: pathlib.Path):
         env = os.environ | {
             "PYTHONPATH": str(ROOT),
             "JAX_NUM_CPU_DEVICES": "4",
@@ -52,14 +51,16 @@ class Pair:
         self.port = free_port()
         port, self.processes = self.port.__enter__(), []
         for index, (out, err) in enumerate(self.logs):
-            with open(out, "w") as stdout, open(err, "w") as stderr:
-                args = [sys.executable, *map(str, arguments(index, port))]
-                self.processes.append(subprocess.Popen(args, cwd=ROOT, env=env, stdout=stdout, stderr=stderr))
+            with open(os.devnull) as stdin, open(out, "w") as stdout, open(err, "w") as stderr:
+                files = [stdin.fileno(), stdout.fileno(), stderr.fileno()]
+                self.processes.append(begun(list(map(str, words(index, port))), files, ROOT, env))
 
     def wait(self) -> "Pair":
         """Until both have ended; then `codes`, and `out` and `err` with all white space as single blanks."""
         try:
-            self.codes = [process.wait(SECONDS) for process in self.processes]
+            for process in self.processes:
+                process.join(SECONDS)
+            self.codes = [process.exitcode for process in self.processes]
         finally:
             for process in self.processes:
                 process.kill()
@@ -70,7 +71,7 @@ class Pair:
 
 
 def several(name: str, folder: pathlib.Path, logs: pathlib.Path) -> Pair:
-    return Pair(lambda i, port: ("tests/several.py", name, folder, f"127.0.0.1:{port}", i), logs)
+    return Pair(lambda i, port: (SEVERAL, name, folder, f"127.0.0.1:{port}", i), logs)
 
 
 @pytest.fixture(scope="module")
@@ -79,9 +80,7 @@ def ended(tmp_path_factory):
     and "apart": two processes that look for each other at different ports."""
     base = tmp_path_factory.mktemp("ended")
     with free_port() as other:
-        apart = Pair(
-            lambda i, port: ("tests/several.py", "none", base / "apart", f"127.0.0.1:{(port, other)[i]}", i, 2), base
-        )
+        apart = Pair(lambda i, port: (SEVERAL, "none", base / "apart", f"127.0.0.1:{(port, other)[i]}", i, 2), base)
         found = {"apart": (base / "apart", apart)}
     running = {name: several(name, base / name, base) for name in FAILURES}
     found |= {name: (base / name, pair.wait()) for name, pair in running.items()}
@@ -255,7 +254,7 @@ def test_a_study_in_two_processes_killed_and_continued(llama, data, tmp_path):
     def pair():
         return Pair(
             lambda i, port: (
-                "-m", "refusal_jax.jobs.main", "study", f"--workdir={folder}", *flags, "--config.mesh.data=4",
+                "refusal-jax", "study", f"--workdir={folder}", *flags, "--config.mesh.data=4",
                 "--config.mesh.model=2", f"--coordinator=127.0.0.1:{port}", "--num_processes=2", f"--process_id={i}",
                 "--heartbeat_seconds=6",
             ),
@@ -265,7 +264,7 @@ def test_a_study_in_two_processes_killed_and_continued(llama, data, tmp_path):
     first = pair()
     deadline = time.monotonic() + SECONDS
     while not (folder / "mean_diffs.safetensors").exists() and time.monotonic() < deadline:
-        assert first.processes[1].poll() is None
+        assert first.processes[1].is_alive()
         time.sleep(0.02)
     first.processes[1].kill()
     killed = time.time()
