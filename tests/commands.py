@@ -61,8 +61,9 @@ class File:
 def begun(words: Sequence[str], files: Sequence[int], folder: pathlib.Path, env: dict[str, str]):
     """Starts a command in a copy of the process that has imported what it needs, and returns its process.
 
-    words: `refusal-jax` with its arguments, or the file of a Python script with its own, or `python` with what is for an
-    interpreter that has imported nothing. files: the descriptors of its input, output and errors. folder: where it works.
+    words: `refusal-jax` with its arguments, or the file of a Python script with its own, or `-c`, Python code and its arguments,
+    or `python` with what is for an interpreter that has imported nothing. files: the descriptors of its input, output and errors.
+    folder: where it works.
     """
     given = [File(number) for number in files]
     process = copied().Process(target=become, args=(list(words), given, folder, env))
@@ -101,6 +102,9 @@ def become(words: list[str], files: list[int], folder: pathlib.Path, env: dict[s
     try:
         if words[0] == "refusal-jax":
             main()
+        elif words[0] == "-c":
+            sys.argv.pop(1)
+            exec(words[1], {"__name__": "__main__"})
         else:
             runpy.run_path(words[0], run_name="__main__")
     finally:
@@ -110,6 +114,11 @@ def become(words: list[str], files: list[int], folder: pathlib.Path, env: dict[s
 def forked(*args, input: str = "", errors: str = "strict", env: dict[str, str] | None = None):
     """Runs `refusal-jax ARGS` as `command` does, some seconds sooner: see `begun`."""
     return captured(["refusal-jax", *map(str, args)], ROOT, environment(**(env or {})), input, errors)
+
+
+def forked_code(code: str, *args, folder: pathlib.Path = ROOT, env: dict[str, str] | None = None):
+    """Runs Python code with arguments in a process of its own, as `forked` runs a command."""
+    return captured(["-c", code, *map(str, args)], folder, environment(**(env or {})))
 
 
 def captured(words: list[str], folder: pathlib.Path, env: dict[str, str], input: str = "", errors: str = "strict"):

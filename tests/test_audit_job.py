@@ -1,18 +1,14 @@
 """The command `refusal-jax audit`: what it prints, writes and returns. The verdict is made up where the test is not about it."""
 
 import json
-import os
 import pathlib
 import shutil
-import subprocess
-import sys
 
-from compiler import FAST
+from commands import ROOT, command, forked_code
 
 from refusal_jax import AuditSettings, demo_model_path
 
-ROOT = pathlib.Path(__file__).parents[1]
-# Runs commands in one process, each with its output, under a verdict that is given; so each import is paid once.
+# Runs commands in one process, each with its output, under a verdict that is given.
 COMMANDS = """
 import contextlib, io, json, sys
 from absl import flags
@@ -36,9 +32,8 @@ print(json.dumps(done))
 
 def run(*commands, cwd=ROOT):
     """What each of several commands `(verdict, words)` returns and prints."""
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": FAST}
     asked = json.dumps([[verdict, ["audit", *map(str, words)]] for verdict, words in commands])
-    done = subprocess.run([sys.executable, "-c", COMMANDS, asked], cwd=cwd, env=env, capture_output=True, text=True)
+    done = forked_code(COMMANDS, asked, folder=cwd)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -133,10 +128,7 @@ def test_bad_input(tmp_path):
 
 
 def test_flags_are_the_settings():
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": FAST}
-    shown = subprocess.run(
-        [sys.executable, "-m", "refusal_jax.jobs.main", "audit", "--help"], env=env, capture_output=True, text=True
-    )
+    shown = command("audit", "--help")
     text = " ".join(shown.stdout.split())
     for one in AuditSettings().described():
         assert one.path in ("candidate", "dtype") or f"--{one.path} {one.meaning}." in text, one.path

@@ -10,7 +10,7 @@ import time
 
 import pytest
 import tiny
-from commands import ROOT, SECONDS, command, environment, forked, refused
+from commands import ROOT, SECONDS, command, environment, forked, forked_code, refused
 
 from refusal_jax import demo_model_path
 from refusal_jax.jobs.command_line import canonical
@@ -118,8 +118,7 @@ def test_config_files_and_overrides(old, tmp_path):
     ]  # fmt: skip
     if old:
         flags.remove("--config.positions=None")  # which ConfigDict has never taken
-    env = environment(HOME=str(tmp_path))
-    done = subprocess.run([sys.executable, "-c", SAYS, *flags], env=env, capture_output=True, text=True)
+    done = forked_code(SAYS, *flags, env={"HOME": str(tmp_path)})
     assert done.returncode == 0, done.stderr
     workdir, config = json.loads(done.stdout)
     data, select = config["data"], config["select"]

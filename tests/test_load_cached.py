@@ -3,15 +3,12 @@
 import json
 import pathlib
 import shutil
-import socket
-import subprocess
-import sys
 
 import jax
 import numpy as np
 import pytest
-from commands import SECONDS
 from test_load_places import places
+from test_processes import Pair
 
 from refusal_jax import UserError, load_model, make_mesh
 from refusal_jax.checkpoints import copies
@@ -211,10 +208,8 @@ def test_sums_of_devices_and_hosts_agree(dtype):
 
 
 TWO = """
-import os, sys
-os.environ["JAX_PLATFORMS"] = "cpu"
+import sys
 import jax
-jax.config.update("jax_num_cpu_devices", 4)
 rank, port, folder, cache = int(sys.argv[1]), *sys.argv[2:]
 jax.distributed.initialize(f"127.0.0.1:{port}", num_processes=2, process_id=rank)
 import numpy as np
@@ -237,26 +232,14 @@ np.savez(f"{cache}-{rank}.npz", **plain)
 
 def test_two_processes(llama, model, tmp_path):
     """Each reads its half and what both hold; together they write a copy, and read it onto another mesh."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     cache = tmp_path / "cache"
-    both = [
-        subprocess.Popen(
-            [sys.executable, "-c", TWO, str(rank), str(port), str(llama), str(cache)],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    said = [process.communicate(timeout=SECONDS) for process in both]
-    assert [process.returncode for process in both] == [0, 0], said
+    pair = Pair(lambda rank, port: ("-c", TWO, rank, port, llama, cache), tmp_path).wait()
+    assert pair.codes == [0, 0], pair.err
     whole = {path: np.asarray(w) for path, w in model.decoder.weights().items()}
     # norms, and keys and values whose two heads are on all four devices of either process by halves
     shared = sum(w.nbytes for path, w in whole.items() if "norm" in path)
     split = sum(w.nbytes for path, w in whole.items() if "norm" not in path)
-    for out, _ in said:
+    for out in pair.out:
         assert f"read [{shared + split // 2}]" in out
     for rank in range(2):
         with np.load(f"{cache}-{rank}.npz") as found:

@@ -5,11 +5,10 @@ import importlib
 import json
 import pathlib
 import re
-import subprocess
-import sys
 
 import pytest
 import tiny
+from commands import forked_code
 
 from refusal_jax import UserError
 from refusal_jax.audit.settings import AuditSettings
@@ -159,7 +158,8 @@ THRESHOLD = "config.select.kl_threshold=1"
     ],
 )
 def test_what_jobs_say(job, said):
-    done = subprocess.run([sys.executable, "-c", SAYS, job], capture_output=True, text=True, check=True)
+    done = forked_code(SAYS, job)
+    assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == said
 
 

@@ -15,7 +15,7 @@ import threading
 import time
 
 import pytest
-from commands import SECONDS
+from commands import SECONDS, forked_code
 
 from refusal_jax.errors import UserError
 from refusal_jax.judges.judge import Outcome, Verdict
@@ -643,7 +643,7 @@ for words in json.loads(sys.argv[1]):
     for name in flags.FLAGS:
         flags.FLAGS[name].unparse()
 """
-    done = subprocess.run([sys.executable, "-c", script, json.dumps(commands)], capture_output=True, text=True)
+    done = forked_code(script, json.dumps(commands))
     assert re.findall(r"exit code (\d+)", done.stdout) == ["0", "0", "30", "0", "10", "40", "2", "2", "2"], done.stderr
     assert "trail-000001.jsonl:2 holds the text as the prompt of record 2" in done.stdout
     said = " ".join(done.stderr.split())  # lines are broken where the terminal ends
