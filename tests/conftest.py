@@ -41,9 +41,9 @@ torch.set_num_threads(1)  # two cost more than they gain on models this small: t
 
 # The files that take longest, longest first. They begin first, so that at the end no process is left alone with one of them.
 LONG = """
-test_families test_docs test_demo test_jobs test_processes test_config test_launch test_family_studies test_chat_job test_plan
-test_export test_real_models test_audit_bench test_load_places test_finite test_decoder test_audit_behaviour test_oracle
-test_decoding test_harness test_audit_repair test_pipeline test_hub test_real_weights
+test_families test_demo test_docs test_config test_jobs test_family_studies test_processes test_launch test_real_models
+test_decoder test_oracle test_harness test_plan test_load_places test_pipeline test_fuzz test_finite test_audit_behaviour
+test_audit_bench test_export test_real_weights test_decoding test_chat_job test_hub test_gate_inspect test_audit_repair
 """.split()
 
 
