@@ -10,10 +10,14 @@ from refusal_jax import demo_model_path, load_model, make_mesh
 from refusal_jax.directions import Direction, read_direction
 from refusal_jax.mechanism.cone_targets import NoTargets, cone_data
 from refusal_jax.plan.programs import Shapes, Sizes, Workload, programs
-from refusal_jax.study.config import get_config
-from refusal_jax.study.mechanism import alternatives, cones, cosmic, stages
-from refusal_jax.study.mechanism.run import run_mechanism
+from refusal_jax.report.findings import Findings
+from refusal_jax.runs.ledger import Ledger
+from refusal_jax.runs.run import Run, read_manifest
+from refusal_jax.study.config import StudyConfig, get_config
+from refusal_jax.study.mechanism import alternatives, cones, cosmic, som, stages
+from refusal_jax.study.mechanism.run import chosen, run_mechanism
 from refusal_jax.study.mechanism.settings import MechanismSettings
+from refusal_jax.study.mechanism.shared import MechanismStudy
 
 PARTS = ("cosmic", "som", "cones", "alternatives")
 QUICK = {
@@ -68,30 +72,37 @@ def test_the_report_shows_all_of_it(done):
         assert (done / "mechanism" / "figures" / f"cones-{name}.csv").is_file()
 
 
-def test_parts_that_are_done_are_skipped_and_the_table_follows_them(done, tmp_path):
+def test_parts_that_are_done_are_skipped(done, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(done, folder)
     assert run_mechanism(QUICK, folder).worked == []
-    again = run_mechanism(
-        QUICK | {"parts": ("som", "alternatives"), "som": {"side": 2, "steps": 200, "most": 1}}, folder
-    )
-    assert again.worked == ["som", "alternatives", "report", "figures"]
-    assert read(folder, "som")["picked"] == 1
 
 
-def test_the_table_alone_asks_for_no_part(demo_study, tmp_path):
-    folder = tmp_path / "run"
-    shutil.copytree(demo_study, folder)
-    assert run_mechanism(QUICK | {"parts": ("alternatives",)}, folder).worked == ["alternatives", "report", "figures"]
-    assert [row["name"] for row in read(folder, "alternatives")["rows"]] == ["difference in means"]
+def study_in(folder, **settings) -> MechanismStudy:
+    """The study in a folder, with settings of its mechanism, for the functions of single parts."""
+    manifest = read_manifest(folder / "manifest.json")
+    config, run = StudyConfig.of(manifest["config"]), Run(folder, manifest)
+    return MechanismStudy(MechanismSettings.of(settings), config, run, demo_model_path())
 
 
-def test_a_map_of_more_nodes_than_prompts_is_skipped(demo_study, tmp_path):
-    folder = tmp_path / "run"
-    shutil.copytree(demo_study, folder)
-    run = run_mechanism({"parts": ("som",), "som": {"side": 5}}, folder)
-    reason = run.manifest["stages"]["som"]["skipped"]
+def test_the_table_reads_the_parts_that_are_done_and_asks_for_no_other(demo_study, done):
+    alone, all_done = (study_in(folder, parts=("alternatives",)) for folder in (demo_study, done))
+    assert [stage.name for stage in chosen(alone)] == ["alternatives"]
+    assert [one.name for one in alternatives.alternatives(alone)] == ["difference in means"]
+    files = {
+        f"mechanism/{name}"
+        for name in ("cosmic.json", "som.json", "som.safetensors", "cones.json", "cones.safetensors")
+    }
+    assert set(alternatives.reads(all_done)) - set(alternatives.reads(alone)) == files
+    assert {"cosmic", "som", "cones"} <= {
+        stage.name for stage in chosen(all_done)
+    }  # which are skipped, as they are done
+
+
+def test_a_map_of_more_nodes_than_prompts_is_skipped(demo_study):
+    reason = som.skipped(study_in(demo_study, som={"side": 5}))
     assert reason.startswith("A map of 25 nodes needs as many refused harmful training prompts, and the study kept ")
+    assert som.skipped(study_in(demo_study, som={"side": 2})) == ""
 
 
 def test_too_few_texts_and_no_refusals(demo_study, done, tmp_path):
@@ -126,20 +137,22 @@ def test_a_study_without_texts_says_so(demo_study, tmp_path, monkeypatch):
         raise NoTargets("The model refuses none of the prompts.")
 
     monkeypatch.setattr(cones, "cone_data", none)
-    run_mechanism({"parts": ("cones",)}, folder)
+    study = study_in(folder)
+    cones.train_cones(study, Ledger(study.run.storage, "cones", []))
     assert read(folder, "cones") == {"none": "The model refuses none of the prompts."}
-    assert "The model refuses none of the prompts." in (folder / "report.html").read_text()
+    findings = Findings(study.run, [cones.STAGE.section])
+    assert cones.lines(findings) == ["", "Cones: The model refuses none of the prompts."]
+    assert cones.pictures(findings) == [] and cones.values(findings)["words"] == ""
 
 
 def test_programs_are_those_of_the_plan(model):
-    """What the planner compiles are the parts' own programs, for one device and for several."""
+    """What the planner compiles are the parts' own programs."""
     config = get_config()
     config.data.n_val = 8
     work = Workload(model.config, "float32", config, 16, stages.GROUPS, mechanism=MechanismSettings())
-    for mesh in (None, make_mesh(2, 1, 2)):
-        found = {one.name: one for one in programs(Shapes(work, mesh), Sizes(8, 16, 8, 8))}
-        for name in ("edited prompts", "kept answers", "replies"):
-            assert found[name].runs >= 1 and found[name].lower()
+    found = {one.name: one for one in programs(Shapes(work, make_mesh(2, 1, 2)), Sizes(8, 16, 8, 8))}
+    for name in ("edited prompts", "kept answers", "replies"):
+        assert found[name].runs >= 1 and found[name].lower()
     assert found["replies"].runs == 2 * found["kept answers"].runs
 
 
@@ -178,7 +191,9 @@ def test_the_dimension_in_words():
     assert words(3, 3, True, tried=3) == (
         "Refusal is mediated by a cone of 3 dimensions: the study's direction is not the only one. No larger one was tried."
     )
-    assert words(1, 2, None).endswith("Whether one of 2 does is open: there are too few validation prompts.")
+    few = "is open: there are too few validation prompts, or its effect is near the bounds."
+    assert words(1, 2, None).endswith(f"a single direction. Whether one of 2 does {few}")
+    assert words(0, 1, None) == f"Whether the direction that was found by gradient mediates refusal {few}"
 
 
 def test_a_selection_of_nothing_in_words():

@@ -76,11 +76,18 @@ def test_gradients_are_those_of_autograd(model, hf, rows, edits, retain):
         np.testing.assert_allclose(by_ablation[i, 0] if i < 2 else by_addition[i], gradient, rtol=3e-3, atol=2e-4)
 
 
-@pytest.mark.parametrize("mesh", [(2, 2, 2), (8, 1, 1)])
+@pytest.mark.parametrize("mesh", [(2, 2, 2)])
 def test_devices_do_not_change_losses_and_gradients(llama, model, rows, edits, mesh):
     alone, spread = (row_losses(one, rows, edits, True, 4) for one in (model, load_model(llama, mesh=make_mesh(*mesh))))
     for one, other in zip(alone, spread, strict=True):
         np.testing.assert_allclose(other, one, rtol=2e-3, atol=1e-4)
+
+
+def test_gradients_of_weights_in_bfloat16_are_nearly_those_of_float32(llama, model, rows, edits):
+    """Losses are float32 whatever the weights are: in bfloat16 the gradient of a small KL divergence would be noise."""
+    exact, rounded = (row_losses(one, rows, edits, True, 4) for one in (model, load_model(llama, "bfloat16")))
+    for one, other in ((exact[1][:2, 0], rounded[1][:2, 0]), (exact[2][2:], rounded[2][2:])):
+        assert ((unit(one) * unit(other)).sum(1) > 0.98).all()
 
 
 def test_directions_get_the_mean_over_texts(model, rows):
@@ -162,7 +169,7 @@ class World:
 @pytest.mark.parametrize("planted", [1, 2])
 def test_the_dimension_of_a_planted_cone(planted):
     world, saved = World(planted), {}
-    recipe = ConeRecipe(steps=150, batch=2, samples=8, rate=3e-2, patience=15)
+    recipe = ConeRecipe(steps=100, batch=2, samples=8, rate=3e-2, patience=10)
     first = np.random.default_rng(0).normal(size=12)
     find = functools.partial(find_cones, world.losses, 4, world.test, first, recipe, drawn=16, seed=0, kl_threshold=0.1)
     trained, tested = find(dimensions=4, save=saved.__setitem__)
@@ -170,6 +177,16 @@ def test_the_dimension_of_a_planted_cone(planted):
     assert dimension(held) == planted and max(held) == planted + 1 and held[planted + 1] is False
     assert np.linalg.norm(trained[planted].basis_kd @ world.span.T) ** 2 > 0.8 * planted
     assert len(tested[planted + 1]) == planted + 1 + 16
+
+    def few(units) -> list[Mediation]:
+        return [
+            Mediation(Rate(one.ablated.count // 16, 2), Rate(one.added.count // 16, 2), 0.0)
+            for one in world.test(units)
+        ]
+
+    assert list(
+        find_cones(world.losses, 4, few, first, recipe, dimensions=4, drawn=2, seed=0, kl_threshold=0.1, known=saved)[1]
+    ) == [1]
     again, _ = find(dimensions=1, known=saved)
     assert again[1] is saved[1]
 

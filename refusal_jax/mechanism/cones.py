@@ -189,8 +189,8 @@ def find_cones(
     save: Callable[[int, Trained], object] = lambda dimension, trained: None,
     told: Callable[[int], object] = lambda step: None,
 ) -> tuple[dict[int, Trained], dict[int, list[Mediation]]]:
-    """Returns the cones of dimension 1, 2 and so on, until one does not mediate refusal, and the effects of the directions of
-    each: of its basis, and of those that are drawn from it.
+    """Returns the cones of dimension 1, 2 and so on, until one is not seen to mediate refusal, and the effects of the directions
+    of each: of its basis, and of those that are drawn from it.
 
     losses, count, told: as in `train_cone`. test: gives the effects of unit directions. first_d: the direction that training
     begins with; each further dimension begins with a random one beside the cone before it. dimensions: at most. drawn: directions
@@ -207,7 +207,7 @@ def find_cones(
             trained[k] = train_cone(losses, count, start_kd, recipe, seed=seed + k, told=told)
             save(k, trained[k])
         tested[k] = test(cone_samples(trained[k].basis_kd, drawn, seed))
-        if cone_holds(tested[k], kl_threshold) is False:
+        if not cone_holds(tested[k], kl_threshold):
             break
     return trained, tested
 

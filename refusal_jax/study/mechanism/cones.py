@@ -88,12 +88,12 @@ def trained_cones(
     `cone_data` does."""
     settings, direction, model, ids = study.settings.cones, study.direction(), study.model, study.refusal_ids()
     recipe, norm, (_, layer) = recipe_of(settings), direction.norm, direction.place
+    sides = study.instructions("harmful_train"), study.instructions("harmless_train")
+    data = cone_data(model, direction, *sides, tokens=settings.target_tokens, rows=study.sizes.generation)
     harmful, harmless = (
         EditedPrompts.build(model, study.instructions(split), study.sizes.select, ids)
         for split in ("harmful_val", "harmless_val")
     )
-    sides = study.instructions("harmful_train"), study.instructions("harmless_train")
-    data = cone_data(model, direction, *sides, tokens=settings.target_tokens, rows=study.sizes.generation)
 
     def test(units_md: np.ndarray) -> list[Mediation]:
         return mediations(harmful, harmless, units_md, layer, norm)
@@ -174,6 +174,9 @@ def programs(shapes: Shapes, rows: int) -> list[Program]:
 def in_words(found: dict) -> str:
     """Returns the dimension of the cone in sentences."""
     k, last = found["dimension"], found["cones"][-1]
+    few = "is open: there are too few validation prompts, or its effect is near the bounds."
+    if not k and last["holds"] is None:
+        return f"Whether the direction that was found by gradient mediates refusal {few}"
     if not k:
         head = "No direction that was found by gradient mediates refusal on the validation prompts."
         head += " The study's own direction does, so that the training fell short." if found["own"]["holds"] else ""
@@ -182,7 +185,7 @@ def in_words(found: dict) -> str:
     else:
         head = f"Refusal is mediated by a cone of {k} dimensions: the study's direction is not the only one."
     if last["holds"] is None:
-        return f"{head} Whether one of {last['dimension']} does is open: there are too few validation prompts."
+        return f"{head} Whether one of {last['dimension']} does {few}"
     if last["holds"]:
         return f"{head} No larger one was tried." if found["tried"] == k else head
     failing = sum(row["holds"] is False for row in last["directions"])

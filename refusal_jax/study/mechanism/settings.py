@@ -49,7 +49,7 @@ class MapSettings(Settings, path="som"):
 class ConeSettings(Settings, path="cones"):
     """The cones that are trained by gradient."""
 
-    dimensions: int = option(5, "Largest dimension that is tried; training ends before it where a cone does not hold")
+    dimensions: int = option(5, "Largest dimension that is tried; training ends before it at a cone that does not hold")
     steps: int = option(100, "Largest number of steps for each dimension")
     batch: int = option(0, "Prompts of each kind in a step; 0 is 16 as in the paper, and 4 on a CPU")
     samples: int = option(0, "Directions drawn from the cone in a step; 0 is 8 as in the paper, and 4 on a CPU")
