@@ -21,9 +21,11 @@ from test_messages import has
 from test_structure import FLOORS
 
 from refusal_jax.jobs.main import JOBS
+from refusal_jax.runs import artifacts
 from refusal_jax.study.config import get_config
 
 ROOT = pathlib.Path(__file__).parent.parent
+ARTIFACTS = {name for name in vars(artifacts).values() if isinstance(name, str)}
 PAGES = [
     *(ROOT / f"{name}.md" for name in ("README", "CONTRIBUTING", "CHANGELOG")),
     *sorted((ROOT / "docs").rglob("*.md")),
@@ -255,7 +257,8 @@ def test_what_is_named_exists(page):
     for name in re.findall(r"`((?:[\w.]+/)+[\w.]*)`", text):
         places = (ROOT, ROOT / "refusal_jax", ROOT / "refusal_jax/models", ROOT / "docs")
         ours = name.split("/")[0] in {path.name for path in [*ROOT.iterdir(), *(ROOT / "refusal_jax").iterdir()]}
-        assert not ours or name.startswith("runs/") or any((place / name).exists() for place in places), name
+        written = name.startswith("runs/") or name.rstrip("/") in ARTIFACTS
+        assert not ours or written or any((place / name).exists() for place in places), name
 
 
 def test_messages_that_are_explained_exist():

@@ -228,6 +228,7 @@ STAGE = Stage(
     skipped=skipped,
     given=lambda study: study.settings.rank.to_dict(),
     programs=Group("ranks", "select", programs, assumed="refusal breaks with no fewer directions than the most"),
+    about="Counts how many directions must be ablated until half of the refusals are gone, beside random ones (rank to break).",
     section=Section(
         pathlib.Path(__file__).with_name("rank.html.jinja"),
         {"rank": "Rank to break"},
