@@ -120,6 +120,25 @@ class RankSettings(Settings, path="rank"):
 
 
 @dataclasses.dataclass
+class AgreementSettings(Settings, path="agreement"):
+    """How far directions agree."""
+
+    n_prompts: int = option(
+        128, "Largest number of training prompts of each kind, and of prompts of each set, to look at"
+    )
+    sets: tuple[str, ...] = option(
+        (), "Further sets of prompts whose directions are compared, as files or names of sets"
+    )
+
+    def check(self) -> None:
+        """Raises UserError for settings that leave nothing to compare."""
+        if self.n_prompts < 4:
+            raise UserError(
+                f"{field('agreement.n_prompts')} = {self.n_prompts}: give at least 4, so that there are halves."
+            )
+
+
+@dataclasses.dataclass
 class MechanismSettings(Settings):
     """Every setting of the mechanism, with a section for each part that has settings of its own."""
 
@@ -139,12 +158,14 @@ class MechanismSettings(Settings):
         AlternativeSettings, "The comparison of other directions with the study's"
     )
     dose: DoseSettings = section(DoseSettings, "How much of the direction is ablated and added")
+    agreement: AgreementSettings = section(AgreementSettings, "How far directions agree")
     rank: RankSettings = section(RankSettings, "How many directions refusal takes to break")
 
     def check(self, known: tuple[str, ...]) -> None:
         """Raises UserError for a part that is not among the `known` ones, and for settings that leave nothing to do."""
         self.dose.check()
         self.rank.check()
+        self.agreement.check()
         for part in self.parts:
             if part not in known:
                 raise UserError(

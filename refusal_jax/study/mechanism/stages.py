@@ -2,6 +2,7 @@
 
 from refusal_jax.runs.stage import Stage
 from refusal_jax.study.mechanism import (
+    agreement,
     alternatives,
     attention,
     attribution,
@@ -20,6 +21,7 @@ STAGES: tuple[Stage[MechanismStudy], ...] = (
     attribution.STAGE,
     attention.STAGE,
     plane.STAGE,
+    agreement.STAGE,
     dose.STAGE,
     rank.STAGE,
     cosmic.STAGE,
