@@ -28,6 +28,8 @@ SOM, SOM_DIRECTIONS = f"{MECHANISM}/som.json", f"{MECHANISM}/som.safetensors"
 CONES, CONE_BASES = f"{MECHANISM}/cones.json", f"{MECHANISM}/cones.safetensors"
 ALTERNATIVES = f"{MECHANISM}/alternatives.json"
 PLANE, PLANE_POINTS = f"{MECHANISM}/plane.json", f"{MECHANISM}/plane.safetensors"
+SCATTER, SCATTER_POINTS = f"{MECHANISM}/scatter.json", f"{MECHANISM}/scatter.safetensors"
+MATRICES, MATRIX_DIRECTIONS = f"{MECHANISM}/matrices.json", f"{MECHANISM}/matrices.safetensors"
 FIGURES = f"{MECHANISM}/figures"  # the folder of the report's figures as files, and their list
 FIGURE_LIST = f"{FIGURES}/figures.json"
 

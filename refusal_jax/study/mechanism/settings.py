@@ -139,6 +139,31 @@ class AgreementSettings(Settings, path="agreement"):
 
 
 @dataclasses.dataclass
+class ScatterSettings(Settings, path="scatter"):
+    """The scatter of prompts by layer."""
+
+    panels: int = option(6, "Number of layers to show, of which one is that of the study's direction")
+
+
+@dataclasses.dataclass
+class MatrixSettings(Settings, path="matrices"):
+    """The comparison of directions of other prompts, such as other languages, and of other models."""
+
+    sets: tuple[str, ...] = option(
+        (),
+        "Further sets of prompts, such as the same in other languages, as NAME=HARMFUL+HARMLESS, two files or other names of "
+        "prompt sets",
+    )
+    directions: tuple[str, ...] = option(
+        (),
+        "Directions of other models or studies, as NAME=RUN or NAME=FILE, the folder of a study or a file of a direction",
+    )
+    n_prompts: int = option(
+        128, "Largest number of harmful prompts of a set, and of harmless ones; half of them make its direction"
+    )
+
+
+@dataclasses.dataclass
 class MechanismSettings(Settings):
     """Every setting of the mechanism, with a section for each part that has settings of its own."""
 
@@ -160,6 +185,10 @@ class MechanismSettings(Settings):
     dose: DoseSettings = section(DoseSettings, "How much of the direction is ablated and added")
     agreement: AgreementSettings = section(AgreementSettings, "How far directions agree")
     rank: RankSettings = section(RankSettings, "How many directions refusal takes to break")
+    scatter: ScatterSettings = section(ScatterSettings, "The scatter of prompts by layer")
+    matrices: MatrixSettings = section(
+        MatrixSettings, "The comparison of directions of other prompts and of other models"
+    )
 
     def check(self, known: tuple[str, ...]) -> None:
         """Raises UserError for a part that is not among the `known` ones, and for settings that leave nothing to do."""

@@ -11,6 +11,7 @@ from refusal_jax.study.mechanism import (
     dose,
     plane,
     rank,
+    scatter,
     som,
     suffixes,
 )
@@ -24,6 +25,7 @@ STAGES: tuple[Stage[MechanismStudy], ...] = (
     agreement.STAGE,
     dose.STAGE,
     rank.STAGE,
+    scatter.STAGE,
     cosmic.STAGE,
     som.STAGE,
     cones.STAGE,
