@@ -150,13 +150,14 @@ def heatmap(
     pick: Direction | None,
     *,
     columns: tuple[str, str, str],
+    x_labels: Sequence[str] = (),
     shown_pl: np.ndarray | None = None,
     passing_pl: np.ndarray | None = None,
     limit: int | None = None,
     height: float | None = None,
 ) -> Picture:
     """Draws values over layer (x) and position (y), with the pick outlined, if there is one. columns: names of what is down and
-    across, and of the values, in the data.
+    across, and of the values, in the data. x_labels: names of what is across, if it is not layers.
 
     Cells are hatched where not `shown_pl` (not evaluated, or not defined), crossed where NaN, and faded where not
     `passing_pl`. limit: the first pruned layer.
@@ -183,10 +184,12 @@ def heatmap(
             _mark_pick(axes, layer, position + positions, cell)
         step = -(-positions // MOST_LABELS)
         axes.set_yticks(range(0, positions, step), y_labels[::step], parse_math=False)
-        layer_axis(axes, layers)
+        layer_axis(axes, layers, "" if x_labels else "layer")
+        if x_labels:
+            axes.set_xticks(range(layers), x_labels, parse_math=False)
         axes.set_ylim(positions - 0.5, -0.5)
         _colour_bar(figure, axes, scale, values_pl[finite_pl].max(initial=scale.middle))
-        return Picture(name, label, figure, grid_rows(values_pl, columns, y_labels))
+        return Picture(name, label, figure, grid_rows(values_pl, columns, y_labels, x_labels))
 
 
 @dataclasses.dataclass(frozen=True)
