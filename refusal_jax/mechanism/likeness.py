@@ -68,4 +68,5 @@ def cosine_between(first: Sample | np.ndarray, second: Sample | np.ndarray) -> d
     z, half = math.atanh(min(max(value, -1 + 1e-12), 1 - 1e-12)), Z95 * math.sqrt(variance)
     known = isinstance(first, Sample) and isinstance(second, Sample)
     ceiling = math.sqrt(first.reliability * second.reliability) if known else math.nan
-    return {"mean": value, "low": math.tanh(z - half), "high": math.tanh(z + half), "ceiling": ceiling}
+    low, high = min(math.tanh(z - half), value), max(math.tanh(z + half), value)  # at 1 the scale ends
+    return {"mean": value, "low": low, "high": high, "ceiling": ceiling}

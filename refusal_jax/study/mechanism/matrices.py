@@ -72,9 +72,9 @@ def own_set(study: MechanismStudy, most: int) -> PromptSet:
 
 def sample_of(study: MechanismStudy, one: PromptSet) -> Sample:
     """Returns the residuals of a set's first halves at the place of the study's direction."""
-    position, layer = study.direction().place
+    place = [study.direction().place]
     sides = [
-        activations(study.model, half, [layer], position, study.sizes.forward).resid_nkd[:, 0].astype(np.float64)
+        activations(study.model, half, place, study.sizes.forward)[:, 0].astype(np.float64)
         for half in (one.harmful[0], one.harmless[0])
     ]
     return Sample(*sides)
@@ -265,4 +265,5 @@ STAGE = Stage(
         needs=(MATRICES,),
         pictures=pictures,
     ),
+    about="Compares the directions of other prompts, such as other languages, and of other models with the study's.",
 )
