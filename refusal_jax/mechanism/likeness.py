@@ -66,7 +66,8 @@ def cosine_between(first: Sample | np.ndarray, second: Sample | np.ndarray) -> d
             z_n = np.arctanh(np.clip(cosine_of(left_nd, other_d[None]), -1 + 1e-12, 1 - 1e-12))
             variance += (len(z_n) - 1) / len(z_n) * float(((z_n - z_n.mean()) ** 2).sum())
     z, half = math.atanh(min(max(value, -1 + 1e-12), 1 - 1e-12)), Z95 * math.sqrt(variance)
-    known = isinstance(first, Sample) and isinstance(second, Sample)
-    ceiling = math.sqrt(first.reliability * second.reliability) if known else math.nan
+    ceiling = math.nan
+    if isinstance(first, Sample) and isinstance(second, Sample):
+        ceiling = math.sqrt(first.reliability * second.reliability)
     low, high = min(math.tanh(z - half), value), max(math.tanh(z + half), value)  # at 1 the scale ends
     return {"mean": value, "low": low, "high": high, "ceiling": ceiling}

@@ -38,13 +38,13 @@ def colours_of(names: Sequence[str]) -> dict[str, str]:
 
 def legend(axes: Axes, top: float, names: Mapping[str, tuple[str, str]]) -> None:
     """Draws names below each other above the axes, each with its mark in its colour. top: points above the axes of the first."""
-    height = axes.get_position().height * axes.figure.get_figheight() * 72
+    height = axes.get_window_extent().height / axes.figure.dpi * 72
     for number, (name, (colour, mark)) in enumerate(names.items()):
         y = 1 + (top - 14 * number) / height
         if mark in ("-", "--"):
             axes.plot([0, 0.055], [y, y], mark, color=colour, linewidth=1.5, transform=axes.transAxes, clip_on=False)
         else:
-            style = {"markerfacecolor": "none"} if mark == "open" else {}
+            style: dict = {"markerfacecolor": "none"} if mark == "open" else {}
             shape = "o" if mark == "open" else mark
             axes.plot(0.02, y, shape, color=colour, markersize=4.5, transform=axes.transAxes, clip_on=False, **style)
         axes.text(0.075, y, name, transform=axes.transAxes, fontsize=9, va="center", parse_math=False)

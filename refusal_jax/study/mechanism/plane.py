@@ -128,11 +128,14 @@ def summary(points: Mapping[str, Mapping[str, Ends]], layers: Mapping[str, int])
     """Returns the numbers of the report. layers: the layer at which each direction is looked at."""
     effects = {}
     for axis in AXES:
-        pairs = [
-            tuple(along(points, name, kind, axis)[:, layers[axis]] for kind in (Baseline.name, Ablate.name))
+        sides = [
+            (
+                along(points, name, Baseline.name, axis)[:, layers[axis]],
+                along(points, name, Ablate.name, axis)[:, layers[axis]],
+            )
             for name in (HARMFUL, HARMLESS)
         ]
-        effects[axis] = moved_row(Moved.of(*pairs))
+        effects[axis] = moved_row(Moved.of(sides[0], sides[1]))
         added = [along(points, HARMLESS, kind, axis)[:, layers[axis]] for kind in (Baseline.name, Add.name)]
         gap = effects[axis]["gap"]["mean"]
         effects[axis]["added"] = bounded(paired_mean(*(values / gap for values in added))) if gap else None
