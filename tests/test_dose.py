@@ -8,11 +8,13 @@ import tiny
 import torch
 from oracle import ablation, addition, hooked
 
-from refusal_jax import Edits, UserError
+from refusal_jax import Edits, UserError, load_model
 from refusal_jax.judges.statistics import wilson_interval
 from refusal_jax.mechanism import dose
+from refusal_jax.mechanism.activations import activations
 from refusal_jax.mechanism.dose import Response, caused_dose, crossings, dose_rows, half_place, removed_dose, respond
 from refusal_jax.mechanism.edited_prompts import EditedPrompts
+from refusal_jax.models.sharding import make_mesh
 from refusal_jax.runs.artifacts import DOSE, DOSES
 from refusal_jax.study.mechanism import dose as stage
 from refusal_jax.study.mechanism.run import run_mechanism
@@ -54,6 +56,23 @@ def test_responses_equal_torch_hooks(model, hf):
     again = respond(prompts, edits, saved[:7], lambda rows: saved.append(rows))
     np.testing.assert_array_equal(again.scores_mn, found.scores_mn)
     assert [row["edit"] for row in saved[-1]] == [7]
+
+
+def test_eight_devices_say_the_same(llama, model):
+    """Doses, a subspace of several directions, and activations under it, on a mesh that divides rows, weights and heads."""
+    on_mesh = load_model(llama, mesh=make_mesh(2, 2, 2))
+    directions = np.random.default_rng(2).normal(size=(3, model.config.d_model))
+    doses = Edits.concat([Edits.ablate(directions[0], scale=scale) for scale in (0.0, 0.6, 1.2)])
+    subspace = Edits.ablate(directions[None])
+    for edits in (doses, subspace):
+        alone, divided = (respond(EditedPrompts.build(one, ASKED, 8, IDS), edits) for one in (model, on_mesh))
+        np.testing.assert_allclose(divided.scores_mn, alone.scores_mn, atol=1e-4)
+        np.testing.assert_allclose(divided.kl_mn, alone.kl_mn, atol=1e-4)
+    places = [(-1, 1), (-3, 2)]
+    alone, divided = (activations(one, ASKED, places, 8, subspace) for one in (model, on_mesh))
+    np.testing.assert_allclose(divided, alone, atol=1e-4)
+    units = directions / np.linalg.norm(directions, axis=1, keepdims=True)
+    assert np.abs(alone @ units.T).max() < 1e-4 < 0.1 < np.abs(activations(model, ASKED, places, 8) @ units.T).max()
 
 
 def test_places_of_one_half():

@@ -10,8 +10,11 @@ from oracle import ablation, hooked
 from refusal_jax import UserError
 from refusal_jax.mechanism.dose import Response
 from refusal_jax.mechanism.ranks import ablations, left_over, mean_difference, principal_components, random_directions
+from refusal_jax.models.hf_config import load_config
+from refusal_jax.plan.programs import Shapes, Workload
 from refusal_jax.runs.artifacts import RANK, RANK_DIRECTIONS
-from refusal_jax.study.mechanism import rank
+from refusal_jax.study.config import get_config
+from refusal_jax.study.mechanism import agreement, dose, rank
 from refusal_jax.study.mechanism.run import run_mechanism
 from refusal_jax.study.mechanism.settings import MechanismSettings
 
@@ -118,3 +121,13 @@ def test_the_stage_goes_on_and_shows_what_it_found(demo_study, tmp_path, monkeyp
 def test_settings_that_count_nothing():
     with pytest.raises(UserError, match=r"rank\.most = 0, .*rank\.n_prompts = 64 and .*give at least 1 of each"):
         MechanismSettings.of({"rank": {"most": 0}}).check(("rank",))
+
+
+def test_the_plan_compiles_what_the_stages_run(llama):
+    """The programs that `plan` is given are those that the stages call, with inputs of the same shapes and kinds."""
+    config = get_config()
+    config.data.update({"n_train": 5, "n_test": 5})
+    work = Workload(load_config(llama), "float32", config, 64, (dose.STAGE.programs, rank.STAGE.programs))
+    for stage in (dose.STAGE, rank.STAGE, agreement.STAGE):
+        for program in stage.programs.describe(Shapes(work, None), 16):
+            assert program.lower().compile() and program.runs > 0 and program.rows == 16
