@@ -3,6 +3,8 @@
 import random
 
 import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
 
 from refusal_jax import UserError, demo_model_path, load_model
 from refusal_jax.chat.suffixes import ids_of, is_stable, printable_ids, random_suffix
@@ -38,7 +40,7 @@ def test_a_suffix_that_joins_the_word_before_it_is_not_stable(demo):
 
 
 def test_a_tokenizer_without_stable_suffixes_is_an_error(demo):
-    with pytest.raises(UserError, match="No random suffix of 3 tokens was found in 200 draws"):
+    with pytest.raises(UserError, match="No random suffix of 3 tokens was found in 400 draws"):
         random_suffix(demo.chat.tokenizer, ids_of(demo.chat.tokenizer, "ke"), 3, random.Random(0), ["How do I ba"])
 
 
@@ -48,3 +50,17 @@ def test_the_embedded_model_withstands_random_suffixes(demo):
         found = Answers.measure(demo, prompts, random_suffixes(demo, prompts, JUNK_LENGTHS, seed=1))
         assert abs(found.refused.count - refused) <= 1 and found.refused.n == 40
         assert abs(found.formed.count - (40 - refused)) <= 2
+
+
+def test_a_tokenizer_that_writes_a_blank_before_a_text():
+    """As Llama 2's and Gemma's: it leaves the blank out when it decodes, so that the suffix must bring its own."""
+    bpe = Tokenizer(models.BPE(unk_token="?"))
+    bpe.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    bpe.decoder = decoders.Metaspace(prepend_scheme="first")
+    words = ["bake the bread", "bread cake oven", "the oven cake"] * 9
+    bpe.train_from_iterator(words, trainers.BpeTrainer(vocab_size=60, special_tokens=["?"], show_progress=False))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, unk_token="?", clean_up_tokenization_spaces=False)
+    printable = printable_ids(tokenizer, len(tokenizer))
+    text = random_suffix(tokenizer, printable, 3, random.Random(0), ["bake the bread"])
+    assert text.startswith(" ") and ids_of(tokenizer, "bake the bread" + text)[-3:] == ids_of(tokenizer, text[1:])
+    assert len(ids_of(tokenizer, "bake the bread" + text)) == len(ids_of(tokenizer, "bake the bread")) + 3

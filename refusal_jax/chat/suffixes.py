@@ -44,12 +44,13 @@ def random_suffix(
 
     Raises UserError if none is found.
     """
-    for _ in range(TRIES):
+    for attempt in range(2 * TRIES):
         ids = rng.choices(printable, k=length)
-        text = tokenizer.decode(ids)
+        # Tokenizers such as Llama 2's write a blank before a text and drop it when they decode, so the suffix brings its own.
+        text = " " * (attempt >= TRIES) + tokenizer.decode(ids)
         if all(is_stable(tokenizer, one, text, ids) for one in before):
             return text
     raise UserError(
-        f"No random suffix of {length} tokens was found in {TRIES} draws that leaves the tokens before it as they are. Give "
+        f"No random suffix of {length} tokens was found in {2 * TRIES} draws that leaves the tokens before it as they are. Give "
         "suffixes of your own, or a smaller number of tokens."
     )
