@@ -85,7 +85,8 @@ def _colour_bar(figure: Figure, axes: Axes, scale: Scale, most: float) -> None:
     box = axes.get_position()
     cax = figure.add_axes((1 - 44 / width, box.y0 + 4 / height, 7 / width, box.height - 8 / height))
     bar = figure.colorbar(ScalarMappable(norm, scale.cmap), cax=cax, ticks=[norm.vmin, scale.middle, norm.vmax])
-    names = [f"{tick:.2g}".replace("-", "−") for tick in (norm.vmin, scale.middle, norm.vmax)]
+    ticks = [float(tick or 0.0) for tick in (norm.vmin, scale.middle, norm.vmax)]
+    names = [(f"{tick:.2g}" if abs(tick) < 100 else f"{tick:.0f}").replace("-", "−") for tick in ticks]
     bar.ax.set_yticklabels([*names[:2], ("≥ " if norm.vmax is not None and most > norm.vmax else "") + names[2]])
     bar.ax.tick_params(labelsize=8.5, length=2, pad=2)
     bar.ax.minorticks_off()
