@@ -20,6 +20,7 @@ from refusal_jax.harness.edited import ARGUMENTS
 from refusal_jax.jobs.main import JOBS
 from refusal_jax.settings import Settings
 from refusal_jax.study.config import get_config
+from refusal_jax.study.mechanism.settings import MechanismSettings
 
 PACKAGE = pathlib.Path(__file__).parents[1] / "refusal_jax"
 MODULES = sorted(PACKAGE.rglob("*.py"))
@@ -80,8 +81,8 @@ def texts(path: pathlib.Path) -> list[str]:
 
 
 def is_field(name: str) -> bool:
-    """Returns whether a study's config or a gate's policy has a setting."""
-    made = [get_config(), get_policy()]
+    """Returns whether a study's config, its mechanism's settings or a gate's policy has a setting."""
+    made = [get_config(), get_policy(), MechanismSettings()]
     return any(name in one or name in {each.path for each in one.described()} for one in made)
 
 
