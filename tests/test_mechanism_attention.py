@@ -224,3 +224,12 @@ def test_no_head_writes_more_than_nothing(suffix_study, tmp_path, unchecked):
         assert attention.values(findings)["no_head"] == attention.NO_HEAD
         template = environment(attention.STAGE.section.template.parent).get_template("attention.html.jinja")
         assert "No head writes more than nothing" in template.render(attention.values(findings))
+
+
+def test_rounding_of_what_nearly_cancels():
+    """It is seen against the most that the head reads at any of the template's tokens."""
+    whole = jax.tree.map(np.array, Reading.zeros(1, 1, 2, 3))
+    whole.attention[..., 0] = 1.0
+    whole.along[0, 0, 0, TEMPLATE] = whole.along_via[0, 0, 0, 0, TEMPLATE] = 5.0
+    whole.along_via[0, 0, 1, 0, TEMPLATE] = 1e-4
+    check_sums(whole, "float32", 4)

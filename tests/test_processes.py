@@ -297,7 +297,7 @@ def same_results(alone: pathlib.Path, folder: pathlib.Path, tolerance: float = 1
             assert differ(*(json.loads((f / name).read_text()) for f in (alone, folder)), name) < tolerance
 
 
-PARTS = ("suffixes", "attribution")
+PARTS = ("suffixes", "attribution", "attention")
 
 
 def test_a_mechanism_in_two_processes_and_on_eight_devices(demo_study, tmp_path):
@@ -307,7 +307,7 @@ def test_a_mechanism_in_two_processes_and_on_eight_devices(demo_study, tmp_path)
     flags = f"--suffix={tmp_path / 'suffix.txt'}", f"--parts={','.join(PARTS)}", "--suffixes.n_prompts=6"
     pair = Pair(
         lambda i, port: (
-            "-m", "refusal_jax.jobs.main", "mechanism", f"--direction={several}", *flags,
+            "refusal_jax/jobs/main.py", "mechanism", f"--direction={several}", *flags,
             f"--coordinator=127.0.0.1:{port}", "--num_processes=2", f"--process_id={i}",
         ),
         tmp_path,
