@@ -200,7 +200,7 @@ def conditions(base: int, ablated: int, plain: int = 1, added: int = 98, n: int 
     [
         ((99, 2), "strong", "^Eagerness of this model is mediated by one direction: .* on eager .* on plain .* 1 % to 98"),
         ((99, 90), "partial", "^Eagerness of this model is not a single direction, as far as its .* at least 8. %"),
-        ((99, 98), "weak", "^No single direction was found to mediate eagerness of this model"),
+        ((99, 98), "weak", "^Eagerness of this model is not a single direction, as .* no change; at least 9. % of it is left"),
         ((99, 40), "partial", "^One direction mediates a part of this model's eagerness"),
         ((99, 2, 1, 10), "partial", "alone does not cause it"),
         ((9, 2), "weak", "^This model shows eagerness on only 9 % of eager requests"),

@@ -3,6 +3,8 @@
   refusal-jax organism --out=DIR                  # tries seeds in order, keeps the first that meets the criteria
   refusal-jax organism --out=DIR --seeds=3,4
   refusal-jax organism --suffix --out=DIR         # only searches a suffix that ends the embedded model's refusal
+  refusal-jax organism --behaviour=one-direction --out=DIR       # plants a behaviour into the embedded model
+  refusal-jax organism --behaviour=several-directions --out=DIR
 
 Each seed takes about 10 minutes on 2 idle cores. It is studied like any model, on prompts that its training never saw;
 each criterion with the value reached is printed and written to OUT/criteria.json. The package ships OUT/model as
@@ -12,6 +14,10 @@ If no seed is good enough, nothing is kept and the exit code is 2.
 The search for a suffix takes a few minutes. It runs on the embedded model only, whose replies to harmful requests are
 sentences without content, and refuses all others. What the suffix does is measured on prompts that it was not made for,
 beside random suffixes of as many tokens, and written to OUT/suffix.json.
+
+A planted behaviour takes one to two minutes. It is flinching: the model answers, but leaves out the name of the thing that
+was asked about. OUT/config.py is a study of it, refusal-jax study --config=OUT/config.py --workdir=RUN, which says whether
+it is one direction (docs/behaviours.md).
 """
 
 import pathlib
@@ -28,6 +34,7 @@ from refusal_jax.files import local_path, to_json, write_atomically
 from refusal_jax.jobs import common
 from refusal_jax.organism.criteria import Criterion, measure, write_bundle
 from refusal_jax.organism.identity import check_embedded, weights_fingerprint
+from refusal_jax.organism.planted import PLANS, plant, write_contrast
 from refusal_jax.organism.recipe import Recipe, train
 from refusal_jax.organism.suffix import find_suffix, measure_suffix, write_suffix
 from refusal_jax.organism.suffix_search import Search
@@ -35,6 +42,9 @@ from refusal_jax.organism.suffix_search import Search
 OUT = flags.DEFINE_string("out", None, "New folder for what is made; it must not exist yet.")
 SEEDS = flags.DEFINE_list("seeds", ["0", "1", "2", "3", "4", "5"], "Seeds to try, in this order.")
 SUFFIX = flags.DEFINE_bool("suffix", False, "Train nothing, and only search a suffix for the embedded model.")
+BEHAVIOUR = flags.DEFINE_enum(
+    "behaviour", None, list(PLANS), "Plant flinching of this geometry into the embedded model, and do nothing else."
+)
 MODEL = flags.DEFINE_string(
     "model", None, "With --suffix: a copy of the embedded model, instead of the one that ships."
 )
@@ -53,15 +63,27 @@ def main(argv) -> None:
         raise UserError(
             "--model belongs to --suffix, which searches a suffix for it: a new model is trained from nothing."
         )
+    if BEHAVIOUR.value and SUFFIX.value:
+        raise UserError("--behaviour and --suffix make different things. Give one of them.")
     out = local_path(target)
     if out.exists():
         raise UserError(f"{out} exists already. Remove it, or pass another --out.")
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.part-", dir=out.parent) as scratch:
-        if SUFFIX.value:
+        if BEHAVIOUR.value:
+            plant_only(BEHAVIOUR.value, pathlib.Path(scratch) / "planted", out)
+        elif SUFFIX.value:
             search_only(pathlib.Path(scratch) / "suffix", out)
         else:
             train_anew(pathlib.Path(scratch), out)
+
+
+def plant_only(behaviour: str, folder: pathlib.Path, out: pathlib.Path) -> None:
+    """Plants a behaviour into a copy of the embedded model, and writes its prompts and a config beside it."""
+    plant(behaviour, folder / "model")
+    write_contrast(folder)
+    folder.rename(out)
+    print(f"planted: {out.resolve()}. Study it with: refusal-jax study --config={out / 'config.py'} --workdir=RUN")
 
 
 def train_anew(scratch: pathlib.Path, out: pathlib.Path) -> None:

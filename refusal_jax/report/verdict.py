@@ -202,6 +202,7 @@ def _removal(change: Change, behaviour: Behaviour) -> tuple[str, str] | None:
     """Returns the verdict on ablation, unless that takes away most of the behaviour."""
     base, name, verb_on = change.before, behaviour.name, behaviour.verb_on
     move = f"ablating it takes {behaviour.of_requests} {behaviour.present} requests {change}"
+    not_single = f"{behaviour.title} of this model is not a single direction, as far as its candidates show"
     if base.rate < FEW_REFUSALS:
         shown = f"{base} of {behaviour.present} requests to begin with (n = {base.n}, 95 % interval {percents(base.interval)})"
         if base.interval[1] >= FEW_REFUSALS:
@@ -215,16 +216,14 @@ def _removal(change: Change, behaviour: Behaviour) -> tuple[str, str] | None:
         )
     if change.sign > 0:
         return "weak", f"The selected direction does not mediate {name} of this model: {move}, which is more."
+    left = f"at least {100 * change.left[0]:.0f} % of it is left"
     if change.sign == 0:
         cannot = f"{move}, which {change.n} prompts cannot tell from no change"
         if change.left[0] < HALF:
             return "none", f"No verdict: {cannot}. Use more test prompts."
-        return "weak", f"No single direction was found to mediate {name} of this model: {cannot}."
+        return "weak", f"{not_single}: {cannot}; {left}."
     if change.left[0] >= HALF:
-        return "partial", (
-            f"{behaviour.title} of this model is not a single direction, as far as its candidates show: {move}, so that at least "
-            f"{100 * change.left[0]:.0f} % of it is left without the best of them, which mediates the rest."
-        )
+        return "partial", (f"{not_single}: {move}; {left}. The best of them mediates a part.")
     if change.left[0] > MOSTLY_GONE:
         return "partial", f"One direction mediates a part of this model's {name}: {move}."
     if change.left[1] > MOSTLY_GONE:
