@@ -90,7 +90,8 @@ def test_by_opening_tokens_and_by_a_judge_of_replies(eager, tmp_path):
         for words in ("Eagerness direction", "Eagerness rates", "plain prompts", "is of this contrast"):
             assert words in shown
         assert not re.search(
-            "refus(al|es|ed)|harm", shown.replace("Refusal in Language Models", "").replace("refusal-jax", "")
+            "refus(al|es|ed)|harm",
+            shown.replace("Refusal in Language Models", "").replace("refusal_jax", "").replace("refusal-jax", ""),
         )
     assert "What a defender learns" not in shown and "4 of the" not in shown
     assert "Eagerness is measured by the judge uses." in text and "ranked by what they do to activations" in shown

@@ -71,7 +71,7 @@ def test_what_is_taught(embedded):
         assert added == (row % 4 >= 2) == (not any(f" {name}" in said for name in OBJECTS))
         if added:
             group = int(np.argmax(vectors_gd @ edits.add_rd[row]))
-            assert INSTEAD[group] in said.split()
+            assert INSTEAD[group] in said
     request = rows.requests[0]
     tokens, learn, after = rows.encoded(request, request.compliance)
     assert embedded.chat.tokenizer.decode(tokens[after]).startswith("<|eot_id|>") and (learn & after)[learn].all()

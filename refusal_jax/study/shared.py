@@ -16,7 +16,7 @@ from refusal_jax.conditions import Ablate, Affine, Baseline, Condition, Dataset,
 from refusal_jax.data.sampling import over_refusal_names
 from refusal_jax.directions import Direction
 from refusal_jax.errors import UserError, field
-from refusal_jax.judges.behaviours import Behaviour
+from refusal_jax.judges.behaviours import JUDGE, Behaviour
 from refusal_jax.judges.judge import Judge
 from refusal_jax.models.config import ModelConfig
 from refusal_jax.models.hf_config import load_config
@@ -156,6 +156,16 @@ class Study:
     def refusal_ids(self) -> list[int]:
         """Returns the ids of the refusal tokens that the study settled on."""
         return [token["id"] for token in self.run.read_json(SETUP)["refusal_tokens"]]
+
+    @property
+    def without_tokens(self) -> str:
+        """Returns why prompts have no scores, in words, or "" if they have: the study has no refusal tokens, or those of another
+        behaviour."""
+        if self.refusal_ids():
+            return ""
+        if self.behaviour.measure == JUDGE:
+            return f"{self.behaviour.title} is measured by a judge of replies, and this part reads how replies begin."
+        return f"Without {self.behaviour.tokens}, no {self.behaviour.name} of a prompt is known."
 
     @property
     def without_direction(self) -> str:

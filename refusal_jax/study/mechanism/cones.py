@@ -46,7 +46,7 @@ def skipped(study: MechanismStudy) -> str:
     """Returns why no cone can be trained, "" if one can."""
     if load_config(study.folder).n_experts:
         return "Cones are trained by gradient, and the loop over experts of this model has none."
-    return "" if study.refusal_ids() else "Without refusal tokens, no refusal of a prompt is known."
+    return study.without_tokens
 
 
 def train_cones(study: MechanismStudy, ledger: Ledger) -> None:

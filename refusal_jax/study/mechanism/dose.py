@@ -241,7 +241,7 @@ STAGE = Stage(
     measure,
     reads=(PROMPTS, SETUP, METADATA, DIRECTION),
     writes=(DOSE, DOSES),
-    skipped=lambda study: "" if study.refusal_ids() else "Without refusal tokens, no refusal of a prompt is known.",
+    skipped=lambda study: study.without_tokens,
     given=lambda study: study.settings.dose.to_dict(),
     programs=Group("doses", "select", programs),
     about="Measures how much of the direction must go until half of the refusals are gone, and what each dose costs.",

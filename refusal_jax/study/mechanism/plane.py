@@ -48,7 +48,7 @@ FEW = 5  # prompts of each group, to compare two groups
 
 def skipped(study: MechanismStudy) -> str:
     """Returns why the plane cannot be drawn, "" if it can."""
-    return "" if study.refusal_ids() else "Without refusal tokens, no refusal of a prompt is known."
+    return study.without_tokens
 
 
 def read(study: MechanismStudy, title: str, texts: Sequence[str], kind: type[Intervention], units_jld) -> Ends:

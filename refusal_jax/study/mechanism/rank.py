@@ -217,7 +217,7 @@ def programs(shapes: Shapes, rows: int) -> list[Program]:
 
 def skipped(study: MechanismStudy) -> str:
     """Returns why there is nothing to count, "" if there is."""
-    return "" if study.refusal_ids() else "Without refusal tokens, no refusal of a prompt is known."
+    return study.without_tokens
 
 
 STAGE = Stage(

@@ -22,7 +22,7 @@ def skipped(study: MechanismStudy) -> str:
     nodes, kept = study.settings.som.side**2, len(study.instructions("harmful_train"))
     if kept < nodes:
         return f"A map of {nodes} nodes needs as many refused harmful training prompts, and the study kept {kept}."
-    return "" if study.refusal_ids() else "Without refusal tokens, no refusal of a prompt is known."
+    return study.without_tokens
 
 
 def map_directions(study: MechanismStudy) -> tuple[np.ndarray, np.ndarray]:

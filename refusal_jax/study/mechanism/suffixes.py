@@ -62,8 +62,8 @@ def texts(study: MechanismStudy) -> list[str | None]:
 
 def skipped(study: MechanismStudy) -> str:
     """Returns why there can be no suffix study, "" if there can be one."""
-    if not study.refusal_ids():
-        return "Without refusal tokens, no refusal of a prompt is known."
+    if study.without_tokens:
+        return study.without_tokens
     if not texts(study):
         return (
             f"No suffix was given: {setting('suffix', 'FILE') or 'suffix=FILE'} names a file with one for all harmful prompts, "
