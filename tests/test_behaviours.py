@@ -14,7 +14,7 @@ from refusal_jax.judges.choice import parse_judges
 from refusal_jax.judges.judge import Outcome, Verdict
 from refusal_jax.judges.statistics import Rate
 from refusal_jax.organism.corpus import REQUESTS, split_requests
-from refusal_jax.report.concerns import no_contrast
+from refusal_jax.report.concerns import no_contrast, shorter_replies
 from refusal_jax.report.summary import JudgedCondition
 from refusal_jax.report.text import text_summary
 from refusal_jax.report.verdict import verdict_in_words, verdict_without_direction
@@ -222,6 +222,19 @@ def test_without_a_direction_or_a_contrast():
     (concern,) = no_contrast(conditions(60, 0, plain=55), "uses", EAGER)
     assert concern.decisive and "60 % of eager requests (50 to 69 %) and 55 % of plain ones" in concern.text
     assert verdict_in_words(conditions(99, 2), ["other"], behaviour=EAGER)[1].startswith("No verdict on eagerness: ")
+
+
+def test_words_that_are_missing_from_shorter_replies():
+    """What people saw who ablated words: replies that avoid them by saying little (p-e-w/heretic#121)."""
+    found = conditions(99, 2)
+    for condition in found:
+        for row in condition.completions:
+            row["response"] = (
+                "Go on?" if condition.intervention == "ablation" else "a long tale of ten words or more for all"
+            )
+    (concern,) = shorter_replies(found, "uses")
+    assert "Half of the replies of eager, ablation, have at most 2 words, at baseline 10" in concern.text
+    assert shorter_replies(conditions(99, 2), "avoids") == [] == shorter_replies(conditions(99, 98), "uses")
 
 
 def test_no_opening_tells_the_sides_apart(eager, unchecked):

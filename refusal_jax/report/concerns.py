@@ -23,6 +23,7 @@ from refusal_jax.judges.scores import REFUSAL_SCORE
 from refusal_jax.judges.statistics import Rate, mcnemar
 from refusal_jax.judges.tables import broken
 from refusal_jax.judges.text import EXTENDED, TEXT_JUDGES
+from refusal_jax.judges.words import USES
 from refusal_jax.report.summary import REFUSAL_JUDGE, JudgedCondition
 from refusal_jax.report.verdict import Concern, percents, strength_of
 
@@ -269,6 +270,28 @@ def shared_prompts(conditions: Sequence[JudgedCondition], prompts: Mapping, inpu
             "Name one file of harmful and one of harmless prompts (data.harmful_train, data.harmless_train, and so on)."
         )
         found.append(Concern(claim, remedy, tuple((c.dataset, c.intervention) for c in conditions), True))
+    return found
+
+
+def shorter_replies(conditions: Sequence[JudgedCondition], judge: str) -> list[Concern]:
+    """Returns the interventions under which replies use fewer of a judge's words and are less than half as long: the words may be
+    missing because there are fewer of any."""
+    found, base = [], {c.dataset: c for c in conditions if c.intervention == Baseline.name}
+    for condition in conditions:
+        before = base.get(condition.dataset)
+        if judge != USES or before is None or not (before.rates[judge].n and condition.rates[judge].n):
+            continue
+        lengths = [
+            float(np.median([len(c["response"].split()) for c in one.completions])) for one in (before, condition)
+        ]
+        if lengths[1] >= lengths[0] / 2 or condition.rates[judge].interval[1] >= before.rates[judge].interval[0]:
+            continue
+        claim = (
+            f"Half of the replies of {condition.name}, have at most {lengths[1]:.0f} words, at baseline {lengths[0]:.0f}: fewer "
+            "of them use the words, but they use fewer words of any kind."
+        )
+        remedy = "Read the completions, and compare the rate in the first tokens of a completion, which the report has."
+        found.append(Concern(claim, remedy, ((condition.dataset, condition.intervention),)))
     return found
 
 

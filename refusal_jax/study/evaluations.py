@@ -16,6 +16,7 @@ from refusal_jax.report.concerns import (
     judge_disagreement,
     no_contrast,
     other_judges,
+    shorter_replies,
     unfinished_thoughts,
 )
 from refusal_jax.report.findings import Findings, Section
@@ -95,7 +96,7 @@ def concerns(findings: Findings) -> list[Concern]:
     found = [unfinished_thoughts(conditions), *broken_completions(conditions)]
     if judge is not None:
         found += [judge_disagreement(conditions, judge, findings.completions_folder), *other_judges(conditions, judge)]
-        found += no_contrast(conditions, judge, findings.behaviour)
+        found += [*no_contrast(conditions, judge, findings.behaviour), *shorter_replies(conditions, judge)]
     return [concern for concern in found if concern]
 
 
