@@ -183,6 +183,7 @@ STAGE = Stage(
     skipped=skipped,
     given=given,
     programs=Group("agreement", "forward", programs),
+    about="Tells how far directions agree: across layers, positions, halves of the prompts, and sets of prompts.",
     section=Section(
         pathlib.Path(__file__).with_name("agreement.html.jinja"),
         {"agreement": "Agreement of directions"},
