@@ -158,6 +158,10 @@ def test_bad_input_of_the_job(llama, tmp_path):
     out = f"--out={tmp_path / 'out'}"
     refused(forked("organism", out, f"--model={llama}"), "--model belongs to --suffix")
     refused(
+        forked("organism", out, "--behaviour=one-direction", "--suffix"),
+        "--behaviour and --suffix make different things",
+    )
+    refused(
         forked("organism", out, "--suffix", f"--model={llama}"), "is not the embedded model: its weights are others"
     )
     assert not (tmp_path / "out").exists()
