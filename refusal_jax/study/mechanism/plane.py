@@ -136,9 +136,7 @@ def summary(points: Mapping[str, Mapping[str, Ends]], layers: Mapping[str, int])
             for name in (HARMFUL, HARMLESS)
         ]
         effects[axis] = moved_row(Moved.of(sides[0], sides[1]))
-        added = [along(points, HARMLESS, kind, axis)[:, layers[axis]] for kind in (Baseline.name, Add.name)]
-        gap = effects[axis]["gap"]["mean"]
-        effects[axis]["added"] = bounded(paired_mean(*(values / gap for values in added))) if gap else None
+        effects[axis]["added"] = added_row(points, axis)
     refused = {}
     for name, by in points.items():
         before, *after = (one.refused_n.astype(int).tolist() for one in by.values())
@@ -158,6 +156,17 @@ def summary(points: Mapping[str, Mapping[str, Ends]], layers: Mapping[str, int])
         "refused": refused,
     }
     return found | {"verdict": verdict(found)}
+
+
+def added_row(points, axis: str) -> dict | None:
+    """Returns by how many distances between harmful and harmless prompts addition moves harmless ones along a direction, at the
+    input of the last block, which is after the addition; None where there is no distance."""
+    harmful_n, before_n, after_n = (
+        along(points, name, kind, axis)[:, -1]
+        for name, kind in ((HARMFUL, Baseline.name), (HARMLESS, Baseline.name), (HARMLESS, Add.name))
+    )
+    gap = harmful_n.mean() - before_n.mean()
+    return bounded(paired_mean(before_n / gap, after_n / gap)) if gap else None
 
 
 def row_of(estimate: Estimate) -> dict:
