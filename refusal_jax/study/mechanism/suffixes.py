@@ -238,7 +238,7 @@ STAGE = Stage(
     skipped=skipped,
     given=given,
     programs=Group("suffixes", "forward", programs),
-    about="Measures whether the model still refuses with a suffix, and with random tokens in its place. It needs --suffix.",
+    about="Measures whether the model still refuses with a suffix, and with random tokens in its place. It needs a suffix.",
     section=Section(
         pathlib.Path(__file__).with_name("suffixes.html.jinja"),
         {"suffixes": "Suffixes"},
