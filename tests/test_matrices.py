@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from refusal_jax import UserError
+from refusal_jax.chat.refusal_tokens import Opening
 from refusal_jax.mechanism.likeness import Sample, cosine_between, cosine_of
 from refusal_jax.runs.artifacts import MATRICES, MATRIX_DIRECTIONS, PROMPTS
 from refusal_jax.study.mechanism import compared, matrices
@@ -150,6 +151,10 @@ def test_notes_and_words():
         "The model refuses only 2 promp",
         "No token tells refusals of de ",
     ]
+    few["refused"]["successes"] = 0
+    assert matrices.notes({"sets": [few], "others": []})[0].startswith("The model refuses no prompt of de, so")
+    letter, refusal = Opening(1, "Dear", 0.125, 0.0), Opening(2, "I", 0.6, 0.1)
+    assert matrices.usual_openings([letter, refusal], 8) == [2] and matrices.usual_openings([letter], 32) == [1]
     assert (
         matrices.share({"rate": None}) == "none refused" and matrices.cosine_in_words({"mean": None}) == "not defined"
     )

@@ -2,10 +2,11 @@
 carries."""
 
 import pathlib
+from collections.abc import Sequence
 
 import numpy as np
 
-from refusal_jax.chat.refusal_tokens import measure_openings
+from refusal_jax.chat.refusal_tokens import SAMPLE, Opening, measure_openings
 from refusal_jax.edits import Edits
 from refusal_jax.judges.statistics import Rate, bounded
 from refusal_jax.mechanism.activations import activations
@@ -28,6 +29,7 @@ from refusal_jax.study.mechanism.compared import (
 from refusal_jax.study.mechanism.shared import MechanismStudy
 
 LONGEST = 12  # letters of a name in figures
+SEVERAL = 1.5  # prompts whose replies begin with a token for certain, to call it a refusal's
 FEW = 8  # refused prompts below which a share says little
 
 
@@ -86,8 +88,15 @@ def tokens_of(study: MechanismStudy, one: PromptSet) -> tuple[list[int], bool]:
     if one.name == OWN:
         return study.refusal_ids(), True
     halves = one.harmful[0], one.harmless[0]
-    chosen = sorted(o.id for o in measure_openings(study.model, *halves, study.sizes.forward, usual=False) if o.chosen)
+    openings = measure_openings(study.model, *halves, study.sizes.forward, usual=False)
+    chosen = usual_openings(openings, min(len(halves[0]), SAMPLE))
     return chosen or study.refusal_ids(), bool(chosen)
+
+
+def usual_openings(openings: Sequence[Opening], n: int) -> list[int]:
+    """Returns the ids of the chosen openings that more than one of the n harmful prompts must have brought: a letter that one
+    prompt asks for begins in a way of its own, too."""
+    return sorted(o.id for o in openings if o.chosen and o.harmful - o.harmless >= SEVERAL / n)
 
 
 def compare(study: MechanismStudy, ledger: Ledger) -> None:
@@ -183,10 +192,10 @@ def notes(found: dict) -> list[str]:
     """Returns what limits the numbers, in whole sentences."""
     out = []
     for one in found["sets"]:
-        if one["refused"]["successes"] < FEW:
-            out.append(
-                f"The model refuses only {one['refused']['successes']} prompts of {one['name']}, so that its column says little."
-            )
+        many = one["refused"]["successes"]
+        if many < FEW:
+            much = f"only {many} prompts" if many else "no prompt"
+            out.append(f"The model refuses {much} of {one['name']}, so that its column says little.")
         if not one["tokens_found"]:
             out.append(
                 f"No token tells refusals of {one['name']} from answers, so that the study's refusal tokens are taken."
