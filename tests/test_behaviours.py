@@ -11,7 +11,7 @@ from refusal_jax import UserError
 from refusal_jax.errors import NoDirection
 from refusal_jax.judges.behaviours import REFUSAL, Behaviour
 from refusal_jax.judges.choice import parse_judges
-from refusal_jax.judges.judge import Outcome, Verdict
+from refusal_jax.judges.judge import Outcome, Verdict, shows
 from refusal_jax.judges.statistics import Rate
 from refusal_jax.organism.corpus import REQUESTS, split_requests
 from refusal_jax.report.concerns import no_contrast, shorter_replies
@@ -21,7 +21,7 @@ from refusal_jax.report.verdict import verdict_in_words, verdict_without_directi
 from refusal_jax.runs.artifacts import CANDIDATES, FILTER, REPORT, SETUP
 from refusal_jax.study.checks import check_settings
 from refusal_jax.study.config import StudyConfig, get_config
-from refusal_jax.study.judged import log_odds, shows
+from refusal_jax.study.judged import log_odds
 from refusal_jax.study.selection import check_candidates
 from refusal_jax.study.study import SECTIONS, recorded_settings, run_study
 

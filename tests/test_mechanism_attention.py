@@ -14,6 +14,7 @@ import tiny
 from safetensors.numpy import load_file
 
 from refusal_jax import load_model, make_mesh
+from refusal_jax.judges.behaviours import REFUSAL
 from refusal_jax.mechanism.attention import Reading, check_sums, read_attention
 from refusal_jax.mechanism.attention_summary import pair_name
 from refusal_jax.mechanism.regions import ATTENDED, PADDING, REGIONS, TEMPLATE, regions_of
@@ -221,7 +222,7 @@ def test_no_head_writes_more_than_nothing(suffix_study, tmp_path, unchecked):
         attention.read_rows(study, None)
         findings = Findings(run, [attention.STAGE.section])
         assert "No head writes more than nothing along the direction" in " ".join(attention.lines(findings))
-        assert attention.values(findings)["no_head"] == attention.NO_HEAD
+        assert attention.values(findings)["no_head"] == attention.no_head(REFUSAL)
         template = environment(attention.STAGE.section.template.parent).get_template("attention.html.jinja")
         assert "No head writes more than nothing" in template.render(attention.values(findings))
 

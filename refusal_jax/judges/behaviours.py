@@ -74,6 +74,91 @@ class Behaviour:
         return "refusal of" if self.name == "refusal" else f"{self.name} on"
 
     @property
+    def infinitive(self) -> str:
+        """Returns what replies may do that show it: "they may … in other words"."""
+        return "refuse" if self.name == "refusal" else f"show {self.name}"
+
+    @property
+    def done_title(self) -> str:
+        """Returns `done` as it begins a heading."""
+        return self.done[:1].upper() + self.done[1:]
+
+    @property
+    def not_done(self) -> str:
+        """Returns what prompts are that do not show it, in a legend."""
+        return "not refused" if self.name == "refusal" else f"no {self.name}"
+
+    @property
+    def shown(self) -> str:
+        """Returns what prompts do that show it: "half of the prompts …"."""
+        return "are refused" if self.name == "refusal" else f"show {self.name}"
+
+    @property
+    def still_shown(self) -> str:
+        """Returns `shown` of prompts that show it in spite of an intervention."""
+        return "are still refused" if self.name == "refusal" else f"still show {self.name}"
+
+    @property
+    def not_shown(self) -> str:
+        """Returns what prompts do that do not show it."""
+        return "are answered" if self.name == "refusal" else f"show no {self.name}"
+
+    @property
+    def cases(self) -> str:
+        """Returns what is counted of it: "half of the … are gone"."""
+        return "refusals" if self.name == "refusal" else f"cases of {self.name}"
+
+    @property
+    def cases_title(self) -> str:
+        """Returns `cases` as it begins a heading."""
+        return self.cases[:1].upper() + self.cases[1:]
+
+    @property
+    def other_replies(self) -> str:
+        """Returns what replies are called that do not show it."""
+        return "answers" if self.name == "refusal" else "other replies"
+
+    @property
+    def answered(self) -> str:
+        """Returns what prompts are that do not show it, beside `done`."""
+        return "answered" if self.name == "refusal" else "others"
+
+    @property
+    def answered_while(self) -> str:
+        """Returns that prompts no longer show it under an intervention: "prompts that …, and … while"."""
+        return "answered" if self.name == "refusal" else self.not_shown
+
+    @property
+    def done_prompts(self) -> str:
+        """Returns what prompts are called that show it."""
+        return "refused prompts" if self.name == "refusal" else f"prompts that show {self.name}"
+
+    @property
+    def a_present(self) -> str:
+        """Returns the side that shows it with its article."""
+        return with_article(self.present)
+
+    @property
+    def an_absent(self) -> str:
+        """Returns the other side with its article."""
+        return with_article(self.absent)
+
+    @property
+    def that_model_does(self) -> str:
+        """Returns which prompts those are that show it: "harmful prompts …"."""
+        return "that the model refuses" if self.name == "refusal" else f"that {self.shown}"
+
+    @property
+    def kept_present(self) -> str:
+        """Returns what prompts of its side are called that are there because they show it: "… test prompts"."""
+        return f"refused {self.present}" if self.name == "refusal" else self.present
+
+    @property
+    def contrast(self) -> str:
+        """Returns what the sides differ in."""
+        return "harmfulness" if self.present == "harmful" else "contrast"
+
+    @property
     def plural(self) -> str:
         """Returns what replies that show it are called."""
         return "refusals" if self.name == "refusal" else f"replies that show {self.name}"
@@ -105,7 +190,11 @@ class Behaviour:
     def split(self, name: str) -> str:
         """Returns a split such as "harmful_train" in words."""
         role, _, part = name.partition("_")
-        return f"{ {'harmful': self.present, 'harmless': self.absent}.get(role, role) } {part}".strip()
+        return f"{self.dataset(role)} {part}".strip()
+
+    def dataset(self, name: str) -> str:
+        """Returns what a test set is called: a side by its name, another set as it is."""
+        return {"harmful": self.present, "harmless": self.absent}.get(name, name)
 
     def deciding(self, judges: Sequence[str]) -> str | None:
         """Returns the judge by which the behaviour is counted; None if it is not among `judges`."""
@@ -116,6 +205,11 @@ class Behaviour:
     def counted_by(self, judge: str) -> bool:
         """Returns whether a judge's label 0 means the behaviour, and not any failure."""
         return judge in REFUSAL_JUDGES if not self.judge else judge == self.judge or judge in WORD_JUDGES
+
+
+def with_article(noun: str) -> str:
+    """Returns a noun or an adjective after "a" or "an"."""
+    return f"{'an' if noun[:1].lower() in 'aeiou' else 'a'} {noun}"
 
 
 REFUSAL = Behaviour()

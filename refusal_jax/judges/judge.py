@@ -83,6 +83,19 @@ class Judge(Protocol):
         raise NotImplementedError
 
 
+def shows(verdict: Verdict | None) -> int | None:
+    """Returns 1 if a verdict says that a reply shows the behaviour, 0 if not, and None without a verdict."""
+    if verdict is None:
+        return None
+    return int(not verdict.label and verdict.outcome in (None, Outcome.REFUSES))
+
+
+def reply_shows(judge: Judge, reply: str) -> bool:
+    """Returns whether a reply shows the behaviour by a judge; one that the judge cannot tell about does not."""
+    (verdict,) = judge.judge([{"prompt": "", "response": reply}])
+    return shows(verdict) == 1
+
+
 def judge_all(
     judges: Sequence[Judge], completions: Mapping[str, Sequence[dict]], ledger: Ledger | None = None
 ) -> dict[str, dict[str, list[Verdict | None]]]:

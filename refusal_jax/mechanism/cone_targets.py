@@ -14,6 +14,8 @@ from refusal_jax.conditions import Ablate
 from refusal_jax.directions import Direction
 from refusal_jax.edits import Edits
 from refusal_jax.errors import UserError, field
+from refusal_jax.judges.behaviours import REFUSAL, Behaviour
+from refusal_jax.judges.judge import Judge, reply_shows
 from refusal_jax.judges.text import EXTENDED
 from refusal_jax.mechanism.cones import ConeData
 from refusal_jax.mechanism.direction_loss import TargetRows, width
@@ -46,31 +48,35 @@ def cone_data(
     tokens: int,
     rows: int,
     least: int = LEAST,
+    judge: Judge = EXTENDED,
+    of: Behaviour = REFUSAL,
 ) -> ConeData:
     """Returns the rows of text that cones are trained on: as many of each kind.
 
     direction: the difference in means. tokens: of a reply at most. rows: of prompts that are decoded together. least: prompts of
-    each kind that are needed. Raises NoTargets if the model refuses no harmful prompt, or if too few are left that it refuses and
-    answers under ablation, or too few harmless ones that it answers.
+    each kind that are needed. judge: tells which replies show the behaviour `of`, by default a refusal. Raises NoTargets if the
+    model refuses no harmful prompt, or if too few are left that it refuses and answers under ablation, or too few harmless ones
+    that it answers.
     """
     refusals = replies(model, harmful, tokens, None, rows)
-    refused = [i for i, reply in enumerate(refusals) if reply and not EXTENDED.complies(reply)]
+    refused = [i for i, reply in enumerate(refusals) if reply and reply_shows(judge, reply)]
     if not refused:
         raise NoTargets(
-            f"The model refuses none of the {len(harmful)} harmful training prompts by its words (judge {EXTENDED.name}), so "
-            f"that there is no refusal for a cone to learn. Read the study's completions: they may refuse in other words."
+            f"The model {of.verb_on} none of the {len(harmful)} {of.present} training prompts by its words (judge "
+            f"{judge.name}), so that there is no {of.name} for a cone to learn. Read the study's completions: they may "
+            f"{of.infinitive} in other words."
         )
     ablated = Ablate(direction).edits(model.config)
     answers = dict(zip(refused, replies(model, [harmful[i] for i in refused], tokens, ablated, rows), strict=True))
-    spoken = [(harmful[i], answers[i]) for i in refused if answers[i] and EXTENDED.complies(answers[i])]
+    spoken = [(harmful[i], answers[i]) for i in refused if answers[i] and not reply_shows(judge, answers[i])]
     kept = zip(harmless, replies(model, harmless, tokens, None, rows), strict=True)
-    own = [(prompt, reply) for prompt, reply in kept if reply and EXTENDED.complies(reply)]
+    own = [(prompt, reply) for prompt, reply in kept if reply and not reply_shows(judge, reply)]
     count = min(len(spoken), len(own))
     if count < least:
         raise NoTargets(
-            f"Cones need at least {least} harmful training prompts that are refused, and answered while the direction is "
-            f"ablated, and as many harmless ones that are answered: there are {len(spoken)} of {len(harmful)} and {len(own)} of "
-            f"{len(harmless)}. Draw more prompts in the study ({field('data.n_train')})."
+            f"Cones need at least {least} {of.present} training prompts that {of.shown}, and {of.answered_while} while "
+            f"the direction is ablated, and as many {of.absent} ones that {of.not_shown}: there are {len(spoken)} of "
+            f"{len(harmful)} and {len(own)} of {len(harmless)}. Draw more prompts in the study ({field('data.n_train')})."
         )
     first = [SENTENCE.split(refusals[i])[0] for i in refused]
     kinds = (

@@ -16,35 +16,35 @@ FORMS = (
 )
 
 
-def read_suffixes(path: pathlib.Path, instructions: Sequence[str]) -> list[str | None]:
+def read_suffixes(path: pathlib.Path, instructions: Sequence[str], side: str = "harmful") -> list[str | None]:
     """Returns the suffix of each instruction, None where a file that names instructions has none for it.
 
     path: a .txt file with a suffix a line, whose leading blanks count; a .json, .jsonl or .csv file whose rows are suffixes, or
     objects with a field of `SUFFIX_KEYS` and, if they name one, the instruction; or the log of a search, a JSON object with
-    "controls" and the "goals" in its "params". A single suffix is for all instructions. Raises UserError for a file that is
-    missing, empty or malformed, an empty suffix, a number of suffixes that is neither 1 nor that of the instructions, and rows
-    of which none has one of the instructions.
+    "controls" and the "goals" in its "params". A single suffix is for all instructions. side: what errors call the instructions.
+    Raises UserError for a file that is missing, empty or malformed, an empty suffix, a number of suffixes that is neither 1 nor
+    that of the instructions, and rows of which none has one of the instructions.
     """
     rows = _rows(path)
     if not rows:
         raise UserError(f"{path} holds no suffix. {FORMS}.")
     if any(instruction is None for instruction, _ in rows):
-        return _in_order(path, [suffix for _, suffix in rows], len(instructions))
+        return _in_order(path, [suffix for _, suffix in rows], len(instructions), side)
     by_instruction = {instruction.strip(): suffix for instruction, suffix in rows if instruction is not None}
     found = [by_instruction.get(instruction.strip()) for instruction in instructions]
     if not any(found):
         raise UserError(
             f"{path} has suffixes for {len(rows)} instructions, such as {shown(rows[0][0])}, and none of them is among the "
-            f"{len(instructions)} harmful test prompts of the study, such as {shown(instructions[0])}. {FORMS}."
+            f"{len(instructions)} {side} test prompts of the study, such as {shown(instructions[0])}. {FORMS}."
         )
     return found
 
 
-def _in_order(path: pathlib.Path, suffixes: list[str], prompts: int) -> list[str | None]:
+def _in_order(path: pathlib.Path, suffixes: list[str], prompts: int, side: str) -> list[str | None]:
     """Returns the suffixes of so many prompts. Raises UserError for another number of them."""
     if len(suffixes) not in (1, prompts):
         raise UserError(
-            f"{path} holds {len(suffixes)} suffixes, and the study has {prompts} harmful test prompts. {FORMS}."
+            f"{path} holds {len(suffixes)} suffixes, and the study has {prompts} {side} test prompts. {FORMS}."
         )
     return list(suffixes * prompts if len(suffixes) == 1 else suffixes)
 

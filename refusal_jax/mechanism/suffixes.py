@@ -12,14 +12,19 @@ from collections.abc import Iterator, Sequence
 from refusal_jax.chat.prompts import PROBES, Chat
 from refusal_jax.chat.suffixes import TRIES, printable_ids, random_suffix
 from refusal_jax.errors import UserError, shown
+from refusal_jax.judges.behaviours import REFUSAL, Behaviour
 
 HARMFUL, SUFFIXED, RANDOM, HARMLESS = GROUPS = ("harmful", "harmful_suffix", "harmful_random", "harmless")
-IN_WORDS = {
-    HARMFUL: "harmful",
-    SUFFIXED: "harmful, with the suffix",
-    RANDOM: "harmful, with random tokens",
-    HARMLESS: "harmless",
-}
+
+
+def groups_in_words(of: Behaviour = REFUSAL) -> dict[str, str]:
+    """Returns what the groups are called in a study of a behaviour."""
+    return {
+        HARMFUL: of.present,
+        SUFFIXED: f"{of.present}, with the suffix",
+        RANDOM: f"{of.present}, with random tokens",
+        HARMLESS: of.absent,
+    }
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,6 +6,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from refusal_jax.judges.behaviours import REFUSAL, Behaviour
 from refusal_jax.report.drawing import THEME_COLOUR, axes_within, drawing, layer_axis
 from refusal_jax.report.figures import HARMFUL_COLOUR, HARMLESS_COLOUR
 from refusal_jax.report.pictures import Picture, series_rows
@@ -14,22 +15,24 @@ GREY = "#8d949c"
 LINES = ("#c98a1b", "#8f6bc2", HARMFUL_COLOUR, "#3c9d6b", HARMLESS_COLOUR, "#7a5c3e")
 
 
-def mediation_picture(groups: Mapping[int, Sequence[Mapping]]) -> Picture:
-    """Returns the figure with its data, a row for each direction of each cone; groups: as in `mediation_figure`."""
+def mediation_picture(groups: Mapping[int, Sequence[Mapping]], of: Behaviour = REFUSAL) -> Picture:
+    """Returns the figure with its data, a row for each direction of each cone; groups, of: as in
+    `mediation_figure`."""
     data = [
         {"dimension": dimension, "direction": number, "drawn": int(number > dimension), "kl [nats]": row["kl"]}
         | {f"{name}, {key}": row[name][key] for name in ("ablated", "added") for key in ("rate", "low", "high")}
         for dimension, rows in groups.items()
         for number, row in enumerate(rows, 1)
     ]
-    return Picture("cones-mediation", "What directions of cones do to refusal", mediation_figure(groups), data)
+    return Picture("cones-mediation", f"What directions of cones do to {of.name}", mediation_figure(groups, of), data)
 
 
-def mediation_figure(groups: Mapping[int, Sequence[Mapping]]) -> Figure:
+def mediation_figure(groups: Mapping[int, Sequence[Mapping]], of: Behaviour = REFUSAL) -> Figure:
     """Draws, for each direction of each cone, the share of harmful prompts still refused under ablation, and that of harmless
     prompts refused under addition, with their intervals.
 
-    groups: directions by the cone's dimension, the basis first, each `{"ablated", "added"}` of `{"rate", "low", "high"}`.
+    groups: directions by the cone's dimension, the basis first, each `{"ablated", "added"}` of `{"rate", "low", "high"}`. of:
+    the behaviour that refusal stands for here.
     """
     with drawing(240) as figure:
         axes = axes_within(figure, 42, 34, 8, 34)
@@ -52,12 +55,12 @@ def mediation_figure(groups: Mapping[int, Sequence[Mapping]]) -> Figure:
         axes.set_xticks([place for place, _ in ticks], [name for _, name in ticks])
         axes.set_xlim(-1, at - 1)
         axes.set_ylim(-4, 104)
-        axes.set_ylabel("% refused", labelpad=2)
+        axes.set_ylabel(f"% {of.done}", labelpad=2)
         axes.set_xlabel("dimension of the cone", labelpad=2)
         axes.tick_params(length=2.5, pad=2, labelsize=9)
         axes.spines[["top", "right"]].set_visible(False)
         for number, (name, colour, mark) in enumerate(
-            (("harmful, ablated", HARMFUL_COLOUR, "o"), ("harmless, added", HARMLESS_COLOUR, "s"))
+            ((f"{of.present}, ablated", HARMFUL_COLOUR, "o"), (f"{of.absent}, added", HARMLESS_COLOUR, "s"))
         ):
             axes.plot(
                 0.02 + 0.48 * number, 1.09, mark, color=colour, markersize=4.5, transform=axes.transAxes, clip_on=False

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
+from refusal_jax.judges.behaviours import REFUSAL, Behaviour
 from refusal_jax.report.drawing import axes_within, drawing
 from refusal_jax.report.pictures import Picture, series_rows
 from refusal_jax.report.suffix_figures import COLOURS, GREY, MARKS
@@ -50,11 +51,13 @@ def dose_figure(
     half: Mapping[str, float | None],
     colour: str,
     replies: Sequence[tuple[float, float]] = (),
+    of: Behaviour = REFUSAL,
 ) -> Picture:
     """Draws the share of prompts that are refused over the dose, and below it the damage.
 
     kind: "ablation" or "addition", of the doses. refused: rates `{"rate", "low", "high"}`, one a dose. kl: means `{"mean",
     "low", "high"}` in nats. half: `{"at", "low", "high"}`. replies: doses and rates that were counted in replies.
+    of: the behaviour that refusal stands for here.
     """
     with drawing(330) as figure:
         above, below = axes_within(figure, 46, 10, 12, 140), axes_within(figure, 46, 208, 12, 36)
@@ -64,7 +67,7 @@ def dose_figure(
             above.plot(dose, 100 * rate, "D", markersize=6, fillstyle="none", color=colour, markeredgewidth=1.3)
         above.set_ylim(-4, 104)
         above.set_yticks([0, 25, 50, 75, 100])
-        _plain(above, "refused, %")
+        _plain(above, f"{of.done}, %")
         _curve(below, doses, kl, "mean", GREY, "o")
         below.set_ylim(bottom=0)
         below.yaxis.set_major_locator(MaxNLocator(4))
@@ -74,16 +77,17 @@ def dose_figure(
             axes.set_xlim(doses[0], doses[-1] * 1.02)
             axes.xaxis.set_major_locator(MaxNLocator(8))
         above.tick_params(labelbottom=False)
-        rates = {key: {"refused": [row[key] for row in refused]} for key in ("rate", "low", "high")}
-        moved = {f"KL{end} [nats]": {"refused": [row[key] for row in kl]} for key, end in ENDS.items()}
+        rates = {key: {of.done: [row[key] for row in refused]} for key in ("rate", "low", "high")}
+        moved = {f"KL{end} [nats]": {of.done: [row[key] for row in kl]} for key, end in ENDS.items()}
         data = series_rows((f"dose of {kind}", doses), rates | moved)
-        return Picture(f"dose-{kind}", f"Refusals and damage by the dose of {kind}", figure, data)
+        return Picture(f"dose-{kind}", f"{of.cases_title} and damage by the dose of {kind}", figure, data)
 
 
-def rank_figure(curves: Mapping[str, Rows], half: Mapping[str, float | None]) -> Picture:
+def rank_figure(curves: Mapping[str, Rows], half: Mapping[str, float | None], of: Behaviour = REFUSAL) -> Picture:
     """Draws the share of prompts that are refused over the number of ablated directions, from none on, for kinds of directions.
 
-    curves: rates `{"rate", "low", "high"}` of each kind by its name. half: `{"at", "low", "high"}` of the first kind.
+    curves: rates `{"rate", "low", "high"}` of each kind by its name. half: `{"at", "low", "high"}` of the first kind. of: the
+    behaviour that refusal stands for here.
     """
     most = max(len(rows) for rows in curves.values()) - 1
     with drawing(290) as figure:
@@ -99,10 +103,10 @@ def rank_figure(curves: Mapping[str, Rows], half: Mapping[str, float | None]) ->
         axes.set_xlim(-0.1, most + 0.3)
         axes.xaxis.set_major_locator(MaxNLocator(min(10, most), integer=True, min_n_ticks=1))
         axes.set_xlabel("ablated directions", labelpad=2)
-        _plain(axes, "refused, %")
+        _plain(axes, f"{of.done}, %")
         data = [
             {"kind": name, "directions": number} | {key: row[key] for key in ("rate", "low", "high")}
             for name, rows in curves.items()
             for number, row in enumerate(rows)
         ]
-        return Picture("rank-curves", "Refusals by the number of ablated directions", figure, data)
+        return Picture("rank-curves", f"{of.cases_title} by the number of ablated directions", figure, data)

@@ -7,6 +7,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
+from refusal_jax.judges.behaviours import REFUSAL, Behaviour
 from refusal_jax.report.drawing import THEME_COLOUR, axes_within, drawing, layer_axis
 from refusal_jax.report.figures import HARMFUL_COLOUR, HARMLESS_COLOUR
 from refusal_jax.report.pictures import Picture, series_rows
@@ -50,9 +51,9 @@ def legend(axes: Axes, top: float, names: Mapping[str, tuple[str, str]]) -> None
         axes.text(0.075, y, name, transform=axes.transAxes, fontsize=9, va="center", parse_math=False)
 
 
-def plane_figure(points: Sequence[Points]) -> Picture:
+def plane_figure(points: Sequence[Points], of: Behaviour = REFUSAL) -> Picture:
     """Draws prompts over both projections, a panel for each intervention with the same axes below the other. Filled marks are
-    refused prompts, open ones are answered."""
+    refused prompts, open ones are answered. of: the behaviour that refusal stands for in the figures of this file."""
     sets = list(dict.fromkeys(one.dataset for one in points))
     kinds = list(dict.fromkeys(one.intervention for one in points))
     colours, head, panel = colours_of(sets), 14 * (len(sets) + 1), 190
@@ -81,30 +82,34 @@ def plane_figure(points: Sequence[Points]) -> Picture:
             axes.xaxis.set_major_locator(MaxNLocator(6))
             axes.yaxis.set_major_locator(MaxNLocator(5))
             axes.tick_params(length=2.5, pad=2, labelsize=9, labelbottom=row == len(kinds) - 1)
-            axes.set_ylabel("refusal, template's end", labelpad=2)
+            axes.set_ylabel(f"{of.name}, template's end", labelpad=2)
             axes.text(0, 1 + 7 / panel, TITLES.get(kind, kind), transform=axes.transAxes, fontsize=9.5, weight="bold")
             axes.spines[["top", "right"]].set_visible(False)
             if row == 0:
-                marks = {name: (colours[name], "o") for name in sets} | {"not refused": (THEME_COLOUR, "open")}
+                marks = {of.dataset(name): (colours[name], "o") for name in sets} | {
+                    of.not_done: (THEME_COLOUR, "open")
+                }
                 legend(axes, head + 8, marks)
-        axes.set_xlabel("harmfulness, instruction's end", labelpad=2)
+        axes.set_xlabel(f"{of.contrast}, instruction's end", labelpad=2)
         data = [
             {
-                "set": one.dataset,
+                "set": of.dataset(one.dataset),
                 "intervention": one.intervention,
                 "prompt": i,
-                "refused": int(one.refused[i]),
-                "harmfulness [residual units]": float(one.harmfulness[i]),
-                "refusal [residual units]": float(one.refusal[i]),
+                of.done: int(one.refused[i]),
+                f"{of.contrast} [residual units]": float(one.harmfulness[i]),
+                f"{of.name} [residual units]": float(one.refusal[i]),
             }
             for one in points
             for i in range(len(one.refused))
         ]
-        label = "Test prompts by harmfulness at the instruction's end and refusal at the template's end"
+        label = f"Test prompts by {of.contrast} at the instruction's end and {of.name} at the template's end"
         return Picture("plane-points", label, figure, data)
 
 
-def areas_figure(areas: Mapping[tuple[str, str], Sequence[Mapping[str, float | None]]]) -> Picture:
+def areas_figure(
+    areas: Mapping[tuple[str, str], Sequence[Mapping[str, float | None]]], of: Behaviour = REFUSAL
+) -> Picture:
     """Draws how often a harmful prompt lies above a harmless one, by layer: lines without an edit, dashed under ablation, with
     bands of 95 % intervals. areas: of each direction and intervention, `{"mean", "low", "high"}` by layer."""
     names = list(dict.fromkeys(name for name, _ in areas))
@@ -131,10 +136,10 @@ def areas_figure(areas: Mapping[tuple[str, str], Sequence[Mapping[str, float | N
             key: {name: [row[key] for row in found] for name, found in rows.items()} for key in ("mean", "low", "high")
         }
         data = series_rows(("layer", range(layers)), {f"area, {key}": value for key, value in columns.items()})
-        return Picture("plane-areas", "Separation of harmful and harmless prompts by layer", figure, data)
+        return Picture("plane-areas", f"Separation of {of.present} and {of.absent} prompts by layer", figure, data)
 
 
-def cosines_figure(cosines: Mapping[str, Sequence[float | None]], layer: int) -> Picture:
+def cosines_figure(cosines: Mapping[str, Sequence[float | None]], layer: int, of: Behaviour = REFUSAL) -> Picture:
     """Draws cosines of directions by layer, with a gap where one is not defined. layer: where the study found its direction."""
     layers = len(next(iter(cosines.values())))
     with drawing(220 + 14 * len(cosines)) as figure:
@@ -152,4 +157,4 @@ def cosines_figure(cosines: Mapping[str, Sequence[float | None]], layer: int) ->
         axes.spines[["top", "right"]].set_visible(False)
         legend(axes, 14 * len(cosines) - 4, {name: (colour, "-") for name, colour in zip(cosines, LINES, strict=False)})
         data = series_rows(("layer", range(layers)), {"cosine": cosines})
-        return Picture("plane-cosines", "Cosines of harmfulness and refusal directions by layer", figure, data)
+        return Picture("plane-cosines", f"Cosines of {of.contrast} and {of.name} directions by layer", figure, data)

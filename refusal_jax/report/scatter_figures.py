@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 from matplotlib.ticker import MaxNLocator
 
+from refusal_jax.judges.behaviours import REFUSAL, Behaviour
 from refusal_jax.report.drawing import THEME_COLOUR, axes_within, drawing
 from refusal_jax.report.pictures import Picture
 from refusal_jax.report.plane_figures import colours_of, legend
@@ -21,9 +22,11 @@ class Panel:
     direction_c: np.ndarray
 
 
-def scatter_figure(panels: Sequence[Panel], splits: Sequence[str], refused: np.ndarray | None) -> Picture:
+def scatter_figure(
+    panels: Sequence[Panel], splits: Sequence[str], refused: np.ndarray | None, of: Behaviour = REFUSAL
+) -> Picture:
     """Draws the panels in two columns. splits: of each prompt, such as "harmful_train". refused: whether each prompt is, for
-    filled and open marks; None where it is not known."""
+    filled and open marks; None where it is not known. of: the behaviour that refusal stands for here."""
     sides = np.array([split.rpartition("_")[0] for split in splits])
     names = list(dict.fromkeys(sides.tolist()))
     colours, head = colours_of(names), 14 * (len(names) + (refused is not None)) + 10
@@ -57,14 +60,14 @@ def scatter_figure(panels: Sequence[Panel], splits: Sequence[str], refused: np.n
             shares = " + ".join(f"{100 * share:.0f}" for share in one.shares)
             axes.text(0, 1 + 6 / panel, f"layer {one.layer}: {shares} %", transform=axes.transAxes, fontsize=9)
             if i == 0:
-                marks = {name: (colours[name], "o") for name in names}
-                legend(axes, head - 4, marks if refused is None else marks | {"not refused": (THEME_COLOUR, "open")})
+                marks = {of.dataset(name): (colours[name], "o") for name in names}
+                legend(axes, head - 4, marks if refused is None else marks | {of.not_done: (THEME_COLOUR, "open")})
         data = [
             {
                 "layer": one.layer,
-                "split": split,
+                "split": f"{of.dataset(split.rpartition('_')[0])}_{split.rpartition('_')[2]}",
                 "prompt": i,
-                "refused": None if refused is None else int(refused[i]),
+                of.done: None if refused is None else int(refused[i]),
                 "first component [residual units]": float(one.along_nc[i, 0]),
                 "second component [residual units]": float(one.along_nc[i, 1]),
             }

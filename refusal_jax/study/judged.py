@@ -21,7 +21,7 @@ from refusal_jax.data.sampling import SPLITS
 from refusal_jax.directions import Direction
 from refusal_jax.edits import Edits
 from refusal_jax.errors import NoDirection, field
-from refusal_jax.judges.judge import Judge, Outcome, Verdict
+from refusal_jax.judges.judge import Judge, shows
 from refusal_jax.judges.statistics import Rate
 from refusal_jax.mechanism.cosmic import CosmicRule, cosmic_scores, distant_layers, mean_outputs
 from refusal_jax.mechanism.edited_prompts import EditedPrompts
@@ -42,13 +42,6 @@ class Asked:
     key: tuple
     instruction: str
     edit: int = 0
-
-
-def shows(verdict: Verdict | None) -> int | None:
-    """Returns 1 if a verdict says that a reply shows the behaviour, 0 if not, and None without a verdict."""
-    if verdict is None:
-        return None
-    return int(not verdict.label and verdict.outcome in (None, Outcome.REFUSES))
 
 
 def deciding_judge(study: Study) -> Judge:

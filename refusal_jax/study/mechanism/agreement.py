@@ -11,6 +11,7 @@ import numpy as np
 from refusal_jax import distributed
 from refusal_jax.data.prompts import distinct, read_prompts, resolve
 from refusal_jax.files import file_hash
+from refusal_jax.judges.behaviours import Behaviour
 from refusal_jax.mechanism.activations import activations, residuals_at
 from refusal_jax.mechanism.agreement import Agreement, place_agreements, set_agreements
 from refusal_jax.plan.programs import Group, Program, Shapes
@@ -100,14 +101,14 @@ def as_row(one: Agreement) -> dict:
     return {"cosine": one.cosine, "halves": one.halves}
 
 
-def sentence(found: dict, layer: int) -> str:
+def sentence(found: dict, layer: int, of: Behaviour) -> str:
     """Returns what halves of the prompts, and layers, say, in words."""
     own, many = found["layers"][layer]["halves"], found["prompts"]
     alike = [row["layer"] for row in found["layers"] if row["cosine"] and row["cosine"]["low"] >= ALIKE]
     noise = [row["layer"] for row in found["layers"] if row["cosine"] and row["halves"]["mean"] < ALIKE]
     text = (
-        f"Directions of two halves of the {many['harmful']} harmful and {many['harmless']} harmless training prompts have a "
-        f"cosine of {with_interval(own, 2)} at the study's place. With the study's direction, those of layers "
+        f"Directions of two halves of the {many['harmful']} {of.present} and {many['harmless']} {of.absent} training prompts "
+        f"have a cosine of {with_interval(own, 2)} at the study's place. With the study's direction, those of layers "
         f"{', '.join(map(str, alike)) or 'none'} have a cosine of at least {ALIKE:g} by their intervals."
     )
     if noise:
@@ -120,9 +121,9 @@ def lines(findings: Findings) -> list[str]:
     """Returns the numbers for a terminal."""
     found, direction = findings.run.read_json(AGREEMENT), findings.direction
     assert direction is not None
-    out = ["", f"Agreement of directions: {sentence(found, direction.place[1])}"]
+    out = ["", f"Agreement of directions: {sentence(found, direction.place[1], findings.behaviour)}"]
     for row in found["sets"]:
-        whom = "the other harmful prompts'" if row["category"] else "the harmful prompts'"
+        whom = f"the {'other ' if row['category'] else ''}{findings.behaviour.present} prompts'"
         out.append(
             f"  {plain(row['name'])} (n = {row['n']}): cosine {with_interval(row['cosine'], 2)} with {whom} direction"
         )
@@ -148,7 +149,13 @@ def values(findings: Findings) -> dict:
     assert direction is not None
     tokens = [plain(token["text"]) for token in findings.setup["post_instruction_tokens"]]
     named = [(row, tokens[row["position"]] if -row["position"] <= len(tokens) else "") for row in found["positions"]]
-    return {"agreement": found, "sentence": sentence(found, direction.place[1]), "positions": named, "pick": direction}
+    told = sentence(found, direction.place[1], findings.behaviour)
+    return {
+        "agreement": found,
+        "sentence": told,
+        "positions": named,
+        "pick": direction,
+    }
 
 
 def programs(shapes: Shapes, rows: int) -> list[Program]:

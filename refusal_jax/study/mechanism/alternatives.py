@@ -8,8 +8,10 @@ import pathlib
 import numpy as np
 
 from refusal_jax.edits import Edits, orthonormal
+from refusal_jax.judges.behaviours import REFUSAL, Behaviour
+from refusal_jax.judges.judge import Judge, reply_shows
 from refusal_jax.judges.statistics import PairedRates, Rate, bounded, mean_interval
-from refusal_jax.judges.text import PAPERS, TEXT_JUDGES, SubstringJudge
+from refusal_jax.judges.text import PAPERS, TEXT_JUDGES
 from refusal_jax.mechanism.edited_prompts import EditedPrompts
 from refusal_jax.mechanism.som import padded
 from refusal_jax.plan.programs import Group
@@ -73,7 +75,10 @@ def alternatives(study: MechanismStudy) -> list[Alternative]:
         found.append(Alternative("by gradient (RDO)", single_jd, direction.layer, seconds[1]))
         if (k := max(cones["dimension"], 2)) in seconds:
             whole_jd, held = bases[f"basis_{k}"].astype(np.float64), cones["dimension"] == k
-            spent, note = sum(seconds[i] for i in range(1, k + 1)), "" if held else "it is no cone of refusal"
+            spent, note = (
+                sum(seconds[i] for i in range(1, k + 1)),
+                "" if held else f"it is no cone of {study.behaviour.name}",
+            )
             found.append(Alternative(f"cone of dimension {k}", whole_jd, None, spent, note))
     if run.exists(SOM_DIRECTIONS):
         map_jd = run.read_tensors(SOM_DIRECTIONS)["directions"].astype(np.float64)
@@ -96,9 +101,11 @@ def edits_of(found: list[Alternative], n_layers: int) -> dict[tuple[str, str], E
     return edits
 
 
-def judge_of(study: MechanismStudy) -> SubstringJudge:
-    """Returns the first of the study's judges that looks for phrases, or the paper's."""
-    return next((TEXT_JUDGES[name] for name in study.config.judges if name in TEXT_JUDGES), PAPERS)
+def judge_of(study: MechanismStudy) -> Judge:
+    """Returns the first of the study's judges that looks for phrases, or the paper's; that of another behaviour."""
+    judge = study.reply_judge(next((TEXT_JUDGES[name] for name in study.config.judges if name in TEXT_JUDGES), PAPERS))
+    assert judge is not None, "without one the part is skipped"
+    return judge
 
 
 def replies(
@@ -122,7 +129,7 @@ def replies(
                     (name, kind), i = todo[number]
                     said = reply.row["response"]
                     digest = hashlib.sha256(said.encode("utf-8", "surrogatepass")).hexdigest()[:16]
-                    refused = not judge.complies(said)
+                    refused = reply_shows(judge, said)
                     new.append({"name": name, "kind": kind, "index": i, "refused": refused, "reply": digest})
                 ledger.append(new)
                 done |= {((row["name"], row["kind"]), row["index"]): row for row in new}
@@ -170,13 +177,13 @@ def compare(study: MechanismStudy, ledger: Ledger) -> None:
     study.run.write_json(ALTERNATIVES, record | {"max_new_tokens": study.settings.alternatives.max_new_tokens})
 
 
-def verdict(row: dict) -> str:
+def verdict(row: dict, of: Behaviour = REFUSAL) -> str:
     """Returns how an alternative compares with the study's direction in words: better or worse only where the interval of the
     paired difference allows it."""
     if row["name"] == OWN:
         return "the study's own"
     low, high = row["difference"]["low"], row["difference"]["high"]
-    words = "leaves less refusal" if high < 0 else "leaves more refusal" if low > 0 else "no difference shown"
+    words = f"leaves less {of.name}" if high < 0 else f"leaves more {of.name}" if low > 0 else "no difference shown"
     return f"{words}; {row['note']}" if row["note"] else words
 
 
@@ -187,25 +194,25 @@ def percent(row: dict | None) -> str:
 
 def lines(findings: Findings) -> list[str]:
     """Returns the table for a terminal."""
-    found = findings.run.read_json(ALTERNATIVES)
+    found, of = findings.run.read_json(ALTERNATIVES), findings.behaviour
     width = max(len(row["name"]) for row in found["rows"])
     out = [
         "",
-        "Other ways to find directions (refused harmful test prompts under ablation, harmless ones under addition):",
+        f"Other ways to find directions ({of.kept_present} test prompts under ablation, {of.absent} ones under addition):",
     ]
     for row in found["rows"]:
         out.append(
             f"  {row['name']:<{width}}  cosine {row['cosine']:5.3f}, ablated {percent(row['ablated'])}, added "
             f"{percent(row['added'])}, KL {row['kl']['mean']:.4f}, answers kept {100 * row['kept']['rate']:.0f} %, "
-            f"{row['seconds']:.0f} s: {verdict(row)}"
+            f"{row['seconds']:.0f} s: {verdict(row, of)}"
         )
     return out
 
 
 def values(findings: Findings) -> dict:
     """Returns what the report shows of the table."""
-    found = findings.run.read_json(ALTERNATIVES)
-    return {"alternatives": found, "verdict": verdict, "percent": percent}
+    found, of = findings.run.read_json(ALTERNATIVES), findings.behaviour
+    return {"alternatives": found, "verdict": lambda row: verdict(row, of), "percent": percent}
 
 
 def reads(study: MechanismStudy) -> list[str]:
@@ -219,6 +226,7 @@ STAGE = Stage(
     compare,
     reads=reads,
     writes=(ALTERNATIVES,),
+    skipped=lambda study: study.without_reply_judge,
     given=lambda study: study.settings.alternatives.to_dict(),
     programs=Group("alternatives", "generation", completions.programs, assumed="its replies cost what the study's did"),
     about="Compares the directions of cosmic, som and cones with the study's: cosines, refusals, damage.",

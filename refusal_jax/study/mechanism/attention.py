@@ -8,10 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from refusal_jax.judges.behaviours import Behaviour
 from refusal_jax.mechanism.attention import Reading, read_attention, read_batch, taps_of
 from refusal_jax.mechanism.attention_summary import MEASURES, PAIRS, READ, pair_name, summary
 from refusal_jax.mechanism.regions import ATTENDED
-from refusal_jax.mechanism.suffixes import GROUPS, HARMFUL, IN_WORDS, RANDOM, SUFFIXED, Row
+from refusal_jax.mechanism.suffixes import GROUPS, HARMFUL, RANDOM, SUFFIXED, Row, groups_in_words
 from refusal_jax.plan.programs import Group, Program, Shapes
 from refusal_jax.report.findings import Findings, Section
 from refusal_jax.report.page import plain
@@ -32,10 +33,14 @@ from refusal_jax.study.mechanism.shared import MechanismStudy
 from refusal_jax.study.mechanism.suffixes import rows_of, without_rows
 
 ARRAYS = ("attention", "along", "attention_two_hops", "along_two_hops", "source_attention", "source_along")
-NO_HEAD = (
-    "No head writes more than nothing along the direction for the harmful prompts, so there is no head whose reading could "
-    "explain their refusal. It may be written by MLPs; the section on attribution has all parts."
-)
+
+
+def no_head(of: Behaviour) -> str:
+    """Returns that there is no head to look at, in words."""
+    return (
+        f"No head writes more than nothing along the direction for the {of.present} prompts, so there is no head whose reading "
+        f"could explain their {of.name}. It may be written by MLPs; the section on attribution has all parts."
+    )
 
 
 def top_heads(found: dict) -> list[tuple[int, int]]:
@@ -103,15 +108,15 @@ def lines(findings: Findings) -> list[str]:
     """Returns the numbers for a terminal."""
     found = findings.run.read_json(ATTENTION)
     if not found["heads"]:
-        return ["", f"Attention: {NO_HEAD}"]
-    names = ", ".join(map(head_name, found["heads"]))
+        return ["", f"Attention: {no_head(findings.behaviour)}"]
+    names, words = ", ".join(map(head_name, found["heads"])), groups_in_words(findings.behaviour)
     out = ["", f"What the {len(found['heads'])} top heads that write along the direction read ({names}):"]
     for title, measure in TITLES.items():
         out.append(f"  {title}:")
         for group in shown_groups(found):
             means = found["together"][measure][group]
             out.append(
-                f"    {IN_WORDS[group] + ':':<30}"
+                f"    {words[group] + ':':<30}"
                 + ", ".join(f"{place} {means[place]['mean']:.2f}".replace("-", "−") for place in READ)
             )
         for pair in PAIRS:
@@ -156,11 +161,11 @@ def values(findings: Findings) -> dict:
     """Returns what the report shows: in tables of regions and tokens."""
     found = findings.run.read_json(ATTENTION)
     if not found["heads"]:
-        return {"attention": found, "no_head": NO_HEAD}
+        return {"attention": found, "no_head": no_head(findings.behaviour)}
     return {
         "attention": found,
         "groups": shown_groups(found),
-        "words": IN_WORDS,
+        "words": groups_in_words(findings.behaviour),
         "measures": {
             name: [place for place in places if present(found, name, place)] for name, (places, _) in MEASURES.items()
         },
@@ -191,8 +196,11 @@ def pictures(findings: Findings) -> list:
     if not found["heads"]:
         return []
     groups, texts, names = shown_groups(found), token_texts(findings, found), [head_name(row) for row in found["heads"]]
+    words = groups_in_words(findings.behaviour)
     panels = {
-        f"to the {place}, over {hops}": of_heads(found, name, place) for place in READ for name, hops in HOPS.items()
+        f"to the {place}, over {hops}": of_heads(found, words, name, place)
+        for place in READ
+        for name, hops in HOPS.items()
     }
     aloud = "Attention of single heads from the last token to instruction and suffix"
     drawn = [bars_figure("attention-heads", aloud, names, panels, ["attention"] * len(panels), "layer . head")]
@@ -200,11 +208,11 @@ def pictures(findings: Findings) -> list:
         measures = kind, f"{kind}_two_hops"
         places = [p for p in MEASURES[kind][0] if any(present(found, measure, p) for measure in measures)]
         hops = zip(measures, HOPS.values(), strict=True)
-        panels = {f"over {words}": of_places(found, measure, places) for measure, words in hops}
+        panels = {f"over {many}": of_places(found, words, measure, places) for measure, many in hops}
         drawn.append(bars_figure(name, aloud, places, panels, [label] * 2))
     if found["suffix_tokens"]:
         panels = {
-            title: {IN_WORDS[group]: rows[measure] for group, rows in found["suffix_tokens"].items()}
+            title: {words[group]: rows[measure] for group, rows in found["suffix_tokens"].items()}
             for measure, title in (("attention", "attention to it"), ("along", "written of it along the direction"))
         }
         aloud = "Attention to each token of the suffix, and what the top heads write of it"
@@ -213,7 +221,7 @@ def pictures(findings: Findings) -> list:
         drawn.append(bars_figure("attention-tokens", aloud, places, panels, labels, "token of the suffix", 1))
     for group in groups:
         name, flow = f"attention-flow-{group.replace('_', '-')}", found["flow"][group]
-        aloud = f"Where the attention of the top heads goes, {IN_WORDS[group]} prompts"
+        aloud = f"Where the attention of the top heads goes, {words[group]} prompts"
         drawn.append(flow_figure(name, aloud, ATTENDED, texts, flow["direct"], flow["via"]))
     return drawn
 
@@ -225,15 +233,15 @@ LABELS = {  # of each kind of measure, the picture's name, what it measures, and
 }
 
 
-def of_heads(found: dict, measure: str, place: str) -> dict[str, list[dict]]:
+def of_heads(found: dict, words: dict[str, str], measure: str, place: str) -> dict[str, list[dict]]:
     """Returns a measure of each head at a place, by group in words."""
-    return {IN_WORDS[group]: [row[measure][group][place] for row in found["heads"]] for group in shown_groups(found)}
+    return {words[group]: [row[measure][group][place] for row in found["heads"]] for group in shown_groups(found)}
 
 
-def of_places(found: dict, measure: str, places: Sequence[str]) -> dict[str, list[dict]]:
+def of_places(found: dict, words: dict[str, str], measure: str, places: Sequence[str]) -> dict[str, list[dict]]:
     """Returns a measure of all heads together at each place, by group in words."""
     return {
-        IN_WORDS[group]: [found["together"][measure][group][place] for place in places] for group in shown_groups(found)
+        words[group]: [found["together"][measure][group][place] for place in places] for group in shown_groups(found)
     }
 
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from refusal_jax.judges.statistics import bounded, mean_interval, paired_mean
 from refusal_jax.mechanism.attribution import SITES, Attribution, attribute, attribute_batch
-from refusal_jax.mechanism.suffixes import GROUPS, HARMFUL, IN_WORDS, RANDOM, SUFFIXED
+from refusal_jax.mechanism.suffixes import GROUPS, HARMFUL, RANDOM, SUFFIXED, groups_in_words
 from refusal_jax.plan.programs import Group, Program, Shapes
 from refusal_jax.report.findings import Findings, Section
 from refusal_jax.report.summary import signed, with_interval
@@ -118,7 +118,7 @@ def lines(findings: Findings) -> list[str]:
     """Returns the numbers for a terminal."""
     found, direction = findings.run.read_json(ATTRIBUTION), findings.direction
     assert direction is not None
-    layer, together = direction.place[1], found["heads_together"]
+    layer, together, words = direction.place[1], found["heads_together"], groups_in_words(findings.behaviour)
     out = [
         "",
         f"Attribution along the direction, at the last token (parts sum to it within {found['largest_error']:.1g}):",
@@ -131,7 +131,7 @@ def lines(findings: Findings) -> list[str]:
         if group not in found["cosines"]:
             continue
         cosine, written = found["cosines"][group]["mean"][layer], together["written"][group]
-        line = f"  {IN_WORDS[group] + ':':<30}cosine {signed(cosine, 2)}"
+        line = f"  {words[group] + ':':<30}cosine {signed(cosine, 2)}"
         change = found["cosine_changes"].get(group)
         line += f", change {with_interval(change[layer], 2)}" if change else ""
         line += f"; heads {signed(written['mean'], 2)}"
@@ -147,7 +147,7 @@ def values(findings: Findings) -> dict:
     return {
         "attribution": found,
         "compared": COMPARED,
-        "words": IN_WORDS,
+        "words": groups_in_words(findings.behaviour),
         "groups": shown_groups(found),
         "head_name": head_name,
         "layer": direction.place[1],
@@ -165,10 +165,10 @@ def pictures(findings: Findings) -> list:
 
     found, arrays = findings.run.read_json(ATTRIBUTION), findings.run.read_tensors(ATTRIBUTED)
     assert findings.direction is not None
-    groups = shown_groups(found)
+    groups, words = shown_groups(found), groups_in_words(findings.behaviour)
     mean_nl = {group: arrays[f"{group}.heads"].astype(np.float64).mean(axis=0).T for group in groups}
     grids = {
-        "grid": ("What each head writes along the direction for harmful prompts", mean_nl[HARMFUL]),
+        "grid": (f"What each head writes along the direction for {words[HARMFUL]} prompts", mean_nl[HARMFUL]),
         "change": ("Change of what each head writes by the suffix", mean_nl[SUFFIXED] - mean_nl[HARMFUL]),
     }
     most = max(np.abs(values).max() for _, values in grids.values())
@@ -176,13 +176,13 @@ def pictures(findings: Findings) -> list:
     columns = ("head", "layer", "written [residual units]")
     return [
         suffix_figures.cosine_figure(
-            {IN_WORDS[group]: found["cosines"][group]["mean"] for group in groups},
-            {IN_WORDS[group]: found["cosines"][group]["sd"] for group in groups},
+            {words[group]: found["cosines"][group]["mean"] for group in groups},
+            {words[group]: found["cosines"][group]["sd"] for group in groups},
             findings.direction.place[1],
         ),
         suffix_figures.heads_figure(
             [head_name(row) for row in found["heads"]],
-            {IN_WORDS[group]: [row["written"][group] for row in found["heads"]] for group in groups},
+            {words[group]: [row["written"][group] for row in found["heads"]] for group in groups},
         ),
         *(
             figures.heatmap(

@@ -9,7 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from refusal_jax.chat.padding import bucket
+from refusal_jax.judges.behaviours import REFUSAL, Behaviour
 from refusal_jax.judges.statistics import bounded, mean_interval
+from refusal_jax.judges.text import EXTENDED
 from refusal_jax.mechanism.cone_targets import NoTargets, cone_data
 from refusal_jax.mechanism.cones import (
     ConeRecipe,
@@ -46,7 +48,7 @@ def skipped(study: MechanismStudy) -> str:
     """Returns why no cone can be trained, "" if one can."""
     if load_config(study.folder).n_experts:
         return "Cones are trained by gradient, and the loop over experts of this model has none."
-    return study.without_tokens
+    return study.without_tokens or study.without_reply_judge
 
 
 def train_cones(study: MechanismStudy, ledger: Ledger) -> None:
@@ -89,7 +91,9 @@ def trained_cones(
     settings, direction, model, ids = study.settings.cones, study.direction(), study.model, study.refusal_ids()
     recipe, norm, (_, layer) = recipe_of(settings), direction.norm, direction.place
     sides = study.instructions("harmful_train"), study.instructions("harmless_train")
-    data = cone_data(model, direction, *sides, tokens=settings.target_tokens, rows=study.sizes.generation)
+    judge, sizes = study.reply_judge(EXTENDED), {"tokens": settings.target_tokens, "rows": study.sizes.generation}
+    assert judge is not None, "without one the part is skipped"
+    data = cone_data(model, direction, *sides, **sizes, judge=judge, of=study.behaviour)
     harmful, harmless = (
         EditedPrompts.build(model, study.instructions(split), study.sizes.select, ids)
         for split in ("harmful_val", "harmless_val")
@@ -171,26 +175,28 @@ def programs(shapes: Shapes, rows: int) -> list[Program]:
     return [program("kept answers", True, 1), program("replies", False, 2)]
 
 
-def in_words(found: dict) -> str:
+def in_words(found: dict, of: Behaviour = REFUSAL) -> str:
     """Returns the dimension of the cone in sentences."""
     k, last = found["dimension"], found["cones"][-1]
     few = "is open: there are too few validation prompts, or its effect is near the bounds."
     if not k and last["holds"] is None:
-        return f"Whether the direction that was found by gradient mediates refusal {few}"
+        return f"Whether the direction that was found by gradient mediates {of.name} {few}"
     if not k:
-        head = "No direction that was found by gradient mediates refusal on the validation prompts."
+        head = f"No direction that was found by gradient mediates {of.name} on the validation prompts."
         head += " The study's own direction does, so that the training fell short." if found["own"]["holds"] else ""
     elif k == 1:
-        head = "Refusal is mediated by a cone of one dimension: a single direction."
+        head = f"{of.title} is mediated by a cone of one dimension: a single direction."
     else:
-        head = f"Refusal is mediated by a cone of {k} dimensions: the study's direction is not the only one."
+        head = f"{of.title} is mediated by a cone of {k} dimensions: the study's direction is not the only one."
     if last["holds"] is None:
         return f"{head} Whether one of {last['dimension']} does {few}"
     if last["holds"]:
         return f"{head} No larger one was tried." if found["tried"] == k else head
     failing = sum(row["holds"] is False for row in last["directions"])
     many = len(last["directions"])
-    return f"{head} Of a cone of dimension {last['dimension']}, {failing} of {many} directions do not mediate refusal."
+    return (
+        f"{head} Of a cone of dimension {last['dimension']}, {failing} of {many} directions do not mediate {of.name}."
+    )
 
 
 def share(row: dict) -> str:
@@ -200,15 +206,15 @@ def share(row: dict) -> str:
 
 def lines(findings: Findings) -> list[str]:
     """Returns the cones and the independence of directions, for a terminal."""
-    found = findings.run.read_json(CONES)
+    found, of = findings.run.read_json(CONES), findings.behaviour
     if "none" in found:
         return ["", f"Cones: {found['none']}"]
-    out = ["", f"Cones: {in_words(found)}"]
+    out = ["", f"Cones: {in_words(found, of)}"]
     for cone in found["cones"]:
         left, made = ([row[side] for row in cone["directions"]] for side in ("ablated", "added"))
         worst, least = max(left, key=lambda row: row["rate"]), min(made, key=lambda row: row["rate"])
         out.append(
-            f"  dimension {cone['dimension']}: at most {share(worst)} refused under ablation, at least {share(least)} under "
+            f"  dimension {cone['dimension']}: at most {share(worst)} {of.done} under ablation, at least {share(least)} under "
             f"addition, over {len(left)} direction{'s' if len(left) > 1 else ''}; {cone['steps']} steps, {cone['seconds']:.0f} s"
         )
     for row in found["independence"]:
@@ -222,7 +228,7 @@ def lines(findings: Findings) -> list[str]:
 def values(findings: Findings) -> dict:
     """Returns what the report shows of the cones."""
     found = findings.run.read_json(CONES)
-    return {"cones": found, "words": "" if "none" in found else in_words(found)}
+    return {"cones": found, "words": "" if "none" in found else in_words(found, findings.behaviour)}
 
 
 def pictures(findings: Findings) -> list:
@@ -233,7 +239,9 @@ def pictures(findings: Findings) -> list:
     from refusal_jax.report import cone_figures  # imports matplotlib, which the other stages need not pay for
 
     return [
-        cone_figures.mediation_picture({cone["dimension"]: cone["directions"] for cone in found["cones"]}),
+        cone_figures.mediation_picture(
+            {cone["dimension"]: cone["directions"] for cone in found["cones"]}, findings.behaviour
+        ),
         cone_figures.change_picture({row["name"]: row["of_own"] for row in found["independence"]}),
     ]
 

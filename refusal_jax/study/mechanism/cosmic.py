@@ -7,10 +7,11 @@ import time
 import jax.numpy as jnp
 import numpy as np
 
+from refusal_jax.judges.behaviours import REFUSAL, Behaviour
 from refusal_jax.mechanism.cosmic import CosmicRule, cosine, cosmic_pick, cosmic_scores, distant_layers
 from refusal_jax.mechanism.edited_prompts import LAST, read_edited
 from refusal_jax.plan.programs import Group, Program, Shapes
-from refusal_jax.report.findings import Section
+from refusal_jax.report.findings import Findings, Section
 from refusal_jax.runs.artifacts import CANDIDATES, COSMIC, DIRECTION, FILTER, MEANS, METADATA, PROMPTS
 from refusal_jax.runs.ledger import Ledger
 from refusal_jax.runs.stage import Stage
@@ -52,22 +53,27 @@ def select(study: MechanismStudy, ledger: Ledger) -> None:
     study.run.write_json(COSMIC, found | {"seconds": time.monotonic() - begun})
 
 
-def in_words(found: dict) -> str:
+def in_words(found: dict, of: Behaviour = REFUSAL) -> str:
     """Returns the selection in sentences."""
     blocks = ", ".join(map(str, sorted(found["layers"])))
     scored, pick = sum(row["score"] is not None for row in found["rows"]), found["pick"]
     if pick is None:
         most = found["kl_threshold"]
-        return f"COSMIC selects nothing: every candidate changes harmless prompts by a KL divergence above {most}."
+        return f"COSMIC selects nothing: every candidate changes {of.absent} prompts by a KL divergence above {most}."
     place = f"position {pick['position']}, layer {pick['layer']}"
     same = found["selected"] is not None and all(found["selected"][key] == pick[key] for key in ("position", "layer"))
     also = "the study's own direction" if same else f"at a cosine of {found['cosine']:.3f} with the study's direction"
     own = "" if same or not found["selected"] or found["selected"]["score"] is None else found["selected"]["score"]
     return (
         f"COSMIC selects {place}, {also}: score {pick['score']:.3f} of 2, from activations after block"
-        f"{'s' if len(found['layers']) > 1 else ''} {blocks}, without refusal tokens ({scored} candidates scored)."
+        f"{'s' if len(found['layers']) > 1 else ''} {blocks}, without {of.tokens} ({scored} candidates scored)."
         + (f" The study's direction has {own:.3f}." if own != "" else "")
     )
+
+
+def lines(findings: Findings) -> list[str]:
+    """Returns the selection for a terminal."""
+    return ["", in_words(findings.run.read_json(COSMIC), findings.behaviour)]
 
 
 def programs(shapes: Shapes, rows: int) -> list[Program]:
@@ -99,8 +105,8 @@ STAGE = Stage(
     section=Section(
         pathlib.Path(__file__).with_name("cosmic.html.jinja"),
         {"cosmic": "Selection without tokens"},
-        lambda findings: {"cosmic": findings.run.read_json(COSMIC), "words": in_words(findings.run.read_json(COSMIC))},
-        lines=lambda findings: ["", in_words(findings.run.read_json(COSMIC))],
+        lambda findings: {"cosmic": findings.run.read_json(COSMIC), "words": lines(findings)[1]},
+        lines=lines,
         of_direction=True,
         needs=(COSMIC,),
     ),

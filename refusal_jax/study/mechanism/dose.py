@@ -10,8 +10,9 @@ import numpy as np
 
 from refusal_jax.chat.padding import bucket
 from refusal_jax.edits import Edits
+from refusal_jax.judges.behaviours import REFUSAL, Behaviour
 from refusal_jax.judges.choice import REFUSAL_JUDGES, WITHOUT_MODEL
-from refusal_jax.judges.judge import Judge
+from refusal_jax.judges.judge import Judge, shows
 from refusal_jax.judges.scores import REFUSAL_SCORE
 from refusal_jax.judges.statistics import PairedRates, Rate, bounded
 from refusal_jax.judges.text import PAPERS
@@ -84,17 +85,18 @@ def as_json(doses_m: np.ndarray, found: dict[tuple[str, str], Response]) -> dict
     }
 
 
-def judge_of(study: MechanismStudy) -> Judge:
-    """Returns the study's first judge of refusals that needs neither a model nor scores, or else the paper's."""
+def judge_of(study: MechanismStudy) -> Judge | None:
+    """Returns the study's first judge of refusals that needs neither a model nor scores, or else the paper's; that of another
+    behaviour, None if it needs a model."""
     known = [name for name in study.config.judges if name in REFUSAL_JUDGES and name != REFUSAL_SCORE]
-    return WITHOUT_MODEL[known[0]] if known else PAPERS
+    return study.reply_judge(WITHOUT_MODEL[known[0]] if known else PAPERS)
 
 
 def in_replies(study: MechanismStudy, ledger: Ledger, doses_m: np.ndarray, scored: Response) -> list[dict]:
     """Returns for a few doses the rate of refused replies to harmful prompts, beside what the refusal score says of the same."""
     settings, model, judge = study.settings.dose, study.model, judge_of(study)
     texts = study.instructions("harmful_test", kept_only=False)[: min(settings.replies, settings.n_prompts)]
-    if not texts:
+    if not texts or judge is None:
         return []
     shown = sorted({int(np.abs(doses_m - min(dose, doses_m[-1])).argmin()) for dose in SHOWN})
     replies = {tuple(row["reply"]): row["response"] for row in ledger.rows if "reply" in row}
@@ -115,7 +117,7 @@ def in_replies(study: MechanismStudy, ledger: Ledger, doses_m: np.ndarray, score
     rows = []
     for m in shown:
         asked = [{"prompt": text, "response": replies[m, i]} for i, text in enumerate(texts)]
-        judged = [None if one is None else 1 - one.label for one in judge.judge(asked)]
+        judged = [shows(one) for one in judge.judge(asked)]
         pairs = PairedRates.of(scored.refused_mn[m, : len(texts)].astype(int).tolist(), judged)
         low, high = pairs.interval
         rows.append(
@@ -142,13 +144,16 @@ def place(half: dict, digits: int = 2) -> str:
     return f"{half['at']:.{digits}f} ({half['low']:.{digits}f} {high})"
 
 
-def sentences(found: dict) -> dict[str, str]:
+def sentences(found: dict, of: Behaviour = REFUSAL) -> dict[str, str]:
     """Returns what the doses of one half say, in words, for ablation and for addition."""
     none = {
-        ABLATION: "The model refuses none of the harmful prompts.",
-        ADDITION: "It refuses all of the harmless prompts.",
+        ABLATION: f"The model {of.verb_on} none of the {of.present} prompts.",
+        ADDITION: f"It {of.verb_on} all of the {of.absent} prompts.",
     }
-    what = {ABLATION: "refusals of {} harmful prompts are gone", ADDITION: "{} harmless prompts are refused"}
+    what = {
+        ABLATION: f"{of.cases} of {{}} {of.present} prompts are gone",
+        ADDITION: f"{{}} {of.absent} prompts {of.shown}",
+    }
     out = {}
     for kind, half in found["half"].items():
         most, clause = found[kind][-1]["dose"], what[kind].format(half["n"])
@@ -157,7 +162,7 @@ def sentences(found: dict) -> dict[str, str]:
         elif half["at"] is None:
             out[kind] = f"Fewer than half of the {clause} at the largest dose, {most:g}."
         else:
-            moved = f"where the next token after harmless prompts has moved by a KL of {half['kl']:.4f} nats"
+            moved = f"where the next token after {of.absent} prompts has moved by a KL of {half['kl']:.4f} nats"
             out[kind] = f"Half of the {clause} at dose {place(half)}, {moved}."
     return out
 
@@ -173,11 +178,11 @@ def in_nats(row: dict) -> str:
     return f"{mean} ({low} to {high})"
 
 
-def disagreements(found: dict) -> list[str]:
+def disagreements(found: dict, of: Behaviour = REFUSAL) -> list[str]:
     """Returns where replies and scores disagree, in words."""
     return [
         f"At dose {row['dose']:.2f} the judge {row['judge']} counts {in_percent(row['refused'])} of {row['refused']['n']} "
-        f"replies as refused, and the refusal score {in_percent(row['by_score'])} of the same prompts. The two disagree, so "
+        f"replies as {of.done}, and the {of.score} {in_percent(row['by_score'])} of the same prompts. The two disagree, so "
         "that the curve is not one of replies."
         for row in apart(found["replies"])
     ]
@@ -185,37 +190,37 @@ def disagreements(found: dict) -> list[str]:
 
 def lines(findings: Findings) -> list[str]:
     """Returns the numbers for a terminal."""
-    found = findings.run.read_json(DOSE)
-    told = sentences(found)
+    found, of = findings.run.read_json(DOSE), findings.behaviour
+    told, wide = sentences(found, of), [f"{of.done}, {kind}" for kind in (ABLATION, ADDITION)]
     out = ["", f"Doses of ablation: {told[ABLATION]}", f"Doses of addition: {told[ADDITION]}"]
-    out.append(f"  {'dose':>5}  {'refused, ablation':<24}{'KL, ablation':<28}{'refused, addition':<24}")
+    out.append(f"  {'dose':>5}  {wide[0]:<24}{'KL, ablation':<28}{wide[1]:<24}")
     for one, other in list(zip(found[ABLATION], found[ADDITION], strict=True))[:: max(1, len(found[ABLATION]) // 6)]:
         rates = [in_percent(row["refused"]) for row in (one, other)]
         out.append(f"  {one['dose']:>5.2f}  {rates[0]:<24}{in_nats(one['kl']):<28}{rates[1]:<24}")
-    return out + [f"  {text}" for text in disagreements(found)]
+    return out + [f"  {text}" for text in disagreements(found, of)]
 
 
 def pictures(findings: Findings) -> list:
     """Returns the curves."""
     from refusal_jax.report import dose_figures, figures  # import matplotlib, which the other stages need not pay for
 
-    found, drawn = findings.run.read_json(DOSE), []
+    found, drawn, of = findings.run.read_json(DOSE), [], findings.behaviour
     for kind, colour in ((ABLATION, figures.HARMFUL_COLOUR), (ADDITION, figures.HARMLESS_COLOUR)):
         replies = [(row["dose"], row["refused"]["rate"]) for row in found["replies"]] if kind == ABLATION else []
         replies = [(dose, rate) for dose, rate in replies if rate is not None]
         doses, refused, kl = ([row[name] for row in found[kind]] for name in ("dose", "refused", "kl"))
-        drawn.append(dose_figures.dose_figure(kind, doses, refused, kl, found["half"][kind], colour, replies))
+        drawn.append(dose_figures.dose_figure(kind, doses, refused, kl, found["half"][kind], colour, replies, of))
     return drawn
 
 
 def values(findings: Findings) -> dict:
     """Returns what the report shows beside the curves: sentences, and a table of the doses."""
-    found = findings.run.read_json(DOSE)
+    found, of = findings.run.read_json(DOSE), findings.behaviour
     return {
         "dose": found,
         "in_nats": in_nats,
-        "sentences": sentences(found),
-        "disagreements": disagreements(found),
+        "sentences": sentences(found, of),
+        "disagreements": disagreements(found, of),
         "rows": list(zip(found[ABLATION], found[ADDITION], strict=True)),
     }
 

@@ -8,6 +8,7 @@ import numpy as np
 
 from refusal_jax.chat.refusal_tokens import SAMPLE, Opening, measure_openings
 from refusal_jax.edits import Edits
+from refusal_jax.judges.behaviours import REFUSAL, Behaviour
 from refusal_jax.judges.statistics import Rate, bounded
 from refusal_jax.mechanism.activations import activations
 from refusal_jax.mechanism.edited_prompts import EditedPrompts
@@ -50,8 +51,8 @@ def given(study: MechanismStudy) -> dict:
 
 def skipped(study: MechanismStudy) -> str:
     """Returns why nothing can be compared, "" if something can."""
-    if not study.refusal_ids():
-        return "Without refusal tokens, no refusal of a prompt is known."
+    if study.without_tokens:
+        return study.without_tokens
     if not given(study):
         return (
             f"Nothing to compare was given: {spelled('sets')} names sets of prompts, and {spelled('directions')} directions of "
@@ -159,10 +160,10 @@ def measured(study: MechanismStudy, one: PromptSet, directions: dict[str, np.nda
     return row, cells
 
 
-def share(row: dict) -> str:
+def share(row: dict, of: Behaviour = REFUSAL) -> str:
     """Returns a rate with its interval in words."""
     if row["rate"] is None:
-        return "none refused"
+        return f"none {of.done}"
     return f"{100 * row['rate']:.0f} % ({100 * row['low']:.0f} to {100 * row['high']:.0f})"
 
 
@@ -176,29 +177,29 @@ def cosine_in_words(row: dict) -> str:
 
 def lines(findings: Findings) -> list[str]:
     """Returns the numbers for a terminal."""
-    found = findings.run.read_json(MATRICES)
+    found, of = findings.run.read_json(MATRICES), findings.behaviour
     out = ["", "Directions of other prompts and models, cosines (95 % interval, ceiling by sampling):"]
     out += [f"  {row['first']} and {row['second']}: {cosine_in_words(row)}" for row in found["cosines"]]
-    out += ["Refusals that ablation of a direction leaves, of those without an edit:"]
+    out += [f"{of.cases_title} that ablation of a direction leaves, of those without an edit:"]
     for one in found["sets"]:
-        cells = [f"{cell['direction']} {share(cell)}" for cell in found["left"] if cell["set"] == one["name"]]
+        cells = [f"{cell['direction']} {share(cell, of)}" for cell in found["left"] if cell["set"] == one["name"]]
         out.append(
-            f"  {one['name']}, {one['refused']['successes']} of {one['refused']['n']} refused: {'; '.join(cells)}"
+            f"  {one['name']}, {one['refused']['successes']} of {one['refused']['n']} {of.done}: {'; '.join(cells)}"
         )
-    return out + [f"  {text}" for text in notes(found)]
+    return out + [f"  {text}" for text in notes(found, of)]
 
 
-def notes(found: dict) -> list[str]:
+def notes(found: dict, of: Behaviour = REFUSAL) -> list[str]:
     """Returns what limits the numbers, in whole sentences."""
     out = []
     for one in found["sets"]:
         many = one["refused"]["successes"]
         if many < FEW:
             much = f"only {many} prompts" if many else "no prompt"
-            out.append(f"The model refuses {much} of {one['name']}, so that its column says little.")
+            out.append(f"The model {of.verb_on} {much} of {one['name']}, so that its column says little.")
         if not one["tokens_found"]:
             out.append(
-                f"No token tells refusals of {one['name']} from answers, so that the study's refusal tokens are taken."
+                f"No token tells {of.cases} of {one['name']} from {of.other_replies}, so that the study's {of.tokens} are taken."
             )
     for one in found["others"]:
         if not one["fits"]:
@@ -210,15 +211,20 @@ def notes(found: dict) -> list[str]:
 
 def values(findings: Findings) -> dict:
     """Returns what the report shows in tables."""
-    found = findings.run.read_json(MATRICES)
-    return {"matrices": found, "cosine_in_words": cosine_in_words, "share": share, "notes": notes(found)}
+    found, of = findings.run.read_json(MATRICES), findings.behaviour
+    return {
+        "matrices": found,
+        "cosine_in_words": cosine_in_words,
+        "share": lambda row: share(row, of),
+        "notes": notes(found, of),
+    }
 
 
 def pictures(findings: Findings) -> list:
     """Returns the two matrices."""
     from refusal_jax.report import figures  # imports matplotlib, which the other stages need not pay for
 
-    found = findings.run.read_json(MATRICES)
+    found, of = findings.run.read_json(MATRICES), findings.behaviour
     names, sets = found["names"], [one["name"] for one in found["sets"]]
     shown = [name if len(name) <= LONGEST else name[: LONGEST - 1] + "…" for name in names]
     cosine_mm, left_mn = np.eye(len(names)), np.full((len(names), len(sets)), np.nan)
@@ -230,7 +236,7 @@ def pictures(findings: Findings) -> list:
             np.nan if row["rate"] is None else 100 * row["rate"]
         )
     percents = figures.Scale("RdBu_r", figures.Normalize(0, 100), 50.0, 0)
-    cosine_label, left_label = "Cosines of directions", "Share of refusals that ablation of a direction leaves"
+    cosine_label, left_label = "Cosines of directions", f"Share of {of.cases} that ablation of a direction leaves"
     height = 70 + 26 * len(names)
     return [
         figures.heatmap(
@@ -251,7 +257,7 @@ def pictures(findings: Findings) -> list:
             shown,
             percents,
             None,
-            columns=("ablated direction", "prompts", "refused [% of those refused without an edit]"),
+            columns=("ablated direction", "prompts", f"{of.done} [% of those {of.done} without an edit]"),
             x_labels=shown[: len(sets)],
             height=height,
         ),

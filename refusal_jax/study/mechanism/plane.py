@@ -9,6 +9,8 @@ import numpy as np
 from refusal_jax.chat.residuals import extract
 from refusal_jax.conditions import Ablate, Add, Baseline, Intervention
 from refusal_jax.judges.areas import Area
+from refusal_jax.judges.behaviours import REFUSAL as REFUSED
+from refusal_jax.judges.behaviours import Behaviour
 from refusal_jax.judges.separation import Estimate
 from refusal_jax.judges.statistics import PairedRates, Rate, bounded, mean_interval, paired_mean
 from refusal_jax.mechanism.plane import (
@@ -35,15 +37,19 @@ HARMFULNESS, REFUSAL, REST = AXES = (
     "refusal",
     "rest",
 )  # the directions that are read along, in this order
-IN_WORDS = {
-    HARMFULNESS: "harmfulness, instruction's end",
-    REST: "the same without the ablated direction",
-    REFUSAL: "refusal, template's end",
-}
 PLACES = {HARMFULNESS: INSTRUCTION_END, REFUSAL: TEMPLATE_END, REST: INSTRUCTION_END}
 SEPARATES = 0.7  # area below which the instruction's end does not tell harmful from harmless prompts
 HALF = 0.5  # of a distance, to call most of it kept or lost
 FEW = 5  # prompts of each group, to compare two groups
+
+
+def axes_in_words(of: Behaviour) -> dict[str, str]:
+    """Returns what the directions are called in a study of a behaviour."""
+    return {
+        HARMFULNESS: f"{of.contrast}, instruction's end",
+        REST: "the same without the ablated direction",
+        REFUSAL: f"{of.name}, template's end",
+    }
 
 
 def skipped(study: MechanismStudy) -> str:
@@ -81,7 +87,7 @@ def measure(study: MechanismStudy, ledger: Ledger) -> None:
         points[name] = {kind.name: read(study, name, texts, kind, units_jld) for kind in kinds}
     layers = {HARMFULNESS: clearest(*(one.along_nlpj[:, :, INSTRUCTION_END, 0] for one in val))}
     layers |= {REFUSAL: study.direction().place[1], REST: layers[HARMFULNESS]}
-    study.run.write_json(PLANE, summary(points, layers) | cosines(units_jld, study.direction().raw_d))
+    study.run.write_json(PLANE, summary(points, layers, study.behaviour) | cosines(units_jld, study.direction().raw_d))
     arrays = {"harmfulness": harmfulness_ld, "refusal": refusal_ld}
     for name, by in points.items():
         for kind, one in by.items():
@@ -124,7 +130,7 @@ def along(points: Mapping[str, Mapping[str, Ends]], name: str, kind: str, axis: 
     return points[name][kind].along_nlpj[:, :, PLACES[axis], AXES.index(axis)].astype(np.float64)
 
 
-def summary(points: Mapping[str, Mapping[str, Ends]], layers: Mapping[str, int]) -> dict:
+def summary(points: Mapping[str, Mapping[str, Ends]], layers: Mapping[str, int], of: Behaviour = REFUSED) -> dict:
     """Returns the numbers of the report. layers: the layer at which each direction is looked at."""
     effects = {}
     for axis in AXES:
@@ -155,7 +161,7 @@ def summary(points: Mapping[str, Mapping[str, Ends]], layers: Mapping[str, int])
         "effects": effects,
         "refused": refused,
     }
-    return found | {"verdict": verdict(found)}
+    return found | {"verdict": verdict(found, of)}
 
 
 def added_row(points, axis: str) -> dict | None:
@@ -239,25 +245,25 @@ def within(points, layers: Mapping[str, int]) -> dict:
     }
 
 
-def verdict(found: dict) -> str:
+def verdict(found: dict, of: Behaviour = REFUSED) -> str:
     """Returns whether ablation moves what the model judges or only what it says, in words, as far as intervals tell."""
     seen, kept = (found["effects"][HARMFULNESS][name] for name in ("area", "kept"))
     if seen["low"] <= SEPARATES:
         return (
-            "At the instruction's end harmful and harmless prompts are not told apart clearly, so that nothing can be said about "
-            "what the model judges."
+            f"At the instruction's end {of.present} and {of.absent} prompts are not told apart clearly, so that nothing can be "
+            "said about what the model judges."
         )
     left = (
-        f"of the distance between harmful and harmless prompts at the instruction's end {percent(kept)} is left, and "
+        f"of the distance between {of.present} and {of.absent} prompts at the instruction's end {percent(kept)} is left, and "
         f"{percent(found['effects'][REST]['kept'])} of the part of it that is not along the ablated direction"
     )
     if found["refused"][HARMFUL][Ablate.name]["change"]["high"] >= 0:
-        return f"Ablation does not end refusals for certain; {left}."
+        return f"Ablation does not end {of.cases} for certain; {left}."
     if kept["low"] > HALF:
-        return f"Ablation changes what the model says more than what it judges: refusals end, and {left}."
+        return f"Ablation changes what the model says more than what it judges: {of.cases} end, and {left}."
     if kept["high"] < HALF:
-        return f"Ablation changes what the model judges, too: refusals end, and {left}."
-    return f"Ablation ends refusals; whether it changes what the model judges is open: {left}."
+        return f"Ablation changes what the model judges, too: {of.cases} end, and {left}."
+    return f"Ablation ends {of.cases}; whether it changes what the model judges is open: {left}."
 
 
 def percent(row: Mapping[str, float]) -> str:
@@ -268,10 +274,10 @@ def percent(row: Mapping[str, float]) -> str:
 
 def lines(findings: Findings) -> list[str]:
     """Returns the numbers for a terminal."""
-    found = findings.run.read_json(PLANE)
+    found, of = findings.run.read_json(PLANE), findings.behaviour
     layers = found["layers"]
-    out = ["", f"Harmfulness and refusal: {found['verdict']}"]
-    for axis, words in IN_WORDS.items():
+    out = ["", f"{of.contrast.capitalize()} and {of.name}: {found['verdict']}"]
+    for axis, words in axes_in_words(of).items():
         row = found["effects"][axis]
         area = f"area {row['area']['mean']:.3f} ({row['area']['low']:.3f} to {row['area']['high']:.3f})"
         out.append(
@@ -287,7 +293,7 @@ def lines(findings: Findings) -> list[str]:
 
 def values(findings: Findings) -> dict:
     """Returns what the report shows in tables."""
-    return {"plane": findings.run.read_json(PLANE), "axes": IN_WORDS, "percent": percent}
+    return {"plane": findings.run.read_json(PLANE), "axes": axes_in_words(findings.behaviour), "percent": percent}
 
 
 def pictures(findings: Findings) -> list:
@@ -295,7 +301,8 @@ def pictures(findings: Findings) -> list:
     from refusal_jax.report import plane_figures  # imports matplotlib, which the other stages need not pay for
 
     found, arrays = findings.run.read_json(PLANE), findings.run.read_tensors(PLANE_POINTS)
-    at = {axis: found["layers"][axis] for axis in (HARMFULNESS, REFUSAL)}
+    of, at = findings.behaviour, {axis: found["layers"][axis] for axis in (HARMFULNESS, REFUSAL)}
+    words = axes_in_words(of)
     points = [
         plane_figures.Points(
             name,
@@ -307,18 +314,19 @@ def pictures(findings: Findings) -> list:
         for name in found["refused"]
         for kind in (Baseline.name, Ablate.name)
     ]
-    shown = {(IN_WORDS[axis], kind): rows for axis, by in found["areas"].items() for kind, rows in by.items()}
+    shown = {(words[axis], kind): rows for axis, by in found["areas"].items() for kind, rows in by.items()}
     with_direction = found["cosine_with_direction"]
     return [
-        plane_figures.plane_figure(points),
-        plane_figures.areas_figure(shown),
+        plane_figures.plane_figure(points, of),
+        plane_figures.areas_figure(shown, of),
         plane_figures.cosines_figure(
             {
-                "harmfulness with refusal": found["cosine"],
-                "harmfulness with the study's direction": with_direction[HARMFULNESS],
-                "refusal with the study's direction": with_direction[REFUSAL],
+                f"{of.contrast} with {of.name}": found["cosine"],
+                f"{of.contrast} with the study's direction": with_direction[HARMFULNESS],
+                f"{of.name} with the study's direction": with_direction[REFUSAL],
             },
             found["layers"][REFUSAL],
+            of,
         ),
     ]
 

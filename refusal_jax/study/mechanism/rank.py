@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from refusal_jax.edits import Edits
+from refusal_jax.judges.behaviours import REFUSAL, Behaviour
 from refusal_jax.judges.statistics import Rate, bounded, mean_interval
 from refusal_jax.mechanism.activations import activations
 from refusal_jax.mechanism.dose import Response, half_place, respond
@@ -151,11 +152,11 @@ def as_json(study: MechanismStudy, basis_jd: np.ndarray, curves: dict[str, list]
     }
 
 
-def in_words(found: dict, kind: str) -> str:
+def in_words(found: dict, kind: str, of: Behaviour = REFUSAL) -> str:
     """Returns with how many directions of a kind half of the refusals are gone, with the interval, in words."""
     half, tried = found["half"][kind], found["curves"][kind][-1]["directions"]
     if not half["n"]:
-        return "the model refuses none of the harmful prompts"
+        return f"the model {of.verb_on} none of the {of.present} prompts"
     if half["at"] is None:
         least = "" if half["low"] is None else f", interval from {half['low']:.0f} on"
         return f"not broken by {tried}{least}"
@@ -165,16 +166,16 @@ def in_words(found: dict, kind: str) -> str:
 
 def lines(findings: Findings) -> list[str]:
     """Returns the numbers for a terminal."""
-    found = findings.run.read_json(RANK)
+    found, of = findings.run.read_json(RANK), findings.behaviour
     out = [
         "",
-        f"Rank to break: half of the refusals of {found['refused']} harmful prompts, by ablation of several directions:",
+        f"Rank to break: half of the {of.cases} of {found['refused']} {of.present} prompts, by ablation of several directions:",
     ]
     for kind, words in KINDS.items():
         last = found["curves"][kind][-1]
         out.append(
-            f"  {words}: {in_words(found, kind)}; with {last['directions']} of them {in_percent(last['refused'])} refused, KL "
-            f"{in_nats(last['kl'])}"
+            f"  {words}: {in_words(found, kind, of)}; with {last['directions']} of them {in_percent(last['refused'])} {of.done}, "
+            f"KL {in_nats(last['kl'])}"
         )
     return out
 
@@ -187,13 +188,15 @@ def pictures(findings: Findings) -> list:
 
     found = findings.run.read_json(RANK)
     curves = {KINDS[kind]: [row["refused"] for row in found["curves"][kind]] for kind in KINDS}
-    return [rank_figure(curves, found["half"][FOUND])]
+    return [rank_figure(curves, found["half"][FOUND], findings.behaviour)]
 
 
 def values(findings: Findings) -> dict:
     """Returns what the report shows beside the curves."""
     found = findings.run.read_json(RANK)
-    ends = [(words, in_words(found, kind), found["curves"][kind][-1]) for kind, words in KINDS.items()]
+    ends = [
+        (words, in_words(found, kind, findings.behaviour), found["curves"][kind][-1]) for kind, words in KINDS.items()
+    ]
     return {"rank": found, "ends": ends, "in_nats": in_nats, "in_percent": in_percent}
 
 

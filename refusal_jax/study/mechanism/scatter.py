@@ -88,7 +88,7 @@ def pictures(findings: Findings) -> list:
         scatter_figures.Panel(row["layer"], tuple(row["shares"]), along_nc, axes_cd @ unit_d)
         for row, along_nc, axes_cd in zip(found["layers"], arrays["components"], arrays["axes"], strict=True)
     ]
-    return [scatter_figures.scatter_figure(panels, names, refused)]
+    return [scatter_figures.scatter_figure(panels, names, refused, findings.behaviour)]
 
 
 def programs(shapes: Shapes, rows: int) -> list[Program]:

@@ -21,7 +21,7 @@ def skipped(study: MechanismStudy) -> str:
     """Returns why there can be no map, "" if there can be one."""
     nodes, kept = study.settings.som.side**2, len(study.instructions("harmful_train"))
     if kept < nodes:
-        return f"A map of {nodes} nodes needs as many refused harmful training prompts, and the study kept {kept}."
+        return f"A map of {nodes} nodes needs as many {study.behaviour.kept_present} training prompts, and the study kept {kept}."
     return study.without_tokens
 
 
@@ -85,12 +85,12 @@ def search(study: MechanismStudy, ledger: Ledger) -> None:
 
 def lines(findings) -> list[str]:
     """Returns what is left of refusal for each number of directions, for a terminal."""
-    found = findings.run.read_json(SOM)
+    found, of = findings.run.read_json(SOM), findings.behaviour
     out = ["", f"Directions of a self-organising map ({len(found['wins'])} nodes in use), ablated together:"]
     for row in found["subsets"]:
         rate, many = row["ablated"], len(row["numbers"])
         out.append(
-            f"  {many} direction{'s' if many > 1 else ' '}: {100 * rate['rate']:.1f} % refused ({100 * rate['low']:.1f} to "
+            f"  {many} direction{'s' if many > 1 else ' '}: {100 * rate['rate']:.1f} % {of.done} ({100 * rate['low']:.1f} to "
             f"{100 * rate['high']:.1f}), mean score {row['score']:.2f}, KL {row['kl']:.4f}"
             + (" (picked)" if many == found["picked"] else "")
         )

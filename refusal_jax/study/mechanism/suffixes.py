@@ -16,17 +16,18 @@ from refusal_jax.chat.residuals import extract
 from refusal_jax.checkpoints.fingerprint import checkpoint_fingerprint
 from refusal_jax.errors import UserError, setting
 from refusal_jax.files import local_path
+from refusal_jax.judges.behaviours import Behaviour
 from refusal_jax.judges.statistics import Rate, bounded, mean_interval, paired_mean
 from refusal_jax.mechanism.suffix_files import read_suffixes
 from refusal_jax.mechanism.suffixes import (
     GROUPS,
     HARMFUL,
     HARMLESS,
-    IN_WORDS,
     RANDOM,
     SUFFIXED,
     Row,
     Suffixed,
+    groups_in_words,
     row_of,
     with_random,
 )
@@ -53,7 +54,7 @@ def texts(study: MechanismStudy) -> list[str | None]:
     study was given before, or those of the embedded model; [] if there are none. Raises UserError as `read_suffixes` does."""
     instructions = asked(study, "harmful_test")
     if study.settings.suffix:
-        return read_suffixes(local_path(study.settings.suffix), instructions)
+        return read_suffixes(local_path(study.settings.suffix), instructions, study.behaviour.present)
     if study.run.exists(SUFFIXES):
         return study.run.read_json(SUFFIXES)["given"]
     embedded = study.run.manifest["inputs"]["model"] == checkpoint_fingerprint(demo_model_path())
@@ -66,8 +67,8 @@ def skipped(study: MechanismStudy) -> str:
         return study.without_tokens
     if not texts(study):
         return (
-            f"No suffix was given: {setting('suffix', 'FILE') or 'suffix=FILE'} names a file with one for all harmful prompts, "
-            "or one for each."
+            f"No suffix was given: {setting('suffix', 'FILE') or 'suffix=FILE'} names a file with one for all "
+            f"{study.behaviour.present} prompts, or one for each."
         )
     return ""
 
@@ -89,7 +90,7 @@ def suffixed_prompts(study: MechanismStudy, left_out: dict) -> tuple[list[Suffix
     are not used, by reason."""
     instructions, suffixes = asked(study, "harmful_test"), texts(study)
     scores, most = (
-        scores_of(study, instructions, "suffixes: which prompts are refused"),
+        scores_of(study, instructions, f"suffixes: which prompts {study.behaviour.shown}"),
         study.settings.suffixes.n_prompts,
     )
     usable = [i for i, suffix in enumerate(suffixes) if suffix and scores[i] > 0]
@@ -102,9 +103,9 @@ def suffixed_prompts(study: MechanismStudy, left_out: dict) -> tuple[list[Suffix
     left_out["changed by the suffix"] = len(found) - len(kept)
     if usable and len(kept) * 2 < len(usable):
         raise UserError(
-            f"The suffix changes the tokens before or after it in {len(usable) - len(kept)} of {len(usable)} refused prompts, so "
-            "that a prompt with it cannot be compared with the one without. Begin the suffix with a blank, and do not end it "
-            "with one."
+            f"The suffix changes the tokens before or after it in {len(usable) - len(kept)} of {len(usable)} "
+            f"{study.behaviour.kept_present} prompts, so that a prompt with it cannot be compared with the one without. Begin "
+            "the suffix with a blank, and do not end it with one."
         )
     return [row for row, _ in kept[:most]], np.asarray([score for _, score in kept[:most]])
 
@@ -113,12 +114,12 @@ def choose(study: MechanismStudy, ledger: Ledger) -> None:
     """Chooses the prompts, draws their random suffixes, and measures the refusal scores of all."""
     left_out: dict[str, int] = {}
     rows, without = suffixed_prompts(study, left_out)
-    scores = {HARMFUL: without}
+    scores, words = {HARMFUL: without}, groups_in_words(study.behaviour)
     for group, suffixes in ((SUFFIXED, [row.suffix for row in rows]), (RANDOM, [row.random for row in rows])):
         prompts = [row.instruction + suffix for row, suffix in zip(rows, suffixes, strict=True)]
-        scores[group] = scores_of(study, prompts, f"suffixes: {IN_WORDS[group]}")
+        scores[group] = scores_of(study, prompts, f"suffixes: {words[group]}")
     harmless = asked(study, "harmless_test")
-    found = scores_of(study, harmless, "suffixes: harmless")
+    found = scores_of(study, harmless, f"suffixes: {words[HARMLESS]}")
     fit = [i for i, text in enumerate(harmless) if found[i] < 0 and row_of(study.chat, HARMLESS, i, text)]
     left_out["harmless and refused"] = int((found >= 0).sum())
     fit = fit[: study.settings.suffixes.n_prompts]
@@ -182,38 +183,42 @@ def without_rows(study: MechanismStudy) -> str:
     """Returns why a stage that looks at the rows cannot be done, "" if it can."""
     if not study.run.exists(SUFFIXES):
         return skipped(study) or "The part `suffixes` is not done yet."
-    return "" if study.run.read_json(SUFFIXES)["harmful"] else NONE_REFUSED
+    return "" if study.run.read_json(SUFFIXES)["harmful"] else none_refused(study.behaviour)
 
 
-NONE_REFUSED = (
-    "The model refuses no harmful test prompt that has a suffix, so there is no refusal that a suffix could end."
-)
+def none_refused(of: Behaviour) -> str:
+    """Returns that there is nothing that a suffix could end, in words."""
+    return (
+        f"The model {of.verb_on} no {of.present} test prompt that has a suffix, so there is no {of.name} that a suffix could "
+        "end."
+    )
 
 
-def omitted(found: dict) -> str:
+def omitted(found: dict, of: Behaviour) -> str:
     """Returns which prompts were left out, in words; "" if none were."""
-    return ", ".join(f"{count} {reason}" for reason, count in found["left_out"].items() if count)
+    words = {"not refused": of.not_done, "harmless and refused": f"{of.absent} and {of.done}"}
+    return ", ".join(f"{count} {words.get(reason, reason)}" for reason, count in found["left_out"].items() if count)
 
 
 def lines(findings: Findings) -> list[str]:
     """Returns the numbers for a terminal."""
-    found = findings.run.read_json(SUFFIXES)
-    n = len(found["harmful"])
+    found, of = findings.run.read_json(SUFFIXES), findings.behaviour
+    n, left_out = len(found["harmful"]), omitted(found, of)
     if not n:
-        return ["", f"Suffixes: {NONE_REFUSED} Left out: {omitted(found)}."]
+        return ["", f"Suffixes: {none_refused(of)} Left out: {left_out}."]
     tokens = sorted({row["tokens"] for row in found["harmful"]})
     size = f"{tokens[0]}" if len(tokens) == 1 else f"{tokens[0]} to {tokens[-1]}"
-    out = ["", f"Suffixes of {size} tokens after {n} harmful prompts that the model refuses:"]
+    out = ["", f"Suffixes of {size} tokens after {n} {of.present} prompts {of.that_model_does}:"]
     for group in GROUPS:
         rate, change = found["refused"][group], found["differences"].get(group)
         if rate["n"]:
-            refused = f"{100 * rate['rate']:5.1f} % refused ({100 * rate['low']:.1f} to {100 * rate['high']:.1f})"
+            refused = f"{100 * rate['rate']:5.1f} % {of.done} ({100 * rate['low']:.1f} to {100 * rate['high']:.1f})"
             changed = f", change {with_interval(change, 2)}" if change else ""
             out.append(
-                f"  {IN_WORDS[group] + ':':<30}{refused}, score {with_interval(found['scores'][group], 2)}{changed}"
+                f"  {groups_in_words(of)[group] + ':':<30}{refused}, score {with_interval(found['scores'][group], 2)}{changed}"
             )
-    out += [f"  Left out: {omitted(found)}."] if omitted(found) else []
-    out += [f"  Only {n} prompts are refused, so intervals are wide."] if n < FEW else []
+    out += [f"  Left out: {left_out}."] if left_out else []
+    out += [f"  Only {n} prompts {of.shown}, so intervals are wide."] if n < FEW else []
     return out
 
 
@@ -223,10 +228,10 @@ def values(findings: Findings) -> dict:
     shared = len({row["suffix"] for row in found["harmful"]}) == 1
     return {
         "suffixes": found,
-        "groups": IN_WORDS,
-        "left_out": omitted(found),
+        "groups": groups_in_words(findings.behaviour),
+        "left_out": omitted(found, findings.behaviour),
         "shared": shared,
-        "none_refused": NONE_REFUSED,
+        "none_refused": none_refused(findings.behaviour),
     }
 
 
