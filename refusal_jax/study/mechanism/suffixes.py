@@ -104,7 +104,7 @@ def suffixed_prompts(study: MechanismStudy, left_out: dict) -> tuple[list[Suffix
     if usable and len(kept) * 2 < len(usable):
         raise UserError(
             f"The suffix changes the tokens before or after it in {len(usable) - len(kept)} of {len(usable)} "
-            f"{study.behaviour.kept_present} prompts, so that a prompt with it cannot be compared with the one without. Begin "
+            f"{study.behaviour.done_prompts}, so that a prompt with it cannot be compared with the one without. Begin "
             "the suffix with a blank, and do not end it with one."
         )
     return [row for row, _ in kept[:most]], np.asarray([score for _, score in kept[:most]])
