@@ -8,7 +8,7 @@ import pytest
 
 from refusal_jax.judges.behaviours import REFUSAL, Behaviour
 from refusal_jax.report.findings import Findings
-from refusal_jax.report.page import page_context
+from refusal_jax.report.page import page_context, titled
 from refusal_jax.runs.run import MANIFEST, Run, read_manifest
 from refusal_jax.study.config import StudyConfig, get_config
 from refusal_jax.study.mechanism import alternatives, cones, cosmic, dose, matrices, plane, rank, suffixes
@@ -83,6 +83,7 @@ def test_sentences_of_the_other_parts():
     assert "eager and plain prompts are not told apart" in said[-2]
     assert said[-1].startswith("The model shows eagerness on no eager test prompt")
     assert not OF_REFUSAL.search(" ".join(said))
+    assert [titled(plane.STAGE.section.links["plane"], of) for of in (EAGER, REFUSAL)] == ["Contrast", "Harmfulness"]
     assert (EAGER.a_present, EAGER.an_absent, REFUSAL.a_present) == ("an eager", "a plain", "a harmful")
 
 

@@ -340,14 +340,16 @@ def projection_figure(
             axes.text(x + 0.04, 1.06, text, transform=axes.transAxes, fontsize=9, va="center", parse_math=False)
         axes.spines[["top", "right"]].set_visible(False)
         label = "Projections of validation activations on the direction, per layer"
-        return Picture("geometry-projections", label, figure, projection_rows(harmful_nl, harmless_nl))
+        return Picture("geometry-projections", label, figure, projection_rows(harmful_nl, harmless_nl, sides))
 
 
-def projection_rows(harmful_nl: np.ndarray, harmless_nl: np.ndarray) -> list[dict[str, Cell]]:
-    """Returns the rows of the data of projections: one for each prompt and layer."""
+def projection_rows(
+    harmful_nl: np.ndarray, harmless_nl: np.ndarray, sides: tuple[str, str] = ("harmful", "harmless")
+) -> list[dict[str, Cell]]:
+    """Returns the rows of the data of projections: one for each prompt and layer. sides: what the two groups are called."""
     columns = "prompt", "layer", "projection [residual units]"
     return [
         {"group": group} | row
-        for group, values_nl in (("harmful", harmful_nl), ("harmless", harmless_nl))
+        for group, values_nl in zip(sides, (harmful_nl, harmless_nl), strict=True)
         for row in grid_rows(values_nl, columns)
     ]

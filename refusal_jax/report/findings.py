@@ -95,12 +95,12 @@ class Section:
     """A section that a stage adds to the report on a run.
 
     template: its part of the page, a Jinja file next to the stage; None if it has none. links: the ids of its headings, with
-    their titles, for the page's navigation. values: what the template shows, by name. lines: of the text summary. concerns: the
-    stage's evidence against the refusal rates. note: a sentence below the page's headline. first: whether the page shows it
-    before the sections of the stages before it. late: whether the text summary has its lines after those of the other stages.
-    of_direction: whether it is about a direction, so that it is left out if the study found none. needs: names of files without
-    which it is left out. pictures: its figures with their data, each a `report.pictures.Picture`, which the template shows by
-    name with the macro `figure`, and which are exported.
+    their titles, which may name the behaviour as `{of.name}`, for the page's navigation. values: what the template shows, by
+    name. lines: of the text summary. concerns: the stage's evidence against the refusal rates. note: a sentence below the
+    page's headline. first: whether the page shows it before the sections of the stages before it. late: whether the text
+    summary has its lines after those of the other stages. of_direction: whether it is about a direction, so that it is left out
+    if the study found none. needs: names of files without which it is left out. pictures: its figures with their data, each a
+    `report.pictures.Picture`, which the template shows by name with the macro `figure`, and which are exported.
     """
 
     template: pathlib.Path | None = None

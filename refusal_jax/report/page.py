@@ -16,6 +16,7 @@ from markupsafe import Markup, escape
 
 from refusal_jax.conditions import label_of
 from refusal_jax.hub import model_name as hub_name
+from refusal_jax.judges.behaviours import Behaviour
 from refusal_jax.judges.choice import REFUSAL_JUDGES
 from refusal_jax.report.findings import Findings, Section
 from refusal_jax.report.summary import REFUSAL_JUDGE, signed, with_interval
@@ -102,7 +103,11 @@ def page_context(findings: Findings) -> dict:
             figures = {picture.name: picture.html for picture in section.pictures(findings)}
             values = shared | section.values(findings) | ({"figures": figures} if figures else {})
             html = env.get_template(section.template.name).render(values)
-            links = {name: title for name, title in section.links.items() if f'id="{name}"' in html}
+            links = {
+                name: titled(title, findings.behaviour)
+                for name, title in section.links.items()
+                if f'id="{name}"' in html
+            }
             sections.append({"links": links, "html": Markup(html)})
     return shared | {
         "sections": sections,
@@ -118,6 +123,12 @@ def page_context(findings: Findings) -> dict:
         "config": flatten(manifest["config"]),
         "inputs": flatten(manifest["inputs"]),
     }
+
+
+def titled(title: str, of: Behaviour) -> str:
+    """Returns the title of a heading, which may name the behaviour or its sides as `{of.name}`."""
+    said = title.format(of=of)
+    return said[:1].upper() + said[1:]
 
 
 def model_title(model: str) -> str:

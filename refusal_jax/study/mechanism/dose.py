@@ -191,12 +191,13 @@ def disagreements(found: dict, of: Behaviour = REFUSAL) -> list[str]:
 def lines(findings: Findings) -> list[str]:
     """Returns the numbers for a terminal."""
     found, of = findings.run.read_json(DOSE), findings.behaviour
-    told, wide = sentences(found, of), [f"{of.done}, {kind}" for kind in (ABLATION, ADDITION)]
+    told, heads = sentences(found, of), [f"{of.done}, {kind}" for kind in (ABLATION, ADDITION)]
+    wide = max(24, *(len(head) + 2 for head in heads))
     out = ["", f"Doses of ablation: {told[ABLATION]}", f"Doses of addition: {told[ADDITION]}"]
-    out.append(f"  {'dose':>5}  {wide[0]:<24}{'KL, ablation':<28}{wide[1]:<24}")
+    out.append(f"  {'dose':>5}  {heads[0]:<{wide}}{'KL, ablation':<28}{heads[1]:<{wide}}")
     for one, other in list(zip(found[ABLATION], found[ADDITION], strict=True))[:: max(1, len(found[ABLATION]) // 6)]:
         rates = [in_percent(row["refused"]) for row in (one, other)]
-        out.append(f"  {one['dose']:>5.2f}  {rates[0]:<24}{in_nats(one['kl']):<28}{rates[1]:<24}")
+        out.append(f"  {one['dose']:>5.2f}  {rates[0]:<{wide}}{in_nats(one['kl']):<28}{rates[1]:<{wide}}")
     return out + [f"  {text}" for text in disagreements(found, of)]
 
 

@@ -355,7 +355,7 @@ STAGE = Stage(
     about="Compares what the model takes a request for, at its end, with whether it refuses it, at the template's end.",
     section=Section(
         pathlib.Path(__file__).with_name("plane.html.jinja"),
-        {"plane": "Harmfulness"},
+        {"plane": "{of.contrast}"},
         values,
         lines=lines,
         of_direction=True,
