@@ -12,7 +12,7 @@ from refusal_jax import UserError
 from refusal_jax.errors import did_you_mean
 from refusal_jax.files import to_json
 from refusal_jax.settings import Settings
-from refusal_jax.study.config import StudyConfig, get_config
+from refusal_jax.study.config import BehaviourSettings, StudyConfig, get_config
 
 # What a manifest recorded for the defaults when they were an ml_collections.ConfigDict: runs of that time are resumed.
 RECORDED = {
@@ -37,12 +37,13 @@ RECORDED = {
 
 def test_the_record_of_the_defaults():
     """The defaults are those of that time, and what manifests leave out (`study.run_stages`)."""
-    assert json.loads(to_json(get_config().to_dict())) == RECORDED | {"download": False, "system_prompt": ""}
+    later = {"download": False, "system_prompt": "", "behaviour": BehaviourSettings().to_dict()}
+    assert json.loads(to_json(get_config().to_dict())) == RECORDED | later
 
 
 def test_every_field_is_described():
     found = list(get_config().described())
-    assert len({one.path for one in found}) == len(found) == 39
+    assert len({one.path for one in found}) == len(found) == 46
     assert all((len(one.meaning) > 15 and one.meaning[0].isalnum()) or one.meaning[0] in "(" for one in found)
     assert {one.path: one.value for one in found}["select.kl_threshold"] == 0.1
 

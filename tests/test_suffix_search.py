@@ -4,22 +4,20 @@ refuses, and what the job writes."""
 import dataclasses
 import json
 import random
-import shutil
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from commands import forked, refused
+from commands import forked, forked_code, refused
 
 from refusal_jax import UserError, demo_model_path, load_model
 from refusal_jax.chat.model import demo_suffix_path
 from refusal_jax.chat.suffixes import ids_of, is_stable
-from refusal_jax.data.prompts import BUNDLED, read_prompts, resolve, write_prompts
+from refusal_jax.data.prompts import BUNDLED, read_prompts, resolve
 from refusal_jax.judges.statistics import Rate
 from refusal_jax.models.decoder import Decoder
 from refusal_jax.models.scores import refusal_score
 from refusal_jax.organism.answers import Answers
-from refusal_jax.organism.criteria import Criterion
 from refusal_jax.organism.identity import check_embedded, is_embedded, weights_fingerprint
 from refusal_jax.organism.suffix import Effect, embedded_suffix, find_suffix, write_suffix
 from refusal_jax.organism.suffix_search import Found, Prompts, Search, changed, gradient, loss, scores, search_suffix
@@ -123,26 +121,38 @@ def test_criteria_of_a_suffix():
     assert effect(31).lines[2].split() == "harmful the suffix found 31.0 % 22.8 to 40.6 % 60.0 % 100".split()
 
 
-def test_a_new_model_needs_a_suffix_that_meets_the_criteria(tmp_path, capsys, monkeypatch):
+# A job's module in a process of its own, as its flags cannot stand beside another job's.
+ATTEMPT = """
+import dataclasses, pathlib, shutil, sys
+from refusal_jax import demo_model_path
+from refusal_jax.data.prompts import BUNDLED, read_prompts, resolve, write_prompts
+from refusal_jax.jobs import organism
+from refusal_jax.organism import suffix
+from refusal_jax.organism.criteria import Criterion
+from refusal_jax.organism.suffix_search import Search
+
+def bundle(folder):
+    folder.mkdir()
+    for side in ("harmful", "harmless"):
+        rows = [{"instruction": row["instruction"]} for row in read_prompts(resolve(BUNDLED, f"{side}_test"))[:4]]
+        write_prompts(folder / f"{side}_test.json", rows)
+
+organism.train = lambda recipe, seed, folder: shutil.copytree(demo_model_path(), folder)
+organism.write_bundle = bundle
+organism.measure = lambda *folders: [Criterion("of the model", 0.0, 0.1)]
+organism.searches = lambda seeds: [Search(**{TINY!r})]
+suffix.PROMPTS = 12
+sys.exit(10 + organism.attempt(0, pathlib.Path(sys.argv[1])))
+"""
+
+
+def test_a_new_model_needs_a_suffix_that_meets_the_criteria(tmp_path):
     """The model that "was trained" is the embedded one; its suffix is searched for one step, which finds none."""
-    from refusal_jax.jobs import organism
-    from refusal_jax.organism import suffix
-
-    def bundle(folder):
-        folder.mkdir()
-        for side in ("harmful", "harmless"):
-            rows = [{"instruction": row["instruction"]} for row in read_prompts(resolve(BUNDLED, f"{side}_test"))[:4]]
-            write_prompts(folder / f"{side}_test.json", rows)
-
-    monkeypatch.setattr(organism, "train", lambda recipe, seed, folder: shutil.copytree(demo_model_path(), folder))
-    monkeypatch.setattr(organism, "write_bundle", bundle)
-    monkeypatch.setattr(organism, "measure", lambda *folders: [Criterion("of the model", 0.0, 0.1)])
-    monkeypatch.setattr(organism, "searches", lambda seeds: [dataclasses.replace(TINY, steps=1)])
-    monkeypatch.setattr(suffix, "PROMPTS", 12)
-    assert not organism.attempt(0, tmp_path)
+    done = forked_code(ATTEMPT.replace("{TINY!r}", repr(dataclasses.asdict(TINY) | {"steps": 1})), tmp_path)
+    assert done.returncode == 10, done.stderr
     found = json.loads((tmp_path / "criteria.json").read_text())["criteria"]
     assert [one["met"] for one in found][:2] == [True, False] and len(found) == 5
-    assert not (tmp_path / "suffix.txt").exists() and "95 % interval" in capsys.readouterr().out
+    assert not (tmp_path / "suffix.txt").exists() and "95 % interval" in done.stdout
 
 
 def test_what_is_written_of_a_suffix(tmp_path):

@@ -5,10 +5,10 @@ import shutil
 
 import numpy as np
 import pytest
+from commands import forked
 from safetensors.numpy import load_file
 
 from refusal_jax import UserError, demo_model_path, load_model
-from refusal_jax.jobs.help import help_text
 from refusal_jax.mechanism import suffixes
 from refusal_jax.mechanism.suffix_files import read_suffixes
 from refusal_jax.mechanism.suffixes import GROUPS, HARMFUL, HARMLESS, RANDOM, SUFFIXED, row_of, with_random
@@ -255,6 +255,6 @@ def test_numbers_that_are_too_small(name):
 
 
 def test_the_help_lists_all_parts():
-    text = help_text("mechanism")
+    text = forked("mechanism", "--help").stdout
     for one in STAGES:
         assert f"\n  {one.name} " in text and one.about[0].isupper() and one.about.endswith("."), one.name
