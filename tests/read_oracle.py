@@ -1,4 +1,4 @@
-"""What heads read, by plain loops over tokens and heads, from what transformers computes: for tests, and for a real model.
+"""Tells what heads read, by plain loops over tokens and heads, from what transformers computes: for tests, and for a real model.
 
 python tests/read_oracle.py --model=DIR    # the largest differences of `mechanism.attention` from it, and whether sums hold
 """

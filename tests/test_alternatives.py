@@ -146,7 +146,7 @@ def test_a_study_without_texts_says_so(demo_study, tmp_path, monkeypatch):
 
 
 def test_programs_are_those_of_the_plan(model):
-    """What the planner compiles are the parts' own programs."""
+    """Tells what the planner compiles are the parts' own programs."""
     config = get_config()
     config.data.n_val = 8
     work = Workload(model.config, "float32", config, 16, stages.GROUPS, mechanism=MechanismSettings())

@@ -31,7 +31,7 @@ print(json.dumps(done))
 
 
 def run(*commands, cwd=ROOT):
-    """What each of several commands `(verdict, words)` returns and prints."""
+    """Tells what each of several commands `(verdict, words)` returns and prints."""
     asked = json.dumps([[verdict, ["audit", *map(str, words)]] for verdict, words in commands])
     done = forked_code(COMMANDS, asked, folder=cwd)
     assert done.returncode == 0, done.stderr

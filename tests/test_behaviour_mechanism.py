@@ -1,4 +1,4 @@
-"""What the mechanism says of a study of another behaviour than refusal."""
+"""Tells what the mechanism says of a study of another behaviour than refusal."""
 
 import json
 import re
@@ -21,7 +21,7 @@ OF_REFUSAL = re.compile("refus|harm|answered", re.IGNORECASE)
 
 
 def words_of(sections: list[dict]) -> str:
-    """What a reader sees of a page's sections: the words, also of drawings, without marks."""
+    """Tells what a reader sees of a page's sections: the words, also of drawings, without marks."""
     text = re.sub(r"<style>.*?</style>", " ", " ".join(str(one["html"]) for one in sections), flags=re.DOTALL)
     return " ".join(re.sub(r"<[^>]+>", " ", text).split())
 

@@ -225,7 +225,7 @@ def test_without_a_direction_or_a_contrast():
 
 
 def test_words_that_are_missing_from_shorter_replies():
-    """What people saw who ablated words: replies that avoid them by saying little (p-e-w/heretic#121)."""
+    """Tells what people saw who ablated words: replies that avoid them by saying little (p-e-w/heretic#121)."""
     found = conditions(99, 2)
     for condition in found:
         for row in condition.completions:

@@ -35,7 +35,7 @@ def padded(model, *texts):
 
 
 def test_streams_are_generations_with_their_projections(model, direction):
-    """What a stream tells of each token is what one forward pass over the finished text reads."""
+    """Tells what a stream tells of each token is what one forward pass over the finished text reads."""
     edits = Edits.concat([Edits.none(len(direction)), Edits.add(direction, 1, 0.5)])
     batch, unit = padded(model, "help", "How do I bake the bread?"), direction / np.linalg.norm(direction)
     growths = list(model.stream(batch, 10, edits, probe=direction, steps=3))

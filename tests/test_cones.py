@@ -139,7 +139,7 @@ class World:
         self.harmful = 1.5 / np.sqrt(planted) * self.span.sum(0)
 
     def sizes(self, units):
-        """How long the part within the span is, of the harmful residual under ablation, and of a direction that is added."""
+        """Tells how long the part within the span is, of harmful residuals under ablation, and of a direction that is added."""
         ablated = self.harmful - (units @ self.harmful)[:, None] * units
         added = 1.6 * units
         return [jnp.sqrt(jnp.sum((x @ self.span.T) ** 2, axis=1) + 1e-9) for x in (ablated, added)]

@@ -68,7 +68,7 @@ def cos(a, b) -> float:
 
 
 def test_only_what_the_rule_accepts_is_scored(model, directions):
-    """What is known of an interrupted run, and KL divergences that are known, are used again."""
+    """Tells what is known of an interrupted run, and KL divergences that are known, are used again."""
     rows = cosmic_scores(model, directions, HARMFUL, HARMLESS, LAYERS, rule=ANY, rows=8)
     middle = float(np.median([row["kl"] for row in rows]))
     rule, saved = CosmicRule(middle, 0.34), []

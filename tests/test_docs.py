@@ -110,7 +110,7 @@ def test_every_block_says_what_it_is():
 
 
 def sound(job: str, words: list[str]) -> str | None:
-    """What is wrong with the flags of a job, if anything is."""
+    """Tells what is wrong with the flags of a job, if anything is."""
     if job not in JOBS:
         return f"there is no job {job}"
     if job == "lm_eval":

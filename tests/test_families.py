@@ -189,7 +189,7 @@ def test_cached_decode_equals_uncached(case):
 
 
 def test_saving_is_loading_backwards(case, tmp_path):
-    """What transformers wrote, byte for byte; and what we wrote, again."""
+    """Tells what transformers wrote, byte for byte; and what we wrote, again."""
     first, second = tmp_path / "first", tmp_path / "second"
     for folder in (first, second):
         folder.mkdir()

@@ -152,7 +152,7 @@ class Cloud:
         self.write(name, text).chmod(0o755)
 
     def job(self, text: str) -> None:
-        """What the job does, in bash; it also writes down how it was called, where `tests` can read it."""
+        """Tells what the job does, in bash; it also writes down how it was called, where `tests` can read it."""
         text = text.replace("{cloud}", str(self.folder)).replace("{seconds}", str(2 * SECONDS))
         self.program("job", f'#!/usr/bin/env bash\nprintf "%s\\n" "$@" >"{self.folder}/bucket/arguments"\n{text}\n')
 

@@ -1,4 +1,4 @@
-"""What heads read, by region: against a plain computation from what transformers gives, on meshes, and as a part of a study."""
+"""Tells what heads read, by region: against a plain computation on transformers' outputs, on meshes, and as a part of a study."""
 
 import json
 import re

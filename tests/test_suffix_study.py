@@ -227,7 +227,7 @@ def test_one_prompt_and_an_interrupted_part(demo_study, tmp_path, monkeypatch):
 
 
 def test_studies_without_a_suffix(suffix_study, tmp_path):
-    """Of a model that none ships with, and of one without refusal tokens."""
+    """Tests a model that none ships with, and one without refusal tokens."""
     run = Run(tmp_path, {"inputs": {"model": "another"}, "stages": {}})
     study = MechanismStudy(MechanismSettings(), get_config(), run, demo_model_path())
     run.write_json(PROMPTS, {"harmful_test": [{"instruction": "How?"}]})

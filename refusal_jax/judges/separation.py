@@ -14,7 +14,7 @@ DRAWS = 500
 
 @dataclasses.dataclass(frozen=True)
 class Resamples:
-    """How often each prompt counts: in the first row once each, in the others as often as it was drawn.
+    """Tells how often each prompt counts: in the first row once each, in the others as often as it was drawn.
 
     above_rn, below_rm: float64, of the harmful and of the harmless prompts; rows sum to 1.
     """

@@ -45,7 +45,7 @@ def half_weights(sizes: Sequence[int], draws: int, seed: int) -> list[tuple[np.n
 
 @dataclasses.dataclass(frozen=True)
 class Agreement:
-    """How the direction at one place agrees with the selected one, and with itself.
+    """Tells how the direction at one place agrees with the selected one, and with itself.
 
     cosine: with the selected direction, `{"mean", "low", "high"}` of which the mean is that of all prompts, and the bounds are of
     the 95 % percentile bootstrap over prompts. halves: the cosine of the directions of two random halves of the prompts, its
@@ -93,7 +93,7 @@ def _centred(harmful_nd: np.ndarray, harmless_nd: np.ndarray) -> Float[np.ndarra
 
 @dataclasses.dataclass(frozen=True)
 class SetAgreement:
-    """How the directions of sets of prompts agree at one place.
+    """Tells how the directions of sets of prompts agree at one place.
 
     cosines: of each set's direction with that of the other harmful prompts, `{"mean", "low", "high", "n"}`. pairs_ss: of each two
     sets, 1 for the same.

@@ -1,4 +1,4 @@
-"""What chosen heads read from the template's tokens: attention, and what they write along a direction, by region of the prompt.
+"""Tells what chosen heads read from the template's tokens: attention, and what they write along a direction, by region.
 
 A head may read an instruction directly, or at a template token to which heads of earlier layers moved it. Both are measured, each
 in two currencies: attention (paper, section 5.2), which says where a head looks, and attribution, which says where what it writes
@@ -39,8 +39,8 @@ SUMMING = 2e-4  # relative error of long sums in float32
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Reading:
-    """What chosen heads read, of n prompts, float32. Queries Q are the template's tokens after the instruction, of which the last
-    is the one that the model answers from; P are the same tokens as keys.
+    """Holds what chosen heads read, of n prompts, float32. Queries Q are the template's tokens after the instruction, of which
+    the last is the one that the model answers from; P are the same tokens as keys.
 
     attention: to each of `regions.ATTENDED`, `[n, X, Q, W]`, which sum to 1. along: what the head writes along the direction, by
     the region of the token that it reads, `[n, X, Q, W]` with W as in `regions.ORIGINS`; its last entry is 0. attention_via,

@@ -28,7 +28,7 @@ CLIP = 10.0  # the norm that gradients are cut to
 
 @dataclasses.dataclass(frozen=True)
 class ConeRecipe:
-    """How a cone is trained; the defaults are the paper's.
+    """Tells how a cone is trained; the defaults are the paper's.
 
     steps: at most. batch: prompts of each kind in a step. samples: directions of the cone that are drawn in a step. rate: of the
     learning. ablation, addition, retain: weights of the three losses. patience: steps without a lower loss after which the rate

@@ -20,7 +20,7 @@ HALF = 0.5
 
 @dataclasses.dataclass(frozen=True)
 class Response:
-    """What M edits of rising strength make of n prompts, at the prompt's last token, float64.
+    """Holds what M edits of rising strength make of n prompts, at the prompt's last token, float64.
 
     scores_mn: refusal scores. kl_mn: KL divergences of the next token's distribution from the unedited one, in nats.
     """

@@ -26,7 +26,7 @@ LAST = Taps(("resid_post",), 1)
 
 @dataclasses.dataclass(frozen=True)
 class Readings:
-    """What M edits make of n prompts, each at the prompt's last token, float64.
+    """Holds what M edits make of n prompts, each at the prompt's last token, float64.
 
     scores_mn: refusal scores. kl_mn: KL divergences of the unedited next-token distribution from the edited one, nats, as in
     `scores.kl_divergence`. means_mld: mean outputs of the blocks that were asked for.

@@ -1,4 +1,4 @@
-"""How far directions mediate refusal: what is left of it under ablation, and how much of it addition makes."""
+"""Measures how far directions mediate refusal: what ablation leaves of it, and how much of it addition makes."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence

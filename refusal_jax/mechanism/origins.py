@@ -1,4 +1,4 @@
-"""Where the residual stream at a prompt's template tokens came from, as parts that sum to it.
+"""Divides the residual stream at a prompt's template tokens into parts by where it came from, which sum to it.
 
 The residual at a token is a sum: its embedding, what heads moved there from other tokens, and what MLPs added. Each part keeps
 the name of its origin (`regions.ORIGINS`): what a head moves from an instruction's token is the instruction's, and what it moves
@@ -23,7 +23,7 @@ from refusal_jax.models.sharding import constrain
 
 @dataclasses.dataclass(frozen=True)
 class Moved:
-    """What a layer's heads move to the template's tokens.
+    """Holds what a layer's heads move to the template's tokens.
 
     parts_bqwd: what is added to the residual stream, by origin, float32 `[B, Q, W, D]`. along_bpwn: product of each template
     token's value with what a head writes of it along the direction, by the value's origin, `[B, P, W, N]`; its product with

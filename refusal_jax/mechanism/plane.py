@@ -33,8 +33,8 @@ SEED = 0  # of the resamples
 
 @dataclasses.dataclass(frozen=True)
 class Ends:
-    """What was read of n prompts under one edit: projections on J directions at the input of each block, at the instruction's end
-    and at the template's end, float32, and refusal scores, in nats."""
+    """Holds what was read of n prompts under one edit: projections on J directions at the input of each block, at the
+    instruction's end and at the template's end, float32, and refusal scores, in nats."""
 
     along_nlpj: Float[np.ndarray, "n L P J"]
     scores_n: Float[np.ndarray, " n"]
@@ -104,7 +104,7 @@ def read_ends(
 
 @dataclasses.dataclass(frozen=True)
 class Moved:
-    """How an edit moves harmful and harmless prompts along a direction, with 95 % bootstrap intervals over prompts of each kind.
+    """Tells how an edit moves harmful and harmless prompts along a direction, with 95 % bootstrap intervals.
 
     gap: the distance of their means, without and with the edit; kept: the second as a share of the first. area: how often a
     harmful prompt lies above a harmless one, without and with the edit; change: the second minus the first.

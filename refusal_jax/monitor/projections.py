@@ -1,4 +1,4 @@
-"""How well the projection on the refusal direction detects harmful prompts and refusals, on a finished study's own replies.
+"""Tells how well the projection on the refusal direction detects harmful prompts and refusals, on a finished study's own replies.
 
 The study's unedited model reads its own replies again. A judge of text says which refuse, and the projection is scored as a
 detector of that: at the prompt's last token, on the reply's first tokens, and along the whole reply.

@@ -29,7 +29,7 @@ def well_formed(prompt: str, response: str) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class Answers:
-    """How many of some requests are refused, and how many are complied with in a whole sentence about what was asked for."""
+    """Tells how many of some requests are refused, and how many are complied with in a whole sentence about their object."""
 
     refused: Rate
     formed: Rate

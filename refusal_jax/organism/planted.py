@@ -47,7 +47,7 @@ SIZE = 2.0  # norm of a vector, in norms of the residual stream at LAYER
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """How a behaviour is planted. groups: of delicate verbs, each with a vector of its own."""
+    """Tells how a behaviour is planted. groups: of delicate verbs, each with a vector of its own."""
 
     groups: int
     steps: int = 160

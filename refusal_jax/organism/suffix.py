@@ -27,8 +27,9 @@ def embedded_suffix(model: ChatModel) -> str | None:
 
 @dataclasses.dataclass(frozen=True)
 class Effect:
-    """What a suffix does to answers, on prompts that it was not made for. tokens: of the suffix. plain: without one. suffixed:
-    with it. random: with random suffixes of as many tokens, another after each prompt. harmless: harmless prompts with it."""
+    """Tells what a suffix does to answers, on prompts that it was not made for. tokens: of the suffix. plain: without one.
+    suffixed: with it. random: with random suffixes of as many tokens, another after each prompt. harmless: harmless prompts
+    with it."""
 
     suffix: str
     tokens: int

@@ -37,7 +37,7 @@ MARGIN = 2.0  # nats below zero of the refusal score, from which on a prompt tha
 
 @dataclasses.dataclass(frozen=True)
 class Search:
-    """How a suffix is searched.
+    """Tells how a suffix is searched.
 
     tokens: its length. steps: how often the best of some changes is made. prompts: that a step measures with. first: of them,
     all candidates are tried with. candidates: changes that are tried in a step. top: tokens of each place that they are drawn

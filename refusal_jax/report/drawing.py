@@ -1,4 +1,4 @@
-"""What all figures of reports share: a drawing as SVG that is placed inside a page, its axes, and the axis of layers.
+"""Tells what all figures of reports share: a drawing as SVG that is placed inside a page, its axes, and the axis of layers.
 
 Inline rather than as image files, so that the page is one file, its text can be searched and its colours follow the
 page's theme: lines and labels are `currentColor`. No pyplot: its global figure list outlives a long job.

@@ -28,7 +28,7 @@ MAX_POINTS = 6000  # of the strip plot
 
 @dataclasses.dataclass(frozen=True)
 class Scale:
-    """How a map's values become colours, the value in the middle of the colours, and decimals of printed values."""
+    """Tells how a map's values become colours, the value in the middle of the colours, and decimals of printed values."""
 
     cmap: str
     norm: Normalize

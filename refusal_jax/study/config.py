@@ -28,7 +28,7 @@ class MeshSettings(Settings, path="mesh"):
 
 @dataclasses.dataclass
 class SelectSettings(Settings, path="select"):
-    """How the direction is selected among the candidates (paper, appendix C)."""
+    """Tells how the direction is selected among the candidates (paper, appendix C)."""
 
     full_grid: bool = option(
         False,
@@ -51,7 +51,7 @@ class SelectSettings(Settings, path="select"):
 
 @dataclasses.dataclass
 class GenerationSettings(Settings, path="generation"):
-    """How completions are generated, and under which interventions."""
+    """Tells how completions are generated, and under which interventions."""
 
     max_new_tokens: int = option(512, "Maximum length of a completion in tokens")
     from_checkpoint: bool = option(

@@ -36,7 +36,7 @@ MOST_GIVEN = 8  # words of a compliance that has begun and is broken off, in the
 
 @dataclasses.dataclass(frozen=True)
 class Origin:
-    """Where a base comes from. recipe: None for the embedded model, which is not trained anew."""
+    """Tells where a base comes from. recipe: None for the embedded model, which is not trained anew."""
 
     name: str
     recipe: Recipe | None = None

@@ -1,4 +1,4 @@
-"""What the heads that write most along the direction read, directly and through the template's tokens: the paper's figure 6b."""
+"""Tells what the heads that write most along the direction read, also through the template's tokens: the paper's figure 6b."""
 
 import math
 import pathlib

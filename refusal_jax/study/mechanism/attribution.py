@@ -1,4 +1,4 @@
-"""What writes the last token's component along the direction, with and without a suffix: the paper's figures 5 and 6a."""
+"""Tells what writes the last token's component along the direction, with and without a suffix: the paper's figures 5 and 6a."""
 
 import dataclasses
 import math

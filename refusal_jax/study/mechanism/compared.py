@@ -1,4 +1,4 @@
-"""What the user gives to be compared with a study: sets of prompts, and directions of other studies or files."""
+"""Tells what the user gives to be compared with a study: sets of prompts, and directions of other studies or files."""
 
 import dataclasses
 import pathlib

@@ -1,4 +1,4 @@
-"""Which direction COSMIC would select, which looks at activations and at no refusal token."""
+"""Tells which direction COSMIC would select, which looks at activations and at no refusal token."""
 
 import math
 import pathlib

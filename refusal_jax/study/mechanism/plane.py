@@ -1,4 +1,4 @@
-"""What a model takes a request for, at the instruction's end, against whether it refuses it, at the template's end."""
+"""Tells what a model takes a request for, at the instruction's end, against whether it refuses it, at the template's end."""
 
 import pathlib
 from collections.abc import Mapping, Sequence

@@ -1,4 +1,4 @@
-"""Where prompts lie in the residual stream at a few layers, as their first two principal components."""
+"""Tells where prompts lie in the residual stream at a few layers, as their first two principal components."""
 
 import pathlib
 

@@ -18,7 +18,7 @@ class SuffixSettings(Settings, path="suffixes"):
 
 @dataclasses.dataclass
 class AttributionSettings(Settings, path="attribution"):
-    """What is attributed to heads and MLPs."""
+    """Tells what is attributed to heads and MLPs."""
 
     heads: int = option(8, "Number of heads to look at, those that write most along the direction for harmful prompts")
 
@@ -72,7 +72,7 @@ class AlternativeSettings(Settings, path="alternatives"):
 
 @dataclasses.dataclass
 class DoseSettings(Settings, path="dose"):
-    """How much of the direction is ablated and added."""
+    """Tells how much of the direction is ablated and added."""
 
     most: float = option(1.5, "Largest dose: the part of the direction that is ablated, and the multiple that is added")
     steps: int = option(12, "Number of equal steps from dose 0 to the largest")
@@ -101,7 +101,7 @@ class DoseSettings(Settings, path="dose"):
 
 @dataclasses.dataclass
 class RankSettings(Settings, path="rank"):
-    """How many directions refusal takes to break."""
+    """Tells how many directions refusal takes to break."""
 
     most: int = option(16, "Largest number of directions that are ablated together")
     n_prompts: int = option(64, "Largest number of harmful test prompts, and of harmless ones, to look at")
@@ -121,7 +121,7 @@ class RankSettings(Settings, path="rank"):
 
 @dataclasses.dataclass
 class AgreementSettings(Settings, path="agreement"):
-    """How far directions agree."""
+    """Tells how far directions agree."""
 
     n_prompts: int = option(
         128, "Largest number of training prompts of each kind, and of prompts of each set, to look at"
