@@ -34,10 +34,10 @@ FLOORS = (
     {"judges"},
     {"plan"},
     {"report"},
-    {"mechanism"},
+    {"mechanism", "damage", "training", "export"},
     {"study"},
-    {"export"},
     {"harness", "terminal", "organism"},
+    {"defence", "resistance"},
     {"audit", "gate", "monitor"},
     {"jobs"},
 )

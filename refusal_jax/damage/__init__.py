@@ -1,0 +1,1 @@
+"""What removing a direction costs, at every strength and place."""

@@ -1,0 +1,1 @@
+"""Recipes that make a model harder to abliterate."""

@@ -1,0 +1,1 @@
+"""White-box tests that try to remove a checkpoint's refusal."""

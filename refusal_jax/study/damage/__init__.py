@@ -1,0 +1,1 @@
+"""The stages that measure what removing a study's direction costs."""

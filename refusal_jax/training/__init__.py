@@ -1,0 +1,1 @@
+"""Gradient training of the decoder, of all weights or of low-rank adapters."""
