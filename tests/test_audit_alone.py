@@ -15,7 +15,8 @@ from refusal_jax.audit.organisms.organism import OpenedOrganism, Organism
 from refusal_jax.audit.organisms.recipe import Recipe
 from refusal_jax.audit.settings import AuditSettings
 from refusal_jax.audit.subject import Opened, Subject
-from refusal_jax.audit.weights import ArrayWeights, StoredWeights, matrices
+from refusal_jax.audit.weights import ArrayWeights, StoredWeights
+from refusal_jax.checkpoints.matrices import matrices
 
 
 @pytest.fixture(scope="module")

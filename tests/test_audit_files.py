@@ -23,7 +23,7 @@ from refusal_jax.audit.shipped.origin import named_otherwise
 from refusal_jax.audit.shipped.reading import yaml_of
 from refusal_jax.audit.shipped.template import difference, new_texts
 from refusal_jax.audit.subject import Opened, Subject
-from refusal_jax.audit.weights import check_comparable
+from refusal_jax.checkpoints.matrices import check_comparable
 from refusal_jax.files import file_hash
 
 INDEX, WEIGHTS = "model.safetensors.index.json", "model.safetensors"

@@ -11,11 +11,12 @@ from refusal_jax.audit.dose import weight_statistics
 from refusal_jax.audit.lanes.weights import LANE
 from refusal_jax.audit.null import rounded
 from refusal_jax.audit.settings import AuditSettings
-from refusal_jax.audit.spectra import separable_rank
 from refusal_jax.audit.storage import storage
 from refusal_jax.audit.subject import Subject, draw_prompts
-from refusal_jax.audit.weights import ArrayWeights, Matrix, check_comparable, matrices
+from refusal_jax.audit.weights import ArrayWeights
 from refusal_jax.chat.model import demo_model_path, load_model
+from refusal_jax.checkpoints.matrices import Matrix, check_comparable, matrices
+from refusal_jax.checkpoints.spectra import separable_rank
 from refusal_jax.checkpoints.tensor_files import TensorFiles
 from refusal_jax.errors import UserError
 from refusal_jax.models.families import hf_shapes

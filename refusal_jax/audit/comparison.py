@@ -13,9 +13,9 @@ from jaxtyping import Float32, Float64
 from refusal_jax.audit.frame import Frame
 from refusal_jax.audit.operator_fit import CLEAR, OperatorFit, Part, fit_operator
 from refusal_jax.audit.reordering import SAME, order_of
-from refusal_jax.audit.spectra import separable_rank
 from refusal_jax.audit.storage import Storage, storage
-from refusal_jax.audit.weights import Matrix, Weights, matrices, read_pairs
+from refusal_jax.checkpoints.matrices import Matrix, Weights, matrices, read_pairs
+from refusal_jax.checkpoints.spectra import separable_rank
 from refusal_jax.models.config import ModelConfig
 from refusal_jax.models.families import WRITER_BIASES, pieces
 

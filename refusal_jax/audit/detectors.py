@@ -17,8 +17,8 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Float, Float64
 
-from refusal_jax.audit.weights import Matrix, Weights, matrices
 from refusal_jax.chat.model import ChatModel
+from refusal_jax.checkpoints.matrices import Matrix, Weights, matrices
 from refusal_jax.taps import Taps
 
 PAIRS = 16  # prompts of each kind that AMS fits and scores on

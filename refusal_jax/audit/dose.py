@@ -16,7 +16,7 @@ from refusal_jax.audit.base_directions import BaseDirections
 from refusal_jax.audit.comparison import Compared, Comparison, compare
 from refusal_jax.audit.frame import Frame
 from refusal_jax.audit.operator_fit import OperatorFit
-from refusal_jax.audit.weights import Weights, check_comparable
+from refusal_jax.checkpoints.matrices import Weights, check_comparable
 
 FITS = (
     0.45  # cosine of the change along a direction with what its removal makes of the matrix; a few reach it by chance

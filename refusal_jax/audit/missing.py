@@ -29,7 +29,7 @@ import numpy as np
 from jaxtyping import Float
 from scipy import linalg
 
-from refusal_jax.audit.weights import Matrix, Weights, matrices, read_all
+from refusal_jax.checkpoints.matrices import Matrix, Weights, matrices, read_all
 from refusal_jax.errors import UserError
 from refusal_jax.models.config import ModelConfig
 from refusal_jax.models.families import pieces

@@ -16,7 +16,7 @@ from jaxtyping import Float32, Float64
 from refusal_jax.audit.base_directions import BaseDirections
 from refusal_jax.audit.frame import Frame
 from refusal_jax.audit.operator_fit import OperatorFit, fit_operator
-from refusal_jax.audit.weights import Matrix, Weights, matrices
+from refusal_jax.checkpoints.matrices import Matrix, Weights, matrices
 
 SAMPLE, COLUMNS = 2, 1024  # matrices of each side, and columns of each, that are changed
 STATISTICS = ("dose", "targeted", "blind", "aligned")

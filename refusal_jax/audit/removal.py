@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from jaxtyping import Float32, Float64
 
-from refusal_jax.audit.weights import Matrix, Weights, matrices
+from refusal_jax.checkpoints.matrices import Matrix, Weights, matrices
 from refusal_jax.export.tensor_edits import POST_NORMS, Projection
 from refusal_jax.models.config import ModelConfig
 from refusal_jax.models.families import TABLES, WRITER_BIASES, WRITERS

@@ -24,8 +24,8 @@ from refusal_jax.audit.repairable import repairable, times
 from refusal_jax.audit.replies import SIDES, batch_rows, completions
 from refusal_jax.audit.settings import AuditSettings
 from refusal_jax.audit.subject import Opened, Subject, draw_prompts
-from refusal_jax.audit.weights import Weights, check_comparable
 from refusal_jax.chat.prompts import Chat
+from refusal_jax.checkpoints.matrices import Weights, check_comparable
 from refusal_jax.checkpoints.rewrite import Checkpoint
 from refusal_jax.errors import UserError, setting
 from refusal_jax.export.card import write_card

@@ -11,9 +11,10 @@ import jax
 
 from refusal_jax.audit.broken import finding_damage
 from refusal_jax.audit.settings import AuditSettings
-from refusal_jax.audit.weights import StoredWeights, Weights
+from refusal_jax.audit.weights import StoredWeights
 from refusal_jax.chat.model import ChatModel, load_model
 from refusal_jax.checkpoints.adapters import adapter_mirror, is_adapter, named_base
+from refusal_jax.checkpoints.matrices import Weights
 from refusal_jax.checkpoints.remote import checkpoint_folder
 from refusal_jax.data.sampling import SPLITS, sample_prompts
 from refusal_jax.data.settings import DataSettings

@@ -38,8 +38,9 @@ from refusal_jax.audit.shipped.template import KINDS, Template, compare_template
 from refusal_jax.audit.shipped.tensors import compare_bytes, compare_names, in_words
 from refusal_jax.audit.shipped.tokenizer import compare_tokenizers
 from refusal_jax.audit.subject import Subject
-from refusal_jax.audit.weights import StoredWeights, check_comparable
+from refusal_jax.audit.weights import StoredWeights
 from refusal_jax.chat.prompts import PROBES
+from refusal_jax.checkpoints.matrices import check_comparable
 from refusal_jax.errors import UserError
 
 PROMPTS = {"harmful_test": 8, "harmless_test": 4}  # how many of each the templates are tried on

@@ -64,7 +64,8 @@ from refusal_jax.audit.null import Null, make_null, statistics
 from refusal_jax.audit.repairable import repair_facts, repairable
 from refusal_jax.audit.storage import FORMS
 from refusal_jax.audit.subject import Subject
-from refusal_jax.audit.weights import StoredWeights, Weights
+from refusal_jax.audit.weights import StoredWeights
+from refusal_jax.checkpoints.matrices import Weights
 
 LOG = logging.getLogger(__name__)
 MOST = 0.5  # share of the matrices, or of what is seen of them, that is most

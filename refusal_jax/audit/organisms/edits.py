@@ -8,7 +8,7 @@ from jaxtyping import Float64
 
 from refusal_jax.audit.organisms.directions import Directions, unit
 from refusal_jax.audit.organisms.step import Made, Removed, Step
-from refusal_jax.audit.weights import Matrix, matrices
+from refusal_jax.checkpoints.matrices import Matrix, matrices
 from refusal_jax.edits import orthonormal
 from refusal_jax.errors import UserError
 from refusal_jax.export.tensor_edits import Projection

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from refusal_jax.audit.weights import Matrix, matrices
+from refusal_jax.checkpoints.matrices import Matrix, matrices
 from refusal_jax.errors import UserError, did_you_mean
 from refusal_jax.models.config import ModelConfig
 
