@@ -63,8 +63,8 @@ class Baseline(Intervention):
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Ablate(Intervention):
-    """Removes the part `scale` of what lies along a direction, or in a subspace (paper, section 2.4).
+class OfWriters:
+    """An edit of what some layers write to the residual stream, of size `scale`.
 
     layers: by default all. sites: of `edits.SITES`, or "embed", which is the input of block 0 alone.
     """
@@ -74,13 +74,7 @@ class Ablate(Intervention):
     sites: Sequence[str] = SITES
     scale: float = 1.0
 
-    name = "ablation"
-    verb = "ablate"
-
-    @classmethod
-    def of(cls, direction: Direction, harmful: bool) -> "Ablate":
-        """Returns the ablation of the direction everywhere, for all prompts."""
-        return cls(direction)
+    verb: ClassVar[str]
 
     def at(self, cfg: ModelConfig) -> tuple[int, ...]:
         """Returns the layers, sorted. Raises UserError for layers that the model does not have, and for none."""
@@ -90,6 +84,39 @@ class Ablate(Intervention):
         """Returns whether a site of SITES is edited in a layer."""
         here = self.layers is None or layer in self.layers
         return here and (site in self.sites or (site == "resid_pre" and layer == 0 and EMBED in self.sites))
+
+    def described(self, cfg: ModelConfig) -> dict:
+        """Returns the edit in plain values, for an export's report."""
+        sites = [EMBED if site == "resid_pre" else site for site in self.sites]
+        return {"kind": self.verb, "scale": self.scale, "layers": list(self.at(cfg)), "sites": sites}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Inject(OfWriters):
+    """Makes every matrix that writes to the residual stream write a direction as well: W <- W + scale r m^T, r being the unit
+    direction and m the mean of W's rows (rank-one safety injection, arXiv 2508.20766).
+
+    What is added along r is `scale` times the mean entry of what the matrix writes, so it depends on the token. It is an edit of
+    weights: nothing that is done to the stream at its sites of `edits.SITES` is the same.
+    """
+
+    sites: Sequence[str] = SITES[1:]
+
+    name: ClassVar[str] = "injection"
+    verb: ClassVar[str] = "inject"
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Ablate(OfWriters, Intervention):
+    """Removes the part `scale` of what lies along a direction, or in a subspace (paper, section 2.4)."""
+
+    name = "ablation"
+    verb = "ablate"
+
+    @classmethod
+    def of(cls, direction: Direction, harmful: bool) -> "Ablate":
+        """Returns the ablation of the direction everywhere, for all prompts."""
+        return cls(direction)
 
     def everywhere(self, cfg: ModelConfig) -> bool:
         """Returns whether this is the paper's whole ablation: of all that is written to the residual stream."""
@@ -105,11 +132,6 @@ class Ablate(Intervention):
             [everywhere or (at in layers and self.reaches(at, site)) for site in SITES] for at in range(cfg.n_layers)
         ]
         return dataclasses.replace(whole, gate_rls=np.float32(self.scale) * np.array([gate_ls], np.float32))
-
-    def described(self, cfg: ModelConfig) -> dict:
-        """Returns the ablation in plain values, for an export's report."""
-        sites = [EMBED if site == "resid_pre" else site for site in self.sites]
-        return {"kind": self.verb, "scale": self.scale, "layers": list(self.at(cfg)), "sites": sites}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

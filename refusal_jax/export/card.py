@@ -20,7 +20,7 @@ USE = {
     "lora": "An adapter for `peft`: `PeftModel.from_pretrained(base, folder)`. {tied}",
     "gguf": "A control vector for llama.cpp: `llama-cli -m MODEL.gguf --control-vector control-vector.gguf`.",
 }
-DONE = {"ablate": "ablated", "add": "added", "repair": "restored"}
+DONE = {"ablate": "ablated", "add": "added", "repair": "restored", "inject": "injected"}
 # Rows of the table of measurements, by what verifications call them; a repair is compared with the base of the model that it
 # was made from.
 TITLES = {
@@ -34,6 +34,12 @@ REPAIR_TITLES = {
     "reference": "the base that it is compared with",
     "export": "this export",
 }
+# What an export is compared with, by the kind of its edit; an injection is an edit of weights, which no other way computes.
+REFERENCES = {
+    "repair": "that base",
+    "inject": "the base model with its weights edited as they are read",
+}
+AT_INFERENCE = "the edit at inference time on the base model"
 # What follows from the base model's weights being dequantised.
 DEQUANTISED = {
     "hf": "This copy holds them in bfloat16, without what the base model's config.json said of quantisation.",
@@ -115,6 +121,13 @@ def _what(report: dict) -> str:
             f"{edit['scale']:g} times a direction of the residual stream is added to it at the input of layer {layers} "
             "([arXiv:2406.11717](https://arxiv.org/abs/2406.11717), activation addition)."
         )
+    if edit["kind"] == "inject":
+        return (
+            f"The matrices that write to the residual stream at {', '.join(edit['sites'])}, in layer {layers}, were made to "
+            "write a direction that refusal depends on as well: W + a r m^T, r being the direction, m the mean of W's rows and "
+            f"a = {edit['scale']:g} ([arXiv:2508.20766](https://arxiv.org/abs/2508.20766), rank-one safety injection). "
+            f"{len(report['edited_tensors'])} tensors are edited; everything else is the base model's."
+        )
     count, part = directions["count"], "" if edit["scale"] == 1 else f", by {edit['scale']:g} of it"
     text = (
         f"{'A direction' if count == 1 else f'A subspace of {count} directions'} of the residual stream that refusal "
@@ -184,8 +197,10 @@ def _measured(report: dict) -> str:
         return "\n\n".join([*parts, "The files were not verified."])
     lines = ["| | largest logit difference | KL (nats) | projection | loss | perplexity |", "|---|---|---|---|---|---|"]
     repair = report["edit"]["kind"] == "repair"
-    against = "that base" if repair else "the edit at inference time on the base model"
-    for name, title in (REPAIR_TITLES if repair else TITLES).items():
+    against, titles = REFERENCES.get(report["edit"]["kind"], AT_INFERENCE), REPAIR_TITLES if repair else TITLES
+    if report["edit"]["kind"] == "inject":
+        titles = titles | {"reference": "weights edited as they are read"}
+    for name, title in titles.items():
         if name in found:
             r = found[name]
             most = max(max(layers) for layers in r["projection"].values())

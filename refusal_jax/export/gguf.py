@@ -9,9 +9,10 @@ import pathlib
 import numpy as np
 from jaxtyping import Float32
 
-from refusal_jax.conditions import Ablate, Add
+from refusal_jax.conditions import Add
 from refusal_jax.errors import UserError, setting
 from refusal_jax.export.hf import Written
+from refusal_jax.export.tensor_edits import Edit
 from refusal_jax.models.config import ModelConfig
 
 CONTROL_VECTOR = "control-vector.gguf"
@@ -39,13 +40,13 @@ HINTS = {
 }
 
 
-def check_expressible(cfg: ModelConfig, edit: Ablate | Add) -> Add:
-    """Returns the edit, which is an addition. Raises UserError for an ablation, and for layers that llama.cpp cannot add at."""
+def check_expressible(cfg: ModelConfig, edit: Edit) -> Add:
+    """Returns the edit, which is an addition. Raises UserError for another edit, and for layers that llama.cpp cannot add at."""
     if not isinstance(edit, Add):
         raise UserError(
             "A control vector is a constant that llama.cpp adds to the residual stream. Ablation removes what is there "
-            "along the direction, which differs from token to token, so no constant can do it. Use "
-            f"{setting('edit', 'add')}, or {setting('format', 'hf')} or lora for the ablation."
+            "along the direction, and an injection adds what depends on it, which differs from token to token, so no constant "
+            f"can do it. Use {setting('edit', 'add')}, or {setting('format', 'hf')} or lora for the others."
         )
     early = [layer for layer in edit.at(cfg) if layer < 2]
     if early:
@@ -56,7 +57,7 @@ def check_expressible(cfg: ModelConfig, edit: Ablate | Add) -> Add:
     return edit
 
 
-def write_gguf(cfg: ModelConfig, folder: pathlib.Path, edit: Ablate | Add) -> Written:
+def write_gguf(cfg: ModelConfig, folder: pathlib.Path, edit: Edit) -> Written:
     """Writes `control-vector.gguf` to `folder`, with the vector that `edit` adds at each of its layers.
 
     Raises UserError for an edit that a control vector cannot express, OSError for a disk that refuses.

@@ -12,9 +12,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 from refusal_jax.checkpoints.rewrite import Checkpoint, Stored, WeightFile
 from refusal_jax.checkpoints.tensor_files import INDEX
-from refusal_jax.conditions import Ablate, Add
+from refusal_jax.conditions import Add
 from refusal_jax.export.staging import copy_other_files
-from refusal_jax.export.tensor_edits import BIAS_SWITCHES, bias_additions, wanted_edits
+from refusal_jax.export.tensor_edits import BIAS_SWITCHES, Edit, bias_additions, wanted_edits
 from refusal_jax.files import read_json, to_json
 from refusal_jax.models.families import TABLES, hf_shapes
 from refusal_jax.models.hf_config import from_hf
@@ -64,7 +64,7 @@ class Plan:
     tied: str | None
 
     @classmethod
-    def of(cls, checkpoint: Checkpoint, edit: Ablate | Add, tied: str = "untie") -> "Plan":
+    def of(cls, checkpoint: Checkpoint, edit: Edit, tied: str = "untie") -> "Plan":
         """Plans the export of an edit. tied: one of TIED, without effect where the embedding is not tied, or not edited.
 
         Raises UserError for an addition that the architecture cannot hold, ValueError for another `tied`.

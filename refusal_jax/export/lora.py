@@ -1,4 +1,5 @@
-"""Writes the ablation as a PEFT LoRA adapter: A = right^T W and B = -scale left make W + B A the edited weight, of rank J.
+"""Writes an ablation or an injection as a PEFT LoRA adapter: A = right^T W and B = -scale left make W + B A the edited weight, of
+rank J.
 
 A bias cannot have an adapter, so edited ones are stored whole, as PEFT does for `bias="all"`.
 """
@@ -24,10 +25,10 @@ from refusal_jax.checkpoints.lora import (
     stored_bias,
 )
 from refusal_jax.checkpoints.rewrite import Checkpoint, Stored
-from refusal_jax.conditions import Ablate, Add
+from refusal_jax.conditions import Ablate, Add, Inject
 from refusal_jax.errors import UserError, setting
 from refusal_jax.export.hf import THREADS, Written
-from refusal_jax.export.tensor_edits import Projection, wanted_edits
+from refusal_jax.export.tensor_edits import Edit, Projection, wanted_edits
 from refusal_jax.files import to_json
 from refusal_jax.models.config import ModelConfig
 from refusal_jax.models.families import TABLES
@@ -36,14 +37,14 @@ from refusal_jax.progress import each
 TIED = ("untie", "skip")
 
 
-def check_expressible(cfg: ModelConfig, edit: Ablate | Add, tied: str) -> Ablate:
-    """Returns the edit, which is an ablation. Raises UserError for an edit that an adapter cannot express."""
+def check_expressible(cfg: ModelConfig, edit: Edit, tied: str) -> Ablate | Inject:
+    """Returns the edit, which is an ablation or an injection. Raises UserError for an edit that an adapter cannot express."""
     if isinstance(edit, Add):
         raise UserError(
             "A LoRA adapter changes weights by products with what they read; an addition is the same whatever is read. Use "
             f"{setting('format', 'gguf')}, a control vector, or {setting('format', 'hf')}, a bias."
         )
-    if cfg.tied_embeddings and tied == "keep":
+    if cfg.tied_embeddings and tied == "keep" and edit.reaches(0, "resid_pre"):
         raise UserError(
             "A LoRA adapter changes what the embedding writes and leaves the unembedding that is tied to it, which is "
             f"{setting('tied', 'untie')}. Only merging it into tied weights changes both. Use {setting('tied', 'untie')}, "
@@ -52,7 +53,7 @@ def check_expressible(cfg: ModelConfig, edit: Ablate | Add, tied: str) -> Ablate
     return edit
 
 
-def write_lora(checkpoint: Checkpoint, folder: pathlib.Path, edit: Ablate | Add, tied: str, base: str) -> Written:
+def write_lora(checkpoint: Checkpoint, folder: pathlib.Path, edit: Edit, tied: str, base: str) -> Written:
     """Writes adapter_config.json and adapter_model.safetensors to `folder`. base: the base model's name.
 
     Raises UserError for an edit that an adapter cannot express, OSError for a disk that refuses.

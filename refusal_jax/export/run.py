@@ -11,13 +11,12 @@ from concurrent.futures import ThreadPoolExecutor
 
 from refusal_jax.chat.prompts import Chat
 from refusal_jax.checkpoints.rewrite import Checkpoint
-from refusal_jax.conditions import Ablate, Add
 from refusal_jax.export import gguf, hf, lora
 from refusal_jax.export.card import licence_files, write_card
 from refusal_jax.export.finished import FinishedStudy
 from refusal_jax.export.provenance import base_model, write_provenance
 from refusal_jax.export.staging import UNVERIFIED, check_target, staged, sync_files
-from refusal_jax.export.tensor_edits import check_edit
+from refusal_jax.export.tensor_edits import Edit, check_edit
 from refusal_jax.export.verify import Sample, verify
 from refusal_jax.files import to_json
 
@@ -33,7 +32,7 @@ class Request:
 
     source: pathlib.Path
     target: pathlib.Path
-    edit: Ablate | Add
+    edit: Edit
     study: FinishedStudy
     form: str = "hf"
     tied: str = "untie"

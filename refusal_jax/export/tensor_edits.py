@@ -11,6 +11,9 @@ where U * s leaves W x + b:
   stable where s has entries near zero, which U / s would blow up.
 
 Addition: bias <- bias + vector, at the MLP output of the block before.
+
+Injection: W <- W + scale r m^T, m being the mean of W's rows. m is 1/D 1^T W, so this has the form above: left = r, and right =
+1/D in every entry, with the sign turned. What a norm after W makes of it is left as it is, as in the paper.
 """
 
 import dataclasses
@@ -21,11 +24,12 @@ import numpy as np
 from jaxtyping import Float, Float32, Float64
 
 from refusal_jax.checkpoints.rewrite import Blocks, Checkpoint
-from refusal_jax.conditions import EMBED, Ablate, Add
+from refusal_jax.conditions import EMBED, Ablate, Add, Inject
 from refusal_jax.errors import UserError, setting
 from refusal_jax.models.config import ModelConfig
 from refusal_jax.models.families import TABLES, WRITER_BIASES, WRITERS, pieces
 
+Edit = Ablate | Add | Inject  # what exports write
 WEIGHT_SITES = (EMBED, "attn_out", "mlp_out")  # that weights write to
 
 # The norm between a writer and the stream, in families that have one, by the site that the writer serves.
@@ -45,9 +49,9 @@ NO_WEIGHTS = (
 )
 
 
-def check_edit(cfg: ModelConfig, edit: Ablate | Add) -> None:
+def check_edit(cfg: ModelConfig, edit: Edit) -> None:
     """Raises UserError for a direction of another width, a scale of zero, sites that no weight writes to, layers out of range, an
-    addition of several directions, and one whose layer nothing tells."""
+    addition or injection of several directions, and an addition whose layer nothing tells."""
     edit.direction.check_width(cfg.d_model)
     if not np.isfinite(edit.scale) or edit.scale == 0:
         raise UserError(f"{setting('scale', edit.scale)} leaves nothing to do: give a number that is not zero.")
@@ -57,7 +61,16 @@ def check_edit(cfg: ModelConfig, edit: Ablate | Add) -> None:
             f"{setting('sites', ','.join(sites) or 'nothing')}: what weights write is {', '.join(WEIGHT_SITES)}. A block's "
             "input is what all writers before it wrote, so edit those."
         )
-    edit.edits(cfg)
+    if not isinstance(edit, Inject):
+        edit.edits(cfg)
+        return
+    edit.at(cfg)
+    if len(edit.direction.raw_jd) > 1 or not set(edit.sites) or set(edit.sites) - set(Inject.sites):
+        raise UserError(
+            f"An injection makes matrices of layers write one direction, at {', '.join(Inject.sites)}; these are "
+            f"{len(edit.direction.raw_jd)} directions, at {', '.join(edit.sites) or 'no sites'}. Name one direction, and choose "
+            f"{setting('sites')} among those."
+        )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -119,6 +132,18 @@ class Projection:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
+class Injection(Projection):
+    """W <- W - scale left right^T W, where left and right make no projection: what is added may be of any size."""
+
+    @property
+    def amplification(self) -> float:
+        """Returns the operator norm of I - scale left right^T, which acts in the plane of the two vectors."""
+        basis_dj = np.linalg.qr(np.concatenate([self.left_dj, self.right_dj], axis=1))[0]
+        left, right = basis_dj.T @ self.left_dj, basis_dj.T @ self.right_dj
+        return float(np.linalg.norm(np.eye(len(left)) - self.scale * left @ right.T, 2))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
 class Addition:
     """bias <- bias + vector; vector_d: float64 `[D]`."""
 
@@ -165,9 +190,15 @@ def projection(
     return Projection(span_dj, span_dj, by_rows, "projected", scale)
 
 
-def tensor_edits(checkpoint: Checkpoint, edit: Ablate) -> dict[str, Projection]:
-    """Returns the edit, by HF name, of every tensor that writes to the residual stream (paper, section 4.1) where the ablation
-    `edit` asks for it: embedding, attention output, MLP output of each expert, and their biases.
+def injection(edit: Inject, transposed: bool = False) -> Injection:
+    """Returns the edit that makes a matrix write the direction as well. transposed: whether its tensor is `[in, out]`."""
+    left_dj = edit.direction.basis_jd.T
+    return Injection(left_dj, np.full_like(left_dj, 1 / len(left_dj)), transposed, edit.name, -edit.scale)
+
+
+def tensor_edits(checkpoint: Checkpoint, edit: Ablate | Inject) -> dict[str, Projection]:
+    """Returns the edit, by HF name, of every tensor that writes to the residual stream (paper, section 4.1) where `edit` asks for
+    it: embedding, attention output, MLP output of each expert, and, for an ablation, their biases.
 
     Raises ValueError for a family whose table fuses such a tensor with another, which nothing here could edit.
     """
@@ -180,6 +211,10 @@ def tensor_edits(checkpoint: Checkpoint, edit: Ablate) -> dict[str, Projection]:
             continue
         if uses[piece.name] > 1:
             raise ValueError(f"{piece.name} holds {piece.path} fused with other weights; teach `Projection` its rows")
+        if isinstance(edit, Inject):
+            if piece.path in WRITERS:
+                edits[piece.name] = injection(edit, piece.transposed)
+            continue
         scale_d = None
         if cfg.post_norm and site in POST_NORMS:
             norm = TABLES[cfg.family][POST_NORMS[site]].format(l=piece.layer)
@@ -190,7 +225,7 @@ def tensor_edits(checkpoint: Checkpoint, edit: Ablate) -> dict[str, Projection]:
     return edits
 
 
-def wanted_edits(checkpoint: Checkpoint, edit: Ablate, tied: str | None) -> dict[str, Projection]:
+def wanted_edits(checkpoint: Checkpoint, edit: Ablate | Inject, tied: str | None) -> dict[str, Projection]:
     """Returns `tensor_edits` without that of an embedding that is to be left (tied="skip"). Raises UserError if none remain."""
     edits = tensor_edits(checkpoint, edit)
     if tied == "skip":

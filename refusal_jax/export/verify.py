@@ -15,13 +15,13 @@ from refusal_jax.chat.padding import bucket
 from refusal_jax.chat.prompts import Chat
 from refusal_jax.checkpoints.lora import ADAPTER
 from refusal_jax.checkpoints.rewrite import Checkpoint
-from refusal_jax.conditions import Ablate, Add
+from refusal_jax.conditions import Ablate, Inject
 from refusal_jax.errors import UserError
 from refusal_jax.export.forward import EditedWeights, Readings, Stream, Weights, read_logits, run_streams
 from refusal_jax.export.gguf import CONTROL_VECTOR, read_gguf
 from refusal_jax.export.hf import TIED, Written
 from refusal_jax.export.lora import AdaptedWeights
-from refusal_jax.export.tensor_edits import projection, tensor_edits
+from refusal_jax.export.tensor_edits import Edit, projection, tensor_edits
 from refusal_jax.models.families import TABLES, WRITER_BIASES, WRITERS, pieces
 from refusal_jax.models.finite import check_finite
 from refusal_jax.models.scores import kl_divergence
@@ -77,10 +77,11 @@ class Sample:
         return rows, columns, np.array(targets)
 
 
-def verify(checkpoint: Checkpoint, folder: pathlib.Path, edit: Ablate | Add, written: Written, sample: Sample) -> dict:
+def verify(checkpoint: Checkpoint, folder: pathlib.Path, edit: Edit, written: Written, sample: Sample) -> dict:
     """Measures how far the export in `folder` is from `edit` at inference time on `checkpoint`, in float32.
 
-    The models are the export; the original, for scale; the reference, which is the original under the edit; and, where
+    The models are the export; the original, for scale; the reference, which is the original under the edit (of an injection, with
+    its weights edited as they are read); and, where
     norms follow the edited weights, orthogonalised, which is W - r r^T W regardless of the norms. Each gets
     max_logit_difference and mean_logit_difference from the reference (absolute) and mean_kl (nats), both at the
     prompts' last tokens; ce_loss and perplexity of the harmless texts; and projection, `{site: [of each layer]}`, the
@@ -125,12 +126,14 @@ def is_adapter(folder: pathlib.Path) -> bool:
     return (folder / ADAPTER).exists()
 
 
-def make_streams(
-    checkpoint: Checkpoint, folder: pathlib.Path, edit: Ablate | Add, written: Written
-) -> dict[str, Stream]:
+def make_streams(checkpoint: Checkpoint, folder: pathlib.Path, edit: Edit, written: Written) -> dict[str, Stream]:
     """Returns the models to compare, by name; those named as in TIED are the choices that were not made."""
     cfg, weights = checkpoint.cfg, checkpoint
-    streams = {"original": Stream(checkpoint), "reference": Stream(checkpoint, edit.edits(cfg))}
+    if isinstance(edit, Inject):  # there is no such edit at inference time
+        reference = Stream(EditedWeights(checkpoint, tensor_edits(checkpoint, edit)), unembed=checkpoint)
+    else:
+        reference = Stream(checkpoint, edit.edits(cfg))
+    streams = {"original": Stream(checkpoint), "reference": reference}
     if (folder / CONTROL_VECTOR).exists():
         streams["export"] = Stream(checkpoint, read_gguf(folder / CONTROL_VECTOR))
     elif is_adapter(folder):
@@ -139,7 +142,7 @@ def make_streams(
     else:
         weights = Checkpoint.open(folder)
         streams["export"] = Stream(weights)
-    if isinstance(edit, Add):
+    if not isinstance(edit, Ablate):
         return streams
     if cfg.post_norm:
         plain = EditedWeights(checkpoint, plain_edits(checkpoint, edit))
@@ -180,9 +183,7 @@ def differences(base: Readings, other: Readings) -> dict[str, float]:
     }
 
 
-def problems(
-    checkpoint: Checkpoint, edit: Ablate | Add, written: Written, result: dict, largest_logit: float
-) -> list[str]:
+def problems(checkpoint: Checkpoint, edit: Edit, written: Written, result: dict, largest_logit: float) -> list[str]:
     """Returns the reasons why an export is not what was asked for; empty if there are none.
 
     Where weights can express what the edit computes, logits must agree. Behind a norm they cannot; there the export
@@ -197,7 +198,7 @@ def problems(
             found.append(f"{what} is {value:.2e}, over {limit:.0e}")
 
     chosen = written.tied in ("keep", "skip")
-    if isinstance(edit, Add) or not (checkpoint.cfg.post_norm or chosen):
+    if not isinstance(edit, Ablate) or not (checkpoint.cfg.post_norm or chosen):
         if exact:
             limit = max(MOST_LOGIT_DIFFERENCE, PART_OF_LOGIT * largest_logit)
             at_most("the largest difference of a logit", export["max_logit_difference"], limit)

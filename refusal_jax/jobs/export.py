@@ -13,7 +13,8 @@ scale. Several directions, --direction=a,b, are removed as the subspace that the
 unembedding, --tied decides what happens to the latter: "untie" writes it unchanged as a separate tensor, which matches
 ablation at inference time and costs the bytes of one more embedding; "keep" lets the edit change both; "skip" edits
 neither, so that the direction stays in what the embedding writes. --edit=add writes the direction into the MLP bias of
-the preceding block, where the architecture has one.
+the preceding block, where the architecture has one. --edit=inject makes the matrices of attention and MLP write the
+direction as well (rank-one safety injection); `refusal-jax defend --recipe=injection` finds the scale for it.
 
 Tensors are streamed in blocks, so an export needs little memory and no accelerator; untouched tensors and files are
 copied byte for byte. Before the folder appears under its name, the written files are run block by block and compared
@@ -31,7 +32,7 @@ from absl import flags
 from refusal_jax.checkpoints.fingerprint import checkpoint_fingerprint
 from refusal_jax.checkpoints.mirrors import on_the_hub
 from refusal_jax.checkpoints.remote import checkpoint_folder
-from refusal_jax.conditions import Ablate, Add, Affine
+from refusal_jax.conditions import Ablate, Add, Affine, Inject
 from refusal_jax.directions import direction_file, read_direction
 from refusal_jax.errors import UserError, VerificationError
 from refusal_jax.export.finished import FinishedStudy
@@ -73,11 +74,15 @@ FORMAT = flags.DEFINE_enum(
 EDIT = flags.DEFINE_enum(
     "edit",
     Ablate.verb,
-    (Ablate.verb, Add.verb, Affine.verb),
-    "Whether to remove the direction or add it. No weights hold an affine edit, which is refused.",
+    (Ablate.verb, Add.verb, Inject.verb, Affine.verb),
+    "Whether to remove the direction, add it, or have the writers of layers write it as well, which strengthens refusal. No "
+    "weights hold an affine edit, which is refused.",
 )
 SCALE = flags.DEFINE_float(
-    "scale", 1.0, "Fraction of the direction to remove, or multiple of it to add (-1 subtracts it)."
+    "scale",
+    1.0,
+    "Fraction of the direction to remove, multiple of it to add (-1 subtracts it), or how much of it to inject for a mean entry "
+    "of 1 in what a matrix writes.",
 )
 LAYERS = flags.DEFINE_string(
     "layers",
@@ -86,7 +91,10 @@ LAYERS = flags.DEFINE_string(
     "direction's own layer for an addition; for a control vector `all` is 2 to the last.",
 )
 SITES = flags.DEFINE_list(
-    "sites", ",".join(WEIGHT_SITES), "Where an ablation edits what is written to the residual stream."
+    "sites",
+    None,
+    f"Where an ablation or an injection edits what is written to the residual stream. Default: {','.join(WEIGHT_SITES)}, for an "
+    f"injection {','.join(Inject.sites)}.",
 )
 TIE = flags.DEFINE_enum("tied", "untie", TIED, "How to treat an unembedding that is tied to the embedding.")
 PROMPTS = flags.DEFINE_integer(
@@ -162,7 +170,12 @@ def read_request(argv) -> Request:
     adds, layers = EDIT.value == Add.verb, None
     if LAYERS.value and (adds or LAYERS.value != "all"):
         layers = parse_layers(LAYERS.value, n_layers)
-    edit = Add(direction, layers, SCALE.value) if adds else Ablate(direction, layers, SITES.value, SCALE.value)
+    if adds:
+        edit = Add(direction, layers, SCALE.value)
+    elif EDIT.value == Inject.verb:
+        edit = Inject(direction, layers, SITES.value or Inject.sites, SCALE.value)
+    else:
+        edit = Ablate(direction, layers, SITES.value or WEIGHT_SITES, SCALE.value)
     return Request(
         source,
         local_path(common.required(OUT, EXAMPLE)),
@@ -230,7 +243,9 @@ def summary(out: pathlib.Path, report: dict) -> str:
             f"  --tied={name}: {cost['added_bytes']:,} bytes more, max |difference| {cost['max_logit_difference']:.2e}, "
             f"KL {cost['mean_kl']:.2e}"
         )
-    lines += ["", f"On {result['prompts']} prompts, float32, last-token logits against the edit at inference time:"]
+    injected = report["edit"]["kind"] == Inject.verb
+    against = "the weights edited as they are read" if injected else "the edit at inference time"
+    lines += ["", f"On {result['prompts']} prompts, float32, last-token logits against {against}:"]
     for key, name in NAMES.items():
         if key in result:
             r = result[key]
@@ -243,7 +258,7 @@ def summary(out: pathlib.Path, report: dict) -> str:
             )
     before, reference, after = (result[key]["perplexity"] for key in ("original", "reference", "export"))
     lines.append(
-        f"Perplexity on {result['text_tokens']} tokens of harmless text: {before:.5g} before, {after:.5g} after; with the "
-        f"edit at inference time {reference:.5g}."
+        f"Perplexity on {result['text_tokens']} tokens of harmless text: {before:.5g} before, {after:.5g} after; with "
+        f"{against} {reference:.5g}."
     )
     return "\n".join(lines)
