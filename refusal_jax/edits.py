@@ -41,12 +41,18 @@ class Edits:
     gate_rls: float32 `[R, 1 or L, S]`, 1 where the row is ablated; values between scale the projection that is removed.
     add_rd: float32 `[R, D]`, added to every token's residual at the input of each block of `layer_ra`.
     layer_ra: int32 `[R, A]`, the layers of the addition, -1 for none.
+    layer_ablate_rljd: None, or float32 `[R, L, J, D]`, directions of each layer, which then stand in place of `ablate_rjd`.
+    token_gate_rlst: None, or float32 `[R, L, S, T]`, by which the gates are multiplied at each token.
+
+    The last two are what adversarial training draws; where they are None, they are no part of the compiled program.
     """
 
     ablate_rjd: EitherLeaf
     gate_rls: EitherLeaf
     add_rd: EitherLeaf
     layer_ra: EitherLeaf
+    layer_ablate_rljd: EitherLeaf | None = None
+    token_gate_rlst: EitherLeaf | None = None
 
     @classmethod
     def none(cls, d_model: int, rows: int = 1) -> "Edits":
@@ -123,7 +129,12 @@ class Edits:
 
     @classmethod
     def concat(cls, parts: Sequence["Edits"]) -> "Edits":
-        """Returns the rows of all `parts`, in order, padded to the same number of directions, layers and additions."""
+        """Returns the rows of all `parts`, in order, padded to the same number of directions, layers and additions.
+
+        Raises ValueError for edits that have directions of each layer or gates of each token.
+        """
+        if any(p.layer_ablate_rljd is not None or p.token_gate_rlst is not None for p in parts):
+            raise ValueError("edits with directions of each layer or gates of each token cannot be joined with others")
         n_layers = max(p.gate_rls.shape[1] for p in parts)
         directions = max(p.ablate_rjd.shape[1] for p in parts)
         additions = max(p.layer_ra.shape[1] for p in parts)
@@ -182,24 +193,55 @@ class Edits:
             np.broadcast_to(self.gate_rls, (batch, n_layers, len(SITES))).astype(np.float32),
             np.broadcast_to(self.add_rd, (batch, d_model)).astype(np.float32),
             np.broadcast_to(self.layer_ra, (batch, *self.layer_ra.shape[1:])).astype(np.int32),
+            *(
+                None if more is None else np.broadcast_to(more, (batch, n_layers, *more.shape[2:])).astype(np.float32)
+                for more in (self.layer_ablate_rljd, self.token_gate_rlst)
+            ),
         )
 
     def at_layer(self, layer: int) -> "Edits":
         """Returns what happens at one layer, for a model of that layer alone."""
         gate_rls = self.gate_rls if self.gate_rls.shape[1] == 1 else self.gate_rls[:, layer : layer + 1]
         layer_ra = np.where(np.asarray(self.layer_ra) == layer, 0, -1).astype(np.int32)
-        return dataclasses.replace(self, gate_rls=gate_rls, layer_ra=layer_ra)
+        more = {
+            name: None if part is None else part[:, layer : layer + 1]
+            for name, part in (("layer_ablate_rljd", self.layer_ablate_rljd), ("token_gate_rlst", self.token_gate_rlst))
+        }
+        return dataclasses.replace(self, gate_rls=gate_rls, layer_ra=layer_ra, **more)
 
-    def layer_gates(self, n_layers: int) -> tuple[Float[jax.Array, "L R S"], Float[jax.Array, "L R"]]:
+    def layer_gates(self, n_layers: int) -> tuple[Float[jax.Array, "L R S *T"], Float[jax.Array, "L R"]]:
         """Returns what a scan over layers takes: the gates of ablation, and those of addition."""
         gate_lrs = jnp.swapaxes(jnp.broadcast_to(self.gate_rls, (self.rows, n_layers, len(SITES))), 0, 1)
         at_lr = (self.layer_ra[None] == jnp.arange(n_layers)[:, None, None]).any(axis=-1)
+        if self.token_gate_rlst is not None:
+            gate_lrs = gate_lrs[..., None] * jnp.swapaxes(self.token_gate_rlst, 0, 1)
         return gate_lrs, at_lr.astype(jnp.float32)
 
-    def ablated(self, x_btd: Float[Array, "B T D"], gate_r: Float[Array, " R"]) -> Float[Array, "B T D"]:
+    def layer_directions(self) -> Float[jax.Array, "L R J D"] | None:
+        """Returns the directions of each layer for a scan over layers, or None where all layers have the same."""
+        return None if self.layer_ablate_rljd is None else jnp.swapaxes(self.layer_ablate_rljd, 0, 1)
+
+    def with_directions(self, ablate_rjd: Float[Array, "R J D"] | None) -> "Edits":
+        """Returns what one layer does that has these directions; None is what all layers have."""
+        return self if ablate_rjd is None else dataclasses.replace(self, ablate_rjd=ablate_rjd)
+
+    def ablated(
+        self, x_btd: Float[Array, "B T D"], gate_r: Float[Array, " R"] | Float[Array, "R _"]
+    ) -> Float[Array, "B T D"]:
         """Returns `x_btd` less its gated projection on the span of each row's directions; float32 inside, the dtype of x
-        outside."""
+        outside. gate_r: of each row, or of each token of each row.
+
+        Raises ValueError for gates of other tokens than those of `x_btd`.
+        """
         x = x_btd.astype(jnp.float32)
+        if gate_r.ndim == 2:
+            if gate_r.shape != x.shape[:2]:
+                raise ValueError(
+                    f"the edit has gates for rows and tokens {gate_r.shape}, the batch has {x.shape[:2]}: gates of each token "
+                    "belong to one batch of whole rows"
+                )
+            along_btj = gate_r[..., None] * jnp.einsum("btd,bjd->btj", x, self.ablate_rjd, precision="highest")
+            return (x - jnp.einsum("btj,bjd->btd", along_btj, self.ablate_rjd, precision="highest")).astype(x_btd.dtype)
         gated_rjd = gate_r[:, None, None] * self.ablate_rjd  # not `along` later: that would be a step of its own
         if (
             gated_rjd.shape[1] == 1

@@ -76,6 +76,23 @@ def ablation(layers, direction) -> list[Hook]:
     return [(m, "input", edit) for m in layers] + [(m, "output", edit) for layer in layers for m in writers(layer)]
 
 
+def gated_ablation(layers, directions, gates) -> list[Hook]:
+    """x - g (x . r) r, with the direction r of each layer, `[L, D]`, and a gate g of each layer, site, row and token,
+    `[L, 3, B, T]`."""
+    hooks = []
+    for layer, direction, of_layer in zip(layers, directions, gates, strict=True):
+        direction = torch.as_tensor(direction, dtype=torch.float64)
+        unit = (direction / (direction.norm() + 1e-8)).float()
+        places = [(layer, "input"), *((module, "output") for module in writers(layer))]
+        for (module, place), gate in zip(places, of_layer, strict=True):
+            gate = torch.tensor(gate, dtype=torch.float32)
+            edit = functools.partial(
+                lambda x, gate, unit: x - (gate * (x @ unit)).unsqueeze(-1) * unit, gate=gate, unit=unit
+            )
+            hooks.append((module, place, edit))
+    return hooks
+
+
 def addition(layers, direction, layer: int, scale: float = 1.0) -> list[Hook]:
     """x + scale * r at the input of block `layer`."""
     vector = (scale * torch.as_tensor(direction, dtype=torch.float64)).float()

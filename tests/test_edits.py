@@ -5,6 +5,7 @@ import dataclasses
 
 import jax
 import numpy as np
+import oracle
 import pytest
 import tiny
 import torch
@@ -202,6 +203,43 @@ def test_affine_edits_equal_torch_hooks(model, hf, batch, direction):
     np.testing.assert_allclose(along, np.broadcast_to(targets[:, None], along.shape), atol=1e-4)
     alone = Edits.affine(direction, -1.0, 1, 3)
     np.testing.assert_array_equal(alone.take([0]).add_rd, edits.take([1]).add_rd)
+
+
+@pytest.mark.parametrize("own,tokenwise", [(True, False), (False, True), (True, True)])
+def test_directions_of_layers_and_gates_of_tokens_equal_torch_hooks(own, tokenwise, model, hf, batch, direction):
+    tokens, mask = batch
+    rng, (rows, length) = np.random.default_rng(5), tokens.shape
+    gates_rls = rng.integers(0, 2, (rows, 3, len(SITES))).astype(np.float32)
+    token_gates = rng.integers(0, 2, (rows, 3, len(SITES), length)).astype(np.float32)
+    units_ld = rng.normal(size=(3, len(direction))) if own else np.tile(direction, (3, 1))
+    units_ld = units_ld / np.linalg.norm(units_ld, axis=1, keepdims=True)
+    edits = dataclasses.replace(
+        Edits.ablate(direction),
+        gate_rls=gates_rls if not tokenwise else np.ones_like(gates_rls),
+        layer_ablate_rljd=units_ld[None, :, None].astype(np.float32) if own else None,
+        token_gate_rlst=token_gates if tokenwise else None,
+    )
+    edits = edits.for_batch(rows, 3, len(direction))
+    gates = token_gates if tokenwise else np.broadcast_to(gates_rls[..., None], token_gates.shape)
+    with oracle.hooked(oracle.gated_ablation(hf.model.layers, units_ld, np.moveaxis(gates, 0, 2))):
+        theirs = tiny.hf_forward(hf, tokens, mask).logits.numpy()[mask]
+    ours = np.asarray(model.logits(tokens, mask, edits, positions="all"))[mask]
+    np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_gates_of_tokens_belong_to_one_batch(model, batch, direction):
+    tokens, mask = batch
+    drawn = np.ones((len(tokens), 3, len(SITES), tokens.shape[1] + 1), np.float32)
+    edits = dataclasses.replace(Edits.ablate(direction), token_gate_rlst=drawn)
+    with pytest.raises(
+        ValueError, match="the edit has gates for rows and tokens .3, 16., the batch has .3, 15.: gates of each"
+    ):
+        model.logits(tokens, mask, dataclasses.replace(edits, gate_rls=np.repeat(edits.gate_rls, 3, 0)))
+    with pytest.raises(
+        ValueError, match="directions of each layer or gates of each token cannot be joined with others"
+    ):
+        Edits.concat([Edits.ablate(direction), edits])
+    assert edits.take([0]).at_layer(1).token_gate_rlst.shape == (1, 1, len(SITES), 16)
 
 
 def test_edits_at_one_layer():

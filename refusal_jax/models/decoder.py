@@ -51,8 +51,9 @@ class Layer:
     sparse: Leaf  # bool, whether it has experts
     place: Leaf  # int32, its number among the layers that have experts, or among those that have none
     kind: Leaf  # int32, index into the context's views
-    gate_rs: Leaf  # float32 [R, S], the ablation gates of `Edits`
+    gate_rs: Leaf  # float32 [R, S], the ablation gates of `Edits`, or [R, S, T], one for each token
     add_r: Leaf  # float32 [R], its addition gates
+    ablate_rjd: Leaf | None  # float32 [R, J, D], its directions, where each layer has its own
 
 
 class Stack(nnx.Module):
@@ -161,6 +162,7 @@ class Block(Stack):
         """
         cfg = self.cfg
         gates = {name: layer.gate_rs[:, i] for i, name in enumerate(SITES)}
+        edits = edits.with_directions(layer.ablate_rjd)
 
         def own(x):
             return constrain_residual(self.mesh, x)
@@ -294,7 +296,8 @@ class Decoder(nnx.Module):
         sparse_l = np.isin(np.arange(self.cfg.n_layers), self.cfg.sparse_layers)
         place_l = np.where(sparse_l, np.cumsum(sparse_l), np.cumsum(~sparse_l)) - 1
         kind_l = jnp.asarray(self.cfg.layer_kinds, jnp.int32)
-        return self.blocks, Layer(jnp.asarray(sparse_l), jnp.asarray(place_l, jnp.int32), kind_l, gates_lrs, add_lr)
+        places = jnp.asarray(sparse_l), jnp.asarray(place_l, jnp.int32), kind_l
+        return self.blocks, Layer(*places, gates_lrs, add_lr, edits.layer_directions())
 
     def forward(
         self,
