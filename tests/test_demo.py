@@ -14,9 +14,10 @@ from refusal_jax.chat import residuals
 from refusal_jax.chat.prompts import Chat
 from refusal_jax.data.prompts import resolve
 from refusal_jax.models import generate as generate_module
+from refusal_jax.models import losses
 from refusal_jax.runs.ledger import Ledger
 from refusal_jax.runs.run import Run
-from refusal_jax.study import completions, directions, loss, scoring, shared
+from refusal_jax.study import completions, directions, scoring, shared
 from refusal_jax.study.config import get_config
 from refusal_jax.study.study import run_study
 
@@ -30,7 +31,7 @@ PROGRAMS = {
     "admit": generate_module.admit,
     "decode": generate_module.decode,
     "base": scoring.last_logits,
-    "loss": loss.loss_batch,
+    "loss": losses.loss_batch,
     "project": residuals.project,
 }
 VOLATILE = ("manifest.json", "report.html", "log.txt", ".lock")  # hold times

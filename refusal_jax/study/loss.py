@@ -1,7 +1,6 @@
 """Measures what the edits cost on text unrelated to refusal (paper, section 4.3 and appendix G): cross-entropy loss,
 and the KL divergence from baseline."""
 
-import dataclasses
 import math
 import pathlib
 from collections.abc import Callable, Sequence
@@ -10,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from refusal_jax.chat.loss_rows import LossRow, chat_rows, text_rows
+from refusal_jax.chat.loss_rows import LossRow, chat_rows, padded_rows, text_rows
 from refusal_jax.chat.model import ChatModel
 from refusal_jax.chat.padding import bucket
 from refusal_jax.conditions import INTERVENTIONS, USUAL, Baseline, Condition, Intervention, label_of
@@ -18,10 +17,8 @@ from refusal_jax.data.prompts import distinct, read_chat_pairs, read_prompts, re
 from refusal_jax.edits import Edits
 from refusal_jax.errors import UserError, field
 from refusal_jax.judges.statistics import mean_interval
-from refusal_jax.models.attention import Context
-from refusal_jax.models.decoder import Decoder
 from refusal_jax.models.finite import check_finite
-from refusal_jax.models.sharding import replicate
+from refusal_jax.models.losses import kl_batch, loss_batch
 from refusal_jax.plan.programs import Group, Program, Shapes
 from refusal_jax.progress import each
 from refusal_jax.report.findings import Findings, Section
@@ -32,42 +29,17 @@ from refusal_jax.runs.stage import Stage
 from refusal_jax.study.shared import Study
 
 
-@jax.jit
-def loss_batch(decoder: Decoder, tokens_bt, mask_bt, edits: Edits, counted_bt) -> tuple[jax.Array, jax.Array]:
-    """Returns the summed cross-entropy (nats) and number of counted tokens of each row; `counted_bt` marks predicted tokens.
-
-    The sum of a row whose values are not finite is NaN. A scan over rows keeps one row's logits alive at a time instead of
-    `[B, T, V]`.
-    """
-    x = decoder.forward(tokens_bt, mask_bt, edits).resid_btd
-
-    def row(_, inputs):
-        x_td, tokens_t, counted_t = inputs
-        logits_1tv = decoder.logits(x_td[None, :-1])
-        logp = jax.nn.log_softmax(logits_1tv[0], axis=-1)
-        nll = -jnp.take_along_axis(logp, tokens_t[1:, None], axis=-1)[:, 0]
-        nll = jnp.where(decoder.finite(x_td[None, :-1], logits_1tv)[0], nll, jnp.nan)
-        return None, (jnp.sum(jnp.where(counted_t[1:], nll, 0.0)), jnp.sum(counted_t[1:], dtype=jnp.int32))
-
-    return replicate(decoder.mesh, jax.lax.scan(row, None, (x, tokens_bt, counted_bt))[1])
-
-
 def _batches(model: ChatModel, rows: Sequence[LossRow], batch_size: int, title: str):
     """Yields (number of rows, padded batch, counted tokens `[B, T]`), like lengths together. Raises UserError if no token
     counts."""
-    order = sorted((row for row in rows if len(row.ids) > row.first), key=lambda row: len(row.ids))
-    if not order:
+    batches = list(padded_rows(model.chat, rows, batch_size))
+    if not batches:
         raise UserError(
             f"'{title}' has no token to measure the loss on: every row is empty or cut before its response. "
             f"Raise {field('loss.text_tokens')} or drop the file."
         )
-    for start in each(range(0, len(order), batch_size), f"loss, {title}", "batch"):
-        part = order[start : start + batch_size]
-        length = bucket(len(part[-1].ids))
-        counted = np.zeros((batch_size, length), bool)
-        for i, row in enumerate(part):
-            counted[i, length - len(row.ids) + row.first :] = True
-        yield len(part), model.chat.pad([row.ids for row in part], length).padded_to(batch_size), counted
+    for index, batch, counted in each(batches, f"loss, {title}", "batch"):
+        yield len(index), batch, counted
 
 
 def measure_loss(model: ChatModel, rows: Sequence[LossRow], edits: Edits, batch_size: int, title: str) -> dict:
@@ -82,29 +54,6 @@ def measure_loss(model: ChatModel, rows: Sequence[LossRow], edits: Edits, batch_
         check_finite(np.isfinite(sums[:n]), model.decoder.dtype, what, edits.in_force_r)
         total, count = total + float(np.sum(sums, dtype=np.float64)), count + int(counts.sum())
     return {"ce_loss": total / count, "perplexity": math.exp(min(total / count, 700.0)), "n_tokens": count}
-
-
-@jax.jit
-def kl_batch(decoder: Decoder, tokens_bt, mask_bt, edits: Edits, counted_bt) -> tuple[jax.Array, jax.Array]:
-    """Returns for each row the summed KL divergence (nats) of the edited next-token distribution from the unedited one,
-    and the number of counted tokens; `counted_bt` as in `loss_batch`, and like there one row's logits are alive at a
-    time."""
-    ctx, embedded = Context.of_prompt(decoder.cfg, mask_bt), decoder.embed_tokens(tokens_bt)
-    none = jax.tree.map(jnp.zeros_like, edits)
-    none = dataclasses.replace(none, layer_ra=jnp.full_like(edits.layer_ra, -1))
-    base, edited = (decoder.run(embedded, ctx, one).resid_btd for one in (none, edits))
-
-    def row(_, inputs):
-        base_td, edited_td, counted_t = inputs
-        both = base_td[None, :-1], edited_td[None, :-1]
-        logits = [decoder.logits(x_1td) for x_1td in both]
-        logp, logq = (jax.nn.log_softmax(logits_1tv[0].astype(jnp.float32), axis=-1) for logits_1tv in logits)
-        terms = jnp.where(logp == -jnp.inf, 0.0, jnp.exp(logp) * (logp - logq))  # padded columns of the vocabulary
-        finite_t = jnp.stack([decoder.finite(*pair)[0] for pair in zip(both, logits, strict=True)]).all(axis=0)
-        kl_t = jnp.where(finite_t, terms.sum(axis=-1), jnp.nan)
-        return None, (jnp.sum(jnp.where(counted_t[1:], kl_t, 0.0)), jnp.sum(counted_t[1:], dtype=jnp.int32))
-
-    return replicate(decoder.mesh, jax.lax.scan(row, None, (base, edited, counted_bt))[1])
 
 
 def measure_kl(model: ChatModel, rows: Sequence[LossRow], edits: Edits, batch_size: int, title: str) -> dict:
