@@ -24,9 +24,9 @@ from refusal_jax.models.attention import Context, Segment, View, attend
 from refusal_jax.models.cache import Cache
 from refusal_jax.models.config import ModelConfig
 from refusal_jax.models.head_taps import Heads, read_heads
-from refusal_jax.models.layers import linear, lookup, mixture, mlp, normed, row_parallel, sharded_mixture
+from refusal_jax.models.layers import Adapted, linear, lookup, mixture, mlp, normed, row_parallel, sharded_mixture
 from refusal_jax.models.sharding import constrain, constrain_residual, split_for, weight_place, weight_spec
-from refusal_jax.models.weights import Weight, mixture_names, names_apart, weight_table
+from refusal_jax.models.weights import Weight, factor_names, mixture_names, names_apart, weight_table
 from refusal_jax.taps import NO_TAPS, Taps
 
 # Parameters by path, or their shapes.
@@ -65,9 +65,17 @@ class Stack(nnx.Module):
             setattr(self, name, nnx.Param(value))
 
     def weight(self, name: str) -> Any:
-        """Returns the array of a parameter, or None where the architecture has none of that name."""
-        param = getattr(self, name, None)
-        return None if param is None else param[...]
+        """Returns the array of a parameter, low-rank factors merged into it, or None where the architecture has none of that
+        name."""
+        found = self.factored(name)
+        return found.merged() if isinstance(found, Adapted) else found
+
+    def factored(self, name: str) -> Any:
+        """Returns what `linear` multiplies with: the array of a parameter as `weight` does, or it and its factors apart."""
+        left, right, param = (getattr(self, full, None) for full in (*factor_names(name), name))
+        if param is None or left is None or right is None:
+            return None if param is None else param[...]
+        return Adapted(param[...], left[...], right[...])
 
 
 class Block(Stack):
@@ -91,9 +99,9 @@ class Block(Stack):
     def out(self, name: str, x_btf: Float[jax.Array, "B T F"], weight=None) -> Float[jax.Array, "B T D"]:
         """Returns `x_btf` through the weight of that name, which writes to the residual stream, plus its bias; placed as rows.
 
-        weight: gives weights by name in place of `self.weight`.
+        weight: gives weights by name in place of `self.factored`.
         """
-        weight = weight or self.weight
+        weight = weight or self.factored
         spec = jax.sharding.PartitionSpec(*self.spec(name)[1:])
         return row_parallel(self.mesh, spec, x_btf, weight(name), weight(f"{name}_bias"))
 
@@ -103,7 +111,7 @@ class Block(Stack):
 
         def heads(name: str, count: int):
             # Without the barrier, the order of axes that attention likes makes a TPU copy the weights first.
-            x = jax.lax.optimization_barrier(linear(h_btd, w(name), w(f"{name}_bias")))
+            x = jax.lax.optimization_barrier(linear(h_btd, self.factored(name), w(f"{name}_bias")))
             x = self.norm(f"{name}_norm", x) if cfg.qk_norm == "all" else x
             x = x if cfg.qkv_clip is None else jnp.clip(x, -cfg.qkv_clip, cfg.qkv_clip)
             return x.reshape(*x.shape[:2], count, cfg.head_dim)
@@ -131,7 +139,9 @@ class Block(Stack):
             """Returns this layer's weight of that name, which is sliced only where it is used."""
             stack = None if apart is None else apart.weight(name)
             return (
-                self.weight(name) if stack is None else jax.lax.dynamic_index_in_dim(stack, layer.place, keepdims=False)
+                self.factored(name)
+                if stack is None
+                else jax.lax.dynamic_index_in_dim(stack, layer.place, keepdims=False)
             )
 
         def dense(h_btd, kind: str = "dense_"):
@@ -209,11 +219,17 @@ class Output:
 
 class Decoder(nnx.Module):
     """A decoder-only transformer over a `ModelConfig`; parameters as in `weight_table`, but for a vocabulary that may have
-    more rows, of zeros (`sharding.weight_place`). mesh: what the parameters are on, None being one device."""
+    more rows, of zeros (`sharding.weight_place`), and for low-rank factors beside matrices of blocks (`weights.factor_names`).
 
-    def __init__(self, cfg: ModelConfig, weights: Weights, mesh: jax.sharding.Mesh | None = None):
+    mesh: what the parameters are on, None being one device. remat: whether gradients compute the values of each block anew
+    instead of keeping those of all blocks.
+    """
+
+    def __init__(
+        self, cfg: ModelConfig, weights: Weights, mesh: jax.sharding.Mesh | None = None, *, remat: bool = False
+    ):
         mesh = split_for(mesh, cfg.n_kv_heads)
-        self.cfg, self.mesh = cfg, mesh
+        self.cfg, self.mesh, self.remat = cfg, mesh, remat
         self.embed = nnx.Param(weights["embed"])
         stacked = {p.removeprefix("blocks."): a for p, a in weights.items() if p.startswith("blocks.")}
         # Experts stay out of the scan, which would copy a layer's whole set to use a few. So does what only some layers have.
@@ -236,7 +252,7 @@ class Decoder(nnx.Module):
         return cls(cfg, {path: make(w, k) for (path, w), k in zip(table.items(), keys, strict=True)})
 
     def weights(self) -> dict[str, jax.Array]:
-        """Returns every parameter by path: the inverse of the constructor."""
+        """Returns every parameter by path, factors merged: the inverse of the constructor where there are none."""
 
         def find(path: str) -> jax.Array:
             name = path.removeprefix("blocks.")
@@ -336,8 +352,8 @@ class Decoder(nnx.Module):
     ) -> Output:
         """Runs all blocks on residuals `x_btd`, of whole prompts or, with a cache, of the tokens that follow it.
 
-        layers: `self.layers(edits)`, or that `unstacked`, which the cache must then be too. remat: whether a gradient computes a
-        block's values anew instead of keeping those of all blocks.
+        layers: `self.layers(edits)`, or that `unstacked`, which the cache must then be too. remat: as in the constructor, which
+        may ask for it as well.
         """
 
         def body(x, layer):
@@ -345,7 +361,7 @@ class Decoder(nnx.Module):
             x, tapped, new = block(x, own, ctx, edits, taps, past, self.apart)
             return x, (tapped, new)
 
-        body = jax.checkpoint(body) if remat else body
+        body = jax.checkpoint(body) if remat or self.remat else body
         layers = self.layers(edits) if layers is None else layers
         past = None if cache is None else cache.kv
         if not isinstance(layers, list):

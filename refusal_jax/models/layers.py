@@ -1,14 +1,16 @@
 """The arithmetic of a block outside attention: projections, norms, the MLP, and routing to experts."""
 
+import dataclasses
 import math
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Float, Int
 
-from refusal_jax.axes import Array
+from refusal_jax.axes import Array, Leaf
 from refusal_jax.models.config import ModelConfig
 from refusal_jax.models.sharding import STORAGE, residual_axes
 
@@ -20,8 +22,32 @@ ACTIVATE = {
 }
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Adapted:
+    """A matrix with low-rank factors beside it, which stands for `weight_oi + left_or @ right_ri`.
+
+    The weight has the model's dtype, the factors are float32; each may have leading axes.
+    """
+
+    weight_oi: Leaf
+    left_or: Leaf
+    right_ri: Leaf
+
+    def merged(self) -> jax.Array:
+        """Returns the sum as one matrix, float32 inside, in the weight's dtype outside."""
+        low_oi = jnp.einsum("...or,...ri->...oi", self.left_or, self.right_ri, precision="highest")
+        return (self.weight_oi.astype(jnp.float32) + low_oi).astype(self.weight_oi.dtype)
+
+
 def linear(x, w_oi, bias=None):
-    """Returns `x @ w.T (+ bias)` in x's dtype; float32 inputs are multiplied in float32 (TPUs would use bfloat16)."""
+    """Returns `x @ w.T (+ bias)` in x's dtype; float32 inputs are multiplied in float32 (TPUs would use bfloat16).
+
+    w_oi: a matrix, or one that is `Adapted`, whose factors are multiplied one after the other in float32.
+    """
+    if isinstance(w_oi, Adapted):
+        low = linear(linear(x.astype(jnp.float32), w_oi.right_ri), w_oi.left_or)
+        return (linear(x, w_oi.weight_oi, bias).astype(jnp.float32) + low).astype(x.dtype)
     y = jnp.einsum("...i,oi->...o", x, w_oi, precision="highest" if x.dtype == jnp.float32 else None)
     return y if bias is None else y + bias
 
@@ -81,7 +107,11 @@ def lookup(
 
 
 def row_parallel(
-    mesh: Mesh | None, spec: PartitionSpec, x_btf: Float[jax.Array, "B T F"], w_df: Float[jax.Array, "D F"], bias=None
+    mesh: Mesh | None,
+    spec: PartitionSpec,
+    x_btf: Float[jax.Array, "B T F"],
+    w_df: Float[jax.Array, "D F"] | Adapted,
+    bias=None,
 ) -> Float[jax.Array, "B T D"]:
     """Returns `linear` of features that are divided over the chips: each chip multiplies its own and keeps its part of the sums.
 
@@ -94,12 +124,15 @@ def row_parallel(
     if mesh is None or axis is None:
         return linear(x_btf, w_df, bias)
 
-    def part(x_btf, w_df):
-        return jax.lax.psum_scatter(
-            linear(x_btf, _gathered(mesh, w_df, spec)), features, scatter_dimension=axis, tiled=True
-        )
+    # The factors of an adapted matrix are divided as its rows and its columns are.
+    divided: tuple[Any, ...] = spec, PartitionSpec(spec[0], None), PartitionSpec(None, spec[1])
+    parts = Adapted(*divided) if isinstance(w_df, Adapted) else spec
 
-    specs = PartitionSpec(batch, None, features), spec
+    def part(x_btf, w_df):
+        whole = jax.tree.map(partial(_gathered, mesh), w_df, parts)
+        return jax.lax.psum_scatter(linear(x_btf, whole), features, scatter_dimension=axis, tiled=True)
+
+    specs = PartitionSpec(batch, None, features), parts
     y = jax.shard_map(part, mesh=mesh, in_specs=specs, out_specs=place, check_vma=False)(x_btf, w_df)
     return y if bias is None else y + bias
 

@@ -57,6 +57,12 @@ def weight_table(cfg: ModelConfig) -> dict[str, Weight]:
     return table
 
 
+def factor_names(name: str) -> tuple[str, str]:
+    """Returns the names of the low-rank factors that may stand beside a matrix: `[L, out, rank]` and `[L, rank, in]`, whose
+    product is added to it."""
+    return f"{name}_left", f"{name}_right"
+
+
 def names_apart(cfg: ModelConfig) -> set[str]:
     """Returns the names of the weights of blocks that do not belong to every layer as a whole: those that each expert has, and
     those that only some layers have."""

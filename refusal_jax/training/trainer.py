@@ -1,0 +1,211 @@
+"""The training loop: one jitted step over batches that an objective gives, with its state kept in a folder to go on from."""
+
+import dataclasses
+import os
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from refusal_jax.chat.model import ChatModel
+from refusal_jax.errors import UserError, field
+from refusal_jax.models.decoder import Decoder
+from refusal_jax.models.sharding import batch_sharding, put, replicate, sharding_of
+from refusal_jax.models.weights import weight_table
+from refusal_jax.progress import Progress
+from refusal_jax.training.lora import Factors, fresh_factors, scaled
+from refusal_jax.training.objective import Objective
+from refusal_jax.training.optimiser import optimiser, schedule
+from refusal_jax.training.settings import TrainSettings
+
+READ_EVERY = 10  # steps after which losses are read from the devices, which would wait for them at every step
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """The result of a training.
+
+    decoder: with the trained weights; low-rank factors stand beside the frozen matrices, and `Decoder.weights` merges them.
+    factors: the adapter's, float32, without the scale of `settings`; None where all weights were trained. losses: of each step,
+    its number, "loss", the objective's parts, the norm of the gradients before clipping, and the learning rate.
+    """
+
+    decoder: Decoder
+    factors: Factors | None
+    settings: TrainSettings
+    losses: list[dict[str, float]]
+
+
+def train(
+    model: ChatModel,
+    objective: Objective,
+    settings: TrainSettings,
+    folder: str | os.PathLike | None = None,
+    *,
+    title: str = "training",
+    given: Mapping[str, Any] | None = None,
+) -> Trained:
+    """Trains a model, or goes on with the training in `folder`, and returns what came of it; the model's own weights stay.
+
+    folder: where the state is kept every `settings.every` steps, with each step's losses as losses.jsonl; None keeps nothing.
+    given: what besides the settings decides the result, as JSON values, such as the hashes of model and data: a training in the
+    folder is gone on with only if both are the same. All processes must call this. Raises UserError for settings that do not
+    fit the model, for another training in the folder, and for a loss that is not finite.
+    """
+    settings.check(model.config)
+    trainer = _Trainer(model, objective, settings)
+    return trainer.run(title)
+
+
+class _Trainer:
+    """One training: its state, and the step that changes it."""
+
+    def __init__(self, model: ChatModel, objective: Objective, settings: TrainSettings):
+        self.model, self.objective, self.settings = model, objective, settings
+        self.frozen, self.mesh = model.decoder, model.mesh
+        self.optimiser, self.schedule = optimiser(settings), schedule(settings)
+        self.trained = self._fresh()
+        self.state = self._placed(self.optimiser.init(self.trained))
+        self.extra: Any = None
+        self.step = self._compiled()
+
+    def _fresh(self) -> dict[str, jax.Array]:
+        """Returns what is trained, float32: fresh factors, or a copy of all weights."""
+        if self.settings.method == "lora":
+            return fresh_factors(self.model.config, self.settings, self.mesh)
+        return {path: jnp.array(w, jnp.float32, copy=True) for path, w in self.frozen.weights().items()}
+
+    def _placed(self, state: optax.OptState) -> optax.OptState:
+        """Returns the optimiser's state on the devices: what belongs to a weight is placed as that is."""
+
+        def beside(leaf, weight):
+            return put(np.zeros(leaf.shape, leaf.dtype), weight.sharding)
+
+        def whole(leaf):
+            return put(np.asarray(leaf), sharding_of(self.mesh))
+
+        return optax.tree_map_params(self.optimiser, beside, state, self.trained, transform_non_params=whole)
+
+    def decoder(self, frozen: Decoder, trained: dict[str, jax.Array]) -> Decoder:
+        """Returns the decoder with what is trained; usable inside a jitted function."""
+        cfg, remat = frozen.cfg, self.settings.remat
+        if self.settings.method == "lora":
+            weights = frozen.weights() | scaled(trained, self.settings.scale)
+            return Decoder(cfg, weights, frozen.mesh, remat=remat)
+        table = weight_table(cfg)
+        return Decoder(
+            cfg,
+            {path: w.astype(table[path].stored_as(frozen.dtype)) for path, w in trained.items()},
+            frozen.mesh,
+            remat=remat,
+        )
+
+    def _compiled(self) -> Callable:
+        """Returns the jitted step, which gives the memory of the old state to the new one."""
+        parts, objective = self.settings.accumulate, self.objective
+
+        def loss(trained, frozen: Decoder, batch, extra, key):
+            base = None
+            if objective.needs_frozen:
+                base = Decoder(
+                    frozen.cfg, jax.lax.stop_gradient(frozen.weights()), frozen.mesh, remat=self.settings.remat
+                )
+            value, named = objective.loss(self.decoder(frozen, trained), base, batch, extra, key)
+            return value, {"loss": value, **named}
+
+        def gradients(trained, frozen: Decoder, batch, extra, key):
+            """Returns the named losses of a batch and the gradients, both sums over its parts."""
+            both = jax.value_and_grad(loss, has_aux=True)
+            if parts == 1:
+                (_, named), grads = both(trained, frozen, batch, extra, jax.random.fold_in(key, 0))
+                return named, grads
+
+            def add(total, numbered):
+                number, part = numbered
+                (_, named), grads = both(trained, frozen, part, extra, jax.random.fold_in(key, number))
+                return jax.tree.map(jnp.add, total, (named, grads)), None
+
+            cut = jax.tree.map(lambda a: self._cut(a, parts), batch)
+            first = jax.tree.map(lambda a: a[0], cut)
+            shapes = jax.eval_shape(lambda: both(trained, frozen, first, extra, key))
+            zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), (shapes[0][1], shapes[1]))
+            return jax.lax.scan(add, zeros, (jnp.arange(parts), cut))[0]
+
+        def step(trained, state, frozen: Decoder, batch, extra, number):
+            key = jax.random.fold_in(jax.random.key(self.settings.seed), number)
+            named, grads = gradients(trained, frozen, batch, extra, key)
+            norm = optax.global_norm(grads)
+            updates, state = self.optimiser.update(grads, state, trained)
+            return optax.apply_updates(trained, updates), state, replicate(self.mesh, named | {"gradient_norm": norm})
+
+        placed = jax.tree.map(lambda a: a.sharding, (self.trained, self.state))
+        return jax.jit(step, donate_argnums=(0, 1), out_shardings=(*placed, None))
+
+    def _cut(self, array: jax.Array, parts: int) -> jax.Array:
+        """Returns an array with rows first as `[parts, rows / parts, …]`, whose parts are divided over the mesh as it was."""
+        cut = array.reshape(parts, len(array) // parts, *array.shape[1:])
+        if self.mesh is None:
+            return cut
+        return jax.lax.with_sharding_constraint(cut, sharding_of(self.mesh, None, ("batch", cut.shape[1])))
+
+    def run(self, title: str) -> Trained:
+        """Does the steps that are left, and returns the result."""
+        settings, losses, waiting = self.settings, [], []
+        with Progress(title, settings.steps, "step") as bar:
+            for number in range(settings.steps):
+                self._refresh(number)
+                waiting.append((number, self._do(number)))
+                if len(waiting) == READ_EVERY or number == settings.steps - 1:
+                    losses += self._read(waiting)
+                    waiting = []
+                bar.update(note=_note(losses[-1]) if losses and not waiting else "")
+        decoder = jax.jit(self.decoder)(self.frozen, self.trained)
+        return Trained(decoder, self.trained if settings.method == "lora" else None, settings, losses)
+
+    def _refresh(self, number: int) -> None:
+        """Computes anew what the objective keeps outside the step, when it is time."""
+        if self.objective.refresh and number % self.objective.refresh == 0:
+            now = jax.jit(self.decoder)(self.frozen, self.trained)
+            found = self.objective.refreshed(dataclasses.replace(self.model, decoder=now), number)
+            self.extra = put(jax.tree.map(np.asarray, found), sharding_of(self.mesh))
+
+    def _do(self, number: int) -> dict[str, jax.Array]:
+        """Does one step and returns its named losses, which may not be computed yet."""
+        batch = self.objective.batch(number)
+        self._check_rows(batch)
+        batch = jax.tree.map(lambda a: put(a, batch_sharding(self.mesh, len(a))), batch)
+        self.trained, self.state, named = self.step(
+            self.trained, self.state, self.frozen, batch, self.extra, np.int32(number)
+        )
+        return named
+
+    def _check_rows(self, batch) -> None:
+        for leaf in jax.tree.leaves(batch):
+            if len(leaf) % self.settings.accumulate:
+                raise UserError(
+                    f"A batch has {len(leaf)} rows of a kind, which {field('train.accumulate')} = {self.settings.accumulate} "
+                    "equal parts cannot be made of. Choose a number of parts that divides it."
+                )
+
+    def _read(self, waiting: list[tuple[int, dict[str, jax.Array]]]) -> list[dict[str, float]]:
+        """Returns the losses of steps as numbers. Raises UserError for one that is not finite."""
+        rows = []
+        for number, named in waiting:
+            values = {name: float(value) for name, value in jax.device_get(named).items()}
+            if not np.isfinite([*values.values()]).all():
+                raise UserError(
+                    f"At step {number + 1} the losses are {values}, which are not all finite. Lower {field('train.rate')} = "
+                    f"{self.settings.rate}, or load the model in float32."
+                )
+            rows.append({"step": number + 1, **values, "rate": float(np.asarray(self.schedule(number)))})
+        return rows
+
+
+def _note(row: dict[str, float]) -> str:
+    """Returns the last losses for people to see."""
+    return ", ".join(
+        f"{name}={value:.4g}" for name, value in row.items() if name not in ("step", "rate", "gradient_norm")
+    )
