@@ -13,8 +13,9 @@ from refusal_jax.audit.broken import finding_damage
 from refusal_jax.audit.settings import AuditSettings
 from refusal_jax.audit.weights import StoredWeights
 from refusal_jax.chat.model import ChatModel, load_model
-from refusal_jax.checkpoints.adapters import adapter_mirror, is_adapter, named_base
+from refusal_jax.checkpoints.adapters import is_adapter, named_base
 from refusal_jax.checkpoints.matrices import Weights
+from refusal_jax.checkpoints.opened import model_folder
 from refusal_jax.checkpoints.remote import checkpoint_folder
 from refusal_jax.data.sampling import SPLITS, sample_prompts
 from refusal_jax.data.settings import DataSettings
@@ -39,8 +40,7 @@ class Opened:
         file.
         """
         with finding_damage():
-            folder = checkpoint_folder(self.name, adapters=True)
-            return adapter_mirror(folder, checkpoint_folder(self.adapter_base)) if is_adapter(folder) else folder
+            return model_folder(self.name, self.settings.base)
 
     @functools.cached_property
     def adapter_base(self) -> str:

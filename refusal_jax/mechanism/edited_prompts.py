@@ -118,6 +118,15 @@ class EditedPrompts:
                 found.means_mld[part] += np.asarray(sums_rld, np.float64)[: len(part)] / n
         return found
 
+    def divergence(self, other: ChatModel, edits: Edits | None = None) -> Float[np.ndarray, " n"]:
+        """Returns the KL divergence of each prompt's unedited next-token distribution from that of another model of the same
+        vocabulary, under an edit of one row if there is one, nats, float64. Raises UserError for values that are not finite."""
+        theirs, found = dataclasses.replace(self, model=other), np.zeros(self.count)
+        none = edits or Edits.none(other.config.d_model)
+        for index, batch, base_nv in self.batches:
+            found[index] = np.asarray(theirs._run(index, batch, base_nv, none, (), 1)[2], np.float64)[: len(index)]
+        return found
+
     def _run(self, index: np.ndarray, batch: TokenBatch, base_nv, edits: Edits, layers: Sequence[int], times: int):
         """Returns what `read_edited` does for all prompts of a batch under each of `times` edits."""
         count = len(batch.tokens)

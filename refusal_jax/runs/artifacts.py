@@ -32,6 +32,18 @@ SCATTER, SCATTER_POINTS = f"{MECHANISM}/scatter.json", f"{MECHANISM}/scatter.saf
 MATRICES, MATRIX_DIRECTIONS = f"{MECHANISM}/matrices.json", f"{MECHANISM}/matrices.safetensors"
 FIGURES = f"{MECHANISM}/figures"  # the folder of the report's figures as files, and their list
 FIGURE_LIST = f"{FIGURES}/figures.json"
+RESISTANCE = "resistance"  # the folder of what resistance tests add to a checkpoint's study
+UNATTACKED = f"{RESISTANCE}/unattacked.json"
+
+
+def resistance_name(test: str) -> str:
+    """Returns the name of the file with what a resistance test has found."""
+    return f"{RESISTANCE}/{test}.json"
+
+
+def attacked_replies_name(test: str) -> str:
+    """Returns the name of the file with the replies under a resistance test, which is written only if it is asked for."""
+    return f"{RESISTANCE}/replies/{test}.json"
 
 
 def loss_name(intervention: str) -> str:

@@ -27,10 +27,9 @@ from refusal_jax.study.mechanism import stages as mechanism
 from refusal_jax.study.report import figures_of, report_on
 from refusal_jax.study.shared import Study
 
+SELECTING = (prompts.STAGE, directions.STAGE, selection.STAGE)  # all that a direction takes
 STEPS = (
-    prompts.STAGE,
-    directions.STAGE,
-    selection.STAGE,
+    *SELECTING,
     projections.STAGE,
     completions.STAGE,
     loss.STAGE,

@@ -1,0 +1,1 @@
+"""The resistance tests, one a file."""

@@ -1,0 +1,1 @@
+"""Writes results of resistance tests as text, JSON and a page."""

@@ -1,0 +1,206 @@
+"""The checkpoint that is tested: its own study, its base, and the measurement that all tests share."""
+
+import pathlib
+from collections.abc import Sequence
+
+import numpy as np
+
+from refusal_jax import distributed
+from refusal_jax.chat.messages import Prompt
+from refusal_jax.chat.model import ChatModel
+from refusal_jax.chat.padding import bucket
+from refusal_jax.conditions import with_origin
+from refusal_jax.data.sampling import SPLITS
+from refusal_jax.directions import Direction
+from refusal_jax.edits import Edits
+from refusal_jax.judges.degenerate import is_broken
+from refusal_jax.judges.folded_text import folded
+from refusal_jax.judges.judge import Judge
+from refusal_jax.judges.judge import Outcome as Did
+from refusal_jax.mechanism.edited_prompts import EditedPrompts
+from refusal_jax.plan.programs import Group
+from refusal_jax.resistance.attack import Budget, Measured
+from refusal_jax.resistance.settings import ResistSettings
+from refusal_jax.runs.artifacts import DIRECTION, MEANS, PROMPTS, SETUP
+from refusal_jax.runs.run import Run
+from refusal_jax.study.completions import write_replies
+from refusal_jax.study.config import StudyConfig
+from refusal_jax.study.shared import Study
+
+
+class Subject(Study):
+    """A checkpoint under test. It is a `Study` whose prompts, directions and selection are done in its own folder, so that
+    `model`, `run`, `sizes`, `refusal_ids()` and `instructions(split)` are those of that study.
+
+    settings: of the tests. judge: of replies. base: the folder of the checkpoint that it was made from, None if there is
+    none. given: the direction that the plain test ablates, None if it is the checkpoint's own; origin: where it comes from,
+    in words.
+    """
+
+    def __init__(
+        self,
+        settings: ResistSettings,
+        config: StudyConfig,
+        run: Run,
+        folder: pathlib.Path,
+        judge: Judge,
+        base: pathlib.Path | None = None,
+        given: Direction | None = None,
+        origin: str = "",
+        groups: tuple[Group, ...] = (),
+    ):
+        super().__init__(config, run, folder, groups=groups)
+        self.settings, self.judge, self.base, self.given, self.origin = settings, judge, base, given, origin
+        self.seed = settings.seed
+        self.best: tuple[Direction, str, float] | None = None  # a candidate that takes the place of an own direction
+        self._harmless: dict[str, EditedPrompts] = {}
+        self._plain: dict[str, Measured] = {}
+
+    @property
+    def parameters(self) -> int:
+        """Returns the number of the model's parameters."""
+        return sum(int(np.prod(array.shape)) for array in self.model.decoder.weights().values())
+
+    def texts(self, split: str) -> list[str]:
+        """Returns all prompts of a split, such as "harmful_val", whether or not the study's filter kept them."""
+        return [row["instruction"] for row in self.run.read_json(PROMPTS)[split]]
+
+    def own_direction(self) -> Direction | None:
+        """Returns the direction that the checkpoint's own study selected, with its origin; None if it found none."""
+        if not self.run.exists(DIRECTION):
+            return None
+        return with_origin(Direction.selected(self.run), self.run.read_tensors(MEANS))
+
+    def direction_means(self) -> dict[str, np.ndarray] | None:
+        """Returns what the study writes of the means, `mean_diffs`, `harmful` and `harmless`, each `[P, L, D]`; None where
+        its filter left no prompts."""
+        return self.run.read_tensors(MEANS) if self.run.exists(MEANS) else None
+
+    def scoring_ids(self) -> list[int]:
+        """Returns the ids of the refusal tokens, none where no beginning of a reply tells the two kinds of prompts apart."""
+        return self.refusal_ids() if self.run.exists(SETUP) else []
+
+    def harmless_prompts(self, split: str = "test") -> EditedPrompts:
+        """Returns the harmless prompts of a part, with their unattacked logits."""
+        if split not in self._harmless:
+            prompts = self.texts(f"harmless_{split}")
+            self._harmless[split] = EditedPrompts.build(self.model, prompts, self.sizes.select, self.scoring_ids())
+        return self._harmless[split]
+
+    def plain(self, split: str = "test") -> Measured:
+        """Returns what the checkpoint does without any attack."""
+        if split not in self._plain:
+            self._plain[split] = self._measured(self.model, None, self.texts(f"harmful_{split}"), split)
+        return self._plain[split]
+
+    def measure(
+        self,
+        edits: Edits | None = None,
+        model: ChatModel | None = None,
+        suffixes: str | Sequence[str] | None = None,
+        prefills: str | Sequence[str] | None = None,
+        *,
+        split: str = "test",
+        budget: Budget | None = None,
+    ) -> Measured:
+        """Returns what the checkpoint does under an attack, by its replies to the prompts of a part.
+
+        edits: one row, in force for harmful and harmless prompts. model: the attacked weights in place of the checkpoint's.
+        suffixes, prefills: a text for all harmful prompts, or one for each: what is put after the prompt, and how its reply
+        begins, which the judge reads as part of the reply. Where neither edits nor weights change, harmless prompts are as
+        without an attack. split: "test" for the result, "val" for what a test tunes. budget: of the test, if this is part of
+        its search: the tokens are counted. Raises UserError for texts of another number than the prompts, prompts that do not
+        fit the context, and values that are not finite.
+        """
+        asked = attacked_prompts(self.texts(f"harmful_{split}"), suffixes, prefills)
+        begun = [prefills] * len(asked) if isinstance(prefills, str) else prefills
+        return self._measured(model or self.model, edits, asked, split, begun, edits is None and model is None, budget)
+
+    def _measured(
+        self,
+        model: ChatModel,
+        edits: Edits | None,
+        harmful: Sequence[Prompt],
+        split: str,
+        begun: Sequence[str] | None = None,
+        as_plain: bool = False,
+        budget: Budget | None = None,
+    ) -> Measured:
+        """Returns what replies do; as_plain: whether harmless prompts are as without an attack."""
+        harmless = [] if as_plain else self.texts(f"harmless_{split}")
+        rows = self.replies(model, [*harmful, *harmless], edits, budget)
+        for row, start in zip(rows, begun or (), strict=False):
+            row["response"] = start + row["response"]
+        texts = [*self.texts(f"harmful_{split}"), *harmless]
+        rows = [{"prompt": text, **row} for text, row in zip(texts, rows, strict=True)]
+        did = distributed.share_json([one and str(one) for one in judged(self.judge, rows)])
+        did, count = [one and Did(one) for one in did], len(harmful)
+        if as_plain:
+            plain = self.plain(split)
+            replies = {"harmful": rows, "harmless": plain.replies.get("harmless", [])}
+            return Measured(tuple(did), plain.harmless, (0.0,) * len(plain.harmless), replies)
+        kl = self._kl(model, edits, split, budget)
+        return Measured(tuple(did[:count]), tuple(did[count:]), kl, {"harmful": rows[:count], "harmless": rows[count:]})
+
+    def replies(
+        self, model: ChatModel, prompts: Sequence[Prompt], edits: Edits | None = None, budget: Budget | None = None
+    ) -> list[dict]:
+        """Returns the greedy replies to prompts as rows `{"response", …}`, all under one edit."""
+        cfg, found = model.config, {}
+        ids = [model.chat.prompt_ids(prompt) for prompt in prompts]
+        under = (edits or Edits.none(cfg.d_model)).for_batch(len(ids), cfg.n_layers, cfg.d_model)
+        longest = max([*map(len, ids), self._longest])
+        length = min(bucket(longest), cfg.context_length)
+        at_once = min(self.sizes.generation, 8 * -(-len(ids) // 8))
+        write_replies(model, ids, under, self.settings.max_new_tokens, at_once, "replies", found.update, length)
+        rows = [found[number] for number in range(len(ids))]
+        if budget:
+            budget.forward(sum(map(len, ids)) + sum(len(model.chat.ids(row["response"])) for row in rows))
+        return rows
+
+    @property
+    def _longest(self) -> int:
+        """Returns the tokens of the longest prompt of the study, to which all are padded, so that programs are compiled
+        once."""
+        return max(len(self.model.chat.prompt_ids(text)) for split in SPLITS[2:] for text in self.texts(split))
+
+    def _kl(self, model: ChatModel, edits: Edits | None, split: str, budget: Budget | None) -> tuple[float, ...]:
+        """Returns how far an attack moves the next token after each harmless prompt."""
+        prompts = self.harmless_prompts(split)
+        if budget:
+            budget.forward(sum(int(batch.mask.sum()) for _, batch, _ in prompts.batches))
+        if model is not self.model:
+            return tuple(prompts.divergence(model, edits).tolist())
+        if edits is None:
+            return (0.0,) * prompts.count
+        return tuple(prompts.read(edits).kl_mn[0].tolist())
+
+
+def attacked_prompts(
+    prompts: Sequence[str], suffixes: str | Sequence[str] | None, prefills: str | Sequence[str] | None
+) -> list[Prompt]:
+    """Returns prompts with a suffix each and the beginning of the reply, as a chat model takes them. Raises ValueError for
+    texts of another number than the prompts."""
+    after = [suffixes] * len(prompts) if isinstance(suffixes, str) else suffixes or [""] * len(prompts)
+    asked: list[Prompt] = [prompt + suffix for prompt, suffix in zip(prompts, after, strict=True)]
+    if prefills is None:
+        return asked
+    begun = [prefills] * len(prompts) if isinstance(prefills, str) else prefills
+    return [
+        [{"role": "user", "content": prompt}, {"role": "assistant", "content": start}]
+        for prompt, start in zip(asked, begun, strict=True)
+    ]
+
+
+def judged(judge: Judge, rows: Sequence[dict]) -> list[Did | None]:
+    """Returns what each reply does, `[{"prompt", "response", …}]`; None where the judge cannot tell. A judge that knows
+    success from failure alone is believed but for broken text."""
+    found = []
+    for row, verdict in zip(rows, judge.judge(rows), strict=True):
+        if verdict is None or verdict.outcome is not None:
+            found.append(verdict and verdict.outcome)
+        elif is_broken(folded(row["response"])):
+            found.append(Did.BROKEN)
+        else:
+            found.append(Did.COMPLIES if verdict.label else Did.REFUSES)
+    return found
