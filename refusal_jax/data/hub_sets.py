@@ -12,10 +12,11 @@ import logging
 import os
 import pathlib
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from refusal_jax import hub, logs
+from refusal_jax.data.pairs import RESPONSE_KEYS, USERS, turns
 from refusal_jax.data.prompts import INSTRUCTION_KEYS, category_of, data_folder, lowered
 from refusal_jax.errors import UserError, did_you_mean, shown
 from refusal_jax.files import write_atomically
@@ -36,8 +37,6 @@ TABLES = (
     "text",
     "arrow",
 )  # of the kinds that `datasets` reads, those that hold plain values only
-ROLES, TEXTS, USERS = ("role", "from"), ("content", "value"), ("user", "human", "prompter")
-RESPONSES = ("response", "output", "completion", "answer")
 FORMAT = 1  # of the files that are kept; raise it when what is written to them changes
 LOOKED_AT = 100  # rows that tell what a column holds
 
@@ -188,15 +187,17 @@ def prompts_of(table, wanted: HubSet, source: str, pairs: bool) -> list[dict]:
     talk = not isinstance(first[column], str)
     rows = []
     for row in mended([dict(row) for row in table], source):
-        turns = row[column]
-        text = (_said(turns, USERS) if talk else turns) or ""
+        told = row[column]
+        text = (_said(told, USERS) if talk else told) or ""
         if not isinstance(text, str) or not text.strip():
             continue
         low = lowered(row, source)
         found = {"instruction": text, "category": category_of(low)}
         if pairs:
             answer = (
-                _said(turns, None) if talk else next((low[k] for k in RESPONSES if isinstance(low.get(k), str)), None)
+                _said(told, None)
+                if talk
+                else next((low[k] for k in RESPONSE_KEYS if isinstance(low.get(k), str)), None)
             )
             more = {"response": answer, "input": None if talk else low.get("input")}
             found |= {key: value for key, value in more.items() if value}
@@ -243,20 +244,10 @@ def _example(table, name: str):
     return next((value for value in table[:LOOKED_AT][name] if value not in (None, "", [])), None)
 
 
-def _said(turns, by: Sequence[str] | None) -> str | None:
+def _said(talk, by: Sequence[str] | None) -> str | None:
     """Returns the first text in a conversation by one of the roles, or that is no system prompt and by none of the users; None
     for what is no conversation, or where nobody said anything."""
-    for role, text in _turns(turns):
+    for role, text in turns(talk):
         if role in by if by is not None else role not in (*USERS, "system"):
             return text
     return None
-
-
-def _turns(turns) -> Iterable[tuple[str, str]]:
-    """Yields role and text of each turn of a conversation."""
-    for turn in turns if isinstance(turns, list) else ():
-        if isinstance(turn, dict):
-            role = next((turn[key] for key in ROLES if isinstance(turn.get(key), str)), None)
-            text = next((turn[key] for key in TEXTS if isinstance(turn.get(key), str)), None)
-            if role is not None and text is not None:
-                yield role.lower(), text

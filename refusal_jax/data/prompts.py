@@ -92,7 +92,7 @@ def read_prompts(path: pathlib.Path) -> list[dict]:
     TXT files one prompt a line. Raises
     UserError that names file and row for a missing, empty or malformed file.
     """
-    prompts = [_prompt(row, f"{path}, {where}") for where, row in located_rows(path)]
+    prompts = [prompt_of(row, f"{path}, {where}") for where, row in located_rows(path)]
     if not prompts:
         raise UserError(f"{path} holds no prompts. Put one instruction a row into it, or pass another file.")
     return prompts
@@ -246,7 +246,8 @@ def _txt(text, path):
     return [(f"line {number}", line.strip()) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
 
 
-def _prompt(row, where: str) -> dict:
+def prompt_of(row, where: str) -> dict:
+    """Returns a raw row as `{"instruction", "category"}`. where: its place, for messages. Raises UserError as `read_prompts`."""
     if isinstance(row, str):
         row = {"instruction": row}
     if not isinstance(row, dict):

@@ -52,7 +52,7 @@ def _shared_out(splits: Sequence[str], rows: list[dict], data, source: str, note
     Too few prompts for all counts are shared out in proportion to these, at least one each. Raises UserError for fewer
     different prompts than splits.
     """
-    different = list({_normal(row): row for row in reversed(rows)}.values())[::-1]  # the first of each
+    different = list({normal(row["instruction"]): row for row in reversed(rows)}.values())[::-1]  # the first of each
     if len(different) < len(splits):
         raise UserError(
             f"{source} serves {', '.join(splits)}, which must not share prompts, and has only {len(different)} different ones. "
@@ -87,9 +87,9 @@ def _shares(asked: Sequence[int], available: int) -> list[int]:
     return found
 
 
-def _normal(row: dict) -> str:
+def normal(text: str) -> str:
     """Returns a prompt in the form used for comparison: in one case and with single spaces."""
-    return " ".join(row["instruction"].split()).casefold()
+    return " ".join(text.split()).casefold()
 
 
 def _side(split: str) -> str:
@@ -110,7 +110,7 @@ def overlaps(prompts: Mapping[str, Sequence[dict]]) -> list[dict]:
     with all harmless splits, of which `split` is the one of the later stage. Where `other` is `split` itself, `count` of its
     prompts repeat an earlier one. Pairs with nothing in common are left out.
     """
-    texts = {split: [_normal(row) for row in rows] for split, rows in prompts.items()}
+    texts = {split: [normal(row["instruction"]) for row in rows] for split, rows in prompts.items()}
     found = []
     for split in texts:
         for other in texts:

@@ -26,6 +26,14 @@ def is_embedded(model: ChatModel, trained: str = "") -> bool:
     return weights_fingerprint(model) in (weights_fingerprint(shipped), trained)
 
 
+def of_embedded_family(model: ChatModel) -> bool:
+    """Returns whether a model has the embedded model's tokenizer and width, as whatever is trained from it has: it speaks of
+    the same world."""
+    shipped = load_model(demo_model_path())
+    same = model.config.vocab_size == shipped.config.vocab_size and model.config.d_model == shipped.config.d_model
+    return same and model.chat.tokenizer.get_vocab() == shipped.chat.tokenizer.get_vocab()
+
+
 def check_embedded(model: ChatModel, trained: str = "") -> None:
     """Raises UserError for a model that is not the embedded one.
 
