@@ -37,6 +37,9 @@ setup(
             "audit/output/*.css",
             "audit/output/*.json",
             "gate/output/*.json",
+            "resistance/output/*.jinja",
+            "resistance/output/*.css",
+            "resistance/output/*.json",
             "study/*.jinja",
             "monitor/*.jinja",
         ]

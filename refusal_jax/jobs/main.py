@@ -15,6 +15,7 @@ JOBS = (
     "gate",
     "monitor",
     "mechanism",
+    "resist",
     "plan",
     "export",
     "chat",

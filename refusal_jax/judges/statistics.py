@@ -20,13 +20,13 @@ DRAWS, DRAWS_SEED = 2000, 0  # of the bootstrap
 
 
 @functools.cache
-def wilson_interval(successes: int, n: int) -> tuple[float, float]:
-    """Returns the 95 % Wilson score interval of a rate; from 0 to 1 of no cases."""
+def wilson_interval(successes: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
+    """Returns the Wilson score interval of a rate, by default of 95 %; from 0 to 1 of no cases."""
     if n == 0:
         return 0.0, 1.0
     from scipy import stats
 
-    found = stats.binomtest(successes, n).proportion_ci(0.95, "wilson")
+    found = stats.binomtest(successes, n).proportion_ci(confidence, "wilson")
     return float(found.low), float(found.high)
 
 

@@ -50,11 +50,13 @@ def cone_data(
     least: int = LEAST,
     judge: Judge = EXTENDED,
     of: Behaviour = REFUSAL,
+    answers: Sequence[str] | None = None,
 ) -> ConeData:
     """Returns the rows of text that cones are trained on: as many of each kind.
 
     direction: the difference in means. tokens: of a reply at most. rows: of prompts that are decoded together. least: prompts of
-    each kind that are needed. judge: tells which replies show the behaviour `of`, by default a refusal. Raises NoTargets if the
+    each kind that are needed. judge: tells which replies show the behaviour `of`, by default a refusal. answers: to the harmful
+    prompts, in their order, in place of what the model says while the direction is ablated. Raises NoTargets if the
     model refuses no harmful prompt, or if too few are left that it refuses and answers under ablation, or too few harmless ones
     that it answers.
     """
@@ -67,8 +69,11 @@ def cone_data(
             f"{of.infinitive} in other words."
         )
     ablated = Ablate(direction).edits(model.config)
-    answers = dict(zip(refused, replies(model, [harmful[i] for i in refused], tokens, ablated, rows), strict=True))
-    spoken = [(harmful[i], answers[i]) for i in refused if answers[i] and not reply_shows(judge, answers[i])]
+    if answers is None:
+        found = dict(zip(refused, replies(model, [harmful[i] for i in refused], tokens, ablated, rows), strict=True))
+    else:
+        found = dict(enumerate(answers))
+    spoken = [(harmful[i], found[i]) for i in refused if found[i] and not reply_shows(judge, found[i])]
     kept = zip(harmless, replies(model, harmless, tokens, None, rows), strict=True)
     own = [(prompt, reply) for prompt, reply in kept if reply and not reply_shows(judge, reply)]
     count = min(len(spoken), len(own))

@@ -143,11 +143,13 @@ def train_cone(
     *,
     seed: int,
     told: Callable[[int], object] = lambda step: None,
+    over: Callable[[], bool] = lambda: False,
 ) -> Trained:
     """Returns the cone of the lowest loss that is met on the way from a basis.
 
     losses: of directions on some of the texts. count: how many texts of each kind there are. start_kd: what the basis begins as,
-    linearly independent rows. seed: of the texts' order and of what is drawn. told: is called with the number of each step.
+    linearly independent rows. seed: of the texts' order and of what is drawn. told: is called with the number of each step. over:
+    is asked after each step, and ends the training.
     """
     rng, begun = np.random.default_rng(seed), time.monotonic()
     basis_kd = gram_schmidt(start_kd)
@@ -164,6 +166,8 @@ def train_cone(
         met.append(loss)
         told(step)
         best, lowest, waited = (basis_kd, loss, 0) if loss < lowest else (best, lowest, waited + 1)
+        if over():
+            break
         if waited >= recipe.patience:
             if cuts == recipe.cuts:
                 break

@@ -1,12 +1,13 @@
 """The resistance tests, in the order in which they are done and shown. A new one is a file in `attacks/` and a line here."""
 
 from refusal_jax.resistance.attack import Attack
-from refusal_jax.resistance.attacks import addition, affine, directions, reselected, selected
+from refusal_jax.resistance.attacks import addition, affine, directions, rdo, reselected, selected
 
 ATTACKS: tuple[Attack, ...] = (
     selected.ATTACK,
     reselected.ATTACK,
     directions.ATTACK,
+    rdo.ATTACK,
     affine.ATTACK,
     addition.ATTACK,
 )

@@ -22,7 +22,6 @@ from refusal_jax.models.hf_config import load_config
 from refusal_jax.plan.planner import ON_CPU
 from refusal_jax.resistance.attack import Attack, Impossible
 from refusal_jax.resistance.catalogue import ATTACKS, BY_NAME
-from refusal_jax.resistance.cost import study_cost
 from refusal_jax.resistance.settings import ResistSettings
 from refusal_jax.resistance.stages import PLAIN, stage_of
 from refusal_jax.resistance.subject import Subject
@@ -59,7 +58,6 @@ class Tested:
     plain: dict[str, Any] | None = None
     outcomes: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
     reasons: dict[str, str] = dataclasses.field(default_factory=dict)
-    study: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -195,7 +193,6 @@ def do_tests(subject: Subject, attacks: Sequence[Attack], tested: Tested) -> Non
     run = subject.run
     run.stage(PLAIN, subject)
     tested.plain = dict(run.read_json(UNATTACKED))
-    tested.study = study_cost(subject)
     for attack in attacks:
         stage = stage_of(attack)
         try:

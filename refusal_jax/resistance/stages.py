@@ -6,6 +6,7 @@ from typing import Any
 from refusal_jax.checkpoints.fingerprint import checkpoint_fingerprint
 from refusal_jax.judges.judge import Outcome as Did
 from refusal_jax.resistance.attack import Attack, Budget, Measured, Outcome
+from refusal_jax.resistance.cost import study_cost
 from refusal_jax.resistance.subject import Subject
 from refusal_jax.runs.artifacts import (
     CANDIDATES,
@@ -50,14 +51,15 @@ def write_measured(subject: Subject, name: str, file: str, measured: Measured, m
 
 
 def measure_plain(subject: Subject, ledger: Ledger) -> None:
-    """Writes what the checkpoint does without any attack, and how many parameters it has."""
-    write_measured(subject, "unattacked", UNATTACKED, subject.plain(), {"parameters": subject.parameters})
+    """Writes what the checkpoint does without any attack, how many parameters it has, and what its own study cost."""
+    more = {"parameters": subject.parameters, "study": study_cost(subject)}
+    write_measured(subject, "unattacked", UNATTACKED, subject.plain(), more)
 
 
 PLAIN: Stage[Subject] = Stage(
     "resistance: unattacked",
     measure_plain,
-    reads=(PROMPTS, SETUP),
+    reads=OF_STUDY,
     writes=(UNATTACKED, attacked_replies_name("unattacked")),
     given=lambda subject: {name: subject.settings[name] for name in ("judge", "max_new_tokens", "texts")},
 )
