@@ -12,12 +12,13 @@ import logging
 import os
 import pathlib
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from refusal_jax import hub, logs
-from refusal_jax.data.pairs import RESPONSE_KEYS, USERS, turns
-from refusal_jax.data.prompts import INSTRUCTION_KEYS, category_of, data_folder, lowered
+from refusal_jax.data.pairs import RESPONSE_KEYS, USERS, said
+from refusal_jax.data.prompts import ANSWERS, INSTRUCTION_KEYS, category_of, data_folder, lowered
+from refusal_jax.data.questions import QUESTIONS, question_of
 from refusal_jax.errors import UserError, did_you_mean, shown
 from refusal_jax.files import write_atomically
 from refusal_jax.hub import PART, HubName
@@ -72,14 +73,36 @@ def hub_prompts(source: str, pairs: bool = False) -> pathlib.Path:
     pairs: whether the response belongs to it, where there is one. Raises UserError for a set, revision, subset, split or column
     that is not there, with those that are; for a set that holds no tables; and if the hub cannot be reached.
     """
+    return _kept(source, pairs, lambda table, wanted: prompts_of(table, wanted, source, pairs))
+
+
+def hub_questions(source: str) -> pathlib.Path:
+    """Returns the file of the questions and answers that a source names, which is fetched unless it was before.
+
+    Raises UserError as `hub_prompts` does, and for a row without a question or an answer that can be told.
+    """
+
+    def rows(table, wanted: HubSet) -> list[dict]:
+        table = _plain(table)
+        if wanted.column:
+            chosen_column(wanted.column, {name: _example(table, name) for name in table.column_names}, source)
+        asked = [row | ({QUESTIONS[0]: row[wanted.column]} if wanted.column else {}) for row in map(dict, table)]
+        return [
+            vars(question_of(row, f"{source}, row {number}")) for number, row in enumerate(mended(asked, source), 1)
+        ]
+
+    return _kept(source, ANSWERS, rows)
+
+
+def _kept(source: str, kind: bool | str, rows_of: Callable[[Any, HubSet], list[dict]]) -> pathlib.Path:
+    """Returns the file that keeps what `rows_of` makes of a source's table; kind tells it from others of the same table."""
     wanted = HubSet.parse(source)
     commit = hub.commit_of(wanted.name)
-    key = [FORMAT, commit, wanted.subset, wanted.split, wanted.column, pairs]
+    key = [FORMAT, commit, wanted.subset, wanted.split, wanted.column, kind]
     digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:12]
     path = data_folder() / "hub" / f"{wanted.name.repo.replace('/', '--')}-{digest}.jsonl"
     if not path.is_file():
-        table = load(wanted, commit, source)
-        rows = prompts_of(table, wanted, source, pairs)
+        rows = rows_of(load(wanted, commit, source), wanted)
         write_atomically(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
     return path
 
@@ -179,8 +202,7 @@ def prompts_of(table, wanted: HubSet, source: str, pairs: bool) -> list[dict]:
     Rows without a prompt are left out. What was chosen is logged. Raises UserError for a column that is not there or holds no
     text, and where it is not clear which column holds the prompts.
     """
-    # Images and sounds would be decoded where a row is looked at.
-    table = table.select_columns([n for n in table.column_names if not hasattr(table.features[n], "decode_example")])
+    table = _plain(table)
     first = {name: _example(table, name) for name in table.column_names}
     no_prompts = UserError(f"{source} holds no prompts. Name another part or column: {SPELLING}.")
     column = chosen_column(wanted.column, first, source)
@@ -188,16 +210,14 @@ def prompts_of(table, wanted: HubSet, source: str, pairs: bool) -> list[dict]:
     rows = []
     for row in mended([dict(row) for row in table], source):
         told = row[column]
-        text = (_said(told, USERS) if talk else told) or ""
+        text = (said(told, USERS) if talk else told) or ""
         if not isinstance(text, str) or not text.strip():
             continue
         low = lowered(row, source)
         found = {"instruction": text, "category": category_of(low)}
         if pairs:
             answer = (
-                _said(told, None)
-                if talk
-                else next((low[k] for k in RESPONSE_KEYS if isinstance(low.get(k), str)), None)
+                said(told, None) if talk else next((low[k] for k in RESPONSE_KEYS if isinstance(low.get(k), str)), None)
             )
             more = {"response": answer, "input": None if talk else low.get("input")}
             found |= {key: value for key, value in more.items() if value}
@@ -210,13 +230,18 @@ def prompts_of(table, wanted: HubSet, source: str, pairs: bool) -> list[dict]:
     return rows
 
 
+def _plain(table):
+    """Returns a table without its images and sounds, which would be decoded where a row is looked at."""
+    return table.select_columns([n for n in table.column_names if not hasattr(table.features[n], "decode_example")])
+
+
 def chosen_column(asked: str, first: Mapping[str, Any], source: str) -> str:
     """Returns the column of the prompts. asked: its name, or "". first: an example of what is in each column.
 
     Without a name it is chosen as in a file: by the names of INSTRUCTION_KEYS in their order, or else it is the only column that
     holds a conversation, or the only one that holds text.
     """
-    usable = {name for name, value in first.items() if isinstance(value, str) or _said(value, USERS)}
+    usable = {name for name, value in first.items() if isinstance(value, str) or said(value, USERS)}
     if asked:
         if asked not in first:
             raise UserError(f"{source} has no column {asked!r}.{did_you_mean(asked, first)} {_columns(first)}")
@@ -242,12 +267,3 @@ def _columns(first: Mapping[str, Any]) -> str:
 def _example(table, name: str):
     """Returns the first value of a column that is there."""
     return next((value for value in table[:LOOKED_AT][name] if value not in (None, "", [])), None)
-
-
-def _said(talk, by: Sequence[str] | None) -> str | None:
-    """Returns the first text in a conversation by one of the roles, or that is no system prompt and by none of the users; None
-    for what is no conversation, or where nobody said anything."""
-    for role, text in turns(talk):
-        if role in by if by is not None else role not in (*USERS, "system"):
-            return text
-    return None

@@ -97,3 +97,12 @@ def _message(turn, where: str) -> dict[str, str]:
             f"{where} has a message of the role {role!r}; only system, user and assistant are learnt from. Leave the row out."
         )
     return {"role": known, "content": text}
+
+
+def said(talk: Any, by: Sequence[str] | None) -> str | None:
+    """Returns the first text in a conversation by one of the roles, or that is no system prompt and by none of the users; None
+    for what is no conversation, or where nobody said anything."""
+    for role, text in turns(talk):
+        if role in by if by is not None else role not in (*USERS, "system"):
+            return text
+    return None

@@ -11,6 +11,7 @@ from refusal_jax.files import cache_folder, local_path, read_text
 from refusal_jax.surrogates import joined, mended
 
 BUNDLED, PAPER, ON_THE_HUB = "bundled", "paper", "hf:"
+ANSWERS = "answers"  # in place of a split: questions with the answers that are correct
 FOLDER = pathlib.Path(__file__).parent / "bundled"
 # Columns or keys that hold the instruction, in order of preference; the public sets use all of these.
 INSTRUCTION_KEYS = ("instruction", "goal", "prompt", "behavior", "forbidden_prompt", "question", "text")
@@ -36,19 +37,19 @@ def resolve(source: str, split: str) -> pathlib.Path:
     """Returns the file that a config's `source` names for a split.
 
     source: a path, "bundled" for the package's own prompts, "paper" for the paper's splits, the name of a public set, or
-    hf:ORG/NAME:SPLIT[:COLUMN] for a data set on the hub. split: "loss" for a set to measure the loss on. Raises UserError for
-    data that was not fetched, or cannot be.
+    hf:ORG/NAME:SPLIT[:COLUMN] for a data set on the hub. split: "loss" for a set to measure the loss on, "answers" for one of
+    questions with their answers. Raises UserError for data that was not fetched, or cannot be.
     """
     if source == BUNDLED:
         return FOLDER / f"{split}.json"
     if source.startswith(ON_THE_HUB):
-        from refusal_jax.data.hub_sets import hub_prompts  # imported late: few studies need it
+        from refusal_jax.data.hub_sets import hub_prompts, hub_questions  # imported late: few studies need it
 
-        return hub_prompts(source, pairs=split == "loss")
+        return hub_questions(source) if split == ANSWERS else hub_prompts(source, pairs=split == "loss")
     path = local_path(source)
     if path.suffix or path.name != source:
         return path
-    name = f"loss/{source}.jsonl" if split == "loss" else f"prompts/{source}.json"
+    name = f"{split}/{source}.jsonl" if split in ("loss", ANSWERS) else f"prompts/{source}.json"
     path = data_folder() / (f"splits/{split}.json" if source == PAPER else name)
     if not path.is_file():
         there = sorted(known.stem for known in path.parent.glob(f"*{path.suffix}"))

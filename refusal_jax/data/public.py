@@ -1,8 +1,9 @@
 """Fetches the public prompt sets of `datasets.json`, reads them, and makes them into the paper's splits.
 
 A folder holds `raw/` (the files as published), `prompts/` (each set as a list of prompts, as the paper's code reads
-it), `splits/` (the paper's six, byte for byte) and `loss/` (what the paper measures the loss on, in its order). The
-texts belong to others and are not shipped: the manifest holds addresses and hashes only.
+it), `splits/` (the paper's six, byte for byte), `loss/` (what the paper measures the loss on, in its order) and
+`answers/` (questions with their correct answers). The texts belong to others and are not shipped: the manifest holds
+addresses and hashes only.
 """
 
 import dataclasses
@@ -12,12 +13,13 @@ import json
 import pathlib
 import random
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 
 from refusal_jax.data.download import download, short_hash
-from refusal_jax.data.prompts import located_rows
+from refusal_jax.data.prompts import ANSWERS
+from refusal_jax.data.questions import read_questions
+from refusal_jax.data.raw_rows import raw_rows
 from refusal_jax.errors import UserError, did_you_mean
 from refusal_jax.files import file_hash, read_text, write_atomically
 from refusal_jax.progress import each
@@ -224,11 +226,11 @@ def read_set(chosen: PublicSet, paths: Sequence[pathlib.Path]) -> list[dict]:
 
     `read` of the set says how: "text" and "category" are columns (null: a row is the text itself); only rows whose columns
     have the values of "keep" count, and none whose columns contain those of "drop" or are filled where "empty" says that
-    they must not be. Raises UserError that names file and row for one without the columns.
+    they must not be; "answers" marks sets of questions with answers. Raises UserError that names file and row for one without the columns.
     """
     read, prompts = chosen.read, []
     for path in paths:
-        for where, row in _raw_rows(path):
+        for where, row in raw_rows(path):
             try:
                 if not _counts(row, read):
                     continue
@@ -253,18 +255,6 @@ def _counts(row, read: Mapping) -> bool:
             return False
     # The paper's own file of Alpaca has only such rows, and no such column.
     return "empty" not in read or not (row.get(read["empty"]) or "").strip()
-
-
-def _raw_rows(path: pathlib.Path) -> list[tuple[str, Any]]:
-    if path.suffix.lower() != ".parquet":
-        return located_rows(path)
-    import pyarrow.parquet
-
-    try:
-        rows = pyarrow.parquet.read_table(path).to_pylist()
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} is not readable Parquet ({error}). Get the file again.") from None
-    return [(f"row {number}", row) for number, row in enumerate(rows, 1)]
 
 
 def build_splits(sets: Mapping[str, list[dict]], advbench_train: Sequence[str]) -> dict[str, list[dict]]:
@@ -331,7 +321,7 @@ def build(manifest: Manifest, folder: pathlib.Path, alpaca: pathlib.Path | None 
     for name, prompts in (named | {f"splits/{split}": prompts for split, prompts in splits.items()}).items():
         write_atomically(folder / f"{name}.json", _json(prompts))
         rows[f"{name}.json"] = len(prompts)
-    for name, lines in _loss_sets(manifest, folder, alpaca).items():
+    for name, lines in (_loss_sets(manifest, folder, alpaca) | _answer_sets(manifest, folder)).items():
         write_atomically(folder / name, "".join(json.dumps(line) + "\n" for line in lines).encode())
         rows[name] = len(lines)
     if not rows:
@@ -349,9 +339,9 @@ def _loss_sets(manifest: Manifest, folder: pathlib.Path, alpaca: pathlib.Path | 
         if not all(path.is_file() for path in paths):
             continue
         if one.hub:
-            found[f"loss/{one.name}.jsonl"] = [row for path in paths for _, row in _raw_rows(path)]
+            found[f"loss/{one.name}.jsonl"] = [row for path in paths for _, row in raw_rows(path)]
         elif one.name == "alpaca":
-            rows = [row for path in paths for _, row in _raw_rows(path)]
+            rows = [row for path in paths for _, row in raw_rows(path)]
             # As `datasets` shuffles: the whole set first, and then the rows with an input are left out.
             mixed = [rows[i] for i in np.random.default_rng(SEED).permutation(len(rows))]
             pairs = [
@@ -361,6 +351,16 @@ def _loss_sets(manifest: Manifest, folder: pathlib.Path, alpaca: pathlib.Path | 
             ]
             if pairs:  # the paper's own file of Alpaca has no outputs
                 found["loss/alpaca.jsonl"] = pairs[:LOSS_ROWS]
+    return found
+
+
+def _answer_sets(manifest: Manifest, folder: pathlib.Path) -> dict[str, list[dict]]:
+    """Returns the questions and answers of the sets that have both."""
+    found = {}
+    for one in manifest.sets.values():
+        paths = [folder / "raw" / file.name for file in one.files]
+        if one.read.get("answers") and all(path.is_file() for path in paths):
+            found[f"{ANSWERS}/{one.name}.jsonl"] = [vars(row) for path in paths for row in read_questions(path)]
     return found
 
 

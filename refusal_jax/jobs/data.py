@@ -1,7 +1,7 @@
 """Downloads the public prompt sets, and makes the paper's splits from them.
 
   refusal-jax data list                                  # the sets, their licences, and which are here
-  refusal-jax data fetch                                 # all prompt sets (24 MB), checked by hash; then the splits
+  refusal-jax data fetch                                 # all prompt sets (26 MB), checked by hash; then the splits
   refusal-jax data fetch --sets=xstest,pile --accept_new_hash
   refusal-jax data fetch --from=DIR --alpaca=FILE        # from files that are on the disk; no network is used
   refusal-jax data verify                                # checks what is here; exit code 2 if something is not right
@@ -9,8 +9,9 @@
 A study then takes `--config.data.harmful_train=paper` (the paper's split), `--config.data.harmful_test=jailbreakbench`
 (a set by its name), or any file. Downloads resume, appear only when complete, and take proxies from the environment
 (HTTPS_PROXY). The folder receives raw/ (as published), prompts/ (each set as a list of prompts), splits/ (the paper's
-six) and loss/ (the texts that the paper measures the loss on: `--config.loss.text_files="('pile',)"
---config.loss.chat_files="('alpaca',)"`).
+six), loss/ (the texts that the paper measures the loss on: `--config.loss.text_files="('pile',)"
+--config.loss.chat_files="('alpaca',)"`) and answers/ (questions with correct answers, which `refusal-jax damage
+--answers.sets=gsm8k,mbpp` reads).
 
 The sets belong to their authors and are not part of this package; respect their licences (Alpaca is not for commercial
 use). Of the Pile, `--sets=pile` streams only the first 4,096 documents from the Hub, which the loss needs.
