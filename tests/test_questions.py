@@ -123,7 +123,7 @@ def test_public_sets_by_name(tmp_path, monkeypatch):
     assert read_questions(resolve("gsm8k", "answers")) == [Question(GSM["question"], WORKED)]
     assert read_questions(resolve("mbpp", "answers")) == [Question("Do.", "x")]
     assert read_prompts(resolve("gsm8k", "harmless_test"))[0]["instruction"] == GSM["question"]
-    with pytest.raises(UserError, match=r"'gsm8' is no file.*mean 'gsm8k'.*refusal-jax data fetch"):
+    with pytest.raises(UserError, match=r"'gsm8' is no file.*mean gsm8k\?.*refusal-jax data fetch"):
         resolve("gsm8", "answers")
 
 

@@ -226,7 +226,8 @@ def read_set(chosen: PublicSet, paths: Sequence[pathlib.Path]) -> list[dict]:
 
     `read` of the set says how: "text" and "category" are columns (null: a row is the text itself); only rows whose columns
     have the values of "keep" count, and none whose columns contain those of "drop" or are filled where "empty" says that
-    they must not be; "answers" marks sets of questions with answers. Raises UserError that names file and row for one without the columns.
+    they must not be; "answers" marks questions with answers. Raises UserError that names file and row for one without the
+    columns.
     """
     read, prompts = chosen.read, []
     for path in paths:
