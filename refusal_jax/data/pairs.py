@@ -6,6 +6,7 @@ A row is a text, an object with an instruction and perhaps a reply, or a list of
 import dataclasses
 import pathlib
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 from refusal_jax.chat.messages import SYSTEM_ROLES, Prompt
 from refusal_jax.data.prompts import INSTRUCTION_KEYS, located_rows, lowered, prompt_of

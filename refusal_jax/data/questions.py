@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from refusal_jax.data.pairs import USERS, said
+from refusal_jax.data.pairs import TALK_KEYS, USERS, said
 from refusal_jax.data.prompts import lowered
 from refusal_jax.data.raw_rows import raw_rows
 from refusal_jax.errors import UserError
@@ -34,7 +34,7 @@ ANSWERS = (
 )
 KEYS = ("answerkey", "answer_key", "answer_idx", "label")  # of the choice that is right, where there are choices
 CHOICES = ("choices", "options")
-TALKS = ("messages", "conversations", "conversation")
+
 TEXTS = ("value", "text", "aliases")  # of answers that are objects, such as TriviaQA's and SQuAD's
 CALCULATIONS = re.compile(r"<<[^<>\n]*>>")  # GSM8K's, for a calculator that no chat model has
 FINAL = re.compile(r"\s*^#{4}[ \t]*(.+?)\s*\Z", re.MULTILINE)  # its last line, with the result
@@ -68,7 +68,7 @@ def question_of(row: Any, where: str) -> Question:
     if not isinstance(row, Mapping):
         raise UserError(f"{where} is a {type(row).__name__}, expected an object with a question and its answer.")
     low = lowered(dict(row), where)
-    for key in TALKS:
+    for key in TALK_KEYS:
         turns = low.get(key)
         prompt, answer = said(turns, USERS), said(turns, None)
         if prompt and answer:
