@@ -10,6 +10,7 @@ import jax
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
+from refusal_jax.chat.conditional import Conditional
 from refusal_jax.chat.messages import Message, Prompt
 from refusal_jax.chat.padding import TokenBatch
 from refusal_jax.chat.prompts import Chat
@@ -28,6 +29,7 @@ from refusal_jax.models.sharding import batch_sharding, put
 from refusal_jax.taps import NO_TAPS, Taps
 
 Array = jax.Array | np.ndarray
+Asked = Edits | Conditional | None  # one row, one for each prompt, or what decides by the prompt
 CHECK_EVERY = 16  # number of tokens after which replies are checked for being over
 
 
@@ -77,7 +79,7 @@ class ChatModel:
         return self.chat.encode(instructions)
 
     def logits(
-        self, tokens: Int[Array, "B T"], mask: Bool[Array, "B T"], edits: Edits | None = None, positions: str = "last"
+        self, tokens: Int[Array, "B T"], mask: Bool[Array, "B T"], edits: Asked = None, positions: str = "last"
     ) -> Float[jax.Array, "B V"] | Float[jax.Array, "B T V"]:
         """Returns float32 logits at the last token, or for positions="all" at all tokens.
 
@@ -89,7 +91,7 @@ class ChatModel:
         return self._checked(tokens, mask, edits, NO_TAPS, positions == "last").logits
 
     def taps(
-        self, tokens: Int[Array, "B T"], mask: Bool[Array, "B T"], taps: Taps, edits: Edits | None = None
+        self, tokens: Int[Array, "B T"], mask: Bool[Array, "B T"], taps: Taps, edits: Asked = None
     ) -> dict[str, jax.Array]:
         """Returns what `taps` asks for, by site, with the axes that `taps.TAP_AXES` lists.
 
@@ -97,19 +99,18 @@ class ChatModel:
         """
         return self._checked(tokens, mask, edits, taps, True).taps
 
-    def _checked(self, tokens, mask, edits: Edits | None, taps: Taps, last: bool) -> Prediction:
-        rows = len(tokens)
+    def _checked(self, tokens, mask, edits: Asked, taps: Taps, last: bool) -> Prediction:
+        rows, edits = len(tokens), self.rows_of(tokens, mask, edits)
         taps = put(taps.for_batch(rows, self.config.d_model), batch_sharding(self.mesh, rows))
         found = predict(self.decoder, *self.put(tokens, mask, edits), taps=taps, last=last)
-        edited_r = edits is not None and edits.in_force_r
-        check_finite(found.finite_b, self.decoder.dtype, "The forward pass failed", edited_r)
+        check_finite(found.finite_b, self.decoder.dtype, "The forward pass failed", edits.in_force_r)
         return found
 
     def generate(
         self,
         instructions: Sequence[Prompt | Message],
         max_new_tokens: int = 64,
-        edits: Edits | None = None,
+        edits: Asked = None,
         *,
         generation_from_checkpoint: bool | None = None,
     ) -> list[str]:
@@ -134,14 +135,13 @@ class ChatModel:
         settings = dataclasses.replace(self.settings, where=where, values=values)
         return dataclasses.replace(self, decoding=settings.decoding(self.chat.eos_ids, self.config.vocab_size))
 
-    def generate_ids(
-        self, batch: TokenBatch, max_new_tokens: int, edits: Edits | None = None
-    ) -> Int[np.ndarray, "B O"]:
+    def generate_ids(self, batch: TokenBatch, max_new_tokens: int, edits: Asked = None) -> Int[np.ndarray, "B O"]:
         """Returns greedy replies as ids, int32. Raises UserError if they do not fit the context.
 
         Where a "longrope" changes its angles on the way, the text so far is read again, as transformers does for Phi 3.
         """
         longest = self._check_room(batch, max_new_tokens)
+        edits = self.rows_of(batch.tokens, batch.mask, edits)
         kept, decoding = self._kept_angles(longest, max_new_tokens), self._decoding(max_new_tokens)
         if kept == max_new_tokens:
             return self._greedy(batch, max_new_tokens, edits, decoding)
@@ -172,7 +172,7 @@ class ChatModel:
         return longest
 
     def replies(
-        self, batch: TokenBatch, max_new_tokens: int, edits: Edits | None = None, *, rows: int
+        self, batch: TokenBatch, max_new_tokens: int, edits: Asked = None, *, rows: int
     ) -> Iterator[tuple[list[int], list[str]]]:
         """Decodes greedy replies to any number of prompts, `rows` of which are decoded at a time.
 
@@ -186,7 +186,7 @@ class ChatModel:
         self,
         batch: TokenBatch,
         max_new_tokens: int,
-        edits: Edits | None = None,
+        edits: Asked = None,
         *,
         rows: int,
         over: Callable[[int, list[int]], bool] | None = None,
@@ -198,9 +198,7 @@ class ChatModel:
         """
         longest = self._check_room(batch, max_new_tokens)
         ropes = [kind.rope for kind in self.config.kinds if kind.rope.kind in ("longrope", "dynamic")]
-        edits = (edits or Edits.none(self.config.d_model)).for_batch(
-            len(batch.tokens), self.config.n_layers, self.config.d_model
-        )
+        edits = self.rows_of(batch.tokens, batch.mask, edits)
         # A row that has ended counts on while it waits for a prompt, and until the last replies end.
         if any(longest + 3 * max_new_tokens > rope.original_context for rope in ropes):
             yield from self._reply_in_batches(batch, max_new_tokens, edits, rows)
@@ -263,7 +261,7 @@ class ChatModel:
         self,
         batch: TokenBatch,
         max_new_tokens: int,
-        edits: Edits | None = None,
+        edits: Asked = None,
         *,
         probe: Float[Array, " D"],
         steps: int = 4,
@@ -279,13 +277,14 @@ class ChatModel:
         ending, pad = {"eos_ids": self.chat.eos_ids}, self.chat.pad_id
         sizes = {"length": batch.tokens.shape[1], "max_new_tokens": self._kept_angles(longest, max_new_tokens)}
         decoding = self._decoding(max_new_tokens)
+        edits = self.rows_of(batch.tokens, batch.mask, edits)
         rows, part = np.arange(count, dtype=np.int32), self.put(batch.tokens, batch.mask, edits)
         state = empty(self.decoder, rows=count, pad_id=pad, probed=True, remembered=decoding is not None, **sizes)
         state = admit(self.decoder, state, *part, rows, probe_bd, decoding, pad_id=pad, **ending)
         while True:
             found = state.active_b, state.count_b, state.out_bo, state.along_blo, state.finite_b
             active, counts, out, along, finite = map(np.array, jax.device_get(found))
-            check_finite(finite, self.decoder.dtype, "Generation failed", edits is not None and edits.in_force_r)
+            check_finite(finite, self.decoder.dtype, "Generation failed", edits.in_force_r)
             ids = [self.chat.before_end(row[:n]) for row, n in zip(out.tolist(), counts, strict=True)]
             yield Growth(ids, active, along)
             if not active.any():
@@ -297,23 +296,33 @@ class ChatModel:
         spans = (kind.rope.original_context for kind in self.config.kinds if kind.rope.kind == "longrope")
         return min([most, *(span - longest + 1 for span in spans if span >= longest)])
 
-    def _greedy(self, batch: TokenBatch, max_new_tokens: int, edits: Edits | None, decoding) -> np.ndarray:
-        rows, cfg = len(batch.tokens), self.config
-        edits = (edits or Edits.none(cfg.d_model)).for_batch(rows, cfg.n_layers, cfg.d_model)
+    def _greedy(self, batch: TokenBatch, max_new_tokens: int, edits: Edits, decoding) -> np.ndarray:
+        """edits: one row for each prompt."""
+        rows = len(batch.tokens)
         ids = np.zeros((rows, max_new_tokens), np.int32)
         # All begin together, as their angles go together.
         for done, part in self._reply_ids(batch, max_new_tokens, edits, rows, rows, decoding):
             ids[done] = part
         return ids
 
+    def rows_of(self, tokens: Int[Array, "B T"], mask: Bool[Array, "B T"], edits: Asked) -> Edits:
+        """Returns the edits of left-padded prompts, one row for each, in the normal form of `Edits.for_batch`.
+
+        Of a conditional steering, the rows are decided here, by a pass over the prompts as they are. Raises ValueError for edits
+        that do not fit the batch or the model, UserError for a conditional steering that does not fit it.
+        """
+        cfg = self.config
+        if isinstance(edits, Conditional):
+            edits.check_fits(cfg.d_model, cfg.n_layers)
+            edits = edits.rows(edits.condition.met_by(self.decoder, self.put, tokens, mask))
+        return (edits or Edits.none(cfg.d_model)).for_batch(len(tokens), cfg.n_layers, cfg.d_model)
+
     def put(
-        self, tokens: Int[Array, "B T"], mask: Bool[Array, "B T"], edits: Edits | None = None
+        self, tokens: Int[Array, "B T"], mask: Bool[Array, "B T"], edits: Asked = None
     ) -> tuple[Int[jax.Array, "B T"], Bool[jax.Array, "B T"], Edits]:
         """Returns tokens, mask and normalised edits on the devices, with the rows over the mesh's data axes."""
         tokens, mask = np.asarray(tokens, np.int32), np.asarray(mask, bool)
-        cfg = self.config
-        edits = (edits or Edits.none(cfg.d_model)).for_batch(len(tokens), cfg.n_layers, cfg.d_model)
-        return put((tokens, mask, edits), batch_sharding(self.mesh, len(tokens)))
+        return put((tokens, mask, self.rows_of(tokens, mask, edits)), batch_sharding(self.mesh, len(tokens)))
 
 
 def load_model(

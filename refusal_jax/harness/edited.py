@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from refusal_jax.chat.conditional import Conditional, written_for
 from refusal_jax.chat.messages import SYSTEM_ROLES
 from refusal_jax.chat.model import ChatModel, demo_model_path, load_model
 from refusal_jax.chat.padding import bucket
@@ -50,10 +51,11 @@ class Reply:
 
 @dataclasses.dataclass(frozen=True)
 class EditedModel:
-    """model; edits: one row, which applies to all that is asked of it; about: what they are, in plain values."""
+    """model; edits: one row, which applies to all that is asked of it, or a conditional steering, which decides by the prompt;
+    about: what they are, in plain values."""
 
     model: ChatModel
-    edits: Edits
+    edits: Edits | Conditional
     about: dict
 
     @classmethod
@@ -105,6 +107,12 @@ class EditedModel:
                 if bar is not None:
                     bar.update(len(numbers))
         return [replies[i] for i in range(len(prompts))]
+
+    def decided(self, prompts: Sequence[Sequence[int]], length: int, rows: int) -> Edits:
+        """Returns the edits of prompts of token ids, a row for each, with the last one repeated up to `rows` rows. length: what
+        prompts are padded to. Raises UserError for a conditional steering of another model."""
+        batch = self.model.chat.pad(prompts, length).padded_to(rows)
+        return self.model.rows_of(batch.tokens, batch.mask, self.edits)
 
     def rendered(self, messages: Sequence[dict[str, str]]) -> str:
         """Returns the text of a conversation up to the start of the next reply. A system message of its own takes the place of
@@ -165,6 +173,7 @@ def read_arguments(
     enable_thinking: bool | None = None,
     chat_template_args: Mapping | None = None,
     system_prompt: str = "",
+    steer: str = "",
 ) -> EditedModel:
     """Returns a model with edits, from what can be written on a command line.
 
@@ -175,20 +184,22 @@ def read_arguments(
     out the span of all rows of a file, also where there are as many as layers. mesh: devices along the axes data, fsdp and
     model, such as 1x1x8; default, one device. generation_from_checkpoint: as in `load_model`. enable_thinking: another name
     of thinking. chat_template_args: more names for the chat template, which win over thinking. system_prompt: for
-    conversations without a system message of their own. The others: as in a study's
+    conversations without a system message of their own. steer: folder of a conditional steering, in place of ablate and add. The
+    others: as in a study's
     config. A leading ~ of paths is expanded. Raises UserError for directions or settings that cannot be used.
     """
     thinking = asked_thinking(thinking, enable_thinking)
+    steering = read_steering(steer, ablate, add, scale)
     names = template_names(chat_template_args)
     shape = parse_mesh(str(mesh)) if mesh else (1, 1, 1)
     paths = [local_path(str(path)) for path in (ablate, add) if path]
     studies = [FinishedStudy.read(path, 1) for path in paths if path.is_dir() and not pretrained]
     told = studies[0].template if studies else {}
-    folder = checkpoint_folder(str(pretrained)) if pretrained else model_of(paths, studies)
-    n_layers = load_config(folder).n_layers
-    each = one_each(paths, layer, position, n_layers) if add else read_each(paths, position, layer, n_layers, subspace)
-    found = iter(each)
-    ablated, added = (next(found) if path else None for path in (ablate, add))
+    if pretrained:
+        folder = checkpoint_folder(str(pretrained))
+    else:
+        folder = model_of(paths, studies) if steering is None else written_for(steering)
+    ablated, added = named_directions((ablate, add), layer, position, load_config(folder).n_layers, subspace)
     loaded = load_model(
         folder,
         dtype,
@@ -200,17 +211,43 @@ def read_arguments(
         generation_from_checkpoint=generation_from_checkpoint,
         system_prompt=system_prompt or told.get("system_prompt", ""),
     )
-    for name, direction in (("ablate", ablated), ("add", added)):
-        if direction is not None:
-            LOG.info(f"{name}: {direction.summary}")
-    chat = dataclasses.replace(loaded.chat, template_arguments=names)
-    loaded = dataclasses.replace(loaded, chat=chat)
-    record = edit_record(ablated, added, scale)
-    return EditedModel(loaded, one_edit(loaded.config, ablated, added, scale), record)
+    loaded = dataclasses.replace(loaded, chat=dataclasses.replace(loaded.chat, template_arguments=names))
+    if steering is not None:
+        steering.check_fits(loaded.config.d_model, loaded.config.n_layers)
+        return EditedModel(loaded, steering, {"steer": steering.record})
+    return EditedModel(loaded, one_edit(loaded.config, ablated, added, scale), edit_record(ablated, added, scale))
+
+
+def named_directions(
+    names: tuple[str, str], layer: int | None, position: int | None, n_layers: int, subspace: bool
+) -> list[Direction | None]:
+    """Returns the directions to take out and to add, None where none is named. Raises UserError as `one_each` and `read_each`
+    do."""
+    paths = [local_path(str(path)) for path in names if path]
+    adds = bool(names[1])
+    each = one_each(paths, layer, position, n_layers) if adds else read_each(paths, position, layer, n_layers, subspace)
+    found = iter(each)
+    return [next(found) if path else None for path in names]
+
+
+def read_steering(steer: str, ablate: str, add: str, scale: float) -> Conditional | None:
+    """Returns the conditional steering of a folder, None without one. Raises UserError beside another edit, and as
+    `Conditional.read` does."""
+    if not steer:
+        return None
+    if ablate or add or scale != 1.0:
+        raise UserError(
+            "steer is a conditional steering, whose strength is in its file. Leave out ablate, add and scale, or leave out steer."
+        )
+    return Conditional.read(local_path(str(steer)))
 
 
 def edit_record(ablated: Direction | None, added: Direction | None, scale: float) -> dict[str, dict]:
-    """Returns what identifies the edits in results: hash and scale of each direction, and the layer of the addition."""
+    """Returns what identifies the edits in results: hash and scale of each direction, and the layer of the addition; and logs
+    where they come from."""
+    for name, direction in (("ablate", ablated), ("add", added)):
+        if direction is not None:
+            LOG.info(f"{name}: {direction.summary}")
     found = {}
     if ablated is not None:
         found["ablate"] = {"sha256": ablated.sha256, "scale": 1.0 if added is not None else scale}

@@ -261,12 +261,14 @@ class RefusalJaxLM(TemplateLM):
         for row, group in enumerate(asked):
             last[row, : len(group)] = [token for _, _, token in group]
         batch = model.chat.pad(rows, length).padded_to(self.batch_size)
-        part = model.put(batch.tokens, batch.mask, self.edited.edits)
+        contexts = [row[: len(row) + 1 - max(n for _, n, _ in group)] for row, group in zip(rows, asked, strict=True)]
+        edits = self.edited.decided(contexts, length, self.batch_size)
+        part = model.put(batch.tokens, batch.mask, edits)
         inner_bn, last_bk, best_bn = map(np.asarray, score_batch(model.decoder, *part, last, n=n))
         for row, group in enumerate(asked):
             for k, (request, count, token) in enumerate(group):
                 total = inner_bn[row, n - count :].sum(dtype=np.float64) + last_bk[row, k]
-                check_finite([np.isfinite(total)], model.decoder.dtype, "A score failed", self.edited.edits.in_force_r)
+                check_finite([np.isfinite(total)], model.decoder.dtype, "A score failed", edits.in_force_r[:1])
                 wanted = [*batch.tokens[row, length - count + 1 :], token]
                 results[request] = float(total), bool(np.array_equal(best_bn[row, n - count :], wanted))
 

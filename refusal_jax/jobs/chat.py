@@ -3,6 +3,7 @@
   refusal-jax chat                                              # the embedded model, ready in seconds
   refusal-jax chat --direction=runs/mine                        # the model and direction of a finished study
   refusal-jax chat --model=DIR --direction=direction.pt --layer=12
+  refusal-jax chat --steer=defended                             # a conditional steering, with the model that it is for
   echo 'How do I bake the bread?' | refusal-jax chat            # messages from a pipe, one per line
 
 Both columns receive the same messages, and each continues with its own replies. The left column is the unedited model;
@@ -30,10 +31,12 @@ import sys
 
 from absl import flags
 
+from refusal_jax.chat.conditional import Conditional, written_for
 from refusal_jax.chat.model import demo_model_path, load_model
 from refusal_jax.checkpoints.remote import checkpoint_folder
 from refusal_jax.checkpoints.safetensors import read_tensors
 from refusal_jax.conditions import with_origin
+from refusal_jax.directions import Direction
 from refusal_jax.errors import UserError, print_error
 from refusal_jax.export.finished import FinishedStudy
 from refusal_jax.files import local_path
@@ -58,6 +61,9 @@ POSITION = flags.DEFINE_integer(
 )
 LAYER = flags.DEFINE_integer(
     "layer", None, "Layer to read and add at. For mean differences or a file with a row per layer: which one to use."
+)
+STEER = flags.DEFINE_string(
+    "steer", None, "Folder of a conditional steering, as `refusal-jax defend --recipe=conditional` writes it."
 )
 MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 512, "Maximum length of a reply in tokens.", lower_bound=1)
 NUMBERS = flags.DEFINE_bool("numbers", False, "Show each token's projection as a number too.")
@@ -88,7 +94,7 @@ def main(argv) -> None:
     record = session.model.settings.record(FROM_CHECKPOINT.value)
     if record["applied"] or record["left_out"]:
         print(in_words(record, "--generation_from_checkpoint"))
-    print(f"{session.command('/ablate')}\n/help explains the commands.\n", flush=True)
+    print(f"{session.command(f'/{session.edit}')}\n/help explains the commands.\n", flush=True)
     for line in lines(sys.stdin.isatty()):
         if line.strip() in ("/quit", "/exit"):
             return
@@ -106,7 +112,7 @@ def main(argv) -> None:
 def start() -> Session:
     """Returns the session that the flags ask for. Raises UserError for a model without a direction, or for one that
     does not fit."""
-    if MODEL.value and not DIRECTION.value:
+    if MODEL.value and not DIRECTION.value and not STEER.value:
         raise UserError(
             f"--direction is missing: run `refusal-jax study --model={MODEL.value} --workdir=RUN` and give --direction=RUN."
         )
@@ -115,6 +121,8 @@ def start() -> Session:
     given = {name: value for name, value in given.items() if value is not None}
     settings = {"chat_template": "", "thinking": False, "system_prompt": ""} | given
     settings["generation_from_checkpoint"] = FROM_CHECKPOINT.value
+    if STEER.value:
+        return steered(dtype, mesh, settings)
     if not DIRECTION.value:
         model = load_model(demo_model_path(), dtype, mesh, **settings)
         direction, thresholds = embedded(model, LAYER.value)
@@ -131,6 +139,20 @@ def start() -> Session:
     history = folder != demo_model_path() if HISTORY.value is None else HISTORY.value
     thresholds = study_thresholds(path) if studies else None
     return Session(model, direction, MAX_NEW_TOKENS.value, NUMBERS.value, history, thresholds)
+
+
+def steered(dtype: str, mesh, settings: dict) -> Session:
+    """Returns the session of a conditional steering, whose projections are those on what it adds. Raises UserError for one that
+    cannot be read, and beside a direction."""
+    if DIRECTION.value:
+        raise UserError("--steer and --direction both say what the right column is. Give one of them.")
+    steering = Conditional.read(local_path(STEER.value))
+    folder = checkpoint_folder(MODEL.value) if MODEL.value else written_for(steering)
+    model = load_model(folder, dtype, mesh, progress=True, **settings)
+    steering.check_fits(model.config.d_model, model.config.n_layers)
+    direction = Direction.of(steering.vector_d, steering.layers[0] if LAYER.value is None else LAYER.value)
+    history = folder != demo_model_path() if HISTORY.value is None else HISTORY.value
+    return Session(model, direction, MAX_NEW_TOKENS.value, NUMBERS.value, history, conditional=steering)
 
 
 def lines(typed: bool):

@@ -7,8 +7,10 @@ from collections.abc import Generator, Sequence
 import numpy as np
 from jaxtyping import Float
 
+from refusal_jax.chat.conditional import Conditional
 from refusal_jax.chat.messages import NONE
 from refusal_jax.chat.model import ChatModel
+from refusal_jax.chat.padding import TokenBatch
 from refusal_jax.chat.projection_monitor import disagreement
 from refusal_jax.chat.prompts import Chat
 from refusal_jax.conditions import Ablate, Add, Affine, Baseline
@@ -24,6 +26,7 @@ HELP = """Type a message, and both models reply to it, each in its own conversat
   /add [SCALE]     add the direction at its layer, SCALE times (1 unless given; -1 subtracts it)
   /affine [PART]   give every token the direction's coordinate of harmless prompts at its layer (0 unless given), or of harmful
                    ones (1)
+  /steer           add the vector of the conditional steering where the prompt meets its condition
   /off             no edit: both columns are the model as it is
   /layer N         read the projections, and add, at the input of layer N
   /numbers         show each token's projection as a number too, or no longer
@@ -32,6 +35,7 @@ HELP = """Type a message, and both models reply to it, each in its own conversat
   /help            this text
   /quit            leave (as do Ctrl-D and the end of a file); Ctrl-C stops a reply
 Colours: red tokens lie along the direction, blue ones against it; full colour is 0.6 of the direction's length or more."""
+STEER = "steer"
 EDITS = {"off": 1.0, Ablate.verb: 1.0, Add.verb: 1.0, Affine.verb: 0.0}  # with their scales unless given
 
 
@@ -77,9 +81,11 @@ class Session:
         numbers: bool = False,
         history: bool = True,
         thresholds: Float[np.ndarray, " L"] | None = None,
+        conditional: Conditional | None = None,
     ):
         """Starts a chat. history: whether a message continues the conversation. thresholds: of each layer, the projection at the
-        prompt's end from which on the model is taken to be about to refuse, if it is known. Raises UserError for a direction of
+        prompt's end from which on the model is taken to be about to refuse, if it is known. conditional: a conditional steering,
+        with which the chat then begins. Raises UserError for a direction of
         another model or without a layer."""
         direction.check_width(model.config.d_model)
         if direction.layer is None:
@@ -91,7 +97,8 @@ class Session:
         self.max_new_tokens, self.numbers, self.history = max_new_tokens, numbers, history
         self.thresholds, self.judge = thresholds, RuleJudge()
         self.layer = self._layer(direction.layer)
-        self.edit, self.scale = Ablate.verb, 1.0
+        self.conditional = conditional
+        self.edit, self.scale = STEER if conditional is not None else Ablate.verb, 1.0
         self.reset()
 
     def reset(self) -> None:
@@ -106,11 +113,15 @@ class Session:
             Ablate.verb: f"{Ablate.name}{scale}",
             Add.verb: f"addition{scale} at layer {self.layer}",
             Affine.verb: f"{Affine.name}, to {self.scale:g} at layer {self.direction.layer}",
+            STEER: "conditional steering",
         }
         return [Baseline.name, edits[self.edit]]
 
-    def edits(self) -> Edits:
-        """Returns a row for each column."""
+    def edits(self, batch: TokenBatch | None = None) -> Edits:
+        """Returns a row for each column. batch: their prompts, which a conditional steering needs."""
+        if self.edit == STEER and batch is not None:
+            steered = self.model.rows_of(batch.tokens[1:], batch.mask[1:], self.conditional)
+            return Edits.concat([Edits.none(self.model.config.d_model), steered])
         edited = {
             "off": Baseline(),
             Ablate.verb: Ablate(self.direction, scale=self.scale),
@@ -123,7 +134,11 @@ class Session:
         """Runs a command line that begins with "/" and returns what to show for it. Raises UserError for an unknown
         command."""
         name, _, argument = line[1:].strip().partition(" ")
-        if name in EDITS and not (name == "off" and argument):
+        if name == STEER and not argument:
+            if self.conditional is None:
+                raise UserError(f"There is no conditional steering. Start the chat with {setting('steer', 'FOLDER')}.")
+            self.edit, self.scale = STEER, 1.0
+        elif name in EDITS and not (name == "off" and argument):
             scale = self._number(name, argument) if argument else EDITS[name]
             if name == Affine.verb:
                 Affine(self.direction, scale).edits(self.model.config)  # it may lack what that needs
@@ -181,7 +196,7 @@ class Session:
             )
         batch = chat.pad(rows, 1 << max((longest - 1).bit_length(), 6))  # few widths: each compiles programs
         texts = [Texts(chat), Texts(chat)]
-        growing = self.model.stream(batch, min(self.max_new_tokens, room), self.edits(), probe=self.raw_d)
+        growing = self.model.stream(batch, min(self.max_new_tokens, room), self.edits(batch), probe=self.raw_d)
         try:
             for growth in growing:
                 yield self._turn(growth, texts)
