@@ -14,8 +14,8 @@ from refusal_jax.report.findings import Findings
 from refusal_jax.runs.ledger import Ledger
 from refusal_jax.runs.run import Run, read_manifest
 from refusal_jax.study.config import StudyConfig, get_config
-from refusal_jax.study.mechanism import alternatives, cones, cosmic, som, stages
-from refusal_jax.study.mechanism.run import chosen, run_mechanism
+from refusal_jax.study.mechanism import alternatives, cones, cosmic, som
+from refusal_jax.study.mechanism.run import MECHANISM, run_mechanism
 from refusal_jax.study.mechanism.settings import MechanismSettings
 from refusal_jax.study.mechanism.shared import MechanismStudy
 
@@ -87,7 +87,7 @@ def study_in(folder, **settings) -> MechanismStudy:
 
 def test_the_table_reads_the_parts_that_are_done_and_asks_for_no_other(demo_study, done):
     alone, all_done = (study_in(folder, parts=("alternatives",)) for folder in (demo_study, done))
-    assert [stage.name for stage in chosen(alone)] == ["alternatives"]
+    assert [stage.name for stage in MECHANISM.chosen(alone)] == ["alternatives"]
     assert [one.name for one in alternatives.alternatives(alone)] == ["difference in means"]
     files = {
         f"mechanism/{name}"
@@ -95,7 +95,7 @@ def test_the_table_reads_the_parts_that_are_done_and_asks_for_no_other(demo_stud
     }
     assert set(alternatives.reads(all_done)) - set(alternatives.reads(alone)) == files
     assert {"cosmic", "som", "cones"} <= {
-        stage.name for stage in chosen(all_done)
+        stage.name for stage in MECHANISM.chosen(all_done)
     }  # which are skipped, as they are done
 
 
@@ -149,7 +149,7 @@ def test_programs_are_those_of_the_plan(model):
     """Tells what the planner compiles are the parts' own programs."""
     config = get_config()
     config.data.n_val = 8
-    work = Workload(model.config, "float32", config, 16, stages.GROUPS, mechanism=MechanismSettings())
+    work = Workload(model.config, "float32", config, 16, MECHANISM.groups, further=MechanismSettings())
     found = {one.name: one for one in programs(Shapes(work, make_mesh(2, 1, 2)), Sizes(8, 16, 8, 8))}
     for name in ("edited prompts", "kept answers", "replies"):
         assert found[name].runs >= 1 and found[name].lower()

@@ -142,7 +142,7 @@ def test_a_template_with_one_token_after_the_instruction(tmp_path):
 def compiled(layers: int, tokens: int):
     """The program for tiny models of so many layers, and rows of so many tokens."""
     cfg = from_hf(families.hf_config("llama", num_hidden_layers=layers))
-    work = Workload(cfg, "float32", get_config(), tokens, (), mechanism=MechanismSettings())
+    work = Workload(cfg, "float32", get_config(), tokens, (), further=MechanismSettings())
     (program,) = attention.programs(Shapes(work, None), 4)
     assert program.tokens == tokens and program.layers == layers
     return program.lower().compile()

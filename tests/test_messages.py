@@ -20,6 +20,7 @@ from refusal_jax.harness.edited import ARGUMENTS
 from refusal_jax.jobs.main import JOBS
 from refusal_jax.settings import Settings
 from refusal_jax.study.config import get_config
+from refusal_jax.study.damage.settings import DamageSettings
 from refusal_jax.study.mechanism.settings import MechanismSettings
 
 PACKAGE = pathlib.Path(__file__).parents[1] / "refusal_jax"
@@ -46,7 +47,7 @@ def flags_of(job: str) -> set[str]:
         found |= set(AuditSettings())
     found |= {one.path for made in settings_of(tree) for one in made.described()}
     views = {"monitor_verify", "monitor_views", "monitor_projections"}
-    shared = imported & {"processes", "devices", "settings", *views} | ({"common"} if job in JOBS else set())
+    shared = imported & {"processes", "devices", "settings", "further", *views} | ({"common"} if job in JOBS else set())
     return found.union(*map(flags_of, shared))
 
 
@@ -81,8 +82,8 @@ def texts(path: pathlib.Path) -> list[str]:
 
 
 def is_field(name: str) -> bool:
-    """Returns whether a study's config, its mechanism's settings or a gate's policy has a setting."""
-    made = [get_config(), get_policy(), MechanismSettings()]
+    """Returns whether a study's config, the settings of its mechanism or damage, or a gate's policy has a setting."""
+    made = [get_config(), get_policy(), MechanismSettings(), DamageSettings()]
     return any(name in one or name in {each.path for each in one.described()} for one in made)
 
 

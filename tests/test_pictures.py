@@ -12,7 +12,7 @@ import pytest
 
 from refusal_jax.report.drawing import axes_within, drawing
 from refusal_jax.report.pictures import Picture, as_csv, grid_rows, series_rows
-from refusal_jax.runs.artifacts import FIGURE_LIST, FIGURES, PROJECTIONS
+from refusal_jax.runs.artifacts import FIGURES, PROJECTIONS, figure_list
 from refusal_jax.study.mechanism.run import run_mechanism
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -67,7 +67,7 @@ def test_every_figure_of_a_report_is_a_file(demo_study, tmp_path):
     folder = shutil.copytree(demo_study, tmp_path / "run")
     run = run_mechanism({"parts": ("figures",)}, folder)
     assert run.worked == ["figures"]
-    listed = json.loads((folder / FIGURE_LIST).read_text())
+    listed = json.loads((folder / figure_list(FIGURES)).read_text())
     names = [row["name"] for row in listed]
     page = (folder / "report.html").read_text()
     assert len(set(names)) == len(names) >= 6 and page.count("<figure>") == len(names)

@@ -27,7 +27,7 @@ from refusal_jax.plan.chips import Slice
 from refusal_jax.plan.planner import MeshShape, Sizes, fit, make_plan, ranked_meshes, run_mesh, run_sizes
 from refusal_jax.plan.programs import Group, Program, Shapes, Workload
 from refusal_jax.study.config import get_config
-from refusal_jax.study.mechanism import run as mechanism
+from refusal_jax.study.mechanism.run import MECHANISM
 from refusal_jax.study.study import workload
 
 KNOWN = json.loads((pathlib.Path(chips.__file__).parent / "models.json").read_text())
@@ -222,7 +222,7 @@ def test_a_mechanism_is_planned(llama, monkeypatch):
     monkeypatch.setattr(Slice, "devices", lambda self: jax.devices()[: self.chips])
     config = get_config()
     config.batch_size = 8
-    work = mechanism.workload(load_config(llama), "float32", config, 16)
+    work = MECHANISM.workload(load_config(llama), "float32", config, 16)
     assert [group.name for group in work.groups[:2]] == ["suffixes", "attribution"] and work.length == 40
     (suffixes,), (attribution,) = (group.describe(Shapes(work, None), 8) for group in work.groups[:2])
     assert (suffixes.runs, attribution.runs) == (2 * 13 + 2 * 13, 50)
@@ -360,7 +360,6 @@ from refusal_jax.study.study import workload
 from refusal_jax.plan.costs import cache_bytes
 from refusal_jax.models.sharding import make_mesh
 from refusal_jax.study.config import get_config
-from refusal_jax.study.mechanism import run as mechanism
 known = json.loads((pathlib.Path(chips.__file__).parent / "models.json").read_text())
 for name, rows in (("llama_3_70b", 128), ("qwen_72b", 32)):
     where = chips.Slice.parse("v5e-16")

@@ -11,6 +11,7 @@ from refusal_jax.chat.loss_rows import LossRow, padded_rows
 from refusal_jax.chat.model import ChatModel
 from refusal_jax.chat.padding import TokenBatch
 from refusal_jax.edits import Edits
+from refusal_jax.mechanism.edited_prompts import fitting
 from refusal_jax.models.finite import check_finite
 from refusal_jax.models.losses import kl_batch, loss_batch
 
@@ -31,9 +32,9 @@ class EditedRows:
     @classmethod
     def build(cls, model: ChatModel, rows: Sequence[LossRow], size: int) -> "EditedRows":
         """Returns the rows, for batches of about `size` rows, edits times texts."""
-        each = min(size, 8 * -(-len(rows) // 8))
+        each, at_once = fitting(len(rows), size)
         tokens_n = np.array([max(len(row.ids) - row.first, 0) for row in rows], np.int64)
-        return cls(model, list(padded_rows(model.chat, rows, each)), tokens_n, max(size // max(each, 1), 1))
+        return cls(model, list(padded_rows(model.chat, rows, each)), tokens_n, at_once)
 
     def losses(self, edits: Edits) -> Float[np.ndarray, "M n"]:
         """Returns the cross-entropy of each row under each of M edits, summed over the tokens that count, nats, float64.

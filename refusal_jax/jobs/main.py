@@ -15,6 +15,7 @@ JOBS = (
     "gate",
     "monitor",
     "mechanism",
+    "damage",
     "resist",
     "plan",
     "export",

@@ -7,6 +7,7 @@
   refusal-jax plan --all --out=plans                                     # the paper's 13 models on common slices
   refusal-jax plan --audit --model=DIR --topology=v5e-8                  # an audit against a base instead of a study
   refusal-jax plan --mechanism --model=DIR --topology=v5e-8              # the mechanism of a study instead of the study
+  refusal-jax plan --damage --model=DIR --topology=v5e-8                 # or what removing its direction damages
 
 The study's own programs (extraction, selection, prefill, decoding, loss) are compiled with the real TPU compiler for
 the slice's topology. The memory that it reports decides which batches fit; a run on such a slice decides with the same
@@ -39,7 +40,8 @@ from refusal_jax.plan.programs import USUAL_LENGTH
 from refusal_jax.progress import each
 from refusal_jax.study.checks import check_numbers
 from refusal_jax.study.config import StudyConfig
-from refusal_jax.study.mechanism import run as mechanism
+from refusal_jax.study.damage.run import DAMAGE as DAMAGE_STAGES
+from refusal_jax.study.mechanism.run import MECHANISM as MECHANISM_STAGES
 from refusal_jax.study.study import workload
 
 LOG = logging.getLogger(__name__)
@@ -61,10 +63,15 @@ AUDIT = flags.DEFINE_bool(
 MECHANISM = flags.DEFINE_bool(
     "mechanism", False, "Plan the mechanism of a finished study of the model, all parts, in place of the study."
 )
+DAMAGE = flags.DEFINE_bool(
+    "damage", False, "Plan what is measured of the damage that removal does, all parts, in place of the study."
+)
 LENGTH = flags.DEFINE_integer(
     "prompt_tokens", USUAL_LENGTH, "Number of tokens that prompts are padded to.", lower_bound=8
 )
 OUT = flags.DEFINE_string("out", "", "Path of the files to write, without the endings .json and .md.")
+# What describes the work of each plan that is not of a study.
+WORKLOADS = ((AUDIT, audit_workload), (MECHANISM, MECHANISM_STAGES.workload), (DAMAGE, DAMAGE_STAGES.workload))
 for shared in (settings, devices):
     flags.adopt_module_key_flags(shared)
 
@@ -74,8 +81,9 @@ def main(argv) -> None:
         raise UserError(
             "Planning needs the TPU compiler, which is not installed here: pip install 'refusal-jax[plan]'."
         )
-    if AUDIT.value and MECHANISM.value:
-        raise UserError("--audit and --mechanism are two plans: give one of them at a time.")
+    asked = [f"--{flag.name}" for flag, _ in WORKLOADS if flag.value]
+    if len(asked) > 1:
+        raise UserError(f"{' and '.join(asked)} are {len(asked)} plans: give one of them at a time.")
     config = settings.study_settings(MODEL.value)
     check_numbers(config)
     if OUT.value and not pathlib.Path(OUT.value).name:
@@ -114,7 +122,7 @@ def one(name: str, cfg: ModelConfig, config: StudyConfig, where: Slice) -> Plan:
     dtype = "bfloat16" if config.dtype == "auto" else config.dtype  # as a study on a TPU
     sides = [max(side, 1) for side in config.mesh.values()] if any(config.mesh.values()) else None
     mesh = MeshShape(*sides) if sides else None
-    describe = audit_workload if AUDIT.value else mechanism.workload if MECHANISM.value else workload
+    describe = next((describe for flag, describe in WORKLOADS if flag.value), workload)
     return make_plan(describe(cfg, dtype, config, LENGTH.value), where, mesh, note)
 
 

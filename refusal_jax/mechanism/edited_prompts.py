@@ -1,6 +1,7 @@
 """Runs prompts under many edits: every edit meets every prompt as rows of one batch, through one compiled program."""
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from functools import partial
 
@@ -19,9 +20,16 @@ from refusal_jax.models.decoder import Decoder
 from refusal_jax.models.finite import check_finite
 from refusal_jax.models.scores import kl_divergence, refusal_score
 from refusal_jax.models.sharding import replicate
+from refusal_jax.plan.programs import Program, Shapes
 from refusal_jax.taps import Taps
 
 LAST = Taps(("resid_post",), 1)
+
+
+def fitting(n: int, rows: int) -> tuple[int, int]:
+    """Returns how many of n units go together through a program for about `rows` rows, and how many edits these meet at once."""
+    size = min(rows, 8 * -(-n // 8))
+    return size, max(rows // size, 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,8 +93,8 @@ class EditedPrompts:
     ) -> "EditedPrompts":
         """Returns the prompts, for batches of about `rows` rows. Raises UserError for a prompt that is longer than the context,
         and for logits that are not finite."""
-        size = min(rows, 8 * -(-len(instructions) // 8))
-        made = cls(model, [], max(rows // size, 1), np.asarray(refusal_ids, np.int32))
+        size, at_once = fitting(len(instructions), rows)
+        made = cls(model, [], at_once, np.asarray(refusal_ids, np.int32))
         none = Edits.none(model.config.d_model)
         for index, batch in length_batches(model, instructions, size):
             logits_bv, *_ = made._run(index, batch, None, none, (), 1)
@@ -139,3 +147,32 @@ class EditedPrompts:
         what = "Prompts cannot be read under these edits"
         check_finite(np.asarray(out[4]), self.model.decoder.dtype, what, bool(edits.in_force_r.any()))
         return out
+
+
+def planned_passes(
+    name: str,
+    shapes: Shapes,
+    rows: int,
+    n: int,
+    edits: float,
+    *,
+    alone: bool = False,
+    directions: int = 1,
+    read: int = 0,
+) -> Program:
+    """Returns the passes of n prompts under so many edits in about `rows` rows, for `plan`.
+
+    alone: whether the edits follow from each other, so that one is done at a time. directions: that an edit ablates. read: number
+    of blocks whose mean outputs are read.
+    """
+    size, at_once = fitting(n, rows)
+    work, batch = shapes.work, size * at_once
+
+    def lower():
+        wide = shapes.array((batch, directions, work.cfg.d_model), jnp.float32, "batch")
+        inputs = *shapes.prompts(batch), dataclasses.replace(shapes.edits(batch), ablate_rjd=wide), shapes.logits(size)
+        valid, ids = shapes.array((size,), jnp.bool_), shapes.array((1,), jnp.int32)
+        return read_edited.lower(shapes.decoder, *inputs, valid, ids, shapes.array((read,), jnp.int32), LAST)
+
+    runs = math.ceil(n / size) * edits / (1 if alone else at_once)
+    return Program(name, lower, runs, batch, work.length, work.cfg.n_layers)

@@ -46,7 +46,7 @@ class Workload:
 
     cfg: the model's. dtype: of its weights. config: the study's settings. length: tokens that its prompts are padded to.
     groups: the programs of its stages, in the order of the study. beside: bytes of the weights of another model that is on the
-    devices at the same time. mechanism: the settings of the mechanism, where its stages are planned.
+    devices at the same time. further: the settings of further stages of a finished study, where these are planned.
     """
 
     cfg: ModelConfig
@@ -55,7 +55,7 @@ class Workload:
     length: int
     groups: tuple["Group", ...]
     beside: int = 0
-    mechanism: Any = None
+    further: Any = None
 
     @property
     def positions(self) -> int:

@@ -30,8 +30,10 @@ ALTERNATIVES = f"{MECHANISM}/alternatives.json"
 PLANE, PLANE_POINTS = f"{MECHANISM}/plane.json", f"{MECHANISM}/plane.safetensors"
 SCATTER, SCATTER_POINTS = f"{MECHANISM}/scatter.json", f"{MECHANISM}/scatter.safetensors"
 MATRICES, MATRIX_DIRECTIONS = f"{MECHANISM}/matrices.json", f"{MECHANISM}/matrices.safetensors"
+REMOVAL = "damage"  # the folder of what is added about the damage that removal does
+GRID, GRID_VALUES = f"{REMOVAL}/grid.json", f"{REMOVAL}/grid.safetensors"
+REMOVAL_FIGURES = f"{REMOVAL}/figures"  # the folder of its figures as files
 FIGURES = f"{MECHANISM}/figures"  # the folder of the report's figures as files, and their list
-FIGURE_LIST = f"{FIGURES}/figures.json"
 RESISTANCE = "resistance"  # the folder of what resistance tests add to a checkpoint's study
 UNATTACKED = f"{RESISTANCE}/unattacked.json"
 
@@ -44,6 +46,11 @@ def resistance_name(test: str) -> str:
 def attacked_replies_name(test: str) -> str:
     """Returns the name of the file with the replies under a resistance test, which is written only if it is asked for."""
     return f"{RESISTANCE}/replies/{test}.json"
+
+
+def figure_list(folder: str) -> str:
+    """Returns the name of the list of the figures that a folder has as files."""
+    return f"{folder}/figures.json"
 
 
 def loss_name(intervention: str) -> str:

@@ -5,7 +5,7 @@ from typing import Any
 
 from refusal_jax.report.findings import Findings
 from refusal_jax.report.page import write_report
-from refusal_jax.runs.artifacts import FIGURE_LIST, FIGURES, REPORT
+from refusal_jax.runs.artifacts import REPORT, figure_list
 from refusal_jax.runs.ledger import Ledger
 from refusal_jax.runs.stage import Stage
 from refusal_jax.study.shared import Study
@@ -24,8 +24,11 @@ def report_on(stages: Sequence[Stage[Any]]) -> Stage[Study]:
     )
 
 
-def figures_of(stages: Sequence[Stage[Any]]) -> Stage[Study]:
-    """Returns the stage that writes each figure of the report as SVG and PNG with its data as CSV, and the list of them."""
+def figures_of(stages: Sequence[Stage[Any]], folder: str, name: str = "figures") -> Stage[Study]:
+    """Returns the stage that writes each figure of some stages as SVG and PNG with its data as CSV, and the list of them.
+
+    folder: where, below the run's. name: of the stage.
+    """
     sections = [stage.section for stage in stages if stage.section]
 
     def export(study: Study, ledger: Ledger) -> None:
@@ -33,18 +36,19 @@ def figures_of(stages: Sequence[Stage[Any]]) -> Stage[Study]:
         for section in findings.sections:
             for picture in section.pictures(findings):
                 files = picture.files()
-                for name, data in files.items():
-                    study.run.write(f"{FIGURES}/{name}", data)
+                for file, data in files.items():
+                    study.run.write(f"{folder}/{file}", data)
                 listed.append({"name": picture.name, "label": picture.label, "files": list(files)})
-        study.run.write_json(FIGURE_LIST, listed)
+        study.run.write_json(figure_list(folder), listed)
 
     def written(study: Study) -> list[str]:
         """Returns the names of the list and of what it lists."""
-        listed = study.run.read_json(FIGURE_LIST) if study.run.exists(FIGURE_LIST) else []
-        return [FIGURE_LIST, *(f"{FIGURES}/{name}" for row in listed for name in row["files"])]
+        names = figure_list(folder)
+        listed = study.run.read_json(names) if study.run.exists(names) else []
+        return [names, *(f"{folder}/{file}" for row in listed for file in row["files"])]
 
     return Stage(
-        "figures",
+        name,
         export,
         reads=lambda study: [name for stage in stages for name in stage.outputs(study)],
         writes=written,

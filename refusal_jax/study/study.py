@@ -18,11 +18,12 @@ from refusal_jax.judges.judge import Judge
 from refusal_jax.models.config import ModelConfig
 from refusal_jax.models.hf_config import load_config
 from refusal_jax.plan.programs import USUAL_LENGTH, Workload
-from refusal_jax.runs.artifacts import NO_DIRECTION
+from refusal_jax.runs.artifacts import FIGURES, NO_DIRECTION
 from refusal_jax.runs.run import Run, recorded_manifest
 from refusal_jax.study import completions, directions, evaluations, loss, projections, prompts, selection
 from refusal_jax.study.checks import check_settings
 from refusal_jax.study.config import BehaviourSettings, StudyConfig
+from refusal_jax.study.damage import stages as damage
 from refusal_jax.study.mechanism import stages as mechanism
 from refusal_jax.study.report import figures_of, report_on
 from refusal_jax.study.shared import Study
@@ -36,12 +37,13 @@ STEPS = (
     evaluations.STAGE,
 )
 COMMIT = "commit of "  # before a name on the hub, among the inputs that the manifest records
-REPORT_STAGE = report_on((*STEPS, *mechanism.STAGES))
-FIGURES_STAGE = figures_of((*STEPS, *mechanism.STAGES))
+SHOWN = (*STEPS, *mechanism.STAGES, *damage.STAGES)  # those that add to the report
+REPORT_STAGE = report_on(SHOWN)
+FIGURES_STAGE = figures_of((*STEPS, *mechanism.STAGES), FIGURES)
 STAGES = (*STEPS, REPORT_STAGE)
 GROUPS = tuple(stage.programs for stage in STAGES if stage.programs)
 RETRIED = {stage.name: stage.settings for stage in STAGES if stage.settings}
-SECTIONS = tuple(stage.section for stage in (*STEPS, *mechanism.STAGES) if stage.section)
+SECTIONS = tuple(stage.section for stage in SHOWN if stage.section)
 
 
 def workload(cfg: ModelConfig, dtype: str, config: StudyConfig, length: int = USUAL_LENGTH) -> Workload:

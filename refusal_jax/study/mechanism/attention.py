@@ -92,7 +92,7 @@ def arrays(groups: dict[str, Reading]) -> dict[str, np.ndarray]:
 
 def programs(shapes: Shapes, rows: int) -> list[Program]:
     """Returns the pass over the prompts of the suffix study, for `plan`."""
-    work, settings = shapes.work, shapes.work.mechanism
+    work, settings = shapes.work, shapes.work.further
     prompts, heads = min(settings.suffixes.n_prompts, work.config.data.n_test), settings.attribution.heads
 
     def lower():

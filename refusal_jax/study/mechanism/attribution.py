@@ -41,7 +41,7 @@ def attribute_rows(study: MechanismStudy, ledger: Ledger) -> None:
 def programs(shapes: Shapes, rows: int) -> list[Program]:
     """Returns the pass over all rows of the suffix study, for `plan`."""
     work = shapes.work
-    prompts = min(work.mechanism.suffixes.n_prompts, work.config.data.n_test)
+    prompts = min(work.further.suffixes.n_prompts, work.config.data.n_test)
     along = shapes.array((rows, work.cfg.d_model), jnp.float32, "batch")
 
     def lower():

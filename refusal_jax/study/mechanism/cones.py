@@ -158,7 +158,7 @@ def independence(study: MechanismStudy, trained: dict[int, Trained], seed: int) 
 def programs(shapes: Shapes, rows: int) -> list[Program]:
     """Returns the gradients of both losses for one step of each dimension, for `plan`, as if every dimension took all its
     steps."""
-    work, settings = shapes.work, shapes.work.mechanism.cones
+    work, settings = shapes.work, shapes.work.further.cones
     length = bucket(work.length + settings.target_tokens)
     batch, samples = settings.batch or 16, settings.samples or 8
     directions = sum(k + (samples if k > 1 else 0) for k in range(1, settings.dimensions + 1))

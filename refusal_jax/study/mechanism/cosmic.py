@@ -1,15 +1,13 @@
 """Tells which direction COSMIC would select, which looks at activations and at no refusal token."""
 
-import math
 import pathlib
 import time
 
-import jax.numpy as jnp
 import numpy as np
 
 from refusal_jax.judges.behaviours import REFUSAL, Behaviour
 from refusal_jax.mechanism.cosmic import CosmicRule, cosine, cosmic_pick, cosmic_scores, distant_layers
-from refusal_jax.mechanism.edited_prompts import LAST, read_edited
+from refusal_jax.mechanism.edited_prompts import planned_passes
 from refusal_jax.plan.programs import Group, Program, Shapes
 from refusal_jax.report.findings import Findings, Section
 from refusal_jax.runs.artifacts import CANDIDATES, COSMIC, DIRECTION, FILTER, MEANS, METADATA, PROMPTS
@@ -79,19 +77,9 @@ def lines(findings: Findings) -> list[str]:
 def programs(shapes: Shapes, rows: int) -> list[Program]:
     """Returns the passes of validation prompts under one edit after another, for `plan`."""
     work = shapes.work
-    prompts = min(rows, 8 * math.ceil(work.config.data.n_val / 8))
-    times = max(rows // prompts, 1)
-
-    def lower():
-        ids = shapes.array((1,), jnp.int32)
-        rest = shapes.logits(prompts), shapes.array((prompts,), jnp.bool_), ids, ids, LAST
-        inputs = shapes.prompts(times * prompts), shapes.edits(times * prompts)
-        return read_edited.lower(shapes.decoder, *inputs[0], inputs[1], *rest)
-
     layers = CosmicRule(prune_fraction=work.config.select.prune_fraction).layers(work.cfg.n_layers)
     candidates = layers * work.positions * (PASS_INDUCE + 2 * PASS_KL)
-    runs = math.ceil(candidates / times) * math.ceil(work.config.data.n_val / prompts)
-    return [Program("edited prompts", lower, runs, times * prompts, work.length, work.cfg.n_layers)]
+    return [planned_passes("edited prompts", shapes, rows, work.config.data.n_val, candidates, read=1)]
 
 
 STAGE = Stage(

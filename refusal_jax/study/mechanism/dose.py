@@ -5,7 +5,6 @@ import math
 import pathlib
 from collections.abc import Sequence
 
-import jax.numpy as jnp
 import numpy as np
 
 from refusal_jax.chat.padding import bucket
@@ -17,7 +16,7 @@ from refusal_jax.judges.scores import REFUSAL_SCORE
 from refusal_jax.judges.statistics import PairedRates, Rate, bounded
 from refusal_jax.judges.text import PAPERS
 from refusal_jax.mechanism.dose import Response, caused_dose, dose_rows, removed_dose, respond
-from refusal_jax.mechanism.edited_prompts import LAST, EditedPrompts, read_edited
+from refusal_jax.mechanism.edited_prompts import planned_passes
 from refusal_jax.plan.programs import Group, Program, Shapes
 from refusal_jax.progress import Progress
 from refusal_jax.report.findings import Findings, Section
@@ -32,12 +31,6 @@ ABLATION, ADDITION = "ablation", "addition"
 SHOWN = (0.0, 0.5, 1.0, math.inf)  # doses, or the nearest ones, at which replies are generated; the last is the largest
 
 
-def edited_prompts(study: MechanismStudy, split: str, most: int) -> EditedPrompts:
-    """Returns the first prompts of a split, at most so many, to be read under edits."""
-    texts = study.instructions(split, kept_only=False)[:most]
-    return EditedPrompts.build(study.model, texts, study.sizes.select, study.refusal_ids())
-
-
 def measure(study: MechanismStudy, ledger: Ledger) -> None:
     """Writes the scores and the KL of every prompt at every dose, the replies at some of them, and what follows."""
     settings, direction = study.settings.dose, study.direction()
@@ -46,7 +39,7 @@ def measure(study: MechanismStudy, ledger: Ledger) -> None:
         ABLATION: Edits.concat([Edits.ablate(raw_d, scale=dose) for dose in doses_m]),
         ADDITION: Edits.concat([Edits.add(raw_d, layer, dose) for dose in doses_m]),
     }
-    sides = {side: edited_prompts(study, f"{side}_test", settings.n_prompts) for side in ("harmful", "harmless")}
+    sides = {side: study.edited_prompts(f"{side}_test", settings.n_prompts) for side in ("harmful", "harmless")}
     found = {}
     parts = ((ABLATION, "harmful"), (ABLATION, "harmless"), (ADDITION, "harmless"))
     with Progress("doses", len(parts) * len(doses_m), "dose") as bar:
@@ -228,18 +221,8 @@ def values(findings: Findings) -> dict:
 
 def programs(shapes: Shapes, rows: int) -> list[Program]:
     """Returns the pass over the test prompts at all doses in `rows` rows, for `plan`."""
-    work = shapes.work
-    n = min(work.config.data.n_test, DoseSettings().n_prompts)
-    together = max(rows // (8 * -(-n // 8)), 1)
-    size = min(rows, 8 * -(-n // 8))
-
-    def lower():
-        inputs = *shapes.prompts(size * together), shapes.edits(size * together), shapes.logits(size)
-        rest = shapes.array((size,), jnp.bool_), shapes.array((1,), jnp.int32), shapes.array((0,), jnp.int32)
-        return read_edited.lower(shapes.decoder, *inputs, *rest, LAST)
-
-    runs = 3 * len(DoseSettings().doses) * math.ceil(n / size) / together
-    return [Program("doses", lower, runs, size * together, work.length, work.cfg.n_layers)]
+    n = min(shapes.work.config.data.n_test, DoseSettings().n_prompts)
+    return [planned_passes("doses", shapes, rows, n, 3 * len(DoseSettings().doses))]
 
 
 STAGE = Stage(

@@ -2,18 +2,15 @@
 components."""
 
 import dataclasses
-import math
 import pathlib
 
-import jax.numpy as jnp
 import numpy as np
 
-from refusal_jax.edits import Edits
 from refusal_jax.judges.behaviours import REFUSAL, Behaviour
 from refusal_jax.judges.statistics import Rate, bounded, mean_interval
 from refusal_jax.mechanism.activations import activations
 from refusal_jax.mechanism.dose import Response, half_place, respond
-from refusal_jax.mechanism.edited_prompts import LAST, EditedPrompts, read_edited
+from refusal_jax.mechanism.edited_prompts import EditedPrompts, planned_passes
 from refusal_jax.mechanism.ranks import ablations, left_over, mean_difference, principal_components, random_directions
 from refusal_jax.plan.programs import Group, Program, Shapes
 from refusal_jax.progress import Progress
@@ -21,7 +18,7 @@ from refusal_jax.report.findings import Findings, Section
 from refusal_jax.runs.artifacts import DIRECTION, FILTER, METADATA, PROMPTS, RANK, RANK_DIRECTIONS, SETUP
 from refusal_jax.runs.ledger import Ledger
 from refusal_jax.runs.stage import Stage
-from refusal_jax.study.mechanism.dose import edited_prompts, in_nats, in_percent
+from refusal_jax.study.mechanism.dose import in_nats, in_percent
 from refusal_jax.study.mechanism.settings import RankSettings
 from refusal_jax.study.mechanism.shared import MechanismStudy
 
@@ -115,7 +112,7 @@ def measure(study: MechanismStudy, ledger: Ledger) -> None:
     settings, (position, layer) = study.settings.rank, study.direction().place
     d_model, rows = study.model.config.d_model, study.sizes.forward
     most = min(settings.most, d_model - 1)
-    sides = [edited_prompts(study, f"{side}_test", settings.n_prompts) for side in ("harmful", "harmless")]
+    sides = [study.edited_prompts(f"{side}_test", settings.n_prompts) for side in ("harmful", "harmless")]
     base = [respond(prompts, ablations(np.zeros((1, d_model)), [1], most)) for prompts in sides]
     work = Breaking(study, ledger, sides[0], sides[1], most, (base[0], base[1]))
     basis_jd, found = work.found()
@@ -202,20 +199,10 @@ def values(findings: Findings) -> dict:
 
 def programs(shapes: Shapes, rows: int) -> list[Program]:
     """Returns the pass over the test prompts under one subspace in `rows` rows, for `plan`, as if refusal never broke."""
-    work, settings = shapes.work, RankSettings()
-    n = min(work.config.data.n_test, settings.n_prompts)
-    size = min(rows, 8 * -(-n // 8))
-    together = max(rows // size, 1)
-
-    def lower():
-        edits: Edits = shapes.edits(size * together)
-        wide = shapes.array((size * together, settings.most, work.cfg.d_model), jnp.float32, "batch")
-        inputs = *shapes.prompts(size * together), dataclasses.replace(edits, ablate_rjd=wide), shapes.logits(size)
-        rest = shapes.array((size,), jnp.bool_), shapes.array((1,), jnp.int32), shapes.array((0,), jnp.int32)
-        return read_edited.lower(shapes.decoder, *inputs, *rest, LAST)
-
-    runs = len(KINDS) * 2 * settings.most * math.ceil(n / size)
-    return [Program("ranks", lower, runs, size * together, work.length, work.cfg.n_layers)]
+    settings = RankSettings()
+    n = min(shapes.work.config.data.n_test, settings.n_prompts)
+    edits = len(KINDS) * 2 * settings.most
+    return [planned_passes("ranks", shapes, rows, n, edits, alone=True, directions=settings.most)]
 
 
 def skipped(study: MechanismStudy) -> str:

@@ -4,8 +4,9 @@ import dataclasses
 
 import numpy as np
 
-from refusal_jax.errors import UserError, did_you_mean, field
+from refusal_jax.errors import UserError, field
 from refusal_jax.settings import Settings, option, section
+from refusal_jax.study.further import FurtherSettings
 
 
 @dataclasses.dataclass
@@ -164,10 +165,11 @@ class MatrixSettings(Settings, path="matrices"):
 
 
 @dataclasses.dataclass
-class MechanismSettings(Settings):
+class MechanismSettings(FurtherSettings):
     """Every setting of the mechanism, with a section for each part that has settings of its own."""
 
-    parts: tuple[str, ...] = option((), "Names of the parts to do, with those that they read from; () does all of them")
+    of_what = "the mechanism"
+
     suffix: str = option(
         "",
         "File of suffixes for the study of what a suffix does: a .txt, .json, .jsonl or .csv file with one suffix for all "
@@ -195,12 +197,7 @@ class MechanismSettings(Settings):
         self.dose.check()
         self.rank.check()
         self.agreement.check()
-        for part in self.parts:
-            if part not in known:
-                raise UserError(
-                    f"{field('parts')} names {part!r}, which is no part of the mechanism.{did_you_mean(part, known)} The "
-                    f"parts are {', '.join(known)}."
-                )
+        super().check(known)
         for name, value in (
             ("suffixes.n_prompts", self.suffixes.n_prompts),
             ("attribution.heads", self.attribution.heads),

@@ -33,5 +33,3 @@ STAGES: tuple[Stage[MechanismStudy], ...] = (
     cones.STAGE,
     alternatives.STAGE,
 )
-PARTS = tuple(stage.name for stage in STAGES)
-GROUPS = tuple(stage.programs for stage in STAGES if stage.programs)

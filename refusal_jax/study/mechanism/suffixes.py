@@ -154,7 +154,7 @@ def as_json(rows: list[Suffixed], harmless: list[str], scores: dict[str, np.ndar
 
 def programs(shapes: Shapes, rows: int) -> list[Program]:
     """Returns the pass over the test prompts, and those over the chosen ones with their suffixes, for `plan`."""
-    work, most = shapes.work, shapes.work.mechanism.suffixes.n_prompts
+    work, most = shapes.work, shapes.work.further.suffixes.n_prompts
     (one,) = extraction_programs(shapes, rows)
     runs = 2 * math.ceil(work.config.data.n_test / rows) + 2 * math.ceil(min(most, work.config.data.n_test) / rows)
     return [dataclasses.replace(one, name="suffixes", runs=runs)]

@@ -1,0 +1,103 @@
+"""Reads where a grid ablates: names of places, such as `written@0%-25%`, which settle sites and layers for any model.
+
+A place is SITES@LAYERS. SITES is `all` (the paper's three sites), `written` (what attention and MLP write, which an edit of their
+weights changes, too), or names of sites joined by +. LAYERS is `all`, a band `FIRST-LAST`, or `tent:POSITION:DISTANCE`, whose
+strength falls linearly from its greatest at a position to none at a distance from there. A number counts layers from 0, or is a
+share of the depth in percent.
+"""
+
+import dataclasses
+import re
+from collections.abc import Sequence
+
+from refusal_jax.damage.partial import WRITTEN, Kernel, Partial, spread
+from refusal_jax.edits import SITES
+from refusal_jax.errors import UserError, did_you_mean, field
+
+GROUPS = {"all": SITES, "written": WRITTEN}
+NUMBER = r"(\d+(?:\.\d+)?)(%?)"
+BAND = re.compile(rf"{NUMBER}-{NUMBER}")
+TENT = re.compile(rf"tent:{NUMBER}:{NUMBER}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Where a direction is ablated in a model of a known depth: sites, and a kernel of strength 1 over the layers.
+
+    name: as the settings spell it. label: in words, for tables and figures.
+    """
+
+    name: str
+    label: str
+    sites: tuple[str, ...]
+    kernel: Kernel
+
+    def at(self, strength: float) -> Partial:
+        """Returns the ablation of this strength there."""
+        kernel = dataclasses.replace(self.kernel, most=strength * self.kernel.most, least=strength * self.kernel.least)
+        return Partial({site: kernel for site in self.sites})
+
+    @classmethod
+    def parse(cls, name: str, n_layers: int) -> "Place":
+        """Returns the place of a name. Raises UserError for one that cannot be read, and for layers that the model lacks."""
+        sites, at, layers = name.partition("@")
+        chosen = GROUPS.get(sites) or tuple(sites.split("+"))
+        for site in chosen:
+            if site not in SITES:
+                known = (*GROUPS, *SITES)
+                raise UserError(
+                    f"{field('grid.places')} names {name!r}, and {site!r} is no site.{did_you_mean(site, known)} Write "
+                    f"SITES@LAYERS, with sites among {', '.join(known)}, several of them joined by +."
+                )
+        kernel, where = _kernel(name, layers if at else "all", n_layers)
+        return cls(name, f"{'+'.join(chosen) if sites not in GROUPS else sites}, {where}", chosen, kernel)
+
+
+def _kernel(name: str, layers: str, n_layers: int) -> tuple[Kernel, str]:
+    """Returns the kernel of a place's layers, and what they are in words."""
+    last = n_layers - 1
+    if layers == "all":
+        return Kernel.band(1.0, 0, last), "all layers"
+    if found := BAND.fullmatch(layers):
+        ends = [float(found[1]), float(found[3])]
+        if found[2] != found[4]:
+            raise _unreadable(name, "one end of its band is a share of the depth and the other is not", n_layers)
+        if found[2]:
+            first, end = spread(n_layers, ends[0] / 100, ends[1] / 100)
+        else:
+            first, end = int(ends[0]), int(ends[1])
+        if not 0 <= first <= end <= last or ends[0] > ends[1] or (found[2] and ends[1] > 100):
+            raise _unreadable(name, "its band is empty or ends outside of the model", n_layers)
+        return Kernel.band(1.0, first, end), f"layer {first}" if first == end else f"layers {first} to {end}"
+    if found := TENT.fullmatch(layers):
+        position, distance = (
+            float(number) * (last / 100 if percent else 1.0)
+            for number, percent in (found.groups()[:2], found.groups()[2:])
+        )
+        if position > last or distance <= 0:
+            raise _unreadable(name, "its tent stands outside of the model or has no width", n_layers)
+        return Kernel(1.0, position, 0.0, distance), f"tent at {position:.3g} ± {distance:.3g}"
+    raise _unreadable(name, f"{layers!r} are no layers", n_layers)
+
+
+def _unreadable(name: str, why: str, n_layers: int) -> UserError:
+    return UserError(
+        f"{field('grid.places')} names {name!r}, and {why}. The model's layers are 0 to {n_layers - 1}. Write SITES@all, "
+        "SITES@FIRST-LAST or SITES@tent:POSITION:DISTANCE, with numbers of layers or with shares of the depth such as 25%."
+    )
+
+
+def places_of(names: Sequence[str], n_layers: int) -> list[Place]:
+    """Returns the places of some names, in order. Raises UserError for none, for names that cannot be read, and for two names of
+    one place."""
+    if not names:
+        raise UserError(f"{field('grid.places')} is empty: name at least one place, such as all@all.")
+    found = [Place.parse(name, n_layers) for name in names]
+    for number, place in enumerate(found):
+        for earlier in found[:number]:
+            if (place.sites, place.kernel) == (earlier.sites, earlier.kernel):
+                raise UserError(
+                    f"{field('grid.places')} names {earlier.name!r} and {place.name!r}, which are the same place in a model of "
+                    f"{n_layers} layers ({place.label}). Leave one of them out."
+                )
+    return found
