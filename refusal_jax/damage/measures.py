@@ -90,8 +90,8 @@ class PromptProbe:
 
 @dataclasses.dataclass(frozen=True)
 class TextProbe:
-    """Reads the mean cross-entropy of rows of text over the tokens that count, in nats. measure: what it tells, whose name is that
-    of the probe, too."""
+    """Reads the mean cross-entropy of rows of text over the tokens that count, in nats. measure: what it tells; its name is
+    that of the probe, too."""
 
     measure: Measure
     rows: EditedRows
