@@ -1,0 +1,108 @@
+"""Chooses the first tokens of a reply among the likeliest ones, so that it does not begin as a refusal (after 2512.05518).
+
+A model that is trained to refuse at any depth still has tokens that go on complying among its likeliest next ones. At each of the
+first tokens of a reply, the rule looks at the TOP likeliest tokens, leaves out those that end the reply or begin a refusal, and
+takes the one that a guide finds likeliest: the model itself, or the model under an edit, such as the ablation of a direction.
+Where nothing is left, all TOP are looked at. Every row is guided at once, in one program.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Bool, Int
+
+from refusal_jax.axes import Array
+from refusal_jax.chat.model import ChatModel
+from refusal_jax.chat.padding import TokenBatch
+from refusal_jax.chat.prompts import Chat
+from refusal_jax.edits import Edits
+from refusal_jax.models.cache import Cache
+from refusal_jax.models.decoder import Decoder
+from refusal_jax.models.finite import check_finite
+from refusal_jax.models.sharding import replicate
+
+TOP = 20  # tokens among which one is chosen, as in the paper
+BARRED = 1e9  # nats that a token is made less likely by, which is left out
+
+
+@dataclasses.dataclass(frozen=True)
+class Guided:
+    """The tokens that replies are begun with, int32 `[B, O]`, and the place of each among the model's likeliest, 0 the first."""
+
+    ids_bo: Int[np.ndarray, "B O"]
+    ranks_bo: Int[np.ndarray, "B O"]
+
+
+def barred_ids(chat: Chat, refusal_ids: Sequence[int]) -> tuple[int, ...]:
+    """Returns the tokens that the rule leaves out: those that end replies, and those that refusals begin with, at the start of a
+    line and within one."""
+    found = {*chat.eos_ids}
+    for token in refusal_ids:
+        word = chat.tokenizer.decode([token]).strip()
+        found |= {token, *(chat.ids(text)[0] for text in (word, f" {word}") if word)}
+    return tuple(sorted(token for token in found if token < chat.vocab_size))
+
+
+def guided_openings(
+    model: ChatModel, batch: TokenBatch, guide: Edits | None, barred: Sequence[int], steps: int, top: int = TOP
+) -> Guided:
+    """Returns the first tokens of a reply to each prompt, by the rule above.
+
+    guide: one row, the edit under which the guide reads the same tokens; None is the model itself. barred: tokens that are left
+    out. steps: tokens of each opening. Raises UserError for values that are not finite.
+    """
+    rows, cfg = len(batch.tokens), model.config
+    guide = guide or Edits.none(cfg.d_model)
+    edits = Edits.concat([Edits.none(cfg.d_model, rows), guide.take(np.zeros(rows, np.int32))])
+    tokens, mask = (np.concatenate([array, array]) for array in (batch.tokens, batch.mask))
+    inputs, barred_n = model.put(tokens, mask, edits), np.asarray(barred, np.int32)
+    out = guided_tokens(model.decoder, *inputs, barred_n, steps=steps, top=min(top, cfg.vocab_size))
+    ids_bo, ranks_bo, finite_b = jax.device_get(out)
+    check_finite(np.asarray(finite_b), model.decoder.dtype, "Openings cannot be chosen", bool(guide.in_force_r.any()))
+    return Guided(np.asarray(ids_bo), np.asarray(ranks_bo))
+
+
+@partial(jax.jit, static_argnames=("steps", "top"))
+def guided_tokens(
+    decoder: Decoder,
+    tokens_bt: Int[Array, "B T"],
+    mask_bt: Bool[Array, "B T"],
+    edits: Edits,
+    barred_n: Int[Array, " _"],
+    *,
+    steps: int,
+    top: int,
+) -> tuple[Int[Array, "_ O"], Int[Array, "_ O"], Bool[Array, " _"]]:
+    """Returns, for the first half of the rows, the chosen tokens, their ranks, and whether all values were finite.
+
+    The second half holds the same prompts, as the guide reads them.
+    """
+    half, one_b = len(tokens_bt) // 2, jnp.ones((len(tokens_bt), 1), bool)
+
+    def chosen(x_btd):
+        logits_bv, finite_b = decoder.next_logits(x_btd)
+        likely_nk, places_nk = jax.lax.top_k(logits_bv[:half], top)
+        guide_nk = jnp.take_along_axis(jax.nn.log_softmax(logits_bv[half:], axis=-1), places_nk, axis=1)
+        left_out_nk = jnp.isin(places_nk, barred_n) | ~jnp.isfinite(likely_nk)
+        rank_n = jnp.argmax(guide_nk - BARRED * left_out_nk, axis=1).astype(jnp.int32)
+        token_n = jnp.take_along_axis(places_nk, rank_n[:, None], axis=1)[:, 0].astype(jnp.int32)
+        return token_n, rank_n, finite_b[:half] & finite_b[half:]
+
+    read = decoder.forward(tokens_bt, mask_bt, edits)
+    cache = Cache.of_prompt(read.kv, mask_bt, tokens_bt.shape[1] + steps)
+    first = chosen(read.resid_btd)
+
+    def step(carry, _):
+        cache, (token_n, rank_n, finite_n) = carry
+        out = decoder.forward(jnp.tile(token_n, 2)[:, None], one_b, edits, cache=cache)
+        after = chosen(out.resid_btd)
+        return (cache.append(out.kv, one_b), (after[0], after[1], finite_n & after[2])), (token_n, rank_n)
+
+    (_, last), (ids_on, ranks_on) = jax.lax.scan(step, (cache, first), None, length=steps - 1)
+    ids_no = jnp.concatenate([ids_on, last[0][None]]).T
+    ranks_no = jnp.concatenate([ranks_on, last[1][None]]).T
+    return replicate(decoder.mesh, (ids_no, ranks_no, last[2]))
