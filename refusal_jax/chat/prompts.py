@@ -364,11 +364,9 @@ class Chat:
         return [self.tokenizer.decode(row, skip_special_tokens=True).strip() for row in rows]
 
     def replies(self, rows) -> list[thoughts.Reply]:
-        """Returns the replies of generated ids `[B, N]`, each up to its first end token, with its thought split off."""
-        return [
-            thoughts.split(self.decode_with_marks(self.before_end(row)), self.opened_thought)
-            for row in np.asarray(rows).tolist()
-        ]
+        """Returns the replies of generated ids, `[B, N]` or rows of any lengths, each up to its first end token, with its thought
+        split off."""
+        return [thoughts.split(self.decode_with_marks(self.before_end(row)), self.opened_thought) for row in rows]
 
     @functools.cached_property
     def opened_thought(self) -> str:

@@ -98,7 +98,7 @@ class Subject(Study):
         edits: Edits | None = None,
         model: ChatModel | None = None,
         suffixes: str | Sequence[str] | None = None,
-        prefills: str | Sequence[str] | None = None,
+        prefills: Sequence[Sequence[int]] | None = None,
         *,
         split: str = "test",
         budget: Budget | None = None,
@@ -106,15 +106,16 @@ class Subject(Study):
         """Returns what the checkpoint does under an attack, by its replies to the prompts of a part.
 
         edits: one row, in force for harmful and harmless prompts. model: the attacked weights in place of the checkpoint's.
-        suffixes, prefills: a text for all harmful prompts, or one for each: what is put after the prompt, and how its reply
-        begins, which the judge reads as part of the reply. Where neither edits nor weights change, harmless prompts are as
-        without an attack. split: "test" for the result, "val" for what a test tunes. budget: of the test, if this is part of
-        its search: the tokens are counted. Raises UserError for texts of another number than the prompts, prompts that do not
-        fit the context, and values that are not finite.
+        suffixes: a text that is put after all harmful prompts, or one for each. prefills: for each harmful prompt the tokens that
+        its reply begins with. The judge then reads the whole reply, and also what follows them alone: where either refuses, the
+        prompt is refused. Where neither edits nor weights change, harmless prompts are as without an attack. split: "test" for
+        the result, "val" for what a test tunes. budget: of the test, if this is part of its search: the tokens are counted.
+        Raises ValueError for suffixes or prefills of another number than the prompts, UserError for prompts that do not fit the
+        context, and for values that are not finite.
         """
-        asked = attacked_prompts(self.texts(f"harmful_{split}"), suffixes, prefills)
-        begun = [prefills] * len(asked) if isinstance(prefills, str) else prefills
-        return self._measured(model or self.model, edits, asked, split, begun, edits is None and model is None, budget)
+        asked = suffixed(self.texts(f"harmful_{split}"), suffixes)
+        as_plain = edits is None and model is None
+        return self._measured(model or self.model, edits, asked, split, prefills, as_plain, budget)
 
     def _measured(
         self,
@@ -122,18 +123,21 @@ class Subject(Study):
         edits: Edits | None,
         harmful: Sequence[Prompt],
         split: str,
-        begun: Sequence[str] | None = None,
+        begun: Sequence[Sequence[int]] | None = None,
         as_plain: bool = False,
         budget: Budget | None = None,
     ) -> Measured:
         """Returns what replies do; as_plain: whether harmless prompts are as without an attack."""
         harmless = [] if as_plain else self.texts(f"harmless_{split}")
-        rows = self.replies(model, [*harmful, *harmless], edits, budget)
-        for row, start in zip(rows, begun or (), strict=False):
-            row["response"] = start + row["response"]
+        starts = None if begun is None else [*begun, *([] for _ in harmless)]
+        rows = self.replies(model, [*harmful, *harmless], edits, budget, starts)
         texts = [*self.texts(f"harmful_{split}"), *harmless]
         rows = [{"prompt": text, **row} for text, row in zip(texts, rows, strict=True)]
-        did = distributed.share_json([one and str(one) for one in judged(self.judge, rows)])
+        did = judged(self.judge, rows)
+        if begun is not None:
+            rest = judged(self.judge, [row | {"response": row.get("continued", row["response"])} for row in rows])
+            did = [Did.REFUSES if then is Did.REFUSES else one for one, then in zip(did, rest, strict=True)]
+        did = distributed.share_json([one and str(one) for one in did])
         did, count = [one and Did(one) for one in did], len(harmful)
         if as_plain:
             plain = self.plain(split)
@@ -143,16 +147,24 @@ class Subject(Study):
         return Measured(tuple(did[:count]), tuple(did[count:]), kl, {"harmful": rows[:count], "harmless": rows[count:]})
 
     def replies(
-        self, model: ChatModel, prompts: Sequence[Prompt], edits: Edits | None = None, budget: Budget | None = None
+        self,
+        model: ChatModel,
+        prompts: Sequence[Prompt],
+        edits: Edits | None = None,
+        budget: Budget | None = None,
+        begun: Sequence[Sequence[int]] | None = None,
     ) -> list[dict]:
-        """Returns the greedy replies to prompts as rows `{"response", …}`, all under one edit."""
+        """Returns the greedy replies to prompts as rows `{"response", …}`, all under one edit. begun: the tokens that each reply
+        begins with; rows then have what follows as "continued"."""
         cfg, found = model.config, {}
-        ids = [model.chat.prompt_ids(prompt) for prompt in prompts]
+        begun = [[] for _ in prompts] if begun is None else begun
+        ids = [[*model.chat.prompt_ids(prompt), *start] for prompt, start in zip(prompts, begun, strict=True)]
         under = (edits or Edits.none(cfg.d_model)).for_batch(len(ids), cfg.n_layers, cfg.d_model)
         longest = max([*map(len, ids), self._longest])
         length = min(bucket(longest), cfg.context_length)
         at_once = min(self.sizes.generation, 8 * -(-len(ids) // 8))
-        write_replies(model, ids, under, self.settings.max_new_tokens, at_once, "replies", found.update, length)
+        starts, most = begun if any(begun) else (), self.settings.max_new_tokens
+        write_replies(model, ids, under, most, at_once, "replies", found.update, length, starts)
         rows = [found[number] for number in range(len(ids))]
         if budget:
             budget.forward(sum(map(len, ids)) + sum(len(model.chat.ids(row["response"])) for row in rows))
@@ -176,20 +188,10 @@ class Subject(Study):
         return tuple(prompts.read(edits).kl_mn[0].tolist())
 
 
-def attacked_prompts(
-    prompts: Sequence[str], suffixes: str | Sequence[str] | None, prefills: str | Sequence[str] | None
-) -> list[Prompt]:
-    """Returns prompts with a suffix each and the beginning of the reply, as a chat model takes them. Raises ValueError for
-    texts of another number than the prompts."""
+def suffixed(prompts: Sequence[str], suffixes: str | Sequence[str] | None) -> list[str]:
+    """Returns prompts with a suffix each. Raises ValueError for suffixes of another number than the prompts."""
     after = [suffixes] * len(prompts) if isinstance(suffixes, str) else suffixes or [""] * len(prompts)
-    asked: list[Prompt] = [prompt + suffix for prompt, suffix in zip(prompts, after, strict=True)]
-    if prefills is None:
-        return asked
-    begun = [prefills] * len(prompts) if isinstance(prefills, str) else prefills
-    return [
-        [{"role": "user", "content": prompt}, {"role": "assistant", "content": start}]
-        for prompt, start in zip(asked, begun, strict=True)
-    ]
+    return [prompt + suffix for prompt, suffix in zip(prompts, after, strict=True)]
 
 
 def judged(judge: Judge, rows: Sequence[dict]) -> list[Did | None]:

@@ -88,17 +88,23 @@ def write_replies(
     title: str,
     done: Callable[[Mapping[int, dict]], None],
     length: int = 0,
+    begun: Sequence[Sequence[int]] = (),
 ) -> None:
     """Decodes the replies to prompts, each under its own row of edits, and calls `done` with those that have ended, as
     `{number of the prompt: row}`.
 
-    length: in tokens, that prompts are padded to; 0 is that of the longest.
+    length: in tokens, that prompts are padded to; 0 is that of the longest. begun: for each prompt the tokens at its end that
+    are the beginning of its reply; rows then also have the text after them, as "continued".
     """
     length = length or min(bucket(max(map(len, ids))), model.config.context_length)
     batch = model.chat.pad(ids, length)
     with Progress(title, len(ids), "reply") as bar:
         for ended, generated in model.reply_ids(batch, max_new_tokens, edits, rows=batch_size):
-            done({n: reply.row for n, reply in zip(ended, model.chat.replies(generated), strict=True)})
+            whole = [[*(begun[n] if begun else ()), *row] for n, row in zip(ended, generated.tolist(), strict=True)]
+            rows = [reply.row for reply in model.chat.replies(whole)]
+            if begun:
+                rows = [row | {"continued": rest} for row, rest in zip(rows, model.chat.decode(generated), strict=True)]
+            done(dict(zip(ended, rows, strict=True)))
             bar.update(len(ended))
 
 
