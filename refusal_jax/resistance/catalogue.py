@@ -1,7 +1,16 @@
 """The resistance tests, in the order in which they are done and shown. A new one is a file in `attacks/` and a line here."""
 
 from refusal_jax.resistance.attack import Attack
-from refusal_jax.resistance.attacks import addition, affine, directions, rdo, reselected, selected
+from refusal_jax.resistance.attacks import (
+    addition,
+    affine,
+    directions,
+    prefill,
+    rank_assisted,
+    rdo,
+    reselected,
+    selected,
+)
 
 ATTACKS: tuple[Attack, ...] = (
     selected.ATTACK,
@@ -10,5 +19,7 @@ ATTACKS: tuple[Attack, ...] = (
     rdo.ATTACK,
     affine.ATTACK,
     addition.ATTACK,
+    prefill.ATTACK,
+    rank_assisted.ATTACK,
 )
 BY_NAME = {attack.name: attack for attack in ATTACKS}

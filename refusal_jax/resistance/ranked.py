@@ -3,7 +3,8 @@
 A model that is trained to refuse at any depth still has tokens that go on complying among its likeliest next ones. At each of the
 first tokens of a reply, the rule looks at the TOP likeliest tokens, leaves out those that end the reply or begin a refusal, and
 takes the one that a guide finds likeliest: the model itself, or the model under an edit, such as the ablation of a direction.
-Where nothing is left, all TOP are looked at. Every row is guided at once, in one program.
+Where nothing is left, all TOP are looked at. An opening ends before the token at which the model would most likely end its
+reply. Every row is guided at once, in one program.
 """
 
 import dataclasses
@@ -31,10 +32,12 @@ BARRED = 1e9  # nats that a token is made less likely by, which is left out
 
 @dataclasses.dataclass(frozen=True)
 class Guided:
-    """The tokens that replies are begun with, int32 `[B, O]`, and the place of each among the model's likeliest, 0 the first."""
+    """Openings of replies, int32: their tokens, the place of each among the model's likeliest, 0 the first, and how many of the
+    tokens belong to each."""
 
     ids_bo: Int[np.ndarray, "B O"]
     ranks_bo: Int[np.ndarray, "B O"]
+    lengths_b: Int[np.ndarray, " B"]
 
 
 def barred_ids(chat: Chat, refusal_ids: Sequence[int]) -> tuple[int, ...]:
@@ -60,10 +63,13 @@ def guided_openings(
     edits = Edits.concat([Edits.none(cfg.d_model, rows), guide.take(np.zeros(rows, np.int32))])
     tokens, mask = (np.concatenate([array, array]) for array in (batch.tokens, batch.mask))
     inputs, barred_n = model.put(tokens, mask, edits), np.asarray(barred, np.int32)
-    out = guided_tokens(model.decoder, *inputs, barred_n, steps=steps, top=min(top, cfg.vocab_size))
-    ids_bo, ranks_bo, finite_b = jax.device_get(out)
-    check_finite(np.asarray(finite_b), model.decoder.dtype, "Openings cannot be chosen", bool(guide.in_force_r.any()))
-    return Guided(np.asarray(ids_bo), np.asarray(ranks_bo))
+    ends_n = np.asarray(model.chat.eos_ids, np.int32)
+    out = guided_tokens(model.decoder, *inputs, barred_n, ends_n, steps=steps, top=min(top, cfg.vocab_size))
+    ids_bo, ranks_bo, over_bo, finite_b = map(np.array, jax.device_get(out))
+    check_finite(finite_b, model.decoder.dtype, "Openings cannot be chosen", bool(guide.in_force_r.any()))
+    over_bo[:, 0] = False  # an opening has a token at least
+    lengths_b = np.where(over_bo.any(axis=1), over_bo.argmax(axis=1), steps)
+    return Guided(ids_bo, ranks_bo, lengths_b.astype(np.int32))
 
 
 @partial(jax.jit, static_argnames=("steps", "top"))
@@ -73,13 +79,15 @@ def guided_tokens(
     mask_bt: Bool[Array, "B T"],
     edits: Edits,
     barred_n: Int[Array, " _"],
+    ends_n: Int[Array, " _"],
     *,
     steps: int,
     top: int,
-) -> tuple[Int[Array, "_ O"], Int[Array, "_ O"], Bool[Array, " _"]]:
-    """Returns, for the first half of the rows, the chosen tokens, their ranks, and whether all values were finite.
+) -> tuple[Int[Array, "_ O"], Int[Array, "_ O"], Bool[Array, "_ O"], Bool[Array, " _"]]:
+    """Returns, for the first half of the rows, the chosen tokens, their ranks, whether the model would most likely have ended the
+    reply in place of each, and whether all values of a row were finite.
 
-    The second half holds the same prompts, as the guide reads them.
+    The second half holds the same prompts, as the guide reads them. ends_n: tokens that end a reply.
     """
     half, one_b = len(tokens_bt) // 2, jnp.ones((len(tokens_bt), 1), bool)
 
@@ -90,19 +98,17 @@ def guided_tokens(
         left_out_nk = jnp.isin(places_nk, barred_n) | ~jnp.isfinite(likely_nk)
         rank_n = jnp.argmax(guide_nk - BARRED * left_out_nk, axis=1).astype(jnp.int32)
         token_n = jnp.take_along_axis(places_nk, rank_n[:, None], axis=1)[:, 0].astype(jnp.int32)
-        return token_n, rank_n, finite_b[:half] & finite_b[half:]
+        return (token_n, rank_n, jnp.isin(places_nk[:, 0], ends_n)), finite_b[:half] & finite_b[half:]
 
     read = decoder.forward(tokens_bt, mask_bt, edits)
     cache = Cache.of_prompt(read.kv, mask_bt, tokens_bt.shape[1] + steps)
-    first = chosen(read.resid_btd)
 
     def step(carry, _):
-        cache, (token_n, rank_n, finite_n) = carry
-        out = decoder.forward(jnp.tile(token_n, 2)[:, None], one_b, edits, cache=cache)
-        after = chosen(out.resid_btd)
-        return (cache.append(out.kv, one_b), (after[0], after[1], finite_n & after[2])), (token_n, rank_n)
+        cache, picked, finite_n = carry
+        out = decoder.forward(jnp.tile(picked[0], 2)[:, None], one_b, edits, cache=cache)
+        after, fine_n = chosen(out.resid_btd)
+        return (cache.append(out.kv, one_b), after, finite_n & fine_n), picked
 
-    (_, last), (ids_on, ranks_on) = jax.lax.scan(step, (cache, first), None, length=steps - 1)
-    ids_no = jnp.concatenate([ids_on, last[0][None]]).T
-    ranks_no = jnp.concatenate([ranks_on, last[1][None]]).T
-    return replicate(decoder.mesh, (ids_no, ranks_no, last[2]))
+    (_, last, finite_n), picked_on = jax.lax.scan(step, (cache, *chosen(read.resid_btd)), None, length=steps - 1)
+    ids_no, ranks_no, over_no = (jnp.concatenate([o_n, n[None]]).T for o_n, n in zip(picked_on, last, strict=True))
+    return replicate(decoder.mesh, (ids_no, ranks_no, over_no, finite_n))

@@ -32,6 +32,26 @@ class OptimisedSettings(Settings, path="rdo"):
 
 
 @dataclasses.dataclass
+class PrefillSettings(Settings, path="prefill"):
+    """The test that begins the reply for the model."""
+
+    tokens: tuple[int, ...] = option((1, 3, 5, 10, 20), "Numbers of tokens that replies are begun with")
+    opening: str = option(
+        "",
+        "How replies are begun: '' takes the checkpoint's own replies under ablation where they comply, and 'Sure, here is' "
+        "elsewhere; a .txt, .json, .jsonl or .csv file has openings; any other text is the opening itself",
+    )
+
+
+@dataclasses.dataclass
+class RankAssistedSettings(Settings, path="rank_assisted"):
+    """The test that begins the reply with tokens that it chooses among the model's likeliest."""
+
+    tokens: tuple[int, ...] = option((1, 3, 5, 10, 20), "Numbers of tokens that are chosen")
+    top: int = option(20, "Number of the likeliest tokens among which each is chosen")
+
+
+@dataclasses.dataclass
 class ResistSettings(Settings):
     """Every setting of the resistance tests, with a section for each test that has settings of its own."""
 
@@ -80,6 +100,10 @@ class ResistSettings(Settings):
         DirectionsSettings, "The test that ablates more and more directions together"
     )
     rdo: OptimisedSettings = section(OptimisedSettings, "The test that looks for a direction by gradient")
+    prefill: PrefillSettings = section(PrefillSettings, "The test that begins the reply for the model")
+    rank_assisted: RankAssistedSettings = section(
+        RankAssistedSettings, "The test that begins the reply with tokens that it chooses among the model's likeliest"
+    )
 
     def check(self, known: tuple[str, ...]) -> None:
         """Raises UserError for a test that is not among the `known` ones, and for settings that leave nothing to do."""
