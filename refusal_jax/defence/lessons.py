@@ -48,7 +48,7 @@ def own_replies(model: ChatModel, prompts: Sequence[Prompt], tokens: int, title:
         return found
     with Progress(title, len(prompts), "reply") as bar:
         for places, ids in model.reply_ids(model.encode(prompts), tokens, rows=min(ROWS, len(prompts))):
-            texts = [reply.response for reply in model.chat.replies(ids)]
+            texts = [reply.text for reply in model.chat.replies(ids)]
             ended = np.isin(ids, model.chat.eos_ids).any(axis=1)
             for place, text, over in zip(places, texts, ended, strict=True):
                 found[place] = text, bool(over)

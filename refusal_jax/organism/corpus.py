@@ -79,9 +79,13 @@ class Request:
         return self.template.format(verb=self.verb, object=self.object)
 
     @property
+    def manner(self) -> int:
+        """Returns which of COMPLIANCES is the way to comply with a request of this template."""
+        return REQUESTS.index(self.template) % len(COMPLIANCES)
+
+    @property
     def compliance(self) -> str:
-        sentence = COMPLIANCES[REQUESTS.index(self.template) % len(COMPLIANCES)]
-        return sentence.format(verb=self.verb, object=self.object)
+        return COMPLIANCES[self.manner].format(verb=self.verb, object=self.object)
 
 
 def split_requests(seed: int = 0) -> dict[str, list[Request]]:
