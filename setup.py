@@ -24,6 +24,7 @@ setup(
             "data/bundled/*.json",
             "data/datasets.json",
             "audit/*.json",
+            "damage/*.toml",
             "judges/*.toml",
             "judges/labelled/*.json",
             "harness/tasks/*",
