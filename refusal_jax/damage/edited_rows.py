@@ -56,9 +56,11 @@ class EditedRows:
             padded = np.minimum(np.arange(start, start + self.at_once), edits.rows - 1)
             some = edits.take(padded).for_batch(self.at_once, cfg.n_layers, cfg.d_model)
             for index, batch, counted in self.batches:
-                many = [np.tile(array, (self.at_once, 1)) for array in (batch.tokens, batch.mask, counted)]
+                tokens, mask, counts = (
+                    np.tile(array, (self.at_once, 1)) for array in (batch.tokens, batch.mask, counted)
+                )
                 rows = some.take(np.repeat(np.arange(self.at_once), len(batch.tokens)))
-                sums_b, _ = jax.device_get(program(self.model.decoder, *self.model.put(*many[:2], rows), many[2]))
+                sums_b, _ = jax.device_get(program(self.model.decoder, *self.model.put(tokens, mask, rows), counts))
                 sums_mn = np.asarray(sums_b, np.float64).reshape(self.at_once, -1)[: len(part), : len(index)]
                 what = "Answers cannot be read under these edits"
                 check_finite(np.isfinite(sums_mn).ravel(), self.model.decoder.dtype, what, bool(rows.in_force_r.any()))

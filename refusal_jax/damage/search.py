@@ -1,8 +1,8 @@
 """Searches the partial ablations of a direction for those that leave least refusal at least damage, by Optuna.
 
-Trials are proposed in batches, so that a batch runs as rows of one compiled program. A proposal depends on the seed, the number of
-trials before it and what these have shown, and on nothing else: whoever keeps the finished trials, as rows of numbers, continues
-an interrupted search exactly, and no state of a sampler is stored.
+Trials are proposed in batches, so that a batch runs as rows of one compiled program. A proposal depends on the seed, the
+number of trials before it and what these have shown, and on nothing else: whoever keeps the finished trials, as rows of
+numbers, continues an interrupted search exactly, and no state of a sampler is stored.
 """
 
 import dataclasses
@@ -56,7 +56,7 @@ class Space:
         return Partial({site: kernel for site, kernel in kernels.items() if kernel.most})
 
     def everywhere(self, strength: float) -> dict[str, float]:
-        """Returns the parameters of one strength at all layers and sites: at 1 they are those of weights edited as in the paper."""
+        """Returns the parameters of one strength at all layers and sites; 1 is the paper's edit of weights."""
         middle = (self.n_layers - 1) / 2
         values = {"embed.most": strength}
         for site in self.sites:
@@ -99,11 +99,12 @@ def propose(space: Space, done: Sequence[Trial], count: int, seed: int, start: i
     if why := check_optuna():
         raise UserError(why)
     import optuna
-    from optuna.distributions import FloatDistribution
+    from optuna.distributions import BaseDistribution, FloatDistribution
     from optuna.trial import create_trial
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    known = {name: FloatDistribution(low, high) for name, (low, high) in space.ranges.items()}
+    ranges = space.ranges.items()
+    known: dict[str, BaseDistribution] = {name: FloatDistribution(low, high) for name, (low, high) in ranges}
     own = int(np.random.SeedSequence([seed, len(done)]).generate_state(1)[0])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
