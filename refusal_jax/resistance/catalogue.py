@@ -10,6 +10,8 @@ from refusal_jax.resistance.attacks import (
     rdo,
     reselected,
     selected,
+    stripped,
+    suffix,
 )
 
 ATTACKS: tuple[Attack, ...] = (
@@ -19,7 +21,9 @@ ATTACKS: tuple[Attack, ...] = (
     rdo.ATTACK,
     affine.ATTACK,
     addition.ATTACK,
+    stripped.ATTACK,
     prefill.ATTACK,
     rank_assisted.ATTACK,
+    suffix.ATTACK,
 )
 BY_NAME = {attack.name: attack for attack in ATTACKS}

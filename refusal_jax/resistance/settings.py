@@ -32,6 +32,16 @@ class OptimisedSettings(Settings, path="rdo"):
 
 
 @dataclasses.dataclass
+class StrippedSettings(Settings, path="stripped"):
+    """The test that takes the low-rank part of the checkpoint's change from its base out of it."""
+
+    rank: int = option(
+        0, "Rank of what is taken out of each tensor; 0 finds it where the singular values of the change drop"
+    )
+    otherwise: int = option(16, "Rank of what is taken out of a tensor whose singular values do not drop")
+
+
+@dataclasses.dataclass
 class PrefillSettings(Settings, path="prefill"):
     """The test that begins the reply for the model."""
 
@@ -49,6 +59,44 @@ class RankAssistedSettings(Settings, path="rank_assisted"):
 
     tokens: tuple[int, ...] = option((1, 3, 5, 10, 20), "Numbers of tokens that are chosen")
     top: int = option(20, "Number of the likeliest tokens among which each is chosen")
+
+
+@dataclasses.dataclass
+class SuffixSettings(Settings, path="suffix"):
+    """The test that puts a suffix behind each harmful prompt."""
+
+    file: str = option(
+        "", "File of suffixes (.txt, .json, .jsonl or .csv); '' is the embedded model's, on its family only"
+    )
+    steps: int = option(
+        0, "Steps of a search for another suffix, on models of the embedded family only; 0 searches none"
+    )
+    tokens: int = option(16, "Tokens of the suffix that is searched")
+
+
+@dataclasses.dataclass
+class FineTuneSettings(Settings, path="fine_tune"):
+    """The test that fine-tunes the checkpoint for a short time."""
+
+    file: str = option(
+        "",
+        "File of prompts and replies that is learnt, too (.json, .jsonl or .csv); '' is harmless training prompts alone",
+    )
+    answers: str = option(
+        "base", "Whose answers to harmless prompts are learnt: 'base', if there is one, or 'own', the checkpoint's"
+    )
+    ablate: bool = option(
+        True, "Also ablate a direction that is found in the tuned weights, if that removes more refusals"
+    )
+    method: str = option(
+        "lora", "What is trained: 'lora', low-rank factors beside frozen matrices, or 'full', all weights"
+    )
+    rank: int = option(8, "Rank of the factors")
+    rows: int = option(64, "Largest number of prompts that are learnt from")
+    steps: int = option(30, "Largest number of steps")
+    batch: int = option(8, "Rows of a step's batch")
+    rate: float = option(1e-3, "Largest learning rate of AdamW")
+    max_tokens: int = option(256, "Tokens of a row at most")
 
 
 @dataclasses.dataclass
@@ -100,10 +148,15 @@ class ResistSettings(Settings):
         DirectionsSettings, "The test that ablates more and more directions together"
     )
     rdo: OptimisedSettings = section(OptimisedSettings, "The test that looks for a direction by gradient")
+    stripped: StrippedSettings = section(
+        StrippedSettings, "The test that takes the low-rank part of the checkpoint's change from its base out of it"
+    )
     prefill: PrefillSettings = section(PrefillSettings, "The test that begins the reply for the model")
     rank_assisted: RankAssistedSettings = section(
         RankAssistedSettings, "The test that begins the reply with tokens that it chooses among the model's likeliest"
     )
+    suffix: SuffixSettings = section(SuffixSettings, "The test that puts a suffix behind each harmful prompt")
+    fine_tune: FineTuneSettings = section(FineTuneSettings, "The test that fine-tunes the checkpoint for a short time")
 
     def check(self, known: tuple[str, ...]) -> None:
         """Raises UserError for a test that is not among the `known` ones, and for settings that leave nothing to do."""
