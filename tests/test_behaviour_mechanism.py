@@ -96,7 +96,7 @@ def test_replies_are_judged_by_the_judge_of_the_behaviour(judges, found, tmp_pat
     config.behaviour.update(name="eagerness", present="eager", absent="plain")
     config.judges = judges
     study = MechanismStudy(MechanismSettings(), config, Run(tmp_path, {"config": config.to_dict()}), tmp_path)
-    judge = dose.judge_of(study)
+    judge = study.text_judge
     assert judge is None if found is None else judge is not None and judge.name == found
     reason = alternatives.STAGE.skipped(study)
     assert reason == "" if found else "decides about eagerness, and this part judges replies without a model" in reason

@@ -32,6 +32,7 @@ SCATTER, SCATTER_POINTS = f"{MECHANISM}/scatter.json", f"{MECHANISM}/scatter.saf
 MATRICES, MATRIX_DIRECTIONS = f"{MECHANISM}/matrices.json", f"{MECHANISM}/matrices.safetensors"
 REMOVAL = "damage"  # the folder of what is added about the damage that removal does
 GRID, GRID_VALUES = f"{REMOVAL}/grid.json", f"{REMOVAL}/grid.safetensors"
+REPLIES, REPLY_VALUES = f"{REMOVAL}/replies.json", f"{REMOVAL}/replies.safetensors"
 REMOVAL_FIGURES = f"{REMOVAL}/figures"  # the folder of its figures as files
 FIGURES = f"{MECHANISM}/figures"  # the folder of the report's figures as files, and their list
 RESISTANCE = "resistance"  # the folder of what resistance tests add to a checkpoint's study

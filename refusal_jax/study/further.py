@@ -7,10 +7,10 @@ from typing import ClassVar, Generic, TypeVar
 
 from refusal_jax.chat.padding import bucket
 from refusal_jax.errors import UserError, did_you_mean, field
-from refusal_jax.judges.choice import WITHOUT_MODEL, parse_judges
+from refusal_jax.judges.choice import REFUSAL_JUDGES, WITHOUT_MODEL, parse_judges
 from refusal_jax.judges.judge import Judge
 from refusal_jax.judges.scores import REFUSAL_SCORE
-from refusal_jax.judges.text import EXTENDED
+from refusal_jax.judges.text import EXTENDED, PAPERS
 from refusal_jax.judges.words import WORD_JUDGES
 from refusal_jax.mechanism.edited_prompts import EditedPrompts
 from refusal_jax.models.config import ModelConfig
@@ -74,6 +74,13 @@ class FurtherStudy(Study, Generic[T]):
         spec = next((spec for spec in self.config.judges if spec.partition("=")[0] == of.judge), "")
         alone = of.judge in WORD_JUDGES or (spec in WITHOUT_MODEL and spec != REFUSAL_SCORE)
         return parse_judges([spec], 1)[0] if alone else None
+
+    @property
+    def text_judge(self) -> Judge | None:
+        """Returns the study's first judge of refusals that needs neither a model nor scores, or else the paper's; that of another
+        behaviour, None if it needs a model."""
+        known = [name for name in self.config.judges if name in REFUSAL_JUDGES and name != REFUSAL_SCORE]
+        return self.reply_judge(WITHOUT_MODEL[known[0]] if known else PAPERS)
 
     @property
     def without_reply_judge(self) -> str:

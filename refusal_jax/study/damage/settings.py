@@ -60,14 +60,33 @@ class GridSettings(Settings, path="grid"):
 
 
 @dataclasses.dataclass
+class ReplySettings(Settings, path="replies"):
+    """The settings of the grid at which replies are written."""
+
+    places: int = option(2, "Number of places of the grid, from the first, at whose strengths replies are written")
+    n_prompts: int = option(16, "Largest number of harmful test prompts, and of harmless ones, that are replied to")
+    max_new_tokens: int = option(48, "Maximum length of these replies in tokens")
+
+    def check(self) -> None:
+        """Raises UserError for settings that leave nothing to judge."""
+        if min(self.places, self.n_prompts, self.max_new_tokens) < 1:
+            raise UserError(
+                f"{field('replies.places')} = {self.places}, {field('replies.n_prompts')} = {self.n_prompts} and "
+                f"{field('replies.max_new_tokens')} = {self.max_new_tokens}: give at least 1 of each."
+            )
+
+
+@dataclasses.dataclass
 class DamageSettings(FurtherSettings):
     """Every setting of what is measured about damage, with a section for each part that has settings of its own."""
 
     of_what = "the damage"
 
     grid: GridSettings = section(GridSettings, "The grid of partial ablations")
+    replies: ReplySettings = section(ReplySettings, "The settings of the grid at which replies are written")
 
     def check(self, known: tuple[str, ...]) -> None:
         """Raises UserError for a part that is not among the `known` ones, and for settings that leave nothing to do."""
         self.grid.check()
+        self.replies.check()
         super().check(known)

@@ -4,9 +4,11 @@ what addition makes of it, and what both do to harmless prompts."""
 import dataclasses
 import hashlib
 import pathlib
+from collections.abc import Mapping
 
 import numpy as np
 
+from refusal_jax.chat.messages import Prompt
 from refusal_jax.edits import Edits, orthonormal
 from refusal_jax.judges.behaviours import REFUSAL, Behaviour
 from refusal_jax.judges.judge import Judge, reply_shows
@@ -15,7 +17,6 @@ from refusal_jax.judges.text import PAPERS, TEXT_JUDGES
 from refusal_jax.mechanism.edited_prompts import EditedPrompts
 from refusal_jax.mechanism.som import padded
 from refusal_jax.plan.programs import Group
-from refusal_jax.progress import Progress
 from refusal_jax.report.findings import Findings, Section
 from refusal_jax.runs.artifacts import (
     ALTERNATIVES,
@@ -32,6 +33,7 @@ from refusal_jax.runs.artifacts import (
 from refusal_jax.runs.ledger import Ledger
 from refusal_jax.runs.stage import Stage
 from refusal_jax.study import completions
+from refusal_jax.study.edited_replies import edited_replies
 from refusal_jax.study.mechanism.shared import MechanismStudy
 
 OWN = "difference in means"
@@ -113,28 +115,31 @@ def replies(
 ) -> dict[tuple[str, str], list[dict]]:
     """Returns for each edit a row for each test prompt, with whether the reply refuses and a hash of it. The replies themselves
     are not kept: those to harmful prompts are needed for nothing else."""
-    model, judge, tokens = study.model, judge_of(study), study.settings.alternatives.max_new_tokens
-    texts = {side: study.instructions(f"{side}_test", kept_only=False) for side in ("harmful", "harmless")}
-    keys = list(edits)
-    asked = [(key, i) for key in keys for i in range(len(texts[key[1].split()[0]]))]
-    done = {((row["name"], row["kind"]), row["index"]): row for row in ledger.rows}
-    todo = [one for one in asked if one not in done]
-    if todo:
-        batch = model.encode([texts[key[1].split()[0]][i] for key, i in todo])
-        row_edits = Edits.concat([edits[key] for key in keys]).take([keys.index(key) for key, _ in todo])
-        with Progress("alternatives", len(todo), "reply") as bar:
-            for index, ids in model.reply_ids(batch, tokens, row_edits, rows=study.sizes.generation):
-                new = []
-                for number, reply in zip(index, model.chat.replies(ids), strict=True):
-                    (name, kind), i = todo[number]
-                    said = reply.row["response"]
-                    digest = hashlib.sha256(said.encode("utf-8", "surrogatepass")).hexdigest()[:16]
-                    refused = reply_shows(judge, said)
-                    new.append({"name": name, "kind": kind, "index": i, "refused": refused, "reply": digest})
-                ledger.append(new)
-                done |= {((row["name"], row["kind"]), row["index"]): row for row in new}
-                bar.update(len(index))
-    return {key: [done[key, i] for i in range(len(texts[key[1].split()[0]]))] for key in keys}
+    judge, keys = judge_of(study), list(edits)
+    sides = {side: study.instructions(f"{side}_test", kept_only=False) for side in ("harmful", "harmless")}
+    texts = [*sides["harmful"], *sides["harmless"]]
+
+    def numbers(kind: str) -> range:
+        """Returns which of the texts are asked for a kind of reply."""
+        first = 0 if kind.split()[0] == "harmful" else len(sides["harmful"])
+        return range(first, first + len(sides[kind.split()[0]]))
+
+    def read(prompt: Prompt, reply: Mapping) -> dict:
+        said = reply["response"]
+        digest = hashlib.sha256(said.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+        return {"refused": reply_shows(judge, said), "said": digest}
+
+    read_rows = edited_replies(
+        study,
+        ledger,
+        texts,
+        Edits.concat([edits[key] for key in keys]),
+        [(m, i) for m, (_, kind) in enumerate(keys) for i in numbers(kind)],
+        read,
+        max_new_tokens=study.settings.alternatives.max_new_tokens,
+        title="alternatives",
+    )
+    return {key: [read_rows[m, i] for i in numbers(key[1])] for m, key in enumerate(keys)}
 
 
 def compare(study: MechanismStudy, ledger: Ledger) -> None:
@@ -150,12 +155,12 @@ def compare(study: MechanismStudy, ledger: Ledger) -> None:
     def refused(name: str, kind: str) -> list[int]:
         return [int(row["refused"]) for row in said[name, kind]]
 
-    unedited = [row["reply"] for row in said[NONE, HARMLESS_ABLATED]]
+    unedited = [row["said"] for row in said[NONE, HARMLESS_ABLATED]]
     rows = []
     for one, kl_n in zip(found, kl_mn, strict=True):
         pair = PairedRates.of(refused(OWN, HARMFUL_ABLATED), refused(one.name, HARMFUL_ABLATED))
         kept = [
-            int(row["reply"] == before) for row, before in zip(said[one.name, HARMLESS_ABLATED], unedited, strict=True)
+            int(row["said"] == before) for row, before in zip(said[one.name, HARMLESS_ABLATED], unedited, strict=True)
         ]
         added = Rate.of(refused(one.name, HARMLESS_ADDED)).row if one.layer is not None else None
         rows.append(

@@ -7,14 +7,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from refusal_jax.chat.padding import bucket
 from refusal_jax.edits import Edits
 from refusal_jax.judges.behaviours import REFUSAL, Behaviour
-from refusal_jax.judges.choice import REFUSAL_JUDGES, WITHOUT_MODEL
-from refusal_jax.judges.judge import Judge, shows
-from refusal_jax.judges.scores import REFUSAL_SCORE
+from refusal_jax.judges.judge import shows
 from refusal_jax.judges.statistics import PairedRates, Rate, bounded
-from refusal_jax.judges.text import PAPERS
 from refusal_jax.mechanism.dose import Response, caused_dose, dose_rows, removed_dose, respond
 from refusal_jax.mechanism.edited_prompts import planned_passes
 from refusal_jax.plan.programs import Group, Program, Shapes
@@ -24,6 +20,7 @@ from refusal_jax.report.verdict import percents
 from refusal_jax.runs.artifacts import DIRECTION, DOSE, DOSES, METADATA, PROMPTS, SETUP
 from refusal_jax.runs.ledger import Ledger
 from refusal_jax.runs.stage import Stage
+from refusal_jax.study.edited_replies import edited_replies
 from refusal_jax.study.mechanism.settings import DoseSettings
 from refusal_jax.study.mechanism.shared import MechanismStudy
 
@@ -78,38 +75,26 @@ def as_json(doses_m: np.ndarray, found: dict[tuple[str, str], Response]) -> dict
     }
 
 
-def judge_of(study: MechanismStudy) -> Judge | None:
-    """Returns the study's first judge of refusals that needs neither a model nor scores, or else the paper's; that of another
-    behaviour, None if it needs a model."""
-    known = [name for name in study.config.judges if name in REFUSAL_JUDGES and name != REFUSAL_SCORE]
-    return study.reply_judge(WITHOUT_MODEL[known[0]] if known else PAPERS)
-
-
 def in_replies(study: MechanismStudy, ledger: Ledger, doses_m: np.ndarray, scored: Response) -> list[dict]:
     """Returns for a few doses the rate of refused replies to harmful prompts, beside what the refusal score says of the same."""
-    settings, model, judge = study.settings.dose, study.model, judge_of(study)
+    settings, judge = study.settings.dose, study.text_judge
     texts = study.instructions("harmful_test", kept_only=False)[: min(settings.replies, settings.n_prompts)]
     if not texts or judge is None:
         return []
     shown = sorted({int(np.abs(doses_m - min(dose, doses_m[-1])).argmin()) for dose in SHOWN})
-    replies = {tuple(row["reply"]): row["response"] for row in ledger.rows if "reply" in row}
-    todo = [(m, i) for m in shown for i in range(len(texts)) if (m, i) not in replies]
-    if todo:
-        ids = [model.chat.prompt_ids(text) for text in texts]
-        longest, room = max(map(len, ids)), model.config.context_length
-        batch = model.chat.pad([ids[i] for _, i in todo], min(bucket(longest), room))
-        edits = Edits.concat([Edits.ablate(study.direction().raw_d, scale=doses_m[m]) for m, _ in todo])
-        length = max(1, min(settings.max_new_tokens, room - longest))
-        with Progress("replies by dose", len(todo), "reply") as bar:
-            for done, generated in model.reply_ids(batch, length, edits, rows=study.sizes.select):
-                said = [reply.text for reply in model.chat.replies(generated)]
-                rows = [{"reply": todo[n], "response": text} for n, text in zip(done, said, strict=True)]
-                ledger.append(rows)
-                replies |= {tuple(row["reply"]): row["response"] for row in rows}
-                bar.update(len(rows))
+    replies = edited_replies(
+        study,
+        ledger,
+        texts,
+        Edits.concat([Edits.ablate(study.direction().raw_d, scale=dose) for dose in doses_m]),
+        [(m, i) for m in shown for i in range(len(texts))],
+        lambda prompt, reply: {"response": reply["response"]},
+        max_new_tokens=settings.max_new_tokens,
+        title="replies by dose",
+    )
     rows = []
     for m in shown:
-        asked = [{"prompt": text, "response": replies[m, i]} for i, text in enumerate(texts)]
+        asked = [{"prompt": text, "response": replies[m, i]["response"]} for i, text in enumerate(texts)]
         judged = [shows(one) for one in judge.judge(asked)]
         pairs = PairedRates.of(scored.refused_mn[m, : len(texts)].astype(int).tolist(), judged)
         low, high = pairs.interval
