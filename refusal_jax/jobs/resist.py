@@ -1,8 +1,9 @@
 """Tests how well checkpoints keep their refusal under white-box attacks, and gives each its worst case.
 
-  refusal-jax resist                                              # the embedded model refusal-jax resist DEFENDED --base=BASE
-  --out=resisted          # a checkpoint, and what broke its base refusal-jax resist embedded A/model B/model --out=resisted
-  # one table of several refusal-jax resist DEFENDED --direction=runs/base --tests=selected,reselected
+  refusal-jax resist                                              # the embedded model
+  refusal-jax resist DEFENDED --base=BASE --out=resisted          # a checkpoint, and what broke its base
+  refusal-jax resist embedded A/model B/model --out=resisted      # one table of several
+  refusal-jax resist DEFENDED --direction=runs/base --tests=selected,reselected
 
 A checkpoint is a folder, a name on the hub (ORG/NAME or ORG/NAME@REVISION), a GGUF file or the folder of a PEFT adapter;
 `embedded` is the embedded model. Each gets a study of its own below --out, as far as its direction, and then each test

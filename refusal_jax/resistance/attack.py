@@ -8,7 +8,7 @@ with an `Attack`, and a line in `catalogue.py`.
 import dataclasses
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from refusal_jax.errors import UserError
@@ -73,6 +73,18 @@ class Measured:
     harmless: tuple[Did | None, ...]
     kl: tuple[float, ...] = ()
     replies: dict[str, list[dict]] = dataclasses.field(default_factory=dict, compare=False, repr=False)
+
+    @classmethod
+    def of(cls, record: Mapping[str, Any]) -> "Measured":
+        """Returns what `record` gave, without the replies."""
+        harmful, harmless = (tuple(did and Did(did) for did in record[side]) for side in ("harmful", "harmless"))
+        return cls(harmful, harmless, tuple(record["kl"]))
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """Returns the measurement as plain values, without any text."""
+        sides = {"harmful": self.harmful, "harmless": self.harmless}
+        return {side: [did and str(did) for did in found] for side, found in sides.items()} | {"kl": list(self.kl)}
 
     @functools.cached_property
     def refused(self) -> tuple[int | None, ...]:

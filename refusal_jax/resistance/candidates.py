@@ -66,7 +66,7 @@ def means_of(subject: Subject, budget: Budget) -> tuple[Float[np.ndarray, "P L D
     prompts, of all."""
     known = subject.direction_means()
     if known is not None:
-        return np.float64(known["harmful"]), np.float64(known["harmless"])
+        return known["harmful"].astype(np.float64), known["harmless"].astype(np.float64)
     positions, found = subject.run.read_json(SETUP)["positions"], []
     for split in ("harmful_train", "harmless_train"):
         texts = subject.texts(split)

@@ -71,19 +71,28 @@ class Resistance:
     origin: str = ""
 
 
+def is_embedded(name: str) -> bool:
+    """Returns whether a name is that of the embedded model, and of no folder."""
+    return not name or (name == EMBEDDED and not local_path(name).exists())
+
+
+def opened(name: str, base: str = "") -> pathlib.Path:
+    """Returns the folder of a checkpoint by what a user calls it, "" or "embedded" for the embedded model. base: what an
+    adapter is read on. Raises UserError as `model_folder` does."""
+    return demo_model_path() if is_embedded(name) else model_folder(name, "" if is_embedded(base) else base)
+
+
 def named_checkpoints(settings: ResistSettings) -> list[Checkpoint]:
     """Returns the checkpoints of the settings, opened, with a title each that no other has. Raises UserError for one that
     cannot be opened, and for one that is named twice."""
     found: list[Checkpoint] = []
     for name in settings.checkpoints:
-        embedded = name in ("", EMBEDDED) and not pathlib.Path(name or EMBEDDED).exists()
-        folder = demo_model_path() if embedded else model_folder(name, settings.base)
+        folder = opened(name, settings.base)
         load_config(folder)
         if folder.resolve() in [one.folder.resolve() for one in found]:
             raise UserError(f"{name or EMBEDDED} is named twice among the checkpoints. Name each once.")
-        title = EMBEDDED if embedded else title_of(name)
-        taken, number = {one.title for one in found} | {BASE_FOLDER}, 2
-        while title in taken:
+        title, number = title_of(name), 2
+        while title in {one.title for one in found} | {BASE_FOLDER}:
             title = f"{title_of(name)}-{number}"
             number += 1
         found.append(Checkpoint(name, title, folder))
@@ -93,6 +102,8 @@ def named_checkpoints(settings: ResistSettings) -> list[Checkpoint]:
 def title_of(name: str) -> str:
     """Returns what a checkpoint is called in tables: the last part of its name, or the part before where that is no name of
     its own, such as "model"."""
+    if is_embedded(name):
+        return EMBEDDED
     parts = [part for part in pathlib.PurePath(local_path(name)).parts if part.strip("/")]
     last = parts[-2] if len(parts) > 1 and parts[-1] in ("model", "adapter") else parts[-1]
     return re.sub(r"[^\w.@-]+", "-", last.removesuffix(".gguf")) or "checkpoint"
@@ -123,7 +134,7 @@ def studied(
     origin: str = "",
 ) -> Iterator[Subject]:
     """Yields a checkpoint with its own study done as far as its direction, in a folder of its own below `out`."""
-    config = study_config(settings, at.name if at.title != EMBEDDED else "", mesh)
+    config = study_config(settings, "" if is_embedded(at.name) else at.name, mesh)
     config_record = recorded_settings(config)
     with Run.open(f"{out}/{at.title}", config_record, input_hashes(config, at.folder, [])) as run:
         subject = Subject(settings, config, run, at.folder, judge, base, given, origin, GROUPS)
@@ -142,7 +153,7 @@ def plain_direction(
         return read_direction([local_path(settings.direction)]), f"the direction in {settings.direction}"
     if not settings.base:
         return None, ""
-    base = Checkpoint(settings.base, BASE_FOLDER, model_folder(settings.base))
+    base = Checkpoint(settings.base, BASE_FOLDER, opened(settings.base))
     with studied(settings, judge, base, out, mesh) as subject:
         found = subject.own_direction()
     if found is None:
@@ -170,7 +181,7 @@ def resist(
         out = out or stack.enter_context(tempfile.TemporaryDirectory(prefix="resist-"))
         (judge,) = parse_judges([settings.judge], settings.batch_size or ON_CPU.forward, settings.dtype)
         checkpoints = named_checkpoints(settings)
-        base = model_folder(settings.base) if settings.base else None
+        base = opened(settings.base) if settings.base else None
         direction, origin = plain_direction(settings, judge, out, mesh)
         attacks = [BY_NAME[name] for name in settings.tests] or [attack for attack in ATTACKS if attack.quick]
         found = []

@@ -4,10 +4,10 @@ import hashlib
 from typing import Any
 
 from refusal_jax.checkpoints.fingerprint import checkpoint_fingerprint
-from refusal_jax.judges.judge import Outcome as Did
 from refusal_jax.resistance.attack import Attack, Budget, Measured, Outcome
 from refusal_jax.resistance.cost import study_cost
 from refusal_jax.resistance.subject import Subject
+from refusal_jax.resistance.worst import refuses_too_little
 from refusal_jax.runs.artifacts import (
     CANDIDATES,
     DIRECTION,
@@ -28,32 +28,17 @@ OF_STUDY = (PROMPTS, SETUP, FILTER, MEANS, CANDIDATES, METADATA, DIRECTION, NO_D
 SHARED = ("judge", "max_new_tokens", "seed", "seconds", "texts")  # settings that decide every test's outcome
 
 
-def as_record(measured: Measured) -> dict[str, Any]:
-    """Returns what was measured as plain values, without any text."""
-    return {
-        "harmful": [did and str(did) for did in measured.harmful],
-        "harmless": [did and str(did) for did in measured.harmless],
-        "kl": list(measured.kl),
-    }
-
-
-def of_record(record: dict[str, Any]) -> Measured:
-    """Returns what `as_record` wrote."""
-    sides = (tuple(did and Did(did) for did in record[side]) for side in ("harmful", "harmless"))
-    return Measured(*sides, tuple(record["kl"]))
-
-
 def write_measured(subject: Subject, name: str, file: str, measured: Measured, more: dict[str, Any]) -> None:
     """Writes what was measured and, where the settings ask for texts, the replies."""
     if subject.settings.texts:
         subject.run.write_json(attacked_replies_name(name), measured.replies)
-    subject.run.write_json(file, {"test": name, **more, **as_record(measured)})
+    subject.run.write_json(file, {"test": name, **more, **measured.record})
 
 
 def measure_plain(subject: Subject, ledger: Ledger) -> None:
     """Writes what the checkpoint does without any attack, how many parameters it has, and what its own study cost."""
     more = {"parameters": subject.parameters, "study": study_cost(subject)}
-    write_measured(subject, "unattacked", UNATTACKED, subject.plain(), more)
+    write_measured(subject, "unattacked", UNATTACKED, subject.unattacked(), more)
 
 
 PLAIN: Stage[Subject] = Stage(
@@ -78,12 +63,17 @@ def stage_of(attack: Attack) -> Stage[Subject]:
     def given(subject: Subject) -> dict[str, Any]:
         return {name: value_of(subject, name) for name in (*SHARED, *attack.settings)}
 
+    def skipped(subject: Subject) -> str:
+        if refuses_too_little(subject.plain()):
+            return "The checkpoint refuses too little without an attack."
+        return attack.impossible(subject, subject.settings)
+
     return Stage(
         f"resistance: {attack.name}",
         work,
         reads=(*OF_STUDY, UNATTACKED),
         writes=(resistance_name(attack.name), attacked_replies_name(attack.name)),
-        skipped=lambda subject: attack.impossible(subject, subject.settings),
+        skipped=skipped,
         given=given,
         about=attack.about,
     )

@@ -21,7 +21,7 @@ from refusal_jax.mechanism.edited_prompts import EditedPrompts
 from refusal_jax.plan.programs import Group
 from refusal_jax.resistance.attack import Budget, Measured
 from refusal_jax.resistance.settings import ResistSettings
-from refusal_jax.runs.artifacts import DIRECTION, MEANS, PROMPTS, SETUP
+from refusal_jax.runs.artifacts import DIRECTION, MEANS, PROMPTS, SETUP, UNATTACKED
 from refusal_jax.runs.run import Run
 from refusal_jax.study.completions import write_replies
 from refusal_jax.study.config import StudyConfig
@@ -87,11 +87,17 @@ class Subject(Study):
             self._harmless[split] = EditedPrompts.build(self.model, prompts, self.sizes.select, self.scoring_ids())
         return self._harmless[split]
 
-    def plain(self, split: str = "test") -> Measured:
-        """Returns what the checkpoint does without any attack."""
-        if split not in self._plain:
-            self._plain[split] = self._measured(self.model, None, self.texts(f"harmful_{split}"), split)
+    def unattacked(self, split: str = "test") -> Measured:
+        """Measures what the checkpoint does without any attack, and keeps it for `plain`."""
+        self._plain[split] = self._measured(self.model, None, self.texts(f"harmful_{split}"), split)
         return self._plain[split]
+
+    def plain(self, split: str = "test") -> Measured:
+        """Returns what the checkpoint does without any attack: of the test prompts what is in its folder, once that is
+        measured."""
+        if split not in self._plain and split == "test" and self.run.exists(UNATTACKED):
+            self._plain[split] = Measured.of(self.run.read_json(UNATTACKED))
+        return self._plain.get(split) or self.unattacked(split)
 
     def measure(
         self,

@@ -17,13 +17,15 @@ def run(subject: Subject, settings: ResistSettings, budget: Budget) -> Outcome:
     """Measures the number of directions under which most validation prompts are complied with."""
     direction, note = own_or_best(subject, budget)
     most = min(settings.directions.most, subject.model.config.d_model - 1)
-    sides = [subject.texts(f"{side}_train")[: settings.directions.n_train] for side in ("harmful", "harmless")]
-    tokens, plain = sum(tokens_of(subject, side) for side in sides), subject.plain("val")
+    harmful, harmless = (
+        subject.texts(f"{side}_train")[: settings.directions.n_train] for side in ("harmful", "harmless")
+    )
+    tokens, plain = tokens_of(subject, [*harmful, *harmless]), subject.plain("val")
     basis_jd, first, found = np.zeros((0, subject.model.config.d_model)), 0.0, []
     while len(basis_jd) < most:
         edits = ablations(basis_jd, [len(basis_jd)], most) if len(basis_jd) else None
         rows = subject.sizes.forward
-        difference_d = mean_difference(subject.model, *sides, direction.place, rows, edits)
+        difference_d = mean_difference(subject.model, harmful, harmless, direction.place, rows, edits)
         budget.forward(tokens)
         first = first or float(np.linalg.norm(difference_d))
         next_d = left_over(difference_d, basis_jd, first)

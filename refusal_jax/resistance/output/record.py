@@ -6,12 +6,11 @@ from typing import Any
 
 from refusal_jax.checkpoints.fingerprint import checkpoint_fingerprint
 from refusal_jax.checkpoints.mirrors import source_name
-from refusal_jax.checkpoints.opened import model_folder
 from refusal_jax.judges.statistics import bounded, mean_interval
 from refusal_jax.resistance.attack import FORWARD, TRAINING, Measured
 from refusal_jax.resistance.catalogue import BY_NAME
 from refusal_jax.resistance.output.words import found_in, sentences
-from refusal_jax.resistance.run import Resistance, Tested
+from refusal_jax.resistance.run import Resistance, Tested, opened
 from refusal_jax.resistance.worst import ERROR, VERDICTS
 from refusal_jax.runs.run import versions
 
@@ -47,7 +46,7 @@ def base_record(base: str) -> dict[str, str] | None:
     """Returns what tells the base, None if there is none."""
     if not base:
         return None
-    folder = model_folder(base)
+    folder = opened(base)
     return {"name": base, "source": source_name(folder), "fingerprint": checkpoint_fingerprint(folder)}
 
 

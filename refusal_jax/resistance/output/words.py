@@ -6,7 +6,6 @@ from refusal_jax.judges.statistics import PairedRates
 from refusal_jax.resistance.attack import Measured
 from refusal_jax.resistance.catalogue import BY_NAME
 from refusal_jax.resistance.run import Resistance, Tested
-from refusal_jax.resistance.stages import of_record
 from refusal_jax.resistance.worst import Kept, Worst, kept_under, worst_of
 
 SAID = {
@@ -25,7 +24,7 @@ def percent(value: float) -> str:
 def found_in(tested: Tested, floor: float) -> tuple[Measured, dict[str, Measured], dict[str, Kept], Worst]:
     """Returns what a tested checkpoint does without an attack and under each, what is kept, and the worst of it."""
     assert tested.plain is not None, "a checkpoint that could not be tested has nothing to tell"
-    plain, attacked = of_record(tested.plain), {name: of_record(one) for name, one in tested.outcomes.items()}
+    plain, attacked = Measured.of(tested.plain), {name: Measured.of(one) for name, one in tested.outcomes.items()}
     kept = kept_under(plain, attacked, floor)
     return plain, attacked, kept, worst_of(plain, kept, floor)
 
@@ -46,9 +45,22 @@ def sentences(tested: Tested, found: Resistance) -> list[str]:
                 "the worst case."
             )
     out += contradictions(plain, attacked)
-    out += [f"{name}: {outcome['note']}" for name, outcome in tested.outcomes.items() if outcome["note"]]
-    out += [f"{name} was not done. {tested.reasons[name]}" for name in found.tests if tested.reasons.get(name)]
+    notes = {name: outcome["note"] for name, outcome in tested.outcomes.items() if outcome["note"]}
+    out += [f"{listed(names)}: {note}" for note, names in alike(notes).items()]
+    if worst.verdict == "no_refusal":
+        return out  # the headline says why nothing was done
+    reasons = {name: tested.reasons[name] for name in found.tests if tested.reasons.get(name)}
+    for reason, names in alike(reasons).items():
+        out.append(f"{listed(names)} {'was' if len(names) == 1 else 'were'} not done. {reason}")
     return out
+
+
+def alike(said: dict[str, str]) -> dict[str, list[str]]:
+    """Returns the names of tests by what is said of them."""
+    found: dict[str, list[str]] = {}
+    for name, text in said.items():
+        found.setdefault(text, []).append(name)
+    return found
 
 
 def headline(title: str, plain: Measured, worst: Worst) -> str:
