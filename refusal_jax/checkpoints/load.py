@@ -9,7 +9,7 @@ import itertools
 import logging
 import pathlib
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 
 import jax
@@ -143,10 +143,16 @@ def ahead(pool: ThreadPoolExecutor, work: Callable, jobs: Iterable) -> Iterator:
 
 def save_weights(decoder: Decoder, folder: pathlib.Path) -> None:
     """Writes `model.safetensors` in HF's names and layout: `load_decoder` backwards, for models of one file."""
-    weights, shapes, tensors = jax.device_get(decoder.weights()), hf_shapes(decoder.cfg), {}
-    for piece in pieces(decoder.cfg):
+    tensors = hf_tensors(decoder.cfg, jax.device_get(decoder.weights()))
+    save_file(dict(sorted(tensors.items())), folder / SINGLE, metadata={"format": "pt"})
+
+
+def hf_tensors(cfg: ModelConfig, weights: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Returns a decoder's weights, which are given by path, in HF's names and layout."""
+    shapes, tensors = hf_shapes(cfg), {}
+    for piece in pieces(cfg):
         value = np.asarray(weights[piece.path])[piece.index][: len(range(piece.start, piece.stop, piece.step))]
         whole = tensors.setdefault(piece.name, np.empty(shapes[piece.name], value.dtype))
         expert = tuple(slice(i, i + 1) for i in piece.within)
         piece.of(whole[expert], piece.start, piece.stop)[...] = value
-    save_file(dict(sorted(tensors.items())), folder / SINGLE, metadata={"format": "pt"})
+    return tensors

@@ -2,6 +2,7 @@
 
 import pathlib
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import refusal_jax
@@ -78,18 +79,7 @@ def licence_files(folder: pathlib.Path) -> list[pathlib.Path]:
 
 def write_card(folder: pathlib.Path, source: pathlib.Path, report: dict, command: str) -> None:
     """Writes README.md into an export. report: what export.json says. command: the one that makes the export again."""
-    from huggingface_hub import ModelCardData
-
-    metadata, original = read_card(source)
     base, form = report["base"], report["format"]
-    head = {key: metadata[key] for key in KEPT if key in metadata}
-    if "/" in base["name"]:  # the hub refuses cards whose base it does not know
-        head["base_model"] = base["name"]
-        head |= {"base_model_relation": RELATION[form]} if form in RELATION else {}
-    if form in RELATION:
-        head["library_name"] = {"hf": "transformers", "lora": "peft"}[form]
-    head["tags"] = ["refusal-direction", "refusal-jax"]
-    licence = head.get("license_name") or head.get("license")
     sections = [
         f"# {base['name']}, refusal direction {DONE[report['edit']['kind']]}",
         _what(report),
@@ -98,6 +88,31 @@ def write_card(folder: pathlib.Path, source: pathlib.Path, report: dict, command
         "## Safety\n\n" + SAFETY,
         "## Measured\n\n" + _measured(report),
         "## Where it comes from\n\n" + _origin(report, command),
+    ]
+    write_sections(folder, source, base, form, sections)
+
+
+def write_sections(
+    folder: pathlib.Path, source: pathlib.Path, base: dict, form: str, sections: Sequence[str]
+) -> None:
+    """Writes README.md with the metadata that holds for what was made of a model, sections in Markdown, the base's licence, and
+    its own card.
+
+    source: the base's folder. base: as `provenance.base_model` describes it. form: "hf", "lora" or "gguf".
+    """
+    from huggingface_hub import ModelCardData
+
+    metadata, original = read_card(source)
+    head = {key: metadata[key] for key in KEPT if key in metadata}
+    if "/" in base["name"]:  # the hub refuses cards whose base it does not know
+        head["base_model"] = base["name"]
+        head |= {"base_model_relation": RELATION[form]} if form in RELATION else {}
+    if form in RELATION:
+        head["library_name"] = {"hf": "transformers", "lora": "peft"}[form]
+    head["tags"] = ["refusal-direction", "refusal-jax"]
+    licence = head.get("license_name") or head.get("license")
+    parts = [
+        *sections,
         "## Licence\n\n"
         + (
             f"That of the base model: {licence}."
@@ -106,9 +121,9 @@ def write_card(folder: pathlib.Path, source: pathlib.Path, report: dict, command
         ),
     ]
     if original.strip():
-        sections.append(f"# The base model's own card\n\n{original.strip()}")
+        parts.append(f"# The base model's own card\n\n{original.strip()}")
     front = ModelCardData(**head).to_yaml()
-    (folder / "README.md").write_text(f"---\n{front}\n---\n\n" + "\n\n".join(sections) + "\n", encoding="utf-8")
+    (folder / "README.md").write_text(f"---\n{front}\n---\n\n" + "\n\n".join(parts) + "\n", encoding="utf-8")
 
 
 def _what(report: dict) -> str:

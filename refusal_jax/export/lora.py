@@ -7,8 +7,9 @@ A bias cannot have an adapter, so edited ones are stored whole, as PEFT does for
 import dataclasses
 import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float32
@@ -87,22 +88,41 @@ def write_lora(checkpoint: Checkpoint, folder: pathlib.Path, edit: Edit, tied: s
     tensors |= biases
     # In mixtures PEFT takes every module called down_proj for experts of an older transformers, but leaves parameters alone.
     beside = [module for module in modules if cfg.n_experts and module.endswith(".down_proj")]
+    parameters = [f"{m}.down_proj" for m in experts] + [f"{m}.weight" for m in beside]
+    more = {"bias": "all" if biases else "none", "target_parameters": parameters or None}
+    write_adapter(folder, tensors, base, [module for module in modules if module not in beside], rank, rank, **more)
+    return Written(dict(sorted(edits.items())), chosen, sum(t.nbytes for t in tensors.values()))
+
+
+def write_adapter(
+    folder: pathlib.Path,
+    tensors: Mapping[str, np.ndarray],
+    base: str,
+    modules: Sequence[str],
+    rank: int,
+    alpha: float,
+    **more: Any,
+) -> None:
+    """Writes adapter_config.json and adapter_model.safetensors.
+
+    tensors: by name in the adapter. base: the base model's name. modules: whole names of those that have factors. more: other
+    fields of the config.
+    """
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base,
         "inference_mode": True,
         "r": rank,
-        "lora_alpha": rank,
+        "lora_alpha": alpha,
         "lora_dropout": 0.0,
-        "bias": "all" if biases else "none",
+        "bias": "none",
         "fan_in_fan_out": False,
-        "target_modules": [module for module in modules if module not in beside],
-        "target_parameters": [f"{m}.down_proj" for m in experts] + [f"{m}.weight" for m in beside] or None,
+        "target_modules": list(modules),
+        **more,
     }
     (folder / ADAPTER).write_bytes(save({k: np.ascontiguousarray(v) for k, v in tensors.items()}, {"format": "pt"}))
     (folder / ADAPTER_CONFIG).write_bytes(to_json(config))
-    return Written(dict(sorted(edits.items())), chosen, sum(t.nbytes for t in tensors.values()))
 
 
 def factors(

@@ -296,7 +296,7 @@ def try_again(old: dict, new: dict, retried: Mapping[str, Sequence[str]]) -> dic
 
 def check_same(folder, old: dict, new: dict) -> None:
     """Raises UserError that lists every setting and input in which a folder's run differs from the one asked for."""
-    changed = _differences(old, new, "{} was {!r}, is now {!r}")
+    changed = differences(old, new, "{} was {!r}, is now {!r}")
     names = [name for name in new["inputs"] if old["inputs"].get(name, new["inputs"][name]) != new["inputs"][name]]
     if old["config"] == new["config"] and names:
         raise UserError(
@@ -313,7 +313,7 @@ def check_same(folder, old: dict, new: dict) -> None:
 def check_alike(manifests: list[dict]) -> None:
     """Raises UserError, the same in every process, if not all processes have the settings and inputs of process 0."""
     for index, manifest in enumerate(manifests):
-        changed = _differences(manifests[0], manifest, "{} is {!r} in process 0, {!r} in process " + str(index))
+        changed = differences(manifests[0], manifest, "{} is {!r} in process 0, {!r} in process " + str(index))
         if changed:
             raise UserError(
                 f"The processes were started for different studies: {changed}. Give all of them the same flags, and "
@@ -321,7 +321,7 @@ def check_alike(manifests: list[dict]) -> None:
             )
 
 
-def _differences(old: dict, new: dict, words: str) -> str:
+def differences(old: dict, new: dict, words: str) -> str:
     """Returns the settings and inputs in which two manifests differ, each in `words`; empty if there are none."""
     before, now = ({**_flat(m["config"], ""), **_flat(m["inputs"], "input ")} for m in (old, new))
     changed = [

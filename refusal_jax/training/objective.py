@@ -18,7 +18,7 @@ from refusal_jax.edits import Edits
 from refusal_jax.models.attention import Context
 from refusal_jax.models.decoder import Decoder, Output
 from refusal_jax.taps import NO_TAPS, Taps
-from refusal_jax.training.rows import TrainRows, drawn
+from refusal_jax.training.rows import Share, TrainRows
 
 LOGITS_AT_ONCE = 1 << 26  # values: 256 MiB in float32, of all rows together
 
@@ -41,9 +41,10 @@ class Objective(Protocol):
         ...
 
     def refreshed(self, model: ChatModel, step: int) -> Any:
-        """Returns a pytree of arrays that is computed outside the step, from the model with the weights of now, or None.
+        """Returns what is computed outside the step, from the model with the weights of now: arrays by name, in dictionaries that
+        may be nested, or None.
 
-        It must have the same structure, shapes and dtypes at every call. It is kept in checkpoints. It is whole on every device.
+        They must have the same names, shapes and dtypes at every call. They are kept in checkpoints, and are whole on every device.
         """
         ...
 
@@ -133,17 +134,15 @@ def _by_positions(decoder: Decoder, some, first_bpx: jax.Array, *others: jax.Arr
 
 @dataclasses.dataclass(frozen=True)
 class NextToken:
-    """Plain fine-tuning: the cross-entropy of what counts in rows of text. size: rows of a step."""
+    """Plain fine-tuning: the cross-entropy of what counts in rows of text."""
 
-    rows: TrainRows
-    size: int
-    seed: int
+    rows: Share
     refresh: int = 0
     needs_frozen: bool = False
 
     def batch(self, step: int) -> TrainRows:
         """Returns the rows of a step."""
-        return self.rows.take(drawn(self.rows.count, self.size, self.seed, step))
+        return self.rows.batch(step)
 
     def refreshed(self, model: ChatModel, step: int) -> None:
         """Returns None: nothing is computed outside the step."""

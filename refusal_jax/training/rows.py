@@ -14,6 +14,7 @@ from refusal_jax.axes import EitherLeaf
 from refusal_jax.chat.loss_rows import LossRow
 from refusal_jax.chat.padding import bucket
 from refusal_jax.chat.prompts import Chat
+from refusal_jax.training.settings import TrainSettings
 
 
 @jax.tree_util.register_dataclass
@@ -59,12 +60,34 @@ def row_width(rows: Sequence[LossRow]) -> int:
     return bucket(max(len(row.ids) for row in rows))
 
 
-def drawn(count: int, size: int, seed: int, step: int) -> Int[np.ndarray, " n"]:
+@dataclasses.dataclass(frozen=True)
+class Share:
+    """Rows of one kind, of which each step sees some. size: rows of a step. seed, kind: what their order is drawn by; kinds that
+    are drawn together differ in their number `kind`."""
+
+    rows: TrainRows
+    size: int
+    seed: int
+    kind: int = 0
+
+    @classmethod
+    def of(
+        cls, chat: Chat, rows: Sequence[LossRow], width: int, settings: TrainSettings, kind: int = 0
+    ) -> "Share":
+        """Returns rows of one kind, padded to `width` tokens, for a training of these settings."""
+        return cls(TrainRows.of(chat, rows, width), settings.batch, settings.seed, kind)
+
+    def batch(self, step: int) -> TrainRows:
+        """Returns the rows of a step."""
+        return self.rows.take(drawn(self.rows.count, self.size, (self.seed, self.kind), step))
+
+
+def drawn(count: int, size: int, seed: tuple[int, ...], step: int) -> Int[np.ndarray, " n"]:
     """Returns the numbers, of `count` rows, of the `size` rows that a step sees.
 
     All rows are seen once, in an order of the seed, before any is seen again, in another order.
     """
     first, last = divmod(step * size, count)[0], (step * size + size - 1) // count
-    orders = [np.random.default_rng((seed, epoch)).permutation(count) for epoch in range(first, last + 1)]
+    orders = [np.random.default_rng((*seed, epoch)).permutation(count) for epoch in range(first, last + 1)]
     start = step * size - first * count
     return np.concatenate(orders)[start : start + size]

@@ -16,6 +16,7 @@ from refusal_jax.models.decoder import Decoder
 from refusal_jax.models.sharding import batch_sharding, put, replicate, sharding_of
 from refusal_jax.models.weights import weight_table
 from refusal_jax.progress import Progress
+from refusal_jax.training.checkpoints import States
 from refusal_jax.training.lora import Factors, fresh_factors, scaled
 from refusal_jax.training.objective import Objective
 from refusal_jax.training.optimiser import optimiser, schedule
@@ -57,7 +58,11 @@ def train(
     """
     settings.check(model.config)
     trainer = _Trainer(model, objective, settings)
-    return trainer.run(title)
+    if folder is None:
+        return trainer.run(title)
+    kept = {name: value for name, value in settings.to_dict().items() if name != "every"}
+    with States.of(folder, {"train": kept, **(given or {})}) as states:
+        return trainer.run(title, states)
 
 
 class _Trainer:
@@ -151,16 +156,26 @@ class _Trainer:
             return cut
         return jax.lax.with_sharding_constraint(cut, sharding_of(self.mesh, None, ("batch", cut.shape[1])))
 
-    def run(self, title: str) -> Trained:
-        """Does the steps that are left, and returns the result."""
-        settings, losses, waiting = self.settings, [], []
-        with Progress(title, settings.steps, "step") as bar:
-            for number in range(settings.steps):
+    def run(self, title: str, states: States | None = None) -> Trained:
+        """Does the steps that are left, and returns the result. states: in which the state is kept, and may be found."""
+        settings, first, losses, waiting = self.settings, 0, [], []
+        if states is not None:
+            first, losses = states.step, states.losses()
+        if states is not None and first:
+            (self.trained, self.state), self.extra = states.load((self.trained, self.state), self.mesh)
+        with Progress(title, settings.steps, "step", done=first) as bar:
+            for number in range(first, settings.steps):
                 self._refresh(number)
                 waiting.append((number, self._do(number)))
-                if len(waiting) == READ_EVERY or number == settings.steps - 1:
-                    losses += self._read(waiting)
-                    waiting = []
+                done = number + 1
+                due = states is not None and (done == settings.steps or (settings.every and done % settings.every == 0))
+                if len(waiting) == READ_EVERY or done == settings.steps or due:
+                    rows, waiting = self._read(waiting), []
+                    losses += rows
+                    if states is not None:
+                        states.add_losses(rows)
+                if states is not None and due:
+                    states.save(done, (self.trained, self.state), self.extra)
                 bar.update(note=_note(losses[-1]) if losses and not waiting else "")
         decoder = jax.jit(self.decoder)(self.frozen, self.trained)
         return Trained(decoder, self.trained if settings.method == "lora" else None, settings, losses)
