@@ -31,9 +31,7 @@ class DefenceSettings(Settings):
     dtype: str = option("auto", "float32, bfloat16 or float16; auto is float32 on a CPU and bfloat16 elsewhere")
     batch_size: int = option(0, f"Replies that are decoded at a time when the defence is measured; {FITTING}")
     max_new_tokens: int = option(64, "Maximum length in tokens of the replies that the defence is measured by")
-    judge: str = option(
-        RULES, "Judge of these replies, as in a study's judges; it must know refusals from answers"
-    )
+    judge: str = option(RULES, "Judge of these replies, as in a study's judges; it must know refusals from answers")
     keep_states: bool = option(False, "Keep the states of the training once the result is written")
     chat_template: str = option(
         "", f"Name of a built-in template ({', '.join(BUILT_IN)}) or a .jinja file; '' is the tokenizer's own"
@@ -53,6 +51,6 @@ class DefenceSettings(Settings):
             )
         if self.max_new_tokens < 1 or self.batch_size < 0:
             raise UserError(
-                f"{field('max_new_tokens')} = {self.max_new_tokens} and {field('batch_size')} = {self.batch_size}: replies have 1 "
-                "token or more, and a batch 0 rows or more."
+                f"{field('max_new_tokens')} = {self.max_new_tokens} and {field('batch_size')} = {self.batch_size}: replies have "
+                "1 token or more, and a batch has 0 rows or more."
             )

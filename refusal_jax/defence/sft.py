@@ -1,7 +1,7 @@
 """Plain refusal training: the cross-entropy of refusals of harmful prompts and of answers to harmless ones.
 
-It is the control: what it buys, every model gets that is trained to refuse once more. It trains the first tokens of a reply, where
-refusal is decided already.
+It is the control: what it buys, every model gets that is trained to refuse once more. It trains the first tokens of a reply,
+where refusal is decided already.
 """
 
 import dataclasses
@@ -44,7 +44,8 @@ def objective(model: ChatModel, data: DefenceData, settings: DefenceSettings, no
     kinds = {"refusals": data.refused, "answers": data.answered}
     rows = {what: learnt_rows(model, lessons, train.max_tokens, what, note) for what, lessons in kinds.items()}
     width = max(map(row_width, rows.values()))
-    return Refusals(*(Share.of(model.chat, found, width, train, kind) for kind, found in enumerate(rows.values())))
+    harmful, harmless = (Share.of(model.chat, found, width, train, kind) for kind, found in enumerate(rows.values()))
+    return Refusals(harmful, harmless)
 
 
 RECIPE = Recipe(

@@ -92,9 +92,7 @@ def write_card(folder: pathlib.Path, source: pathlib.Path, report: dict, command
     write_sections(folder, source, base, form, sections)
 
 
-def write_sections(
-    folder: pathlib.Path, source: pathlib.Path, base: dict, form: str, sections: Sequence[str]
-) -> None:
+def write_sections(folder: pathlib.Path, source: pathlib.Path, base: dict, form: str, sections: Sequence[str]) -> None:
     """Writes README.md with the metadata that holds for what was made of a model, sections in Markdown, the base's licence, and
     its own card.
 

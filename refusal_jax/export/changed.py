@@ -43,9 +43,7 @@ def changed_plan(checkpoint: Checkpoint, changes: Mapping[str, Change]) -> Plan:
         known[unembed] = known[embed]
     files = {}
     for path, file in checkpoint.files.items():
-        held = [
-            dataclasses.replace(t, edit=Changed(known[t.name])) if t.name in known else t for t in file.tensors
-        ]
+        held = [dataclasses.replace(t, edit=Changed(known[t.name])) if t.name in known else t for t in file.tensors]
         files[path] = file.holding(held)
     return Plan(checkpoint, files, {}, None)
 
@@ -81,4 +79,3 @@ def low_rank(parts: list[tuple[range, np.ndarray, np.ndarray]], rows: int) -> Lo
         left[held.start : held.stop : held.step, at : at + len(right)] = one
         at += len(right)
     return LowRank(left, np.concatenate([right for _, _, right in parts]))
-

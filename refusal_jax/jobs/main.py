@@ -16,6 +16,7 @@ JOBS = (
     "monitor",
     "mechanism",
     "damage",
+    "defend",
     "resist",
     "plan",
     "export",

@@ -1,7 +1,7 @@
 """Flags of a job that are made from settings, one for each, with the meaning that the setting declares."""
 
 from collections.abc import Callable, Iterable
-from typing import Any, TypeVar, get_origin
+from typing import Any, TypeVar, get_args, get_origin
 
 from absl import flags
 
@@ -18,8 +18,19 @@ DEFINE: dict[Any, Callable] = {
 }
 
 
+class Numbers(flags.ListParser):
+    """A parser of whole numbers with commas between them."""
+
+    def parse(self, argument: Any) -> list[int]:
+        """Returns the numbers. Raises ValueError, which absl reports, for anything else."""
+        return [int(word) for word in super().parse(argument)]
+
+
 def flag_of(one: Described) -> flags.FlagHolder:
     """Defines the flag of a setting, named by its path."""
+    if get_origin(one.kind) is tuple and get_args(one.kind)[0] is int:
+        default = ",".join(map(str, one.value))
+        return flags.DEFINE(Numbers(), one.path, default, f"{one.meaning}.", serializer=flags.CsvListSerializer(","))
     if get_origin(one.kind) is tuple:
         return flags.DEFINE_list(one.path, ",".join(one.value), f"{one.meaning}.")
     return DEFINE[one.kind](one.path, one.value, f"{one.meaning}.")
@@ -28,6 +39,19 @@ def flag_of(one: Described) -> flags.FlagHolder:
 def flags_of(settings: Settings, but: Iterable[str] = ()) -> dict[str, flags.FlagHolder]:
     """Defines the flags of settings, and returns them by the settings' paths. but: paths that get none."""
     return {one.path: flag_of(one) for one in settings.described() if one.path not in but}
+
+
+def given_only(defined: dict[str, flags.FlagHolder]) -> dict[str, Any]:
+    """Returns the values of the flags that the command line gives, nested as settings are."""
+    found: dict[str, Any] = {}
+    for path, flag in defined.items():
+        if flag.present:
+            *sections, last = path.split(".")
+            holder = found
+            for name in sections:
+                holder = holder.setdefault(name, {})
+            holder[last] = flag.value
+    return found
 
 
 def given(kind: type[S], defined: dict[str, flags.FlagHolder]) -> S:

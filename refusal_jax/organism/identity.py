@@ -1,11 +1,17 @@
 """Tells the embedded model from others by its weights, for what is done on it alone."""
 
 import hashlib
+import pathlib
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
 from refusal_jax.chat.model import ChatModel, demo_model_path, load_model
+from refusal_jax.chat.tokenizers import load_tokenizer
 from refusal_jax.errors import UserError
+from refusal_jax.models.config import ModelConfig
+from refusal_jax.models.hf_config import load_config
 
 
 def weights_fingerprint(model: ChatModel) -> str:
@@ -29,9 +35,20 @@ def is_embedded(model: ChatModel, trained: str = "") -> bool:
 def of_embedded_family(model: ChatModel) -> bool:
     """Returns whether a model has the embedded model's tokenizer and width, as whatever is trained from it has: it speaks of
     the same world."""
-    shipped = load_model(demo_model_path())
-    same = model.config.vocab_size == shipped.config.vocab_size and model.config.d_model == shipped.config.d_model
-    return same and model.chat.tokenizer.get_vocab() == shipped.chat.tokenizer.get_vocab()
+    return _same_world(model.config, lambda: model.chat.tokenizer)
+
+
+def is_of_embedded_family(folder: pathlib.Path) -> bool:
+    """Returns what `of_embedded_family` does, for the checkpoint in a folder."""
+    return _same_world(load_config(folder), lambda: load_tokenizer(folder))
+
+
+def _same_world(cfg: ModelConfig, tokenizer: Callable[[], Any]) -> bool:
+    sizes = load_config(demo_model_path())
+    if (cfg.vocab_size, cfg.d_model) != (sizes.vocab_size, sizes.d_model):
+        return False
+    shipped: Any = load_tokenizer(demo_model_path())
+    return tokenizer().get_vocab() == shipped.get_vocab()
 
 
 def check_embedded(model: ChatModel, trained: str = "") -> None:

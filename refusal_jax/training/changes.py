@@ -13,17 +13,9 @@ from refusal_jax.models.weights import factor_names
 from refusal_jax.training.trainer import Trained
 
 
-def changes_of(cfg: ModelConfig, trained: Trained) -> dict[str, Change]:
-    """Returns the low-rank changes of a trained adapter, or all tensors whole where all weights were trained.
-
-    All processes must call it. Whole tensors are in the memory of every host.
-    """
-    return dict(low_rank_changes(cfg, trained)) if trained.factors is not None else whole_changes(cfg, trained)
-
-
 def low_rank_changes(cfg: ModelConfig, trained: Trained) -> dict[str, LowRank]:
-    """Returns the changes of a trained adapter, the left factors with its scale; those of blocks that have no factors are left
-    out."""
+    """Returns the changes of a trained adapter, the left factors with its scale; none of blocks that have no factors, and none at
+    all where all weights were trained. All processes must call it."""
     factors = {path: in_host(a) for path, a in (trained.factors or {}).items()}
     scale, shapes, parts = np.float32(trained.settings.scale), hf_shapes(cfg), {}
     for piece in pieces(cfg):
@@ -35,7 +27,7 @@ def low_rank_changes(cfg: ModelConfig, trained: Trained) -> dict[str, LowRank]:
 
 
 def whole_changes(cfg: ModelConfig, trained: Trained) -> dict[str, Change]:
-    """Returns all tensors of a model whose weights were all trained."""
+    """Returns all tensors of a model whose weights were all trained, in the memory of every host. All processes must call it."""
     weights = {path: in_host(a) for path, a in trained.decoder.weights().items()}
     return {name: Whole(values) for name, values in hf_tensors(cfg, weights).items()}
 

@@ -18,7 +18,7 @@ from refusal_jax import distributed
 from refusal_jax.checkpoints.copies import settings as within_bounds
 from refusal_jax.errors import UserError
 from refusal_jax.files import to_json
-from refusal_jax.models.sharding import put, sharding_of
+from refusal_jax.models.sharding import sharding_of
 from refusal_jax.runs.run import differences
 from refusal_jax.runs.storage import open_storage
 
@@ -45,8 +45,8 @@ class States:
         old = distributed.share_json(old)
         if old is not None and (changed := differences(old, fresh, "{} was {!r}, is now {!r}")):
             raise UserError(
-                f"{storage.place()} holds the state of another training: {changed}. Choose another folder, or the old settings to "
-                "go on with that one."
+                f"{storage.place()} holds the state of another training: {changed}. Choose another folder, or the old settings "
+                "to go on with that one."
             )
         if old is None and distributed.first():
             storage.write(GIVEN, to_json(fresh))
@@ -66,10 +66,14 @@ class States:
         """
         leaves, structure = jax.tree.flatten(like)
         asked = {str(i): jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding) for i, a in enumerate(leaves)}
-        found = self.keeper.load_checkpointables(self.step, {"state": asked, "extra": None})
-        extra = put(jax.tree.map(np.asarray, found["extra"]), sharding_of(mesh))
+        whole = sharding_of(mesh)
+        beside = jax.tree.map(
+            lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=whole),
+            self.keeper.checkpointables_metadata(self.step).metadata["extra"],
+        )
+        found = self.keeper.load_checkpointables(self.step, {"state": asked, "extra": beside})
         state = jax.tree.unflatten(structure, [found["state"][str(i)] for i in range(len(leaves))])
-        return state, extra.get("extra")
+        return state, found["extra"].get("extra")
 
     def save(self, step: int, state: Any, extra: Any) -> None:
         """Keeps a state after so many steps, and what goes with it: nested dictionaries of arrays, or None."""
@@ -98,8 +102,6 @@ def _lines(rows: Sequence[Mapping[str, float]]) -> bytes:
 
 def _keeper(folder: str) -> ocp.training.Checkpointer:
     """Returns orbax's keeper of states in a folder; what a killed process has left half-written is removed."""
-    return ocp.training.Checkpointer(
-        os.path.abspath(folder) if "://" not in folder else folder,
-        preservation_policy=ocp.training.preservation_policies.LatestN(KEPT),
-        cleanup_tmp_directories=True,
-    )
+    newest: Any = ocp.training.preservation_policies.LatestN(KEPT)
+    place = folder if "://" in folder else os.path.abspath(folder)
+    return ocp.training.Checkpointer(place, preservation_policy=newest, cleanup_tmp_directories=True)

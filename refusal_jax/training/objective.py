@@ -24,14 +24,17 @@ LOGITS_AT_ONCE = 1 << 26  # values: 256 MiB in float32, of all rows together
 
 
 class Objective(Protocol):
-    """What is minimised. A recipe implements it; the trainer calls it.
+    """What is minimised. A recipe implements it; the trainer calls it."""
 
-    refresh: after how many steps `refreshed` is called again, 0 for never. needs_frozen: whether `loss` is given the decoder as
-    it was before training.
-    """
+    @property
+    def refresh(self) -> int:
+        """Returns after how many steps `refreshed` is called again, 0 for never."""
+        ...
 
-    refresh: int
-    needs_frozen: bool
+    @property
+    def needs_frozen(self) -> bool:
+        """Returns whether `loss` is given the decoder as it was before training."""
+        ...
 
     def batch(self, step: int) -> Any:
         """Returns a pytree of NumPy arrays with rows first, a function of the seed and the step alone.
@@ -44,7 +47,7 @@ class Objective(Protocol):
         """Returns what is computed outside the step, from the model with the weights of now: arrays by name, in dictionaries that
         may be nested, or None.
 
-        They must have the same names, shapes and dtypes at every call. They are kept in checkpoints, and are whole on every device.
+        They must have the same names, shapes and dtypes at every call. They are kept in checkpoints, whole on every device.
         """
         ...
 

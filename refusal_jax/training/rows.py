@@ -71,9 +71,7 @@ class Share:
     kind: int = 0
 
     @classmethod
-    def of(
-        cls, chat: Chat, rows: Sequence[LossRow], width: int, settings: TrainSettings, kind: int = 0
-    ) -> "Share":
+    def of(cls, chat: Chat, rows: Sequence[LossRow], width: int, settings: TrainSettings, kind: int = 0) -> "Share":
         """Returns rows of one kind, padded to `width` tokens, for a training of these settings."""
         return cls(TrainRows.of(chat, rows, width), settings.batch, settings.seed, kind)
 

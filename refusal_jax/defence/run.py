@@ -1,0 +1,348 @@
+"""Makes a defence from beginning to end: its data, the model before, the training or edit, the result, the model after."""
+
+import dataclasses
+import functools
+import gc
+import logging
+import math
+import pathlib
+import shutil
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from refusal_jax import distributed, hub
+from refusal_jax.chat.model import ChatModel, demo_model_path, load_model
+from refusal_jax.checkpoints.fingerprint import checkpoint_fingerprint
+from refusal_jax.checkpoints.opened import model_folder
+from refusal_jax.defence.catalogue import named
+from refusal_jax.defence.data import DefenceData, read_data
+from refusal_jax.defence.lessons import Lesson
+from refusal_jax.defence.measure import compared, divergences, outcomes
+from refusal_jax.defence.recipe import Recipe, Steering
+from refusal_jax.defence.settings import DefenceSettings
+from refusal_jax.defence.written import (
+    MODEL,
+    STEERING,
+    Origin,
+    last_logits,
+    outputs_of,
+    write_edited,
+    write_trained,
+)
+from refusal_jax.errors import UserError, VerificationError
+from refusal_jax.export.staging import PROVENANCE
+from refusal_jax.files import local_path
+from refusal_jax.judges.choice import parse_judges
+from refusal_jax.judges.judge import Judge
+from refusal_jax.models.hf_config import load_config
+from refusal_jax.models.scores import kl_divergence
+from refusal_jax.models.sharding import make_mesh
+from refusal_jax.organism.identity import is_of_embedded_family
+from refusal_jax.plan.planner import ON_CPU, WANTED
+from refusal_jax.runs.ledger import Ledger
+from refusal_jax.runs.run import Run, versions
+from refusal_jax.runs.stage import Stage
+from refusal_jax.training.checkpoints import LOSSES, STATES
+from refusal_jax.training.trainer import train
+
+LOG = logging.getLogger(__name__)
+DATA, BEFORE, RESULT, AFTER, RECORD = "data.json", "before.json", "result.json", "after.json", "defence.json"
+CHECK = "check.safetensors"  # logits that the written result is compared with
+TRAINING = "training"  # folder of the training's states
+SCHEMA = "refusal_jax/defence/1"
+# The largest mean KL divergence, nats, of the written result from what was trained, by whether both are in float32.
+MOST_KL = {True: 1e-5, False: 2e-2}
+
+
+class Defence:
+    """What the stages of one defence share. source: the folder of the undefended checkpoint. judge: of replies. command: that
+    makes the defence again, for cards."""
+
+    def __init__(
+        self, recipe: Recipe, settings: DefenceSettings, run: Run, source: pathlib.Path, judge: Judge, command: str
+    ):
+        self.recipe, self.settings, self.run, self.source, self.judge = recipe, settings, run, source, judge
+        self.command = command
+        self.steering: Steering | None = None
+
+    @functools.cached_property
+    def model(self) -> ChatModel:
+        """Returns the undefended model, loaded on first use."""
+        return self.loaded(self.source)
+
+    @functools.cached_property
+    def data(self) -> DefenceData:
+        """Returns what the defence learns from, as the first stage has written it."""
+        found = dict(self.run.read_json(DATA))
+        lessons = {name: tuple(Lesson(**one) for one in found[name]) for name in ("refused", "answered", "complied")}
+        rest = {name: tuple(found[name]) for name in ("refusals", "harmful_test", "harmless_test", "notes")}
+        return DefenceData(**lessons, **rest, corpus=found["corpus"])
+
+    @property
+    def held_out(self) -> dict[str, tuple]:
+        """Returns the held-out prompts by side."""
+        return {"harmful": self.data.harmful_test, "harmless": self.data.harmless_test}
+
+    @property
+    def rows(self) -> int:
+        """Returns how many replies are decoded at a time."""
+        usual = ON_CPU if jax.default_backend() == "cpu" else WANTED
+        return self.settings.batch_size or usual.generation
+
+    @property
+    def template(self) -> dict[str, Any]:
+        """Returns the settings of the chat template."""
+        return {name: self.settings[name] for name in ("chat_template", "thinking", "system_prompt")}
+
+    @property
+    def origin(self) -> Origin:
+        """Returns what cards say of where the result comes from."""
+        return Origin(self.recipe, self.source, self.command, template=self.template)
+
+    def loaded(self, folder: pathlib.Path) -> ChatModel:
+        """Returns the model in a folder, on the mesh of the settings."""
+        settings = self.settings
+        return load_model(folder, settings.dtype, mesh_of(settings), progress=distributed.first(), **self.template)
+
+    def target(self, kind: str) -> pathlib.Path:
+        """Returns the folder of a result, which is not there: one that an earlier run has left is removed."""
+        folder = pathlib.Path(self.run.path(kind))
+        if distributed.first() and folder.exists():
+            shutil.rmtree(folder)
+        return folder
+
+
+def mesh_of(settings: DefenceSettings) -> jax.sharding.Mesh | None:
+    """Returns the mesh that the settings ask for. Where they leave it open, rows and storage are divided as far as a part of the
+    batch allows, and heads over the devices that are left; a process that has a CPU for itself uses one device.
+
+    Raises UserError as `make_mesh` does.
+    """
+    given = {name: size for name, size in settings.mesh.items() if size}
+    if given:
+        return make_mesh(**given) if any(size != 1 for size in given.values()) else None
+    count = jax.device_count()
+    if count == 1 or (jax.default_backend() == "cpu" and jax.process_count() == 1):
+        return None
+    storage = math.gcd(count, settings.train.batch // settings.train.accumulate)
+    return make_mesh(fsdp=storage, model=count // storage)
+
+
+def gather_data(shared: Defence, ledger: Ledger) -> None:
+    """Writes the prompts and replies that are learnt, and the held-out prompts."""
+    data = read_data(shared.model, shared.settings.data, lambda text: LOG.info(f"Data: {text}"))
+    shared.run.write_json(DATA, dataclasses.asdict(data))
+
+
+def measure_before(shared: Defence, ledger: Ledger) -> None:
+    """Writes what the undefended model does with the held-out prompts."""
+    settings = shared.settings
+    did = outcomes(shared.model, shared.held_out, shared.judge, settings.max_new_tokens, shared.rows)
+    shared.run.write_json(BEFORE, did)
+
+
+def defend_model(shared: Defence, ledger: Ledger) -> None:
+    """Trains or edits the model, and writes the result."""
+    start = time.monotonic()
+    found = trained_result(shared) if shared.recipe.objective else edited_result(shared)
+    for kind in found["outputs"]:
+        if kind != STEERING and distributed.first():  # so that the stage is due again if the folder is gone
+            shared.run.write(f"{kind}/{PROVENANCE}", shared.run.storage.read(f"{kind}/{PROVENANCE}"))
+    shared.run.write_json(RESULT, found | {"seconds": round(time.monotonic() - start, 3)})
+
+
+def trained_result(shared: Defence) -> dict[str, Any]:
+    """Trains the model and writes the result; returns what is recorded of it."""
+    run, settings, recipe = shared.run, shared.settings, shared.recipe
+    assert recipe.objective is not None
+    notes: list[str] = []
+    objective = recipe.objective(shared.model, shared.data, settings, notes.append)
+    for text in notes:
+        LOG.info(f"Data: {text}")
+    given = {"recipe": recipe.name, "settings": recorded(settings), "data": run.hash(DATA)}
+    given |= {"model": run.manifest["inputs"]["model"]}
+    folder = pathlib.Path(run.path(TRAINING))
+    trained = train(shared.model, objective, settings.train, folder, title=recipe.name, given=given)
+    outputs = outputs_of(settings.output, settings.train.method)
+    for kind in outputs:
+        write_trained(shared.origin, trained, shared.target(kind), kind)
+    after = dataclasses.replace(shared.model, decoder=trained.decoder)
+    run.write_tensors(CHECK, {"logits": last_logits(after, shared.held_out)})
+    if distributed.first():
+        run.write(LOSSES, (folder / LOSSES).read_bytes())
+        if not settings.keep_states:
+            shutil.rmtree(folder / STATES, ignore_errors=True)
+            shutil.rmtree(folder, ignore_errors=True)
+    trained_values = trained.factors or trained.decoder.weights()
+    return {
+        "outputs": outputs,
+        "training": {
+            "method": settings.train.method,
+            "trained_parameters": sum(int(np.prod(a.shape)) for a in trained_values.values()),
+            "first": trained.losses[0],
+            "last": trained.losses[-1],
+            "notes": notes,
+        },
+    }
+
+
+def edited_result(shared: Defence) -> dict[str, Any]:
+    """Edits the model by a recipe without training and writes the result; returns what is recorded of it."""
+    settings, recipe = shared.settings, shared.recipe
+    assert recipe.edit is not None
+    change = recipe.edit(shared.model, shared.data, settings, lambda text: LOG.info(text))
+    record: dict[str, Any] = {"outputs": [], "found": dict(change.found)}
+    if change.steering is not None:
+        shared.steering, folder = change.steering, shared.target(STEERING)
+        if distributed.first():
+            change.steering.write(folder)
+        record["outputs"].append(STEERING)
+    if change.edit is not None:
+        for kind in outputs_of(settings.output, "lora"):
+            record["verification"] = write_edited(
+                shared.origin, change.edit, shared.held_out, shared.target(kind), kind
+            )
+            record["outputs"].append(kind)
+            if problems := record["verification"].get("problems"):
+                raise VerificationError(f"The verification of {shared.run.path(kind)} failed: {'; '.join(problems)}.")
+    return record
+
+
+def measure_after(shared: Defence, ledger: Ledger) -> None:
+    """Reads the result back, compares it with what was trained, and writes what it does with the held-out prompts."""
+    run, settings, outputs = shared.run, shared.settings, shared.run.read_json(RESULT)["outputs"]
+    steering, model = None, shared.model
+    if outputs[0] == STEERING:
+        steering = shared.steering or steering_again(shared)
+    else:
+        folder = pathlib.Path(run.path(outputs[0]))
+        model = shared.loaded(folder if outputs[0] == MODEL else model_folder(str(folder), str(shared.source)))
+    check = compared_with_trained(shared, model) if run.exists(CHECK) else {}
+    edits: Any = steering  # a ChatModel takes it in place of edits
+    did = outcomes(model, shared.held_out, shared.judge, settings.max_new_tokens, shared.rows, edits)
+    kl = divergences(shared.model, model, shared.data.harmless_test, edits)
+    run.write_json(AFTER, {"did": did, "kl": kl.tolist(), "check": check})
+    gc.collect()
+
+
+def steering_again(shared: Defence) -> Steering:
+    """Returns the steering of a recipe that was stopped after it had been written."""
+    assert shared.recipe.edit is not None
+    change = shared.recipe.edit(shared.model, shared.data, shared.settings, lambda text: None)
+    assert change.steering is not None
+    return change.steering
+
+
+def compared_with_trained(shared: Defence, model: ChatModel) -> dict[str, float]:
+    """Returns how far the written result is from what was trained, at the last token of held-out prompts.
+
+    Raises VerificationError if that is more than rounding explains.
+    """
+    want, found = shared.run.read_tensors(CHECK)["logits"], last_logits(model, shared.held_out)
+    kl = float(np.mean(np.asarray(kl_divergence(want, found), np.float64)))
+    exact = str(model.decoder.dtype) == "float32" and str(shared.model.decoder.dtype) == "float32"
+    check = {"max_logit_difference": float(np.abs(want - found).max()), "mean_kl": kl, "prompts": len(want)}
+    if not kl <= MOST_KL[exact]:
+        raise VerificationError(
+            f"The result in {shared.run.folder} is not what was trained: at {len(want)} held-out prompts its next tokens diverge "
+            f"by {kl:.2e} nats, over {MOST_KL[exact]:.0e}. If the checkpoint's own weights are stored in less precision than the "
+            "training's, train with a smaller effect on single weights, or write an adapter."
+        )
+    return check
+
+
+def write_record(shared: Defence, ledger: Ledger) -> None:
+    """Writes defence.json."""
+    run, recipe, data = shared.run, shared.recipe, shared.data
+    result, after = run.read_json(RESULT), run.read_json(AFTER)
+    sides = {
+        name: len(getattr(data, name)) for name in ("refused", "answered", "complied", "harmful_test", "harmless_test")
+    }
+    run.write_json(
+        RECORD,
+        {
+            "schema": SCHEMA,
+            "recipe": {"name": recipe.name, "about": recipe.about, "source": recipe.source},
+            "model": {
+                "name": shared.settings.model or "the embedded model",
+                "fingerprint": run.manifest["inputs"]["model"],
+            },
+            "settings": recorded(shared.settings),
+            "data": {**sides, "notes": list(data.notes)},
+            **{name: value for name, value in result.items()},
+            "check": after["check"],
+            "measured": compared(run.read_json(BEFORE), after["did"], after["kl"]) | {"judge": shared.settings.judge},
+            "versions": versions(),
+        },
+    )
+
+
+def of_result(shared: Defence) -> tuple[str, ...]:
+    """Returns the files by which the stage of the result is known to be done."""
+    kinds = (MODEL, "adapter")
+    return (RESULT, CHECK, LOSSES, *(f"{kind}/{PROVENANCE}" for kind in kinds))
+
+
+STAGES: tuple[Stage[Defence], ...] = (
+    Stage("data", gather_data, writes=(DATA,)),
+    Stage("before", measure_before, reads=(DATA,), writes=(BEFORE,)),
+    Stage("defend", defend_model, reads=(DATA,), writes=of_result),
+    Stage("after", measure_after, reads=(DATA, RESULT, CHECK), writes=(AFTER,)),
+    Stage("record", write_record, reads=(DATA, BEFORE, RESULT, AFTER), writes=(RECORD,), alone=True),
+)
+
+
+def recorded(settings: DefenceSettings) -> dict[str, Any]:
+    """Returns the settings that decide what comes of a defence."""
+    values = settings.to_dict()
+    del values["keep_states"], values["train"]["every"]
+    return values
+
+
+def settings_for(recipe: Recipe, given: Mapping[str, Any], embedded: bool) -> DefenceSettings:
+    """Returns the settings of a recipe: what is given, else what the recipe has for the model, else the defaults.
+
+    given: a nested mapping, of which every value counts as given. embedded: whether the model is of the embedded family.
+    """
+    settings = DefenceSettings()
+    settings.update_from_flattened_dict({**recipe.defaults, **(recipe.embedded if embedded else {})})
+    settings.update(given)
+    settings.recipe = recipe.name
+    settings.check()
+    return settings
+
+
+def defend(given: Mapping[str, Any], out: str | pathlib.Path, command: str = "") -> dict[str, Run]:
+    """Makes the defences that `given["recipe"]` names, a name, several separated by commas, or "all", and returns their runs.
+
+    given: settings, nested; what is left out is the recipe's own choice for the model. out: a local folder; of several recipes,
+    each gets one of its name in it. The same call goes on with what was stopped, and does nothing for what is done. command: the
+    command line, for the model cards. Of several processes all must call it alike, with a folder that all see.
+
+    Raises UserError for settings, data or a model that cannot be used, and for a folder that holds something else;
+    VerificationError, which is one, for a result that is not what was trained.
+    """
+    recipes = named(str(given.get("recipe", "")))
+    if "://" in str(out):
+        raise UserError(f"{out} is an address: a defence writes a model, for which it needs a local folder. Pass one.")
+    folder, runs = local_path(out), {}
+    with hub.session({}):
+        source = model_folder(str(given["model"])) if given.get("model") else demo_model_path()
+        cfg = load_config(source)
+        for recipe in recipes:
+            settings = settings_for(recipe, given, is_of_embedded_family(source))
+            settings.train.check(cfg)
+            outputs_of(settings.output, settings.train.method)
+            (judge,) = parse_judges([settings.judge], settings.batch_size or ON_CPU.forward, settings.dtype)
+            place = folder if len(recipes) == 1 else folder / recipe.name
+            inputs = {"model": checkpoint_fingerprint(source), "judge": judge.fingerprint()}
+            with Run.open(place, recorded(settings), inputs) as run:
+                shared = Defence(recipe, settings, run, source, judge, command)
+                for stage in STAGES:
+                    run.stage(stage, shared)
+            runs[recipe.name] = run
+    return runs
