@@ -166,3 +166,18 @@ class ResistSettings(Settings):
                     f"{field('tests')} names {test!r}, which is no test.{did_you_mean(test, known)} The tests are "
                     f"{', '.join(known)}."
                 )
+        if not 0 < self.floor <= 1:
+            raise UserError(f"{field('floor')} = {self.floor}, expected a share above 0 and up to 1.")
+        if not self.seconds >= 0:
+            raise UserError(f"{field('seconds')} = {self.seconds}, expected at least 0; 0 is no limit.")
+        for name, value, least in (
+            ("max_new_tokens", self.max_new_tokens, 1),
+            ("directions.most", self.directions.most, 1),
+            ("directions.n_train", self.directions.n_train, 1),
+            ("rdo.steps", self.rdo.steps, 1),
+            ("rdo.batch", self.rdo.batch, 1),
+            ("rdo.n_train", self.rdo.n_train, 4),
+            ("rdo.target_tokens", self.rdo.target_tokens, 1),
+        ):
+            if value < least:
+                raise UserError(f"{field(name)} = {value}, expected at least {least}.")

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from refusal_jax.report.drawing import THEME_COLOUR, axes_within, drawing
+from refusal_jax.report.page import plain
 from refusal_jax.report.pictures import Picture
 from refusal_jax.report.suffix_figures import GREY
 
@@ -45,7 +46,8 @@ def kept_picture(name: str, label: str, rows: Mapping[str, Mapping[str, Any]], f
 
 
 def shortened(text: str) -> str:
-    """Returns a name that fits beside the figure."""
+    """Returns a name that fits beside the figure, without control characters."""
+    text = plain(text)
     return text if len(text) <= MOST_NAME else f"{text[: MOST_NAME - 1]}…"
 
 
@@ -57,7 +59,7 @@ def pictures_of(checkpoints: Sequence[Mapping[str, Any]], floor: float) -> dict[
             name: test["kept"] | {"verdict": test["verdict"]} for name, test in one["tests"].items() if "kept" in test
         }
         if rows:
-            label = f"Refusals that {one['title']} keeps under each test"
+            label = f"Refusals that {plain(one['title'])} keeps under each test"
             found[one["title"]] = kept_picture(f"kept-{number}", label, rows, floor)
     worst = {one["title"]: one["worst"] | {"rate": one["worst"]["value"]} for one in checkpoints if one["worst"]}
     if len(worst) > 1:
