@@ -3,7 +3,7 @@
 import dataclasses
 import pathlib
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from refusal_jax.chat.model import ChatModel
 from refusal_jax.defence.data import DefenceData
@@ -13,6 +13,7 @@ from refusal_jax.export.tensor_edits import Edit
 from refusal_jax.training.objective import Objective
 
 
+@runtime_checkable
 class Steering(Protocol):
     """An edit of the residual stream that depends on the prompt; `ChatModel` takes it wherever it takes `Edits`."""
 

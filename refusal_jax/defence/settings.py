@@ -4,6 +4,7 @@ import dataclasses
 
 from refusal_jax.chat.templates import BUILT_IN
 from refusal_jax.defence.data import PairSettings
+from refusal_jax.defence.recipe_settings import BreakerSettings, DepthSettings, ExtendedSettings
 from refusal_jax.errors import UserError, did_you_mean, field
 from refusal_jax.judges.rules import RULES
 from refusal_jax.settings import Settings, option, section
@@ -41,6 +42,10 @@ class DefenceSettings(Settings):
     mesh: MeshSettings = section(MeshSettings, "The devices along each axis of the mesh")
     data: PairSettings = section(PairSettings, "The prompts and replies that are learnt, and those held out")
     train: TrainSettings = section(TrainSettings, "What is trained, by which optimiser, and for how long")
+
+    extended: ExtendedSettings = section(ExtendedSettings, "Extended refusals")
+    depth: DepthSettings = section(DepthSettings, "Refusals after the beginning of a reply that complies")
+    breakers: BreakerSettings = section(BreakerSettings, "Circuit breakers")
 
     def check(self) -> None:
         """Raises UserError for settings that are out of range, but for those of sections that the model decides."""

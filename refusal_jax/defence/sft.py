@@ -5,10 +5,11 @@ where refusal is decided already.
 """
 
 import dataclasses
+from collections.abc import Sequence
 
 from refusal_jax.chat.model import ChatModel
 from refusal_jax.defence.data import DefenceData
-from refusal_jax.defence.lessons import Note, learnt_rows
+from refusal_jax.defence.lessons import Lesson, Note, learnt_rows
 from refusal_jax.defence.recipe import Recipe
 from refusal_jax.defence.settings import DefenceSettings
 from refusal_jax.models.decoder import Decoder
@@ -38,14 +39,20 @@ class Refusals:
         return (parts["refusals"] + parts["answers"]) / 2, parts
 
 
-def objective(model: ChatModel, data: DefenceData, settings: DefenceSettings, note: Note) -> Refusals:
-    """Returns the objective of a model and its data."""
-    train = settings.train
-    kinds = {"refusals": data.refused, "answers": data.answered}
+def shares(
+    model: ChatModel, refused: Sequence[Lesson], answered: Sequence[Lesson], settings: DefenceSettings, note: Note
+) -> tuple[Share, Share]:
+    """Returns lessons of refusals and of answers as rows of one width, of which each step sees as many."""
+    train, kinds = settings.train, {"refusals": refused, "answers": answered}
     rows = {what: learnt_rows(model, lessons, train.max_tokens, what, note) for what, lessons in kinds.items()}
     width = max(map(row_width, rows.values()))
     harmful, harmless = (Share.of(model.chat, found, width, train, kind) for kind, found in enumerate(rows.values()))
-    return Refusals(harmful, harmless)
+    return harmful, harmless
+
+
+def objective(model: ChatModel, data: DefenceData, settings: DefenceSettings, note: Note) -> Refusals:
+    """Returns the objective of a model and its data."""
+    return Refusals(*shares(model, data.refused, data.answered, settings, note))
 
 
 RECIPE = Recipe(

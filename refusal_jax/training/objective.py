@@ -5,7 +5,7 @@ Losses add over rows: the loss of a batch is the sum of the losses of its parts,
 """
 
 import dataclasses
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +23,7 @@ from refusal_jax.training.rows import Share, TrainRows
 LOGITS_AT_ONCE = 1 << 26  # values: 256 MiB in float32, of all rows together
 
 
+@runtime_checkable
 class Objective(Protocol):
     """What is minimised. A recipe implements it; the trainer calls it."""
 

@@ -1,0 +1,141 @@
+"""Safety that is deeper than the first tokens (arXiv 2406.05946): refusals that begin after some tokens of a reply that
+complies, and, if asked for, an objective that keeps the first tokens of answers close to the model before training.
+
+Refusal is shallow where it decides the first token only: a reply that has begun to comply goes on. Refusals that are
+learnt after openings of every length, which are given and not learnt, take up what has gone astray.
+"""
+
+import dataclasses
+import random
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Bool, Float
+
+from refusal_jax.axes import Array
+from refusal_jax.chat.messages import as_messages
+from refusal_jax.chat.model import ChatModel
+from refusal_jax.defence.data import DefenceData
+from refusal_jax.defence.lessons import Lesson, Note
+from refusal_jax.defence.recipe import Recipe
+from refusal_jax.defence.recipe_settings import DepthSettings
+from refusal_jax.defence.settings import DefenceSettings
+from refusal_jax.defence.sft import shares
+from refusal_jax.models.decoder import Decoder
+from refusal_jax.training.objective import cross_entropy, outputs, token_losses
+from refusal_jax.training.rows import Share, TrainRows
+
+NEXT = 5  # the last token of a reply with the constraint of the next ones
+
+
+def opened(
+    model: ChatModel,
+    refused: Sequence[Lesson],
+    complied: Sequence[Lesson],
+    settings: DepthSettings,
+    rng: random.Random,
+) -> list[Lesson]:
+    """Returns harmful prompts whose reply has begun to comply, with the refusal as what follows.
+
+    Each prompt of `complied` occurs `draws` times, with an opening of its reply each, of a random number of tokens; those of
+    `refused` without a reply that complies occur as often, with no opening.
+    """
+    openings = {frozen_key(lesson): lesson.reply for lesson in complied}
+    found = []
+    for lesson in refused:
+        reply = openings.get(frozen_key(lesson))
+        ids = model.chat.ids(reply) if reply else []
+        deepest = min(settings.deepest or len(ids), max(len(ids) - 1, 0))
+        for _ in range(settings.draws):
+            given = 0 if not deepest or rng.random() < settings.at_once else rng.randint(1, deepest)
+            found.append(after_opening(lesson, model.chat.tokenizer.decode(ids[:given])) if given else lesson)
+    return found
+
+
+def frozen_key(lesson: Lesson) -> tuple:
+    """Returns a prompt as a value that can be a key."""
+    return tuple((message["role"], message["content"]) for message in as_messages(lesson.prompt))
+
+
+def after_opening(lesson: Lesson, opening: str) -> Lesson:
+    """Returns the lesson with a beginning of its reply that is given, and not learnt."""
+    talk = [*as_messages(lesson.prompt), {"role": "assistant", "content": opening}]
+    return dataclasses.replace(lesson, prompt=talk, reply=f" {lesson.reply}")
+
+
+def strengths(counts_bt: Bool[Array, "B T"], settings: DepthSettings) -> Float[jax.Array, "B T"]:
+    """Returns the constraint's strength for each token of a reply by its number in the reply; counts_bt: its tokens."""
+    number_bt = jnp.cumsum(counts_bt, axis=1)
+    later_bt = jnp.where(number_bt <= NEXT, settings.beta_next, settings.beta_later)
+    return jnp.where(number_bt <= 1, settings.beta_first, later_bt)
+
+
+def constrained_loss(
+    decoder: Decoder, frozen: Decoder, rows: TrainRows, settings: DepthSettings
+) -> Float[jax.Array, ""]:
+    """Returns the token-wise constrained objective of rows: the mean of 2/beta softplus(-beta (log p - log p_frozen)).
+
+    Its gradient begins as that of cross-entropy and fades as a token becomes more likely than it was before training, the
+    sooner the larger beta is.
+    """
+    now, before = (token_losses(d, outputs(d, rows).resid_btd, rows.tokens_bt) for d in (decoder, frozen))
+    beta_bt = strengths(rows.weight_bt > 0, settings)
+    gained_bt = jax.lax.stop_gradient(before) - now
+    return jnp.sum(rows.weight_bt * 2 / beta_bt * jax.nn.softplus(-beta_bt * gained_bt))
+
+
+@dataclasses.dataclass(frozen=True)
+class Deep:
+    """The loss of refusals after openings, by `settings.share`, and of answers for the rest."""
+
+    refusals: Share
+    answers: Share
+    settings: DepthSettings
+    refresh: int = 0
+
+    @property
+    def needs_frozen(self) -> bool:
+        """Returns whether answers are constrained by the model before training."""
+        return self.settings.constrained
+
+    def batch(self, step: int) -> dict[str, TrainRows]:
+        """Returns the rows of a step of each kind."""
+        return {"refusals": self.refusals.batch(step), "answers": self.answers.batch(step)}
+
+    def refreshed(self, model: ChatModel, step: int) -> None:
+        """Returns None: nothing is computed outside the step."""
+
+    def loss(self, decoder: Decoder, frozen, batch, extra, key):
+        """Returns the weighted sum of both losses, and each."""
+        refusals = cross_entropy(decoder, batch["refusals"])
+        if self.settings.constrained:
+            answers = constrained_loss(decoder, frozen, batch["answers"], self.settings)
+        else:
+            answers = cross_entropy(decoder, batch["answers"])
+        share = self.settings.share
+        return share * refusals + (1 - share) * answers, {"refusals": refusals, "answers": answers}
+
+
+def objective(model: ChatModel, data: DefenceData, settings: DefenceSettings, note: Note) -> Deep:
+    """Returns the objective of a model and its data. Raises UserError without replies that comply."""
+    settings.depth.check()
+    if settings.depth.share:
+        data.need_compliant("Refusal after the beginning of a reply")
+    lessons = opened(model, data.refused, data.complied, settings.depth, random.Random(settings.train.seed))
+    return Deep(*shares(model, lessons, data.answered, settings, note), settings.depth)
+
+
+RECIPE = Recipe(
+    name="depth",
+    about="Deeper safety: refusals are learnt after openings of replies that comply, of every length.",
+    source="2406.05946",
+    objective=objective,
+    embedded={
+        "train.method": "full",
+        "train.steps": 300,
+        "train.rate": 5e-4,
+        "train.batch": 16,
+        "depth.share": 0.5,
+    },
+)
