@@ -1,27 +1,20 @@
 """Training: as PyTorch and peft do it, on any mesh the same, and gone on with bit for bit."""
 
-import dataclasses
-import os
-import shutil
-
 import jax
 import numpy as np
 import peft
 import pytest
 import torch
-from test_processes import Pair, ROOT
 from tiny import load_hf, tiny_llama
 from transformers import get_cosine_schedule_with_warmup
 
-from refusal_jax import UserError, load_model, make_mesh
+from refusal_jax import load_model
 from refusal_jax.chat.loss_rows import LossRow
 from refusal_jax.checkpoints.lora import PREFIX
 from refusal_jax.models.decoder import Decoder
-from refusal_jax.training import objective as losses_of
-from refusal_jax.training.checkpoints import LOSSES, STATES
 from refusal_jax.training.lora import fresh_factors, scaled
-from refusal_jax.training.objective import NextToken, cross_entropy, token_kl, token_losses
-from refusal_jax.training.rows import Share, TrainRows, drawn
+from refusal_jax.training.objective import NextToken, cross_entropy
+from refusal_jax.training.rows import Share
 from refusal_jax.training.settings import TARGETS, TrainSettings
 from refusal_jax.training.trainer import train
 
@@ -42,7 +35,16 @@ def model(folder):
 
 
 def settings_of(**more) -> TrainSettings:
-    common = {"steps": STEPS, "batch": 4, "rank": 4, "alpha": 6.0, "rate": 3e-3, "warmup": 3, "weight_decay": 0.1, "clip": 0.5}
+    common = {
+        "steps": STEPS,
+        "batch": 4,
+        "rank": 4,
+        "alpha": 6.0,
+        "rate": 3e-3,
+        "warmup": 3,
+        "weight_decay": 0.1,
+        "clip": 0.5,
+    }
     return TrainSettings.of(common | more)
 
 
@@ -57,7 +59,7 @@ def next_token(model, settings) -> NextToken:
 
 
 def theirs(folder, settings: TrainSettings, objective: NextToken, factors):
-    """The same training in PyTorch: losses, norms of gradients and trained tensors by name, and the gradients of the first step."""
+    """The same training in PyTorch: losses, norms of gradients, trained tensors by name, and the gradients of the first step."""
     model = load_hf(folder)
     if settings.method == "lora":
         more = {"layers_to_transform": list(settings.layers)} if settings.layers else {}
@@ -101,7 +103,9 @@ def by_their_name(ours, layers):
     for path, array in ours.items():
         target, letter = path.removeprefix("blocks.").rsplit("_", 1)
         for layer in layers:
-            name = f"{PREFIX}model.layers.{layer}.{MODULES[target]}.lora_{'B' if letter == 'left' else 'A'}.default.weight"
+            name = (
+                f"{PREFIX}model.layers.{layer}.{MODULES[target]}.lora_{'B' if letter == 'left' else 'A'}.default.weight"
+            )
             found[name] = np.asarray(array[layer])
     return found
 
