@@ -6,13 +6,14 @@ import tiny
 from scipy import stats
 
 from refusal_jax import demo_model_path
-from refusal_jax.audit.lanes import activations
+from refusal_jax.audit.lanes import activations, weights
 from refusal_jax.audit.organisms.base import Base
 from refusal_jax.audit.organisms.organism import OpenedOrganism, Organism
 from refusal_jax.audit.organisms.recipe import Recipe
 from refusal_jax.audit.readings import directions
 from refusal_jax.audit.settings import AuditSettings
 from refusal_jax.audit.subject import Opened, Subject
+from refusal_jax.audit.verdict import judge
 from refusal_jax.chat.residuals import project
 from refusal_jax.edits import Edits
 from refusal_jax.judges.separation import Estimate, Resamples
@@ -149,3 +150,18 @@ def test_directions_come_from_other_prompts_than_they_are_tried_on(base):
     lengths = np.linalg.norm(found.all[:, 1:], axis=-1)
     assert lengths == pytest.approx(np.ones_like(lengths), rel=1e-5)
     assert np.linalg.norm(found.own[1, 0]) == 0  # the template's last token is the same in all prompts
+
+
+@pytest.mark.parametrize(("amount", "edit"), [(1.0, "added"), (-1.0, "removed")])
+def test_a_safety_injection_is_told_by_its_weights_and_its_activations_together(base, audited, amount, edit):
+    """It writes along refusal whatever was written there, which is no removal; which way it goes only prompts tell."""
+    of = AuditSettings.of({"lanes": ("weights",), "null_size": 0, "n_fit": 32, "batch_size": 16})
+    candidate, original = (
+        OpenedOrganism(Organism(base, Recipe.parse(f"tried: {one}")), of) for one in (f"inject amount={amount}", "")
+    )
+    found = weights.LANE.run(Subject(of, candidate, original))
+    assert (found.facts["kind"], found.facts["dosed"], found.facts["rank"]) == ("written", False, 1)
+    assert found.facts["refusal_energy"] > 0.8
+    lanes = {"weights": found, "activations": audited(f"inject amount={amount}")}
+    verdict = judge(of, lanes)
+    assert verdict.edit == edit and "it moves harmful prompts by" in verdict.sentences[1]

@@ -10,6 +10,7 @@ from refusal_jax.audit.broken import BrokenCheckpoint, finding_damage
 from refusal_jax.audit.evidence import Findings
 from refusal_jax.audit.lane import Lane
 from refusal_jax.audit.lanes import activations, alone, behaviour, files, weights
+from refusal_jax.audit.resisted import resisted
 from refusal_jax.audit.settings import AuditSettings
 from refusal_jax.audit.subject import Opened, Subject
 from refusal_jax.audit.verdict import Verdict, judge
@@ -48,7 +49,8 @@ def audit(subject: Subject) -> Audit:
     """Runs all lanes on a subject, and returns the audit.
 
     What only a lane needs and does not get leaves that lane out. Raises UserError for a candidate or a base that cannot be opened
-    at all, and BrokenCheckpoint for a candidate whose files, values or chat template are broken.
+    at all and for resistance tests of another checkpoint, and BrokenCheckpoint for a candidate whose files, values or chat
+    template are broken.
     """
     _ = subject.candidate.weights
     base = None if subject.base is None else subject.base.folder
@@ -57,7 +59,7 @@ def audit(subject: Subject) -> Audit:
             _ = subject.base.weights
     except BrokenCheckpoint as error:
         raise _broken_base(error) from None
-    findings = []
+    attached, findings = resisted(subject), []
     for lane in LANES:
         LOG.info(f"Audit: {lane.name}")
         try:
@@ -66,6 +68,7 @@ def audit(subject: Subject) -> Audit:
             if error.folder is not None and error.folder == base != subject.candidate.folder:
                 raise _broken_base(error) from None
             raise
+    findings += [attached] if attached is not None else []
     return Audit(subject.settings, findings, judge(subject.settings, {one.lane: one for one in findings}))
 
 

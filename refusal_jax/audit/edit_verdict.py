@@ -16,7 +16,8 @@ SIMPLE = {
     "equivalent": ("benign", "The weights were rearranged or rescaled in a way that computes the same."),
     "separable": (
         "delta",
-        "The weights carry a separable change of rank {rank}, as an adapter that was merged leaves.",
+        "The weights carry a separable change of rank {rank}, as an adapter leaves that was merged, of a defence or another: "
+        "whoever has the base can take it out again.",
     ),
     "changed": (
         "benign",
@@ -43,7 +44,7 @@ def edit_verdict(findings: Mapping[str, Findings]) -> EditVerdict:
     weights, alone, files = (facts.get(lane, {}) for lane in ("weights", "alone", "files"))
     chance = probability_of_removal(findings)
     if "kind" in weights:
-        found = _with_base(weights)
+        found = _with_base(weights, facts.get("activations", {}))
     elif files.get("identical"):
         found = EditVerdict("none", ["Every tensor holds the base's bytes."])
     else:
@@ -55,8 +56,8 @@ def edit_verdict(findings: Mapping[str, Findings]) -> EditVerdict:
     )
 
 
-def _with_base(facts: Mapping[str, Any]) -> EditVerdict:
-    """Returns the verdict from a comparison with the base."""
+def _with_base(facts: Mapping[str, Any], activations: Mapping[str, Any]) -> EditVerdict:
+    """Returns the verdict from a comparison with the base. activations: the facts of that lane, as far as there are any."""
     kind = facts["kind"]
     dose = (facts["dose"], facts["dose_low"], facts["dose_high"]) if facts.get("dosed") else None
     details = {
@@ -72,6 +73,8 @@ def _with_base(facts: Mapping[str, Any]) -> EditVerdict:
             f"Refusal was added: its direction is written more by {share:.0%} (95 % interval {high:.0%} to {low:.0%})."
         )
         return EditVerdict("added", [words], dose, details=details)
+    if kind == "written":
+        return _written(facts, activations, details)
     if kind in ("bias", "gains"):
         return _beside_the_matrices(facts, details)
     if kind == "projection":
@@ -118,6 +121,29 @@ def _removed(facts: Mapping[str, Any], dose, details: Mapping[str, Any]) -> Edit
         return EditVerdict("unknown", [words], dose, details=details)
     sentences = [f"Refusal was removed from the weights: {share}.", f"Likely method: {facts['method'].rstrip('.')}."]
     return EditVerdict("removed", sentences, dose, details=details)
+
+
+def _written(facts: Mapping[str, Any], activations: Mapping[str, Any], details: Mapping[str, Any]) -> EditVerdict:
+    """Returns the verdict on a change that is written along the refusal direction and is no share of what was written there, such
+    as a safety injection. Which way it goes only the activations tell."""
+    words = (
+        f"{facts['refusal_energy']:.0%} of the change is written along the refusal direction, and it is no share of what was "
+        "written there"
+    )
+    shift, low, high = (activations.get(f"shift{end}") for end in ("", "_low", "_high"))
+    if shift is None or low is None or high is None or low <= 0 <= high:
+        words += ", so that the weights alone do not tell whether it strengthens refusal."
+        return EditVerdict("delta", [words], details=details)
+    moved = (
+        f"it moves harmful prompts by {shift:+.2f} of the base's gap along it (95 % interval {low:+.2f} to {high:+.2f})"
+    )
+    if low > 0:
+        return EditVerdict(
+            "added", [f"Refusal was added, as a safety injection adds it: {words}; {moved}."], details=details
+        )
+    return EditVerdict(
+        "removed", [f"The weights were made to write against refusal: {words}; {moved}."], details=details
+    )
 
 
 def _beside_the_matrices(facts: Mapping[str, Any], details: Mapping[str, Any]) -> EditVerdict:

@@ -56,6 +56,11 @@ class AuditSettings(Settings):
         32,
         "Number of harmless changes of the base that are made for comparison; each costs a pass over some of its matrices",
     )
+    resist: str = option(
+        "",
+        "resistance.json of the candidate by `refusal-jax resist`, or its folder, which is shown with the audit; where the base "
+        "was tested with it, the two are compared",
+    )
     seed: int = option(0, "Seed for drawing prompts, for these changes, and for the bootstrap")
     dtype: str = option(
         "auto", "float32, bfloat16 or float16 for running the models; auto is float32 on a CPU, else bfloat16"

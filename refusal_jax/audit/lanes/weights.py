@@ -43,8 +43,8 @@ Both checkpoints are read once, matrix by matrix. Facts:
   there are null_size; "blind" against those that remove no direction. dose_null, targeted_null, alignment_null: what 99 % of
   these stay within, dose_null being of the product of dose, squared alignment and squared fit.
 - kind: what the weights alone make of it: "identical", "rounded", "equivalent" (computes the same), "removed",
-  "added", "bias" and "gains" (which act along refusal), "projection" (of another direction), "separable", "changed",
-  or "moved".
+  "added", "bias" and "gains" (which act along refusal), "projection" (of another direction), "written" (most of the change
+  is written along refusal, and is no share of what was), "separable", "changed", or "moved".
 """
 
 import logging
@@ -223,6 +223,8 @@ def kind_of(found: WeightStatistics, facts: dict[str, Any]) -> str:
         return "gains"
     if len(found.projected) >= max(2, SOME * len(found.changed)):
         return "projection"
+    if facts.get("refusal_energy", 0.0) >= MOST and facts["refusal_energy_z"] >= STANDS_OUT:
+        return "written"
     if facts["storage_explains"] > NEARLY_ALL and rows and not found.comparison.vectors:
         return "rounded"
     return "separable" if facts["rank"] else "changed"

@@ -27,6 +27,7 @@ LANES = {
     "alone": "Weights alone",
     "activations": "Activations",
     "behaviour": "Behaviour",
+    "resistance": "Resistance tests, made apart from the audit",
 }
 # What the facts of the lane "files" that are differences for people are of.
 DIFFERENCES = {
