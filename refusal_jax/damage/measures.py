@@ -152,6 +152,11 @@ def bare(values_n: np.ndarray) -> list[float | None]:
     return [None if math.isnan(value) else value for value in values_n.tolist()]
 
 
+def labels(values_n: np.ndarray) -> list[int | None]:
+    """Returns the values of a rate as labels 0 and 1, None for NaN."""
+    return [None if value is None else int(value) for value in bare(values_n)]
+
+
 def summary(measure: Measure, values_n: Float[np.ndarray, " n"], before_n: Float[np.ndarray, " n"]) -> dict:
     """Returns a measure of one edit over its n units, with 95 % intervals: for a rate `{"rate", "low", "high", "successes", "n"}`
     (Wilson), for a mean `{"mean", "low", "high", "n"}` (bootstrap over units); and "change", `{"mean", "low", "high"}`, its
@@ -159,13 +164,13 @@ def summary(measure: Measure, values_n: Float[np.ndarray, " n"], before_n: Float
 
     before_n: the values at baseline. Units without a value under one of the two are left out of the change.
     """
-    both = ~np.isnan(values_n) & ~np.isnan(before_n)
     if measure.kind == "rate":
-        pairs = PairedRates.of(before_n[both].astype(int).tolist(), values_n[both].astype(int).tolist())
+        pairs = PairedRates.of(labels(before_n), labels(values_n))
         low, high = pairs.interval
         change = {"mean": pairs.difference, "low": low, "high": high}
-        row = Rate.of(values_n[~np.isnan(values_n)].astype(int).tolist()).row
+        row = Rate.of(labels(values_n)).row
     else:
+        both = ~np.isnan(values_n) & ~np.isnan(before_n)
         found = paired_mean(before_n[both], values_n[both])
         change = {name: found[name] for name in ("mean", "low", "high")}
         row = mean_interval(values_n[~np.isnan(values_n)])

@@ -50,7 +50,8 @@ class Place:
                     f"SITES@LAYERS, with sites among {', '.join(known)}, several of them joined by +."
                 )
         kernel, where = _kernel(name, layers if at else "all", n_layers)
-        return cls(name, f"{'+'.join(chosen) if sites not in GROUPS else sites}, {where}", chosen, kernel)
+        what = {"all": "all sites", "written": "written"}.get(sites, "+".join(chosen))
+        return cls(name, f"{what}, {where}", chosen, kernel)
 
 
 def _kernel(name: str, layers: str, n_layers: int) -> tuple[Kernel, str]:

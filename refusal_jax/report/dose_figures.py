@@ -14,7 +14,7 @@ Rows = Sequence[Mapping[str, float | None]]
 ENDS = {"mean": "", "low": " low", "high": " high"}  # of names of columns
 
 
-def _curve(
+def curve(
     axes: Axes, x: Sequence[float], rows: Rows, middle: str, colour: str, mark: str = "", scale: float = 1.0
 ) -> None:
     """Draws rows `{middle, "low", "high"}` over x as a line with a band, where they are known."""
@@ -37,7 +37,8 @@ def _mark_half(axes: Axes, half: Mapping[str, float | None], most: float) -> Non
         axes.axvline(half["at"], color=GREY, linewidth=1.1, linestyle=(0, (3, 2)))
 
 
-def _plain(axes: Axes, label: str) -> None:
+def plain(axes: Axes, label: str) -> None:
+    """Labels the axis of values, and leaves out what frames the axes above and on the right."""
     axes.set_ylabel(label, labelpad=2)
     axes.tick_params(length=2.5, pad=2, labelsize=9)
     axes.spines[["top", "right"]].set_visible(False)
@@ -62,16 +63,16 @@ def dose_figure(
     with drawing(330) as figure:
         above, below = axes_within(figure, 46, 10, 12, 140), axes_within(figure, 46, 208, 12, 36)
         _mark_half(above, half, doses[-1])
-        _curve(above, doses, refused, "rate", colour, "o", 100)
+        curve(above, doses, refused, "rate", colour, "o", 100)
         for dose, rate in replies:
             above.plot(dose, 100 * rate, "D", markersize=6, fillstyle="none", color=colour, markeredgewidth=1.3)
         above.set_ylim(-4, 104)
         above.set_yticks([0, 25, 50, 75, 100])
-        _plain(above, f"{of.done}, %")
-        _curve(below, doses, kl, "mean", GREY, "o")
+        plain(above, f"{of.done}, %")
+        curve(below, doses, kl, "mean", GREY, "o")
         below.set_ylim(bottom=0)
         below.yaxis.set_major_locator(MaxNLocator(4))
-        _plain(below, "KL, nats")
+        plain(below, "KL, nats")
         below.set_xlabel("dose", labelpad=2)
         for axes in (above, below):
             axes.set_xlim(doses[0], doses[-1] * 1.02)
@@ -94,7 +95,7 @@ def rank_figure(curves: Mapping[str, Rows], half: Mapping[str, float | None], of
         axes = axes_within(figure, 46, 58, 12, 36)
         _mark_half(axes, half, most)
         for number, ((name, rows), colour, mark) in enumerate(zip(curves.items(), COLOURS, MARKS, strict=False)):
-            _curve(axes, range(len(rows)), rows, "rate", colour, mark, 100)
+            curve(axes, range(len(rows)), rows, "rate", colour, mark, 100)
             y = 1 + (46 - 15 * number) / (290 - 94)
             axes.plot(0.01, y, mark, color=colour, markersize=4.5, transform=axes.transAxes, clip_on=False)
             axes.text(0.04, y, name, transform=axes.transAxes, fontsize=9, va="center")
@@ -103,7 +104,7 @@ def rank_figure(curves: Mapping[str, Rows], half: Mapping[str, float | None], of
         axes.set_xlim(-0.1, most + 0.3)
         axes.xaxis.set_major_locator(MaxNLocator(min(10, most), integer=True, min_n_ticks=1))
         axes.set_xlabel("ablated directions", labelpad=2)
-        _plain(axes, f"{of.done}, %")
+        plain(axes, f"{of.done}, %")
         data = [
             {"kind": name, "directions": number} | {key: row[key] for key in ("rate", "low", "high")}
             for name, rows in curves.items()

@@ -4,9 +4,11 @@ from collections.abc import Mapping, Sequence
 
 from refusal_jax.judges.behaviours import Behaviour
 from refusal_jax.report.findings import Findings
-from refusal_jax.runs.artifacts import GRID
+from refusal_jax.runs.artifacts import GRID, REPLIES
 from refusal_jax.study.damage.shared import KL, LOSS, OVER_REFUSED, REFUSED
 from refusal_jax.study.mechanism.dose import in_nats, in_percent, place
+
+TOGETHER = 4  # places in one figure of curves, each in a colour of its own
 
 
 def rows_at(found: Mapping, name: str) -> list[dict]:
@@ -54,7 +56,7 @@ def change_in_words(row: Mapping | None) -> str:
     """Returns the change of a mean from baseline with its interval."""
     if row is None or row["change"]["low"] is None:
         return "–"
-    return "{mean:+.3f} ({low:+.3f} to {high:+.3f})".format(**row["change"])
+    return "{mean:+.4f} ({low:+.4f} to {high:+.4f})".format(**row["change"])
 
 
 def headline(found: Mapping, of: Behaviour) -> str:
@@ -77,6 +79,11 @@ def headline(found: Mapping, of: Behaviour) -> str:
     )
 
 
+def without_text(of: Behaviour) -> str:
+    """Returns why there is no loss, in words."""
+    return f"No loss is known: the study wrote no answers to {of.absent} prompts at baseline, and names no texts."
+
+
 def lines(findings: Findings) -> list[str]:
     """Returns the numbers for a terminal: a line for each place."""
     found, of = findings.run.read_json(GRID), findings.behaviour
@@ -89,7 +96,7 @@ def lines(findings: Findings) -> list[str]:
     for row in rows:
         cells = f"{half_in_words(row['half']):<26}{in_percent(row['refused']):<26}{in_nats(row['kl']):<28}"
         out.append(f"  {row['label']:<{wide}}{cells}{change_in_words(row['loss'])}")
-    return out
+    return out + ([] if loss_measure(found) else [f"  {without_text(of)}"])
 
 
 def values(findings: Findings) -> dict:
@@ -99,6 +106,12 @@ def values(findings: Findings) -> dict:
         "grid": found,
         "headline": headline(found, of),
         "rows": table(found),
+        "strengths": [row["strength"] for row in rows_at(found, found["places"][0]["name"])],
+        "cells": [[row["measures"] for row in rows_at(found, place["name"])] for place in found["places"]],
+        "curves": [curves_name(group) for group in range(-(-len(found["places"]) // TOGETHER))],
+        "loss": loss_measure(found),
+        "without_text": "" if loss_measure(found) else without_text(of),
+        "replied": findings.run.exists(REPLIES),
         "half_in_words": half_in_words,
         "in_nats": in_nats,
         "in_percent": in_percent,
@@ -106,6 +119,62 @@ def values(findings: Findings) -> dict:
     }
 
 
+def summaries_of(found: Mapping, name: str, measure: str) -> list[dict]:
+    """Returns a measure at a place, for each strength from 0 on."""
+    return [row["measures"][measure] for row in rows_at(found, name)]
+
+
+def changes(rows: Sequence[Mapping]) -> list[dict]:
+    """Returns the changes from the first row of a measure, which is 0 there."""
+    return [{"mean": 0.0, "low": 0.0, "high": 0.0}, *(row["change"] for row in rows[1:])]
+
+
 def pictures(findings: Findings) -> list:
-    """Returns the figures."""
-    return []
+    """Returns refusal against damage at every setting, and curves over the strength, a few places in each."""
+    from refusal_jax.report.damage_figures import Panel, curves_figure, tradeoff_figure  # imports matplotlib
+
+    found, of = findings.run.read_json(GRID), findings.behaviour
+    names = dict(enumerate(place["label"] for place in found["places"]))
+    keys = [place["name"] for place in found["places"]]
+    strengths, loss = [row["strength"] for row in rows_at(found, keys[0])], loss_measure(found)
+
+    def by_place(numbers: Sequence[int], measure: str) -> list[list[dict]]:
+        return [summaries_of(found, keys[number], measure) for number in numbers]
+
+    def panels(numbers: Sequence[int]) -> list[Panel]:
+        judged, over = (replied(findings, [keys[number] for number in numbers], one) for one in (REFUSED, OVER_REFUSED))
+        name = f"{of.absent} {of.done}"
+        made = [
+            Panel(f"{of.done}, %", of.done, by_place(numbers, REFUSED), True, judged),
+            Panel(f"{name}, %", name, by_place(numbers, OVER_REFUSED), True, over),
+            Panel("KL, nats", "KL [nats]", by_place(numbers, KL), False),
+        ]
+        if loss:
+            rows = [changes(one) for one in by_place(numbers, loss)]
+            made.append(Panel("loss, change", "change of the loss [nats per token]", rows, False))
+        return made
+
+    every = list(names)
+    refused, damage = ([rows[1:] for rows in by_place(every, measure)] for measure in (REFUSED, KL))
+    words = f"{of.present} {of.done}", f"KL on {of.absent}"
+    label = f"{of.cases_title} that are left against damage, at every strength and place"
+    drawn = [tradeoff_figure(label, names, strengths[1:], refused, damage, words)]
+    for group, start in enumerate(every[::TOGETHER]):
+        numbers = every[start : start + TOGETHER]
+        title = f"{of.cases_title} and damage by the strength of removal, places {start + 1} to {numbers[-1] + 1}"
+        some = {number: names[number] for number in numbers}
+        drawn.append(curves_figure(curves_name(group), title, some, strengths, panels(numbers)))
+    return drawn
+
+
+def replied(findings: Findings, keys: Sequence[str], measure: str) -> list[list[tuple[float, float]]]:
+    """Returns for places by their names the strengths and the rates of a measure that were judged in replies; none where no
+    replies were written."""
+    rows = findings.run.read_json(REPLIES)["rows"] if findings.run.exists(REPLIES) else []
+    rates = [(row["place"], row["strength"], row["measures"][f"{measure}.replies"]["rate"]) for row in rows]
+    return [[(at, rate) for name, at, rate in rates if name == key and rate is not None] for key in keys]
+
+
+def curves_name(group: int) -> str:
+    """Returns the name of the figure of curves of a group of places, by its number."""
+    return f"damage-curves-{group + 1}"

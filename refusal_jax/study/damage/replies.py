@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from refusal_jax.chat.messages import Prompt
-from refusal_jax.damage.measures import Measure, Values, bare, summaries
+from refusal_jax.damage.measures import Measure, Values, labels, summaries
 from refusal_jax.damage.partial import Partial, edits_of
 from refusal_jax.judges.behaviours import REFUSAL, Behaviour
 from refusal_jax.judges.judge import shows
@@ -92,8 +92,8 @@ def rows_of(
     for m, (number, found) in enumerate(zip(numbers, summaries(measures, values), strict=True)):
         apart = {}
         for one, name in zip(measures, SIDES.values(), strict=True):
-            judged = bare(values[one.name][m])
-            pairs = PairedRates.of(bare(scored[name][number][: len(judged)]), judged)
+            judged = labels(values[one.name][m])
+            pairs = PairedRates.of(labels(scored[name][number][: len(judged)]), judged)
             low, high = pairs.interval
             apart[name] = bounded({"mean": pairs.difference, "low": low, "high": high}) | {
                 "by_score": bounded(pairs.first.row)
