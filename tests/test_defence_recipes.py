@@ -164,6 +164,16 @@ def test_layers_are_the_papers_at_every_depth():
         breakers.turned_layers((0,), 3)
 
 
+def test_factors_stand_beside_the_blocks_up_to_the_last_that_is_turned_away(demo):
+    settings = DefenceSettings()
+    breakers.arrange(settings, demo.config)
+    assert settings.train.layers == (0, 1, 2, 3, 4, 5)
+    for method, given in (("lora", (7,)), ("full", ())):
+        settings.train.update(method=method, layers=given)
+        breakers.arrange(settings, demo.config)
+        assert settings.train.layers == given
+
+
 def test_distances_of_equal_vectors_have_no_gradient():
     ones = np.ones((2, 3), np.float32)
     assert np.isfinite(jax.grad(lambda a: breakers.distances(a, ones).sum())(ones)).all()

@@ -20,6 +20,7 @@ from refusal_jax.defence.lessons import Note, learnt_rows
 from refusal_jax.defence.recipe import Recipe
 from refusal_jax.defence.settings import DefenceSettings
 from refusal_jax.errors import UserError, field
+from refusal_jax.models.config import ModelConfig
 from refusal_jax.models.decoder import Decoder
 from refusal_jax.taps import Taps
 from refusal_jax.training.objective import outputs
@@ -43,6 +44,13 @@ def turned_layers(layers: tuple[int, ...], n_layers: int) -> tuple[int, ...]:
                 "is the embedding, which is not trained."
             )
     return chosen
+
+
+def arrange(settings: DefenceSettings, cfg: ModelConfig) -> None:
+    """Chooses the blocks that get factors, where that is left open: those up to the last whose input is turned away."""
+    layers = turned_layers(settings.breakers.layers, cfg.n_layers)
+    if settings.train.method == "lora" and not settings.train.layers:
+        settings.train.layers = tuple(range(layers[-1] + 1))
 
 
 def cosines(a: Float[Array, "*n D"], b: Float[Array, "*n D"]) -> Float[jax.Array, "*n"]:
@@ -129,5 +137,6 @@ RECIPE = Recipe(
     about="Circuit breakers: representations of replies that comply with harmful requests are turned away.",
     source="2406.04313",
     objective=objective,
+    arrange=arrange,
     embedded={"train.steps": 150, "train.rate": 1e-3, "train.batch": 16},
 )

@@ -133,8 +133,8 @@ RECIPE = Recipe(
     objective=objective,
     embedded={
         "train.method": "full",
-        "train.steps": 300,
-        "train.rate": 5e-4,
+        "train.steps": 400,
+        "train.rate": 6e-4,
         "train.batch": 16,
         "depth.share": 0.5,
     },

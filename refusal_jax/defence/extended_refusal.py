@@ -134,9 +134,11 @@ RECIPE = Recipe(
     about="Extended refusal: replies to harmful prompts are an overview, the refusal, and the reason.",
     source="2505.19056",
     objective=objective,
+    defaults={"max_new_tokens": 192},  # shorter replies may end before their refusal begins
     embedded={
         "train.method": "full",
-        "train.steps": 200,
+        "max_new_tokens": 64,
+        "train.steps": 300,
         "train.rate": 4e-4,
         "train.batch": 16,
         "extended.begin": ALIKE,

@@ -10,6 +10,7 @@ from refusal_jax.defence.data import DefenceData
 from refusal_jax.defence.lessons import Note
 from refusal_jax.defence.settings import DefenceSettings
 from refusal_jax.export.tensor_edits import Edit
+from refusal_jax.models.config import ModelConfig
 from refusal_jax.training.objective import Objective
 
 
@@ -42,7 +43,8 @@ class Recipe:
     about: what it does, in a sentence for help texts. source: where it was published. objective: what a training minimises, given
     the model, the data and the settings, with a function that is told what was left out; or edit: what is changed without
     training, given the same. defaults, embedded: settings by dotted name, such as "train.rate", that differ from those of
-    `DefenceSettings` unless they are given; `embedded` ones for models of the embedded family, after the others.
+    `DefenceSettings` unless they are given; `embedded` ones for models of the embedded family, after the others. arrange: fills in
+    in settings that are left open and depend on the model's size.
     """
 
     name: str
@@ -52,3 +54,4 @@ class Recipe:
     edit: Callable[[ChatModel, DefenceData, DefenceSettings, Note], Change] | None = None
     defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     embedded: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    arrange: Callable[[DefenceSettings, ModelConfig], None] | None = None

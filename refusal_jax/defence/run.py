@@ -336,6 +336,8 @@ def defend(given: Mapping[str, Any], out: str | pathlib.Path, command: str = "")
         for recipe in recipes:
             settings = settings_for(recipe, given, is_of_embedded_family(source))
             settings.train.check(cfg)
+            if recipe.arrange is not None:
+                recipe.arrange(settings, cfg)
             outputs_of(settings.output, settings.train.method)
             (judge,) = parse_judges([settings.judge], settings.batch_size or ON_CPU.forward, settings.dtype)
             place = folder if len(recipes) == 1 else folder / recipe.name
