@@ -43,7 +43,7 @@ class Recipe:
     about: what it does, in a sentence for help texts. source: where it was published. objective: what a training minimises, given
     the model, the data and the settings, with a function that is told what was left out; or edit: what is changed without
     training, given the same. defaults, embedded: settings by dotted name, such as "train.rate", that differ from those of
-    `DefenceSettings` unless they are given; `embedded` ones for models of the embedded family, after the others. arrange: fills in
+    `DefenceSettings` unless they are given; `embedded` ones for models of the embedded family, after the others. arrange: fills
     in settings that are left open and depend on the model's size.
     """
 
