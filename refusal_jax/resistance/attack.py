@@ -144,7 +144,7 @@ class Attack:
     Impossible where there is nothing to try. impossible: returns, before any work, why it cannot be done, as whole sentences,
     or "". settings: names, in `ResistSettings`, of what decides its outcome besides what all tests share. quick: whether it
     is done where no tests are named. adapts: whether the adversary looks at this checkpoint, and does not only bring what
-    broke its base.
+    broke its base. includes: names of tests whose attack is among those that this one searches, so that it should do no worse.
     """
 
     name: str
@@ -154,3 +154,4 @@ class Attack:
     settings: tuple[str, ...] = ()
     quick: bool = True
     adapts: bool = True
+    includes: tuple[str, ...] = ()

@@ -74,4 +74,5 @@ ATTACK = Attack(
     "Ablates more and more directions together, each the difference in means that is left without the others (rank to break).",
     run,
     settings=("directions",),
+    includes=("reselected",),
 )

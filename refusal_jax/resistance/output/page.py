@@ -10,6 +10,7 @@ from typing import Any
 
 from refusal_jax.report.page import environment, flatten
 from refusal_jax.resistance.output.figures import pictures_of
+from refusal_jax.resistance.output.words import scientific
 
 TEMPLATE = pathlib.Path(__file__).with_name("resistance.html.jinja")
 
@@ -36,11 +37,6 @@ def percent(row: Mapping[str, Any] | None) -> str:
 def bounds(row: Mapping[str, Any]) -> str:
     """Returns the bounds of a rate in per cent."""
     return f"{100 * row['low']:.0f} to {100 * row['high']:.0f}"
-
-
-def scientific(value: float) -> str:
-    """Returns a number of operations for reading."""
-    return f"{value:.1e}" if value else "none"
 
 
 def spaced(text: str) -> str:

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from refusal_jax.resistance.output.words import found_in, percent, sentences
+from refusal_jax.resistance.output.words import found_in, percent, scientific, sentences
 from refusal_jax.resistance.run import Resistance, Tested
 from refusal_jax.resistance.worst import Kept
 from refusal_jax.terminal.screen import escaped
@@ -66,7 +66,7 @@ def tests_table(tested: Tested, found: Resistance) -> Table:
         measured, outcome = attacked[name], tested.outcomes[name]
         rates = (measured.refusals, measured.complied, measured.broken, measured.answered)
         cells = (name, share(one), *map(str, rates), f"{sum(measured.kl) / max(len(measured.kl), 1):.3f}")
-        cells += (f"{outcome['seconds']:.1f}", f"{outcome['flops']:.1e}", one.verdict)
+        cells += (f"{outcome['seconds']:.1f}", scientific(outcome["flops"]), one.verdict)
         table.add_row(*(Text(cell, STYLES.get(one.verdict, "")) for cell in cells))
     return table
 

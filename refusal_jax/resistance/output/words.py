@@ -1,6 +1,6 @@
 """Says in sentences what the tests of a checkpoint found, also where results of the same run do not go together."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from refusal_jax.judges.statistics import PairedRates
 from refusal_jax.resistance.attack import Measured
@@ -19,6 +19,11 @@ SAID = {
 def percent(value: float) -> str:
     """Returns a share in per cent."""
     return f"{100 * value:.0f} %"
+
+
+def scientific(value: float) -> str:
+    """Returns a number of operations for reading."""
+    return f"{value:.1e}" if value else "0"
 
 
 def found_in(tested: Tested, floor: float) -> tuple[Measured, dict[str, Measured], dict[str, Kept], Worst]:
@@ -44,7 +49,7 @@ def sentences(tested: Tested, found: Resistance) -> list[str]:
                 f"are broken, and {percent(attacked[name].answered.rate)} of the harmless prompts are answered. It is no part of "
                 "the worst case."
             )
-    out += contradictions(plain, attacked)
+    out += contradictions(attacked)
     notes = {name: outcome["note"] for name, outcome in tested.outcomes.items() if outcome["note"]}
     out += [f"{listed(names)}: {note}" for note, names in alike(notes).items()]
     if worst.verdict == "no_refusal":
@@ -100,19 +105,15 @@ def listed(names: Sequence[str]) -> str:
     return " and ".join(filter(None, [", ".join(names[:-1]), *names[-1:]]))
 
 
-def contradictions(plain: Measured, attacked: dict[str, Measured]) -> list[str]:
-    """Returns where a test that looks at the checkpoint breaks less of it than one that only brings what is known: its search
-    fell short, which is no merit of the checkpoint."""
-    fixed = {name: one for name, one in attacked.items() if not BY_NAME[name].adapts}
+def contradictions(attacked: Mapping[str, Measured]) -> list[str]:
+    """Returns where a search left more refusals than an attack that is among those that it searches: it fell short, which is no
+    merit of the checkpoint."""
     out = []
     for name, one in attacked.items():
-        for known, other in fixed.items():
-            if not BY_NAME[name].adapts:
-                continue
-            low, _ = PairedRates.of(other.refused, one.refused).interval
-            if low > 0:
+        for known in BY_NAME[name].includes:
+            if known in attacked and PairedRates.of(attacked[known].refused, one.refused).interval[0] > 0:
                 out.append(
-                    f"{name} leaves more refusals than {known}, though it may look at the checkpoint and {known} does not: its "
-                    "search fell short, and what it leaves says little."
+                    f"{name} leaves more refusals than {known}, whose attack is among those that it searches: its search fell "
+                    "short."
                 )
     return out
