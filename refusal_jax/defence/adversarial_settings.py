@@ -15,7 +15,8 @@ class RefatSettings(Settings, path="refat"):
     probability: float = option(0.5, "Probability of the ablation in each harmful row")
     spared: float = option(0.25, "Share of the blocks, from the first on, where nothing is ablated")
     sites: tuple[str, ...] = option(
-        SITES[:1], f"Places of a block where its direction is ablated, of {', '.join(SITES)}; the paper's is the block's input"
+        SITES[:1],
+        f"Places of a block where its direction is ablated, of {', '.join(SITES)}; the paper's is the block's input",
     )
     every: int = option(4, "Steps after which the directions are computed anew")
     prompts: int = option(32, "Prompts of each side that they are computed from, drawn anew each time")
@@ -30,7 +31,9 @@ class RefatSettings(Settings, path="refat"):
             if self[name] < 1:
                 raise UserError(f"{field(f'refat.{name}')} = {self[name]}, expected 1 or more.")
         if self.spared == 1:
-            raise UserError(f"{field('refat.spared')} = 1 spares all blocks: nothing would be ablated. Choose less than 1.")
+            raise UserError(
+                f"{field('refat.spared')} = 1 spares all blocks: nothing would be ablated. Choose less than 1."
+            )
         for site in self.sites:
             if site not in SITES:
                 raise UserError(
@@ -44,8 +47,8 @@ class DeepRefusalSettings(Settings, path="deep_refusal"):
 
     direction: str = option(
         "",
-        "Refusal direction: the folder of a study of this model, or a file; '' selects one by the paper's rule from the prompts that "
-        "are learnt",
+        "Refusal direction: the folder of a study of this model, or a file; '' selects one by the paper's rule from the "
+        "prompts that are learnt",
     )
     site_probability: float = option(
         0.5, "Probability with which each site of a block is drawn for a row: its input, and what attention and MLP add"
@@ -53,8 +56,8 @@ class DeepRefusalSettings(Settings, path="deep_refusal"):
     token_probability: float = option(0.5, "Probability with which each token is ablated at a site that is drawn")
     prefilled: float = option(
         0.5,
-        "Share of the harmful rows whose reply begins by complying, which is given, before the refusal that is learnt; it needs "
-        "harmful prompts with replies that comply",
+        "Share of the harmful rows whose reply begins by complying, which is given, before the refusal that is learnt; it "
+        "needs harmful prompts with replies that comply",
     )
     least_given: int = option(20, "Tokens of a given beginning at least")
     most_given: int = option(25, "Tokens of a given beginning at most")

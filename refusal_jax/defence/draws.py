@@ -1,5 +1,8 @@
-"""Draws which rows, layers, sites and tokens of a batch adversarial training ablates: edits of the batch's rows, which are made inside
-the jitted step from its key. They enter blocks as inputs, so a gradient that computes a block anew sees what the first pass saw."""
+"""Draws which rows, layers, sites and tokens of a batch adversarial training ablates, as edits of the batch's rows.
+
+They are made inside the jitted step from its key, and enter blocks as inputs. So a gradient that computes a block anew sees what
+the first pass saw.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -16,8 +19,10 @@ def ablated_rows(
     harmful_b: Bool[Array, " B"],
     probability: float,
 ) -> Edits:
-    """Returns edits that ablate each layer's unit direction from some of the harmful rows, each of which is drawn with `probability`;
-    zero directions ablate nothing. gate_ls: 1 at the layers and sites where a drawn row is ablated."""
+    """Returns edits that ablate each layer's unit direction from some harmful rows, each drawn with `probability`.
+
+    A zero direction ablates nothing. gate_ls: 1 at the layers and sites where a drawn row is ablated.
+    """
     rows, (layers, width) = len(harmful_b), units_ld.shape
     drawn_b = harmful_b & jax.random.bernoulli(key, probability, (rows,))
     units_rljd = jnp.broadcast_to(units_ld[None, :, None], (rows, layers, 1, width))
@@ -39,9 +44,11 @@ def ablated_tokens(
     site_probability: float,
     token_probability: float,
 ) -> Edits:
-    """Returns edits that ablate the span of orthonormal directions from some tokens of every row: each site of a layer is drawn for
-    each row with the one probability, and of a site that is drawn each token with the other. gate_ls: 1 at the layers and sites that
-    may be drawn."""
+    """Returns edits that ablate the span of orthonormal directions from some tokens of every row.
+
+    Each site of a layer is drawn for each row with the one probability, and of a site that is drawn each token with the other.
+    gate_ls: 1 at the layers and sites that may be drawn.
+    """
     (layers, sites), width = gate_ls.shape, basis_jd.shape[-1]
     site_key, token_key = jax.random.split(key)
     site_rls = jax.random.bernoulli(site_key, site_probability, (rows, layers, sites))

@@ -1,9 +1,9 @@
 """Refusal feature adversarial training (arXiv 2409.20089): the model learns to refuse while its refusal features are ablated.
 
-The loss is E_harmful[-log p(refusal | h)] + E_harmless[-log p(answer)]. In each harmful row, with probability 1/2, the residual h at
-the input of every block of the last three quarters is replaced with h less its projection on the block's own direction. The
-directions are differences of means between harmful and harmless prompts at the last prompt token, and are computed anew every few
-steps from the weights of then, so that refusal cannot move aside.
+The loss is E_harmful[-log p(refusal | h)] + E_harmless[-log p(answer)]. In each harmful row, with probability 1/2, the residual h
+at the input of every block of the last three quarters is replaced with h less its projection on the block's own direction. The
+directions are differences of means between harmful and harmless prompts at the last prompt token. They are computed anew every
+few steps, from the weights of then, so that refusal cannot move aside.
 """
 
 import dataclasses
@@ -28,14 +28,15 @@ LAST = -1  # the position, counted from the prompt's end, where features are rea
 def feature_directions(
     model: ChatModel, harmful: Sequence[Prompt], harmless: Sequence[Prompt]
 ) -> Float[np.ndarray, "L D"]:
-    """Returns the unit difference of means of harmful and harmless prompts at each block's input, at the last prompt token, float32.
+    """Returns unit differences of means of harmful and harmless prompts at the last prompt token of each block's input, float32.
 
-    It is zero where the prompts do not differ, as at the first block where the template's last token stands. Raises UserError for
-    values that are not finite.
+    They are zero where prompts do not differ, such as at the first block, where the template's last token is the same for
+    all. Raises UserError for values that are not finite.
     """
     places = [(LAST, layer) for layer in range(model.config.n_layers)]
     means = [
-        activations(model, prompts, places, len(prompts)).mean(axis=0, dtype=np.float64) for prompts in (harmful, harmless)
+        activations(model, prompts, places, len(prompts)).mean(axis=0, dtype=np.float64)
+        for prompts in (harmful, harmless)
     ]
     differences_ld = means[0] - means[1]
     return (differences_ld / (np.linalg.norm(differences_ld, axis=1, keepdims=True) + EPS)).astype(np.float32)
@@ -61,18 +62,18 @@ class FeatureAblation:
         """Returns the rows of a step."""
         return self.kinds.batch(step)
 
-    def refreshed(self, model: ChatModel, step: int) -> Float[np.ndarray, "L D"]:
+    def refreshed(self, model: ChatModel, step: int) -> dict[str, np.ndarray]:
         """Returns each block's direction, of the weights of now and of prompts that the step draws."""
         rng = np.random.default_rng((self.seed, step))
         some = [
             [prompts[i] for i in rng.choice(len(prompts), min(self.settings.prompts, len(prompts)), replace=False)]
             for prompts in (self.harmful, self.harmless)
         ]
-        return feature_directions(model, *some)
+        return {"units_ld": feature_directions(model, *some)}
 
     def loss(self, decoder: Decoder, frozen, batch: KindRows, extra, key) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """Returns both losses, each by its weight, while the directions `extra`, `[L, D]`, are ablated from some harmful rows."""
+        """Returns both losses, each by its weight, while the directions are ablated from some harmful rows."""
         layers = decoder.cfg.n_layers
         gate_ls = gates(layers, int(self.settings.spared * layers), self.settings.sites)
-        edits = ablated_rows(key, extra, gate_ls, batch.harmful_b, self.settings.probability)
+        edits = ablated_rows(key, extra["units_ld"], gate_ls, batch.harmful_b, self.settings.probability)
         return self.kinds.losses(decoder, batch, edits)

@@ -28,8 +28,10 @@ class KindRows:
 
 @dataclasses.dataclass(frozen=True)
 class TwoKinds:
-    """The rows of each kind, and how much the mean cross-entropy of the tokens of each counts in the loss: the refusals of harmful
-    prompts by `refusal_weight`, the answers to harmless ones by `answer_weight`. Both are above 0."""
+    """The rows of each kind, and how much the mean cross-entropy of its tokens counts in the loss.
+
+    refusal_weight: that of refusals of harmful prompts. answer_weight: that of answers to harmless ones. Both are above 0.
+    """
 
     refusals: Share
     answers: Share
