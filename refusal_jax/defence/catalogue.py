@@ -1,12 +1,20 @@
 """All recipes of defences by name, in the order in which help texts list them."""
 
-from refusal_jax.defence import breakers, depth, extended_refusal, sft
+from refusal_jax.defence import breakers, deep_refusal, depth, extended_refusal, refat, sft
 from refusal_jax.defence.recipe import Recipe
 from refusal_jax.errors import UserError, did_you_mean, field
 
 ALL = "all"
 RECIPES: dict[str, Recipe] = {
-    recipe.name: recipe for recipe in (sft.RECIPE, extended_refusal.RECIPE, depth.RECIPE, breakers.RECIPE)
+    recipe.name: recipe
+    for recipe in (
+        sft.RECIPE,
+        extended_refusal.RECIPE,
+        depth.RECIPE,
+        breakers.RECIPE,
+        refat.RECIPE,
+        deep_refusal.RECIPE,
+    )
 }
 
 

@@ -9,6 +9,9 @@ losses of a row's tokens, where they are averaged here, so that the losses' weig
 """
 
 import dataclasses
+import pathlib
+import random
+from collections.abc import Sequence
 
 import jax
 import numpy as np
@@ -16,9 +19,21 @@ from jaxtyping import Float
 
 from refusal_jax.chat.model import ChatModel
 from refusal_jax.defence.adversarial_settings import DeepRefusalSettings
+from refusal_jax.defence.data import DefenceData
+from refusal_jax.defence.depth import after_opening
 from refusal_jax.defence.draws import ablated_tokens, gates
+from refusal_jax.defence.lessons import Lesson, Note
+from refusal_jax.defence.recipe import Recipe
+from refusal_jax.defence.selected import selected_direction
+from refusal_jax.defence.settings import DefenceSettings
+from refusal_jax.defence.sft import shares
 from refusal_jax.defence.two_kinds import KindRows, TwoKinds
+from refusal_jax.directions import Direction, read_direction
+from refusal_jax.files import local_path
 from refusal_jax.models.decoder import Decoder
+
+ROWS = 32  # prompts at a time while a direction is selected
+TRAIN, VAL = 128, 32  # prompts of each side that give candidates and that score them, as in a study
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -46,3 +61,80 @@ class TokenAblation:
         chances = self.settings.site_probability, self.settings.token_probability
         edits = ablated_tokens(key, extra["basis_jd"], gates(decoder.cfg.n_layers, 0), rows, tokens, *chances)
         return self.kinds.losses(decoder, batch, edits)
+
+
+def begun(
+    model: ChatModel,
+    refused: Sequence[Lesson],
+    complied: Sequence[Lesson],
+    settings: DeepRefusalSettings,
+    rng: random.Random,
+) -> list[Lesson]:
+    """Returns the harmful prompts with their refusals, in some of which a reply that complies has begun; it is given, not learnt.
+
+    A share `settings.prefilled` of them, drawn one by one, are prompts of `complied` with the first tokens of their reply and the
+    refusal of the lesson whose place they take. A beginning never is the whole reply.
+    """
+    found, given = [], list(complied)
+    rng.shuffle(given)
+    for number, lesson in enumerate(refused):
+        if rng.random() >= settings.prefilled:
+            found.append(lesson)
+            continue
+        other = given[number % len(given)]
+        ids = model.chat.ids(other.reply)
+        count = min(rng.randint(settings.least_given, settings.most_given), max(len(ids) - 1, 1))
+        opening = model.chat.tokenizer.decode(ids[:count])
+        found.append(after_opening(dataclasses.replace(lesson, prompt=other.prompt), opening))
+    return found
+
+
+def ablated_direction(model: ChatModel, data: DefenceData, settings: DeepRefusalSettings) -> Direction:
+    """Returns the direction that the settings name, or else the one that the paper's rule selects from what is learnt.
+
+    Raises UserError for one of another model and for none, as `read_direction` and `selected_direction` do.
+    """
+    if settings.direction:
+        found = read_direction(
+            [pathlib.Path(local_path(settings.direction))], n_layers=model.config.n_layers, subspace=None
+        )
+        found.check_width(model.config.d_model)
+        return found
+    sides = [[lesson.prompt for lesson in lessons] for lessons in (data.refused, data.answered)]
+    (harmful_val, harmful), (harmless_val, harmless) = (
+        (side[:held], side[held : held + TRAIN]) for side in sides for held in [min(VAL, max(len(side) // 5, 1))]
+    )
+    return selected_direction(model, harmful, harmless, harmful_val, harmless_val, ROWS)
+
+
+def objective(model: ChatModel, data: DefenceData, settings: DefenceSettings, note: Note) -> TokenAblation:
+    """Returns the objective of a model and its data.
+
+    Raises UserError for settings that are out of range, without replies that comply where they are needed, and as
+    `ablated_direction` does.
+    """
+    own, train = settings.deep_refusal, settings.train
+    own.check()
+    if own.prefilled:
+        data.need_compliant("DeepRefusal, in which replies have begun to comply,")
+    direction = ablated_direction(model, data, own)
+    lessons = begun(model, data.refused, data.complied, own, random.Random(train.seed))
+    kinds = TwoKinds(*shares(model, lessons, data.answered, settings, note), own.refusal_weight, own.answer_weight)
+    return TokenAblation(kinds, direction.basis_jd, own, train.steps)
+
+
+RECIPE = Recipe(
+    name="deep_refusal",
+    about="DeepRefusal: refusals are learnt while the refusal direction is ablated at random sites and tokens.",
+    source="2509.15202",
+    objective=objective,
+    defaults={"train.rank": 16, "train.alpha": 16.0},
+    embedded={
+        "train.steps": 120,
+        "train.rate": 2e-3,
+        "train.batch": 12,
+        "train.alpha": 32.0,
+        "deep_refusal.least_given": 1,
+        "deep_refusal.most_given": 8,
+    },
+)

@@ -16,7 +16,12 @@ from jaxtyping import Float
 from refusal_jax.chat.messages import Prompt
 from refusal_jax.chat.model import ChatModel
 from refusal_jax.defence.adversarial_settings import RefatSettings
+from refusal_jax.defence.data import DefenceData
 from refusal_jax.defence.draws import ablated_rows, gates
+from refusal_jax.defence.lessons import Note
+from refusal_jax.defence.recipe import Recipe
+from refusal_jax.defence.settings import DefenceSettings
+from refusal_jax.defence.sft import shares
 from refusal_jax.defence.two_kinds import KindRows, TwoKinds
 from refusal_jax.edits import EPS
 from refusal_jax.mechanism.activations import activations
@@ -77,3 +82,21 @@ class FeatureAblation:
         gate_ls = gates(layers, int(self.settings.spared * layers), self.settings.sites)
         edits = ablated_rows(key, extra["units_ld"], gate_ls, batch.harmful_b, self.settings.probability)
         return self.kinds.losses(decoder, batch, edits)
+
+
+def objective(model: ChatModel, data: DefenceData, settings: DefenceSettings, note: Note) -> FeatureAblation:
+    """Returns the objective of a model and its data. Raises UserError for settings that are out of range."""
+    own = settings.refat
+    own.check()
+    kinds = TwoKinds(*shares(model, data.refused, data.answered, settings, note), own.refusal_weight, own.answer_weight)
+    harmful, harmless = (tuple(one.prompt for one in lessons) for lessons in (data.refused, data.answered))
+    return FeatureAblation(kinds, harmful, harmless, own, settings.train.seed)
+
+
+RECIPE = Recipe(
+    name="refat",
+    about="Refusal feature adversarial training: refusals are learnt while the model's own refusal features are ablated.",
+    source="2409.20089",
+    objective=objective,
+    embedded={"train.steps": 150, "train.rate": 2e-3, "train.batch": 16},
+)

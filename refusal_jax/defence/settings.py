@@ -3,6 +3,7 @@
 import dataclasses
 
 from refusal_jax.chat.templates import BUILT_IN
+from refusal_jax.defence.adversarial_settings import DeepRefusalSettings, RefatSettings
 from refusal_jax.defence.data import PairSettings
 from refusal_jax.defence.recipe_settings import BreakerSettings, DepthSettings, ExtendedSettings
 from refusal_jax.errors import UserError, did_you_mean, field
@@ -42,6 +43,10 @@ class DefenceSettings(Settings):
     mesh: MeshSettings = section(MeshSettings, "The devices along each axis of the mesh")
     data: PairSettings = section(PairSettings, "The prompts and replies that are learnt, and those held out")
     train: TrainSettings = section(TrainSettings, "What is trained, by which optimiser, and for how long")
+    refat: RefatSettings = section(RefatSettings, "The recipe refat: what is ablated from harmful rows")
+    deep_refusal: DeepRefusalSettings = section(
+        DeepRefusalSettings, "The recipe deep_refusal: what is ablated from tokens"
+    )
 
     extended: ExtendedSettings = section(ExtendedSettings, "Extended refusals")
     depth: DepthSettings = section(DepthSettings, "Refusals after the beginning of a reply that complies")
