@@ -1,24 +1,31 @@
 """Training: as PyTorch and peft do it, on any mesh the same, and gone on with bit for bit."""
 
+import dataclasses
+import json
+import pathlib
+
 import jax
 import numpy as np
 import peft
 import pytest
 import torch
+from several_training import next_token
+from test_processes import Pair
 from tiny import load_hf, tiny_llama
 from transformers import get_cosine_schedule_with_warmup
 
-from refusal_jax import load_model
-from refusal_jax.chat.loss_rows import LossRow
+from refusal_jax import UserError, load_model, make_mesh
 from refusal_jax.checkpoints.lora import PREFIX
 from refusal_jax.models.decoder import Decoder
+from refusal_jax.training.checkpoints import LOSSES, STATES
 from refusal_jax.training.lora import fresh_factors, scaled
-from refusal_jax.training.objective import NextToken, cross_entropy
-from refusal_jax.training.rows import Share
+from refusal_jax.training.objective import NextToken, cross_entropy, divergence
+from refusal_jax.training.rows import TrainRows
 from refusal_jax.training.settings import TARGETS, TrainSettings
 from refusal_jax.training.trainer import train
 
-STEPS, LENGTH, ROWS = 10, 16, 8
+STEPS = 10
+SEVERAL = pathlib.Path(__file__).parent / "several_training.py"
 MODULES = dict(zip(TARGETS, (f"self_attn.{n}_proj" for n in "qkvo"), strict=False)) | {
     name: f"mlp.{name}_proj" for name in TARGETS[4:]
 }
@@ -46,16 +53,6 @@ def settings_of(**more) -> TrainSettings:
         "clip": 0.5,
     }
     return TrainSettings.of(common | more)
-
-
-def next_token(model, settings) -> NextToken:
-    """Rows of different lengths, of which some tokens count."""
-    rng = np.random.default_rng(0)
-    rows = [
-        LossRow(rng.integers(0, model.config.vocab_size, n).tolist(), int(first))
-        for n, first in zip(rng.integers(6, LENGTH + 1, ROWS), rng.integers(1, 5, ROWS), strict=True)
-    ]
-    return NextToken(Share.of(model.chat, rows, LENGTH, settings))
 
 
 def theirs(folder, settings: TrainSettings, objective: NextToken, factors):
@@ -148,3 +145,99 @@ def test_full_training_equals_pytorch(folder, model):
             np.testing.assert_allclose(weights[f"blocks.{target}"][layer], want, atol=1e-4)
     np.testing.assert_allclose(weights["embed"], trained["model.embed_tokens.weight"], atol=1e-4)
     np.testing.assert_allclose(weights["final_norm"], trained["model.norm.weight"], atol=1e-4)
+
+
+def trained_on(folder, settings, mesh=None, dtype="float32", parts=None):
+    """A short training on a mesh."""
+    model = load_model(folder, dtype, mesh)
+    return train(model, parts or next_token(model, settings), settings)
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_a_mesh_of_eight_devices_and_parts_of_a_batch_change_nothing(folder, method):
+    short = {"steps": 3, "warmup": 1, "method": method}
+    alone = trained_on(folder, settings_of(**short))
+    several = trained_on(folder, settings_of(**short, accumulate=2), make_mesh(data=2, fsdp=2, model=2))
+    np.testing.assert_allclose(
+        [row["loss"] for row in several.losses], [row["loss"] for row in alone.losses], rtol=1e-5
+    )
+    want = alone.decoder.weights()
+    for path, values in several.decoder.weights().items():
+        np.testing.assert_allclose(np.asarray(values)[: len(want[path])], want[path], atol=2e-5, err_msg=path)
+    if method == "lora":
+        assert several.factors["blocks.o_left"].sharding.spec[1] == "fsdp"
+        assert several.factors["blocks.o_right"].sharding.spec[2] == ("kv", "q")
+
+
+def test_bfloat16_weights_have_float32_factors_and_no_other_state(folder):
+    found = trained_on(folder, settings_of(steps=2, warmup=1), dtype="bfloat16")
+    assert {a.dtype for a in found.factors.values()} == {np.dtype("float32")}
+    assert found.decoder.dtype == "bfloat16" and np.isfinite(found.losses[-1]["loss"])
+
+
+@dataclasses.dataclass(frozen=True)
+class Drawing:
+    """Plain fine-tuning whose loss also has what is drawn by the key, what was refreshed, and the frozen decoder."""
+
+    plain: NextToken
+    stop: int = -1
+    refresh: int = 2
+    needs_frozen: bool = True
+
+    def batch(self, step: int) -> TrainRows:
+        if step == self.stop:
+            raise InterruptedError
+        return self.plain.batch(step)
+
+    def refreshed(self, model, step: int) -> dict:
+        return {"now": {"embed": np.float32(step) + np.asarray(model.decoder.weights()["blocks.o"])[0, 0]}}
+
+    def loss(self, decoder, frozen, batch, extra, key):
+        value = cross_entropy(decoder, batch)
+        kl = divergence(decoder, frozen, batch)
+        drawn = jax.random.normal(key, (2,)).sum() * decoder.blocks.weight("o").sum() + extra["now"]["embed"].sum()
+        return value + kl + 1e-3 * drawn, {"cross_entropy": value, "kl": kl, "drawn": drawn}
+
+
+@pytest.mark.parametrize("stop", [5])  # after a state and a refresh, and between them
+def test_a_training_that_was_stopped_goes_on_bit_for_bit(folder, model, tmp_path, stop):
+    settings = settings_of(steps=6, warmup=1, every=2, targets=("o",))
+    plain = next_token(model, settings)
+    whole = train(model, Drawing(plain), settings)
+    with pytest.raises(InterruptedError):
+        train(model, Drawing(plain, stop), settings, tmp_path, given={"data": "a"})
+    (tmp_path / STATES / "9.orbax-checkpoint-tmp-1").mkdir()  # of a process that was killed while it wrote
+    with open(tmp_path / LOSSES, "a") as file:
+        file.write('{"step": 4, "lo')
+    again = train(model, Drawing(plain), settings, tmp_path, given={"data": "a"})
+    assert again.losses == whole.losses
+    for path, values in whole.factors.items():
+        np.testing.assert_array_equal(again.factors[path], values)
+    assert [json.loads(line) for line in (tmp_path / LOSSES).read_text().splitlines()] == whole.losses
+    assert sorted(p.name for p in (tmp_path / STATES).iterdir()) == ["4", "6"]
+    done = train(model, Drawing(plain, 0), settings, tmp_path, given={"data": "a"})  # no batch is asked for
+    assert done.losses == whole.losses
+    for change, given in (({"rate": 0.5}, {"data": "a"}), ({}, {"data": "b"})):
+        with pytest.raises(
+            UserError, match=r"holds the state of another training: (train.rate was 0.003|data was 'a')"
+        ):
+            train(model, Drawing(plain), TrainSettings.of({**settings, **change}), tmp_path, given=given)
+
+
+def test_two_processes_go_on_after_one_was_killed_and_equal_one(folder, model, tmp_path):
+    def pair(kills: int) -> Pair:
+        return Pair(lambda i, port: (SEVERAL, folder, tmp_path / "out", f"127.0.0.1:{port}", i, kills), tmp_path).wait()
+
+    killed = pair(1)
+    assert killed.codes[1] == -9 and (tmp_path / "out" / STATES / "2").is_dir(), killed.err
+    whole = pair(-1)
+    assert whole.codes == [0, 0], whole.err
+    assert whole.out[0] == whole.out[1]
+    found, settings = (
+        json.loads(whole.out[0]),
+        settings_of(steps=4, rank=2, alpha=32.0, weight_decay=0.0, clip=1.0, warmup=1),
+    )
+    alone = train(model, next_token(model, settings), settings)
+    np.testing.assert_allclose([r["loss"] for r in found["losses"]], [r["loss"] for r in alone.losses], rtol=1e-5)
+    for path, values in alone.factors.items():
+        np.testing.assert_allclose(found["sums"][path], np.abs(values).sum(), rtol=1e-4)
