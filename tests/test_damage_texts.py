@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from refusal_jax.damage import texts
-from refusal_jax.damage.texts import hedges_in, lexicon, read_replies, reading, told
+from refusal_jax.damage.texts import hedges_in, lexicon, measures_told, read_replies, reading
 from refusal_jax.judges.languages import languages
 
 PLAIN = "Mix the flour with water and bake the bread for an hour."
@@ -70,6 +70,6 @@ def test_measures_that_say_something():
     rows = [[{"response": PLAIN}, {"response": "Perhaps."}]]
     values = read_replies(rows)
     np.testing.assert_array_equal(values["hedged"], [[0, 1]])
-    assert texts.ENDLESS not in {one.name for one in told(values)}
+    assert texts.ENDLESS not in {one.name for one in measures_told(values)}
     rows[0][0] |= {"thought": "<think>x</think>"}
-    assert [one.name for one in told(read_replies(rows))][-3:] == ["empty_thought", "endless", "thought_words"]
+    assert [one.name for one in measures_told(read_replies(rows))][-3:] == ["empty_thought", "endless", "thought_words"]

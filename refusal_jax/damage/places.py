@@ -38,23 +38,24 @@ class Place:
         return Partial({site: kernel for site in self.sites})
 
     @classmethod
-    def parse(cls, name: str, n_layers: int) -> "Place":
-        """Returns the place of a name. Raises UserError for one that cannot be read, and for layers that the model lacks."""
+    def parse(cls, name: str, n_layers: int, of: str = "grid.places") -> "Place":
+        """Returns the place of a name. of: the setting that names it. Raises UserError for one that cannot be read, and for
+        layers that the model lacks."""
         sites, at, layers = name.partition("@")
         chosen = GROUPS.get(sites) or tuple(sites.split("+"))
         for site in chosen:
             if site not in SITES:
                 known = (*GROUPS, *SITES)
                 raise UserError(
-                    f"{field('grid.places')} names {name!r}, and {site!r} is no site.{did_you_mean(site, known)} Write "
+                    f"{field(of)} names {name!r}, and {site!r} is no site.{did_you_mean(site, known)} Write "
                     f"SITES@LAYERS, with sites among {', '.join(known)}, several of them joined by +."
                 )
-        kernel, where = _kernel(name, layers if at else "all", n_layers)
+        kernel, where = _kernel(name, layers if at else "all", n_layers, of)
         what = {"all": "all sites", "written": "written"}.get(sites, "+".join(chosen))
         return cls(name, f"{what}, {where}", chosen, kernel)
 
 
-def _kernel(name: str, layers: str, n_layers: int) -> tuple[Kernel, str]:
+def _kernel(name: str, layers: str, n_layers: int, of: str) -> tuple[Kernel, str]:
     """Returns the kernel of a place's layers, and what they are in words."""
     last = n_layers - 1
     if layers == "all":
@@ -62,13 +63,13 @@ def _kernel(name: str, layers: str, n_layers: int) -> tuple[Kernel, str]:
     if found := BAND.fullmatch(layers):
         ends = [float(found[1]), float(found[3])]
         if found[2] != found[4]:
-            raise _unreadable(name, "one end of its band is a share of the depth and the other is not", n_layers)
+            raise _unreadable(name, "one end of its band is a share of the depth and the other is not", n_layers, of)
         if found[2]:
             first, end = spread(n_layers, ends[0] / 100, ends[1] / 100)
         else:
             first, end = int(ends[0]), int(ends[1])
         if not 0 <= first <= end <= last or ends[0] > ends[1] or (found[2] and ends[1] > 100):
-            raise _unreadable(name, "its band is empty or ends outside of the model", n_layers)
+            raise _unreadable(name, "its band is empty or ends outside of the model", n_layers, of)
         return Kernel.band(1.0, first, end), f"layer {first}" if first == end else f"layers {first} to {end}"
     if found := TENT.fullmatch(layers):
         position, distance = (
@@ -76,14 +77,14 @@ def _kernel(name: str, layers: str, n_layers: int) -> tuple[Kernel, str]:
             for number, percent in (found.groups()[:2], found.groups()[2:])
         )
         if position > last or distance <= 0:
-            raise _unreadable(name, "its tent stands outside of the model or has no width", n_layers)
+            raise _unreadable(name, "its tent stands outside of the model or has no width", n_layers, of)
         return Kernel(1.0, position, 0.0, distance), f"tent at {position:.3g} ± {distance:.3g}"
-    raise _unreadable(name, f"{layers!r} are no layers", n_layers)
+    raise _unreadable(name, f"{layers!r} are no layers", n_layers, of)
 
 
-def _unreadable(name: str, why: str, n_layers: int) -> UserError:
+def _unreadable(name: str, why: str, n_layers: int, of: str) -> UserError:
     return UserError(
-        f"{field('grid.places')} names {name!r}, and {why}. The model's layers are 0 to {n_layers - 1}. Write SITES@all, "
+        f"{field(of)} names {name!r}, and {why}. The model's layers are 0 to {n_layers - 1}. Write SITES@all, "
         "SITES@FIRST-LAST or SITES@tent:POSITION:DISTANCE, with numbers of layers or with shares of the depth such as 25%."
     )
 

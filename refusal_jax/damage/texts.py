@@ -101,6 +101,6 @@ def read_replies(rows: Sequence[Sequence[Mapping]]) -> dict[str, Float[np.ndarra
     }
 
 
-def told(values: Mapping[str, Float[np.ndarray, "M n"]]) -> list[Measure]:
+def measures_told(values: Mapping[str, Float[np.ndarray, "M n"]]) -> list[Measure]:
     """Returns the measures that say something: those of thoughts only if there are thoughts."""
     return [one for one in (*MEASURES, *OF_THOUGHTS) if not np.isnan(values[one.name]).all()]

@@ -8,7 +8,9 @@ import dataclasses
 import math
 import os
 import pathlib
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 from refusal_jax.checkpoints.rewrite import Checkpoint, Stored, WeightFile
 from refusal_jax.checkpoints.tensor_files import INDEX
@@ -83,8 +85,13 @@ class Plan:
             }
             return cls(checkpoint, {path: checkpoint.files[path].holding(held[path]) for path in held}, config, None)
         chosen = tied if cfg.tied_embeddings and edit.reaches(0, "resid_pre") else None
-        files = ablated_files(checkpoint.files, wanted_edits(checkpoint, edit, chosen), TABLES[cfg.family], chosen)
-        return cls(checkpoint, files, {"tie_word_embeddings": False} if chosen == "untie" else {}, chosen)
+        return cls.of_tensors(checkpoint, wanted_edits(checkpoint, edit, chosen), chosen)
+
+    @classmethod
+    def of_tensors(cls, checkpoint: Checkpoint, edits: Mapping[str, Any], tied: str | None) -> "Plan":
+        """Plans the export of edits of tensors, by HF name. tied: one of TIED, None where no tied embedding is edited."""
+        files = ablated_files(checkpoint.files, dict(edits), TABLES[checkpoint.cfg.family], tied)
+        return cls(checkpoint, files, {"tie_word_embeddings": False} if tied == "untie" else {}, tied)
 
     @property
     def edits(self) -> dict:

@@ -20,9 +20,10 @@ class DamageStudy(FurtherStudy[DamageSettings]):
     """A finished study, of which is measured what removing its direction damages."""
 
 
-def prompt_probe(study: DamageStudy, key: str) -> PromptProbe:
-    """Returns what reads a set of test prompts. key: of the study's sets, such as "harmful"."""
-    of, prompts = study.behaviour, study.edited_prompts(f"{key}_test", study.settings.grid.n_prompts)
+def prompt_probe(study: DamageStudy, key: str, split: str = "test", most: int = 0) -> PromptProbe:
+    """Returns what reads a set of prompts, at most so many; 0 is as many as for the grid. key: of the study's sets, such as
+    "harmful"."""
+    of, prompts = study.behaviour, study.edited_prompts(f"{key}_{split}", most or study.settings.grid.n_prompts)
     score = Measure(SCORE, of.score, "mean")
     if key == HARMFUL:
         return PromptProbe(key, prompts, Measure(REFUSED, f"{of.present} prompts {of.done}", "rate"), score=score)
