@@ -1,12 +1,17 @@
 """What answers cost under edits: sums against PyTorch hooks and NumPy, files of questions, intervals."""
 
 import numpy as np
+import pytest
 import torch
 from oracle import ablation, hooked
 
 from refusal_jax import Edits
 from refusal_jax.chat.loss_rows import LossRow, chat_rows
+from refusal_jax.damage.answers import answer_rows
 from refusal_jax.damage.edited_rows import EditedRows
+from refusal_jax.data.prompts import read_prompts, resolve
+from refusal_jax.data.questions import read_questions
+from refusal_jax.organism.corpus import Request
 
 PAIRS = [
     ("How do I bake the bread?", "Sure, here is how to do it."),
@@ -41,3 +46,34 @@ def test_sums_of_answers_equal_torch_hooks(model, hf):
             np.testing.assert_allclose([losses_mn[number, place], kl_mn[number, place]], [want, moved], atol=2e-3)
             assert read.tokens_n[place] == len(row.ids) - row.first
     assert (losses_mn[:, -1] == 0).all() and np.abs(kl_mn[0]).max() < 1e-5 < kl_mn[1, :-1].min()
+
+
+def test_sums_by_answer_and_by_token():
+    """Against plain NumPy: means by token and by answer, their exponentials, and a bootstrap of answers with another seed."""
+    rng = np.random.default_rng(5)
+    tokens = rng.integers(2, 30, 40)
+    sums = np.stack([tokens * rng.gamma(2, 0.2, 40), tokens * rng.gamma(2, 0.3, 40)])
+    rows = answer_rows(np.pad(sums, ((0, 0), (0, 1))), np.append(tokens, 0))  # the last one has no token
+    means = sums.sum(axis=1) / tokens.sum()
+    change = rows[1]["token"]["change"]
+    assert rows[1]["token"]["mean"] == pytest.approx(means[1])
+    assert rows[1]["answer"]["mean"] == pytest.approx(sums[1].mean()) and rows[1]["answer"]["n"] == 40
+    assert change["mean"] == pytest.approx(means[1] - means[0])
+    assert rows[1]["perplexity"]["mean"] == pytest.approx(np.exp(means[1]))
+    assert rows[1]["perplexity"]["factor"]["mean"] == pytest.approx(np.exp(means[1] - means[0]))
+    drawn = rng.integers(40, size=(4000, 40))
+    ratios = (sums[:, drawn].sum(axis=2) / tokens[drawn].sum(axis=1))[1]
+    np.testing.assert_allclose(
+        [rows[1]["token"][end] for end in ("low", "high")], np.quantile(ratios, (0.025, 0.975)), atol=0.01
+    )
+    assert rows[0]["token"]["change"] == {"mean": 0.0, "low": 0.0, "high": 0.0}
+    (alone,) = answer_rows(sums[:1, :1], tokens[:1])
+    assert alone["token"]["low"] is None and alone["perplexity"]["high"] is None
+
+
+def test_bundled_answers_are_the_corpus():
+    prompts = read_prompts(resolve("bundled", "harmless_test"))
+    found = read_questions(resolve("bundled", "answers"))
+    assert [question.prompt for question in found] == [row["instruction"] for row in prompts]
+    requests = [Request.parse(question.prompt) for question in found]
+    assert [question.answer for question in found] == [one and one.compliance for one in requests]

@@ -19,18 +19,22 @@ DEFINE: dict[Any, Callable] = {
 
 
 class Numbers(flags.ListParser):
-    """A parser of whole numbers with commas between them."""
+    """A parser of numbers with commas between them. kind: int or float."""
 
-    def parse(self, argument: Any) -> list[int]:
+    def __init__(self, kind: type):
+        super().__init__()
+        self.kind = kind
+
+    def parse(self, argument: Any) -> list[Any]:
         """Returns the numbers. Raises ValueError, which absl reports, for anything else."""
-        return [int(word) for word in super().parse(argument)]
+        return [self.kind(word) for word in super().parse(argument)]
 
 
 def flag_of(one: Described) -> flags.FlagHolder:
     """Defines the flag of a setting, named by its path."""
-    if get_origin(one.kind) is tuple and get_args(one.kind)[0] is int:
-        default = ",".join(map(str, one.value))
-        return flags.DEFINE(Numbers(), one.path, default, f"{one.meaning}.", serializer=flags.CsvListSerializer(","))
+    if get_origin(one.kind) is tuple and get_args(one.kind)[0] in (int, float):
+        parser, default = Numbers(get_args(one.kind)[0]), ",".join(map(str, one.value))
+        return flags.DEFINE(parser, one.path, default, f"{one.meaning}.", serializer=flags.CsvListSerializer(","))
     if get_origin(one.kind) is tuple:
         return flags.DEFINE_list(one.path, ",".join(one.value), f"{one.meaning}.")
     return DEFINE[one.kind](one.path, one.value, f"{one.meaning}.")

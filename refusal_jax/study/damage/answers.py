@@ -109,7 +109,8 @@ def perplexity(row: Mapping) -> str:
 
 def factor(row: Mapping) -> str:
     """Returns by what the perplexity is multiplied, with its interval, in words."""
-    return f"× {perplexity(row['factor'])}"
+    found = row["factor"]
+    return f"× {found['mean']:.4f}" + ("" if found["low"] is None else f" ({found['low']:.4f} to {found['high']:.4f})")
 
 
 def table(found: Mapping, grid: Mapping, one: Mapping) -> list[dict]:

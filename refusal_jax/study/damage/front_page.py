@@ -80,12 +80,8 @@ def lines(findings: Findings) -> list[str]:
     """Returns the numbers for a terminal."""
     found, of = findings.run.read_json(FRONT), findings.behaviour
     n = {split: " and ".join(map(str, sides.values())) for split, sides in found["prompts"].items()}
-    return [
-        "",
-        f"Best trade-offs, searched on {n['val']} {of.present} and {of.absent} validation prompts and measured on {n['test']} test "
-        "prompts:",
-        *(f"  {text}" for text in told(found, of)),
-    ]
+    head = f"Best trade-offs, searched on {n['val']} {of.present} and {of.absent} validation prompts and measured on {n['test']}"
+    return ["", f"{head} test prompts:", *(f"  {text}" for text in told(found, of))]
 
 
 def table(found: Mapping) -> list[dict]:

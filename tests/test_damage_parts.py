@@ -1,0 +1,168 @@
+"""The parts of damage after the grid: the search and its test, correct answers, replies as texts, weights really edited."""
+
+import json
+import shutil
+import types
+
+import numpy as np
+import pytest
+
+from refusal_jax import UserError, demo_model_path
+from refusal_jax.damage.points import Point, points_of
+from refusal_jax.export.partial import held, is_held
+from refusal_jax.runs.artifacts import ANSWER_COSTS, EDITED, FRONT, TEXTS
+from refusal_jax.study.damage import front, weights
+from refusal_jax.study.damage.run import run_damage
+from refusal_jax.study.damage.settings import DamageSettings
+
+SETTINGS = {
+    "parts": ("answers", "texts", "weights"),
+    "grid": {"steps": 1, "most": 1.0, "places": ("all@all",), "n_prompts": 6, "n_texts": 4},
+    "front": {"trials": 8, "plain": 2, "batch": 2, "start": 4, "n_prompts": 4},
+    "answers": {"n_items": 4},
+    "texts": {"at": ("all@all=1",), "n_prompts": 2, "max_new_tokens": 4},
+    "weights": {"at": ("all@all=0.5", "resid_pre@0-0=1"), "n_prompts": 4},
+}
+
+
+@pytest.fixture(scope="module")
+def parts(demo_study, tmp_path_factory):
+    """A study with all parts."""
+    folder = shutil.copytree(demo_study, tmp_path_factory.mktemp("parts") / "run")
+    run = run_damage(SETTINGS, folder)
+    assert run.worked == ["grid", "answers", "front", "texts", "weights", "report", "figures of damage"]
+    return folder
+
+
+def told(folder, name):
+    return json.loads((folder / name).read_text())
+
+
+def test_what_is_chosen_on_validation_is_measured_on_test(parts):
+    found = told(parts, FRONT)
+    assert found["prompts"] == {"val": {"harmful": 4, "harmless": 4}, "test": {"harmful": 6, "harmless": 6}}
+    assert len(found["trials"]) == 8 and found["trials"][0] == {
+        "values": found["trials"][0]["values"],
+        "refused": 1.0,
+        "damage": pytest.approx(0, abs=1e-9),
+    }
+    points = {point["name"]: point for point in found["points"]}
+    assert points["baseline"]["measures"]["refused"]["n"] == 6 and points["ablation"]["measures"]["kl"]["mean"] > 0
+    for row in found["levels"]:
+        best = found["points"][row["point"]]
+        trial = found["trials"][best["trial"]]
+        fitting = [one for one in found["trials"] if one["refused"] <= row["level"]]
+        assert trial["damage"] == min(one["damage"] for one in fitting) and best["best"]
+        rate = best["measures"]["refused"]
+        assert row["holds"] == (True if rate["high"] <= row["level"] else False if rate["low"] > row["level"] else None)
+
+
+def test_correct_answers_of_the_grid(parts):
+    found = told(parts, ANSWER_COSTS)
+    (bundled,) = found["sets"]
+    assert (bundled["name"], bundled["answers"], len(bundled["rows"])) == ("bundled", 4, 2)
+    assert bundled["rows"][0]["perplexity"]["mean"] < 1.1 and bundled["rows"][0]["perplexity"]["factor"]["mean"] == 1
+
+
+def test_replies_as_texts(parts):
+    found = told(parts, TEXTS)
+    assert [point["name"] for point in found["points"]][:2] == ["baseline", "all@all=1"] and len(found["points"]) > 2
+    for side in ("harmful", "harmless"):
+        one = found["sides"][side]
+        assert {"empty", "broken", "hedges", "tokens", "limit"} <= {measure["name"] for measure in one["measures"]}
+        assert one["rows"][0]["tokens"]["mean"] == 4 and one["rows"][0]["limit"]["rate"] == 1 and "replies" not in one
+
+
+def test_weights_that_hold_it_do_the_same(parts):
+    rows = {row["name"]: row for row in told(parts, EDITED)["rows"]}
+    assert not rows["all@all=0.5"]["held"] and not rows["all@all=0.5"]["same"]
+    for name, row in rows.items():
+        if name != "all@all=0.5":
+            assert row["held"] and row["same"] and row["largest_logit"] < 1e-4
+    assert len(rows) > 2
+
+
+def test_the_report_and_an_interrupted_search(parts, demo_study, tmp_path, monkeypatch):
+    page = (parts / "report.html").read_text()
+    assert all(f'id="damage-{name}"' in page for name in ("front", "answers", "texts", "weights"))
+    folder, proposed = shutil.copytree(parts, tmp_path / "run"), []
+    (folder / FRONT).unlink()
+    real = front.propose
+
+    def stop(space, done, *more):
+        proposed.append(len(done))
+        if len(done) == 5:
+            raise KeyboardInterrupt
+        return real(space, done, *more)
+
+    monkeypatch.setattr(front, "propose", stop)
+    with pytest.raises(KeyboardInterrupt):
+        run_damage(SETTINGS | {"parts": ("front",)}, folder)
+    monkeypatch.setattr(front, "propose", real)
+    run_damage(SETTINGS | {"parts": ("front",)}, folder)
+    assert proposed == [3, 5] and (folder / FRONT).read_bytes() == (parts / FRONT).read_bytes()
+    assert "searched" in "\n".join(front.STAGE.section.lines(front_findings(folder)))
+
+
+def front_findings(folder):
+    from refusal_jax.report.findings import Findings
+    from refusal_jax.runs.run import Run, recorded_manifest
+
+    manifest = recorded_manifest(folder)
+    with Run.open(folder, manifest["config"], manifest["inputs"]) as run:
+        return Findings(run, [front.STAGE.section])
+
+
+def test_batches_that_were_cut_off_are_made_again():
+    row = {"trial": {"values": {}, "refused": 1.0, "damage": 0.0}}
+    rows = [row | {"number": number} for number in range(8)]
+    assert [len(front.whole_batches(rows[:n], 3, 4)) for n in (0, 2, 3, 6, 7, 8)] == [0, 0, 3, 3, 7, 7]
+
+
+def test_what_weights_hold():
+    whole = np.ones((3, 3))
+    assert is_held(whole) and not is_held(0.5 * whole) and is_held(held(0.5 * whole))
+    assert held(whole).tolist() == [[1, 1, 1], [0, 1, 1], [0, 1, 1]]
+
+
+def test_points_are_places_with_strengths():
+    (found,) = points_of(["written@50%-100%=0.75"], 4, "texts.at")
+    assert found.label == "written, layers 2 to 3, strength 0.75" and Point.of(found.row).partial == found.partial
+    for name in ("written@all", "written@all=0", "written@all=x"):
+        with pytest.raises(UserError, match=r"texts\.at names 'written@all.*Write PLACE=STRENGTH"):
+            points_of([name], 4, "texts.at")
+    with pytest.raises(UserError, match=r"texts\.at names 'writen@all', and 'writen' is no site"):
+        points_of(["writen@all=1"], 4, "texts.at")
+
+
+@pytest.mark.parametrize(
+    "settings,message",
+    [
+        ({"front": {"batch": 0}}, r"front\.batch = 0, .* give at least 1 of each, and a largest strength above 0"),
+        ({"front": {"trials": 12}}, r"front\.trials = 12 leaves none to search after the 13 of one strength"),
+        ({"front": {"levels": (1.5,)}}, r"front\.levels = \(1\.5,\): a level is a share of refused prompts"),
+        ({"answers": {"n_items": 0}}, r"answers\.n_items = 0: give at least 1"),
+        ({"texts": {"n_prompts": 0}}, r"texts\.n_prompts = 0 and .*texts\.max_new_tokens = 128: give at least 1"),
+        ({"weights": {"n_prompts": 0}}, r"weights\.n_prompts = 0 and .*weights\.largest = 8\.0: give at least"),
+    ],
+)
+def test_settings_that_leave_nothing_to_do(settings, message):
+    with pytest.raises(UserError, match=message):
+        DamageSettings.of(settings).check(())
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_weights_that_are_not_written(monkeypatch):
+    study = types.SimpleNamespace(without_tokens="", folder=demo_model_path(), settings=DamageSettings())
+    assert weights.STAGE.skipped(study) == ""
+    study.settings.weights.largest = 0.001
+    assert "The weights take 0.0 GiB, and at most 0.001 GiB are written" in weights.STAGE.skipped(study)
+    monkeypatch.setattr(weights.distributed, "several", lambda: True)
+    assert "run this part alone on one host" in weights.STAGE.skipped(study)
+
+
+def test_answers_that_do_not_fit(parts, tmp_path):
+    folder = shutil.copytree(parts, tmp_path / "run")
+    (tmp_path / "long.jsonl").write_text(json.dumps({"question": "bake " * 3000, "answer": "bread"}) + "\n")
+    with pytest.raises(UserError, match=r"none of its first 1 questions leaves room for its answer"):
+        run_damage(SETTINGS | {"parts": ("answers",), "answers": {"sets": (str(tmp_path / "long.jsonl"),)}}, folder)
