@@ -22,12 +22,17 @@ from refusal_jax.runs.run import Run, recorded_manifest
 from refusal_jax.study.completions import write_replies
 from refusal_jax.study.config import StudyConfig
 from refusal_jax.study.study import GROUPS
-from tests.tiny import TEMPLATE, tiny_llama
+from tests.tiny import TEMPLATE, tiny_tokenizer
 
-THINKS = TEMPLATE.replace(
-    r"assistant<|end_header_id|>\n\n{% endif %}", r"assistant<|end_header_id|>\n\n<think>\n{% endif %}"
+END = "assistant<|end_header_id|>\n\n{% endif %}"
+THINKS, SPACED = (
+    TEMPLATE.replace(END, END.replace("{%", "<think>\n{%")),
+    TEMPLATE.replace(END, END.replace("\n\n", ": ")),
 )
-STRIPS = TEMPLATE.replace("message['content'] | trim", "(message['content'] | trim)[:3]")
+STRIPS = TEMPLATE.replace(
+    "{{ message['content'] | trim }}",
+    "{{ message['content'][:3] | trim if message['role'] == 'assistant' else message['content'] | trim }}",
+)
 
 
 @pytest.fixture(scope="module")
@@ -90,28 +95,29 @@ def _messages(prompt: str, start: str):
     return {"role": "user", "content": prompt}, {"role": "assistant", "content": start}
 
 
-def test_an_opening_that_joins_the_prompts_end_is_read_alone(model):
-    """The prompt ends in line ends, which one token joins with those of the opening."""
-    chat, prompt = model.chat, "How?"
-    made = opening(chat, prompt, "\n\nSure")
-    joined = chat.ids(chat.render(prompt) + "\n\nSure")
-    assert joined[: len(chat.prompt_ids(prompt))] != chat.prompt_ids(prompt)
-    assert [*made.ids] == chat.ids("\n\nSure")
+def test_an_opening_that_joins_the_prompts_end_is_read_alone(tmp_path):
+    """The prompt ends in a blank, which the tokenizer would hold in one token with the word that follows."""
+    tiny_tokenizer(tmp_path, SPACED, words=None)
+    chat, prompt, text = Chat.load(tmp_path, 256), "How?", "do it"
+    joined, before = chat.ids(chat.render(prompt) + text), chat.prompt_ids(prompt)
+    assert joined[: len(before)] != before
+    assert [*opening(chat, prompt, text).ids] == chat.ids(text)
 
 
 def test_a_thought_that_the_prompt_opens_is_closed_first(tmp_path):
-    folder = tiny_llama(tmp_path / "m", template=THINKS)
-    chat = Chat.load(folder, 256, thinking=True)
+    tiny_tokenizer(tmp_path, THINKS)
+    chat = Chat.load(tmp_path, 256, thinking=True)
     made = opening(chat, "How?", GENERIC)
     assert chat.opened_thought == "<think>\n" and chat.tokenizer.decode(made.lead) == "\n</think>\n\n"
     assert chat.tokenizer.decode(made.first(1)).endswith("Sure") and chat.tokenizer.decode(made.ids) == GENERIC
     [reply] = chat.replies([[*made.first(9), *chat.ids(" more.")]])
     assert reply.text == f"{GENERIC} more." and reply.thought
-    assert not opening(Chat.load(folder, 256), "How?", GENERIC).lead  # which closes the thought in the prompt
+    assert not opening(Chat.load(tmp_path, 256), "How?", GENERIC).lead  # which closes the thought in the prompt
 
 
 def test_a_template_that_cuts_replies_does_not_cut_openings(tmp_path):
-    chat = Chat.load(tiny_llama(tmp_path / "m", template=STRIPS), 256)
+    tiny_tokenizer(tmp_path, STRIPS)
+    chat = Chat.load(tmp_path, 256)
     assert chat.tokenizer.decode(opening(chat, "How", GENERIC).ids) == GENERIC
 
 

@@ -5,6 +5,7 @@ from refusal_jax.resistance.attacks import (
     addition,
     affine,
     directions,
+    fine_tune,
     prefill,
     rank_assisted,
     rdo,
@@ -25,5 +26,6 @@ ATTACKS: tuple[Attack, ...] = (
     prefill.ATTACK,
     rank_assisted.ATTACK,
     suffix.ATTACK,
+    fine_tune.ATTACK,
 )
 BY_NAME = {attack.name: attack for attack in ATTACKS}

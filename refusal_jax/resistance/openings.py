@@ -87,7 +87,8 @@ def given_openings(subject: Subject, text: str) -> dict[str, list[Opening | None
     everything = [prompt for split in SPLITS for prompt in prompts[split]]
     in_file = text.lower().endswith(FILES)
     texts = read_added(local_path(text), everything, OPENINGS) if in_file else [text] * len(everything)
-    found = [one and opening(subject.model.chat, prompt, one) for prompt, one in zip(everything, texts, strict=True)]
+    chat = subject.model.chat
+    found = [opening(chat, prompt, one) if one else None for prompt, one in zip(everything, texts, strict=True)]
     return {"val": found[: len(prompts["val"])], "test": found[len(prompts["val"]) :]}
 
 

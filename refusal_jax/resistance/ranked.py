@@ -75,8 +75,8 @@ def guided_openings(
 @partial(jax.jit, static_argnames=("steps", "top"))
 def guided_tokens(
     decoder: Decoder,
-    tokens_bt: Int[Array, "B T"],
-    mask_bt: Bool[Array, "B T"],
+    tokens_bt: Int[jax.Array, "B T"],
+    mask_bt: Bool[jax.Array, "B T"],
     edits: Edits,
     barred_n: Int[Array, " _"],
     ends_n: Int[Array, " _"],

@@ -48,21 +48,23 @@ def train(
     *,
     title: str = "training",
     given: Mapping[str, Any] | None = None,
+    until: Callable[[ChatModel], bool] | None = None,
 ) -> Trained:
     """Trains a model, or goes on with the training in `folder`, and returns what came of it; the model's own weights stay.
 
     folder: where the state is kept every `settings.every` steps, with each step's losses as losses.jsonl; None keeps nothing.
     given: what besides the settings decides the result, as JSON values, such as the hashes of model and data: a training in the
-    folder is gone on with only if both are the same. All processes must call this. Raises UserError for settings that do not
+    folder is gone on with only if both are the same. until: is asked, each time losses are read, whether the model as it is now
+    is trained enough, which then ends the training. All processes must call this. Raises UserError for settings that do not
     fit the model, for another training in the folder, and for a loss that is not finite.
     """
     settings.check(model.config)
     trainer = _Trainer(model, objective, settings)
     if folder is None:
-        return trainer.run(title)
+        return trainer.run(title, until=until)
     kept = {name: value for name, value in settings.to_dict().items() if name != "every"}
     with States.of(folder, {"train": kept, **(given or {})}) as states:
-        return trainer.run(title, states)
+        return trainer.run(title, states, until)
 
 
 class _Trainer:
@@ -156,8 +158,11 @@ class _Trainer:
             return cut
         return jax.lax.with_sharding_constraint(cut, sharding_of(self.mesh, None, ("batch", cut.shape[1])))
 
-    def run(self, title: str, states: States | None = None) -> Trained:
-        """Does the steps that are left, and returns the result. states: in which the state is kept, and may be found."""
+    def run(
+        self, title: str, states: States | None = None, until: Callable[[ChatModel], bool] | None = None
+    ) -> Trained:
+        """Does the steps that are left, and returns the result. states: in which the state is kept, and may be found. until:
+        as in `train`."""
         settings, first, losses, waiting = self.settings, 0, [], []
         if states is not None:
             first, losses = states.step, states.losses()
@@ -177,14 +182,19 @@ class _Trainer:
                 if states is not None and due:
                     states.save(done, (self.trained, self.state), self.extra)
                 bar.update(note=_note(losses[-1]) if losses and not waiting else "")
+                if until is not None and not waiting and done < settings.steps and until(self._now()):
+                    break
         decoder = jax.jit(self.decoder)(self.frozen, self.trained)
         return Trained(decoder, self.trained if settings.method == "lora" else None, settings, losses)
+
+    def _now(self) -> ChatModel:
+        """Returns the model with the weights of now."""
+        return dataclasses.replace(self.model, decoder=jax.jit(self.decoder)(self.frozen, self.trained))
 
     def _refresh(self, number: int) -> None:
         """Computes anew what the objective keeps outside the step, when it is time."""
         if self.objective.refresh and number % self.objective.refresh == 0:
-            now = jax.jit(self.decoder)(self.frozen, self.trained)
-            found = self.objective.refreshed(dataclasses.replace(self.model, decoder=now), number)
+            found = self.objective.refreshed(self._now(), number)
             self.extra = put(jax.tree.map(np.asarray, found), sharding_of(self.mesh))
 
     def _do(self, number: int) -> dict[str, jax.Array]:
