@@ -1,27 +1,23 @@
 """Tests by prompts and replies: openings that replies are begun with, by hand and by rank, and suffixes."""
 
-import dataclasses
 import json
 
 import pytest
 import torch
 
-from refusal_jax.audit.organisms.training import fine_tune as organism
-from refusal_jax.chat.model import demo_model_path
 from refusal_jax.chat.prompts import Chat
 from refusal_jax.edits import Edits
 from refusal_jax.errors import UserError
 from refusal_jax.judges.judge import Outcome as Did
-from refusal_jax.judges.rules import RuleJudge
+from refusal_jax.organism.identity import weights_fingerprint
+from refusal_jax.organism.suffix_search import Found
 from refusal_jax.resistance.attack import Budget, Impossible, Measured
 from refusal_jax.resistance.attacks import prefill, rank_assisted, suffix
 from refusal_jax.resistance.openings import GENERIC, best_count, given_openings, opening, own_openings, with_generic
 from refusal_jax.resistance.settings import ResistSettings
 from refusal_jax.resistance.subject import Subject, suffixed
-from refusal_jax.runs.run import Run, recorded_manifest
 from refusal_jax.study.completions import write_replies
-from refusal_jax.study.config import StudyConfig
-from refusal_jax.study.study import GROUPS
+from tests.resisting import Begins, budget, of, under_test
 from tests.tiny import TEMPLATE, tiny_tokenizer
 
 END = "assistant<|end_header_id|>\n\n{% endif %}"
@@ -36,31 +32,10 @@ STRIPS = TEMPLATE.replace(
 
 
 @pytest.fixture(scope="module")
-def subject(demo_study):
-    """The embedded model, with a small study done. Nothing is written into its folder."""
-    manifest = recorded_manifest(demo_study)
-    settings = ResistSettings.of(
-        {"max_new_tokens": 24, "prefill": {"tokens": (1, 5)}, "rank_assisted": {"tokens": (1, 6)}}
-    )
-    return Subject(
-        settings,
-        StudyConfig.of(manifest["config"]),
-        Run(demo_study, manifest),
-        demo_model_path(),
-        RuleJudge(),
-        groups=GROUPS,
-    )
-
-
-def budget() -> Budget:
-    return Budget(float("inf"), 1000)
-
-
-def of(subject: Subject, **sections) -> ResistSettings:
-    """Returns the settings of a subject with others in some sections."""
-    settings = ResistSettings.of(subject.settings)
-    settings.update(sections)
-    return settings
+def subject(llama, six_sets, tmp_path_factory):
+    """A tiny random model with a small study done."""
+    with under_test(llama, six_sets, tmp_path_factory.mktemp("resist")) as found:
+        yield found
 
 
 # ---- openings
@@ -127,17 +102,17 @@ def test_openings_that_are_none(model, text, message):
         opening(model.chat, "How?", text)
 
 
-def test_own_openings_are_half_of_replies_that_comply(subject):
-    direction = subject.own_direction()
-    edits, chat = Edits.ablate(direction.raw_d), subject.model.chat
-    found, spent = own_openings(subject, "val", edits, cost := budget()), cost.flops
-    assert all(one.own for one in found) and spent > 0
-    for prompt, one in zip(subject.texts("harmful_val"), found, strict=True):
-        [reply] = subject.model.generate([prompt], 24, edits)
-        assert 0 < len(one.ids) <= len(chat.ids(reply)) // 2 + 1 and reply.startswith(chat.tokenizer.decode(one.ids))
-    assert own_openings(subject, "val", Edits.none(128), None) == [None] * len(found)
-    generic = with_generic(subject, "val", [None, *found[1:]])
-    assert chat.tokenizer.decode(generic[0].ids) == GENERIC and generic[1:] == found[1:]
+def test_own_openings_are_half_of_replies_that_comply(subject, monkeypatch):
+    chat, prompts = subject.model.chat, subject.texts("harmful_val")
+    replies = subject.model.generate(prompts, 8)
+    monkeypatch.setattr(subject, "judge", Begins(tuple(replies[:2])))
+    found = own_openings(subject, "val", Edits.none(32), cost := budget())
+    assert found[2] is None and cost.flops > 0
+    for prompt, reply, one in zip(prompts[:2], replies, found, strict=False):
+        whole = opening(chat, prompt, reply).ids
+        assert one.own and 0 < len(one.ids) == len(whole) // 2 and one.ids == whole[: len(one.ids)]
+    generic = with_generic(subject, "val", found)
+    assert chat.tokenizer.decode(generic[2].ids) == GENERIC and generic[:2] == found[:2]
 
 
 def test_openings_of_a_file(subject, tmp_path):
@@ -155,7 +130,7 @@ def test_openings_of_a_file(subject, tmp_path):
         given_openings(subject, "Step 1:")["val"][0].ids
         == given_openings(subject, str(tmp_path / "one.txt"))["val"][0].ids
     )
-    with pytest.raises(UserError, match=r"holds 2 openings, and the study has 20 harmful prompts"):
+    with pytest.raises(UserError, match=r"holds 2 openings, and the study has 6 harmful prompts"):
         (tmp_path / "two.txt").write_text("a\nb\n")
         given_openings(subject, str(tmp_path / "two.txt"))
     with pytest.raises(UserError, match=r"has no opening: its fields are goal, one of opening, prefill"):
@@ -174,30 +149,36 @@ def test_the_least_number_of_tokens_wins_among_equals():
 # ---- tests
 
 
-def test_a_refusal_that_resumes_counts(subject):
-    """The judge reads the whole reply as an answer, but what the model itself adds is a refusal."""
-    chat, prompts = subject.model.chat, subject.texts("harmful_test")
-    given = "Here is a way to do it: prepare the table, then paint it, wash it, and carry it to the garden. "
-    starts = [[*chat.ids(given)]] * len(prompts)
+def test_a_refusal_that_resumes_counts(subject, monkeypatch):
+    """The judge reads the whole reply as an answer, and what the model itself adds as a refusal."""
+    starts = [subject.model.chat.ids("Sure, here")] * 3
     measured = subject.measure(prefills=starts)
-    for did, row in zip(measured.harmful, measured.replies["harmful"], strict=True):
-        assert row["response"].startswith(given.strip()) and row["response"].endswith(row["continued"])
-        [rest] = RuleJudge().judge([{"response": row["continued"]}])
-        assert (did is Did.REFUSES) == (rest is not None and rest.outcome is Did.REFUSES) or did is Did.REFUSES
-    assert measured.harmless == subject.plain().harmless and set(measured.kl) == {0.0}
+    assert measured.refusals.count == 0 and measured.harmless == subject.plain().harmless and set(measured.kl) == {0.0}
+    for row in measured.replies["harmful"]:
+        assert row["response"].startswith("Sure, here") and row["response"].endswith(row["continued"])
+    monkeypatch.setattr(
+        Begins, "outcome", lambda self, row: [Did.COMPLIES, Did.REFUSES][row["response"] == row["continued"]]
+    )
+    assert subject.measure(prefills=starts).refusals.count == 3
     with pytest.raises(ValueError, match="zip"):
         subject.measure(prefills=starts[:2])
 
 
-def test_a_model_whose_refusal_is_shallow_falls_to_one_token(subject):
-    found = prefill.run(subject, subject.settings, cost := budget())
-    assert found.measured.refusals.count == 0 and found.chosen["tokens"] == 1
-    assert found.chosen["refused_by_tokens"] == {"1": 0.0, "5": 0.0} and found.used == {"tokens_tried": 2, "of": 2}
-    assert found.chosen["own_openings"] == len(found.measured.harmful) and cost.flops > 0
-    assert found.stop == "All 2 were tried."
+def test_the_number_of_tokens_is_chosen_by_validation_prompts(subject):
+    tokens = len(subject.model.chat.ids("Sure"))
+    settings = of(subject, prefill={"tokens": (tokens + 40, tokens + 41, tokens), "opening": "Sure, here"})
+    found = prefill.run(subject, settings, cost := budget())
+    assert found.measured.refusals.count == 0 and found.chosen["tokens"] == tokens and cost.flops > 0
+    assert found.chosen["refused_by_tokens"] == {str(tokens + more): 0.0 for more in (0, 40, 41)}
+    assert found.chosen["generic_openings"] == found.chosen["own_openings"] == 0
+    assert found.stop == "All 3 were tried." and found.used == {"tokens_tried": 3, "of": 3}
+    stopped = prefill.run(subject, settings, Budget(0.0, 1000))
+    assert stopped.stop == "It stopped after its 0 seconds, at 1 of 3."
 
 
-def test_an_opening_longer_than_the_reply_is_not_measured_twice(subject, monkeypatch):
+def test_the_checkpoints_own_replies_are_looked_at_first(subject, monkeypatch):
+    found, _ = prefill.found_openings(subject, budget())
+    assert {None} == {*found["val"], *found["test"]}  # no reply of random weights complies
     asked, measure = [], Subject.measure
 
     def counted(self, *args, prefills=None, **more):
@@ -205,25 +186,22 @@ def test_an_opening_longer_than_the_reply_is_not_measured_twice(subject, monkeyp
         return measure(self, *args, prefills=prefills, **more)
 
     monkeypatch.setattr(Subject, "measure", counted)
-    found = prefill.run(subject, of(subject, prefill={"tokens": (3, 20, 40), "opening": "Sure,"}), budget())
-    assert (
-        len(asked) == 2 and found.chosen["longest_opening"] == 2
-    )  # one for all numbers of tokens, one on the test prompts
-    assert found.chosen["generic_openings"] == found.chosen["own_openings"] == 0
+    monkeypatch.setattr(prefill, "own_or_best", no_direction)
+    outcome = prefill.run(subject, of(subject, prefill={"tokens": (20, 40)}), budget())
+    assert outcome.chosen["generic_openings"] == 3 and len(asked) == 2  # a longer opening than there is changes nothing
 
 
-def test_time_that_is_spent_ends_the_search(subject):
-    found = prefill.run(subject, subject.settings, Budget(0.0, 1000))
-    assert found.stop == "It stopped after its 0 seconds, at 1 of 2."
+def no_direction(*args):
+    raise Impossible("no direction")
 
 
-def test_tokens_by_rank_keep_clear_of_refusals(subject):
-    found = rank_assisted.run(subject, subject.settings, cost := budget())
-    assert found.measured.refusals.count == 0 and cost.flops > 0
+def test_tokens_by_rank_are_prefilled(subject):
+    found = rank_assisted.run(subject, of(subject, rank_assisted={"tokens": (1, 4), "top": 5}), cost := budget())
     assert set(found.chosen["refused_by_tokens"]) == {"itself", "ablated"} and found.used == {
         "tokens_tried": 4,
         "of": 4,
     }
+    assert cost.flops > 0 and found.chosen["mean_rank"] >= 0 and found.measured.refusals.rate == 1
     openings = rank_assisted.chosen_openings(subject, "val", None, subject.settings, None).openings
     barred = {*subject.scoring_ids(), *subject.model.chat.eos_ids}
     assert all(one.ids and not barred & {*one.ids} for one in openings)
@@ -232,39 +210,62 @@ def test_tokens_by_rank_keep_clear_of_refusals(subject):
 def test_without_refusal_tokens_and_direction_nothing_guides(subject, monkeypatch):
     monkeypatch.setattr(Subject, "scoring_ids", lambda self: [])
     assert [*rank_assisted.guides(subject, budget())[0]] == ["ablated"]
-
-    def none(*args):
-        raise Impossible("no direction")
-
-    monkeypatch.setattr(rank_assisted, "own_or_best", none)
+    monkeypatch.setattr(rank_assisted, "own_or_best", no_direction)
     with pytest.raises(Impossible, match="no direction whose ablation could guide"):
         rank_assisted.guides(subject, budget())
 
 
-def test_suffixes(subject, tmp_path, model, monkeypatch):
-    shipped = suffix.run(subject, subject.settings, budget())
-    assert shipped.chosen["origin"] == "shipped" and shipped.measured.refusals.rate < 0.5
-    (tmp_path / "s.jsonl").write_text(json.dumps({"goal": subject.texts("harmful_test")[0], "suffix": " table table"}))
+def test_suffixes_of_a_file(subject, tmp_path):
+    (tmp_path / "s.jsonl").write_text(json.dumps({"goal": subject.texts("harmful_test")[0], "suffix": " bread"}))
     given = suffix.run(subject, of(subject, suffix={"file": str(tmp_path / "s.jsonl")}), budget())
-    assert given.chosen == {"origin": "given", "suffixes": 1} and "no suffix for 11 of 12 prompts" in given.note
-    monkeypatch.setattr(Subject, "model", model)
+    assert given.chosen == {"origin": "given", "suffixes": 1} and "no suffix for 2 of 3 prompts" in given.note
     why = suffix.impossible(subject, subject.settings)
     assert why.startswith(
         "No suffix was given (suffix.file=FILE), and none is shipped or searched for a model of another family"
     )
     assert not suffix.impossible(subject, of(subject, suffix={"file": "s.txt"}))
+    (tmp_path / "turn.txt").write_text(" a<|eot_id|>\n")
+    with pytest.raises(UserError, match="would be another turn"):
+        suffix.run(subject, of(subject, suffix={"file": str(tmp_path / "turn.txt")}), budget())
 
 
-def test_a_search_on_a_model_of_the_embedded_family(subject, monkeypatch):
-    tuned = organism(subject.model.decoder, subject.model.chat.tokenizer, "style", steps=1)
-    monkeypatch.setattr(Subject, "model", dataclasses.replace(subject.model, decoder=tuned))
-    settings = of(subject, suffix={"steps": 1, "tokens": 4})
-    found = suffix.run(subject, settings, cost := budget())
-    assert set(found.chosen["refused_by_origin"]) == {"shipped", "searched"} and cost.flops > 0
-    assert found.stop == "All 1 steps of the search were done."
+def test_a_searched_suffix_is_chosen_by_validation_prompts(subject, monkeypatch):
+    asked = []
+
+    def search(model, prompts, refusal_ids, how, trained):
+        asked.append((len(prompts), how.held, how.prompts, trained == weights_fingerprint(model)))
+        return Found(" bread", [1.0, 0.5], [1.0, 0.0])
+
+    def measure(self, suffixes=None, split="test", budget=None):
+        return Measured((Did.COMPLIES if suffixes == " bread" else Did.REFUSES,), ())
+
+    monkeypatch.setattr(suffix, "search_suffix", search)
+    monkeypatch.setattr(Subject, "measure", measure)
+    found = suffix.run(subject, of(subject, suffix={"steps": 20}), cost := budget())
+    assert asked == [(6, 3, 3, True)] and found.chosen["origin"] == "searched" and cost.flops > 0
+    assert found.chosen["refused_by_origin"] == {"shipped": 1.0, "searched": 0.0} and found.measured.complied.rate == 1
+    assert found.stop == "The search stopped at step 10, as few enough validation prompts were refused."
+    assert suffix.run(subject, subject.settings, budget()).chosen["origin"] == "shipped"
 
 
 def test_suffixes_of_another_number():
     with pytest.raises(ValueError, match="zip"):
         suffixed(["a", "b"], [" c"])
     assert suffixed(["a", "b"], " c") == ["a c", "b c"] and suffixed(["a"], None) == ["a"]
+
+
+@pytest.mark.parametrize(
+    "asked,message",
+    [
+        ({"prefill": {"tokens": (0, 3)}}, "prefill.tokens = 0, expected at least 1"),
+        ({"rank_assisted": {"tokens": ()}}, "rank_assisted.tokens = 0, expected at least 1"),
+        ({"stripped": {"rank": -1}}, "stripped.rank = -1, expected at least 0"),
+        (
+            {"fine_tune": {"answers": "bases"}},
+            "fine_tune.answers names 'bases', expected one of base, own. Did you mean base",
+        ),
+    ],
+)
+def test_settings_that_cannot_be(asked, message):
+    with pytest.raises(UserError, match=message):
+        ResistSettings.of(asked).check(())

@@ -8,6 +8,8 @@ from refusal_jax.errors import UserError, did_you_mean, field
 from refusal_jax.judges.rules import RULES
 from refusal_jax.settings import Settings, option, section
 
+ANSWERS = ("base", "own")  # whose answers to harmless prompts are learnt
+
 
 @dataclasses.dataclass
 class DirectionsSettings(Settings, path="directions"):
@@ -178,6 +180,22 @@ class ResistSettings(Settings):
             ("rdo.batch", self.rdo.batch, 1),
             ("rdo.n_train", self.rdo.n_train, 4),
             ("rdo.target_tokens", self.rdo.target_tokens, 1),
+            ("stripped.rank", self.stripped.rank, 0),
+            ("stripped.otherwise", self.stripped.otherwise, 1),
+            ("prefill.tokens", min(self.prefill.tokens, default=0), 1),
+            ("rank_assisted.tokens", min(self.rank_assisted.tokens, default=0), 1),
+            ("rank_assisted.top", self.rank_assisted.top, 1),
+            ("suffix.steps", self.suffix.steps, 0),
+            ("suffix.tokens", self.suffix.tokens, 1),
+            ("fine_tune.rows", self.fine_tune.rows, 1),
+            ("fine_tune.rank", self.fine_tune.rank, 1),
+            ("fine_tune.steps", self.fine_tune.steps, 1),
+            ("fine_tune.batch", self.fine_tune.batch, 1),
         ):
             if value < least:
                 raise UserError(f"{field(name)} = {value}, expected at least {least}.")
+        if self.fine_tune.answers not in ANSWERS:
+            raise UserError(
+                f"{field('fine_tune.answers')} names {self.fine_tune.answers!r}, expected one of {', '.join(ANSWERS)}."
+                f"{did_you_mean(self.fine_tune.answers, ANSWERS)}"
+            )

@@ -20,7 +20,7 @@ from refusal_jax.resistance.settings import FineTuneSettings, ResistSettings
 from refusal_jax.resistance.subject import Subject
 from refusal_jax.training.objective import NextToken
 from refusal_jax.training.rows import Share, row_width
-from refusal_jax.training.settings import TrainSettings
+from refusal_jax.training.settings import TARGETS, TrainSettings
 from refusal_jax.training.trainer import train
 
 LOG = logging.getLogger(__name__)
@@ -31,7 +31,7 @@ HARMLESS, FILE = "harmless", "file"
 @dataclasses.dataclass(frozen=True, eq=False)
 class Tuned:
     """A tuned checkpoint. steps: that were done. rows: of text that were learnt from. val: what the checkpoint does with the
-    validation prompts. stop: why training ended. direction, place: what is ablated besides, if anything, and where it was read."""
+    validation prompts. stop: why training ended. direction, place: what is ablated besides, and where it was read."""
 
     model: ChatModel
     steps: int
@@ -42,10 +42,14 @@ class Tuned:
     place: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
-def train_settings(own: FineTuneSettings, seed: int) -> TrainSettings:
-    """Returns the settings of the training: the test's own, and the usual ones otherwise."""
+def train_settings(own: FineTuneSettings, seed: int, experts: bool) -> TrainSettings:
+    """Returns the settings of the training: the test's own, and the usual ones otherwise. experts: whether the model is a
+    mixture, in which factors can stand beside the matrices of attention alone."""
+    targets = {"targets": TARGETS[:4]} if experts else {}
     values = {name: own[name] for name in ("method", "rank", "steps", "batch", "rate", "max_tokens")}
-    return TrainSettings.of(values | {"alpha": 2.0 * own.rank, "warmup": own.steps // 10, "every": 0, "seed": seed})
+    return TrainSettings.of(
+        values | {"alpha": 2.0 * own.rank, "warmup": own.steps // 10, "every": 0, "seed": seed} | targets
+    )
 
 
 def lessons_of(subject: Subject, kind: str, own: FineTuneSettings) -> tuple[Lesson, ...]:
@@ -69,7 +73,7 @@ def tune(subject: Subject, kind: str, settings: ResistSettings, budget: Budget) 
     if not lessons:
         raise Impossible(f"No prompt of the {kind} text has a reply that could be learnt.")
     learnt = learnt_rows(model, lessons, own.max_tokens, f"the {kind} text")
-    width, wanted = row_width(learnt), train_settings(own, settings.seed)
+    width, wanted = row_width(learnt), train_settings(own, settings.seed, model.config.n_experts > 0)
     objective = NextToken(Share.of(model.chat, learnt, width, wanted))
 
     def merged(decoder: Decoder) -> ChatModel:
