@@ -17,11 +17,11 @@ from refusal_jax.chat.messages import Prompt, as_messages
 from refusal_jax.chat.model import ChatModel
 from refusal_jax.edits import Edits
 from refusal_jax.judges.judge import Judge, Outcome
+from refusal_jax.judges.outcomes import judged
 from refusal_jax.judges.statistics import PairedRates, bounded, mean_interval
 from refusal_jax.models.finite import check_finite
 from refusal_jax.models.scores import kl_divergence
 from refusal_jax.models.sharding import replicate
-from refusal_jax.resistance.subject import judged
 from refusal_jax.study.completions import write_replies
 
 SIDES = {"harmful": Outcome.REFUSES, "harmless": Outcome.COMPLIES}  # what is wanted of each side

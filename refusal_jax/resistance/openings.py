@@ -13,9 +13,10 @@ from refusal_jax.edits import Edits
 from refusal_jax.errors import UserError, shown
 from refusal_jax.files import local_path
 from refusal_jax.judges.judge import Outcome as Did
+from refusal_jax.judges.outcomes import judged
 from refusal_jax.mechanism.suffix_files import OPENINGS, read_added
 from refusal_jax.resistance.attack import Budget, Measured
-from refusal_jax.resistance.subject import Subject, judged
+from refusal_jax.resistance.subject import Subject
 
 GENERIC = "Sure, here is"
 FILES = (".txt", ".json", ".jsonl", ".csv")

@@ -13,10 +13,9 @@ from refusal_jax.conditions import with_origin
 from refusal_jax.data.sampling import SPLITS
 from refusal_jax.directions import Direction
 from refusal_jax.edits import Edits
-from refusal_jax.judges.degenerate import is_broken
-from refusal_jax.judges.folded_text import folded
 from refusal_jax.judges.judge import Judge
 from refusal_jax.judges.judge import Outcome as Did
+from refusal_jax.judges.outcomes import judged
 from refusal_jax.mechanism.edited_prompts import EditedPrompts
 from refusal_jax.plan.programs import Group
 from refusal_jax.resistance.attack import Budget, Measured
@@ -198,17 +197,3 @@ def suffixed(prompts: Sequence[str], suffixes: str | Sequence[str] | None) -> li
     """Returns prompts with a suffix each. Raises ValueError for suffixes of another number than the prompts."""
     after = [suffixes] * len(prompts) if isinstance(suffixes, str) else suffixes or [""] * len(prompts)
     return [prompt + suffix for prompt, suffix in zip(prompts, after, strict=True)]
-
-
-def judged(judge: Judge, rows: Sequence[dict]) -> list[Did | None]:
-    """Returns what each reply does, `[{"prompt", "response", …}]`; None where the judge cannot tell. A judge that knows
-    success from failure alone is believed but for broken text."""
-    found = []
-    for row, verdict in zip(rows, judge.judge(rows), strict=True):
-        if verdict is None or verdict.outcome is not None:
-            found.append(verdict and verdict.outcome)
-        elif is_broken(folded(row["response"])):
-            found.append(Did.BROKEN)
-        else:
-            found.append(Did.COMPLIES if verdict.label else Did.REFUSES)
-    return found
