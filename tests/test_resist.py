@@ -16,6 +16,7 @@ from refusal_jax import Edits, UserError, demo_model_path
 from refusal_jax.directions import read_direction
 from refusal_jax.files import to_json
 from refusal_jax.judges.judge import Outcome as Did
+from refusal_jax.judges.outcomes import judged
 from refusal_jax.judges.rules import RuleJudge
 from refusal_jax.judges.statistics import Rate, wilson_interval
 from refusal_jax.judges.text import PAPERS
@@ -30,7 +31,7 @@ from refusal_jax.resistance.output.text import text_of
 from refusal_jax.resistance.output.words import sentences
 from refusal_jax.resistance.run import Checkpoint, Resistance, resist
 from refusal_jax.resistance.settings import ResistSettings
-from refusal_jax.resistance.subject import judged, suffixed
+from refusal_jax.resistance.subject import suffixed
 from refusal_jax.resistance.worst import damaged, kept_under, refuses_too_little, verdict_of, worst_of
 
 YES, NO, BAD = Did.COMPLIES, Did.REFUSES, Did.BROKEN

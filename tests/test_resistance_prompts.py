@@ -90,6 +90,16 @@ def test_a_thought_that_the_prompt_opens_is_closed_first(tmp_path):
     assert not opening(Chat.load(tmp_path, 256), "How?", GENERIC).lead  # which closes the thought in the prompt
 
 
+def test_the_space_that_a_template_puts_before_replies_comes_first(tmp_path):
+    """As Mistral's does: the model's own replies begin with it."""
+    instruct = "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}[INST] {{ m['content'] }}[/INST]"
+    tiny_tokenizer(tmp_path, instruct + "{% else %} {{ m['content'] | trim }}{{ eos_token }}{% endif %}{% endfor %}")
+    chat = Chat.load(tmp_path, 256)
+    assert chat.render("How?").endswith("[/INST]") and chat.reply_start.spaces == " "
+    for text in (GENERIC, f" {GENERIC}"):
+        assert chat.tokenizer.decode(opening(chat, "How?", text).ids) == f" {GENERIC}"
+
+
 def test_a_template_that_cuts_replies_does_not_cut_openings(tmp_path):
     tiny_tokenizer(tmp_path, STRIPS)
     chat = Chat.load(tmp_path, 256)

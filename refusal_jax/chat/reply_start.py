@@ -23,10 +23,12 @@ USER, ASSISTANT = {"role": "user", "content": ASKED}, {"role": "assistant", "con
 @dataclasses.dataclass(frozen=True)
 class ReplyStart:
     """Tells what prompts go on with where their template ends. added: the text, "" where nothing is missing. closes: whether it
-    closes a thought that the template, or the model by itself, would open."""
+    closes a thought that the template, or the model by itself, would open. spaces: those that the template puts before earlier
+    replies, which are part of a reply's first token and so not added."""
 
     added: str = ""
     closes: bool = False
+    spaces: str = ""
 
     def note(self, origin: str) -> str:
         """Returns what is added and why, in sentences, or "". origin: where the template came from."""
@@ -71,7 +73,8 @@ def reply_start(render: Render, thinking: bool, origin: str) -> ReplyStart:
                 f"{advice('it, as a .jinja file')}"
             )
         theirs = ours
-    return ReplyStart(closing + _told(theirs[len(ours) :], thinking).added, bool(closing))
+    told = _told(theirs[len(ours) :], thinking)
+    return ReplyStart(closing + told.added, bool(closing), told.spaces)
 
 
 def _told(missing: str, thinking: bool) -> ReplyStart:
@@ -80,7 +83,7 @@ def _told(missing: str, thinking: bool) -> ReplyStart:
     if header != missing:  # thoughts, whose white space is theirs
         return ReplyStart(header if header.strip() else "") if thinking else ReplyStart(missing, True)
     # Spaces belong to the reply: tokenizers hold them in one token with the word that follows.
-    return ReplyStart("" if header.strip(" ") == "" else header)
+    return ReplyStart(spaces=header) if header.strip(" ") == "" else ReplyStart(header)
 
 
 def _after(text: str) -> str:

@@ -40,13 +40,15 @@ class Opening:
 def opening(chat: Chat, prompt: str, text: str, own: bool = False) -> Opening:
     """Returns the tokens of a text where a reply begins.
 
-    They are those of the text in its place where the prompt's own tokens stay as they are, and else those of the text alone. What
-    the template would do to an earlier reply, such as to strip it, is not done. Raises UserError for a text without anything to
+    They are those of the text in its place where the prompt's own tokens stay as they are, and else those of the text alone. The
+    spaces that the template puts before earlier replies come first; what else it would do to them, such as to strip them, is
+    not done. Raises UserError for a text without anything to
     see, and for one that holds the tokens of a turn's end.
     """
     start, before = chat.render(prompt), chat.prompt_ids(prompt)
     closing = thoughts.closing(chat.opened_thought) if chat.opened_thought else ""
-    lead = _after(chat, start, before, closing)
+    lead, spaces = _after(chat, start, before, closing), chat.reply_start.spaces
+    text = text if closing or text.startswith(" ") else spaces + text
     ids = _after(chat, start + closing, [*before, *lead], text)
     if not text.strip() or {*ids} & {*chat.eos_ids}:
         raise UserError(
