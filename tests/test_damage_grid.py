@@ -16,6 +16,7 @@ from refusal_jax.damage.measures import Measure, PromptProbe, TextProbe, measure
 from refusal_jax.damage.partial import NOTHING, Kernel, Partial, edits_of, spread
 from refusal_jax.damage.places import Place, places_of
 from refusal_jax.edits import SITES
+from refusal_jax.judges.behaviours import REFUSAL
 from refusal_jax.judges.statistics import wilson_interval
 from refusal_jax.mechanism.edited_prompts import EditedPrompts
 from refusal_jax.plan.programs import Shapes
@@ -61,6 +62,11 @@ def test_kernels_fall_from_their_greatest_strength():
     tent = Kernel(1.5, 2.5, 0.5, 2.0).strengths(7)
     away = np.abs(np.arange(7) - 2.5)
     np.testing.assert_allclose(tent, np.where(away <= 2, 1.5 + (0.5 - 1.5) * away / 2, 0))
+    # A kernel that heretic printed for 18 layers (its pull request 78), as a place: 1.39 at 13.57, 1.12 at a distance of 3.78.
+    place = Place.parse(f"attn_out@tent:13.57:3.78:{1.12 / 1.39}", 18)
+    away = np.abs(np.arange(18) - 13.57)
+    wanted = np.where(away <= 3.78, 1.39 + away / 3.78 * (1.12 - 1.39), 0)
+    np.testing.assert_allclose(place.at(1.39).strengths(18)[:, SITES.index("attn_out")], wanted, atol=1e-6)
     assert Kernel.band(0.7, 2, 4).strengths(6).tolist() == [0, 0, 0.7, 0.7, 0.7, 0]
     assert Kernel.band(1.0, 3, 3).strengths(5).tolist() == [0, 0, 0, 1, 0]
     both = Partial({"attn_out": Kernel(1.0, 0.5, 0.0, 1 / 3), "mlp_out": Kernel.band(0.5, 0, 1)})
@@ -147,6 +153,7 @@ def test_readings_equal_torch_hooks_and_those_of_one_edit_alone(model, hf):
         alone = edits_of([partial], direction, n_layers)
         for name, values in (prompts.read(alone) | texts.read(alone)).items():
             np.testing.assert_allclose(values[0], {**read, "loss": losses}[name][m], atol=1e-6)
+    np.testing.assert_allclose(prompts.prompts.certainty(), base.max(-1).values, atol=1e-5)
     assert abs(read["kl"][0]).max() < 1e-7 < 1e-3 < read["kl"][1].min()
     # What an interrupted run has saved is not measured again.
     again = measure_all(prompts, edits, saved[:2], saved.extend)
@@ -218,7 +225,16 @@ def test_the_stages_are_done_once_and_go_on(demo_study, tmp_path, monkeypatch):
     assert listed == ["damage-tradeoff", "damage-curves-1"]
     assert run_damage(QUICK, folder).worked == []
     text = grid_page.lines(Findings(Run(folder, read_manifest(folder / "manifest.json")), []))
-    assert "written, all layers" in text[3] and "No loss is known" in text[-1] and len(text) == 6
+    assert "written, all layers" in text[3] and "No loss is known" in text[-1] and len(text) in (6, 7)
+
+
+def test_a_sure_next_token_is_told():
+    """As where all replies begin alike (heretic's issue 159): the KL divergence is then near 0 whatever is damaged."""
+    sure = {"rate": 0.9, "successes": 9, "n": 10}
+    assert grid_page.caution({"sure": sure}, REFUSAL).startswith(
+        "After 9 of 10 harmless prompts the unedited model is all but"
+    )
+    assert grid_page.caution({"sure": sure | {"rate": 0.2}}, REFUSAL) == ""
 
 
 def test_what_replies_say_against_the_scores():

@@ -2,8 +2,8 @@
 
 A place is SITES@LAYERS. SITES is `all` (the paper's three sites), `written` (what attention and MLP write, which an edit of their
 weights changes, too), or names of sites joined by +. LAYERS is `all`, a band `FIRST-LAST`, or `tent:POSITION:DISTANCE`, whose
-strength falls linearly from its greatest at a position to none at a distance from there. A number counts layers from 0, or is a
-share of the depth in percent.
+strength falls linearly from its greatest at a position to none at a distance from there; with a fourth number, LEAST, it falls to
+that part of its greatest. A number counts layers from 0, or is a share of the depth in percent.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ from refusal_jax.errors import UserError, did_you_mean, field
 GROUPS = {"all": SITES, "written": WRITTEN}
 NUMBER = r"(\d+(?:\.\d+)?)(%?)"
 BAND = re.compile(rf"{NUMBER}-{NUMBER}")
-TENT = re.compile(rf"tent:{NUMBER}:{NUMBER}")
+TENT = re.compile(rf"tent:{NUMBER}:{NUMBER}(?::(\d+(?:\.\d+)?))?")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,13 +72,13 @@ def _kernel(name: str, layers: str, n_layers: int, of: str) -> tuple[Kernel, str
             raise _unreadable(name, "its band is empty or ends outside of the model", n_layers, of)
         return Kernel.band(1.0, first, end), f"layer {first}" if first == end else f"layers {first} to {end}"
     if found := TENT.fullmatch(layers):
-        position, distance = (
-            float(number) * (last / 100 if percent else 1.0)
-            for number, percent in (found.groups()[:2], found.groups()[2:])
-        )
+        numbers = (found.groups()[:2], found.groups()[2:4])
+        position, distance = (float(number) * (last / 100 if percent else 1.0) for number, percent in numbers)
+        least = float(found[5] or 0.0)
         if position > last or distance <= 0:
             raise _unreadable(name, "its tent stands outside of the model or has no width", n_layers, of)
-        return Kernel(1.0, position, 0.0, distance), f"tent at {position:.3g} ± {distance:.3g}"
+        falls = f", to {least:g} of it" if least else ""
+        return Kernel(1.0, position, least, distance), f"tent at {position:.3g} ± {distance:.3g}{falls}"
     raise _unreadable(name, f"{layers!r} are no layers", n_layers, of)
 
 

@@ -13,8 +13,9 @@ No weights are rewritten: each setting is a row of one compiled program, in whic
 out of what some layers and sites write. A place is SITES@LAYERS. SITES is `all` (the paper's: each block's input, and what its
 attention and its MLP write), `written` (what attention and MLP write, which editing their weights does too), or resid_pre,
 attn_out, mlp_out, several joined by +. LAYERS is `all`, a band such as 4-9 or 25%-50% of the depth, or a tent such as
-tent:60%:40%, whose strength falls linearly from its greatest at 60 % of the depth to none at a distance of 40 % of it. At a
-block's input a part is taken out again in each layer, so that even a low strength leaves little of the direction after some.
+tent:60%:40%, whose strength falls linearly from its greatest at 60 % of the depth to none at a distance of 40 % of it; a fourth
+number is what is left there of the greatest instead, such as tent:13.57:3.78:0.8. At a block's input a part is taken out again in
+each layer, so that even a low strength leaves little of the direction after some.
 
 Refusal and over-refusal are read at the prompt's end, as the study's refusal tokens tell; the KL divergence is of the next token
 after harmless prompts; the loss is on the model's own answers to harmless prompts and on the texts of the study's settings.

@@ -74,6 +74,12 @@ def read_edited(
     return logits_bv, *replicate(decoder.mesh, scores)
 
 
+@jax.jit
+def likeliest(decoder: Decoder, logits_bv: Float[Array, "B V"]) -> Float[Array, " B"]:
+    """Returns the probability of the likeliest token of each row."""
+    return replicate(decoder.mesh, jax.nn.softmax(logits_bv.astype(jnp.float32), axis=-1).max(axis=-1))
+
+
 @dataclasses.dataclass
 class EditedPrompts:
     """Prompts in batches of similar length, with their unedited logits.
@@ -105,6 +111,13 @@ class EditedPrompts:
     def count(self) -> int:
         """Returns the number of prompts."""
         return sum(len(index) for index, *_ in self.batches)
+
+    def certainty(self) -> Float[np.ndarray, " n"]:
+        """Returns the probability of the likeliest next token of each prompt without edits, float64."""
+        found_n = np.zeros(self.count)
+        for index, _, logits_bv in self.batches:
+            found_n[index] = np.asarray(likeliest(self.model.decoder, logits_bv), np.float64)[: len(index)]
+        return found_n
 
     def read(self, edits: Edits, layers: Sequence[int] = ()) -> Readings:
         """Returns what M edits make of the prompts, which keep the order in which they were given.

@@ -125,8 +125,8 @@ def tradeoff_figure(
     with drawing(height) as figure:
         legend_of(figure, names, 2)
         axes = axes_within(figure, LEFT, head, RIGHT, foot)
-        known = [row["mean"] for rows in damage for row in rows if row["mean"] is not None and row["mean"] > 0]
-        least = min(known, default=1e-6)
+        means = [row["mean"] or 0.0 for rows in damage for row in rows]
+        least = min((mean for mean in means if mean > 0), default=1e-6)
         axes.set_xscale("log")
         for number, rates, costs in zip(names, refused, damage, strict=True):
             _path(axes, rates, costs, least, *look(number))
@@ -147,17 +147,20 @@ def tradeoff_figure(
 
 def _path(axes: Axes, rates: Rows, costs: Rows, least: float, colour: str, mark: str) -> None:
     """Draws the points of a place, joined in the order of their strengths."""
-    x, y = [], []
+    x, y, faint = [], [], {"color": colour, "linewidth": 0.7, "alpha": 0.35}
     for rate, cost in zip(rates, costs, strict=True):
-        if rate["rate"] is None or cost["mean"] is None:
-            continue
-        at, share = max(cost["mean"], least), 100 * rate["rate"]
-        if rate["low"] is not None:
-            axes.plot([at, at], [100 * rate["low"], 100 * rate["high"]], color=colour, linewidth=0.7, alpha=0.35)
-        if cost["low"] is not None:
-            ends = [max(cost["low"], least), max(cost["high"], least)]
-            axes.plot(ends, [share, share], color=colour, linewidth=0.7, alpha=0.35)
-        x.append(at)
-        y.append(share)
+        share, damage = (
+            [one[key] for key in (middle, "low", "high")] for one, middle in ((rate, "rate"), (cost, "mean"))
+        )
+        known = [value for value in (*share, *damage) if value is not None]
+        if len(known) == 6:
+            (at, *across), (left, *up) = (
+                (max(value, least) for value in known[3:]),
+                (100 * value for value in known[:3]),
+            )
+            axes.plot([at, at], up, **faint)
+            axes.plot(across, [left, left], **faint)
+            x.append(at)
+            y.append(left)
     axes.plot(x, y, color=colour, linewidth=0.9, alpha=0.7)
     axes.plot(x, y, mark, color=colour, markersize=4)

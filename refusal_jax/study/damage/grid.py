@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from refusal_jax.chat.padding import bucket
-from refusal_jax.damage.measures import Values, measure_all, summaries
+from refusal_jax.damage.measures import PromptProbe, Values, measure_all, summaries
 from refusal_jax.damage.partial import NOTHING, Partial, edits_of
 from refusal_jax.damage.places import Place, places_of
+from refusal_jax.judges.statistics import Rate, bounded
 from refusal_jax.mechanism.dose import Response, removed_dose
 from refusal_jax.mechanism.edited_prompts import fitting, planned_passes
 from refusal_jax.models.losses import loss_batch
@@ -23,6 +24,8 @@ from refusal_jax.study.damage import grid_page
 from refusal_jax.study.damage.settings import GridSettings
 from refusal_jax.study.damage.shared import KL, SCORE, DamageStudy, probes
 from refusal_jax.study.loss import own_answers
+
+SURE = 0.95  # a next token of this probability leaves a KL divergence little to show
 
 
 def settings_of(settings: GridSettings, places: list[Place]) -> list[tuple[str, float, Partial]]:
@@ -50,6 +53,8 @@ def measure(study: DamageStudy, ledger: Ledger) -> None:
             bar.update(sum(row.get("probe") == probe.name for row in ledger.rows))
             values |= measure_all(probe, edits, ledger.rows, save)
             measures += probe.measures
+    (harmless,) = (probe for probe in read if isinstance(probe, PromptProbe) and probe.kl)
+    sure_n = harmless.prompts.certainty() > SURE
     told = [
         {"place": name, "strength": strength, "kernels": partial.row, "measures": found}
         for (name, strength, partial), found in zip(rows, summaries(measures, values), strict=True)
@@ -59,6 +64,7 @@ def measure(study: DamageStudy, ledger: Ledger) -> None:
         GRID,
         {
             "layers": cfg.n_layers,
+            "sure": bounded(Rate.of(sure_n.astype(int).tolist()).row),
             "measures": [vars(one) for one in measures],
             "places": [described(place, rows, values) for place in places],
             "rows": told,

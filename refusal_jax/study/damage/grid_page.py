@@ -79,6 +79,18 @@ def headline(found: Mapping, of: Behaviour) -> str:
     )
 
 
+def caution(found: Mapping, of: Behaviour) -> str:
+    """Returns that the KL divergence has little to show, in words, "" where it has: after most prompts the unedited model is sure
+    of the next token, such as where all replies begin alike."""
+    sure = found["sure"]
+    if (sure["rate"] or 0.0) <= 0.5:
+        return ""
+    return (
+        f"After {sure['successes']} of {sure['n']} {of.absent} prompts the unedited model is all but sure of the next token, so "
+        "that the KL divergence there shows little of the damage. The loss is over whole answers."
+    )
+
+
 def without_text(of: Behaviour) -> str:
     """Returns why there is no loss, in words."""
     return f"No loss is known: the study wrote no answers to {of.absent} prompts at baseline, and names no texts."
@@ -96,7 +108,8 @@ def lines(findings: Findings) -> list[str]:
     for row in rows:
         cells = f"{half_in_words(row['half']):<26}{in_percent(row['refused']):<26}{in_nats(row['kl']):<28}"
         out.append(f"  {row['label']:<{wide}}{cells}{change_in_words(row['loss'])}")
-    return out + ([] if loss_measure(found) else [f"  {without_text(of)}"])
+    notes = [caution(found, of), "" if loss_measure(found) else without_text(of)]
+    return out + [f"  {note}" for note in notes if note]
 
 
 def values(findings: Findings) -> dict:
@@ -110,7 +123,7 @@ def values(findings: Findings) -> dict:
         "cells": [[row["measures"] for row in rows_at(found, place["name"])] for place in found["places"]],
         "curves": [curves_name(group) for group in range(-(-len(found["places"]) // TOGETHER))],
         "loss": loss_measure(found),
-        "without_text": "" if loss_measure(found) else without_text(of),
+        "notes": [caution(found, of), "" if loss_measure(found) else without_text(of)],
         "replied": findings.run.exists(REPLIES),
         "half_in_words": half_in_words,
         "in_nats": in_nats,

@@ -151,8 +151,8 @@ def in_percent(rate: dict) -> str:
 
 
 def in_nats(row: dict) -> str:
-    """Returns a mean KL divergence with its interval in words."""
-    mean, low, high = (f"{abs(row[key]):.4f}" for key in ("mean", "low", "high"))
+    """Returns a mean KL divergence with its interval in words; rounding may leave it below 0 by nothing that counts."""
+    mean, low, high = (f"{max(row[key], 0.0):.4f}" for key in ("mean", "low", "high"))
     return f"{mean} ({low} to {high})"
 
 
