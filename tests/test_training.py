@@ -17,10 +17,11 @@ from transformers import get_cosine_schedule_with_warmup
 from refusal_jax import UserError, load_model, make_mesh
 from refusal_jax.checkpoints.lora import PREFIX
 from refusal_jax.models.decoder import Decoder
+from refusal_jax.training import objective as objectives
 from refusal_jax.training.checkpoints import LOSSES, STATES
 from refusal_jax.training.lora import fresh_factors, scaled
-from refusal_jax.training.objective import NextToken, cross_entropy, divergence
-from refusal_jax.training.rows import TrainRows
+from refusal_jax.training.objective import NextToken, cross_entropy, divergence, outputs, token_kl, token_losses
+from refusal_jax.training.rows import TrainRows, drawn
 from refusal_jax.training.settings import TARGETS, TrainSettings
 from refusal_jax.training.trainer import train
 
@@ -240,3 +241,70 @@ def test_two_processes_go_on_after_one_was_killed_and_equal_one(folder, model, t
     np.testing.assert_allclose([r["loss"] for r in found["losses"]], [r["loss"] for r in alone.losses], rtol=1e-5)
     for path, values in alone.factors.items():
         np.testing.assert_allclose(found["sums"][path], np.abs(values).sum(), rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"method": "dora"}, r"train.method names 'dora', expected one of lora, full"),
+        ({"rank": 0}, r"train.rank = 0, expected 1 or more"),
+        ({"rate": 0.0}, r"train.rate = 0.0, expected a number above 0"),
+        ({"clip": -1.0}, r"train.clip = -1.0, expected 0 or a number above it"),
+        ({"beta2": 1.0}, r"train.beta2 = 1.0, expected a number from 0 to below 1"),
+        ({"batch": 6, "accumulate": 4}, r"train.batch = 6 cannot be cut into train.accumulate = 4 equal parts"),
+        ({"steps": 5, "warmup": 5}, r"train.warmup = 5 steps leave none of train.steps = 5"),
+        ({"targets": ()}, r"train.targets is empty"),
+        ({"targets": ("qq",)}, r"train.targets names 'qq', expected one of q, k"),
+        ({"layers": (9,)}, r"train.layers names block 9; the model's blocks are 0 to 2"),
+    ],
+)
+def test_settings_that_cannot_be_say_why(model, given, message):
+    with pytest.raises(UserError, match=message):
+        TrainSettings.of(given).check(model.config)
+
+
+def test_mixtures_of_experts_have_factors_of_attention_alone(model):
+    cfg = dataclasses.replace(model.config, n_experts=4)
+    with pytest.raises(UserError, match=r"this model is a mixture of experts.*Choose among q, k, v, o"):
+        TrainSettings().check(cfg)
+    TrainSettings(targets=("q", "o")).check(cfg)
+
+
+def test_losses_that_are_not_finite_end_the_training(model):
+    settings = settings_of(steps=2, warmup=0, rate=1e30, clip=0.0, targets=("o",))
+    with pytest.raises(UserError, match=r"At step 2 the losses are .* not all finite. Lower train.rate"):
+        train(model, next_token(model, settings), settings)
+
+
+def test_rows_that_parts_do_not_divide_are_an_error(model):
+    settings = settings_of(steps=1, warmup=0, accumulate=2)
+    odd = dataclasses.replace(next_token(model, settings).rows, size=3)
+    with pytest.raises(UserError, match=r"A batch has 3 rows of a kind, which train.accumulate = 2 equal parts"):
+        train(model, NextToken(odd), settings)
+
+
+def test_every_row_is_seen_before_any_is_seen_again():
+    seen = np.concatenate([drawn(7, 3, (0, 1), step) for step in range(14)])
+    assert all(sorted(seen[start : start + 7]) == list(range(7)) for start in range(0, 42, 7))
+    assert (drawn(7, 3, (0, 1), 5) == seen[15:18]).all() and (drawn(7, 9, (0, 1), 1) == seen[9:18]).all()
+    assert any((seen[:7] != seen[start : start + 7]).any() for start in (7, 14))
+
+
+def test_losses_of_few_positions_at_a_time_are_those_of_all(model, monkeypatch):
+    rows = next_token(model, settings_of()).batch(0)
+    other = model.decoder.weights() | {"final_norm": 1.1 * model.decoder.final_norm[...]}
+    decoder, frozen = model.decoder, Decoder(model.config, other)
+
+    def values():
+        x, base = (outputs(d, rows).resid_btd for d in (decoder, frozen))
+        return token_losses(decoder, x, rows.tokens_bt), token_kl(decoder, x, frozen, base)
+
+    whole = values()
+    monkeypatch.setattr(objectives, "LOGITS_AT_ONCE", 4 * model.config.vocab_size * 4)
+    for found, want in zip(values(), whole, strict=True):
+        np.testing.assert_allclose(found, want, atol=1e-5)
+    ours, base = (
+        torch.log_softmax(torch.tensor(np.asarray(d.logits(outputs(d, rows).resid_btd))), -1) for d in (decoder, frozen)
+    )
+    kl = (base.exp() * (base - ours)).sum(-1)[:, :-1]
+    np.testing.assert_allclose(whole[1][:, 1:], kl, atol=1e-4)
