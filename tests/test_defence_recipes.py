@@ -100,7 +100,7 @@ def by_breakers(hf, base, batch, step):
             cosine = torch.nn.functional.cosine_similarity(a, b, dim=-1).relu()
             into.append(cosine.mean() if name == "turned" else torch.norm(a - b, dim=-1, p=2).mean())
     progress = step / (2 * STEPS)
-    return 10 * ((1 - progress) * torch.stack(alike).mean() + progress * torch.stack(moved).mean())
+    return 10 * ((1 - progress) * torch.stack(alike).mean() + 0.4 * progress * torch.stack(moved).mean())
 
 
 @pytest.fixture(scope="module")
@@ -152,8 +152,8 @@ def test_ten_steps_are_those_of_pytorch(model, hf, moved, monkeypatch, recipe, b
 
 
 def test_coefficients_trade_places(model):
-    objective = breakers.objective(model, DATA, settings_of(), print)
-    assert objective.coefficients(0) == (10, 0) and objective.coefficients(STEPS) == (5, 5)
+    objective = breakers.objective(model, DATA, settings_of(breakers__keep=0.5), print)
+    assert objective.coefficients(0) == (10, 0) and objective.coefficients(STEPS) == (5, 2.5)
 
 
 def test_layers_are_the_papers_at_every_depth():
@@ -248,6 +248,7 @@ def test_refusals_are_learnt_after_openings_that_are_given(demo):
         (depth, {"depth__beta_next": 0.0}, "depth.beta_next.* = 0.0, expected a number above 0"),
         (depth, {"depth__draws": 0}, "depth.draws.* = 0, expected 1 or more"),
         (breakers, {"breakers__noise": -0.1}, "breakers.noise.* = -0.1, expected 0 or a number above it"),
+        (breakers, {"breakers__keep": 0.0}, "breakers.keep.* = 0.0, expected a number above 0"),
         (breakers, {"breakers__alpha": -1.0}, "breakers.alpha.* = -1.0, expected a number above 0"),
         (extended_refusal, {"extended__part_tokens": 0}, "extended.part_tokens.* = 0, expected 1 or more"),
         (

@@ -18,6 +18,7 @@ from refusal_jax.chat.model import ChatModel
 from refusal_jax.defence.data import DefenceData
 from refusal_jax.defence.lessons import Note, learnt_rows
 from refusal_jax.defence.recipe import Recipe
+from refusal_jax.defence.recipe_settings import BreakerSettings
 from refusal_jax.defence.settings import DefenceSettings
 from refusal_jax.errors import UserError, field
 from refusal_jax.models.config import ModelConfig
@@ -72,23 +73,21 @@ class Breakers:
     the second rises from 0 to half.
 
     turned: rows whose representations are turned away at the inputs of the blocks `layers`. kept: rows whose representations
-    are kept after every block. noise: what is added to the former, as a share of their norm, because the cosine of what is
-    still as it was has no gradient.
+    are kept after every block.
     """
 
     turned: Share
     kept: Share
     layers: tuple[int, ...]
-    alpha: float
-    noise: float
+    settings: BreakerSettings
     steps: int
     refresh: int = 0
     needs_frozen: bool = True
 
     def coefficients(self, step: int) -> tuple[float, float]:
         """Returns the coefficients of both losses at a step."""
-        progress = step / (2 * self.steps)
-        return self.alpha * (1 - progress), self.alpha * progress
+        progress, own = step / (2 * self.steps), self.settings
+        return own.alpha * (1 - progress), own.alpha * own.keep * progress
 
     def batch(self, step: int) -> dict[str, TrainRows | np.ndarray]:
         """Returns the rows of a step of each kind, and each row's coefficient."""
@@ -108,7 +107,9 @@ class Breakers:
         inputs = jnp.asarray(self.layers) - 1  # the input of a block is the output of the one before
         now, before = (outputs(d, turned, taps=TAPS).taps["resid_post"][inputs] for d in (decoder, frozen))
         size = (
-            self.noise * jnp.linalg.norm(before.astype(jnp.float32), axis=-1, keepdims=True) / before.shape[-1] ** 0.5
+            self.settings.noise
+            * jnp.linalg.norm(before.astype(jnp.float32), axis=-1, keepdims=True)
+            / before.shape[-1] ** 0.5
         )
         now = now + size * jax.random.normal(key, now.shape)
         alike_b = jnp.sum(jax.nn.relu(cosines(now, before)).mean(axis=0) * turned.weight_bt, axis=1)
@@ -129,7 +130,7 @@ def objective(model: ChatModel, data: DefenceData, settings: DefenceSettings, no
     width = max(map(row_width, rows.values()))
     turned, kept = (Share.of(model.chat, found, width, train, kind) for kind, found in enumerate(rows.values()))
     layers = turned_layers(settings.breakers.layers, model.config.n_layers)
-    return Breakers(turned, kept, layers, settings.breakers.alpha, settings.breakers.noise, train.steps)
+    return Breakers(turned, kept, layers, settings.breakers, train.steps)
 
 
 RECIPE = Recipe(
@@ -138,5 +139,12 @@ RECIPE = Recipe(
     source="2406.04313",
     objective=objective,
     arrange=arrange,
-    embedded={"train.steps": 150, "train.rate": 1e-3, "train.batch": 16},
+    embedded={
+        "train.steps": 200,
+        "train.rate": 1e-3,
+        "train.batch": 8,
+        "breakers.keep": 0.2,
+        "breakers.noise": 0.1,
+        "breakers.prompts_too": False,
+    },
 )

@@ -81,6 +81,11 @@ class BreakerSettings(Settings, path="breakers"):
         "thirds of the depth: 10 and 20 of 32",
     )
     alpha: float = option(10.0, "Size of both losses' coefficients")
+    keep: float = option(
+        1.0,
+        "Weight of the loss that keeps other representations, beside the one that turns some away; distances are in the residual "
+        "stream's units, in which models differ",
+    )
     noise: float = option(
         0.01,
         "Size of noise that is added to representations that are turned away, as a share of their norm: before training they "
@@ -91,6 +96,7 @@ class BreakerSettings(Settings, path="breakers"):
     def check(self) -> None:
         """Raises UserError for settings that are out of range, whatever the model."""
         above_zero("breakers.alpha", self.alpha)
+        above_zero("breakers.keep", self.keep)
         if not (math.isfinite(self.noise) and self.noise >= 0):
             raise UserError(f"{field('breakers.noise')} = {self.noise}, expected 0 or a number above it.")
 
