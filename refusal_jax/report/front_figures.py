@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from refusal_jax.judges.behaviours import REFUSAL, Behaviour
 from refusal_jax.report.drawing import axes_within, drawing
-from refusal_jax.report.figures import HARMFUL_COLOUR
+from refusal_jax.report.figures import HARMFUL_COLOUR, HARMLESS_COLOUR
 from refusal_jax.report.pictures import Picture
 from refusal_jax.report.suffix_figures import GREY
 
@@ -24,7 +24,8 @@ def front_figure(found: Mapping, refused: str, damage: str, of: Behaviour = REFU
         axes.plot(moved, shares, ".", color=GREY, alpha=0.45, markersize=4, markeredgewidth=0)
         for point in found["points"][1:]:
             rate, kl = point["measures"][refused], point["measures"][damage]
-            at, colour = (max(kl["mean"], LEAST), 100 * rate["rate"]), HARMFUL_COLOUR if point["best"] else GREY
+            at = max(kl["mean"], LEAST), 100 * rate["rate"]
+            colour = HARMFUL_COLOUR if point["best"] else HARMLESS_COLOUR if point["trial"] is None else GREY
             if point["best"] or point["trial"] is None:
                 axes.plot([at[0]] * 2, [100 * rate["low"], 100 * rate["high"]], color=colour, linewidth=0.8, alpha=0.6)
             mark = "D" if point["trial"] is None else "s" if point["plain"] else "o"

@@ -103,14 +103,15 @@ def measure(study: DamageStudy, ledger: Ledger) -> None:
 
 
 def perplexity(row: Mapping) -> str:
-    """Returns a perplexity with its interval in words."""
-    return "{mean:.3f} ({low:.3f} to {high:.3f})".format(**row) if row["low"] is not None else f"{row['mean']:.3f}"
+    """Returns a perplexity, or a factor of one, with its interval in words."""
+    known = [row[name] for name in ("mean", "low", "high") if row[name] is not None]
+    mean, *ends = (f"{value:.4f}" if value < 10 else f"{value:.4g}" for value in known)
+    return f"{mean} ({ends[0]} to {ends[1]})" if len(ends) == 2 else mean
 
 
 def factor(row: Mapping) -> str:
     """Returns by what the perplexity is multiplied, with its interval, in words."""
-    found = row["factor"]
-    return f"× {found['mean']:.4f}" + ("" if found["low"] is None else f" ({found['low']:.4f} to {found['high']:.4f})")
+    return f"× {perplexity(row['factor'])}"
 
 
 def table(found: Mapping, grid: Mapping, one: Mapping) -> list[dict]:

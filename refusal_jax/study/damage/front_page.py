@@ -50,8 +50,8 @@ def strength(point: Mapping) -> float:
     return max((kernel["most"] for kernel in point["kernels"].values()), default=0.0)
 
 
-def kernels_in_words(point: Mapping) -> str:
-    """Returns where and how strongly a point ablates, in words."""
+def kernels_in_words(point: Mapping) -> list[str]:
+    """Returns where and how strongly a point ablates, in words, site by site."""
     told = []
     for site, kernel in point["kernels"].items():
         most, position, least, distance = (kernel[name] for name in ("most", "position", "least", "distance"))
@@ -59,7 +59,7 @@ def kernels_in_words(point: Mapping) -> str:
             told.append(f"{'embedding' if site == 'resid_pre' else site} {most:.2f}")
         else:
             told.append(f"{site} {most:.2f} at layer {position:.1f}, {least:.2f} at ± {distance:.1f}")
-    return "; ".join(told) or "nothing"
+    return told or ["nothing"]
 
 
 def nothing_to_remove(found: Mapping, of: Behaviour) -> str:
@@ -91,7 +91,7 @@ def table(found: Mapping) -> list[dict]:
     return [
         {
             "label": point["label"],
-            "kernels": kernels_in_words(point) if point["trial"] is not None else "",
+            "kernels": kernels_in_words(point) if point["trial"] is not None else [],
             "validation": None if point["trial"] is None else found["trials"][point["trial"]],
             "refused": point["measures"][REFUSED],
             "over_refused": point["measures"][OVER_REFUSED],

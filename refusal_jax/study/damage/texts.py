@@ -89,11 +89,15 @@ def changed(measure: Mapping, row: Mapping) -> str:
 
 def sentences(found: Mapping) -> list[str]:
     """Returns which measures of replies to harmless prompts change beyond their paired interval, in words."""
-    side, out = found["sides"][HARMLESS], []
+    side, out, same = found["sides"][HARMLESS], [], []
     for point, row in zip(found["points"][1:], side["rows"][1:], strict=True):
         moved = [f"{changed(one, row)} {title(one)}" for one in side["measures"] if changed(one, row)]
-        said = f"changes these: {', '.join(moved)}" if moved else "changes none of these measures beyond its interval"
-        out.append(f"{point['label']}: {said}.")
+        if moved:
+            out.append(f"{point['label'][:1].upper()}{point['label'][1:]} changes these: {', '.join(moved)}.")
+        else:
+            same.append(point["label"])
+    if same:
+        out.append(f"No measure changes beyond its paired interval under: {'; '.join(same)}.")
     return out
 
 
