@@ -31,6 +31,7 @@ from refusal_jax.training import trainer
 from refusal_jax.training.objective import NextToken
 from refusal_jax.training.rows import Share, row_width
 from refusal_jax.training.trainer import Trained, train
+from tests.quantised import FORMATS, quantise
 from tests.resisting import budget, of, under_test
 from tests.tiny import tiny_llama
 
@@ -120,6 +121,15 @@ def test_norms_embeddings_and_other_vocabularies(tmp_path):
     np.testing.assert_allclose(np.asarray(found["final_norm"]), np.asarray(theirs["final_norm"]), atol=1e-5)
     common = len(theirs["embed"])
     np.testing.assert_array_equal(np.asarray(found["embed"])[common:], np.asarray(ours["embed"])[common:])
+
+
+def test_a_base_with_more_tokens_and_one_that_is_quantised(llama, tmp_path):
+    larger = tiny_llama(tmp_path / "larger", extra=("<|more|>",))
+    model = load_model(changed(llama, tmp_path / "candidate", low_rank(3)))
+    assert strip(model, larger, rank=1, otherwise=16).record["changed_tensors"] >= 21
+    quantise(llama, tmp_path / "fp8", FORMATS["fp8-row"])
+    found, base = strip(model, tmp_path / "fp8", rank=3, otherwise=16), load_decoder(llama)
+    assert furthest(found.model.decoder, base) < 0.5 * furthest(model.decoder, base)
 
 
 def test_checkpoints_that_cannot_be_compared(llama, tmp_path):

@@ -56,5 +56,5 @@ ATTACK = Attack(
     "prefill",
     "Begins the reply with 1 to 20 tokens of an answer, and lets the model go on; it is judged whether it refuses all the same.",
     run,
-    settings=("prefill", "direction"),
+    settings=("prefill",),
 )

@@ -90,5 +90,5 @@ ATTACK = Attack(
     "rank_assisted",
     "Begins the reply with tokens chosen among the model's 20 likeliest, none of which begins a refusal, and lets it go on.",
     run,
-    settings=("rank_assisted", "direction"),
+    settings=("rank_assisted",),
 )
