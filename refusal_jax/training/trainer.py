@@ -2,25 +2,24 @@
 
 import dataclasses
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from refusal_jax.chat.model import ChatModel
 from refusal_jax.errors import UserError, field
 from refusal_jax.models.decoder import Decoder
-from refusal_jax.models.sharding import batch_sharding, put, replicate, sharding_of
-from refusal_jax.models.weights import weight_table
+from refusal_jax.models.sharding import batch_sharding, put, sharding_of
 from refusal_jax.progress import Progress
 from refusal_jax.training.checkpoints import States
-from refusal_jax.training.lora import Factors, fresh_factors, scaled
+from refusal_jax.training.lora import Factors, fresh_factors
 from refusal_jax.training.objective import Objective
-from refusal_jax.training.optimiser import optimiser, schedule
+from refusal_jax.training.optimiser import schedule
 from refusal_jax.training.settings import TrainSettings
+from refusal_jax.training.step import Step, state_shapes
 
 READ_EVERY = 10  # steps after which losses are read from the devices, which would wait for them at every step
 
@@ -73,90 +72,19 @@ class _Trainer:
     def __init__(self, model: ChatModel, objective: Objective, settings: TrainSettings):
         self.model, self.objective, self.settings = model, objective, settings
         self.frozen, self.mesh = model.decoder, model.mesh
-        self.optimiser, self.schedule = optimiser(settings), schedule(settings)
-        self.trained = self._fresh()
-        self.state = self._placed(self.optimiser.init(self.trained))
+        self.schedule = schedule(settings)
+        self.whole_step = Step(objective, settings, self.mesh)
+        self.trained, optimiser = self._fresh(), self.whole_step.optimiser
+        places = jax.tree.map(lambda a: a.sharding, state_shapes(optimiser, self.trained, self.mesh))
+        self.state = jax.jit(optimiser.init, out_shardings=places)(self.trained)
         self.extra: Any = None
-        self.step = self._compiled()
+        self.step = self.whole_step.jitted(self.trained, self.state)
 
     def _fresh(self) -> dict[str, jax.Array]:
         """Returns what is trained, float32: fresh factors, or a copy of all weights."""
         if self.settings.method == "lora":
             return fresh_factors(self.model.config, self.settings, self.mesh)
         return {path: jnp.array(w, jnp.float32, copy=True) for path, w in self.frozen.weights().items()}
-
-    def _placed(self, state: optax.OptState) -> optax.OptState:
-        """Returns the optimiser's state on the devices: what belongs to a weight is placed as that is."""
-
-        def beside(leaf, weight):
-            return put(np.zeros(leaf.shape, leaf.dtype), weight.sharding)
-
-        def whole(leaf):
-            return put(np.asarray(leaf), sharding_of(self.mesh))
-
-        return optax.tree_map_params(self.optimiser, beside, state, self.trained, transform_non_params=whole)
-
-    def decoder(self, frozen: Decoder, trained: dict[str, jax.Array]) -> Decoder:
-        """Returns the decoder with what is trained; usable inside a jitted function."""
-        cfg, remat = frozen.cfg, self.settings.remat
-        if self.settings.method == "lora":
-            weights = frozen.weights() | scaled(trained, self.settings.scale)
-            return Decoder(cfg, weights, frozen.mesh, remat=remat)
-        table = weight_table(cfg)
-        return Decoder(
-            cfg,
-            {path: w.astype(table[path].stored_as(frozen.dtype)) for path, w in trained.items()},
-            frozen.mesh,
-            remat=remat,
-        )
-
-    def _compiled(self) -> Callable:
-        """Returns the jitted step, which gives the memory of the old state to the new one."""
-        parts, objective = self.settings.accumulate, self.objective
-
-        def loss(trained, frozen: Decoder, batch, extra, key):
-            base = None
-            if objective.needs_frozen:
-                base = Decoder(
-                    frozen.cfg, jax.lax.stop_gradient(frozen.weights()), frozen.mesh, remat=self.settings.remat
-                )
-            value, named = objective.loss(self.decoder(frozen, trained), base, batch, extra, key)
-            return value, {"loss": value, **named}
-
-        def gradients(trained, frozen: Decoder, batch, extra, key):
-            """Returns the named losses of a batch and the gradients, both sums over its parts."""
-            both = jax.value_and_grad(loss, has_aux=True)
-            if parts == 1:
-                (_, named), grads = both(trained, frozen, batch, extra, jax.random.fold_in(key, 0))
-                return named, grads
-
-            def add(total, numbered):
-                number, part = numbered
-                (_, named), grads = both(trained, frozen, part, extra, jax.random.fold_in(key, number))
-                return jax.tree.map(jnp.add, total, (named, grads)), None
-
-            cut = jax.tree.map(lambda a: self._cut(a, parts), batch)
-            first = jax.tree.map(lambda a: a[0], cut)
-            shapes = jax.eval_shape(lambda: both(trained, frozen, first, extra, key))
-            zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), (shapes[0][1], shapes[1]))
-            return jax.lax.scan(add, zeros, (jnp.arange(parts), cut))[0]
-
-        def step(trained, state, frozen: Decoder, batch, extra, number):
-            key = jax.random.fold_in(jax.random.key(self.settings.seed), number)
-            named, grads = gradients(trained, frozen, batch, extra, key)
-            norm = optax.global_norm(grads)
-            updates, state = self.optimiser.update(grads, state, trained)
-            return optax.apply_updates(trained, updates), state, replicate(self.mesh, named | {"gradient_norm": norm})
-
-        placed = jax.tree.map(lambda a: a.sharding, (self.trained, self.state))
-        return jax.jit(step, donate_argnums=(0, 1), out_shardings=(*placed, None))
-
-    def _cut(self, array: jax.Array, parts: int) -> jax.Array:
-        """Returns an array with rows first as `[parts, rows / parts, …]`, whose parts are divided over the mesh as it was."""
-        cut = array.reshape(parts, len(array) // parts, *array.shape[1:])
-        if self.mesh is None:
-            return cut
-        return jax.lax.with_sharding_constraint(cut, sharding_of(self.mesh, None, ("batch", cut.shape[1])))
 
     def run(
         self, title: str, states: States | None = None, until: Callable[[ChatModel], bool] | None = None
@@ -184,12 +112,12 @@ class _Trainer:
                 bar.update(note=_note(losses[-1]) if losses and not waiting else "")
                 if until is not None and not waiting and done < settings.steps and until(self._now()):
                     break
-        decoder = jax.jit(self.decoder)(self.frozen, self.trained)
+        decoder = self.whole_step.decoder(self.frozen, self.trained)
         return Trained(decoder, self.trained if settings.method == "lora" else None, settings, losses)
 
     def _now(self) -> ChatModel:
-        """Returns the model with the weights of now."""
-        return dataclasses.replace(self.model, decoder=jax.jit(self.decoder)(self.frozen, self.trained))
+        """Returns the model with the weights of now, of which the next step makes its own: it cannot be used any more then."""
+        return dataclasses.replace(self.model, decoder=self.whole_step.decoder(self.frozen, self.trained))
 
     def _refresh(self, number: int) -> None:
         """Computes anew what the objective keeps outside the step, when it is time."""
