@@ -37,6 +37,7 @@ from refusal_jax.models.sharding import replicate
 from refusal_jax.taps import Taps
 
 VECTORS, RECORD = "conditional.safetensors", "conditional.json"
+STEERING = "steering"  # its folder in that of the defence that wrote it
 SCHEMA = "refusal_jax/conditional/1"
 POOLS = ("mean", "last")  # of the residual stream over a prompt's tokens
 LEAST = 1e-12  # of a norm
@@ -165,7 +166,10 @@ class Conditional:
 
     @classmethod
     def read(cls, folder: pathlib.Path) -> "Conditional":
-        """Reads what `write` has written. Raises UserError for a folder that holds none, and for files that are damaged."""
+        """Reads what `write` has written, also from the folder of the defence that wrote it. Raises UserError for a folder that
+        holds none, and for files that are damaged."""
+        if (folder / STEERING / RECORD).is_file():
+            folder = folder / STEERING
         if not (folder / RECORD).is_file():
             raise UserError(
                 f"{folder} holds no {RECORD}, so it is no conditional steering. `refusal-jax defend` writes one into its folder."
@@ -211,7 +215,7 @@ def written_for(steering: Conditional) -> pathlib.Path:
 
 def is_conditional(folder: pathlib.Path) -> bool:
     """Returns whether a folder is that of a conditional steering, rather than of a checkpoint or a study."""
-    return (folder / RECORD).is_file()
+    return (folder / RECORD).is_file() or (folder / STEERING / RECORD).is_file()
 
 
 def check_weights(folder: pathlib.Path) -> None:

@@ -1,6 +1,16 @@
 """All recipes of defences by name, in the order in which help texts list them."""
 
-from refusal_jax.defence import breakers, deep_refusal, depth, extended_refusal, refat, sft
+from refusal_jax.defence import (
+    breakers,
+    calibration,
+    conditional,
+    deep_refusal,
+    depth,
+    extended_refusal,
+    injection,
+    refat,
+    sft,
+)
 from refusal_jax.defence.recipe import Recipe
 from refusal_jax.errors import UserError, did_you_mean, field
 
@@ -14,6 +24,9 @@ RECIPES: dict[str, Recipe] = {
         breakers.RECIPE,
         refat.RECIPE,
         deep_refusal.RECIPE,
+        injection.RECIPE,
+        conditional.RECIPE,
+        calibration.RECIPE,
     )
 }
 
@@ -22,7 +35,7 @@ def named(names: str) -> list[Recipe]:
     """Returns the recipes of a name, of several separated by commas, or of "all". Raises UserError for an unknown or repeated
     name, and for none."""
     if names.strip() == ALL:
-        return list(RECIPES.values())
+        return [recipe for recipe in RECIPES.values() if recipe.common]
     wanted = [name.strip() for name in names.split(",") if name.strip()]
     if not wanted or len(set(wanted)) < len(wanted):
         what = f"names {wanted} twice or more" if wanted else "is missing"

@@ -14,7 +14,7 @@ from jaxtyping import Float
 from refusal_jax import distributed
 from refusal_jax.chat.batches import length_batches
 from refusal_jax.chat.messages import Prompt, as_messages
-from refusal_jax.chat.model import ChatModel
+from refusal_jax.chat.model import Asked, ChatModel
 from refusal_jax.edits import Edits
 from refusal_jax.judges.judge import Judge, Outcome
 from refusal_jax.judges.outcomes import judged
@@ -34,7 +34,7 @@ def outcomes(
     judge: Judge,
     max_new_tokens: int,
     rows: int,
-    edits: Edits | None = None,
+    edits: Asked = None,
 ) -> dict[str, list[str | None]]:
     """Returns what the model's replies to the prompts of each side do, by the judge.
 
@@ -57,7 +57,7 @@ def _divergence(before_bv: jax.Array, after_bv: jax.Array, mesh) -> jax.Array:
 
 
 def divergences(
-    before: ChatModel, after: ChatModel, prompts: Sequence[Prompt], edits: Edits | None = None
+    before: ChatModel, after: ChatModel, prompts: Sequence[Prompt], edits: Asked = None
 ) -> Float[np.ndarray, " n"]:
     """Returns the KL divergence of each prompt's next-token distribution before from that after, nats, float64.
 

@@ -44,7 +44,8 @@ class Recipe:
     the model, the data and the settings, with a function that is told what was left out; or edit: what is changed without
     training, given the same. defaults, embedded: settings by dotted name, such as "train.rate", that differ from those of
     `DefenceSettings` unless they are given; `embedded` ones for models of the embedded family, after the others. arrange: fills
-    in settings that are left open and depend on the model's size.
+    in settings that are left open and depend on the model's size. common: whether any model that refuses can be given to it; the
+    others are no part of "all".
     """
 
     name: str
@@ -55,3 +56,4 @@ class Recipe:
     defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     embedded: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     arrange: Callable[[DefenceSettings, ModelConfig], None] | None = None
+    common: bool = True

@@ -15,6 +15,7 @@ import jax
 import numpy as np
 
 from refusal_jax import distributed, hub
+from refusal_jax.chat.conditional import STEERING
 from refusal_jax.chat.model import ChatModel, demo_model_path, load_model
 from refusal_jax.checkpoints.fingerprint import checkpoint_fingerprint
 from refusal_jax.checkpoints.opened import model_folder
@@ -26,7 +27,6 @@ from refusal_jax.defence.recipe import Recipe, Steering
 from refusal_jax.defence.settings import DefenceSettings
 from refusal_jax.defence.written import (
     MODEL,
-    STEERING,
     Origin,
     last_logits,
     outputs_of,

@@ -5,6 +5,12 @@ import dataclasses
 from refusal_jax.chat.templates import BUILT_IN
 from refusal_jax.defence.adversarial_settings import DeepRefusalSettings, RefatSettings
 from refusal_jax.defence.data import PairSettings
+from refusal_jax.defence.edit_settings import (
+    CalibrationSettings,
+    ConditionalSettings,
+    InjectionSettings,
+    SearchSettings,
+)
 from refusal_jax.defence.recipe_settings import BreakerSettings, DepthSettings, ExtendedSettings
 from refusal_jax.errors import UserError, did_you_mean, field
 from refusal_jax.judges.rules import RULES
@@ -51,10 +57,15 @@ class DefenceSettings(Settings):
     extended: ExtendedSettings = section(ExtendedSettings, "Extended refusals")
     depth: DepthSettings = section(DepthSettings, "Refusals after the beginning of a reply that complies")
     breakers: BreakerSettings = section(BreakerSettings, "Circuit breakers")
+    search: SearchSettings = section(SearchSettings, "How recipes without training choose")
+    injection: InjectionSettings = section(InjectionSettings, "A safety injection")
+    conditional: ConditionalSettings = section(ConditionalSettings, "A conditional steering")
+    calibration: CalibrationSettings = section(CalibrationSettings, "A calibration of false refusals")
 
     def check(self) -> None:
         """Raises UserError for settings that are out of range, but for those of sections that the model decides."""
-        self.data.check()
+        for name in ("data", "search", "injection", "conditional", "calibration"):
+            self[name].check()
         if self.output not in OUTPUTS:
             raise UserError(
                 f"{field('output')} is {self.output!r}, expected {', '.join(OUTPUTS)}.{did_you_mean(self.output, OUTPUTS)}"

@@ -27,7 +27,7 @@ from refusal_jax.models.sharding import replicate
 from refusal_jax.training.changes import low_rank_changes, whole_changes
 from refusal_jax.training.trainer import Trained
 
-MODEL, ADAPTER, STEERING = "model", "adapter", "steering"  # folders of the results
+MODEL, ADAPTER = "model", "adapter"  # folders of the results, beside that of a steering
 FORMS = {MODEL: "hf", ADAPTER: "lora"}
 CHECKED = 4  # held-out prompts of each side on which the result is compared with what was trained
 USE = {

@@ -29,6 +29,7 @@ import shlex
 
 from absl import flags
 
+from refusal_jax.chat.conditional import check_weights
 from refusal_jax.checkpoints.fingerprint import checkpoint_fingerprint
 from refusal_jax.checkpoints.mirrors import on_the_hub
 from refusal_jax.checkpoints.remote import checkpoint_folder
@@ -147,6 +148,8 @@ def read_request(argv) -> Request:
     if EDIT.value == Affine.verb:
         raise UserError(NO_WEIGHTS)
     paths = [local_path(path) for path in common.required(DIRECTION, EXAMPLE)]
+    for path in paths:
+        check_weights(path)
     folders = [path for path in paths if path.is_dir() or not path.suffix]
     study = (
         FinishedStudy.read(folders[0], PROMPTS.value)

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from refusal_jax import hub
+from refusal_jax.chat.conditional import check_weights
 from refusal_jax.chat.model import demo_model_path
 from refusal_jax.checkpoints.fingerprint import checkpoint_fingerprint
 from refusal_jax.checkpoints.opened import model_folder
@@ -87,6 +88,8 @@ def named_checkpoints(settings: ResistSettings) -> list[Checkpoint]:
     cannot be opened, and for one that is named twice."""
     found: list[Checkpoint] = []
     for name in settings.checkpoints:
+        if "://" not in name:
+            check_weights(local_path(name or "."))
         folder = opened(name, settings.base)
         load_config(folder)
         if folder.resolve() in [one.folder.resolve() for one in found]:

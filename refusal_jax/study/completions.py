@@ -10,7 +10,7 @@ import numpy as np
 
 from refusal_jax import distributed
 from refusal_jax.chat.batches import length_batches
-from refusal_jax.chat.model import ChatModel
+from refusal_jax.chat.model import Asked, ChatModel
 from refusal_jax.chat.padding import bucket
 from refusal_jax.conditions import Baseline, Condition
 from refusal_jax.directions import Direction
@@ -82,7 +82,7 @@ def complete(
 def write_replies(
     model: ChatModel,
     ids: Sequence[Sequence[int]],
-    edits: Edits,
+    edits: Asked,
     max_new_tokens: int,
     batch_size: int,
     title: str,
