@@ -171,8 +171,9 @@ def edit(model: ChatModel, data: DefenceData, settings: DefenceSettings, note: N
     best = chosen(trials, before, settings.search, "strengths of the conditional steering")
     strength = best.about["strength"]
     note(
-        f"The condition is read at layer {', '.join(map(str, condition.layers))} ({condition.pool}), with an F1 of {told['f1']:.3f} "
-        f"on validation prompts; {strength:g} times the direction of layer {direction.layer} is added where it is met."
+        f"The condition is read at layer {', '.join(map(str, condition.layers))} ({condition.pool}), with an F1 of "
+        f"{told['f1']:.3f} on validation prompts; {strength:g} times the direction of layer {direction.layer} is added where it "
+        "is met."
     )
     found = {
         "condition": told,
