@@ -214,6 +214,8 @@ def test_the_stages_are_done_once_and_go_on(demo_study, tmp_path, monkeypatch):
     assert first["refused"]["rate"] > 0.5 > last["refused"]["rate"] and last["refused"]["change"]["high"] < 0
     assert last["kl"]["mean"] > first["kl"]["mean"]
     assert arrays["refused"].shape == (5, 8) and 0 < found["places"][0]["half"]["at"] < 1
+    half = found["places"][0]["half"]
+    assert {half["low"], half["high"]} <= {0.0, 0.5, 1.0, None} and half["low"] <= half["at"]
     judged = run.read_json(REPLIES)
     assert [row["row"] for row in judged["rows"]] == [0, 1, 2] and judged["judge"] == "rules"
     assert judged["rows"][0]["measures"]["refused.replies"]["n"] == 2 and "response" not in str(judged)
@@ -226,6 +228,22 @@ def test_the_stages_are_done_once_and_go_on(demo_study, tmp_path, monkeypatch):
     assert run_damage(QUICK, folder).worked == []
     text = grid_page.lines(Findings(Run(folder, read_manifest(folder / "manifest.json")), []))
     assert "written, all layers" in text[3] and "No loss is known" in text[-1] and len(text) in (6, 7)
+
+
+def test_the_headline_claims_what_intervals_allow():
+    refused = {"rate": 0.125, "low": 0.02, "high": 0.47, "n": 8, "successes": 1}
+    none = {"label": "written, all layers", "half": {"at": None, "low": 0.9, "high": None, "n": 1, "kl": None}}
+    open_ = {"label": "attn_out, all layers", "half": {"at": 0.25, "low": 0.0, "high": None, "n": 1, "kl": 0.002}}
+    ended = {"label": "all sites, all layers", "half": {"at": 0.5, "low": 0.25, "high": 0.75, "n": 8, "kl": 0.004}}
+
+    def said(*places, **change):
+        row = {"measures": {"refused": refused | change}}
+        return grid_page.headline({"rows": [row], "places": list(places)}, REFUSAL)
+
+    assert said(none, successes=0).endswith("There is nothing to remove.")
+    assert said(none).endswith("At none of 1 places does removal leave fewer than half of these refusals.")
+    assert "they are too few (1) to tell at which strength: its interval is open everywhere" in said(none, open_)
+    assert said(none, open_, ended).endswith("“all sites, all layers”: 0.0040 nats at strength 0.50 (0.25 to 0.75).")
 
 
 def test_a_sure_next_token_is_told():

@@ -74,12 +74,19 @@ def measure(study: DamageStudy, ledger: Ledger) -> None:
 
 def described(place: Place, rows: list[tuple[str, float, Partial]], values: Values) -> dict:
     """Returns a place for the file: its name, label and sites, and "half", the strength at which half of the refused prompts are
-    no longer refused, with its interval and the KL there."""
+    no longer refused, with its interval and the KL there.
+
+    Between two strengths the curve is taken for a line. It need not be one, so the interval reaches to the strengths around it.
+    """
     numbers = [0, *(m for m, (name, *_) in enumerate(rows) if name == place.name)]
     strengths_m = np.array([rows[m][1] for m in numbers])
     refused = Response(values[SCORE][numbers], np.zeros_like(values[SCORE][numbers]))
     damage = Response(np.zeros_like(values[KL][numbers]), values[KL][numbers])
     half = removed_dose(strengths_m, refused, damage)
+    if half["low"] is not None:
+        half["low"] = float(strengths_m[strengths_m <= half["low"] + 1e-9].max())
+    if half["high"] is not None:
+        half["high"] = float(strengths_m[strengths_m >= half["high"] - 1e-9].min())
     return {"name": place.name, "label": place.label, "sites": list(place.sites), "half": half}
 
 

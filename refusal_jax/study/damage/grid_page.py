@@ -60,22 +60,24 @@ def change_in_words(row: Mapping | None) -> str:
 
 
 def headline(found: Mapping, of: Behaviour) -> str:
-    """Returns what the grid says of all places, in words."""
-    refused, reached = (
-        found["rows"][0]["measures"][REFUSED],
-        [p for p in found["places"] if p["half"]["at"] is not None],
-    )
+    """Returns what the grid says of all places, in words: only of those whose interval ends within the strengths."""
+    refused, places = found["rows"][0]["measures"][REFUSED], found["places"]
     start = f"Unedited, the model {of.verb_on} {in_percent(refused)} of {refused['n']} {of.present} prompts."
     if not refused["successes"]:
         return f"{start} There is nothing to remove."
+    reached = [one for one in places if one["half"]["at"] is not None]
+    known = [one for one in reached if one["half"]["high"] is not None]
     if not reached:
+        return f"{start} At none of {len(places)} places does removal leave fewer than half of these {of.cases}."
+    if not known:
         return (
-            f"{start} At none of {len(found['places'])} places does removal leave fewer than half of these {of.cases}."
+            f"{start} At {len(reached)} of {len(places)} places removal leaves fewer than half of these {of.cases}, but they are too "
+            f"few ({refused['successes']}) to tell at which strength: its interval is open everywhere."
         )
-    best = min(reached, key=lambda p: p["half"]["kl"])
+    best = min(known, key=lambda one: one["half"]["kl"])
     return (
-        f"{start} Half of these {of.cases} go at {len(reached)} of {len(found['places'])} places; least is damaged, at that "
-        f"strength, by removal at {best['label']}: strength {place(best['half'])}, KL {best['half']['kl']:.4f} nats."
+        f"{start} Half of these {of.cases} go at {len(known)} of {len(places)} places. At strengths where they do, the mean KL is "
+        f"lowest for the place “{best['label']}”: {best['half']['kl']:.4f} nats at strength {place(best['half'])}."
     )
 
 
