@@ -71,13 +71,13 @@ def headline(found: Mapping, of: Behaviour) -> str:
         return f"{start} At none of {len(places)} places does removal leave fewer than half of these {of.cases}."
     if not known:
         return (
-            f"{start} At {len(reached)} of {len(places)} places removal leaves fewer than half of these {of.cases}, but they are too "
-            f"few ({refused['successes']}) to tell at which strength: its interval is open everywhere."
+            f"{start} At {len(reached)} of {len(places)} places removal leaves fewer than half of these {of.cases}, but they are "
+            f"too few ({refused['successes']}) to tell at which strength: its interval is open everywhere."
         )
     best = min(known, key=lambda one: one["half"]["kl"])
     return (
-        f"{start} Half of these {of.cases} go at {len(known)} of {len(places)} places. At strengths where they do, the mean KL is "
-        f"lowest for the place “{best['label']}”: {best['half']['kl']:.4f} nats at strength {place(best['half'])}."
+        f"{start} Half of these {of.cases} go at {len(known)} of {len(places)} places. At strengths where they do, the mean KL "
+        f"is lowest for the place “{best['label']}”: {best['half']['kl']:.4f} nats at strength {place(best['half'])}."
     )
 
 
