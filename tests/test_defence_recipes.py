@@ -121,7 +121,11 @@ def moved(llama, hf, tmp_path_factory):
     [
         (extended_refusal, by_extended, {"extended__begin": "plain"}),
         (depth, by_depth, {"depth__constrained": True}),
-        (breakers, by_breakers, {"breakers__noise": 0.0, "breakers__keep": 0.4, "train__batch": 4, "train__accumulate": 2}),
+        (
+            breakers,
+            by_breakers,
+            {"breakers__noise": 0.0, "breakers__keep": 0.4, "train__batch": 4, "train__accumulate": 2},
+        ),
     ],
 )
 def test_ten_steps_are_those_of_pytorch(model, hf, moved, monkeypatch, recipe, by_torch, more):
