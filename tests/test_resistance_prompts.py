@@ -187,8 +187,10 @@ def test_the_number_of_tokens_is_chosen_by_validation_prompts(subject):
 
 
 def test_the_checkpoints_own_replies_are_looked_at_first(subject, monkeypatch):
-    found, _ = prefill.found_openings(subject, budget())
-    assert {None} == {*found["val"], *found["test"]}  # no reply of random weights complies
+    edits, _ = prefill.ablation(subject, budget())
+    assert (
+        edits is not None and own_openings(subject, "val", edits, None) == [None] * 3
+    )  # no reply of random weights complies
     asked, measure = [], Subject.measure
 
     def counted(self, *args, prefills=None, **more):

@@ -1,10 +1,10 @@
 """Begins the reply for the model, and lets the model go on."""
 
 from refusal_jax.conditions import Ablate
+from refusal_jax.edits import Edits
 from refusal_jax.resistance.attack import Attack, Budget, Impossible, Outcome
 from refusal_jax.resistance.candidates import own_or_best
 from refusal_jax.resistance.openings import (
-    SPLITS,
     Opening,
     best_count,
     by_tokens,
@@ -18,38 +18,41 @@ from refusal_jax.resistance.settings import ResistSettings
 from refusal_jax.resistance.subject import Subject
 
 
-def found_openings(subject: Subject, budget: Budget) -> tuple[dict[str, list[Opening | None]], str]:
-    """Returns the checkpoint's own openings of the validation and the test prompts under ablation, none where it has no direction
-    to ablate, and what readers must know of them."""
+def ablation(subject: Subject, budget: Budget) -> tuple[Edits | None, str]:
+    """Returns the ablation under which the checkpoint's own replies are looked at, None where it has no direction to ablate, and
+    what readers must know of the direction."""
     try:
         direction, note = own_or_best(subject, budget)
     except Impossible:
-        return {split: [None] * len(subject.texts(f"harmful_{split}")) for split in SPLITS}, ""
-    edits = Ablate(direction).edits(subject.model.config)
-    return {split: own_openings(subject, split, edits, budget) for split in SPLITS}, note
+        return None, ""
+    return Ablate(direction).edits(subject.model.config), note
 
 
 def run(subject: Subject, settings: ResistSettings, budget: Budget) -> Outcome:
     """Measures the number of tokens with which most validation prompts are complied with."""
-    text, note = settings.prefill.opening, ""
-    if text:
-        found = given_openings(subject, text)
-    else:
-        found, note = found_openings(subject, budget)
-    openings = {split: with_generic(subject, split, found[split]) for split in SPLITS}
-    counts = settings.prefill.tokens
-    measured_by = by_tokens(subject, openings["val"], counts, budget)
-    count = best_count(measured_by)
-    measured = subject.measure(prefills=[one.first(count) for one in openings["test"]])
+    text, counts = settings.prefill.opening, settings.prefill.tokens
+    given = given_openings(subject, text) if text else {}
+    edits, note = (None, "") if text else ablation(subject, budget)
+
+    def openings(split: str, budget: Budget | None) -> list[Opening | None]:
+        """Returns the openings of a part's prompts, None for the generic one. budget: if this is part of the search."""
+        if given or edits is None:
+            return given.get(split) or [None] * len(subject.texts(f"harmful_{split}"))
+        return own_openings(subject, split, edits, budget)
+
+    found = by_tokens(subject, with_generic(subject, "val", openings("val", budget)), counts, budget)
+    count, stop = best_count(found), tried(len(found), len(counts), budget)
+    test = openings("test", None)
+    used = with_generic(subject, "test", test)
     chosen = {
         "tokens": count,
-        "refused_by_tokens": refusals(measured_by),
-        "own_openings": sum(one.own for one in openings["test"]),
-        "generic_openings": sum(one is None for one in found["test"]),
-        "longest_opening": max(len(one.ids) for one in openings["test"]),
+        "refused_by_tokens": refusals(found),
+        "own_openings": sum(one.own for one in used),
+        "generic_openings": test.count(None),
+        "longest_opening": max(len(one.ids) for one in used),
     }
-    stop = tried(len(measured_by), len(counts), budget)
-    return Outcome(measured, chosen, {"tokens_tried": len(measured_by), "of": len(counts)}, stop, note)
+    measured = subject.measure(prefills=[one.first(count) for one in used])
+    return Outcome(measured, chosen, {"tokens_tried": len(found), "of": len(counts)}, stop, note)
 
 
 ATTACK = Attack(
