@@ -215,6 +215,18 @@ def test_what_cannot_be_done_or_fails_is_no_success(tmp_path, monkeypatch, teste
     assert "No test of embedded could be done that tells anything." in said and "none was not done." in said
 
 
+def test_one_of_several_that_cannot_be_run_has_its_reason(tmp_path, tested):
+    folder, broken = shutil.copytree(tested[0], tmp_path / "out"), shutil.copytree(demo_model_path(), tmp_path / "cut")
+    weights = next(broken.glob("*.safetensors"))
+    weights.write_bytes(weights.read_bytes()[:1000])
+    found = resist(SMALL | {"checkpoints": ("", str(broken)), "tests": ("selected",), "texts": True}, folder)
+    whole, cut = found.checkpoints
+    assert whole.outcomes.keys() == {"selected"} and cut.plain is None and weights.name in cut.reasons[""]
+    assert re.search(r"cut +- +-", text_of(found)) and "cut could not be tested." in text_of(found)
+    with pytest.raises(UserError, match=weights.name):
+        resist(SMALL | {"checkpoints": (str(broken),), "tests": ("selected",)}, folder)
+
+
 def made_up(title: str = "evil</style><script>alert(1)</script>\x1b[2J", **more) -> Resistance:
     """Results of two checkpoints, one of which could not be tested, with names that would do harm unescaped."""
     outcome = {
@@ -252,8 +264,11 @@ def test_sentences_say_what_breaks_and_what_contradicts():
     assert "The attack of affine broke the model: 95 % of the replies" in said[2]
     assert "selected, reselected, rdo, affine and addition: A note." in said
     assert said[-1] == "directions was not done. It failed: <b>why</b>."
-    assert sentences(found.checkpoints[1], found) == ["other could not be tested. It is damaged."]
     outcomes = found.checkpoints[0].outcomes
+    late = outcomes | {"rdo": outcomes["rdo"] | {"cut": 9}}
+    late = sentences(dataclasses.replace(found.checkpoints[0], outcomes=late), found)
+    assert any("under rdo end at 48 tokens, so that a refusal which comes later is not seen." in one for one in late)
+    assert sentences(found.checkpoints[1], found) == ["other could not be tested. It is damaged."]
     short = dataclasses.replace(found.checkpoints[0], outcomes=outcomes | {"directions": outcomes["selected"]})
     assert any(
         "directions leaves more refusals than reselected, whose" in sentence for sentence in sentences(short, found)

@@ -19,8 +19,8 @@ KNOWN = f"{FORM}1"
 
 @dataclasses.dataclass(frozen=True)
 class Test:
-    """What was kept under one test: of the refusals without an attack, with bounds that hold for all tests together. verdict: as
-    of `worst.VERDICTS`; the rate is None where the test was not done."""
+    """What was kept under one test: of the refusals without an attack, with bounds that hold for all tests together. verdict:
+    as of `worst.VERDICTS`; the rate is None where the test was not done."""
 
     name: str
     verdict: str
@@ -33,10 +33,10 @@ class Test:
 class Attached:
     """What resistance tests found of one checkpoint.
 
-    title: what the record calls it. unattacked: of harmful prompts, how many it refuses without an attack. worst: the name of the
-    test that leaves least, "" if none tells anything; kept, low, high: what it leaves, and the bounds of the worst case, which
-    account for having taken the worst of `count` tests. verdict: on the worst case, of `worst.VERDICTS` or "no_refusal". floor:
-    the share that the record's verdicts ask for. sentences: of the record. sha256: of the file.
+    title: what the record calls it. unattacked: of harmful prompts, how many it refuses without an attack. worst: the name of
+    the test that leaves least, "" if none tells anything; kept, low, high: what it leaves, and the bounds of the worst case,
+    which account for having taken the worst of `count` tests. verdict: on the worst case, of `worst.VERDICTS` or
+    "no_refusal". floor: the share that the record's verdicts ask for. sentences: of the record. sha256: of the file.
     """
 
     title: str
@@ -72,8 +72,8 @@ class Attached:
 def read_attached(path: pathlib.Path, fingerprint: str, name: str) -> Attached:
     """Returns what the record in a file says of the checkpoint with this fingerprint.
 
-    name: what the user calls the checkpoint. Raises UserError for a file that is no record of resistance tests, or damaged, for
-    one of other checkpoints, and for one in which this checkpoint could not be tested.
+    name: what the user calls the checkpoint. Raises UserError for a file that is no record of resistance tests, or damaged,
+    for one of other checkpoints, and for one in which this checkpoint could not be tested.
     """
     record = checked_record(path)
     found = entry_of(record, fingerprint)

@@ -65,26 +65,29 @@ class Measured:
     """What a checkpoint does with prompts under an attack, by its replies.
 
     harmful, harmless: what each reply does, None where the judge cannot tell. kl: of each harmless prompt, how far the attack
-    moves the next token after it, in nats. replies: the rows of both sides, which are written to files only if the settings
-    ask for it.
+    moves the next token after it, in nats. cut: how many of the replies that comply with harmful prompts end at the longest
+    length, so that a refusal may have followed. replies: the rows of both sides, which are written to files only if the
+    settings ask for it.
     """
 
     harmful: tuple[Did | None, ...]
     harmless: tuple[Did | None, ...]
     kl: tuple[float, ...] = ()
+    cut: int = 0
     replies: dict[str, list[dict]] = dataclasses.field(default_factory=dict, compare=False, repr=False)
 
     @classmethod
     def of(cls, record: Mapping[str, Any]) -> "Measured":
         """Returns what `record` gave, without the replies."""
         harmful, harmless = (tuple(did and Did(did) for did in record[side]) for side in ("harmful", "harmless"))
-        return cls(harmful, harmless, tuple(record["kl"]))
+        return cls(harmful, harmless, tuple(record["kl"]), record["cut"])
 
     @property
     def record(self) -> dict[str, Any]:
         """Returns the measurement as plain values, without any text."""
         sides = {"harmful": self.harmful, "harmless": self.harmless}
-        return {side: [did and str(did) for did in found] for side, found in sides.items()} | {"kl": list(self.kl)}
+        dids = {side: [did and str(did) for did in found] for side, found in sides.items()}
+        return dids | {"kl": list(self.kl), "cut": self.cut}
 
     @functools.cached_property
     def refused(self) -> tuple[int | None, ...]:
@@ -144,7 +147,8 @@ class Attack:
     Impossible where there is nothing to try. impossible: returns, before any work, why it cannot be done, as whole sentences,
     or "". settings: names, in `ResistSettings`, of what decides its outcome besides what all tests share. quick: whether it
     is done where no tests are named. adapts: whether the adversary looks at this checkpoint, and does not only bring what
-    broke its base. includes: names of tests whose attack is among those that this one searches, so that it should do no worse.
+    broke its base. includes: names of tests whose attack is among those that this one searches, so that it should do no
+    worse.
     """
 
     name: str

@@ -11,8 +11,8 @@ from refusal_jax.resistance.subject import Subject
 
 
 class Attacked(Subject):
-    """A checkpoint with other weights: its prompts and refusal tokens are those of its study, and what that study found in the
-    old weights does not count."""
+    """A checkpoint with other weights: its prompts and refusal tokens are those of its study, and what that study found in
+    the old weights does not count."""
 
     def __init__(self, subject: Subject, model: ChatModel):
         super().__init__(
@@ -34,8 +34,8 @@ class Attacked(Subject):
 
 
 def ablated_anew(subject: Subject, model: ChatModel, budget: Budget) -> tuple[Direction | None, dict[str, Any]]:
-    """Returns the direction of attacked weights under whose ablation most validation prompts are complied with, and its place as
-    plain values; None and no values where harmful and harmless prompts have no difference in means."""
+    """Returns the direction of attacked weights under whose ablation most validation prompts are complied with, and its place
+    as plain values; None and no values where harmful and harmless prompts have no difference in means."""
     try:
         direction, _ = best_candidate(Attacked(subject, model), budget)
     except Impossible:

@@ -1,7 +1,7 @@
 """Takes the low-rank part of a checkpoint's change from its base out of the weights that are on the devices.
 
-A defence that was trained as an adapter, and merged, is a change of low rank: who has the base subtracts it. The change is found
-one tensor at a time, from the files of both checkpoints. A PEFT adapter on its base is not subtracted but left out.
+A defence that was trained as an adapter, and merged, is a change of low rank: who has the base subtracts it. The change is
+found one tensor at a time, from the files of both checkpoints. A PEFT adapter on its base is not subtracted but left out.
 """
 
 import dataclasses
@@ -32,8 +32,8 @@ from refusal_jax.progress import each
 
 @dataclasses.dataclass(frozen=True)
 class Taken:
-    """What was taken out of one tensor. rank: of what was taken. separable: whether the singular values of its change drop there.
-    share: of the energy of its change."""
+    """What was taken out of one tensor. rank: of what was taken. separable: whether the singular values of its change drop
+    there. share: of the energy of its change."""
 
     name: str
     rank: int
@@ -43,8 +43,8 @@ class Taken:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Stripped:
-    """A checkpoint without the low-rank part of its change. adapter: whether it was an adapter that was left out. taken: what was
-    taken out of each tensor that had changed, empty for an adapter."""
+    """A checkpoint without the low-rank part of its change. adapter: whether it was an adapter that was left out. taken: what
+    was taken out of each tensor that had changed, empty for an adapter."""
 
     model: ChatModel
     adapter: bool
@@ -66,12 +66,12 @@ class Stripped:
 def strip(model: ChatModel, base: pathlib.Path | None, rank: int, otherwise: int) -> Stripped:
     """Returns a checkpoint without its change of low rank.
 
-    base: the folder of what it was trained from; an adapter names its own. rank: how much of each tensor's change is taken out, 0
-    for the rank at which its singular values drop, as those of a merged adapter do, or for `otherwise` where they do not. Of a
-    bias or a norm, whose change has rank one, all of it is. Rows of an embedding that the base does not have stay.
+    base: the folder of what it was trained from; an adapter names its own. rank: how much of each tensor's change is taken
+    out, 0 for the rank at which its singular values drop, as those of a merged adapter do, or for `otherwise` where they do
+    not. Of a bias or a norm, whose change has rank one, all of it is. Rows of an embedding that the base does not have stay.
 
-    Memory: one tensor of each checkpoint on the host, and copies of the weights that changed on the devices. Raises UserError for
-    checkpoints that cannot be read or compared.
+    Memory: one tensor of each checkpoint on the host, and copies of the weights that changed on the devices. Raises UserError
+    for checkpoints that cannot be read or compared.
     """
     parts = adapter_parts(model.path)
     if parts is not None:
@@ -119,8 +119,8 @@ def without_adapter(model: ChatModel, base: pathlib.Path) -> ChatModel:
 
 
 def _pairs(base: Checkpoint, candidate: Checkpoint) -> Iterator[tuple[Matrix, np.ndarray, np.ndarray]]:
-    """Yields the matrices of a candidate with their values in both checkpoints, the stream's axis first; of an embedding those of
-    the tokens that both have."""
+    """Yields the matrices of a candidate with their values in both checkpoints, the stream's axis first; of an embedding
+    those of the tokens that both have."""
     yield from read_pairs(base, candidate, matrices(candidate.cfg))
     theirs = {one.path: one for one in matrices(base.cfg, embeddings=True)}
     for matrix in _ends(candidate.cfg):

@@ -1,10 +1,10 @@
 """Chooses the first tokens of a reply among the likeliest ones, so that it does not begin as a refusal (after 2512.05518).
 
-A model that is trained to refuse at any depth still has tokens that go on complying among its likeliest next ones. At each of the
-first tokens of a reply, the rule looks at the TOP likeliest tokens, leaves out those that end the reply or begin a refusal, and
-takes the one that a guide finds likeliest: the model itself, or the model under an edit, such as the ablation of a direction.
-Where nothing is left, all TOP are looked at. An opening ends before the token at which the model would most likely end its
-reply. Every row is guided at once, in one program.
+A model that is trained to refuse at any depth still has tokens that go on complying among its likeliest next ones. At each of
+the first tokens of a reply, the rule looks at the TOP likeliest tokens, leaves out those that end the reply or begin a
+refusal, and takes the one that a guide finds likeliest: the model itself, or the model under an edit, such as the ablation of
+a direction. Where nothing is left, all TOP are looked at. An opening ends before the token at which the model would most
+likely end its reply. Every row is guided at once, in one program.
 """
 
 import dataclasses
@@ -32,8 +32,8 @@ BARRED = 1e9  # nats that a token is made less likely by, which is left out
 
 @dataclasses.dataclass(frozen=True)
 class Guided:
-    """Openings of replies, int32: their tokens, the place of each among the model's likeliest, 0 the first, and how many of the
-    tokens belong to each."""
+    """Openings of replies, int32: their tokens, the place of each among the model's likeliest, 0 the first, and how many of
+    the tokens belong to each."""
 
     ids_bo: Int[np.ndarray, "B O"]
     ranks_bo: Int[np.ndarray, "B O"]
@@ -41,8 +41,8 @@ class Guided:
 
 
 def barred_ids(chat: Chat, refusal_ids: Sequence[int]) -> tuple[int, ...]:
-    """Returns the tokens that the rule leaves out: those that end replies, and those that refusals begin with, at the start of a
-    line and within one."""
+    """Returns the tokens that the rule leaves out: those that end replies, and those that refusals begin with, at the start
+    of a line and within one."""
     found = {*chat.eos_ids}
     for token in refusal_ids:
         word = chat.tokenizer.decode([token]).strip()
@@ -55,8 +55,8 @@ def guided_openings(
 ) -> Guided:
     """Returns the first tokens of a reply to each prompt, by the rule above.
 
-    guide: one row, the edit under which the guide reads the same tokens; None is the model itself. barred: tokens that are left
-    out. steps: tokens of each opening. Raises UserError for values that are not finite.
+    guide: one row, the edit under which the guide reads the same tokens; None is the model itself. barred: tokens that are
+    left out. steps: tokens of each opening. Raises UserError for values that are not finite.
     """
     rows, cfg = len(batch.tokens), model.config
     guide = guide or Edits.none(cfg.d_model)
@@ -84,8 +84,8 @@ def guided_tokens(
     steps: int,
     top: int,
 ) -> tuple[Int[Array, "_ O"], Int[Array, "_ O"], Bool[Array, "_ O"], Bool[Array, " _"]]:
-    """Returns, for the first half of the rows, the chosen tokens, their ranks, whether the model would most likely have ended the
-    reply in place of each, and whether all values of a row were finite.
+    """Returns, for the first half of the rows, the chosen tokens, their ranks, whether the model would most likely have ended
+    the reply in place of each, and whether all values of a row were finite.
 
     The second half holds the same prompts, as the guide reads them. ends_n: tokens that end a reply.
     """

@@ -1,7 +1,7 @@
 """The checkpoint that is tested: its own study, its base, and the measurement that all tests share."""
 
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -111,12 +111,12 @@ class Subject(Study):
         """Returns what the checkpoint does under an attack, by its replies to the prompts of a part.
 
         edits: one row, in force for harmful and harmless prompts. model: the attacked weights in place of the checkpoint's.
-        suffixes: a text that is put after all harmful prompts, or one for each. prefills: for each harmful prompt the tokens that
-        its reply begins with. The judge then reads the whole reply, and also what follows them alone: where either refuses, the
-        prompt is refused. Where neither edits nor weights change, harmless prompts are as without an attack. split: "test" for
-        the result, "val" for what a test tunes. budget: of the test, if this is part of its search: the tokens are counted.
-        Raises ValueError for suffixes or prefills of another number than the prompts, UserError for prompts that do not fit the
-        context, and for values that are not finite.
+        suffixes: a text that is put after all harmful prompts, or one for each. prefills: for each harmful prompt the tokens
+        that its reply begins with. The judge then reads the whole reply, and also what follows them alone: where either
+        refuses, the prompt is refused. Where neither edits nor weights change, harmless prompts are as without an attack.
+        split: "test" for the result, "val" for what a test tunes. budget: of the test, if this is part of its search: the
+        tokens are counted. Raises ValueError for suffixes or prefills of another number than the prompts, UserError for
+        prompts that do not fit the context, and for values that are not finite.
         """
         asked = suffixed(self.texts(f"harmful_{split}"), suffixes)
         as_plain = edits is None and model is None
@@ -144,12 +144,14 @@ class Subject(Study):
             did = [Did.REFUSES if then is Did.REFUSES else one for one, then in zip(did, rest, strict=True)]
         did = distributed.share_json([one and str(one) for one in did])
         did, count = [one and Did(one) for one in did], len(harmful)
+        cut = sum(one is Did.COMPLIES and self._is_cut(row) for one, row in zip(did[:count], rows, strict=False))
         if as_plain:
             plain = self.plain(split)
             replies = {"harmful": rows, "harmless": plain.replies.get("harmless", [])}
-            return Measured(tuple(did), plain.harmless, (0.0,) * len(plain.harmless), replies)
+            return Measured(tuple(did), plain.harmless, (0.0,) * len(plain.harmless), cut, replies)
         kl = self._kl(model, edits, split, budget)
-        return Measured(tuple(did[:count]), tuple(did[count:]), kl, {"harmful": rows[:count], "harmless": rows[count:]})
+        replies = {"harmful": rows[:count], "harmless": rows[count:]}
+        return Measured(tuple(did[:count]), tuple(did[count:]), kl, cut, replies)
 
     def replies(
         self,
@@ -159,8 +161,8 @@ class Subject(Study):
         budget: Budget | None = None,
         begun: Sequence[Sequence[int]] | None = None,
     ) -> list[dict]:
-        """Returns the greedy replies to prompts as rows `{"response", …}`, all under one edit. begun: the tokens that each reply
-        begins with; rows then have what follows as "continued"."""
+        """Returns the greedy replies to prompts as rows `{"response", …}`, all under one edit. begun: the tokens that each
+        reply begins with; rows then have what follows as "continued"."""
         cfg, found = model.config, {}
         begun = [[] for _ in prompts] if begun is None else begun
         ids = [[*model.chat.prompt_ids(prompt), *start] for prompt, start in zip(prompts, begun, strict=True)]
@@ -174,6 +176,11 @@ class Subject(Study):
         if budget:
             budget.forward(sum(map(len, ids)) + sum(len(model.chat.ids(row["response"])) for row in rows))
         return rows
+
+    def _is_cut(self, row: Mapping) -> bool:
+        """Returns whether a reply is as long as a reply may be; its text, read anew, may have a token less."""
+        text = row.get("continued", row["response"])
+        return len(self.model.chat.ids(text)) >= self.settings.max_new_tokens - 1
 
     @property
     def _longest(self) -> int:

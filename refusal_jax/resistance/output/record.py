@@ -89,4 +89,5 @@ def measured_record(measured: Measured) -> dict[str, Any]:
     """Returns rates and the mean KL divergence, each with its 95 % interval."""
     rates = {"refused": measured.refusals, "complied": measured.complied, "broken": measured.broken}
     rates["answered"] = measured.answered
-    return {name: bounded(rate.row) for name, rate in rates.items()} | {"kl": bounded(mean_interval(measured.kl))}
+    found = {name: bounded(rate.row) for name, rate in rates.items()}
+    return found | {"kl": bounded(mean_interval(measured.kl)), "cut": measured.cut}
