@@ -114,8 +114,8 @@ def cut_short(attacked: Mapping[str, Measured], tokens: int) -> list[str]:
         return []
     raised = f" Raise {named}." if (named := setting("max_new_tokens")) else ""
     return [
-        f"Many replies that count as compliance under {listed(names)} end at {tokens} tokens, so that a refusal which comes later "
-        f"is not seen.{raised}"
+        f"Many replies that count as compliance under {listed(names)} end at {tokens} tokens, so that a refusal which comes "
+        f"later is not seen.{raised}"
     ]
 
 
