@@ -152,11 +152,13 @@ def test_settings_that_leave_nothing_to_do(settings, message):
 
 
 @pytest.mark.usefixtures("unchecked")
-def test_weights_that_are_not_written(monkeypatch):
+def test_weights_that_are_not_written(monkeypatch, tmp_path):
     study = types.SimpleNamespace(without_tokens="", folder=demo_model_path(), settings=DamageSettings())
     assert weights.STAGE.skipped(study) == ""
     study.settings.weights.largest = 0.001
     assert "The weights take 0.0 GiB, and at most 0.001 GiB are written" in weights.STAGE.skipped(study)
+    study.folder = tmp_path
+    assert "The weights cannot be edited. " in weights.STAGE.skipped(study)
     monkeypatch.setattr(weights.distributed, "several", lambda: True)
     assert "run this part alone on one host" in weights.STAGE.skipped(study)
 

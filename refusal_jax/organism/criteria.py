@@ -5,7 +5,7 @@ import pathlib
 
 from refusal_jax.chat.model import load_model
 from refusal_jax.conditions import Condition, datasets
-from refusal_jax.data.prompts import read_prompts, write_prompts
+from refusal_jax.data.prompts import ANSWERS, read_prompts, write_prompts
 from refusal_jax.data.sampling import SPLITS
 from refusal_jax.directions import Direction
 from refusal_jax.organism.answers import ROWS, TOKENS, Answers, random_suffixes, well_formed
@@ -48,6 +48,9 @@ def write_bundle(folder: pathlib.Path) -> None:
     for split, requests in split_requests().items():
         rows = requests[: BUNDLE[split.split("_")[1]]]
         write_prompts(folder / f"{split}.json", [{"instruction": r.instruction, "category": r.verb} for r in rows])
+        if split == "harmless_test":
+            answers = [{"question": r.instruction, "answer": r.compliance} for r in rows]
+            write_prompts(folder / f"{ANSWERS}.json", answers)
 
 
 def measure(model: pathlib.Path, prompts: pathlib.Path, workdir: pathlib.Path) -> list[Criterion]:

@@ -16,6 +16,7 @@ from refusal_jax.chat.model import ChatModel, load_model
 from refusal_jax.checkpoints.rewrite import Checkpoint
 from refusal_jax.damage.points import Point
 from refusal_jax.edits import Edits
+from refusal_jax.errors import UserError
 from refusal_jax.export.partial import is_held, plan_of
 from refusal_jax.judges.statistics import PairedRates, bounded, mean_interval, paired_mean
 from refusal_jax.mechanism.edited_prompts import EditedPrompts
@@ -64,18 +65,16 @@ def as_row(found: Read, prompts: EditedPrompts, edits: Edits) -> Read:
     return dataclasses.replace(found, scores_n=row.scores_mn[0], kl_n=row.kl_mn[0])
 
 
-def checkpoint_gib(study: DamageStudy) -> float:
-    """Returns the size of the weights of the study's model in GiB."""
-    return sum(file.size for file in Checkpoint.open(study.folder).files.values()) / GIB
-
-
 def without_export(study: DamageStudy) -> str:
     """Returns why no weights are written, in words, or "" if they are."""
     if study.without_tokens:
         return study.without_tokens
     if distributed.several():
         return "Several processes would each need the edited weights: run this part alone on one host."
-    size = checkpoint_gib(study)
+    try:
+        size = sum(file.size for file in Checkpoint.open(study.folder).files.values()) / GIB
+    except UserError as error:  # such as weights that can be run and not copied
+        return f"The weights cannot be edited. {error}"
     if size > study.settings.weights.largest:
         return (
             f"The weights take {size:.1f} GiB, and at most {study.settings.weights.largest:g} GiB are written. Allow more with "
