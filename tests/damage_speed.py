@@ -76,11 +76,18 @@ class Reader:
         self.prompts = [EditedPrompts.build(model, task.prompts[side], ROWS, task.ids) for side in SIDES]
         self.rows = EditedRows.build(model, task.rows(model), ROWS)
 
+    def of(self, model: ChatModel) -> np.ndarray:
+        """Returns what another model does, in one pass of each batch, compared with the first one."""
+        other = Reader.__new__(Reader)
+        other.prompts = [dataclasses.replace(one, model=model) for one in self.prompts]
+        other.rows = dataclasses.replace(self.rows, model=model)
+        return other(Edits.none(model.config.d_model))[0]
+
     def __call__(self, edits: Edits) -> np.ndarray:
-        """Returns the mean scores of both sides and the loss by token, `[M, 3]`."""
-        scores = [one.read(edits).scores_mn.mean(axis=1) for one in self.prompts]
+        """Returns the mean scores of both sides, the mean KL of harmless prompts and the loss by token, `[M, 4]`."""
+        found = [one.read(edits) for one in self.prompts]
         loss = self.rows.losses(edits).sum(axis=1) / self.rows.tokens_n.sum()
-        return np.stack([*scores, loss], axis=1)
+        return np.stack([*(one.scores_mn.mean(axis=1) for one in found), found[1].kl_mn.mean(axis=1), loss], axis=1)
 
 
 def seconds() -> np.ndarray:
@@ -104,24 +111,22 @@ def settings(n_layers: int, count: int) -> list[Partial]:
     return [p.at(float(s)) for s in np.linspace(0, own.most, steps + 1)[1:] for p in places][:count]
 
 
-def by_weights(task: Task, checkpoint: Checkpoint, model: ChatModel, partial: Partial) -> np.ndarray:
+def by_weights(task: Task, checkpoint: Checkpoint, reader: Reader, partial: Partial) -> np.ndarray:
     """Writes an ablation's weights, loads them, and reads them."""
     direction = read_direction([task.folder])
     with tempfile.TemporaryDirectory() as folder:
         plan_of(checkpoint, direction, partial.strengths(checkpoint.cfg.n_layers)).write(pathlib.Path(folder))
-        edited = load_model(folder, "float32", chat=model.chat)
-        return Reader(task, edited)(Edits.none(edited.config.d_model))[0]
+        return reader.of(load_model(folder, "float32", chat=reader.rows.model.chat))
 
 
-def by_exports(task: Task, strength: float) -> np.ndarray:
+def by_exports(task: Task, reader: Reader, strength: float) -> np.ndarray:
     """Exports an ablation as the package does, with its checks, card and hashes, loads the folder as any other, and reads it."""
     direction = read_direction([task.folder])
     edit = Ablate(direction, sites=WRITTEN, scale=strength)
     with tempfile.TemporaryDirectory() as folder:
         out = pathlib.Path(folder) / "edited"
         export(Request(task.model, out, edit, FinishedStudy.read(task.folder, 16)))
-        edited = load_model(out, "float32")
-        return Reader(task, edited)(Edits.none(edited.config.d_model))[0]
+        return reader.of(load_model(out, "float32"))
 
 
 def by_commands(task: Task, count: int, strength: float) -> np.ndarray:
@@ -161,19 +166,19 @@ def main() -> None:
     compiling, reader = timed(lambda: Reader(task, model))
     compiling += timed(lambda: reader(edits.take([0])))[0]
     grid, found = timed(lambda: reader(edits))
-    by_weights(task, checkpoint, model, partials[0])  # compiles what the grid has not
+    by_weights(task, checkpoint, reader, partials[0])  # compiles what the grid has not
     some = range(0, len(partials), max(len(partials) // asked.edited, 1))
-    weights, edited = timed(lambda: [by_weights(task, checkpoint, model, partials[m]) for m in some])
+    weights, edited = timed(lambda: [by_weights(task, checkpoint, reader, partials[m]) for m in some])
     print(f"{len(partials)} settings, {asked.prompts} prompts a side and as many answers; seconds as wall / CPU")
     print(f"{'compiling:':<44}{compiling[0]:8.3f} / {compiling[1]:.3f}")
     print(f"{'the grid, all settings:':<44}{grid[0]:8.3f} / {grid[1]:.3f}")
     print(f"{'the grid, a setting:':<44}{grid[0] / len(partials):8.3f} / {grid[1] / len(partials):.3f}")
     gap = np.abs(found[list(some)] - np.array(edited)).max()
     print(f"largest difference of a mean between both: {gap:.1e}")
-    by_exports(task, 0.5)
+    by_exports(task, reader, 0.5)
     ways = {"weights written and loaded": weights / len(some)}
     for name, work, times in (
-        ("exported with checks and loaded", lambda: by_exports(task, 0.5), asked.edited),
+        ("exported with checks and loaded", lambda: by_exports(task, reader, 0.5), asked.edited),
         ("by commands", lambda: by_commands(task, asked.prompts, 0.5), asked.commands),
     ):
         if times:
