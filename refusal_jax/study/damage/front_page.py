@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from refusal_jax.judges.behaviours import Behaviour
 from refusal_jax.report.findings import Findings
 from refusal_jax.runs.artifacts import FRONT
+from refusal_jax.study.damage.grid_page import change_in_words, loss_measure
 from refusal_jax.study.damage.shared import KL, OVER_REFUSED, REFUSED
 from refusal_jax.study.mechanism.dose import in_nats, in_percent
 
@@ -87,6 +88,7 @@ def lines(findings: Findings) -> list[str]:
 def table(found: Mapping) -> list[dict]:
     """Returns the rows of the table: unedited, the paper's ablation, and the best trials by what they leave of refusal."""
     known, best = found["points"][:2], [point for point in found["points"][2:] if point["best"]]
+    loss = loss_measure(found)
     best.sort(key=lambda point: -found["trials"][point["trial"]]["refused"])
     return [
         {
@@ -96,6 +98,7 @@ def table(found: Mapping) -> list[dict]:
             "refused": point["measures"][REFUSED],
             "over_refused": point["measures"][OVER_REFUSED],
             "kl": point["measures"][KL],
+            "loss": point["measures"][loss] if loss else None,
         }
         for point in [*known, *best]
     ]
@@ -111,6 +114,7 @@ def values(findings: Findings) -> dict:
         "in_percent": in_percent,
         "in_nats": in_nats,
         "in_share": in_share,
+        "change_in_words": change_in_words,
     }
 
 
