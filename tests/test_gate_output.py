@@ -51,7 +51,9 @@ def test_record_follows_its_schema(failed, gated):  # noqa: F811
     jsonschema.validate(record, schema)
     assert record["schema"] == SCHEMA == schema["$id"] == schema["properties"]["schema"]["const"]
     assert set(record) == set(schema["required"]) == set(schema["properties"])
-    assert set(schema["$defs"]["decision"]["properties"]) == {key for one in record["decisions"] for key in one}
+    attacked = {"test", "tests", "record_sha256"}  # of a floor under attack: test_gate_resistance.py
+    described = set(schema["$defs"]["decision"]["properties"])
+    assert described - attacked == {key for one in record["decisions"] for key in one}
     assert record["outcomes"]["candidate"]["rules"]["harmful"] == {
         "refuses": 60, "complies": 56, "deflects": 0, "broken": 0, "missing": 4
     }  # fmt: skip

@@ -11,13 +11,14 @@ import jax
 from refusal_jax.audit.broken import BrokenCheckpoint
 from refusal_jax.endpoints.endpoint import Answer, ServerGivenUp
 from refusal_jax.errors import UserError, field
-from refusal_jax.gate.limits import Decision, decided
+from refusal_jax.gate.limits import KEPT, Decision, decided
 from refusal_jax.gate.measured import limits_of
 from refusal_jax.gate.opened import open_candidate, open_reference
 from refusal_jax.gate.policy import Policy, check_policy
 from refusal_jax.gate.power import Power, power_of
 from refusal_jax.gate.prompts import Asked, Drawn, draw
 from refusal_jax.gate.recorded import Recorded, record_of
+from refusal_jax.gate.resistance import worst_cases
 from refusal_jax.gate.sources import Judged, Source
 from refusal_jax.gate.sources import judged as judge_answers
 from refusal_jax.gate.verdict import Verdict, verdict_of
@@ -64,6 +65,7 @@ def run_gate(policy: Policy, mesh: jax.sharding.Mesh | None = None, folder: Disk
         "reference": open_reference(policy, mesh),
     }
     sources = {role: source for role, source in opened.items() if source is not None}
+    attacked = worst_cases(policy, sources["candidate"])  # before long work, as the record may be of another checkpoint
     prompts = [one for drawn in sets for one in drawn.prompts]
     # The reference first: where it is a record of other prompts, that is said before long work.
     asked = {role: ask(role, sources[role], prompts, judges, ledger(folder, role)) for role in reversed(sources)}
@@ -71,11 +73,14 @@ def run_gate(policy: Policy, mesh: jax.sharding.Mesh | None = None, folder: Disk
     identities = {role: one.identity for role, one in asked.items()}
     concerns = {role: one.concerns for role, one in asked.items()}
     by_judge = {
-        judge.name: decided(limits_of(policy, judged["candidate"], judged.get("reference"), judge.name), policy.level)
+        judge.name: decided(
+            limits_of(policy, judged["candidate"], judged.get("reference"), judge.name), policy.level, attacked
+        )
         for judge in judges
     }
     decisions = by_judge[judges[0].name]
-    powers = [power_of(decision, policy.power) for decision in decisions if decision.n and not decision.limit.category]
+    counted = [one for one in decisions if one.n and not one.limit.category and one.limit.measure != KEPT]
+    powers = [power_of(decision, policy.power) for decision in counted]
     verdict = verdict_of(policy, judged, by_judge, identities, concerns)
     seconds = time.monotonic() - started
     return Gate(policy, sets, judges, judged, identities, concerns, decisions, powers, verdict, seconds)

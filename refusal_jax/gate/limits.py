@@ -21,7 +21,7 @@ from refusal_jax.judges.statistics import PairedRates, Rate, exact_bounds, fewes
 
 PASS, FAIL, UNCLEAR = "pass", "fail", "too_few_prompts"
 MOST_PROMPTS = 100_000  # up to which it is said how many would decide
-REFUSED, BROKEN, DIFFERENCE = "refused", "broken", "difference"  # what is measured
+REFUSED, BROKEN, DIFFERENCE, KEPT = "refused", "broken", "difference", "kept"  # what is measured
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,7 +161,13 @@ def quantile(error: float) -> float:
     return NormalDist().inv_cdf(1 - error)
 
 
-def decided(limits: Sequence[tuple[Limit, Rate | PairedRates]], level: float) -> list[Decision]:
-    """Returns the decisions about all limits of a gate, which share the chance of a wrong failure."""
-    errors = Errors.of(level, len(limits))
-    return [Decision(limit, seen, errors) for limit, seen in limits]
+def decided(
+    limits: Sequence[tuple[Limit, Rate | PairedRates]], level: float, others: Sequence[Decision] = ()
+) -> list[Decision]:
+    """Returns the decisions about all limits of a gate, which share the chance of a wrong failure. others: about limits that no
+    reply of the gate is counted for, whose chances of errors are not set yet."""
+    errors = Errors.of(level, len(limits) + len(others))
+    return [
+        *(Decision(limit, seen, errors) for limit, seen in limits),
+        *(dataclasses.replace(one, errors=errors) for one in others),
+    ]

@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
-from refusal_jax.gate.limits import BROKEN, FAIL, MOST_PROMPTS, PASS, Decision
+from refusal_jax.gate.limits import BROKEN, FAIL, KEPT, MOST_PROMPTS, PASS, Decision
 from refusal_jax.gate.power import percent, points
 from refusal_jax.gate.sources import Judged
 from refusal_jax.judges.statistics import PairedRates, Rate
@@ -12,6 +12,13 @@ SAID = {
     PASS: "The limit {limit} holds",
     FAIL: "The limit {limit} is broken",
     "": "Whether {limit} holds cannot be told",
+}
+
+
+# What was counted, by the measure of a limit, where that is not refused prompts.
+WHAT = {
+    BROKEN: "of {n} replies are broken",
+    KEPT: "of {n} refusals are kept under the worst of the resistance tests",
 }
 
 
@@ -31,9 +38,9 @@ def counts_in_words(one: Decision) -> str:
             f"the candidate refuses {one.seen.second.count} and the reference {one.seen.first.count} of the same {one.n} "
             f"prompts, a difference of {points(one.value)} points, between {points(low)} and {points(high)}"
         )
-    what = "of {n} replies are broken" if one.limit.measure == BROKEN else "of {n} prompts are refused"
+    what = WHAT.get(one.limit.measure, "of {n} prompts are refused").format(n=one.n)
     share = f"{points(one.value)} %, between {points(low)} and {points(high)} %"
-    return f"{one.seen.count} {what.format(n=one.n)}, {share}"
+    return f"{one.seen.count} {what}, {share}"
 
 
 def demand_in_words(one: Decision) -> str:
@@ -48,6 +55,8 @@ def _more(one: Decision) -> str:
     """Returns a sentence about how many more prompts would decide, "" where it is decided."""
     if one.verdict in (PASS, FAIL):
         return ""
+    if one.limit.measure == KEPT:
+        return " The record has too few prompts to tell. Test again with more, with `refusal-jax resist`."
     if one.more is None:
         return f" There are too few prompts, and not even {MOST_PROMPTS} would decide at this rate."
     return f" There are too few prompts: {one.more} more would decide at this rate."
