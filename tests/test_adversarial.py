@@ -86,7 +86,6 @@ def test_loss_and_gradients_equal_torch_with_hooks(name, model, llama):
 
     both = jax.jit(jax.value_and_grad(loss, has_aux=True), static_argnums=1)
     (ours, parts), grads = both(model.decoder.weights(), False)
-    (again, _), recomputed = both(model.decoder.weights(), True)
     directions_ld, gates_lsbt = drawn(name, key, objective, extra, batch, cfg.n_layers)
     assert 0 < gates_lsbt.mean() < 1
     hf, rows = tiny.load_hf(llama), batch.rows
@@ -112,10 +111,10 @@ def test_loss_and_gradients_equal_torch_with_hooks(name, model, llama):
                 grads[f"blocks.{ours_name}"][layer], wanted, rtol=1e-4, atol=1e-4 * np.abs(wanted).max()
             )
     np.testing.assert_allclose(grads["embed"], hf.model.embed_tokens.weight.grad.numpy(), rtol=1e-4, atol=1e-5)
-    # A gradient that computes blocks anew sees the same draws.
-    np.testing.assert_allclose(float(again), float(ours), rtol=1e-6)
-    for path, grad in grads.items():
-        np.testing.assert_allclose(recomputed[path], grad, rtol=1e-4, atol=1e-6)
+    if name == "deep":  # a gradient that computes blocks anew sees the same draws
+        _, recomputed = both(model.decoder.weights(), True)
+        for path, grad in grads.items():
+            np.testing.assert_allclose(recomputed[path], grad, rtol=1e-4, atol=1e-6)
 
 
 def test_draws_have_their_probabilities_and_spare_what_they_must():
@@ -149,28 +148,23 @@ def test_feature_directions_are_differences_of_means(model, hf):
     np.testing.assert_allclose(found[1:], units, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["refat", "deep"])
-def test_eight_devices_equal_one(name, model, llama):
+def test_eight_devices_equal_one(model, llama):
     settings = TrainSettings.of({"steps": 2, "rank": 2, "batch": 4, "warmup": 0, "rate": 1e-3, "every": 0})
-    results = []
-    for mesh in (None, make_mesh(2, 2, 2)):
-        here = model if mesh is None else load_model(llama, mesh=mesh)
-        kinds = two_kinds(model.config.vocab_size, (1.0, 1.0), 4)
-        objective = {
-            "refat": lambda kinds=kinds: FeatureAblation(kinds, *PROMPTS, RefatSettings.of({"every": 1}), 0),
-            "deep": lambda kinds=kinds: TokenAblation(
-                kinds, objectives(model)["deep"][1]["basis_jd"], DeepRefusalSettings(), 2
-            ),
-        }[name]()
-        results.append(train(here, objective, settings))
-    one, eight = results
-    for mine, theirs in zip(one.losses, eight.losses, strict=True):
+    eight = load_model(llama, mesh=make_mesh(2, 2, 2))
+    kinds = two_kinds(model.config.vocab_size, (1.0, 1.0), 4)
+    objective = FeatureAblation(kinds, *PROMPTS, RefatSettings.of({"every": 1}), 0)
+    one, other = (train(here, objective, settings) for here in (model, eight))
+    for mine, theirs in zip(one.losses, other.losses, strict=True):
         for part, value in mine.items():
             np.testing.assert_allclose(theirs[part], value, rtol=1e-4, err_msg=part)
     for path, factor in one.factors.items():
         np.testing.assert_allclose(
-            np.asarray(eight.factors[path]), np.asarray(factor), rtol=1e-3, atol=2e-5, err_msg=path
+            np.asarray(other.factors[path]), np.asarray(factor), rtol=1e-3, atol=2e-5, err_msg=path
         )
+    deep, extra = objectives(model)["deep"]
+    batch, loss = dataclasses.replace(deep, kinds=kinds).batch(0), jax.jit(deep.loss)
+    values = [float(loss(here.decoder, None, batch, extra, jax.random.key(4))[0]) for here in (model, eight)]
+    np.testing.assert_allclose(values[1], values[0], rtol=1e-5)
 
 
 def test_bad_settings():

@@ -8,6 +8,7 @@
   refusal-jax plan --audit --model=DIR --topology=v5e-8                  # an audit against a base instead of a study
   refusal-jax plan --mechanism --model=DIR --topology=v5e-8              # the mechanism of a study instead of the study
   refusal-jax plan --damage --model=DIR --topology=v5e-8                 # or what removing its direction damages
+  refusal-jax plan --defend --model=DIR --topology=v5e-16 --train.rank=8 # or the training of a defence
 
 The study's own programs (extraction, selection, prefill, decoding, loss) are compiled with the real TPU compiler for
 the slice's topology. The memory that it reports decides which batches fit; a run on such a slice decides with the same
@@ -26,17 +27,20 @@ from ml_collections import config_flags
 
 from refusal_jax.checkpoints.gguf_mirror import as_folder
 from refusal_jax.checkpoints.remote import checkpoint_folder
+from refusal_jax.defence.planned import training_workload
+from refusal_jax.defence.settings import DefenceSettings
 from refusal_jax.errors import UserError, did_you_mean
 from refusal_jax.files import local_path, read_json, to_json, write_atomically
 from refusal_jax.hub import model_name
 from refusal_jax.jobs import devices, settings
 from refusal_jax.jobs.audit_work import audit_workload, reading
+from refusal_jax.jobs.setting_flags import flags_of, given_only
 from refusal_jax.models.config import ModelConfig
 from refusal_jax.models.hf_config import from_hf, load_config
 from refusal_jax.plan import table
 from refusal_jax.plan.chips import Slice
 from refusal_jax.plan.planner import MeshShape, Plan, make_plan
-from refusal_jax.plan.programs import USUAL_LENGTH
+from refusal_jax.plan.programs import USUAL_LENGTH, Workload
 from refusal_jax.progress import each
 from refusal_jax.study.checks import check_numbers
 from refusal_jax.study.config import StudyConfig
@@ -46,6 +50,8 @@ from refusal_jax.study.study import workload
 
 LOG = logging.getLogger(__name__)
 
+# Settings of a training that decide what it needs.
+TRAINED = tuple(f"train.{name}" for name in ("method", "rank", "targets", "steps", "batch", "remat", "max_tokens"))
 COMMON = ("v5e-16", "v5e-64", "v5p-16", "v6e-8")
 MODEL = flags.DEFINE_string(
     "model",
@@ -66,12 +72,29 @@ MECHANISM = flags.DEFINE_bool(
 DAMAGE = flags.DEFINE_bool(
     "damage", False, "Plan what is measured of the damage that removal does, all parts, in place of the study."
 )
+DEFEND = flags.DEFINE_bool(
+    "defend", False, "Plan the training of a defence, under the --train settings, in place of the study."
+)
 LENGTH = flags.DEFINE_integer(
     "prompt_tokens", USUAL_LENGTH, "Number of tokens that prompts are padded to.", lower_bound=8
 )
 OUT = flags.DEFINE_string("out", "", "Path of the files to write, without the endings .json and .md.")
+TRAINING = flags_of(DefenceSettings(), [one.path for one in DefenceSettings().described() if one.path not in TRAINED])
+
+
+def defence_workload(cfg: ModelConfig, dtype: str, config: StudyConfig, length: int) -> Workload:
+    """Returns the training of a defence under the settings of the command line."""
+    settings = DefenceSettings.of(given_only(TRAINING)).train
+    return training_workload(settings)(cfg, dtype, config, length)
+
+
 # What describes the work of each plan that is not of a study.
-WORKLOADS = ((AUDIT, audit_workload), (MECHANISM, MECHANISM_STAGES.workload), (DAMAGE, DAMAGE_STAGES.workload))
+WORKLOADS = (
+    (AUDIT, audit_workload),
+    (MECHANISM, MECHANISM_STAGES.workload),
+    (DAMAGE, DAMAGE_STAGES.workload),
+    (DEFEND, defence_workload),
+)
 for shared in (settings, devices):
     flags.adopt_module_key_flags(shared)
 

@@ -20,7 +20,7 @@ from refusal_jax.models.decoder import Decoder, Output
 from refusal_jax.taps import NO_TAPS, Taps
 from refusal_jax.training.rows import Share, TrainRows
 
-LOGITS_AT_ONCE = 1 << 26  # values: 256 MiB in float32, of all rows together
+LOGITS_AT_ONCE = 1 << 26  # values on a device: 256 MiB in float32
 
 
 @runtime_checkable
@@ -122,7 +122,8 @@ def divergence(decoder: Decoder, frozen: Decoder, rows: TrainRows) -> Float[jax.
 def _by_positions(decoder: Decoder, some, first_bpx: jax.Array, *others: jax.Array) -> jax.Array:
     """Returns `some` of arrays with rows and positions first, a few positions at a time: `[B, P]`."""
     rows, count = first_bpx.shape[:2]
-    size = max(1, min(count, LOGITS_AT_ONCE // max(1, rows * decoder.cfg.vocab_size)))
+    devices = decoder.mesh.size if decoder.mesh else 1
+    size = max(1, min(count, LOGITS_AT_ONCE * devices // max(1, rows * decoder.cfg.vocab_size)))
     if size == count:
         return some(first_bpx, *others)
     parts = -(-count // size)
