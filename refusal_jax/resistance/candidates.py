@@ -32,7 +32,7 @@ def own_or_best(subject: Subject, budget: Budget) -> tuple[Direction, str]:
     if own is not None:
         return own, ""
     if subject.best is None:
-        inner = Budget(budget.seconds, budget.parameters)
+        inner = Budget(budget.seconds, budget.parameters, budget.begun)
         subject.best = (*best_candidate(subject, inner), inner.flops)
     direction, note, flops = subject.best
     budget.flops += flops
