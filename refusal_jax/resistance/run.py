@@ -107,7 +107,8 @@ def title_of(name: str) -> str:
     its own, such as "model"."""
     if is_embedded(name):
         return EMBEDDED
-    parts = [part for part in pathlib.PurePath(local_path(name)).parts if part.strip("/")]
+    path = local_path(name)
+    parts = [part for part in (path.absolute() if path.exists() else path).parts if part.strip("/")]
     last = parts[-2] if len(parts) > 1 and parts[-1] in ("model", "adapter") else parts[-1]
     return re.sub(r"[^\w.@-]+", "-", last.removesuffix(".gguf")) or "checkpoint"
 
