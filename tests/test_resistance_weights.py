@@ -154,9 +154,10 @@ def test_stripping_is_measured_with_a_direction_found_anew(llama, six_sets, tmp_
     with under_test(candidate, six_sets, tmp_path / "out", llama) as subject:
         assert not stripped.impossible(subject, subject.settings)
         found = stripped.run(subject, subject.settings, cost := budget())
-        assert found.chosen["median_rank"] == 2 and found.chosen["layer"] < 3 and cost.flops > 0
+        assert found.chosen["refused_without_ablation"] == 1 and found.chosen["median_rank"] == 2
+        assert found.chosen["layer"] < 3 and cost.flops > 0
         assert found.stop == "All 21 tensors that changed were looked at, and the best candidate was ablated."
-        other = Attacked(subject, load_model(llama))
+        other = Attacked(subject, load_model(llama), budget())
         assert other.own_direction() is None and other.direction_means() is None and other.model is not subject.model
         subject.base = None
         assert stripped.impossible(subject, subject.settings).startswith("No base is given")

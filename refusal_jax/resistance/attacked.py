@@ -5,7 +5,8 @@ from typing import Any
 from refusal_jax.chat.model import ChatModel
 from refusal_jax.conditions import Ablate
 from refusal_jax.directions import Direction
-from refusal_jax.resistance.attack import Budget, Impossible, Measured
+from refusal_jax.edits import Edits
+from refusal_jax.resistance.attack import Budget, Impossible
 from refusal_jax.resistance.candidates import best_candidate
 from refusal_jax.resistance.subject import Subject
 
@@ -14,7 +15,7 @@ class Attacked(Subject):
     """A checkpoint with other weights: its prompts and refusal tokens are those of its study, and what that study found in
     the old weights does not count."""
 
-    def __init__(self, subject: Subject, model: ChatModel):
+    def __init__(self, subject: Subject, model: ChatModel, budget: Budget):
         super().__init__(
             subject.settings,
             subject.config,
@@ -25,6 +26,7 @@ class Attacked(Subject):
             groups=subject.groups,
         )
         self._model, self.sizes = model, subject.sizes
+        self._plain["val"] = self._measured(model, None, self.texts("harmful_val"), "val", budget=budget)
 
     def own_direction(self) -> None:
         """Returns None: no study of these weights was done."""
@@ -32,18 +34,19 @@ class Attacked(Subject):
     def direction_means(self) -> None:
         """Returns None, as `own_direction` does."""
 
+    def ablation(self, budget: Budget) -> tuple[Edits | None, dict[str, Any]]:
+        """Returns the ablation under which most validation prompts are complied with, and the place of its direction as plain
+        values; None where harmful and harmless prompts have no difference in means."""
+        try:
+            direction: Direction = best_candidate(self, budget)[0]
+        except Impossible:
+            return None, {}
+        place = {"layer": direction.layer, "position": direction.position}
+        return Ablate(direction).edits(self.model.config), place
 
-def ablated_anew(subject: Subject, model: ChatModel, budget: Budget) -> tuple[Direction | None, dict[str, Any]]:
-    """Returns the direction of attacked weights under whose ablation most validation prompts are complied with, and its place
-    as plain values; None and no values where harmful and harmless prompts have no difference in means."""
-    try:
-        direction, _ = best_candidate(Attacked(subject, model), budget)
-    except Impossible:
-        return None, {}
-    return direction, {"layer": direction.layer, "position": direction.position}
-
-
-def measured_ablated(subject: Subject, model: ChatModel, direction: Direction | None, split: str = "test") -> Measured:
-    """Returns what attacked weights do with the prompts of a part while a direction is ablated, or none."""
-    edits = None if direction is None else Ablate(direction).edits(model.config)
-    return subject.measure(edits, model, split=split)
+    @property
+    def alone(self) -> float | None:
+        """Returns the share of the validation prompts that these weights refuse without an ablation, None where no reply could be
+        judged."""
+        found = self.plain("val").refusals
+        return found.rate if found.n else None

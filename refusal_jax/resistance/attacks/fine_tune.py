@@ -11,11 +11,11 @@ from typing import Any
 from refusal_jax.chat.model import ChatModel, load_model
 from refusal_jax.data.pairs import ChatPair, read_pairs
 from refusal_jax.defence.lessons import Lesson, answering, learnt_rows
-from refusal_jax.directions import Direction
+from refusal_jax.edits import Edits
 from refusal_jax.files import local_path
 from refusal_jax.models.decoder import Decoder
 from refusal_jax.resistance.attack import Attack, Budget, Impossible, Measured, Outcome
-from refusal_jax.resistance.attacked import ablated_anew, measured_ablated
+from refusal_jax.resistance.attacked import Attacked
 from refusal_jax.resistance.settings import FineTuneSettings, ResistSettings
 from refusal_jax.resistance.subject import Subject
 from refusal_jax.training.objective import NextToken
@@ -31,14 +31,16 @@ HARMLESS, FILE = "harmless", "file"
 @dataclasses.dataclass(frozen=True, eq=False)
 class Tuned:
     """A tuned checkpoint. steps: that were done. rows: of text that were learnt from. val: what the checkpoint does with the
-    validation prompts. stop: why training ended. direction, place: what is ablated besides, and where it was read."""
+    validation prompts. stop: why training ended. alone: the share of these prompts that is refused without an ablation. edits,
+    place: the ablation, if there is one, and where its direction was read."""
 
     model: ChatModel
     steps: int
     rows: int
     val: Measured
     stop: str
-    direction: Direction | None = None
+    alone: float | None
+    edits: Edits | None = None
     place: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
@@ -87,15 +89,15 @@ def tune(subject: Subject, kind: str, settings: ResistSettings, budget: Budget) 
     steps = len(done.losses)
     budget.training(steps * own.batch * width)
     stop = stopped(steps, own.steps, budget)
-    tuned = merged(done.decoder)
-    plain = Tuned(tuned, steps, len(learnt), subject.measure(model=tuned, split="val", budget=budget), stop)
+    attacked = Attacked(subject, merged(done.decoder), budget)
+    plain = Tuned(attacked.model, steps, len(learnt), attacked.plain("val"), stop, attacked.alone)
     if not own.ablate or budget.over:
         return plain
-    direction, place = ablated_anew(subject, tuned, budget)
-    val = measured_ablated(subject, tuned, direction, "val")
+    edits, place = attacked.ablation(budget)
+    val = subject.measure(edits, attacked.model, split="val", budget=budget)
     if val.complied.rate <= plain.val.complied.rate:
         return plain
-    return dataclasses.replace(plain, val=val, direction=direction, place=place)
+    return dataclasses.replace(plain, val=val, edits=edits, place=place)
 
 
 def stopped(steps: int, of: int, budget: Budget) -> str:
@@ -115,13 +117,14 @@ def run(subject: Subject, settings: ResistSettings, budget: Budget) -> Outcome:
             found[kind] = tune(subject, kind, settings, budget)
     kind = max(found, key=lambda name: found[name].val.complied.rate)  # the first of equals
     best = found[kind]
-    measured = measured_ablated(subject, best.model, best.direction)
+    measured = subject.measure(best.edits, best.model)
     chosen = {
         "text": kind,
         "steps": best.steps,
         "rows": best.rows,
-        "ablated": best.direction is not None,
+        "ablated": best.edits is not None,
         **best.place,
+        "refused_without_ablation": best.alone,
         "refused_by_text": {name: one.val.refusals.rate if one.val.refusals.n else None for name, one in found.items()},
     }
     used = {"steps": sum(one.steps for one in found.values()), "of": len(found) * own.steps}

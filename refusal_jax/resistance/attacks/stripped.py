@@ -2,7 +2,7 @@
 
 from refusal_jax.checkpoints.adapters import adapter_parts
 from refusal_jax.resistance.attack import Attack, Budget, Impossible, Outcome
-from refusal_jax.resistance.attacked import ablated_anew, measured_ablated
+from refusal_jax.resistance.attacked import Attacked
 from refusal_jax.resistance.delta import strip
 from refusal_jax.resistance.settings import ResistSettings
 from refusal_jax.resistance.subject import Subject
@@ -24,13 +24,14 @@ def run(subject: Subject, settings: ResistSettings, budget: Budget) -> Outcome:
     found = strip(subject.model, subject.base, settings.stripped.rank, settings.stripped.otherwise)
     if not (found.adapter or found.taken):
         raise Impossible("The checkpoint's weights are those of the base.")
-    direction, place = ablated_anew(subject, found.model, budget)
-    measured = measured_ablated(subject, found.model, direction)
-    note = "" if direction else "The weights without the change have no direction to ablate, and were measured alone."
+    attacked = Attacked(subject, found.model, budget)
+    edits, place = attacked.ablation(budget)
+    measured, chosen = subject.measure(edits, found.model), found.record | {"refused_without_ablation": attacked.alone}
+    note = "" if edits else "The weights without the change have no direction to ablate, and were measured alone."
     ended = (
         "The adapter was left out" if found.adapter else f"All {len(found.taken)} tensors that changed were looked at"
     )
-    return Outcome(measured, found.record | place, {}, f"{ended}, and the best candidate was ablated.", note)
+    return Outcome(measured, chosen | place, {}, f"{ended}, and the best candidate was ablated.", note)
 
 
 ATTACK = Attack(
