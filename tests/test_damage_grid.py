@@ -93,19 +93,24 @@ def test_places_of_a_model():
     tent = Place.parse("mlp_out+resid_pre@tent:2:1.5", 8)
     assert tent.label == "mlp_out+resid_pre, tent at 2 ± 1.5"
     assert tent.at(2.0).strengths(8)[2, SITES.index("resid_pre")] == 2.0
+    # Names that are one place, and those that reach no layer, are left out: of a model of two layers there are fewer places.
+    assert [one.name for one in places_of(("all@all", "resid_pre+attn_out+mlp_out@0-7", "all@tent:1.5:0.1"), 8)] == [
+        "all@all"
+    ]
+    few = [one.name for one in places_of(PLACES, 2)]
+    assert few[:4] == list(PLACES[:4]) and 5 <= len(few) < len(PLACES) and places_of(PLACES, 1)
     assert Place.parse("attn_out@3-3", 8).kernel.strengths(8).tolist() == [0, 0, 0, 1, 0, 0, 0, 0]
 
 
 @pytest.mark.parametrize(
     ("names", "message"),
     [
-        ((), r"grid\.places is empty: name at least one place"),
+        ((), r"grid\.places names no place at which anything is removed from a model of 8 layers"),
         (("wrote@all",), "'wrote' is no site. Did you mean written"),
         (("all@most",), "'most' are no layers. The model's layers are 0 to 7"),
         (("all@5-9",), "its band is empty or ends outside of the model"),
         (("all@5-50%",), "one end of its band is a share of the depth and the other is not"),
         (("all@tent:9:2",), "its tent stands outside of the model or has no width"),
-        (("all@all", "resid_pre+attn_out+mlp_out@0-7"), "'all@all' and 'resid_pre.* which are the same place"),
     ],
 )
 def test_places_that_are_none(names, message):

@@ -7,13 +7,17 @@ that part of its greatest. A number counts layers from 0, or is a share of the d
 """
 
 import dataclasses
+import logging
 import re
 from collections.abc import Sequence
+
+import numpy as np
 
 from refusal_jax.damage.partial import WRITTEN, Kernel, Partial, spread
 from refusal_jax.edits import SITES
 from refusal_jax.errors import UserError, did_you_mean, field
 
+LOG = logging.getLogger(__name__)
 GROUPS = {"all": SITES, "written": WRITTEN}
 NUMBER = r"(\d+(?:\.\d+)?)(%?)"
 BAND = re.compile(rf"{NUMBER}-{NUMBER}")
@@ -75,7 +79,7 @@ def _kernel(name: str, layers: str, n_layers: int, of: str) -> tuple[Kernel, str
         numbers = (found.groups()[:2], found.groups()[2:4])
         position, distance = (float(number) * (last / 100 if percent else 1.0) for number, percent in numbers)
         least = float(found[5] or 0.0)
-        if position > last or distance <= 0:
+        if position > last or float(found[3]) == 0:
             raise _unreadable(name, "its tent stands outside of the model or has no width", n_layers, of)
         falls = f", to {least:g} of it" if least else ""
         return Kernel(1.0, position, least, distance), f"tent at {position:.3g} ± {distance:.3g}{falls}"
@@ -90,16 +94,24 @@ def _unreadable(name: str, why: str, n_layers: int, of: str) -> UserError:
 
 
 def places_of(names: Sequence[str], n_layers: int) -> list[Place]:
-    """Returns the places of some names, in order. Raises UserError for none, for names that cannot be read, and for two names of
-    one place."""
-    if not names:
-        raise UserError(f"{field('grid.places')} is empty: name at least one place, such as all@all.")
-    found = [Place.parse(name, n_layers) for name in names]
-    for number, place in enumerate(found):
-        for earlier in found[:number]:
-            if (place.sites, place.kernel) == (earlier.sites, earlier.kernel):
-                raise UserError(
-                    f"{field('grid.places')} names {earlier.name!r} and {place.name!r}, which are the same place in a model of "
-                    f"{n_layers} layers ({place.label}). Leave one of them out."
-                )
+    """Returns the places of some names, in order. In a model of few layers two names may be one place, and a narrow tent may
+    reach no layer: such ones are left out, which is logged.
+
+    Raises UserError for names that cannot be read, and if no place is left.
+    """
+    found: list[Place] = []
+    for place in (Place.parse(name, n_layers) for name in names):
+        strengths_ls = place.at(1.0).strengths(n_layers)
+        same = [one.name for one in found if np.array_equal(one.at(1.0).strengths(n_layers), strengths_ls)]
+        if same:
+            LOG.info(f"The place {place.name} is left out: in a model of {n_layers} layers it is {same[0]}.")
+        elif not strengths_ls.any():
+            LOG.info(f"The place {place.name} is left out: in a model of {n_layers} layers it reaches none of them.")
+        else:
+            found.append(place)
+    if not found:
+        raise UserError(
+            f"{field('grid.places')} names no place at which anything is removed from a model of {n_layers} layers. Name at "
+            "least one, such as all@all."
+        )
     return found
