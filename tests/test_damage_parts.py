@@ -10,8 +10,11 @@ import pytest
 from refusal_jax import UserError, demo_model_path
 from refusal_jax.damage.points import Point, points_of
 from refusal_jax.export.partial import held, is_held
-from refusal_jax.runs.artifacts import ANSWER_COSTS, EDITED, FRONT, TEXTS
+from refusal_jax.judges.behaviours import REFUSAL
+from refusal_jax.runs.artifacts import ANSWER_COSTS, EDITED, FRONT, GRID, TEXTS
 from refusal_jax.study.damage import front, weights
+from refusal_jax.study.damage.answers import headline
+from refusal_jax.study.damage.front_page import sentence
 from refusal_jax.study.damage.run import run_damage
 from refusal_jax.study.damage.settings import DamageSettings
 
@@ -54,13 +57,24 @@ def test_what_is_chosen_on_validation_is_measured_on_test(parts):
         fitting = [one for one in found["trials"] if one["refused"] <= row["level"]]
         assert trial["damage"] == min(one["damage"] for one in fitting) and best["best"]
         rate = best["measures"]["refused"]
+        assert "%" in sentence(row, found, REFUSAL) and "validation prompts refused: " in sentence(row, found, REFUSAL)
         assert row["holds"] == (True if rate["high"] <= row["level"] else False if rate["low"] > row["level"] else None)
+
+
+def test_levels_in_words(parts):
+    found = told(parts, FRONT)
+    row = found["levels"][0]
+    assert "none of 8 partial ablations comes to that" in sentence(row | {"point": None}, found, REFUSAL)
+    assert "No single strength at all layers comes to that level" in sentence(row | {"plain": None}, found, REFUSAL)
+    already = found | {"trials": [found["trials"][0] | {"refused": 0.25}, *found["trials"][1:]]}
+    assert "the unedited model is at that level already (25 %)" in sentence(row, already, REFUSAL)
 
 
 def test_correct_answers_of_the_grid(parts):
     found = told(parts, ANSWER_COSTS)
     (bundled,) = found["sets"]
     assert (bundled["name"], bundled["answers"], len(bundled["rows"])) == ("bundled", 4, 2)
+    assert "Fewer than 20 answers make these intervals too narrow" in headline(found, told(parts, GRID), bundled)
     assert bundled["rows"][0]["perplexity"]["mean"] < 1.1 and bundled["rows"][0]["perplexity"]["factor"]["mean"] == 1
 
 

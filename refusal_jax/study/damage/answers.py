@@ -24,6 +24,7 @@ from refusal_jax.study.damage.grid_page import nearest_whole, rows_at
 from refusal_jax.study.damage.shared import DamageStudy
 from refusal_jax.study.loss import loss_datasets, own_answers
 
+FEW = 20  # answers, below which percentiles of a bootstrap cover too little
 OWN = "own answers"  # of the unedited model to harmless prompts
 
 
@@ -136,12 +137,11 @@ def headline(found: Mapping, grid: Mapping, one: Mapping) -> str:
     )
     if change["low"] is None:
         return f"{start} One answer alone has no interval."
+    few = f" Fewer than {FEW} answers make these intervals too narrow." if one["answers"] < FEW else ""
     moves = (
         "makes it" if change["low"] > 0 or change["high"] < 0 else "does not tell apart from that (95 %): it makes it"
     )
-    return (
-        f"{start} Removal at {first['label']}, strength {whole['strength']:g}, {moves} {factor(whole['perplexity'])}."
-    )
+    return f"{start} Removal at {first['label']}, strength {whole['strength']:g}, {moves} {factor(whole['perplexity'])}.{few}"
 
 
 def lines(findings: Findings) -> list[str]:

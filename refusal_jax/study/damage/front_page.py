@@ -28,6 +28,8 @@ def sentence(row: Mapping, found: Mapping, of: Behaviour) -> str:
     tried = len(found["trials"])
     if row["point"] is None:
         return f"{start} none of {tried} partial ablations comes to that."
+    if found["trials"][0]["refused"] <= row["level"]:
+        return f"{start} the unedited model is at that level already ({in_share(found['trials'][0]['refused'])})."
     best = found["points"][row["point"]]
     told = [
         f"{start} least is damaged by trial {best['trial']} of {tried}, with a KL of {in_nats(best['measures'][KL])} nats on "
