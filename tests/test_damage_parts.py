@@ -9,10 +9,13 @@ import pytest
 
 from refusal_jax import UserError, demo_model_path
 from refusal_jax.damage.points import Point, points_of
+from refusal_jax.damage.search import Space, Trial, propose
 from refusal_jax.export.partial import held, is_held
 from refusal_jax.judges.behaviours import REFUSAL
+from refusal_jax.report.findings import Findings
 from refusal_jax.runs.artifacts import ANSWER_COSTS, EDITED, FRONT, GRID, TEXTS
-from refusal_jax.study.damage import front, weights
+from refusal_jax.runs.run import Run, recorded_manifest
+from refusal_jax.study.damage import answers, front, texts, weights
 from refusal_jax.study.damage.answers import headline
 from refusal_jax.study.damage.front_page import sentence
 from refusal_jax.study.damage.run import run_damage
@@ -24,16 +27,28 @@ SETTINGS = {
     "front": {"trials": 8, "plain": 2, "batch": 2, "start": 4, "n_prompts": 4},
     "answers": {"n_items": 4},
     "texts": {"at": ("all@all=1",), "n_prompts": 2, "max_new_tokens": 4},
-    "weights": {"at": ("all@all=0.5", "resid_pre@0-0=1"), "n_prompts": 4},
+    "weights": {"at": ("all@all=0.5",), "n_prompts": 4},
 }
 
 
 @pytest.fixture(scope="module")
 def parts(demo_study, tmp_path_factory):
-    """A study with all parts."""
+    """A study with all parts, whose search was interrupted once."""
     folder = shutil.copytree(demo_study, tmp_path_factory.mktemp("parts") / "run")
-    run = run_damage(SETTINGS, folder)
-    assert run.worked == ["grid", "answers", "front", "texts", "weights", "report", "figures of damage"]
+    real, proposed = front.propose, []
+
+    def stop(space, done, *more):
+        proposed.append(len(done))
+        if proposed == [3, 5]:
+            raise KeyboardInterrupt
+        return real(space, done, *more)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(front, "propose", stop)
+        with pytest.raises(KeyboardInterrupt):
+            run_damage(SETTINGS, folder)
+        run = run_damage(SETTINGS, folder)
+    assert run.worked == ["front", "texts", "weights", "report", "figures of damage"] and proposed == [3, 5, 5, 7]
     return folder
 
 
@@ -93,38 +108,26 @@ def test_weights_that_hold_it_do_the_same(parts):
     for name, row in rows.items():
         if name != "all@all=0.5":
             assert row["held"] and row["same"] and row["largest_logit"] < 1e-4
-    assert len(rows) > 2
+    assert len(rows) > 1
 
 
-def test_the_report_and_an_interrupted_search(parts, demo_study, tmp_path, monkeypatch):
+def test_the_interrupted_search_is_that_of_one_run(parts):
+    """Its trials are those that are proposed after all trials before them."""
+    trials = [Trial(**row) for row in told(parts, FRONT)["trials"]]
+    for start, count in ((3, 2), (5, 2), (7, 1)):
+        values = [trial.values for trial in trials[start : start + count]]
+        assert propose(Space(8, 1.5), trials[:start], count, 0, 4) == values
+
+
+def test_the_report_has_a_section_for_each_part(parts):
     page = (parts / "report.html").read_text()
     assert all(f'id="damage-{name}"' in page for name in ("front", "answers", "texts", "weights"))
-    folder, proposed = shutil.copytree(parts, tmp_path / "run"), []
-    (folder / FRONT).unlink()
-    real = front.propose
-
-    def stop(space, done, *more):
-        proposed.append(len(done))
-        if len(done) == 5:
-            raise KeyboardInterrupt
-        return real(space, done, *more)
-
-    monkeypatch.setattr(front, "propose", stop)
-    with pytest.raises(KeyboardInterrupt):
-        run_damage(SETTINGS | {"parts": ("front",)}, folder)
-    monkeypatch.setattr(front, "propose", real)
-    run_damage(SETTINGS | {"parts": ("front",)}, folder)
-    assert proposed == [3, 5] and (folder / FRONT).read_bytes() == (parts / FRONT).read_bytes()
-    assert "searched" in "\n".join(front.STAGE.section.lines(front_findings(folder)))
-
-
-def front_findings(folder):
-    from refusal_jax.report.findings import Findings
-    from refusal_jax.runs.run import Run, recorded_manifest
-
-    manifest = recorded_manifest(folder)
-    with Run.open(folder, manifest["config"], manifest["inputs"]) as run:
-        return Findings(run, [front.STAGE.section])
+    manifest = recorded_manifest(parts)
+    with Run.open(parts, manifest["config"], manifest["inputs"]) as run:
+        findings = Findings(run, [stage.STAGE.section for stage in (front, answers, texts, weights)])
+        lines = "\n".join(line for section in findings.sections for line in section.lines(findings))
+    for words in ("searched on 4 and 4", "4 answers of bundled", "Replies to harmless prompts", "the same as"):
+        assert words in lines
 
 
 def test_batches_that_were_cut_off_are_made_again():
