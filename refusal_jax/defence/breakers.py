@@ -101,8 +101,9 @@ class Breakers:
     def refreshed(self, model: ChatModel, step: int) -> None:
         """Returns None: nothing is computed outside the step."""
 
-    def loss(self, decoder: Decoder, frozen: Decoder, batch: Mapping, extra, key):
+    def loss(self, decoder: Decoder, frozen: Decoder | None, batch: Mapping, extra, key):
         """Returns the weighted sum of both losses, and each without its coefficient."""
+        assert frozen is not None, "it is asked for by needs_frozen"
         turned, kept = batch["turned"], batch["kept"]
         inputs = jnp.asarray(self.layers) - 1  # the input of a block is the output of the one before
         now, before = (outputs(d, turned, taps=TAPS).taps["resid_post"][inputs] for d in (decoder, frozen))
@@ -140,10 +141,10 @@ RECIPE = Recipe(
     objective=objective,
     arrange=arrange,
     embedded={
-        "train.steps": 200,
+        "train.steps": 250,
         "train.rate": 1e-3,
-        "train.batch": 8,
-        "breakers.keep": 0.2,
+        "train.batch": 12,
+        "breakers.keep": 0.15,
         "breakers.noise": 0.1,
         "breakers.prompts_too": False,
     },

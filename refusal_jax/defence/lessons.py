@@ -49,9 +49,9 @@ def own_replies(model: ChatModel, prompts: Sequence[Prompt], tokens: int, title:
     with Progress(title, len(prompts), "reply") as bar:
         for places, ids in model.reply_ids(model.encode(prompts), tokens, rows=min(ROWS, len(prompts))):
             texts = [reply.text for reply in model.chat.replies(ids)]
-            ended = np.isin(ids, model.chat.eos_ids).any(axis=1)
+            ended = np.any(np.isin(ids, model.chat.eos_ids), axis=1).tolist()
             for place, text, over in zip(places, texts, ended, strict=True):
-                found[place] = text, bool(over)
+                found[place] = text, over
             bar.update(len(places))
     return found
 
