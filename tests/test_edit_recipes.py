@@ -188,7 +188,12 @@ def test_settings_that_cannot_be(settings, message):
 
 # Whole runs on few prompts of the embedded model.
 
-SMALL = {"data": {"n_train": 40, "n_test": 8}, "search": {"n_fit": 20, "n_val": 8}, "max_new_tokens": 16}
+SMALL = {
+    "data": {"n_train": 40, "n_test": 8},
+    "search": {"n_fit": 20, "n_val": 8},
+    "max_new_tokens": 16,
+    "batch_size": 8,
+}
 
 
 @pytest.fixture(scope="module")
@@ -236,28 +241,36 @@ def test_a_conditional_steering_from_the_job_to_the_chat(demo, direction, tmp_pa
 
 
 def test_a_model_that_refuses_nothing_harmless_needs_no_calibration(demo, data, direction):
-    settings = DefenceSettings.of(SMALL | {"calibration": {"direction": direction}})
+    settings = DefenceSettings.of(SMALL | {"calibration": {"direction": direction}, "search": {"n_fit": 8, "n_val": 2}})
     with pytest.raises(UserError, match=r"The model refuses 0 of 40 harmless prompts that may look harmful, too few"):
         calibration.edit(demo, data, settings, silent)
 
 
-def test_a_calibration_of_prompts_that_are_taken_for_harmful(demo, data, direction, tmp_path):
-    """Prompts that the model refuses for being harmful cannot be told from harmful ones: to answer them loses these too."""
+def test_a_calibration_and_its_curve(demo, data, direction, tmp_path):
+    """Of prompts that the model refuses for being harmful, so that answering them loses others, too, which is allowed here."""
     prompts = [lesson.prompt for lesson in data.refused][20:]
     (tmp_path / "pseudo.json").write_text(json.dumps([{"instruction": text} for text in prompts]))
-    source = {"direction": direction, "pseudo_harmful": str(tmp_path / "pseudo.json")}
-    settings = DefenceSettings.of(SMALL | {"calibration": source | {"strengths": (0.9, 1.0)}})
-    with pytest.raises(
-        UserError, match="No value of the dial answers more pseudo-harmful prompts|at every layer and value"
-    ):
-        calibration.edit(demo, data, settings, silent)
-    settings.search.most_lost = 1.0
-    settings.calibration.strengths = (0.5, 1.0)
-    settings.search.most_kl = 5.0
+    source = {"direction": direction, "pseudo_harmful": str(tmp_path / "pseudo.json"), "strengths": (0.5, 1.0)}
+    bounds = {"n_fit": 12, "n_val": 4, "most_lost": 1.0, "most_kl": 5.0}
+    settings = DefenceSettings.of(SMALL | {"calibration": source, "search": bounds})
     change = calibration.edit(demo, data, settings, silent)
     assert isinstance(change.edit, Ablate) and change.found["chosen"]["strength"] == 0.5
     assert [row["strength"] for row in change.found["curve"]] == [None, 0.5, 1.0]
     assert change.found["curve"][0]["refused"]["rate"] == 1 and change.found["curve"][0]["over_refusal"]["n"] == 6
+
+
+def test_the_dial_is_chosen_within_the_bound_on_harmful_prompts():
+    settings, before = DefenceSettings(), trial(0, 20, 4)
+    tried = [
+        dataclasses.replace(trial(1, refused, answered), about={"strength": strength})
+        for strength, refused, answered in ((0.6, 15, 19), (0.8, 19, 12), (1.0, 20, 12))
+    ]
+    assert calibration.most_answered(tried, before, settings).about["strength"] == 1.0
+    for none in (tried[:1], [dataclasses.replace(tried[2], answered=Rate(4, 20))]):
+        with pytest.raises(
+            UserError, match="No value of the dial answers more pseudo-harmful prompts than the 4 of 20"
+        ):
+            calibration.most_answered(none, before, settings)
 
 
 def test_too_few_prompts(data):
