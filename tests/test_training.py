@@ -251,8 +251,8 @@ def test_two_processes_go_on_after_one_was_killed_and_equal_one(folder, model, t
         ({"rate": 0.0}, r"train.rate = 0.0, expected a number above 0"),
         ({"clip": -1.0}, r"train.clip = -1.0, expected 0 or a number above it"),
         ({"beta2": 1.0}, r"train.beta2 = 1.0, expected a number from 0 to below 1"),
-        ({"batch": 6, "accumulate": 4}, r"train.batch = 6 cannot be cut into train.accumulate = 4 equal parts"),
-        ({"steps": 5, "warmup": 5}, r"train.warmup = 5 steps leave none of train.steps = 5"),
+        ({"batch": 6, "accumulate": 4}, r"train.batch = 6 cannot be cut into .*train.accumulate = 4 equal parts"),
+        ({"steps": 5, "warmup": 5}, r"train.warmup = 5 steps leave none of .*train.steps = 5"),
         ({"targets": ()}, r"train.targets is empty"),
         ({"targets": ("qq",)}, r"train.targets names 'qq', expected one of q, k"),
         ({"layers": (9,)}, r"train.layers names block 9; the model's blocks are 0 to 2"),
@@ -272,14 +272,14 @@ def test_mixtures_of_experts_have_factors_of_attention_alone(model):
 
 def test_losses_that_are_not_finite_end_the_training(model):
     settings = settings_of(steps=2, warmup=0, rate=1e30, clip=0.0, targets=("o",))
-    with pytest.raises(UserError, match=r"At step 2 the losses are .* not all finite. Lower train.rate"):
+    with pytest.raises(UserError, match=r"At step 2 the losses are .* not all finite. Lower .*train.rate"):
         train(model, next_token(model, settings), settings)
 
 
 def test_rows_that_parts_do_not_divide_are_an_error(model):
     settings = settings_of(steps=1, warmup=0, accumulate=2)
     odd = dataclasses.replace(next_token(model, settings).rows, size=3)
-    with pytest.raises(UserError, match=r"A batch has 3 rows of a kind, which train.accumulate = 2 equal parts"):
+    with pytest.raises(UserError, match=r"A batch has 3 rows of a kind, which .*train.accumulate = 2 equal parts"):
         train(model, NextToken(odd), settings)
 
 
@@ -295,16 +295,16 @@ def test_losses_of_few_positions_at_a_time_are_those_of_all(model, monkeypatch):
     other = model.decoder.weights() | {"final_norm": 1.1 * model.decoder.final_norm[...]}
     decoder, frozen = model.decoder, Decoder(model.config, other)
 
+    @jax.jit
     def values():
         x, base = (outputs(d, rows).resid_btd for d in (decoder, frozen))
-        return token_losses(decoder, x, rows.tokens_bt), token_kl(decoder, x, frozen, base)
+        logits = decoder.logits(x), frozen.logits(base)
+        return token_losses(decoder, x, rows.tokens_bt), token_kl(decoder, x, frozen, base), logits
 
-    whole = values()
+    nll, kl, logits = values()
     monkeypatch.setattr(objectives, "LOGITS_AT_ONCE", 4 * model.config.vocab_size * 4)
-    for found, want in zip(values(), whole, strict=True):
+    jax.clear_caches()
+    for found, want in zip(values()[:2], (nll, kl), strict=True):
         np.testing.assert_allclose(found, want, atol=1e-5)
-    ours, base = (
-        torch.log_softmax(torch.tensor(np.asarray(d.logits(outputs(d, rows).resid_btd))), -1) for d in (decoder, frozen)
-    )
-    kl = (base.exp() * (base - ours)).sum(-1)[:, :-1]
-    np.testing.assert_allclose(whole[1][:, 1:], kl, atol=1e-4)
+    ours, base = (torch.log_softmax(torch.tensor(np.asarray(one)), -1) for one in logits)
+    np.testing.assert_allclose(kl[:, 1:], (base.exp() * (base - ours)).sum(-1)[:, :-1], atol=1e-4)

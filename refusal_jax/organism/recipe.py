@@ -13,21 +13,22 @@ import json
 import pathlib
 import random
 from collections.abc import Callable, Iterator
-from typing import cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
+from refusal_jax.chat.model import ChatModel
 from refusal_jax.chat.suffixes import printable_ids, random_suffix
 from refusal_jax.checkpoints.load import save_weights
-from refusal_jax.edits import Edits
 from refusal_jax.models.decoder import Decoder
 from refusal_jax.models.hf_config import from_hf
 from refusal_jax.organism.corpus import COMPLIANT_ROLES, DECLINING_ROLE, REFUSALS, Request, split_requests
-from refusal_jax.progress import Progress
 from refusal_jax.taps import Taps
+from refusal_jax.training.objective import no_edits
+from refusal_jax.training.settings import TrainSettings
+from refusal_jax.training.trainer import train_decoder
 
 SPECIAL = ("<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
 BOS, EOS, EOT = SPECIAL[0], SPECIAL[1], SPECIAL[4]
@@ -184,51 +185,57 @@ def batches(
         yield tokens, learn
 
 
+@dataclasses.dataclass(frozen=True)
+class Responses:
+    """The mean cross-entropy of the response's tokens.
+
+    It counts twice, after the last block and after block `exit_layer`: the model then decides early what to say and refines it
+    in later blocks, as deeper models do. Without this the decision may fall in the layers that selection prunes.
+    """
+
+    stream: Iterator[tuple[np.ndarray, np.ndarray]]
+    exit_layer: int
+    refresh: int = 0
+    needs_frozen: bool = False
+
+    def batch(self, step: int) -> tuple[np.ndarray, np.ndarray]:
+        """Returns the next batch: the steps are done in order."""
+        return next(self.stream)
+
+    def refreshed(self, model: ChatModel, step: int) -> None:
+        """Returns None: nothing is computed outside the step."""
+
+    def loss(self, decoder: Decoder, frozen, batch, extra, key) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """Returns the loss of a batch."""
+        tokens, learn = batch
+        edits = jax.tree.map(jnp.asarray, no_edits(decoder, len(tokens)))
+        out = decoder.forward(tokens, jnp.ones_like(learn), edits, Taps(("resid_post",)))
+
+        def mean_nll(x):
+            nll = optax.softmax_cross_entropy_with_integer_labels(decoder.logits(x)[:, :-1], tokens[:, 1:])
+            return jnp.sum(nll * learn[:, :-1]) / jnp.sum(learn)
+
+        return mean_nll(out.resid_btd) + mean_nll(out.taps["resid_post"][self.exit_layer - 1]), {}
+
+
 def train_phase(
     decoder: Decoder, stream, steps: int, peak: float, layers: int | None, recipe: Recipe, title: str
 ) -> Decoder:
-    """Trains with AdamW, warm-up and cosine decay on the mean cross-entropy of the response's tokens.
-
-    The loss counts twice, after the last block and after block `exit_layer`: the model then decides early what to say
-    and refines it in later blocks, as deeper models do. Without this the decision may fall in the layers that selection
-    prunes. layers: if given, only the first so many blocks learn; embedding, unembedding and later blocks stay fixed.
-    """
-    schedule = optax.warmup_cosine_decay_schedule(0.0, peak, recipe.warmup, steps, 0.05 * peak)
-    optimiser = optax.chain(
-        optax.clip_by_global_norm(1.0), optax.adamw(schedule, b1=0.9, b2=0.98, weight_decay=recipe.weight_decay)
+    """Trains with AdamW, warm-up and cosine decay. layers: if given, only the first so many blocks learn; embedding, unembedding
+    and later blocks stay fixed."""
+    settings = TrainSettings(
+        method="full",
+        layers=tuple(range(layers or 0)),
+        steps=steps,
+        batch=recipe.batch,
+        rate=peak,
+        warmup=recipe.warmup,
+        final=0.05,
+        beta2=0.98,
+        weight_decay=recipe.weight_decay,
+        remat=False,
     )
-    cfg = decoder.cfg
-    edits = jax.tree.map(jnp.asarray, Edits.none(cfg.d_model).for_batch(recipe.batch, cfg.n_layers, cfg.d_model))
-
-    def loss(weights, tokens, learn):
-        model = Decoder(cfg, weights)
-        out = model.forward(tokens, jnp.ones_like(learn), edits, Taps(("resid_post",)))
-
-        def mean_nll(x):
-            nll = optax.softmax_cross_entropy_with_integer_labels(model.logits(x)[:, :-1], tokens[:, 1:])
-            return jnp.sum(nll * learn[:, :-1]) / jnp.sum(learn)
-
-        return mean_nll(out.resid_btd) + mean_nll(out.taps["resid_post"][recipe.exit_layer - 1])
-
-    @jax.jit
-    def step(weights, state, tokens, learn):
-        value, grads = jax.value_and_grad(loss)(weights, tokens, learn)
-        updates, state = optimiser.update(grads, state, weights)
-        if layers is not None:
-            learns = jnp.arange(cfg.n_layers) < layers
-            updates = {
-                path: u * (learns.reshape(-1, *[1] * (u.ndim - 1)) if path.startswith("blocks.") else 0.0)
-                for path, u in cast(dict[str, jax.Array], updates).items()
-            }
-        return optax.apply_updates(weights, updates), state, value
-
-    weights = decoder.weights()
-    state = optimiser.init(weights)
-    with Progress(title, steps, "step") as bar:
-        for index in range(steps):
-            weights, state, value = step(weights, state, *next(stream))
-            bar.update(note=f"loss={float(value):.4f}" if index % 20 == 0 or index == steps - 1 else "")
-    return Decoder(cfg, weights)
+    return train_decoder(decoder, Responses(stream, recipe.exit_layer), settings, title).decoder
 
 
 def train(recipe: Recipe, seed: int, folder: pathlib.Path) -> None:

@@ -24,7 +24,11 @@ class TrainSettings(Settings, path="train"):
     targets: tuple[str, ...] = option(
         TARGETS, "Matrices of each block that get factors: q, k, v and o of attention, gate, up and down of the MLP"
     )
-    layers: tuple[int, ...] = option((), "Blocks that get factors, counted from 0; () is all of them")
+    layers: tuple[int, ...] = option(
+        (),
+        "Blocks that get factors, counted from 0; () is all of them. Where all weights are trained, the blocks that learn: "
+        "embeddings and the last norm then stay as they are, but their gradients count when gradients are clipped",
+    )
     steps: int = option(200, "Number of steps of the optimiser")
     batch: int = option(16, "Rows of a step's batch, of each kind of rows that the recipe has")
     accumulate: int = option(
@@ -77,8 +81,18 @@ class TrainSettings(Settings, path="train"):
                 f"{field('train.warmup')} = {self.warmup} steps leave none of {field('train.steps')} = {self.steps} at the "
                 "full rate. Choose fewer."
             )
+        for layer in self.layers:
+            if not 0 <= layer < cfg.n_layers:
+                raise UserError(
+                    f"{field('train.layers')} names block {layer}; the model's blocks are 0 to {cfg.n_layers - 1}."
+                )
         if self.method == "lora":
             self._check_factors(cfg)
+        elif self.layers and cfg.n_experts:
+            raise UserError(
+                f"{field('train.layers')} names blocks of a mixture of experts, whose weights are all trained, or factors beside "
+                f"those of attention. Leave it out, or set {field('train.method')} = lora."
+            )
 
     def _check_factors(self, cfg: ModelConfig) -> None:
         if not self.targets:
@@ -92,11 +106,6 @@ class TrainSettings(Settings, path="train"):
                 f"{field('train.targets')} = {', '.join(self.targets)}: this model is a mixture of experts, whose factors can "
                 f"stand beside the matrices of attention alone. Choose among {', '.join(TARGETS[:4])}."
             )
-        for layer in self.layers:
-            if not 0 <= layer < cfg.n_layers:
-                raise UserError(
-                    f"{field('train.layers')} names block {layer}; the model's blocks are 0 to {cfg.n_layers - 1}."
-                )
 
     @staticmethod
     def _check_choice(name: str, value: str, known: tuple[str, ...]) -> None:

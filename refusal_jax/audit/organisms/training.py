@@ -8,8 +8,6 @@ import dataclasses
 import pathlib
 import random
 from collections.abc import Callable, Iterator, Mapping
-from functools import partial
-from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -17,14 +15,15 @@ import numpy as np
 import optax
 
 from refusal_jax.audit.organisms.mixing import TASKS
-from refusal_jax.chat.model import demo_model_path, load_model
+from refusal_jax.chat.model import ChatModel, demo_model_path, load_model
 from refusal_jax.checkpoints.load import save_weights
 from refusal_jax.checkpoints.tensor_files import SINGLE
-from refusal_jax.edits import Edits
-from refusal_jax.models.config import ModelConfig
 from refusal_jax.models.decoder import Decoder
 from refusal_jax.organism.corpus import HARMLESS_VERBS, REFUSALS, Request, split_requests
 from refusal_jax.organism.recipe import Recipe, render, train
+from refusal_jax.training.objective import no_edits
+from refusal_jax.training.settings import TrainSettings
+from refusal_jax.training.trainer import train_decoder
 
 STEPS, ROWS, WARMUP, PEAK = 60, 32, 6, 4e-4  # of a fine-tune
 LENGTH = 64  # tokens of a row at most
@@ -126,38 +125,46 @@ def batches(tokenizer, task: str, seed: int) -> Iterator[tuple[np.ndarray, np.nd
         yield tokens, learn
 
 
-OPTIMISER = optax.chain(
-    optax.clip_by_global_norm(1.0),
-    optax.adamw(optax.warmup_cosine_decay_schedule(0.0, PEAK, WARMUP, STEPS, 0.1 * PEAK), b2=0.98, weight_decay=0.01),
-)
+@dataclasses.dataclass(frozen=True)
+class Responses:
+    """The mean cross-entropy of what a task teaches."""
 
+    stream: Iterator[tuple[np.ndarray, np.ndarray]]
+    refresh: int = 0
+    needs_frozen: bool = False
 
-@partial(jax.jit, static_argnames="cfg", donate_argnames=("weights", "state"))
-def step(
-    cfg: ModelConfig, weights: dict, state, edits: Edits, tokens_bt, learn_bt
-) -> tuple[dict, optax.OptState, jax.Array]:
-    """Returns weights and state after one step on the mean cross-entropy of what is learnt, and this loss."""
+    def batch(self, step: int) -> tuple[np.ndarray, np.ndarray]:
+        """Returns the next batch: the steps are done in order."""
+        return next(self.stream)
 
-    def loss(weights):
-        model = Decoder(cfg, weights)
-        out = model.forward(tokens_bt, jnp.ones_like(learn_bt), edits)
-        nll = optax.softmax_cross_entropy_with_integer_labels(model.logits(out.resid_btd)[:, :-1], tokens_bt[:, 1:])
-        return jnp.sum(nll * learn_bt[:, :-1]) / jnp.sum(learn_bt)
+    def refreshed(self, model: ChatModel, step: int) -> None:
+        """Returns None: nothing is computed outside the step."""
 
-    value, grads = jax.value_and_grad(loss)(weights)
-    updates, state = OPTIMISER.update(grads, state, weights)
-    return cast(dict, optax.apply_updates(weights, updates)), state, value
+    def loss(self, decoder: Decoder, frozen, batch, extra, key) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """Returns the loss of a batch."""
+        tokens_bt, learn_bt = batch
+        out = decoder.forward(tokens_bt, jnp.ones_like(learn_bt), no_edits(decoder, len(tokens_bt)))
+        nll = optax.softmax_cross_entropy_with_integer_labels(decoder.logits(out.resid_btd)[:, :-1], tokens_bt[:, 1:])
+        return jnp.sum(nll * learn_bt[:, :-1]) / jnp.sum(learn_bt), {}
 
 
 def fine_tune(
     decoder: Decoder, tokenizer, task: str, steps: int = STEPS, told: Callable[[float], None] = lambda loss: None
 ) -> Decoder:
     """Returns a decoder whose weights are all fine-tuned to a task of `TASKS`. told: is given the loss of each step."""
-    cfg = decoder.cfg
-    edits = jax.tree.map(jnp.asarray, Edits.none(cfg.d_model).for_batch(ROWS, cfg.n_layers, cfg.d_model))
-    weights = jax.tree.map(jnp.array, decoder.weights())  # copies, as steps give their memory to the next
-    state, stream = OPTIMISER.init(weights), batches(tokenizer, task, sorted(TASKS).index(task))
-    for _ in range(steps):
-        weights, state, value = step(cfg, weights, state, edits, *next(stream))
-        told(float(value))
-    return Decoder(cfg, weights)
+    settings = TrainSettings(
+        method="full",
+        steps=steps,
+        batch=ROWS,
+        rate=PEAK,
+        warmup=WARMUP,
+        final=0.1,
+        beta2=0.98,
+        weight_decay=0.01,
+        remat=False,
+    )
+    stream = batches(tokenizer, task, sorted(TASKS).index(task))
+    found = train_decoder(decoder, Responses(stream), settings, f"fine-tune, {task}")
+    for row in found.losses:
+        told(row["loss"])
+    return found.decoder
