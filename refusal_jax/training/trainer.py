@@ -58,7 +58,7 @@ def train(
     fit the model, for another training in the folder, and for a loss that is not finite.
     """
     settings.check(model.config)
-    trainer = _Trainer(model, objective, settings)
+    trainer = _Trainer(model.decoder, objective, settings, model)
     if folder is None:
         return trainer.run(title, until=until)
     kept = {name: value for name, value in settings.to_dict().items() if name != "every"}
@@ -66,12 +66,18 @@ def train(
         return trainer.run(title, states, until)
 
 
-class _Trainer:
-    """One training: its state, and the step that changes it."""
+def train_decoder(decoder: Decoder, objective: Objective, settings: TrainSettings, title: str = "training") -> Trained:
+    """Trains a decoder as `train` does a model, on an objective that computes nothing outside the step, and keeps nothing."""
+    settings.check(decoder.cfg)
+    return _Trainer(decoder, objective, settings).run(title)
 
-    def __init__(self, model: ChatModel, objective: Objective, settings: TrainSettings):
+
+class _Trainer:
+    """One training: its state, and the step that changes it. model: that the decoder is of, where the objective asks for it."""
+
+    def __init__(self, decoder: Decoder, objective: Objective, settings: TrainSettings, model: ChatModel | None = None):
         self.model, self.objective, self.settings = model, objective, settings
-        self.frozen, self.mesh = model.decoder, model.mesh
+        self.frozen, self.mesh = decoder, decoder.mesh
         self.schedule = schedule(settings)
         self.whole_step = Step(objective, settings, self.mesh)
         self.trained, optimiser = self._fresh(), self.whole_step.optimiser
@@ -83,7 +89,7 @@ class _Trainer:
     def _fresh(self) -> dict[str, jax.Array]:
         """Returns what is trained, float32: fresh factors, or a copy of all weights."""
         if self.settings.method == "lora":
-            return fresh_factors(self.model.config, self.settings, self.mesh)
+            return fresh_factors(self.frozen.cfg, self.settings, self.mesh)
         return {path: jnp.array(w, jnp.float32, copy=True) for path, w in self.frozen.weights().items()}
 
     def run(
@@ -117,6 +123,7 @@ class _Trainer:
 
     def _now(self) -> ChatModel:
         """Returns the model with the weights of now, of which the next step makes its own: it cannot be used any more then."""
+        assert self.model is not None, "only a model's training asks for the model"
         return dataclasses.replace(self.model, decoder=self.whole_step.decoder(self.frozen, self.trained))
 
     def _refresh(self, number: int) -> None:
