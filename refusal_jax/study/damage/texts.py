@@ -119,7 +119,7 @@ def lines(findings: Findings) -> list[str]:
         for measure in one["measures"]:
             cells = "".join(f"{cell(measure, row):<{w}}" for row, w in zip(one["rows"], columns, strict=True))
             out.append(f"  {title(measure):<{wide}}{cells}".rstrip())
-    return [*out, *(f"  {text}" for text in sentences(found))]
+    return [*out, f"  Replies to {of.dataset(HARMLESS)} prompts: {' '.join(sentences(found))}"]
 
 
 def values(findings: Findings) -> dict:
