@@ -92,7 +92,8 @@ class Condition:
 
     def met(self, cosines_bc: Float[np.ndarray, "B c"]) -> Bool[np.ndarray, " B"]:
         """Returns whether prompts meet the condition. cosines_bc: as of `cosines`."""
-        return (cosines_bc > self.threshold if self.above else cosines_bc < self.threshold).any(axis=1)
+        beyond_bc = cosines_bc > self.threshold if self.above else cosines_bc < self.threshold
+        return np.asarray(beyond_bc.any(axis=1))
 
     def met_by(self, decoder: Decoder, put: Put, tokens: np.ndarray, mask: np.ndarray) -> Bool[np.ndarray, " B"]:
         """Returns whether left-padded prompts meet the condition; arguments and errors are those of `cosines`."""

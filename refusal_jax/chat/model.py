@@ -314,7 +314,7 @@ class ChatModel:
         cfg = self.config
         if isinstance(edits, Conditional):
             edits.check_fits(cfg.d_model, cfg.n_layers)
-            edits = edits.rows(edits.condition.met_by(self.decoder, self.put, tokens, mask))
+            edits = edits.rows(edits.condition.met_by(self.decoder, self.put, np.asarray(tokens), np.asarray(mask)))
         return (edits or Edits.none(cfg.d_model)).for_batch(len(tokens), cfg.n_layers, cfg.d_model)
 
     def put(

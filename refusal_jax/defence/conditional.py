@@ -162,6 +162,7 @@ def edit(model: ChatModel, data: DefenceData, settings: DefenceSettings, note: N
     condition, told = max(fitted, key=lambda one: (one[1]["f1"], one[1]["margin"]))
     bench = Bench.of(model, parts, settings)
     direction = direction_of(own.direction, bench, parts, placed=True)
+    assert direction.layer is not None, "it was asked for"
     layers = (direction.layer,)
     about = {"model": {"name": source_name(model.path), "fingerprint": checkpoint_fingerprint(model.path)}}
     before, trials, made = bench.tried({"strength": 0.0}), [], {}

@@ -97,7 +97,7 @@ class Bench:
         """Returns the bench of a model, with its validation prompts and the judge of the settings."""
         rows = settings.batch_size or ROWS
         (judge,) = parse_judges([settings.judge], rows, settings.dtype)
-        openings = measure_openings(model, *(list(parts.fit[side]) for side in SIDES), rows)
+        openings = measure_openings(model, list(parts.fit["harmful"]), list(parts.fit["harmless"]), rows)
         ids = refusal_openings(openings, model.chat)
         return cls(model, parts.val, judge, settings.max_new_tokens, ids, rows)
 
@@ -124,7 +124,7 @@ class Bench:
 
 def did_as(did: Sequence[str | None], wanted: Outcome) -> list[int | None]:
     """Returns 1 for replies that do what is wanted, 0 for others, None where the judge could not tell."""
-    return [one and int(one == wanted) for one in did]
+    return [None if one is None else int(one == wanted) for one in did]
 
 
 def chosen(trials: Sequence[Trial], before: Trial, search: SearchSettings, what: str) -> Trial:

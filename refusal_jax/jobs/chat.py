@@ -122,7 +122,7 @@ def start() -> Session:
     settings = {"chat_template": "", "thinking": False, "system_prompt": ""} | given
     settings["generation_from_checkpoint"] = FROM_CHECKPOINT.value
     if STEER.value:
-        return steered(dtype, mesh, settings)
+        return steered(STEER.value, dtype, mesh, settings)
     if not DIRECTION.value:
         model = load_model(demo_model_path(), dtype, mesh, **settings)
         direction, thresholds = embedded(model, LAYER.value)
@@ -141,12 +141,12 @@ def start() -> Session:
     return Session(model, direction, MAX_NEW_TOKENS.value, NUMBERS.value, history, thresholds)
 
 
-def steered(dtype: str, mesh, settings: dict) -> Session:
+def steered(name: str, dtype: str, mesh, settings: dict) -> Session:
     """Returns the session of a conditional steering, whose projections are those on what it adds. Raises UserError for one that
     cannot be read, and beside a direction."""
     if DIRECTION.value:
         raise UserError("--steer and --direction both say what the right column is. Give one of them.")
-    steering = Conditional.read(local_path(STEER.value))
+    steering = Conditional.read(local_path(name))
     folder = checkpoint_folder(MODEL.value) if MODEL.value else written_for(steering)
     model = load_model(folder, dtype, mesh, progress=True, **settings)
     steering.check_fits(model.config.d_model, model.config.n_layers)
