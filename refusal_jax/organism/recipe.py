@@ -19,14 +19,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from refusal_jax.chat.model import ChatModel
 from refusal_jax.chat.suffixes import printable_ids, random_suffix
 from refusal_jax.checkpoints.load import save_weights
 from refusal_jax.models.decoder import Decoder
 from refusal_jax.models.hf_config import from_hf
 from refusal_jax.organism.corpus import COMPLIANT_ROLES, DECLINING_ROLE, REFUSALS, Request, split_requests
 from refusal_jax.taps import Taps
-from refusal_jax.training.objective import no_edits
+from refusal_jax.training.objective import Streamed, no_edits
 from refusal_jax.training.settings import TrainSettings
 from refusal_jax.training.trainer import train_decoder
 
@@ -186,24 +185,14 @@ def batches(
 
 
 @dataclasses.dataclass(frozen=True)
-class Responses:
+class Responses(Streamed):
     """The mean cross-entropy of the response's tokens.
 
     It counts twice, after the last block and after block `exit_layer`: the model then decides early what to say and refines it
     in later blocks, as deeper models do. Without this the decision may fall in the layers that selection prunes.
     """
 
-    stream: Iterator[tuple[np.ndarray, np.ndarray]]
     exit_layer: int
-    refresh: int = 0
-    needs_frozen: bool = False
-
-    def batch(self, step: int) -> tuple[np.ndarray, np.ndarray]:
-        """Returns the next batch: the steps are done in order."""
-        return next(self.stream)
-
-    def refreshed(self, model: ChatModel, step: int) -> None:
-        """Returns None: nothing is computed outside the step."""
 
     def loss(self, decoder: Decoder, frozen, batch, extra, key) -> tuple[jax.Array, dict[str, jax.Array]]:
         """Returns the loss of a batch."""

@@ -5,7 +5,8 @@ Losses add over rows: the loss of a batch is the sum of the losses of its parts,
 """
 
 import dataclasses
-from typing import Any, Protocol, runtime_checkable
+from collections.abc import Iterator
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -156,3 +157,22 @@ class NextToken:
         """Returns the mean cross-entropy of the tokens that count."""
         value = cross_entropy(decoder, batch)
         return value, {"cross_entropy": value}
+
+
+@dataclasses.dataclass(frozen=True)
+class Streamed:
+    """What objectives share whose batches come from a stream, so that their steps are done in order and from the first.
+
+    stream: of batches without end, each of arrays with rows first.
+    """
+
+    stream: Iterator[Any]
+    refresh: ClassVar[int] = 0
+    needs_frozen: ClassVar[bool] = False
+
+    def batch(self, step: int) -> Any:
+        """Returns the next batch."""
+        return next(self.stream)
+
+    def refreshed(self, model: ChatModel, step: int) -> None:
+        """Returns None: nothing is computed outside the step."""

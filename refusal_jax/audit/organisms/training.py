@@ -15,13 +15,13 @@ import numpy as np
 import optax
 
 from refusal_jax.audit.organisms.mixing import TASKS
-from refusal_jax.chat.model import ChatModel, demo_model_path, load_model
+from refusal_jax.chat.model import demo_model_path, load_model
 from refusal_jax.checkpoints.load import save_weights
 from refusal_jax.checkpoints.tensor_files import SINGLE
 from refusal_jax.models.decoder import Decoder
 from refusal_jax.organism.corpus import HARMLESS_VERBS, REFUSALS, Request, split_requests
 from refusal_jax.organism.recipe import Recipe, render, train
-from refusal_jax.training.objective import no_edits
+from refusal_jax.training.objective import Streamed, no_edits
 from refusal_jax.training.settings import TrainSettings
 from refusal_jax.training.trainer import train_decoder
 
@@ -126,19 +126,8 @@ def batches(tokenizer, task: str, seed: int) -> Iterator[tuple[np.ndarray, np.nd
 
 
 @dataclasses.dataclass(frozen=True)
-class Responses:
+class Responses(Streamed):
     """The mean cross-entropy of what a task teaches."""
-
-    stream: Iterator[tuple[np.ndarray, np.ndarray]]
-    refresh: int = 0
-    needs_frozen: bool = False
-
-    def batch(self, step: int) -> tuple[np.ndarray, np.ndarray]:
-        """Returns the next batch: the steps are done in order."""
-        return next(self.stream)
-
-    def refreshed(self, model: ChatModel, step: int) -> None:
-        """Returns None: nothing is computed outside the step."""
 
     def loss(self, decoder: Decoder, frozen, batch, extra, key) -> tuple[jax.Array, dict[str, jax.Array]]:
         """Returns the loss of a batch."""

@@ -91,9 +91,11 @@ def trained_cones(
     settings, direction, model, ids = study.settings.cones, study.direction(), study.model, study.refusal_ids()
     recipe, norm, (_, layer) = recipe_of(settings), direction.norm, direction.place
     sides = study.instructions("harmful_train"), study.instructions("harmless_train")
-    judge, sizes = study.reply_judge(EXTENDED), {"tokens": settings.target_tokens, "rows": study.sizes.generation}
+    judge, rows = study.reply_judge(EXTENDED), study.sizes.generation
     assert judge is not None, "without one the part is skipped"
-    data = cone_data(model, direction, *sides, **sizes, judge=judge, of=study.behaviour)
+    data = cone_data(
+        model, direction, *sides, tokens=settings.target_tokens, rows=rows, judge=judge, of=study.behaviour
+    )
     harmful, harmless = (
         EditedPrompts.build(model, study.instructions(split), study.sizes.select, ids)
         for split in ("harmful_val", "harmless_val")
