@@ -26,8 +26,9 @@ from unittest import mock
 import numpy as np
 
 from refusal_jax import Edits, load_model
-from refusal_jax.data.prompts import BUNDLED, read_prompts, resolve
+from refusal_jax.data.prompts import BUNDLED, read_prompts
 from refusal_jax.data.sampling import SPLITS
+from refusal_jax.data.sources import resolve
 from refusal_jax.directions import read_direction
 from refusal_jax.files import cache_folder
 from refusal_jax.judges.statistics import Rate

@@ -14,7 +14,8 @@ from refusal_jax.audit.organisms.recipe import Recipe
 from refusal_jax.audit.repair import Repair
 from refusal_jax.audit.weights import ArrayWeights
 from refusal_jax.chat.model import ChatModel, demo_model_path
-from refusal_jax.data.prompts import BUNDLED, read_prompts, resolve
+from refusal_jax.data.prompts import BUNDLED, read_prompts
+from refusal_jax.data.sources import resolve
 from refusal_jax.judges.text import substring_matching
 
 PROMPTS = [row["instruction"] for row in read_prompts(resolve(BUNDLED, "harmful_test"))[:32]]

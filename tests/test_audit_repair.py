@@ -23,7 +23,8 @@ from refusal_jax.audit.verdict import Verdict
 from refusal_jax.audit.weights import ArrayWeights, StoredWeights
 from refusal_jax.chat.model import demo_model_path, load_model
 from refusal_jax.chat.residuals import extract
-from refusal_jax.data.prompts import BUNDLED, read_prompts, resolve
+from refusal_jax.data.prompts import BUNDLED, read_prompts
+from refusal_jax.data.sources import resolve
 from refusal_jax.export.provenance import check
 
 STRENGTHS = (0.1, 0.3, 0.5, 0.7, 0.85, 0.95)

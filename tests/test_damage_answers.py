@@ -9,8 +9,9 @@ from refusal_jax import Edits
 from refusal_jax.chat.loss_rows import LossRow, chat_rows
 from refusal_jax.damage.answers import answer_rows
 from refusal_jax.damage.edited_rows import EditedRows
-from refusal_jax.data.prompts import read_prompts, resolve
+from refusal_jax.data.prompts import read_prompts
 from refusal_jax.data.questions import read_questions
+from refusal_jax.data.sources import resolve
 from refusal_jax.organism.corpus import Request
 
 PAIRS = [

@@ -9,8 +9,9 @@ import random
 import pytest
 
 from refusal_jax import UserError
-from refusal_jax.data.prompts import BUNDLED, dataset_name, read_prompts, resolve, write_prompts
+from refusal_jax.data.prompts import BUNDLED, read_prompts, write_prompts
 from refusal_jax.data.sampling import SPLITS, sample_prompts
+from refusal_jax.data.sources import dataset_name, resolve
 from refusal_jax.errors import NoDirection
 from refusal_jax.files import file_hash
 from refusal_jax.judges.evaluations import evaluate_completions

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from refusal_jax import UserError, demo_model_path
 from refusal_jax.chat import residuals
 from refusal_jax.chat.prompts import Chat
-from refusal_jax.data.prompts import resolve
+from refusal_jax.data.sources import resolve
 from refusal_jax.models import generate as generate_module
 from refusal_jax.models import losses
 from refusal_jax.runs.ledger import Ledger

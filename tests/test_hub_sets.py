@@ -10,7 +10,8 @@ from huggingface_hub import constants
 from refusal_jax import UserError
 from refusal_jax import hub as names
 from refusal_jax.data.hub_sets import HubSet, chosen_column, hub_prompts
-from refusal_jax.data.prompts import dataset_name, read_chat_pairs, read_prompts, resolve
+from refusal_jax.data.prompts import read_chat_pairs, read_prompts
+from refusal_jax.data.sources import dataset_name, resolve
 
 NAME, (OLD, NEW) = "org/prompts", ("a" * 40, "b" * 40)
 

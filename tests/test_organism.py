@@ -11,8 +11,9 @@ import pytest
 
 from refusal_jax import demo_model_path, load_model, progress
 from refusal_jax.chat.prompts import Chat
-from refusal_jax.data.prompts import read_prompts, resolve
+from refusal_jax.data.prompts import read_prompts
 from refusal_jax.data.sampling import SPLITS
+from refusal_jax.data.sources import resolve
 from refusal_jax.judges.text import substring_matching
 from refusal_jax.organism.answers import well_formed
 from refusal_jax.organism.corpus import (

@@ -16,8 +16,9 @@ import pytest
 from refusal_jax import UserError
 from refusal_jax.data import download as downloads
 from refusal_jax.data.download import download, short_hash
-from refusal_jax.data.prompts import dataset_name, read_prompts, resolve
+from refusal_jax.data.prompts import read_prompts
 from refusal_jax.data.public import MANIFEST, build, build_splits, fetch_set, load_manifest, status, take_files
+from refusal_jax.data.sources import dataset_name, resolve
 from refusal_jax.jobs.main import run_job
 
 SHARED = pathlib.Path(os.environ.get("REFUSAL_JAX_SHARED", pathlib.Path(__file__).resolve().parents[2] / "shared"))

@@ -9,9 +9,10 @@ from test_hub_sets import NAME, jsonl, sets  # noqa: F401
 from test_public_data import sha
 
 from refusal_jax import UserError
-from refusal_jax.data.prompts import read_prompts, resolve
+from refusal_jax.data.prompts import read_prompts
 from refusal_jax.data.public import MANIFEST, build, load_manifest, take_files
 from refusal_jax.data.questions import Question, plain_answer, question_of, read_questions
+from refusal_jax.data.sources import resolve
 
 GSM = {
     "question": "Ann bakes 4 loaves a day. How many does she bake in 6 days?",
@@ -119,7 +120,7 @@ def test_public_sets_by_name(tmp_path, monkeypatch):
     manifest, folder = load_manifest(tmp_path / "manifest.json"), tmp_path / "data"
     assert take_files(manifest.choose(["gsm8k", "mbpp"]), tmp_path, folder) == ["gsm8k", "mbpp"]
     assert build(manifest, folder)["answers/gsm8k.jsonl"] == 1
-    monkeypatch.setattr("refusal_jax.data.prompts.data_folder", lambda: folder)
+    monkeypatch.setattr("refusal_jax.data.sources.data_folder", lambda: folder)
     assert read_questions(resolve("gsm8k", "answers")) == [Question(GSM["question"], WORKED)]
     assert read_questions(resolve("mbpp", "answers")) == [Question("Do.", "x")]
     assert read_prompts(resolve("gsm8k", "harmless_test"))[0]["instruction"] == GSM["question"]

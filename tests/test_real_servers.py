@@ -9,7 +9,8 @@ from real_servers import llama_server, llama_serving, transformers_serving
 
 from refusal_jax import load_model
 from refusal_jax.chat.model import demo_model_path
-from refusal_jax.data.prompts import BUNDLED, read_prompts, resolve
+from refusal_jax.data.prompts import BUNDLED, read_prompts
+from refusal_jax.data.sources import resolve
 from refusal_jax.endpoints.client import Endpoint
 from refusal_jax.endpoints.endpoint import EndpointSettings, Fault
 from refusal_jax.errors import UserError

@@ -10,7 +10,8 @@ import sys
 import pytest
 
 from refusal_jax import UserError, demo_model_path
-from refusal_jax.data.prompts import BUNDLED, read_prompts, resolve
+from refusal_jax.data.prompts import BUNDLED, read_prompts
+from refusal_jax.data.sources import resolve
 from refusal_jax.jobs.main import run_job
 from refusal_jax.judges.statistics import Rate
 

@@ -13,7 +13,8 @@ from commands import forked, forked_code, refused
 from refusal_jax import UserError, demo_model_path, load_model
 from refusal_jax.chat.model import demo_suffix_path
 from refusal_jax.chat.suffixes import ids_of, is_stable
-from refusal_jax.data.prompts import BUNDLED, read_prompts, resolve
+from refusal_jax.data.prompts import BUNDLED, read_prompts
+from refusal_jax.data.sources import resolve
 from refusal_jax.judges.statistics import Rate
 from refusal_jax.models.decoder import Decoder
 from refusal_jax.models.scores import refusal_score
@@ -125,7 +126,8 @@ def test_criteria_of_a_suffix():
 ATTEMPT = """
 import dataclasses, pathlib, shutil, sys
 from refusal_jax import demo_model_path
-from refusal_jax.data.prompts import BUNDLED, read_prompts, resolve, write_prompts
+from refusal_jax.data.prompts import BUNDLED, read_prompts, write_prompts
+from refusal_jax.data.sources import resolve
 from refusal_jax.jobs import organism
 from refusal_jax.organism import suffix
 from refusal_jax.organism.criteria import Criterion

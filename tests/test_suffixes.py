@@ -8,7 +8,8 @@ from transformers import PreTrainedTokenizerFast
 
 from refusal_jax import UserError, demo_model_path, load_model
 from refusal_jax.chat.suffixes import ids_of, is_stable, printable_ids, random_suffix
-from refusal_jax.data.prompts import BUNDLED, read_prompts, resolve
+from refusal_jax.data.prompts import BUNDLED, read_prompts
+from refusal_jax.data.sources import resolve
 from refusal_jax.organism.answers import Answers, random_suffixes
 from refusal_jax.organism.criteria import JUNK_LENGTHS
 

@@ -4,7 +4,8 @@ import itertools
 import random
 from collections.abc import Callable, Mapping, Sequence
 
-from refusal_jax.data.prompts import dataset_name, distinct, read_prompts, resolve
+from refusal_jax.data.prompts import read_prompts
+from refusal_jax.data.sources import dataset_name, distinct, resolve
 from refusal_jax.errors import UserError, field
 
 SPLITS = ("harmful_train", "harmless_train", "harmful_val", "harmless_val", "harmful_test", "harmless_test")

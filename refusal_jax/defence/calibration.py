@@ -16,7 +16,7 @@ from refusal_jax.chat.messages import Prompt
 from refusal_jax.chat.model import ChatModel
 from refusal_jax.conditions import Ablate
 from refusal_jax.data.pairs import read_pairs
-from refusal_jax.data.prompts import resolve
+from refusal_jax.data.sources import resolve
 from refusal_jax.defence.data import SIDES, DefenceData
 from refusal_jax.defence.lessons import Note
 from refusal_jax.defence.measure import outcomes

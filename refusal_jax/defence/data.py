@@ -12,8 +12,9 @@ from collections.abc import Sequence
 from refusal_jax.chat.messages import Prompt, as_messages
 from refusal_jax.chat.model import ChatModel
 from refusal_jax.data.pairs import ChatPair, read_pairs
-from refusal_jax.data.prompts import BUNDLED, ON_THE_HUB, read_prompts, resolve
+from refusal_jax.data.prompts import BUNDLED, ON_THE_HUB, read_prompts
 from refusal_jax.data.sampling import normal
+from refusal_jax.data.sources import resolve
 from refusal_jax.defence.lessons import Lesson, Note, answering, refusing
 from refusal_jax.errors import UserError, field
 from refusal_jax.organism.corpus import REFUSALS, Request, split_requests

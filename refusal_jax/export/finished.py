@@ -8,7 +8,8 @@ import pathlib
 from refusal_jax.chat.messages import as_setting
 from refusal_jax.checkpoints.remote import checkpoint_folder
 from refusal_jax.conditions import Baseline
-from refusal_jax.data.prompts import BUNDLED, read_prompts, resolve
+from refusal_jax.data.prompts import BUNDLED, read_prompts
+from refusal_jax.data.sources import resolve
 from refusal_jax.directions import DIRECTION, check_found
 from refusal_jax.errors import UserError
 from refusal_jax.files import read_json

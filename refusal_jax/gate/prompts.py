@@ -4,7 +4,8 @@ import dataclasses
 import hashlib
 import random
 
-from refusal_jax.data.prompts import read_prompts, resolve
+from refusal_jax.data.prompts import read_prompts
+from refusal_jax.data.sources import resolve
 from refusal_jax.errors import UserError, field
 from refusal_jax.files import file_hash
 from refusal_jax.gate.policy import HARMFUL, Policy, PromptSet

@@ -6,7 +6,8 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from refusal_jax.data.prompts import read_prompts, resolve
+from refusal_jax.data.prompts import read_prompts
+from refusal_jax.data.sources import resolve
 from refusal_jax.errors import UserError, did_you_mean
 from refusal_jax.files import to_json
 from refusal_jax.judges.choice import parse_judges

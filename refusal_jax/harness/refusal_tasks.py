@@ -18,7 +18,7 @@ from lm_eval.api.metrics import mean
 from lm_eval.api.task import ConfigurableTask
 
 from refusal_jax.chat import thoughts
-from refusal_jax.data.prompts import distinct
+from refusal_jax.data.sources import distinct
 from refusal_jax.errors import UserError
 from refusal_jax.harness.asked import Asking
 from refusal_jax.harness.edited import warn_once

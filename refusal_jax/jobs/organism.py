@@ -28,7 +28,8 @@ from collections.abc import Iterable, Sequence
 from absl import flags
 
 from refusal_jax.chat.model import ChatModel, demo_model_path, load_model
-from refusal_jax.data.prompts import BUNDLED, resolve
+from refusal_jax.data.prompts import BUNDLED
+from refusal_jax.data.sources import resolve
 from refusal_jax.errors import UserError
 from refusal_jax.files import local_path, to_json, write_atomically
 from refusal_jax.jobs import common

@@ -10,7 +10,8 @@ import random
 import time as clock
 
 from refusal_jax.chat.model import demo_model_path, load_model
-from refusal_jax.data.prompts import BUNDLED, read_prompts, resolve
+from refusal_jax.data.prompts import BUNDLED, read_prompts
+from refusal_jax.data.sources import resolve
 from refusal_jax.edits import Edits
 from refusal_jax.files import write_atomically
 from refusal_jax.organism.direction import embedded_direction

@@ -8,7 +8,8 @@ from jaxtyping import Float
 
 from refusal_jax.chat.model import ChatModel
 from refusal_jax.chat.residuals import extract
-from refusal_jax.data.prompts import BUNDLED, read_prompts, resolve
+from refusal_jax.data.prompts import BUNDLED, read_prompts
+from refusal_jax.data.sources import resolve
 from refusal_jax.directions import Direction
 from refusal_jax.study.directions import difference_in_means
 

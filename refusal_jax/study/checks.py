@@ -7,8 +7,9 @@ from refusal_jax.chat.model import weights_dtype
 from refusal_jax.chat.templates import named_template
 from refusal_jax.checkpoints.load import check_dtype
 from refusal_jax.conditions import Condition, datasets
-from refusal_jax.data.prompts import BUNDLED, read_chat_pairs, read_prompts, resolve
+from refusal_jax.data.prompts import BUNDLED, read_chat_pairs, read_prompts
 from refusal_jax.data.sampling import STAGES
+from refusal_jax.data.sources import resolve
 from refusal_jax.errors import UserError, did_you_mean, field
 from refusal_jax.judges.behaviours import JUDGE, REFUSAL, TOKENS, Behaviour
 from refusal_jax.judges.choice import parse_judges

@@ -13,7 +13,8 @@ from refusal_jax.chat.loss_rows import LossRow, chat_rows, padded_rows, text_row
 from refusal_jax.chat.model import ChatModel
 from refusal_jax.chat.padding import bucket
 from refusal_jax.conditions import INTERVENTIONS, USUAL, Baseline, Condition, Intervention, label_of
-from refusal_jax.data.prompts import distinct, read_chat_pairs, read_prompts, resolve
+from refusal_jax.data.prompts import read_chat_pairs, read_prompts
+from refusal_jax.data.sources import distinct, resolve
 from refusal_jax.edits import Edits
 from refusal_jax.errors import UserError, field
 from refusal_jax.judges.statistics import mean_interval

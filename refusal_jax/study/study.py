@@ -10,8 +10,8 @@ from refusal_jax.chat.messages import is_file
 from refusal_jax.chat.model import demo_model_path
 from refusal_jax.checkpoints.fingerprint import checkpoint_fingerprint
 from refusal_jax.checkpoints.remote import checkpoint_folder
-from refusal_jax.data.prompts import resolve
 from refusal_jax.data.sampling import SPLITS
+from refusal_jax.data.sources import resolve
 from refusal_jax.errors import NoDirection, UserError
 from refusal_jax.files import file_hash
 from refusal_jax.judges.judge import Judge

@@ -10,8 +10,9 @@ from refusal_jax.damage.answers import answer_rows
 from refusal_jax.damage.edited_rows import EditedRows
 from refusal_jax.damage.measures import Measure, measure_all
 from refusal_jax.damage.partial import Partial, edits_of
-from refusal_jax.data.prompts import ANSWERS, BUNDLED, dataset_name, distinct, resolve
+from refusal_jax.data.prompts import ANSWERS, BUNDLED
 from refusal_jax.data.questions import read_questions
+from refusal_jax.data.sources import dataset_name, distinct, resolve
 from refusal_jax.errors import UserError, field
 from refusal_jax.files import file_hash
 from refusal_jax.judges.statistics import bounded

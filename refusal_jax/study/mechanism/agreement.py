@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from refusal_jax import distributed
-from refusal_jax.data.prompts import distinct, read_prompts, resolve
+from refusal_jax.data.prompts import read_prompts
+from refusal_jax.data.sources import distinct, resolve
 from refusal_jax.files import file_hash
 from refusal_jax.judges.behaviours import Behaviour
 from refusal_jax.mechanism.activations import activations, residuals_at

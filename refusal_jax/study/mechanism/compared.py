@@ -4,7 +4,8 @@ import dataclasses
 import pathlib
 from collections.abc import Sequence
 
-from refusal_jax.data.prompts import read_prompts, resolve
+from refusal_jax.data.prompts import read_prompts
+from refusal_jax.data.sources import resolve
 from refusal_jax.directions import Direction, read_direction
 from refusal_jax.errors import UserError, setting
 from refusal_jax.files import file_hash, local_path
