@@ -740,7 +740,7 @@ def test_tampering_is_not_intact(facts, monkeypatch):
     from refusal_jax.audit import verdict
     from refusal_jax.audit.evidence import Findings
 
-    monkeypatch.setattr(verdict, "overall_of", lambda edit, refuses: "intact")
+    monkeypatch.setattr(verdict, "overall_of", lambda edit, refuses, hardens: "intact")
     found = verdict.judge(AuditSettings(), {"files": Findings("files", facts=facts)})
     assert found.overall == ("inconclusive" if facts else "intact") and found.exit_code == (30 if facts else 0)
     assert ("The chat template writes something else for some prompts than for others." in found.sentences) is bool(

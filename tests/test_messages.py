@@ -14,10 +14,12 @@ from refusal_jax import UserError
 from refusal_jax.audit.settings import AuditSettings
 from refusal_jax.chat.prompts import Chat
 from refusal_jax.chat.templates import named_template
+from refusal_jax.defence.settings import DefenceSettings
 from refusal_jax.errors import field, setting, spelt
 from refusal_jax.gate.policy import get_config as get_policy
 from refusal_jax.harness.edited import ARGUMENTS
 from refusal_jax.jobs.main import JOBS
+from refusal_jax.resistance.settings import ResistSettings
 from refusal_jax.settings import Settings
 from refusal_jax.study.config import get_config
 from refusal_jax.study.damage.settings import DamageSettings
@@ -82,8 +84,9 @@ def texts(path: pathlib.Path) -> list[str]:
 
 
 def is_field(name: str) -> bool:
-    """Returns whether a study's config, the settings of its mechanism or damage, or a gate's policy has a setting."""
-    made = [get_config(), get_policy(), MechanismSettings(), DamageSettings()]
+    """Returns whether a study's config, the settings of its mechanism or damage, a defence, resistance tests or a gate's
+    policy have a setting."""
+    made = [get_config(), get_policy(), MechanismSettings(), DamageSettings(), DefenceSettings(), ResistSettings()]
     return any(name in one or name in {each.path for each in one.described()} for one in made)
 
 

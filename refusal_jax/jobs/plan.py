@@ -73,7 +73,7 @@ DAMAGE = flags.DEFINE_bool(
     "damage", False, "Plan what is measured of the damage that removal does, all parts, in place of the study."
 )
 DEFEND = flags.DEFINE_bool(
-    "defend", False, "Plan the training of a defence, under the --train settings, in place of the study."
+    "defend", False, "Plan the training of a defence, with the flags of its section train, in place of the study."
 )
 LENGTH = flags.DEFINE_integer(
     "prompt_tokens", USUAL_LENGTH, "Number of tokens that prompts are padded to.", lower_bound=8
