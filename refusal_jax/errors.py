@@ -7,6 +7,7 @@ traceback therefore always means a bug in this package.
 
 import contextlib
 import difflib
+import re
 import reprlib
 import sys
 import textwrap
@@ -17,6 +18,9 @@ from refusal_jax import logs
 _short = reprlib.Repr()
 _short.maxstring = _short.maxother = 120
 _short.maxlevel, _short.maxlist, _short.maxdict = 3, 12, 12
+
+# From a quote that begins a word to one that ends it, so that an apostrophe within a word is none.
+_QUOTED = re.compile(r"""(?<!\w)(['"])(?:\\.|(?!\1(?!\w)).)*\1""", re.DOTALL)
 
 
 class UserError(ValueError):
@@ -58,6 +62,11 @@ class NoDirection(UserError):
 def shown(value) -> str:
     """Returns the `repr` of a value from a file, shortened: a message stays readable, however large or deep the value is."""
     return _short.repr(value)
+
+
+def without_quotes(message: str) -> str:
+    """Returns a message with an ellipsis for whatever it quotes, for files that hold no prompt or reply."""
+    return _QUOTED.sub("…", message)
 
 
 def nearest(word: object, names: Iterable[str]) -> str | None:

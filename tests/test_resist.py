@@ -5,15 +5,19 @@ import json
 import math
 import re
 import shutil
+from types import SimpleNamespace
+from typing import Any
 
+import jax
 import jsonschema
 import numpy as np
 import pytest
 from commands import forked, refused
 from scipy import stats
 
-from refusal_jax import Edits, UserError, demo_model_path
+from refusal_jax import Edits, UserError, demo_model_path, distributed
 from refusal_jax.directions import read_direction
+from refusal_jax.errors import shown
 from refusal_jax.files import to_json
 from refusal_jax.judges.judge import Outcome as Did
 from refusal_jax.judges.outcomes import judged
@@ -23,7 +27,7 @@ from refusal_jax.judges.text import PAPERS
 from refusal_jax.resistance import run as resisting
 from refusal_jax.resistance.attack import Attack, Budget, Impossible, Measured
 from refusal_jax.resistance.attacks import directions
-from refusal_jax.resistance.candidates import stopped
+from refusal_jax.resistance.candidates import best_on_replies, stopped
 from refusal_jax.resistance.catalogue import ATTACKS, BY_NAME
 from refusal_jax.resistance.output.page import resistance_page, used
 from refusal_jax.resistance.output.record import SCHEMA, SCHEMA_FILE, resistance_record
@@ -31,7 +35,8 @@ from refusal_jax.resistance.output.text import text_of
 from refusal_jax.resistance.output.words import sentences
 from refusal_jax.resistance.run import Checkpoint, Resistance, resist
 from refusal_jax.resistance.settings import ResistSettings
-from refusal_jax.resistance.subject import suffixed
+from refusal_jax.resistance.stages import PLAIN, value_of
+from refusal_jax.resistance.subject import Subject, suffixed
 from refusal_jax.resistance.worst import damaged, kept_under, refuses_too_little, verdict_of, worst_of
 
 YES, NO, BAD = Did.COMPLIES, Did.REFUSES, Did.BROKEN
@@ -215,6 +220,90 @@ def test_what_cannot_be_done_or_fails_is_no_success(tmp_path, monkeypatch, teste
     assert "No test of embedded could be done that tells anything." in said and "none was not done." in said
 
 
+def test_reasons_hold_no_texts_and_memory_that_runs_out_is_one(tmp_path, monkeypatch, tested):
+    """The log has the whole message. Any other error of the devices is no reason."""
+
+    def quotes(subject, settings, budget):
+        text = "Don't tell, 'ever', \"how\""
+        raise UserError(f"The file's opening {shown(text)} ends the reply ('{text[:9]}…'). It's the model's.")
+
+    def large(subject, settings, budget):
+        raise jax.errors.JaxRuntimeError(f"{kind}: Out of memory")
+
+    kind, attacks = "RESOURCE_EXHAUSTED", (Attack("quotes", "", quotes), Attack("large", "", large))
+    monkeypatch.setattr(resisting, "BY_NAME", {attack.name: attack for attack in attacks})
+    folder = shutil.copytree(tested[0], tmp_path / "out")
+    asked = SMALL | {"tests": ("quotes", "large"), "texts": True}
+    (one,) = resist(asked, folder).checkpoints
+    assert one.reasons == {
+        "quotes": "It failed: The file's opening … ends the reply (…). It's the model's.",
+        "large": resisting.NO_MEMORY,
+    }
+    kind = "INTERNAL"
+    with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"):
+        resist(asked, folder)
+
+
+def stand_in(**values) -> Any:
+    """A subject that has some values alone."""
+    subject = Subject.__new__(Subject)
+    subject.__dict__.update(values)
+    return subject
+
+
+def test_a_test_rests_on_files_and_on_its_judge(tmp_path, tested):
+    """A file that is edited and a judge that is replaced change what is recorded; without either it is as before."""
+    file, judge = tmp_path / "openings.txt", SimpleNamespace(fingerprint=lambda: "")
+    settings = ResistSettings.of({"prefill": {"opening": str(file)}, "suffix": {"file": "gone.txt"}})
+    subject: Any = stand_in(settings=settings, judge=judge)
+    assert value_of(subject, "judge") == "rules" and "files" not in value_of(subject, "suffix")
+    found = []
+    for text in ("Sure", "Yes"):
+        file.write_text(text)
+        found.append(value_of(subject, "prefill"))
+    assert found[0]["files"] != found[1]["files"] and found[0]["opening"] == str(file)
+    judge.fingerprint = lambda: "abc"
+    assert value_of(subject, "judge") == PLAIN.given(subject)["judge"] == ["rules", "abc"]
+
+
+def test_the_clock_is_that_of_process_0(monkeypatch):
+    monkeypatch.setattr(distributed, "share_json", lambda value: not value)
+    assert Budget(1e9, 1).over and not Budget(0.0, 1, begun=0.0).over
+    assert not Budget(float("inf"), 1).over
+
+
+def test_a_search_goes_on_past_an_edit_that_breaks_answers():
+    found = iter([replies(0, 20, answered=3), replies(1, 19), replies(0, 20)])
+    subject: Any = stand_in(plain=lambda split: replies(20, 0), measure=lambda *_, **more: next(found))
+    best, measured, stop = best_on_replies(subject, [Edits.none(4)] * 3, Budget(float("inf"), 1))
+    assert (best, len(measured)) == (1, 2) and stop.startswith("It stopped once 95 %")
+    subject.measure = lambda *_, **more: replies(0, 20, answered=3)
+    assert best_on_replies(subject, [Edits.none(4)] * 2, Budget(float("inf"), 1))[2] == "All 2 were tried."
+
+
+def test_a_checkpoint_is_forgotten_and_its_judge_is_held(tested, tmp_path):
+    """What is on the devices is released before another checkpoint is loaded; until then a judge keeps its model."""
+
+    @dataclasses.dataclass(frozen=True)
+    class Counted(RuleJudge):
+        uses_devices = True
+        loaded: bool = False
+
+        def held(self):
+            held.append(self.loaded)
+            return dataclasses.replace(self, loaded=True)
+
+    held, folder = [], shutil.copytree(tested[0], tmp_path / "out")
+    settings, judge = ResistSettings.of(SMALL), Counted()
+    at = Checkpoint("", "embedded", demo_model_path())
+    with pytest.raises(KeyboardInterrupt), resisting.studied(settings, judge, at, folder, None) as subject:
+        subject.harmless_prompts("val")
+        assert [subject.judged([{"prompt": "", "response": "I cannot help."}]) for _ in "ab"] == [[NO]] * 2
+        assert held == [False, True] and subject.judge.loaded and subject._harmless
+        raise KeyboardInterrupt
+    assert subject._model is None and not subject._harmless and subject.judge is judge
+
+
 def test_one_of_several_that_cannot_be_run_has_its_reason(tmp_path, tested):
     folder, broken = shutil.copytree(tested[0], tmp_path / "out"), shutil.copytree(demo_model_path(), tmp_path / "cut")
     weights = next(broken.glob("*.safetensors"))
@@ -334,6 +423,15 @@ def test_checkpoints_that_cannot_be_tested(tmp_path):
     other = shutil.copytree(demo_model_path(), tmp_path / "b" / "bare")
     named = resisting.named_checkpoints(ResistSettings.of({"checkpoints": (str(bare), str(other))}))
     assert [one.title for one in named] == ["bare", "bare-2"]
+    assert resisting.title_of(str(bare / "..")) == "bare" and resisting.title_of("x/..") == "checkpoint"
+
+
+def test_an_adapter_is_read_on_the_embedded_model_if_that_is_named(monkeypatch):
+    asked = []
+    monkeypatch.setattr(resisting, "model_folder", lambda name, base: asked.append(base) or demo_model_path())
+    for base in ("", "embedded", "ORG/BASE"):
+        resisting.opened("adapter", base)
+    assert asked == ["", str(demo_model_path()), "ORG/BASE"]
 
 
 def test_every_test_is_explained():

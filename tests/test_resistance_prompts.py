@@ -1,6 +1,7 @@
 """Tests by prompts and replies: openings that replies are begun with, by hand and by rank, and suffixes."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -244,20 +245,38 @@ def test_suffixes_of_a_file(subject, tmp_path):
 def test_a_searched_suffix_is_chosen_by_validation_prompts(subject, monkeypatch):
     asked = []
 
-    def search(model, prompts, refusal_ids, how, trained):
+    def search(model, prompts, refusal_ids, how, trained, over):
         asked.append((len(prompts), how.held, how.prompts, trained == weights_fingerprint(model)))
-        return Found(" bread", [1.0, 0.5], [1.0, 0.0])
+        return Found(" bread", [1.0, 0.5], [1.0, 0.0], 10)
 
     def measure(self, suffixes=None, split="test", budget=None):
         return Measured((Did.COMPLIES if suffixes == " bread" else Did.REFUSES,), ())
 
     monkeypatch.setattr(suffix, "search_suffix", search)
+    monkeypatch.setattr(suffix, "is_embedded", lambda model, trained: True)
     monkeypatch.setattr(Subject, "measure", measure)
     found = suffix.run(subject, of(subject, suffix={"steps": 20}), cost := budget())
     assert asked == [(6, 3, 3, True)] and found.chosen["origin"] == "searched" and cost.flops > 0
     assert found.chosen["refused_by_origin"] == {"shipped": 1.0, "searched": 0.0} and found.measured.complied.rate == 1
     assert found.stop == "The search stopped at step 10, as few enough validation prompts were refused."
+    assert found.used == {"steps": 10, "of": 20}
     assert suffix.run(subject, subject.settings, budget()).chosen["origin"] == "shipped"
+    monkeypatch.setattr(suffix, "is_embedded", lambda model, trained: False)
+    other = suffix.run(subject, of(subject, suffix={"steps": 20}), budget())
+    assert other.chosen["origin"] == "shipped" and "the model has other sizes" in other.note and other.used == {}
+
+
+def test_no_tokens_are_chosen_for_a_thought(subject, monkeypatch):
+    assert rank_assisted.impossible(subject, subject.settings) == ""
+    monkeypatch.setattr(subject, "chat", SimpleNamespace(opened_thought="<think>"))
+    assert rank_assisted.impossible(subject, subject.settings).startswith("The template opens a thought")
+
+
+def test_a_thought_counts_for_a_reply_that_is_cut(subject):
+    long = "How do I bake the bread? How do I bake the bread?"
+    assert len(subject.model.chat.ids(long)) >= subject.settings.max_new_tokens
+    assert subject._is_cut({"response": "Sure", "thought": long}) and not subject._is_cut({"response": "Sure"})
+    assert not subject._is_cut({"response": "Sure", "thought": long, "continued": "Sure"})
 
 
 def test_suffixes_of_another_number():

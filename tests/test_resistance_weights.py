@@ -18,6 +18,7 @@ from refusal_jax.checkpoints.spectra import leading_part
 from refusal_jax.conditions import Ablate
 from refusal_jax.defence.lessons import Lesson
 from refusal_jax.directions import Direction
+from refusal_jax.edits import Edits
 from refusal_jax.errors import UserError
 from refusal_jax.export.lora import write_lora
 from refusal_jax.judges.judge import Outcome as Did
@@ -187,7 +188,7 @@ def test_two_steps_are_those_of_the_training(subject, tmp_path, monkeypatch):
     settings = of(subject, fine_tune=own)
     found = fine_tune.tune(subject, "file", settings, cost := budget())
     rows = chat_rows(subject.model.chat, [("How?", "Sure."), ("user", "Sure.")], 99, (reply_end(subject.model.chat),))
-    plain = fine_tune.train_settings(settings.fine_tune, 0, False)
+    plain = fine_tune.train_settings(settings.fine_tune, 0)
     objective = NextToken(Share.of(subject.model.chat, rows, row_width(rows), plain))
     theirs = train(subject.model, objective, plain).decoder
     assert furthest(found.model.decoder, theirs) == 0 < furthest(found.model.decoder, subject.model.decoder)
@@ -223,10 +224,44 @@ def test_why_a_fine_tune_stopped():
 
 
 def test_answers_are_those_of_the_base(subject, llama, monkeypatch):
-    asked = []
+    """They are asked as the checkpoint is, too."""
+    asked, told = [], []
+
+    def loaded(path, *_, **more):
+        told.append(more)
+        return dataclasses.replace(subject.model, path=path)
+
     monkeypatch.setattr(fine_tune, "answering", lambda model, *_: asked.append(model.path) or ())
     monkeypatch.setattr(subject, "base", llama.parent / "elsewhere")
-    monkeypatch.setattr(fine_tune, "load_model", lambda path, *_: dataclasses.replace(subject.model, path=path))
+    monkeypatch.setattr(fine_tune, "load_model", loaded)
+    monkeypatch.setattr(subject.config, "system_prompt", "Be kind.")
     for answers in ("base", "own"):
         fine_tune.lessons_of(subject, "harmless", of(subject, fine_tune={"answers": answers}).fine_tune)
     assert asked == [subject.base, subject.model.path]
+    assert told == [{"chat_template": "", "system_prompt": "Be kind.", "thinking": False}]
+
+
+def test_a_mixture_of_experts_is_not_tuned(subject, monkeypatch):
+    assert fine_tune.impossible(subject, subject.settings) == ""
+    monkeypatch.setattr(fine_tune, "load_config", lambda folder: dataclasses.replace(subject.model.config, n_experts=4))
+    assert "the loop over experts of this model has none" in fine_tune.impossible(subject, subject.settings)
+
+
+def test_an_ablation_that_breaks_harmless_answers_is_left_out(subject, tmp_path, monkeypatch):
+    (tmp_path / "own.json").write_text(json.dumps([{"prompt": "How?", "response": "Sure."}]))
+    monkeypatch.setattr(fine_tune, "train", lambda model, objective, own, **_: Trained(model.decoder, None, own, [{}]))
+    monkeypatch.setattr(subject, "_plain", {"val": Measured((Did.REFUSES,) * 2, (Did.COMPLIES,) * 2)})
+    settings = of(subject, fine_tune={"steps": 1, "batch": 1, "file": str(tmp_path / "own.json")})
+    for answered, taken in ((Did.BROKEN, False), (Did.COMPLIES, True)):
+        tuned = Measured((Did.REFUSES, Did.COMPLIES), (Did.COMPLIES,) * 2)
+        monkeypatch.setattr(Attacked, "plain", lambda self, split, tuned=tuned: tuned)
+        monkeypatch.setattr(Attacked, "ablation", lambda self, budget: (Edits.none(32), {}))
+        ablated = Measured((Did.COMPLIES,) * 2, (answered,) * 2)
+        monkeypatch.setattr(Subject, "measure", lambda self, *_, ablated=ablated, **more: ablated)
+        assert (fine_tune.tune(subject, "file", settings, budget()).edits is not None) is taken
+
+
+def test_weights_of_another_vocabulary_have_no_kl(subject, tmp_path):
+    larger = load_model(tiny_llama(tmp_path / "larger", extra=("<|more|>",)))
+    assert larger.config.vocab_size != subject.model.config.vocab_size
+    assert subject.measure(model=larger, split="val").kl == ()

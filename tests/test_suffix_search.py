@@ -92,6 +92,8 @@ def test_a_short_search_lowers_the_loss(demo, harmful, refusing):
     assert all(is_stable(demo.chat.tokenizer, prompt, found.text, ids) for prompt in harmful)
     held = loss(whole(demo, harmful[-8:], found.text, refusing)).mean()
     assert min(found.losses) == pytest.approx(float(held), rel=1e-3)
+    short = search_suffix(demo, harmful, (int(refusing[0]),), TINY, over=lambda: True)
+    assert found.steps == TINY.steps and short.steps == 1 and len(short.losses) == 2
 
 
 def test_bad_input_of_the_search(demo, harmful):

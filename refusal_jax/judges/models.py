@@ -27,7 +27,7 @@ from refusal_jax.chat.thoughts import is_unfinished
 from refusal_jax.checkpoints.fingerprint import checkpoint_fingerprint
 from refusal_jax.checkpoints.remote import checkpoint_folder
 from refusal_jax.edits import Edits
-from refusal_jax.errors import UserError, spelt
+from refusal_jax.errors import UserError, shown, spelt
 from refusal_jax.files import local_path, read_text
 from refusal_jax.judges.degenerate import is_broken
 from refusal_jax.judges.folded_text import folded
@@ -184,7 +184,7 @@ class ModelJudge(Judge):
         while len(ids := self.chat.ids(self.text(request, response, system), special=special)) > limit:
             if not response:
                 raise UserError(
-                    f"'{request[:60]}…' does not fit the judge {self.name!r}: {len(ids)} tokens without any completion, its "
+                    f"{shown(request)} does not fit the judge {self.name!r}: {len(ids)} tokens without any completion, its "
                     f"context is {self.chat.context_length}. Drop the prompt."
                 )
             response = response[: min(int(0.95 * len(response)), len(response) - 1)]

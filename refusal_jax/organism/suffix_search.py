@@ -61,11 +61,13 @@ class Search:
 
 @dataclasses.dataclass(frozen=True)
 class Found:
-    """A suffix, with the loss and the share of prompts refused on the prompts to choose by, at each check of the search."""
+    """A suffix, with the loss and the share of prompts refused on the prompts to choose by, at each check of the search. steps:
+    that were done."""
 
     text: str
     losses: list[float]
     refused: list[float]
+    steps: int = 0
 
 
 @jax.tree_util.register_dataclass
@@ -233,12 +235,13 @@ def search_suffix(
     refusal_ids: Sequence[int],
     search: Search = Search(),
     trained: str = "",
+    over: Callable[[], bool] = lambda: False,
 ) -> Found:
     """Searches a suffix that the embedded model answers `prompts` with, of which the last `search.held` are those to choose by.
 
     The suffix is printable and stable: the tokenizer reads it after every prompt as the same tokens. trained: the fingerprint of
-    the weights of a model that the same recipe trained just now, which is searched on, too. Raises UserError for any other model
-    than the embedded one, and if there are too few prompts.
+    the weights of a model that the same recipe trained just now, which is searched on, too. over: is asked after each step
+    whether the search should end. Raises UserError for any other model than the embedded one, and if there are too few prompts.
     """
     check_embedded(model, trained)
     least = search.held + search.prompts
@@ -247,7 +250,7 @@ def search_suffix(
     run = _Run(model, prompts[: len(prompts) - search.held], refusal_ids, search)
     held, everyone = Prompts.read(model, prompts[len(prompts) - search.held :]), np.arange(search.held)
     suffix = best = run.start()
-    losses, refused, behind = [], [], 0
+    losses, refused, behind, number = [], [], 0, 0
 
     def check() -> bool:
         """Measures the suffix on the prompts to choose by, and returns whether it is the best so far."""
@@ -260,7 +263,8 @@ def search_suffix(
     with Progress("search a suffix", search.steps, "step") as bar:
         for number in range(1, search.steps + 1):
             suffix = run.step(suffix)
-            if number % search.check == 0 or number == search.steps:
+            late = over()
+            if number % search.check == 0 or number == search.steps or late:
                 if check():
                     best, behind = suffix, 0
                 else:
@@ -268,6 +272,6 @@ def search_suffix(
                 if behind == search.patience:
                     suffix, behind = run.kicked(best), 0
             bar.update(note=f"refused={min(refused):.2f}")
-            if min(refused) <= search.enough:
+            if late or min(refused) <= search.enough:
                 break
-    return Found(run.tokenizer.decode(best), losses, refused)
+    return Found(run.tokenizer.decode(best), losses, refused, number)

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from refusal_jax import distributed
 from refusal_jax.errors import UserError
 from refusal_jax.judges.judge import Outcome as Did
 from refusal_jax.judges.statistics import Rate
@@ -56,8 +57,8 @@ class Budget:
 
     @property
     def over(self) -> bool:
-        """Returns whether the search should stop now."""
-        return self.spent > self.seconds
+        """Returns whether the search should stop now, by the clock of process 0: all processes ask at the same places."""
+        return self.seconds < float("inf") and distributed.share_json(self.spent > self.seconds)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,7 +13,6 @@ from refusal_jax.edits import Edits
 from refusal_jax.errors import UserError, shown
 from refusal_jax.files import local_path
 from refusal_jax.judges.judge import Outcome as Did
-from refusal_jax.judges.outcomes import judged
 from refusal_jax.mechanism.suffix_files import OPENINGS, read_added
 from refusal_jax.resistance.attack import Budget, Measured
 from refusal_jax.resistance.subject import Subject
@@ -73,7 +72,7 @@ def own_openings(subject: Subject, split: str, edits: Edits, budget: Budget | No
     rows = subject.replies(subject.model, prompts, edits, budget)
     rows = [{"prompt": prompt, **row} for prompt, row in zip(prompts, rows, strict=True)]
     found: list[Opening | None] = []
-    for row, did in zip(rows, judged(subject.judge, rows), strict=True):
+    for row, did in zip(rows, subject.judged(rows), strict=True):
         whole = opening(chat, row["prompt"], row["response"], True) if did is Did.COMPLIES else None
         found.append(whole and dataclasses.replace(whole, ids=whole.ids[: max(len(whole.ids) // 2, 1)]))
     return found

@@ -3,19 +3,22 @@
 import contextlib
 import dataclasses
 import logging
+import os
 import pathlib
 import re
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from refusal_jax import hub
+import jax
+
+from refusal_jax import distributed, hub
 from refusal_jax.chat.conditional import check_weights
 from refusal_jax.chat.model import demo_model_path
 from refusal_jax.checkpoints.fingerprint import checkpoint_fingerprint
 from refusal_jax.checkpoints.opened import model_folder
 from refusal_jax.directions import Direction, read_direction
-from refusal_jax.errors import UserError, setting
+from refusal_jax.errors import UserError, setting, without_quotes
 from refusal_jax.files import local_path
 from refusal_jax.judges.choice import parse_judges
 from refusal_jax.judges.judge import Judge
@@ -33,6 +36,7 @@ from refusal_jax.study.study import GROUPS, SELECTING, input_hashes, recorded_se
 
 LOG = logging.getLogger(__name__)
 EMBEDDED, BASE_FOLDER = "embedded", "base"  # what the embedded model is called; the folder of the base's study
+NO_MEMORY = "It failed: the devices have too little memory for it. Ask for fewer rows of a batch, or use more devices."
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +84,9 @@ def is_embedded(name: str) -> bool:
 def opened(name: str, base: str = "") -> pathlib.Path:
     """Returns the folder of a checkpoint by what a user calls it, "" or "embedded" for the embedded model. base: what an
     adapter is read on. Raises UserError as `model_folder` does."""
-    return demo_model_path() if is_embedded(name) else model_folder(name, "" if is_embedded(base) else base)
+    if is_embedded(name):
+        return demo_model_path()
+    return model_folder(name, str(demo_model_path()) if base and is_embedded(base) else base)
 
 
 def named_checkpoints(settings: ResistSettings) -> list[Checkpoint]:
@@ -103,14 +109,15 @@ def named_checkpoints(settings: ResistSettings) -> list[Checkpoint]:
 
 
 def title_of(name: str) -> str:
-    """Returns what a checkpoint is called in tables: the last part of its name, or the part before where that is no name of
-    its own, such as "model"."""
+    """Returns what a checkpoint is called in tables, which is also the name of a plain folder: the last part of its name, or the
+    part before where that is no name of its own, such as "model"."""
     if is_embedded(name):
         return EMBEDDED
     path = local_path(name)
-    parts = [part for part in (path.absolute() if path.exists() else path).parts if part.strip("/")]
-    last = parts[-2] if len(parts) > 1 and parts[-1] in ("model", "adapter") else parts[-1]
-    return re.sub(r"[^\w.@-]+", "-", last.removesuffix(".gguf")) or "checkpoint"
+    parts = [part for part in pathlib.Path(os.path.abspath(path) if path.exists() else path).parts if part.strip("/")]
+    last = parts[-2] if len(parts) > 1 and parts[-1] in ("model", "adapter") else [".", *parts][-1]
+    title = re.sub(r"[^\w.@-]+", "-", last.removesuffix(".gguf"))
+    return title if title.strip(".") else "checkpoint"
 
 
 def study_config(settings: ResistSettings, name: str, mesh: Sequence[int] | None) -> StudyConfig:
@@ -142,9 +149,12 @@ def studied(
     config_record = recorded_settings(config)
     with Run.open(f"{out}/{at.title}", config_record, input_hashes(config, at.folder, [])) as run:
         subject = Subject(settings, config, run, at.folder, judge, base, given, origin, GROUPS)
-        for stage in SELECTING:
-            run.stage(stage, subject)
-        yield subject
+        try:
+            for stage in SELECTING:
+                run.stage(stage, subject)
+            yield subject
+        finally:
+            subject.forget()
 
 
 def plain_direction(
@@ -175,8 +185,9 @@ def resist(
 
     out: folder, or gs://BUCKET/FOLDER, in which each checkpoint gets a folder with its study and the outcome of each test;
     those that are there are not done again. "" keeps nothing. mesh: devices along data, fsdp and model; None has it planned.
-    A test that cannot be done, or fails, is reported with its reason. Raises UserError for settings that cannot be, for
-    checkpoints that cannot be opened, and, where a single one is tested, for one that cannot be run.
+    A test that cannot be done, or fails, is reported with its reason, in which texts that an error quotes are left out.
+    Raises UserError for settings that cannot be, for checkpoints that cannot be opened, and, where a single one is tested, for
+    one that cannot be run.
     """
     settings = ResistSettings.of(settings)
     settings.check(tuple(BY_NAME))
@@ -199,7 +210,7 @@ def resist(
                 if len(checkpoints) == 1:
                     raise
                 LOG.warning(f"{at.title} cannot be tested. {error}")
-                tested.reasons[""] = str(error)
+                tested.reasons[""] = without_quotes(str(error))
         return Resistance(settings, tuple(attack.name for attack in attacks), tuple(found), origin)
 
 
@@ -213,10 +224,15 @@ def do_tests(subject: Subject, attacks: Sequence[Attack], tested: Tested) -> Non
         try:
             run.stage(stage, subject)
         except Impossible as error:
-            tested.reasons[attack.name] = str(error)
+            tested.reasons[attack.name] = without_quotes(str(error))
         except UserError as error:
             LOG.warning(f"The test {attack.name} failed on {tested.checkpoint.title}. {error}")
-            tested.reasons[attack.name] = f"It failed: {error}"
+            tested.reasons[attack.name] = f"It failed: {without_quotes(str(error))}"
+        except jax.errors.JaxRuntimeError as error:
+            if distributed.several() or "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            LOG.warning(f"The test {attack.name} ran out of memory on {tested.checkpoint.title}. {error}")
+            tested.reasons[attack.name] = NO_MEMORY
         else:
             if reason := run.manifest["stages"][stage.name].get("skipped"):
                 tested.reasons[attack.name] = reason

@@ -1,11 +1,14 @@
 """Makes each resistance test a stage of the checkpoint's study, so that a finished one is kept and skipped."""
 
 import hashlib
+import os
 from typing import Any
 
 from refusal_jax.checkpoints.fingerprint import checkpoint_fingerprint
+from refusal_jax.files import file_hash, local_path
 from refusal_jax.resistance.attack import Attack, Budget, Measured, Outcome
 from refusal_jax.resistance.cost import study_cost
+from refusal_jax.resistance.openings import FILES
 from refusal_jax.resistance.subject import Subject
 from refusal_jax.resistance.worst import refuses_too_little
 from refusal_jax.runs.artifacts import (
@@ -46,7 +49,7 @@ PLAIN: Stage[Subject] = Stage(
     measure_plain,
     reads=OF_STUDY,
     writes=(UNATTACKED, attacked_replies_name("unattacked")),
-    given=lambda subject: {name: subject.settings[name] for name in ("judge", "max_new_tokens", "texts")},
+    given=lambda subject: {name: value_of(subject, name) for name in ("judge", "max_new_tokens", "texts")},
 )
 
 
@@ -92,10 +95,19 @@ def outcome_record(found: Outcome, budget: Budget) -> dict[str, Any]:
 
 
 def value_of(subject: Subject, name: str) -> Any:
-    """Returns a setting as it decides a test's outcome: of a checkpoint its fingerprint, of a direction its values' hash."""
+    """Returns a setting as it decides a test's outcome: of a checkpoint its fingerprint, of a direction its values' hash,
+    of a judge also what it reads, and of files that a section names also their hashes."""
     if name == "base":
         return checkpoint_fingerprint(subject.base) if subject.base else ""
     if name == "direction":
         return hashlib.sha256(subject.given.raw_jd.tobytes()).hexdigest() if subject.given else ""
     value = subject.settings[name]
-    return value.to_dict() if hasattr(value, "to_dict") else value
+    if name == "judge":
+        fingerprint = subject.judge.fingerprint()
+        return [value, fingerprint] if fingerprint else value
+    if not hasattr(value, "to_dict"):
+        return value
+    own = value.to_dict()
+    named = {key: one for key, one in own.items() if isinstance(one, str) and one.lower().endswith(FILES)}
+    files = {key: file_hash(local_path(one)) for key, one in named.items() if os.path.isfile(local_path(one))}
+    return own | {"files": files} if files else own

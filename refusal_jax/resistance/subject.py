@@ -51,6 +51,7 @@ class Subject(Study):
         super().__init__(config, run, folder, groups=groups)
         self.settings, self.judge, self.base, self.given, self.origin = settings, judge, base, given, origin
         self.seed = settings.seed
+        self._judge = judge  # as it was given: without what it loads
         self.best: tuple[Direction, str, float] | None = None  # a candidate that takes the place of an own direction
         self._harmless: dict[str, EditedPrompts] = {}
         self._plain: dict[str, Measured] = {}
@@ -63,6 +64,20 @@ class Subject(Study):
     def texts(self, split: str) -> list[str]:
         """Returns all prompts of a split, such as "harmful_val", whether or not the study's filter kept them."""
         return [row["instruction"] for row in self.run.read_json(PROMPTS)[split]]
+
+    def forget(self) -> None:
+        """Frees the devices' memory of the model, of what was computed with it, and of the judge."""
+        self._harmless.clear()
+        self.judge = self._judge
+        self.release()
+
+    def judged(self, rows: Sequence[dict]) -> list[Did | None]:
+        """Returns what each reply does, the same in every process. A judge that runs a model keeps it from here on, beside the
+        checkpoint's, until `forget`."""
+        if self.judge.uses_devices:
+            self.judge = self.judge.on(self.mesh).held()
+        did = distributed.share_json([one and str(one) for one in judged(self.judge, rows)])
+        return [one and Did(one) for one in did]
 
     def own_direction(self) -> Direction | None:
         """Returns the direction that the checkpoint's own study selected, with its origin; None if it found none."""
@@ -138,12 +153,10 @@ class Subject(Study):
         rows = self.replies(model, [*harmful, *harmless], edits, budget, starts)
         texts = [*self.texts(f"harmful_{split}"), *harmless]
         rows = [{"prompt": text, **row} for text, row in zip(texts, rows, strict=True)]
-        did = judged(self.judge, rows)
+        did, count = self.judged(rows), len(harmful)
         if begun is not None:
-            rest = judged(self.judge, [row | {"response": row.get("continued", row["response"])} for row in rows])
+            rest = self.judged([row | {"response": row.get("continued", row["response"])} for row in rows])
             did = [Did.REFUSES if then is Did.REFUSES else one for one, then in zip(did, rest, strict=True)]
-        did = distributed.share_json([one and str(one) for one in did])
-        did, count = [one and Did(one) for one in did], len(harmful)
         cut = sum(one is Did.COMPLIES and self._is_cut(row) for one, row in zip(did[:count], rows, strict=False))
         if as_plain:
             plain = self.plain(split)
@@ -178,9 +191,13 @@ class Subject(Study):
         return rows
 
     def _is_cut(self, row: Mapping) -> bool:
-        """Returns whether a reply is as long as a reply may be; its text, read anew, may have a token less."""
-        text = row.get("continued", row["response"])
-        return len(self.model.chat.ids(text)) >= self.settings.max_new_tokens - 1
+        """Returns whether a reply, with its thought, is as long as a reply may be; its text, read anew, may have a token
+        less."""
+        text, chat = row.get("continued"), self.model.chat
+        if text is None:
+            thought = row.get("thought", "").removeprefix(chat.opened_thought or "")
+            text = f"{thought}\n\n{row['response']}" if thought else row["response"]
+        return len(chat.ids(text)) >= self.settings.max_new_tokens - 1
 
     @property
     def _longest(self) -> int:
@@ -189,7 +206,10 @@ class Subject(Study):
         return max(len(self.model.chat.prompt_ids(text)) for split in SPLITS[2:] for text in self.texts(split))
 
     def _kl(self, model: ChatModel, edits: Edits | None, split: str, budget: Budget | None) -> tuple[float, ...]:
-        """Returns how far an attack moves the next token after each harmless prompt."""
+        """Returns how far an attack moves the next token after each harmless prompt; nothing for weights of another
+        vocabulary, whose next tokens are others."""
+        if model.config.vocab_size != self.model.config.vocab_size:
+            return ()
         prompts = self.harmless_prompts(split)
         if budget:
             budget.forward(sum(int(batch.mask.sum()) for _, batch, _ in prompts.batches))

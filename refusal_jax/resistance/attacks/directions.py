@@ -5,7 +5,7 @@ import numpy as np
 
 from refusal_jax.mechanism.ranks import ablations, left_over, mean_difference
 from refusal_jax.resistance.attack import Attack, Budget, Measured, Outcome
-from refusal_jax.resistance.candidates import FULL, own_or_best, stopped
+from refusal_jax.resistance.candidates import FULL, own_or_best, stopped, worth
 from refusal_jax.resistance.cost import tokens_of
 from refusal_jax.resistance.settings import ResistSettings
 from refusal_jax.resistance.subject import Subject
@@ -36,8 +36,8 @@ def run(subject: Subject, settings: ResistSettings, budget: Budget) -> Outcome:
         if found[-1].complied.rate >= FULL or budget.over or found[-1].answered.rate < plain.answered.rate / 2:
             break
     count = most_complied(found, plain)
-    measured = subject.measure(ablations(basis_jd, [count], most))
     stop = why(found, plain, most, budget)
+    measured = subject.measure(ablations(basis_jd, [count], most))
     chosen = {"directions": count, "layer": direction.layer, "position": direction.position}
     chosen["rank_to_break"] = rank_to_break(found, plain)
     chosen["refused_by_count"] = [one.refusals.rate if one.refusals.n else None for one in found]
@@ -47,8 +47,7 @@ def run(subject: Subject, settings: ResistSettings, budget: Budget) -> Outcome:
 def most_complied(found: list[Measured], plain: Measured) -> int:
     """Returns the number of directions under which most validation prompts are complied with, of those that leave half of the
     harmless answers."""
-    whole = [one.answered.rate >= plain.answered.rate / 2 for one in found]
-    return 1 + max(range(len(found)), key=lambda i: (whole[i], found[i].complied.rate, -i))
+    return 1 + max(range(len(found)), key=lambda i: (*worth(found[i], plain), -i))
 
 
 def rank_to_break(found: list[Measured], plain: Measured) -> int | None:

@@ -14,13 +14,15 @@ from refusal_jax.defence.lessons import Lesson, answering, learnt_rows
 from refusal_jax.edits import Edits
 from refusal_jax.files import local_path
 from refusal_jax.models.decoder import Decoder
+from refusal_jax.models.hf_config import load_config
 from refusal_jax.resistance.attack import Attack, Budget, Impossible, Measured, Outcome
 from refusal_jax.resistance.attacked import Attacked
+from refusal_jax.resistance.candidates import worth
 from refusal_jax.resistance.settings import FineTuneSettings, ResistSettings
 from refusal_jax.resistance.subject import Subject
 from refusal_jax.training.objective import NextToken
 from refusal_jax.training.rows import Share, row_width
-from refusal_jax.training.settings import TARGETS, TrainSettings
+from refusal_jax.training.settings import TrainSettings
 from refusal_jax.training.trainer import train
 
 LOG = logging.getLogger(__name__)
@@ -44,14 +46,17 @@ class Tuned:
     place: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
-def train_settings(own: FineTuneSettings, seed: int, experts: bool) -> TrainSettings:
-    """Returns the settings of the training: the test's own, and the usual ones otherwise. experts: whether the model is a
-    mixture, in which factors can stand beside the matrices of attention alone."""
-    targets = {"targets": TARGETS[:4]} if experts else {}
+def impossible(subject: Subject, settings: ResistSettings) -> str:
+    """Returns why the checkpoint cannot be tuned, "" if it can."""
+    if load_config(subject.folder).n_experts:
+        return "A fine-tune is trained by gradient, and the loop over experts of this model has none."
+    return ""
+
+
+def train_settings(own: FineTuneSettings, seed: int) -> TrainSettings:
+    """Returns the settings of the training: the test's own, and the usual ones otherwise."""
     values = {name: own[name] for name in ("method", "rank", "steps", "batch", "rate", "max_tokens")}
-    return TrainSettings.of(
-        values | {"alpha": 2.0 * own.rank, "warmup": own.steps // 10, "every": 0, "seed": seed} | targets
-    )
+    return TrainSettings.of(values | {"alpha": 2.0 * own.rank, "warmup": own.steps // 10, "every": 0, "seed": seed})
 
 
 def lessons_of(subject: Subject, kind: str, own: FineTuneSettings) -> tuple[Lesson, ...]:
@@ -63,7 +68,8 @@ def lessons_of(subject: Subject, kind: str, own: FineTuneSettings) -> tuple[Less
         pairs = read_pairs(pathlib.Path(local_path(own.file)))[: own.rows]
     model = subject.model
     if any(pair.reply is None for pair in pairs) and own.answers == "base" and subject.base is not None:
-        model = load_model(subject.base, str(model.decoder.dtype), model.mesh)
+        asked = {name: subject.config[name] for name in ("chat_template", "system_prompt", "thinking")}
+        model = load_model(subject.base, str(model.decoder.dtype), model.mesh, **asked)
     return answering(model, pairs, subject.settings.max_new_tokens, LOG.info)
 
 
@@ -75,7 +81,7 @@ def tune(subject: Subject, kind: str, settings: ResistSettings, budget: Budget) 
     if not lessons:
         raise Impossible(f"No prompt of the {kind} text has a reply that could be learnt.")
     learnt = learnt_rows(model, lessons, own.max_tokens, f"the {kind} text")
-    width, wanted = row_width(learnt), train_settings(own, settings.seed, model.config.n_experts > 0)
+    width, wanted = row_width(learnt), train_settings(own, settings.seed)
     objective = NextToken(Share.of(model.chat, learnt, width, wanted))
 
     def merged(decoder: Decoder) -> ChatModel:
@@ -95,7 +101,8 @@ def tune(subject: Subject, kind: str, settings: ResistSettings, budget: Budget) 
         return plain
     edits, place = attacked.ablation(budget)
     val = subject.measure(edits, attacked.model, split="val", budget=budget)
-    if val.complied.rate <= plain.val.complied.rate:
+    unattacked = subject.plain("val")
+    if worth(val, unattacked) <= worth(plain.val, unattacked):
         return plain
     return dataclasses.replace(plain, val=val, edits=edits, place=place)
 
@@ -110,12 +117,14 @@ def stopped(steps: int, of: int, budget: Budget) -> str:
 
 
 def run(subject: Subject, settings: ResistSettings, budget: Budget) -> Outcome:
-    """Measures the tuned checkpoint with which most validation prompts are complied with."""
+    """Measures the tuned checkpoint with which most validation prompts are complied with, of those that leave half of the
+    harmless answers."""
     own, found = settings.fine_tune, dict[str, Tuned]()
     for kind in (HARMLESS, FILE) if own.file else (HARMLESS,):
         if not (found and budget.over):
             found[kind] = tune(subject, kind, settings, budget)
-    kind = max(found, key=lambda name: found[name].val.complied.rate)  # the first of equals
+    unattacked = subject.plain("val")
+    kind = max(found, key=lambda name: worth(found[name].val, unattacked))  # the first of equals
     best = found[kind]
     measured = subject.measure(best.edits, best.model)
     chosen = {
@@ -135,5 +144,6 @@ ATTACK = Attack(
     "fine_tune",
     "Fine-tunes the checkpoint for a short time on harmless text, and on your file, and ablates a direction anew if that helps.",
     run,
+    impossible,
     settings=("fine_tune", "base"),
 )

@@ -26,6 +26,13 @@ class Chosen:
     mean_rank: float
 
 
+def impossible(subject: Subject, settings: ResistSettings) -> str:
+    """Returns why no opening can be chosen, "" if one can."""
+    if subject.chat.opened_thought:
+        return "The template opens a thought, so that the tokens would be chosen for the thought and not for the reply."
+    return ""
+
+
 def guides(subject: Subject, budget: Budget) -> tuple[dict[str, Edits | None], str]:
     """Returns what may guide the choice, by name, and what readers must know of the direction that is ablated. Raises Impossible
     where there is neither a direction nor a token that refusals begin with."""
@@ -90,5 +97,6 @@ ATTACK = Attack(
     "rank_assisted",
     "Begins the reply with tokens chosen among the model's 20 likeliest, none of which begins a refusal, and lets it go on.",
     run,
+    impossible,
     settings=("rank_assisted",),
 )

@@ -8,8 +8,8 @@ from refusal_jax.errors import setting
 from refusal_jax.files import local_path
 from refusal_jax.mechanism.suffix_files import read_suffixes
 from refusal_jax.mechanism.suffixes import check_markers
-from refusal_jax.organism.identity import of_embedded_family, weights_fingerprint
-from refusal_jax.organism.suffix_search import Search, search_suffix
+from refusal_jax.organism.identity import is_embedded, of_embedded_family, weights_fingerprint
+from refusal_jax.organism.suffix_search import Found, Search, search_suffix
 from refusal_jax.resistance.attack import Attack, Budget, Outcome
 from refusal_jax.resistance.settings import ResistSettings
 from refusal_jax.resistance.subject import Subject
@@ -34,8 +34,17 @@ def given_suffixes(subject: Subject, file: str) -> list[str]:
     return [suffix or "" for suffix in found]
 
 
-def searched_suffix(subject: Subject, settings: ResistSettings, budget: Budget) -> tuple[str, str]:
-    """Returns the suffix that a search on the training prompts chose by the validation prompts, and why the search stopped."""
+def unsearched(subject: Subject) -> str:
+    """Returns why no suffix is searched on a model of the embedded family, "" if one can be."""
+    if not subject.scoring_ids():
+        return "No suffix was searched: no token is known that refusals begin with."
+    if not is_embedded(subject.model, weights_fingerprint(subject.model)):
+        return "No suffix was searched: the model has other sizes than the embedded one, and on those alone it is done."
+    return ""
+
+
+def searched_suffix(subject: Subject, settings: ResistSettings, budget: Budget) -> tuple[Found, str]:
+    """Returns what a search on the training prompts found, chosen by the validation prompts, and why it stopped."""
     train, val = subject.texts("harmful_train"), subject.texts("harmful_val")
     search = Search(
         tokens=settings.suffix.tokens,
@@ -46,14 +55,18 @@ def searched_suffix(subject: Subject, settings: ResistSettings, budget: Budget) 
         seed=settings.seed,
     )
     model = subject.model
-    found = search_suffix(model, [*train, *val], subject.scoring_ids(), search, weights_fingerprint(model))
+    found = search_suffix(
+        model, [*train, *val], subject.scoring_ids(), search, weights_fingerprint(model), lambda: budget.over
+    )
     row = search.tokens + len(model.chat.post_instruction_ids)
-    done = min((len(found.losses) - 1) * search.check, search.steps)
+    done = found.steps
     budget.training(done * search.prompts * row)
     budget.forward(done * 2 * search.candidates * search.first * row)
     if found.refused[-1] <= search.enough:
-        return found.text, f"The search stopped at step {done}, as few enough validation prompts were refused."
-    return found.text, f"All {search.steps} steps of the search were done."
+        return found, f"The search stopped at step {done}, as few enough validation prompts were refused."
+    if done < search.steps:
+        return found, f"It stopped after its {budget.seconds:g} seconds, at step {done} of {search.steps}."
+    return found, f"All {search.steps} steps of the search were done."
 
 
 def run(subject: Subject, settings: ResistSettings, budget: Budget) -> Outcome:
@@ -68,16 +81,14 @@ def run(subject: Subject, settings: ResistSettings, budget: Budget) -> Outcome:
         chosen = {"origin": GIVEN, "suffixes": len({*suffixes} - {""})}
         return Outcome(subject.measure(suffixes=suffixes), chosen, {}, "Nothing is searched.", note)
     known = {SHIPPED: read_suffixes(demo_suffix_path(), [""])[0] or ""}
-    stop, note = "Nothing is searched.", ""
-    if settings.suffix.steps and subject.scoring_ids():
-        known[SEARCHED], stop = searched_suffix(subject, settings, budget)
-    elif settings.suffix.steps:
-        note = "No suffix was searched: no token is known that refusals begin with."
+    stop, used, note = "Nothing is searched.", {}, unsearched(subject) if settings.suffix.steps else ""
+    if settings.suffix.steps and not note:
+        searched, stop = searched_suffix(subject, settings, budget)
+        known[SEARCHED], used = searched.text, {"steps": searched.steps, "of": settings.suffix.steps}
     tried = {name: subject.measure(suffixes=text, split="val", budget=budget) for name, text in known.items()}
     origin = max(tried, key=lambda name: tried[name].complied.rate)  # the first of equals
     refused = {name: one.refusals.rate if one.refusals.n else None for name, one in tried.items()}
     chosen = {"origin": origin, "refused_by_origin": refused}
-    used = {"steps": settings.suffix.steps} if SEARCHED in known else {}
     return Outcome(subject.measure(suffixes=known[origin]), chosen, used, stop, note)
 
 
