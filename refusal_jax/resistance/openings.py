@@ -101,10 +101,10 @@ def with_generic(subject: Subject, split: str, found: Sequence[Opening | None]) 
 
 
 def by_tokens(
-    subject: Subject, openings: Sequence[Opening], counts: Sequence[int], budget: Budget
+    subject: Subject, openings: Sequence[Opening], counts: Sequence[int], budget: Budget, own: bool = False
 ) -> dict[int, Measured]:
     """Returns what the validation prompts' replies do if they are begun with each number of tokens, until the budget is spent; a
-    number that no opening reaches gives what the one before it did."""
+    number that no opening reaches gives what the one before it did. own: as in `Subject.measure`."""
     found: dict[int, Measured] = {}
     known: dict[tuple, Measured] = {}
     for count in sorted(counts):
@@ -113,7 +113,7 @@ def by_tokens(
         prefills = [one.first(count) for one in openings]
         key = tuple(map(tuple, prefills))
         if key not in known:
-            known[key] = subject.measure(prefills=prefills, split="val", budget=budget)
+            known[key] = subject.measure(prefills=prefills, own=own, split="val", budget=budget)
         found[count] = known[key]
     return found
 

@@ -75,14 +75,14 @@ def run(subject: Subject, settings: ResistSettings, budget: Budget) -> Outcome:
         if found and budget.over:
             break
         openings = chosen_openings(subject, "val", guide, settings, budget).openings
-        found[name] = by_tokens(subject, openings, counts, budget)
+        found[name] = by_tokens(subject, openings, counts, budget, own=True)
 
     def complied(name: str) -> float:
         return found[name][best_count(found[name])].complied.rate
 
     name = max(found, key=complied)  # the first of equals
     count, test = best_count(found[name]), chosen_openings(subject, "test", by_guide[name], settings, None)
-    measured = subject.measure(prefills=[one.first(count) for one in test.openings])
+    measured = subject.measure(prefills=[one.first(count) for one in test.openings], own=True)
     chosen = {
         "tokens": count,
         "guide": name,
