@@ -173,6 +173,7 @@ def test_bad_settings():
         ({"every": 0}, "every = 0, expected 1 or more"),
         ({"spared": 1.0}, "spared = 1 spares all blocks: nothing would be ablated"),
         ({"sites": ("resid_per",)}, "sites names 'resid_per', expected some of resid_pre"),
+        ({"sites": ()}, "sites is empty: nothing would be ablated. Name some of resid_pre"),
         ({"answer_weight": 0.0}, "answer_weight = 0.0, expected a number above 0"),
     ):
         with pytest.raises(UserError, match=message):

@@ -15,11 +15,14 @@ from transformers import AutoModelForCausalLM
 from refusal_jax import UserError, demo_model_path, load_model
 from refusal_jax.checkpoints.lora import read_changes
 from refusal_jax.checkpoints.rewrite import Checkpoint
+from refusal_jax.conditions import Ablate
+from refusal_jax.defence import written
 from refusal_jax.defence.catalogue import RECIPES, named
 from refusal_jax.defence.measure import compared
 from refusal_jax.defence.run import RECORD, TRAINING, defend, settings_for
 from refusal_jax.defence.text import lines
 from refusal_jax.defence.written import Origin, write_trained
+from refusal_jax.directions import Direction
 from refusal_jax.export.provenance import check
 from refusal_jax.models.decoder import Decoder
 from refusal_jax.models.hf_config import load_config
@@ -118,6 +121,17 @@ def trained_on(source, **settings) -> Trained:
     return Trained(Decoder(model.config, model.decoder.weights() | scaled(factors, made.scale)), factors, made, [])
 
 
+def test_conversations_verify_an_edit_by_their_last_message(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(written, "export", lambda request: asked.append(request) or {"verification": {"passed": True}})
+    talk = ({"role": "system", "content": "Be brief."}, {"role": "user", "content": "Bake."})
+    prompts = {"harmful": (talk,), "harmless": ("Bake it.", talk)}
+    edit = Ablate(Direction.of(np.eye(8)[0]))
+    found = written.write_edited(Origin(RECIPES["injection"], tmp_path), edit, prompts, tmp_path / "out", "model")
+    assert found == {"passed": True} and asked[0].study.prompts == ["Bake.", "Bake it.", "Bake."]
+    assert asked[0].study.harmless == [("Bake it.", ""), ("Bake.", "")]
+
+
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_dtype_and_shards_are_the_sources(tmp_path, method):
     source = tiny.tiny_llama(tmp_path / "source", dtype="bfloat16", shards="40KB", tied=True)
@@ -156,7 +170,7 @@ def test_recipes_have_defaults_that_what_is_given_overrides():
     assert settings_for(recipe, {}, False).train.rate == TrainSettings().rate
     given = settings_for(recipe, {"train": {"rate": TrainSettings().rate}}, True)
     assert given.train.rate == TrainSettings().rate and given.train.steps == 200
-    assert [one.name for one in named("all")] == list(RECIPES)
+    assert [one.name for one in named("all")] == [name for name in RECIPES if name != "calibration"]
 
 
 @pytest.mark.parametrize(
@@ -174,6 +188,14 @@ def test_settings_that_cannot_be_say_why(given, message, tmp_path):
     with pytest.raises(UserError, match=message):
         defend({"recipe": "sft", **given}, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_mixture_of_experts_is_refused_before_any_work(tmp_path):
+    source = families.tiny_model(tmp_path / "source", "qwen3_moe")
+    with pytest.raises(
+        UserError, match="This model is a mixture of experts, and the loop over its experts has no gradient"
+    ):
+        defend({"recipe": "sft", "model": str(source)}, tmp_path / "out")
 
 
 def test_results_need_a_local_folder():

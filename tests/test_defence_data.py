@@ -9,7 +9,7 @@ import pytest
 from refusal_jax.chat.loss_rows import reply_end
 from refusal_jax.chat.model import demo_model_path, load_model
 from refusal_jax.data.pairs import ChatPair
-from refusal_jax.defence.data import PairSettings, key_of, read_data
+from refusal_jax.defence.data import PairSettings, fitting, key_of, read_data
 from refusal_jax.defence.lessons import Lesson, answering, frequent, learnt_rows, refusing
 from refusal_jax.errors import UserError
 from refusal_jax.organism.corpus import REFUSALS, Request, split_requests
@@ -80,6 +80,34 @@ def test_compliant_replies_to_held_out_prompts_are_left_out(model, settings, tmp
     data = read_data(model, settings)
     assert len(data.complied) == 18 and any("3 of 21 rows have no reply, or a prompt" in note for note in data.notes)
     assert {key_of(x.prompt) for x in data.complied}.isdisjoint(map(key_of, data.harmful_test))
+    settings.n_train = 5
+    data = read_data(model, settings)
+    assert {key_of(x.prompt) for x in data.complied} == {key_of(x.prompt) for x in data.refused}
+
+
+def test_prompts_leave_room_for_replies(model, settings):
+    """For own replies where a file has none, and for those that measure; the setting that asks for most is named."""
+    context, long, notes = model.config.context_length, "good thing " * 4, []
+    own = context - len(model.chat.prompt_ids(long)) + 1
+    pairs = [ChatPair("good thing"), ChatPair(long)]
+    assert fitting(model, pairs, "harmless", own, 8, notes.append) == pairs[:1]
+    assert f"1 of 2 harmless prompts leave no room for a reply of {own} tokens" in notes[0]
+    assert "data.own_tokens" in notes[0] and "max_new_tokens" not in notes[0]
+    assert len(fitting(model, [ChatPair(long, ANSWER)], "harmless", own, 8, notes.append)) == 1
+    with pytest.raises(UserError, match="18 of 18 harmful .* leave no room for a reply of .* Lower .*max_new_tokens"):
+        read_data(model, settings, reply_tokens=context)
+
+
+def test_harmless_prompts_without_an_answer_are_kept(model, settings, tmp_path, monkeypatch):
+    """A calibration needs those that the model refuses."""
+    settings.harmless = file_of(tmp_path / "plain.jsonl", [f"good thing {i}" for i in range(20)])
+    said = lambda model, prompts, *_: [(REFUSAL if p.endswith("1") else ANSWER, True) for p in prompts]  # noqa: E731
+    monkeypatch.setattr("refusal_jax.defence.lessons.own_replies", said)
+    settings.own_tokens = 8
+    data = read_data(model, settings)
+    refused = {text for text in data.harmless if text.endswith("1")}
+    assert len(data.harmless) == 18 and refused
+    assert set(data.harmless) - {lesson.prompt for lesson in data.answered} == refused
 
 
 @pytest.mark.parametrize(

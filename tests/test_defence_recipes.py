@@ -1,6 +1,7 @@
 """Extended refusal, deeper safety and circuit breakers: ten steps against PyTorch, and what they make of data."""
 
 import copy
+import dataclasses
 import random
 import shutil
 
@@ -221,6 +222,8 @@ def test_parts_that_a_model_writes_are_checked(demo, monkeypatch):
 def test_overviews_that_begin_alike_need_the_corpus(model):
     with pytest.raises(UserError, match="begin.*alike.*needs overviews that begin as answers do"):
         extended_refusal.objective(model, DATA, settings_of(extended__begin="alike"), print)
+    brought = dataclasses.replace(DATA, refused=tuple(dataclasses.replace(x, given=True) for x in REFUSED))
+    assert extended_refusal.objective(model, brought, settings_of(extended__begin="alike"), print).batch(0)
 
 
 def test_refusals_are_learnt_after_openings_that_are_given(demo):
@@ -241,6 +244,26 @@ def test_refusals_are_learnt_after_openings_that_are_given(demo):
     assert text == f" {REFUSALS[0]}" and demo.chat.tokenizer.decode(row.ids[: row.first]).endswith(
         begun[0].prompt[-1]["content"]
     )
+
+
+def test_openings_are_those_of_the_same_prompts(model):
+    """Whatever their case and spacing; a file of replies to other prompts would leave plain refusal training."""
+    notes, settings = [], settings_of(depth__at_once=0.0, depth__draws=1)
+    other = (Lesson(f" {ASKED[0].upper()}  bad", COMPLIED[0].reply), Lesson("another", "Sure."))
+    lessons = depth.opened(model, REFUSED, other, settings.depth, random.Random(0))
+    assert [isinstance(lesson.prompt, str) for lesson in lessons] == [False] + 5 * [True]
+    depth.objective(model, dataclasses.replace(DATA, complied=other), settings, notes.append)
+    assert notes[0].startswith("1 of 6 harmful prompts have a reply that complies; refusals of the others begin at")
+    with pytest.raises(
+        UserError, match="None of the 6 harmful prompts that are learnt is among the 1 that have a reply"
+    ):
+        depth.objective(model, dataclasses.replace(DATA, complied=other[1:]), settings, print)
+
+
+def test_openings_hold_no_part_of_a_character(demo):
+    ids = demo.chat.ids("Sure, 漢")
+    assert demo.chat.tokenizer.decode(ids[:-1]).endswith("\ufffd") and depth.beginning(demo, ids[:-1]) == "Sure, "
+    assert depth.beginning(demo, ids) == "Sure, 漢"
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import types
 
 import numpy as np
 import oracle
@@ -24,8 +25,9 @@ from refusal_jax.defence.edit_settings import (
 )
 from refusal_jax.defence.run import defend
 from refusal_jax.defence.settings import DefenceSettings
-from refusal_jax.defence.trials import Parts, Trial, chosen
+from refusal_jax.defence.trials import Bench, Parts, Trial, chosen
 from refusal_jax.directions import Direction
+from refusal_jax.judges.choice import parse_judges
 from refusal_jax.judges.statistics import Rate
 from refusal_jax.organism.direction import embedded_direction
 from refusal_jax.resistance.run import resist
@@ -257,6 +259,31 @@ def test_a_calibration_and_its_curve(demo, data, direction, tmp_path):
     assert isinstance(change.edit, Ablate) and change.found["chosen"]["strength"] == 0.5
     assert [row["strength"] for row in change.found["curve"]] == [None, 0.5, 1.0]
     assert change.found["curve"][0]["refused"]["rate"] == 1 and change.found["curve"][0]["over_refusal"]["n"] == 6
+
+
+def test_named_prompts_are_those_that_nothing_is_measured_by(data, tmp_path, monkeypatch):
+    """Of a set that was fetched as xstest is: each prompt once, in another order, none that is held out."""
+    monkeypatch.setattr("refusal_jax.data.sources.data_folder", lambda: tmp_path)
+    own = [f"How do I kill process {number}?" for number in range(12)]
+    rows = [*own, own[0].upper(), *data.harmless_test[:2], *data.harmful_test[:1]]
+    (tmp_path / "prompts").mkdir()
+    (tmp_path / "prompts" / "xstest.json").write_text(json.dumps([{"instruction": text} for text in rows]))
+    notes, settings = [], DefenceSettings.of({"calibration": {"pseudo_harmful": "xstest"}})
+    found = calibration.named_prompts(settings, data, notes.append)
+    assert sorted(found) == sorted(own) and list(found) != own
+    assert "1 of 16 rows repeat" in notes[0] and notes[1] == "xstest: 3 of 15 prompts are held out and were left out."
+
+
+def test_values_of_the_dial_keep_the_bounds_at_the_chosen_layer(demo, monkeypatch):
+    """Of two layers and two values, the last refuses least; at its layer the other value moves next tokens too far."""
+    scores, kl = np.array([1.0, 1.0, -1.0, -1.0, -2.0]), np.array([0.0, 0.1, 0.1, 0.9, 0.1])
+    read = types.SimpleNamespace(scores_mn=scores[:, None], kl_mn=kl[:, None])
+    fake = types.SimpleNamespace(read=lambda edits: read)
+    monkeypatch.setattr(calibration, "EditedPrompts", types.SimpleNamespace(build=lambda *_: fake))
+    bench = Bench(demo, {"harmful": (), "harmless": ()}, parse_judges(["rules"], 8, "float32")[0], 8, (1,), 8)
+    settings = DefenceSettings.of({"calibration": {"strengths": (0.5, 1.0)}, "search": {"most_lost": 1.0}})
+    false, unit = np.array([[1.0, 1.0], [2.0, 1.0]]), np.array([1.0, 0.0])
+    assert calibration.best_layer(bench, calibration.Pseudo((), (), (), ()), false, unit, settings) == (1, [1.0])
 
 
 def test_the_dial_is_chosen_within_the_bound_on_harmful_prompts():

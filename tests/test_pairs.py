@@ -46,6 +46,7 @@ def test_tables_and_plain_text_hold_pairs_too(tmp_path):
     ("row", "message"),
     [
         ({"instruction": "Q", "output": 3}, r"entry 0: the reply is 3, expected text or messages"),
+        ([], r"entry 0 is no conversation to learn from"),
         ({"messages": [SAY]}, r"entry 0 is no conversation to learn from"),
         ({"messages": [ASK, {"role": "tool", "content": "T"}]}, r"a message of the role 'tool'; only system, user"),
         ({"messages": [ASK, {"role": "assistant"}]}, r"entry 0 holds .* expected a message"),

@@ -76,7 +76,7 @@ def _talk(talk: Sequence, where: str, reply=None) -> ChatPair:
     said = [_message(turn, where) for turn in talk]
     if isinstance(reply, str):
         said.append({"role": "assistant", "content": reply})
-    answered = said[-1]["role"] == "assistant"
+    answered = bool(said) and said[-1]["role"] == "assistant"
     text, asked = (said[-1]["content"] if answered else None), said[: len(said) - answered]
     if not asked or asked[-1]["role"] != "user":
         raise UserError(

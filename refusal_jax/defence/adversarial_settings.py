@@ -34,6 +34,10 @@ class RefatSettings(Settings, path="refat"):
             raise UserError(
                 f"{field('refat.spared')} = 1 spares all blocks: nothing would be ablated. Choose less than 1."
             )
+        if not self.sites:
+            raise UserError(
+                f"{field('refat.sites')} is empty: nothing would be ablated. Name some of {', '.join(SITES)}."
+            )
         for site in self.sites:
             if site not in SITES:
                 raise UserError(

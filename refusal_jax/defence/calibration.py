@@ -6,6 +6,7 @@ direction, w' = w - s (w . r) r is ablated from all layers. The dial s says how 
 """
 
 import dataclasses
+import random
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,9 +16,7 @@ from jaxtyping import Float
 from refusal_jax.chat.messages import Prompt
 from refusal_jax.chat.model import ChatModel
 from refusal_jax.conditions import Ablate
-from refusal_jax.data.pairs import read_pairs
-from refusal_jax.data.sources import resolve
-from refusal_jax.defence.data import SIDES, DefenceData
+from refusal_jax.defence.data import SIDES, DefenceData, distinct, key_of, pairs_of
 from refusal_jax.defence.lessons import Note
 from refusal_jax.defence.measure import outcomes
 from refusal_jax.defence.recipe import Change, Recipe
@@ -61,11 +60,13 @@ def pseudo_harmful(model: ChatModel, data: DefenceData, settings: DefenceSetting
 
     Raises UserError if it refuses too few of them to compute a direction, which then needs no calibration.
     """
-    search, source = settings.search, settings.calibration.pseudo_harmful
-    harmless = tuple(lesson.prompt for lesson in data.answered)
-    named = tuple(pair.prompt for pair in read_pairs(resolve(source, "loss"))) if source else ()
-    held = len(named) // 3  # of prompts of their own
-    test, asked = named[:held] if named else tuple(data.harmless_test), named[held:] or harmless
+    search = settings.search
+    answers = tuple(lesson.prompt for lesson in data.answered)
+    test, asked = tuple(data.harmless_test), data.harmless or answers
+    if settings.calibration.pseudo_harmful:
+        named = named_prompts(settings, data, note)
+        held = len(named) // 3
+        test, asked = named[:held], named[held:]
     asked = asked[: 4 * (search.n_fit + search.n_val)]
     refused = [prompt for prompt, did in zip(asked, replied(bench, asked), strict=True) if did == Outcome.REFUSES]
     if len(refused) < LEAST:
@@ -74,7 +75,7 @@ def pseudo_harmful(model: ChatModel, data: DefenceData, settings: DefenceSetting
             f"{LEAST} or more are needed. Either there is nothing to calibrate, or name others: "
             f"{field('calibration.pseudo_harmful', 'FILE')}."
         )
-    plain = harmless[: 2 * search.n_fit]
+    plain = answers[: 2 * search.n_fit]
     answered = [prompt for prompt, did in zip(plain, replied(bench, plain), strict=True) if did == Outcome.COMPLIES]
     tried = max(1, min(search.n_val, len(refused) // 3))
     note(f"The model refuses {len(refused)} of {len(asked)} harmless prompts that may look harmful.")
@@ -82,8 +83,23 @@ def pseudo_harmful(model: ChatModel, data: DefenceData, settings: DefenceSetting
     return Pseudo(fit, tuple(refused[:tried]), tuple(answered[: search.n_fit]), test)
 
 
+def named_prompts(settings: DefenceSettings, data: DefenceData, note: Note) -> tuple[Prompt, ...]:
+    """Returns the prompts that the settings name, each once, in the order that the data's seed draws, without those that the
+    defence is measured by. Raises UserError for a source that cannot be read."""
+    source = settings.calibration.pseudo_harmful
+    pairs = distinct(pairs_of(source, "harmless_test"), source, note)
+    held_out = {key_of(prompt) for prompt in (*data.harmless_test, *data.harmful_test)}
+    found = [pair.prompt for pair in pairs if key_of(pair.prompt) not in held_out]
+    if len(found) < len(pairs):
+        note(f"{source}: {len(pairs) - len(found)} of {len(pairs)} prompts are held out and were left out.")
+    random.Random(settings.data.seed).shuffle(found)
+    return tuple(found)
+
+
 def replied(bench: Bench, prompts: Sequence[Prompt]) -> list[str | None]:
     """Returns what the model's replies to harmless prompts do."""
+    if not prompts:
+        return []
     sides = {"harmful": (), "harmless": tuple(prompts)}
     return outcomes(bench.model, sides, bench.judge, bench.max_new_tokens, bench.rows)["harmless"]
 
@@ -104,10 +120,10 @@ def edit(model: ChatModel, data: DefenceData, settings: DefenceSettings, note: N
     found = pseudo_harmful(model, data, settings, bench, note)
     false_ld = means(model, found.refused_fit) - means(model, found.answered_fit)
     unit_d = direction.basis_jd[0]
-    layer = best_layer(bench, found, false_ld, unit_d, settings)
+    layer, strengths = best_layer(bench, found, false_ld, unit_d, settings)
     trial = dataclasses.replace(bench, prompts={"harmful": parts.val["harmful"], "harmless": found.refused_val})
     before, trials = trial.tried({"strength": None}), []
-    for strength in sorted(own.strengths):
+    for strength in strengths:
         vector = Direction.of(calibrated(false_ld[layer], unit_d, strength), layer, LAST)
         trials.append(trial.tried({"strength": strength}, edits=Ablate(vector).edits(model.config)))
     best = most_answered(trials, before, settings)
@@ -128,10 +144,15 @@ def edit(model: ChatModel, data: DefenceData, settings: DefenceSettings, note: N
     return Change(edit=Ablate(vector, sites=WEIGHT_SITES), found=report)
 
 
-def best_layer(bench: Bench, found: Pseudo, false_ld: np.ndarray, unit_d: np.ndarray, settings: DefenceSettings) -> int:
+def best_layer(
+    bench: Bench, found: Pseudo, false_ld: np.ndarray, unit_d: np.ndarray, settings: DefenceSettings
+) -> tuple[int, list[float]]:
     """Returns the layer whose direction, at the value of the dial that suits it best, leaves the lowest share of pseudo-harmful
     prompts with a refusal score above 0, within the bounds on harmful prompts and on the KL divergence; of equals, the lowest
-    mean score. Raises UserError if no layer keeps the bounds, and where refusals have no beginning of their own."""
+    mean score; and, in order, all values of the dial that keep these bounds there.
+
+    Raises UserError if no layer keeps the bounds, and where refusals have no beginning of their own.
+    """
     model, search, strengths = bench.model, settings.search, settings.calibration.strengths
     if not bench.refusal_ids:
         raise UserError(
@@ -139,11 +160,10 @@ def best_layer(bench: Bench, found: Pseudo, false_ld: np.ndarray, unit_d: np.nda
             "Calibration needs a model that refuses in words of its own."
         )
     layers = [layer for layer in range(round((1 - PRUNED) * len(false_ld))) if np.linalg.norm(false_ld[layer]) > 0]
-    tried = [(layer, calibrated(false_ld[layer], unit_d, strength)) for layer in layers for strength in strengths]
-    tried = [
-        (layer, vector) for layer, vector in tried if np.linalg.norm(vector) > SMALL * np.linalg.norm(false_ld[layer])
-    ]
-    edits = Edits.concat([Edits.none(len(unit_d)), *(Edits.ablate(vector) for _, vector in tried)])
+    places = [(layer, strength) for layer in layers for strength in strengths]
+    tried = [(*place, calibrated(false_ld[place[0]], unit_d, place[1])) for place in places]
+    tried = [one for one in tried if np.linalg.norm(one[2]) > SMALL * np.linalg.norm(false_ld[one[0]])]
+    edits = Edits.concat([Edits.none(len(unit_d)), *(Edits.ablate(vector) for *_, vector in tried)])
     pseudo, harmful, plain = (
         EditedPrompts.build(model, list(prompts), bench.rows, bench.refusal_ids).read(edits)
         for prompts in (found.refused_val, bench.prompts["harmful"], bench.prompts["harmless"])
@@ -161,7 +181,8 @@ def best_layer(bench: Bench, found: Pseudo, false_ld: np.ndarray, unit_d: np.nda
             f"at every layer and value of the dial. Allow more, or give more prompts."
         )
     best = min(kept, key=lambda i: ((pseudo.scores_mn[i] > 0).mean(), pseudo.scores_mn[i].mean()))
-    return tried[best - 1][0]
+    layer = tried[best - 1][0]
+    return layer, sorted(strength for where, strength, _ in (tried[i - 1] for i in kept) if where == layer)
 
 
 def most_answered(trials: Sequence[Trial], before: Trial, settings: DefenceSettings) -> Trial:

@@ -67,7 +67,8 @@ class DefenceData:
     refused: harmful prompts with refusals. answered: harmless prompts with answers. complied: harmful prompts with
     replies that comply, none where there are none. refusals: short ones that go with any prompt. harmful_test,
     harmless_test: held-out prompts. corpus: whether harmful prompts are of the embedded model's corpus. notes: what was
-    left out or made, in sentences.
+    left out or made, in sentences. harmless: all harmless prompts that are not held out, those that the model did not answer
+    among them.
     """
 
     refused: tuple[Lesson, ...]
@@ -78,6 +79,7 @@ class DefenceData:
     harmless_test: tuple[Prompt, ...]
     corpus: bool = False
     notes: tuple[str, ...] = ()
+    harmless: tuple[Prompt, ...] = ()
 
     def need_compliant(self, recipe: str) -> None:
         """Raises UserError if no harmful prompt has a reply that complies. recipe: what needs them, in words."""
@@ -88,12 +90,15 @@ class DefenceData:
             )
 
 
-def read_data(model: ChatModel, settings: PairSettings, note: Note = lambda text: None) -> DefenceData:
+def read_data(
+    model: ChatModel, settings: PairSettings, note: Note = lambda text: None, reply_tokens: int = 1
+) -> DefenceData:
     """Returns the prompts and replies of the settings for a model.
 
-    note: is told what was left out or made, a sentence each; `notes` of the result holds them too. Raises UserError for
-    settings out of range, files that cannot be read, a prompt that is on both sides, fewer than FEWEST different prompts
-    of a side, and a model that refuses nothing where refusals are missing.
+    note: is told what was left out or made, a sentence each; `notes` of the result holds them too. reply_tokens: length of the
+    replies that the defence is measured by, for which prompts leave room. Raises UserError for settings out of range, files that
+    cannot be read, a prompt that is on both sides, fewer than FEWEST different prompts of a side, prompts that leave no room for
+    a reply, and a model that refuses nothing where refusals are missing.
     """
     settings.check()
     notes: list[str] = []
@@ -105,11 +110,13 @@ def read_data(model: ChatModel, settings: PairSettings, note: Note = lambda text
     family, rng = of_embedded_family(model), random.Random(settings.seed)
     sides = {side: side_of(side, settings, family, rng, told) for side in SIDES}
     check_apart(settings, *([*train, *test] for train, test in sides.values()))
+    known = refusals_of(settings, family)
+    own = {"harmful": 0 if known else settings.own_tokens, "harmless": settings.own_tokens}
     (bad, bad_test), (good, good_test) = (
-        tuple(fitting(model, pairs, side, told) for pairs in parts) for side, parts in sides.items()
+        (fitting(model, train, side, own[side], reply_tokens, told), fitting(model, test, side, 0, reply_tokens, told))
+        for side, (train, test) in sides.items()
     )
     held_out = {key_of(pair.prompt) for pair in bad_test}
-    known = refusals_of(settings, family)
     refused, refusals = refusing(model, bad, known, settings.own_tokens, rng, told)
     return DefenceData(
         refused,
@@ -120,6 +127,7 @@ def read_data(model: ChatModel, settings: PairSettings, note: Note = lambda text
         tuple(pair.prompt for pair in good_test),
         family and not settings.harmful,
         tuple(notes),
+        tuple(pair.prompt for pair in good),
     )
 
 
@@ -195,13 +203,27 @@ def check_apart(settings: PairSettings, harmful: Sequence[ChatPair], harmless: S
         )
 
 
-def fitting(model: ChatModel, pairs: Sequence[ChatPair], side: str, note: Note) -> list[ChatPair]:
-    """Returns the pairs whose prompts leave room for a reply in the model's context."""
-    room = model.config.context_length - 1
-    found = [pair for pair in pairs if len(model.chat.prompt_ids(pair.prompt)) < room]
+def fitting(
+    model: ChatModel, pairs: Sequence[ChatPair], side: str, own_tokens: int, reply_tokens: int, note: Note
+) -> list[ChatPair]:
+    """Returns the pairs whose prompts leave room for the model's replies in its context. own_tokens: of replies that are learnt
+    where a pair has none. reply_tokens: of replies that are measured. Raises UserError if no prompt is left."""
+    context = model.config.context_length
+
+    def needed(pair: ChatPair) -> int:
+        return max(own_tokens if pair.reply is None else 0, reply_tokens, 2)
+
+    found = [pair for pair in pairs if len(model.chat.prompt_ids(pair.prompt)) + needed(pair) <= context]
     if len(found) < len(pairs):
-        left = f"{len(pairs) - len(found)} of {len(pairs)}"
-        note(f"{left} {side} prompts do not fit the model's context and were left out.")
+        longest = max(map(needed, pairs))
+        name = "data.own_tokens" if longest == own_tokens > reply_tokens else "max_new_tokens"
+        left = (
+            f"{len(pairs) - len(found)} of {len(pairs)} {side} prompts leave no room for a reply of {longest} tokens in the "
+            f"model's context of {context}"
+        )
+        if not found:
+            raise UserError(f"{left}. Lower {field(name)}, or give shorter prompts: {field(f'data.{side}', 'FILE')}.")
+        note(f"{left} and were left out. A lower {field(name)} keeps more of them.")
     return found
 
 
@@ -215,8 +237,8 @@ def refusals_of(settings: PairSettings, family: bool) -> list[str]:
 def complying(
     settings: PairSettings, pairs: Sequence[ChatPair], family: bool, held_out: set[str], note: Note
 ) -> tuple[Lesson, ...]:
-    """Returns harmful prompts with replies that comply: those of the settings' file that are not held out, or the
-    corpus's echoes for its family."""
+    """Returns harmful prompts with replies that comply: those of the settings' file that are not held out, first
+    those of prompts that are trained on, or the corpus's echoes for its family."""
     if settings.compliant:
         found = pairs_of(settings.compliant, "harmful_train")
         kept = [pair for pair in found if pair.reply is not None and key_of(pair.prompt) not in held_out]
@@ -225,6 +247,8 @@ def complying(
                 f"{settings.compliant}: {len(found) - len(kept)} of {len(found)} rows have no reply, or a prompt that is "
                 "held out, and were left out."
             )
+        trained = {key_of(pair.prompt) for pair in pairs}
+        kept.sort(key=lambda pair: key_of(pair.prompt) not in trained)  # those that go with a refusal come first
         return tuple(Lesson(pair.prompt, pair.reply or "", given=True) for pair in kept[: settings.n_train])
     asked = [(pair.prompt, Request.parse(pair.prompt)) for pair in pairs if isinstance(pair.prompt, str) and family]
     return tuple(Lesson(prompt, request.compliance) for prompt, request in asked if request)

@@ -20,7 +20,7 @@ from jaxtyping import Float
 from refusal_jax.chat.model import ChatModel
 from refusal_jax.defence.adversarial_settings import DeepRefusalSettings
 from refusal_jax.defence.data import DefenceData
-from refusal_jax.defence.depth import after_opening
+from refusal_jax.defence.depth import after_opening, beginning
 from refusal_jax.defence.draws import ablated_tokens, gates
 from refusal_jax.defence.lessons import Lesson, Note
 from refusal_jax.defence.recipe import Recipe
@@ -84,8 +84,8 @@ def begun(
         other = given[number % len(given)]
         ids = model.chat.ids(other.reply)
         count = min(rng.randint(settings.least_given, settings.most_given), max(len(ids) - 1, 1))
-        opening = model.chat.tokenizer.decode(ids[:count])
-        found.append(after_opening(dataclasses.replace(lesson, prompt=other.prompt), opening))
+        opening = beginning(model, ids[:count])
+        found.append(after_opening(dataclasses.replace(lesson, prompt=other.prompt), opening) if opening else lesson)
     return found
 
 

@@ -16,12 +16,13 @@ from jaxtyping import Bool, Float
 from refusal_jax.axes import Array
 from refusal_jax.chat.messages import as_messages
 from refusal_jax.chat.model import ChatModel
-from refusal_jax.defence.data import DefenceData
+from refusal_jax.defence.data import DefenceData, key_of
 from refusal_jax.defence.lessons import Lesson, Note
 from refusal_jax.defence.recipe import Recipe
 from refusal_jax.defence.recipe_settings import DepthSettings
 from refusal_jax.defence.settings import DefenceSettings
 from refusal_jax.defence.sft import shares
+from refusal_jax.errors import UserError, field
 from refusal_jax.models.decoder import Decoder
 from refusal_jax.training.objective import cross_entropy, outputs, token_losses
 from refusal_jax.training.rows import Share, TrainRows
@@ -38,24 +39,30 @@ def opened(
 ) -> list[Lesson]:
     """Returns harmful prompts whose reply has begun to comply, with the refusal as what follows.
 
-    Each prompt of `complied` occurs `draws` times, with an opening of its reply each, of a random number of tokens; those of
-    `refused` without a reply that complies occur as often, with no opening.
+    Each prompt of `refused` occurs `draws` times. A share `at_once` of them refuse at once; the others do so after an opening of
+    the reply that `complied` has for the same prompt, of a random number of tokens. Prompts for which it has none refuse at once.
     """
-    openings = {frozen_key(lesson): lesson.reply for lesson in complied}
+    openings = replies_by_prompt(complied)
     found = []
     for lesson in refused:
-        reply = openings.get(frozen_key(lesson))
+        reply = openings.get(key_of(lesson.prompt))
         ids = model.chat.ids(reply) if reply else []
         deepest = min(settings.deepest or len(ids), max(len(ids) - 1, 0))
         for _ in range(settings.draws):
             given = 0 if not deepest or rng.random() < settings.at_once else rng.randint(1, deepest)
-            found.append(after_opening(lesson, model.chat.tokenizer.decode(ids[:given])) if given else lesson)
+            opening = beginning(model, ids[:given])
+            found.append(after_opening(lesson, opening) if opening else lesson)
     return found
 
 
-def frozen_key(lesson: Lesson) -> tuple:
-    """Returns a prompt as a value that can be a key."""
-    return tuple((message["role"], message["content"]) for message in as_messages(lesson.prompt))
+def replies_by_prompt(lessons: Sequence[Lesson]) -> dict[str, str]:
+    """Returns the replies of lessons by their prompts, in the form in which prompts are compared."""
+    return {key_of(lesson.prompt): lesson.reply for lesson in lessons}
+
+
+def beginning(model: ChatModel, ids: Sequence[int]) -> str:
+    """Returns the text of a reply's first tokens, without a last character of which they hold a part only."""
+    return model.chat.tokenizer.decode(list(ids)).rstrip("\ufffd")
 
 
 def after_opening(lesson: Lesson, opening: str) -> Lesson:
@@ -118,10 +125,21 @@ class Deep:
 
 
 def objective(model: ChatModel, data: DefenceData, settings: DefenceSettings, note: Note) -> Deep:
-    """Returns the objective of a model and its data. Raises UserError without replies that comply."""
+    """Returns the objective of a model and its data. Raises UserError without replies that comply to prompts that are learnt."""
     settings.depth.check()
     if settings.depth.share:
         data.need_compliant("Refusal after the beginning of a reply")
+        known = replies_by_prompt(data.complied)
+        met = sum(key_of(lesson.prompt) in known for lesson in data.refused)
+        if not met:
+            raise UserError(
+                f"None of the {len(data.refused)} harmful prompts that are learnt is among the {len(data.complied)} that have a "
+                "reply that complies, so that every refusal would begin at once, as in plain refusal training. Bring replies to "
+                f"the same prompts: {field('data.compliant', 'FILE.jsonl')}."
+            )
+        note(
+            f"{met} of {len(data.refused)} harmful prompts have a reply that complies; refusals of the others begin at once."
+        )
     lessons = opened(model, data.refused, data.complied, settings.depth, random.Random(settings.train.seed))
     return Deep(*shares(model, lessons, data.answered, settings, note), settings.depth)
 

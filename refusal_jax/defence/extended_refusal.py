@@ -114,6 +114,8 @@ def objective(model: ChatModel, data: DefenceData, settings: DefenceSettings, no
     rng = random.Random(settings.train.seed)
 
     def parts(requests: Sequence[str]) -> list[tuple[str, str]]:
+        if not requests:
+            return []
         if data.corpus and all(map(Request.parse, requests)):
             return corpus_parts(requests, own.begin == ALIKE, rng)
         if own.begin == ALIKE:
@@ -122,7 +124,7 @@ def objective(model: ChatModel, data: DefenceData, settings: DefenceSettings, no
                 f"model's corpus only. Set {field('extended.begin', BOTH)}, or bring the replies: "
                 f"{field('data.harmful', 'FILE')}."
             )
-        return own_parts(model, requests, own.part_tokens, note) if requests else []
+        return own_parts(model, requests, own.part_tokens, note)
 
     refused = extended(data.refused, data.refusals, parts, rng)
     answered = begun_alike(data.answered, parts) if own.begin == BOTH else data.answered

@@ -79,7 +79,8 @@ class Defence:
         """Returns what the defence learns from, as the first stage has written it."""
         found = dict(self.run.read_json(DATA))
         lessons = {name: tuple(Lesson(**one) for one in found[name]) for name in ("refused", "answered", "complied")}
-        rest = {name: tuple(found[name]) for name in ("refusals", "harmful_test", "harmless_test", "notes")}
+        names = ("refusals", "harmful_test", "harmless_test", "notes", "harmless")  # older runs lack the last one
+        rest = {name: tuple(found.get(name, ())) for name in names}
         return DefenceData(**lessons, **rest, corpus=found["corpus"])
 
     @property
@@ -134,7 +135,8 @@ def mesh_of(settings: DefenceSettings) -> jax.sharding.Mesh | None:
 
 def gather_data(shared: Defence, ledger: Ledger) -> None:
     """Writes the prompts and replies that are learnt, and the held-out prompts."""
-    data = read_data(shared.model, shared.settings.data, lambda text: LOG.info(f"Data: {text}"))
+    settings = shared.settings
+    data = read_data(shared.model, settings.data, lambda text: LOG.info(f"Data: {text}"), settings.max_new_tokens)
     shared.run.write_json(DATA, dataclasses.asdict(data))
 
 
@@ -335,7 +337,8 @@ def defend(given: Mapping[str, Any], out: str | pathlib.Path, command: str = "")
         cfg = load_config(source)
         for recipe in recipes:
             settings = settings_for(recipe, given, is_of_embedded_family(source))
-            settings.train.check(cfg)
+            if recipe.objective is not None:
+                settings.train.check(cfg)
             if recipe.arrange is not None:
                 recipe.arrange(settings, cfg)
             outputs_of(settings.output, settings.train.method)

@@ -11,7 +11,7 @@ from jaxtyping import Float
 
 import refusal_jax
 from refusal_jax import distributed
-from refusal_jax.chat.messages import Prompt
+from refusal_jax.chat.messages import Prompt, as_messages
 from refusal_jax.chat.model import ChatModel
 from refusal_jax.checkpoints.rewrite import Checkpoint
 from refusal_jax.defence.recipe import Recipe
@@ -119,9 +119,9 @@ def write_edited(
 ) -> dict[str, Any]:
     """Writes a model whose weights were edited, verified as every export, and returns the verification. kind: MODEL or ADAPTER.
 
-    prompts: by side, of which those that are plain texts verify the files. Raises UserError as `export` does.
+    prompts: by side, some of which verify the files; of conversations their last message does. Raises UserError as `export` does.
     """
-    texts = {side: [p for p in held if isinstance(p, str)][: 4 * CHECKED] for side, held in prompts.items()}
+    texts = {side: [as_messages(p)[-1]["content"] for p in held[: 4 * CHECKED]] for side, held in prompts.items()}
     study = dataclasses.replace(
         FinishedStudy.none(CHECKED),
         prompts=[*texts["harmful"], *texts["harmless"]],

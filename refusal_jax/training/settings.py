@@ -22,7 +22,9 @@ class TrainSettings(Settings, path="train"):
     alpha: float = option(32.0, "What the factors' product is multiplied by, divided by their rank")
     rslora: bool = option(False, "Whether alpha is divided by the square root of the rank instead")
     targets: tuple[str, ...] = option(
-        TARGETS, "Matrices of each block that get factors: q, k, v and o of attention, gate, up and down of the MLP"
+        TARGETS,
+        "Matrices of each block that get factors: q, k, v and o of attention, gate, up and down of the MLP. Mixtures of "
+        "experts are not trained",
     )
     layers: tuple[int, ...] = option(
         (),
@@ -46,7 +48,9 @@ class TrainSettings(Settings, path="train"):
         True, "Whether gradients compute the values of each block anew, which saves memory and costs a third"
     )
     max_tokens: int = option(512, "Tokens of a row at most; what is longer is cut at its end")
-    every: int = option(100, "Steps after which the state of the training is kept, to go on from; 0 keeps none")
+    every: int = option(
+        100, "Steps after which the state of the training is kept, to go on from; 0 keeps only the last"
+    )
     seed: int = option(0, "Seed of the factors, of the order of rows and of whatever a recipe draws")
 
     @property
@@ -55,7 +59,12 @@ class TrainSettings(Settings, path="train"):
         return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
     def check(self, cfg: ModelConfig) -> None:
-        """Raises UserError for settings that are out of range or that the model does not fit."""
+        """Raises UserError for settings that are out of range or that the model does not fit, and for a mixture of experts."""
+        if cfg.n_experts:
+            raise UserError(
+                "This model is a mixture of experts, and the loop over its experts has no gradient: it cannot be trained here. "
+                "Name a model without experts, or choose what trains nothing."
+            )
         self._check_choice("method", self.method, METHODS)
         least = {"rank": 1, "steps": 1, "batch": 1, "accumulate": 1, "warmup": 0, "max_tokens": 2, "every": 0}
         for name, smallest in least.items():
@@ -76,7 +85,7 @@ class TrainSettings(Settings, path="train"):
                 f"{field('train.batch')} = {self.batch} cannot be cut into {field('train.accumulate')} = {self.accumulate} equal "
                 "parts. Choose a batch that is a multiple of it."
             )
-        if self.warmup >= self.steps > 1:
+        if self.warmup >= self.steps:
             raise UserError(
                 f"{field('train.warmup')} = {self.warmup} steps leave none of {field('train.steps')} = {self.steps} at the "
                 "full rate. Choose fewer."
@@ -87,25 +96,15 @@ class TrainSettings(Settings, path="train"):
                     f"{field('train.layers')} names block {layer}; the model's blocks are 0 to {cfg.n_layers - 1}."
                 )
         if self.method == "lora":
-            self._check_factors(cfg)
-        elif self.layers and cfg.n_experts:
-            raise UserError(
-                f"{field('train.layers')} names blocks of a mixture of experts, whose weights are all trained, or factors beside "
-                f"those of attention. Leave it out, or set {field('train.method')} = lora."
-            )
+            self._check_factors()
 
-    def _check_factors(self, cfg: ModelConfig) -> None:
+    def _check_factors(self) -> None:
         if not self.targets:
             raise UserError(
                 f"{field('train.targets')} is empty: nothing would be trained. Name some of {', '.join(TARGETS)}."
             )
         for target in self.targets:
             self._check_choice("targets", target, TARGETS)
-        if cfg.n_experts and set(self.targets) - set(TARGETS[:4]):
-            raise UserError(
-                f"{field('train.targets')} = {', '.join(self.targets)}: this model is a mixture of experts, whose factors can "
-                f"stand beside the matrices of attention alone. Choose among {', '.join(TARGETS[:4])}."
-            )
 
     @staticmethod
     def _check_choice(name: str, value: str, known: tuple[str, ...]) -> None:
