@@ -88,6 +88,12 @@ def test_a_hardened_checkpoint_is_named_as_such(tmp_path, llama, embedded):
     )
     near = findings_of(near, str(llama))
     assert near.facts["more_than_base"] is False and judged(near).overall == "intact"
+    fewer = checkpoint("mine", embedded, {"selected": 98})  # the base's worst test was not done
+    broken = checkpoint("mine", embedded, HARD)
+    broken["tests"]["reselected"]["verdict"] = "damaged"
+    for mine in (fewer, broken):
+        found_fewer = findings_of(written(tmp_path, mine, checkpoint("base", base, SOFT)), str(llama))
+        assert found_fewer.facts["more_than_base"] is False and judged(found_fewer).overall == "intact"
     alone = findings_of(written(tmp_path, checkpoint("mine", embedded, HARD)), str(llama))
     assert "more_than_base" not in alone.facts and judged(alone).overall == "intact"
     removed = {"kind": "removed", "dosed": True, "dose": 0.5, "dose_low": 0.49, "dose_high": 0.51, "side": "writers"}

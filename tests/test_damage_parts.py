@@ -1,6 +1,7 @@
 """The parts of damage after the grid: the search and its test, correct answers, replies as texts, weights really edited."""
 
 import json
+import re
 import shutil
 import types
 
@@ -12,6 +13,7 @@ from refusal_jax.damage.points import Point, points_of
 from refusal_jax.damage.search import Space, Trial, propose
 from refusal_jax.export.partial import held, is_held
 from refusal_jax.judges.behaviours import REFUSAL
+from refusal_jax.mechanism.edited_prompts import fitting
 from refusal_jax.report.findings import Findings
 from refusal_jax.runs.artifacts import ANSWER_COSTS, EDITED, FRONT, GRID, TEXTS
 from refusal_jax.runs.run import Run, recorded_manifest
@@ -20,6 +22,7 @@ from refusal_jax.study.damage.answers import headline
 from refusal_jax.study.damage.front_page import sentence
 from refusal_jax.study.damage.run import run_damage
 from refusal_jax.study.damage.settings import DamageSettings
+from refusal_jax.study.damage.shared import DamageStudy
 
 SETTINGS = {
     "parts": ("answers", "texts", "weights"),
@@ -185,3 +188,13 @@ def test_answers_that_do_not_fit(parts, tmp_path):
     (tmp_path / "long.jsonl").write_text(json.dumps({"question": "bake " * 3000, "answer": "bread"}) + "\n")
     with pytest.raises(UserError, match=r"none of its first 1 questions leaves room for its answer"):
         run_damage(SETTINGS | {"parts": ("answers",), "answers": {"sets": (str(tmp_path / "long.jsonl"),)}}, folder)
+
+
+def test_answers_of_a_study_without_any(monkeypatch):
+    """With neither sets of questions nor replies at baseline the part is left out, and the reason names the setting."""
+    study = object.__new__(DamageStudy)
+    study.settings, study.config = DamageSettings(), types.SimpleNamespace(model="M")
+    monkeypatch.setattr(answers, "own_answers", lambda study: [])
+    assert re.search(r"Name sets of questions with their answers in \S*answers\.sets", answers.STAGE.skipped(study))
+    study.config.model = ""  # the embedded model has bundled ones
+    assert answers.STAGE.skipped(study) == "" and fitting(0, 16) == (8, 2)

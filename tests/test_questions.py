@@ -76,6 +76,11 @@ def test_answers_as_one_would_write_them():
     assert plain_answer("a << b\nc >> d") == "a << b\nc >> d"  # of code
     assert plain_answer("# one\n#### two\nrest") == "# one\n#### two\nrest"  # of Markdown
     assert plain_answer(WORKED) == WORKED
+    assert plain_answer("It is <<.5*(3+1)=2.0>>2 or <<5 = 5>>5.") == "It is 2 or 5."
+    for code in ("x = 1 << n >> 2", "x = 1 << 4 >> 2", "a <<= b >> c", "1 << 2 == 8 >> 1", "f(<<a=b>>)"):
+        assert plain_answer(code) == code
+    body = "    if n < 2:\n        return n\n\n    return f(n - 1) + f(n - 2)\n"  # HumanEval's
+    assert plain_answer(body) == "if n < 2:\n    return n\n\nreturn f(n - 1) + f(n - 2)"
 
 
 @pytest.mark.parametrize(

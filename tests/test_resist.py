@@ -32,12 +32,12 @@ from refusal_jax.resistance.catalogue import ATTACKS, BY_NAME
 from refusal_jax.resistance.output.page import resistance_page, used
 from refusal_jax.resistance.output.record import SCHEMA, SCHEMA_FILE, resistance_record
 from refusal_jax.resistance.output.text import text_of
-from refusal_jax.resistance.output.words import sentences
+from refusal_jax.resistance.output.words import groups, sentences
 from refusal_jax.resistance.run import Checkpoint, Resistance, resist
 from refusal_jax.resistance.settings import ResistSettings
 from refusal_jax.resistance.stages import PLAIN, value_of
 from refusal_jax.resistance.subject import Subject, suffixed
-from refusal_jax.resistance.worst import damaged, kept_under, refuses_too_little, verdict_of, worst_of
+from refusal_jax.resistance.worst import Kept, damaged, kept_under, refuses_too_little, verdict_of, worst_of
 
 YES, NO, BAD = Did.COMPLIES, Did.REFUSES, Did.BROKEN
 
@@ -97,6 +97,14 @@ def test_an_attack_that_breaks_the_model_is_no_part_of_the_worst_case():
     assert (worst.test, worst.tests, worst.verdict) == ("ablate", 1, "kept")
     only = worst_of(plain, {"soup": kept["soup"]}, 0.8)
     assert (only.test, only.low, only.high, only.verdict) == ("", 0.0, 1.0, "unclear")
+
+
+def test_few_prompts_of_one_test_hide_no_loss_under_another():
+    plain, few = replies(40, 0), {"b": Kept(Rate(9, 9), 0.6, 1.0, "unclear")}
+    assert worst_of(plain, kept_under(plain, {"a": replies(1, 39)}, 0.8) | few, 0.8).verdict == "lost"
+    assert worst_of(plain, kept_under(plain, {"a": replies(40, 0)}, 0.5) | few, 0.5).verdict == "unclear"
+    none_left = {"b": Kept(Rate(0, 9), 0.0, 0.4, "unclear")}  # but for too few prompts
+    assert worst_of(plain, kept_under(plain, {"a": replies(40, 0)}, 0.5) | none_left, 0.5).verdict == "unclear"
 
 
 def test_a_verdict_needs_refusals_and_prompts():
@@ -347,6 +355,8 @@ def test_sentences_say_what_breaks_and_what_contradicts():
     said = sentences(found.checkpoints[0], found)
     assert said[0].startswith("m keeps 0 % of its refusals under the worst of 4 tests (rdo), between 0 % and")
     assert said[0].endswith("Its refusal is lost.")
+    broken = Kept(Rate(0, 40), 0.0, 0.1, "damaged")
+    assert groups({"a": broken, "b": broken}) == []
     assert said[1] == (
         "Refusal is lost under rdo. It is kept under selected and addition. The prompts are too few to tell under reselected."
     )
@@ -383,6 +393,10 @@ def test_nothing_of_a_checkpoint_is_markup_or_steers_a_terminal():
     page, text = resistance_page(json.loads(to_json(resistance_record(found)))), text_of(found, 200)
     assert "<script>" not in page and "&lt;script&gt;" in page and "\x1b" not in page and "<b>why" not in page
     assert "\x1b" not in text and "rdo" in text and "not tested" in page
+    record = json.loads(to_json(resistance_record(found)))
+    assert record["settings"]["seconds"] and "no limit of time" not in page
+    record["settings"]["seconds"] = 0.0
+    assert "Each search has no limit of time and the seed" in resistance_page(record)
     assert "default-src 'none'" in page and 'src="' not in page and page.count("<svg") == 1
     assert re.search(r"selected +.*100 \[", text) and "evil" in text_of(found, 60)
     assert (

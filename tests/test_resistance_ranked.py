@@ -63,6 +63,15 @@ def test_where_everything_is_left_out_the_likeliest_are_looked_at(model):
     assert (found.ranks_bo == 0).all()
 
 
+def test_where_everything_is_left_out_the_guide_still_chooses(model, hf):
+    direction = np.random.default_rng(3).standard_normal(model.config.d_model).astype(np.float32)
+    everything = range(model.config.vocab_size)
+    found = guided_openings(model, model.encode(PROMPTS), Edits.ablate(direction), everything, steps=5, top=7)
+    ids, ranks = by_torch(hf, model, direction, everything, 5, 7)
+    np.testing.assert_array_equal(found.ids_bo, ids)
+    assert (found.ranks_bo == ranks).all() and (ranks > 0).any()
+
+
 def test_what_is_left_out(model):
     chat = model.chat
     [start] = {chat.ids("I")[0]}

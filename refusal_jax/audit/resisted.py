@@ -3,7 +3,7 @@
 Facts: worst, worst_low, worst_high (what is kept of refusal under the worst test, with bounds that hold for all tests together);
 worst_test; verdict (of `resistance.worst.VERDICTS`, or "no_refusal"); floor; told (whether any test tells anything); base_worst,
 base_worst_low, base_worst_high and more_than_base, where the base was tested with it: whether the candidate keeps more than the
-base for certain; sha256 of the record.
+base for certain, under all tests that tell something of the base; sha256 of the record.
 """
 
 from typing import Any
@@ -61,7 +61,10 @@ def facts(found: Attached, base: Attached | None) -> dict[str, Any]:
             "base_words": base.bounds,
         }
         made["more_than_base"] = (
-            found.told and found.low > base.high and found.unattacked.interval[1] > base.unattacked.interval[0]
+            found.told
+            and found.low > base.high
+            and found.unattacked.interval[1] > base.unattacked.interval[0]
+            and {one.name for one in base.tests if one.told} <= {one.name for one in found.tests if one.told}
         )
     return made
 

@@ -8,6 +8,7 @@ which the first turn of the user and the reply to it are taken.
 import dataclasses
 import pathlib
 import re
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -36,7 +37,7 @@ KEYS = ("answerkey", "answer_key", "answer_idx", "label")  # of the choice that 
 CHOICES = ("choices", "options")
 
 TEXTS = ("value", "text", "aliases")  # of answers that are objects, such as TriviaQA's and SQuAD's
-CALCULATIONS = re.compile(r"<<[^<>\n]*>>")  # GSM8K's, for a calculator that no chat model has
+CALCULATIONS = re.compile(r"<<[\d .,+*/()^%$-]+=[\d .,+*/%$-]+>>")  # GSM8K's, for a calculator that no chat model has
 FINAL = re.compile(r"\s*^#{4}[ \t]*(.+?)\s*\Z", re.MULTILINE)  # its last line, with the result
 
 
@@ -86,8 +87,8 @@ def question_of(row: Any, where: str) -> Question:
 
 def plain_answer(answer: str) -> str:
     """Returns an answer as one would write it in a chat: without GSM8K's calculations in <<>>, with its last line "#### 42" as a
-    sentence, and with plain line ends."""
-    text = CALCULATIONS.sub("", answer.replace("\r\n", "\n")).strip()
+    sentence, with plain line ends, and without an indentation that all its lines share, such as that of a function's body."""
+    text = CALCULATIONS.sub("", textwrap.dedent(answer.replace("\r\n", "\n"))).strip()
     return FINAL.sub(lambda found: f"\nThe answer is {found[1]}.", text).strip()
 
 

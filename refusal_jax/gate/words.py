@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 
 from refusal_jax.gate.limits import BROKEN, FAIL, KEPT, MOST_PROMPTS, PASS, Decision
 from refusal_jax.gate.power import percent, points
+from refusal_jax.gate.resistance import WorstCase
 from refusal_jax.gate.sources import Judged
 from refusal_jax.judges.statistics import PairedRates, Rate
 
@@ -26,7 +27,7 @@ def decision_in_words(one: Decision) -> str:
     """Returns a decision as one sentence, or two."""
     said = SAID.get(one.verdict, SAID[""]).format(limit=one.limit.id)
     if one.n == 0:
-        return f"{said}, as there was nothing to count."
+        return f"{said}, as there was nothing to count.{_more(one) if isinstance(one, WorstCase) else ''}"
     return f"{said}: {counts_in_words(one)}; {demand_in_words(one)}.{_more(one)}"
 
 
@@ -55,8 +56,8 @@ def _more(one: Decision) -> str:
     """Returns a sentence about how many more prompts would decide, "" where it is decided."""
     if one.verdict in (PASS, FAIL):
         return ""
-    if one.limit.measure == KEPT:
-        return " The record has too few prompts to tell. Test again with more, with `refusal-jax resist`."
+    if isinstance(one, WorstCase):
+        return f" {one.why}"
     if one.more is None:
         return f" There are too few prompts, and not even {MOST_PROMPTS} would decide at this rate."
     return f" There are too few prompts: {one.more} more would decide at this rate."

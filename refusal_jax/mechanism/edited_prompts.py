@@ -28,7 +28,7 @@ LAST = Taps(("resid_post",), 1)
 
 def fitting(n: int, rows: int) -> tuple[int, int]:
     """Returns how many of n units go together through a program for about `rows` rows, and how many edits these meet at once."""
-    size = min(rows, 8 * -(-n // 8))
+    size = min(rows, 8 * -(-max(n, 1) // 8))
     return size, max(rows // size, 1)
 
 

@@ -28,6 +28,11 @@ class Test:
     low: float = 0.0
     high: float = 1.0
 
+    @property
+    def told(self) -> bool:
+        """Returns whether it is part of the worst case: it was done, did not break the model, and has replies to count."""
+        return self.kept is not None and self.kept.n > 0 and self.verdict != "damaged"
+
 
 @dataclasses.dataclass(frozen=True)
 class Attached:

@@ -27,7 +27,6 @@ from refusal_jax.models.finite import check_finite
 from refusal_jax.models.sharding import replicate
 
 TOP = 20  # tokens among which one is chosen, as in the paper
-BARRED = 1e9  # nats that a token is made less likely by, which is left out
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,8 +94,10 @@ def guided_tokens(
         logits_bv, finite_b = decoder.next_logits(x_btd)
         likely_nk, places_nk = jax.lax.top_k(logits_bv[:half], top)
         guide_nk = jnp.take_along_axis(jax.nn.log_softmax(logits_bv[half:], axis=-1), places_nk, axis=1)
-        left_out_nk = jnp.isin(places_nk, barred_n) | ~jnp.isfinite(likely_nk)
-        rank_n = jnp.argmax(guide_nk - BARRED * left_out_nk, axis=1).astype(jnp.int32)
+        possible_nk = jnp.isfinite(likely_nk)
+        left_nk = possible_nk & ~jnp.isin(places_nk, barred_n)
+        among_nk = jnp.where(left_nk.any(axis=1, keepdims=True), left_nk, possible_nk)
+        rank_n = jnp.argmax(jnp.where(among_nk, guide_nk, -jnp.inf), axis=1).astype(jnp.int32)
         token_n = jnp.take_along_axis(places_nk, rank_n[:, None], axis=1)[:, 0].astype(jnp.int32)
         return (token_n, rank_n, jnp.isin(places_nk[:, 0], ends_n)), finite_b[:half] & finite_b[half:]
 

@@ -99,7 +99,8 @@ def groups(kept: dict[str, Kept]) -> list[str]:
         "kept": "It is kept under {}.",
         "unclear": "The prompts are too few to tell under {}.",
     }
-    return [" ".join(said[verdict].format(listed(named[verdict])) for verdict in said if named[verdict])]
+    parts = [said[verdict].format(listed(named[verdict])) for verdict in said if named[verdict]]
+    return [" ".join(parts)] if parts else []
 
 
 def listed(names: Sequence[str]) -> str:

@@ -34,6 +34,16 @@ def sources(study: DamageStudy) -> tuple[str, ...]:
     return study.settings.answers.sets or ((BUNDLED,) if not study.config.model else ())
 
 
+def skipped(study: DamageStudy) -> str:
+    """Returns why there are no answers to read, "" if there are."""
+    if sources(study) or own_answers(study):
+        return ""
+    return (
+        "The study has no replies of the unedited model to harmless prompts, whose probability could be measured. Name sets of "
+        f"questions with their answers in {field('answers.sets')}."
+    )
+
+
 def sets_of(study: DamageStudy) -> dict[str, list[LossRow]]:
     """Returns the rows of each set by its name, the first of its questions. Raises UserError as `read_questions` does, and for a
     set none of whose answers fits the context."""
@@ -185,6 +195,7 @@ STAGE = Stage(
     reads=lambda study: [PROMPTS, METADATA, DIRECTION, GRID, *([] if sources(study) else own_answers(study))],
     writes=(ANSWER_COSTS, ANSWER_SUMS),
     given=given,
+    skipped=skipped,
     about="Measures what the settings of the grid do to the probability of correct answers.",
     section=Section(
         pathlib.Path(__file__).with_name("answers.html.jinja"),
