@@ -1,5 +1,6 @@
 """Defences: what is written is what was trained, what is measured, and runs that go on."""
 
+import dataclasses
 import json
 
 import families
@@ -12,21 +13,30 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from refusal_jax import UserError, demo_model_path, load_model
+from refusal_jax import UserError, demo_model_path, distributed, load_model
 from refusal_jax.checkpoints.lora import read_changes
 from refusal_jax.checkpoints.rewrite import Checkpoint
 from refusal_jax.conditions import Ablate
 from refusal_jax.defence import written
+from refusal_jax.defence.asked import asked_for, settings_for
 from refusal_jax.defence.catalogue import RECIPES, named
-from refusal_jax.defence.measure import compared
-from refusal_jax.defence.run import RECORD, TRAINING, defend, settings_for
+from refusal_jax.defence.data import DefenceData
+from refusal_jax.defence.measure import compared, outcomes
+from refusal_jax.defence.run import CHECK, MOST_KL, RECORD, TRAINING, Defence, compared_with_trained, defend
+from refusal_jax.defence.settings import DefenceSettings
 from refusal_jax.defence.text import lines
-from refusal_jax.defence.written import Origin, write_trained
+from refusal_jax.defence.written import Origin, is_exact, last_logits, write_trained
 from refusal_jax.directions import Direction
+from refusal_jax.errors import VerificationError
 from refusal_jax.export.provenance import check
+from refusal_jax.judges.judge import Outcome
+from refusal_jax.judges.outcomes import judged_once
+from refusal_jax.judges.rules import RuleJudge
 from refusal_jax.models.decoder import Decoder
 from refusal_jax.models.hf_config import load_config
+from refusal_jax.runs.run import Run
 from refusal_jax.training.changes import low_rank_changes
+from refusal_jax.training.checkpoints import STATES
 from refusal_jax.training.lora import fresh_factors, scaled
 from refusal_jax.training.settings import TARGETS, TrainSettings
 from refusal_jax.training.trainer import Trained
@@ -42,15 +52,26 @@ SMALL = {
 
 @pytest.fixture(scope="module")
 def done(tmp_path_factory):
-    """A defence of the embedded model by two steps: its folder and its run."""
-    folder = tmp_path_factory.mktemp("defence") / "out"
-    return folder, defend(SMALL, folder, "refusal-jax defend --recipe=sft")["sft"]
+    """A defence of the embedded model by two steps, stopped before its result is checked: its folder and its run."""
+    folder, command = tmp_path_factory.mktemp("defence") / "out", "refusal-jax defend --recipe=sft"
+    with pytest.MonkeyPatch.context() as patched, pytest.raises(KeyError):
+        patched.delitem(MOST_KL, True)
+        defend(SMALL, folder, command)
+    assert (folder / TRAINING / STATES).exists()
+    for kind in ("model", "adapter"):
+        with pytest.raises(VerificationError, match="was not verified"):
+            check(folder / kind)
+    run = defend(SMALL, folder, command)["sft"]
+    assert run.worked == ["after", "record"]
+    return folder, run
 
 
 def test_the_checkpoint_and_the_adapter_are_what_was_trained(done):
     folder, _ = done
     source, record = demo_model_path(), json.loads((folder / RECORD).read_text())
     assert record["outputs"] == ["model", "adapter"] and record["check"]["max_logit_difference"] < 1e-4
+    assert record["checks"].keys() == {"model", "adapter"} and record["checks"]["model"] == record["check"]
+    assert record["checks"]["adapter"]["mean_kl"] < 1e-5 and check(folder / "adapter")["format"] == "lora"
     base = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
     merged = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32)
     ids = torch.arange(5, 25)[None]
@@ -196,6 +217,59 @@ def test_a_mixture_of_experts_is_refused_before_any_work(tmp_path):
         UserError, match="This model is a mixture of experts, and the loop over its experts has no gradient"
     ):
         defend({"recipe": "sft", "model": str(source)}, tmp_path / "out")
+
+
+def test_a_result_that_its_dtype_rounds_is_held_to_the_rounding(tmp_path):
+    source = tiny.tiny_llama(tmp_path / "source", dtype="bfloat16")
+    trained, model = trained_on(source, alpha=0.5), load_model(source, "float32")
+    write_trained(Origin(RECIPES["sft"], source), trained, tmp_path / "out" / "model", "model")
+    with Run.open(tmp_path / "run", {}, {}) as run:
+        shared = Defence(RECIPES["sft"], DefenceSettings.of({"recipe": "sft"}), run, source, RuleJudge(), "")
+        prompts = ("Bake the bread.", "Fix the roof.", "Paint the door.", "Mend the shoe.")
+        shared.data = DefenceData((), (), (), (), prompts, prompts)
+        after = dataclasses.replace(model, decoder=trained.decoder)
+        run.write_tensors(CHECK, {"logits": last_logits(after, shared.held_out)})
+        found = compared_with_trained(shared, load_model(tmp_path / "out" / "model", "float32"), "model")
+        assert MOST_KL[True] < found["mean_kl"] < MOST_KL[False]
+        with pytest.raises(VerificationError, match=r"run/model is not what was trained: at 8 held-out prompts"):
+            compared_with_trained(shared, model, "model")
+    assert is_exact(demo_model_path()) and not is_exact(source)
+
+
+def test_recipes_are_checked_before_any_work(tmp_path, caplog):
+    source = tiny.tiny_llama(tmp_path / "source")
+    with pytest.raises(UserError, match=r"A circuit breaker needs harmful prompts.*data.compliant=FILE.jsonl"):
+        asked_for({"recipe": "sft,breakers"}, source)
+    with pytest.raises(UserError, match=r"breakers.noise = -1"):
+        asked_for({"recipe": "sft,breakers", "breakers": {"noise": -1.0}}, source)
+    found = asked_for({"recipe": "all"}, source)
+    left = {"depth", "breakers", "deep_refusal"}
+    assert [one.name for one in found] == [one.name for one in named("all") if one.name not in left]
+    assert {one.message.split(" is left out")[0].split()[-1] for one in caplog.records} == left
+    given = {"recipe": "breakers", "data": {"compliant": "replies.jsonl"}}
+    assert [one.name for one in asked_for(given, source)] == [""]
+
+
+class Listening(RuleJudge):
+    """A judge behind a server that keeps what it is shown."""
+
+    uses_devices = elsewhere = True
+
+    def __init__(self):
+        self.seen = []
+
+    def judge(self, rows, ledger=None):
+        self.seen.extend(rows)
+        return super().judge(rows, ledger)
+
+
+def test_judges_see_the_system_prompt_and_are_asked_once(monkeypatch):
+    model, judge = load_model(demo_model_path(), system_prompt="Be kind."), Listening()
+    found = outcomes(model, {"harmful": ("Hello",), "harmless": ("Bake it.",)}, judge, 2, 8)
+    assert [row["system_prompt"] for row in judge.seen] == ["Be kind."] * 2 and len(found["harmful"]) == 1
+    monkeypatch.setattr(distributed, "first", lambda: False)  # another process, which gets what the first one was told
+    monkeypatch.setattr(distributed, "share_json", lambda value: ["refuses", None])
+    assert judged_once(judge, judge.seen[:2]) == [Outcome.REFUSES, None] and len(judge.seen) == 2
 
 
 def test_results_need_a_local_folder():

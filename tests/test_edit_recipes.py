@@ -230,6 +230,8 @@ def test_a_conditional_steering_from_the_job_to_the_chat(demo, direction, tmp_pa
     run = defend(given, tmp_path / "out")["conditional"]
     record = run.read_json("defence.json")
     assert record["outputs"] == ["steering"] and record["found"]["condition"]["f1"] == 1
+    watched = {"steering/conditional.safetensors", "steering/conditional.json"}
+    assert watched <= set(run.manifest["stages"]["defend"]["writes"])
     assert record["found"]["condition"]["met"]["harmless"]["successes"] == 0
     assert record["measured"]["harmful"]["after"]["rate"] == record["measured"]["harmless"]["after"]["rate"] == 1
     steering = Conditional.read(tmp_path / "out")

@@ -14,7 +14,7 @@ import json
 import logging
 import math
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import jax
 import jax.numpy as jnp
@@ -114,8 +114,7 @@ class ConvertedCopy:
                     files.rm_file(path)
                 elif f"{self.folder.rpartition('/')[2]}.orbax-checkpoint-tmp" in path:  # left by a run that was killed
                     files.rm(path, recursive=True)
-        shares = [sum(shard.data.nbytes for shard in weight.addressable_shards) for weight in weights.values()]
-        with settings(max(shares)):
+        with settings(largest_share(weights.values())):
             ocp.save(self.folder, weights, overwrite=True)
         sums = bit_sums(weights)
         if first:
@@ -140,6 +139,11 @@ class ConvertedCopy:
                 f"The copy {self.folder} could not be written ({' '.join(str(error).split())[:300]}). Free space, or set "
                 "config.cache to another folder, or to '' for no copy."
             ) from None
+
+
+def largest_share(arrays: Iterable[jax.Array]) -> int:
+    """Returns the most bytes that this process holds of one of the arrays."""
+    return max((sum(shard.data.nbytes for shard in array.addressable_shards) for array in arrays), default=0)
 
 
 @contextlib.contextmanager

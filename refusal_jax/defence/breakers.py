@@ -120,10 +120,15 @@ class Breakers:
         return value, {"turned": jnp.sum(alike_b), "kept": jnp.sum(moved_b)}
 
 
+def needs_compliant(settings: DefenceSettings) -> str:
+    """Returns what needs replies that comply, in words, or ""."""
+    return "A circuit breaker"
+
+
 def objective(model: ChatModel, data: DefenceData, settings: DefenceSettings, note: Note) -> Breakers:
     """Returns the objective of a model and its data. Raises UserError without replies that comply."""
     settings.breakers.check()
-    data.need_compliant("A circuit breaker")
+    data.need_compliant(needs_compliant(settings))
     train, kinds = settings.train, {"turned": data.complied, "kept": (*data.answered, *data.refused)}
     rows = {what: learnt_rows(model, lessons, train.max_tokens, what, note) for what, lessons in kinds.items()}
     if settings.breakers.prompts_too:
@@ -139,6 +144,7 @@ RECIPE = Recipe(
     about="Circuit breakers: representations of replies that comply with harmful requests are turned away.",
     source="2406.04313",
     objective=objective,
+    compliant=needs_compliant,
     arrange=arrange,
     embedded={
         "train.steps": 250,

@@ -44,6 +44,6 @@ def named(names: str) -> list[Recipe]:
         if name not in RECIPES:
             raise UserError(
                 f"There is no recipe {name!r}.{did_you_mean(name, RECIPES)} The recipes are {', '.join(RECIPES)}, and "
-                f"{ALL} is all of them."
+                f"{ALL} is all of those that any model that refuses can be given to."
             )
     return [RECIPES[name] for name in wanted]

@@ -84,10 +84,15 @@ class DefenceData:
     def need_compliant(self, recipe: str) -> None:
         """Raises UserError if no harmful prompt has a reply that complies. recipe: what needs them, in words."""
         if not self.complied:
-            raise UserError(
-                f"{recipe} needs harmful prompts with replies that comply, and this tool ships none but for the embedded "
-                f"model. Name a file of yours: {field('data.compliant', 'FILE.jsonl')}."
-            )
+            raise UserError(none_comply(recipe))
+
+
+def none_comply(recipe: str) -> str:
+    """Returns the sentences for a recipe that lacks replies that comply. recipe: what needs them, in words."""
+    return (
+        f"{recipe} needs harmful prompts with replies that comply, and this tool ships none but for the embedded "
+        f"model. Name a file of yours: {field('data.compliant', 'FILE.jsonl')}."
+    )
 
 
 def read_data(

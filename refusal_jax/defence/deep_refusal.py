@@ -107,6 +107,11 @@ def ablated_direction(model: ChatModel, data: DefenceData, settings: DeepRefusal
     return selected_direction(model, harmful, harmless, harmful_val, harmless_val, ROWS)
 
 
+def needs_compliant(settings: DefenceSettings) -> str:
+    """Returns what needs replies that comply, in words, or ""."""
+    return "DeepRefusal, in which replies have begun to comply," if settings.deep_refusal.prefilled else ""
+
+
 def objective(model: ChatModel, data: DefenceData, settings: DefenceSettings, note: Note) -> TokenAblation:
     """Returns the objective of a model and its data.
 
@@ -115,8 +120,8 @@ def objective(model: ChatModel, data: DefenceData, settings: DefenceSettings, no
     """
     own, train = settings.deep_refusal, settings.train
     own.check()
-    if own.prefilled:
-        data.need_compliant("DeepRefusal, in which replies have begun to comply,")
+    if what := needs_compliant(settings):
+        data.need_compliant(what)
     direction = ablated_direction(model, data, own)
     lessons = begun(model, data.refused, data.complied, own, random.Random(train.seed))
     kinds = TwoKinds(*shares(model, lessons, data.answered, settings, note), own.refusal_weight, own.answer_weight)
@@ -128,6 +133,7 @@ RECIPE = Recipe(
     about="DeepRefusal: refusals are learnt while the refusal direction is ablated at random sites and tokens.",
     source="2509.15202",
     objective=objective,
+    compliant=needs_compliant,
     defaults={"train.rank": 16, "train.alpha": 16.0},
     embedded={
         "train.steps": 120,

@@ -124,11 +124,16 @@ class Deep:
         return share * refusals + (1 - share) * answers, {"refusals": refusals, "answers": answers}
 
 
+def needs_compliant(settings: DefenceSettings) -> str:
+    """Returns what needs replies that comply, in words, or ""."""
+    return "Refusal after the beginning of a reply" if settings.depth.share else ""
+
+
 def objective(model: ChatModel, data: DefenceData, settings: DefenceSettings, note: Note) -> Deep:
     """Returns the objective of a model and its data. Raises UserError without replies that comply to prompts that are learnt."""
     settings.depth.check()
-    if settings.depth.share:
-        data.need_compliant("Refusal after the beginning of a reply")
+    if what := needs_compliant(settings):
+        data.need_compliant(what)
         known = replies_by_prompt(data.complied)
         met = sum(key_of(lesson.prompt) in known for lesson in data.refused)
         if not met:
@@ -149,6 +154,7 @@ RECIPE = Recipe(
     about="Deeper safety: refusals are learnt after openings of replies that comply, of every length.",
     source="2406.05946",
     objective=objective,
+    compliant=needs_compliant,
     embedded={
         "train.method": "full",
         "train.steps": 400,

@@ -11,13 +11,12 @@ import jax
 import numpy as np
 from jaxtyping import Float
 
-from refusal_jax import distributed
 from refusal_jax.chat.batches import length_batches
 from refusal_jax.chat.messages import Prompt, as_messages
 from refusal_jax.chat.model import Asked, ChatModel
 from refusal_jax.edits import Edits
 from refusal_jax.judges.judge import Judge, Outcome
-from refusal_jax.judges.outcomes import judged
+from refusal_jax.judges.outcomes import judged_once
 from refusal_jax.judges.statistics import PairedRates, bounded, mean_interval
 from refusal_jax.models.finite import check_finite
 from refusal_jax.models.scores import kl_divergence
@@ -46,8 +45,9 @@ def outcomes(
     ids = [model.chat.prompt_ids(prompt) for prompt in asked]
     under = Edits.none(model.config.d_model) if edits is None else edits
     write_replies(model, ids, under, max_new_tokens, min(rows, len(ids)), "held-out replies", found.update)
-    told = [{"prompt": as_messages(p)[-1]["content"], **found[number]} for number, p in enumerate(asked)]
-    did = iter(distributed.share_json([one and str(one) for one in judged(judge, told)]))
+    said = model.chat.told  # the system prompt, if any, which judges see
+    told = [{"prompt": as_messages(p)[-1]["content"], **said, **found[number]} for number, p in enumerate(asked)]
+    did = iter([one and str(one) for one in judged_once(judge.on(model.mesh), told)])
     return {side: [next(did) for _ in prompts[side]] for side in SIDES}
 
 

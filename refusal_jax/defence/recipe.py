@@ -45,7 +45,7 @@ class Recipe:
     training, given the same. defaults, embedded: settings by dotted name, such as "train.rate", that differ from those of
     `DefenceSettings` unless they are given; `embedded` ones for models of the embedded family, after the others. arrange: fills
     in settings that are left open and depend on the model's size. common: whether any model that refuses can be given to it; the
-    others are no part of "all".
+    others are no part of "all". compliant: returns what needs harmful prompts with replies that comply, in words, or "".
     """
 
     name: str
@@ -57,3 +57,4 @@ class Recipe:
     embedded: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     arrange: Callable[[DefenceSettings, ModelConfig], None] | None = None
     common: bool = True
+    compliant: Callable[[DefenceSettings], str] = lambda settings: ""

@@ -15,20 +15,25 @@ import jax
 import numpy as np
 
 from refusal_jax import distributed, hub
-from refusal_jax.chat.conditional import STEERING
+from refusal_jax.chat.conditional import RECORD as CONDITIONAL
+from refusal_jax.chat.conditional import STEERING, VECTORS, Conditional
 from refusal_jax.chat.model import ChatModel, demo_model_path, load_model
 from refusal_jax.checkpoints.fingerprint import checkpoint_fingerprint
 from refusal_jax.checkpoints.opened import model_folder
+from refusal_jax.defence.asked import asked_for
 from refusal_jax.defence.catalogue import named
 from refusal_jax.defence.data import DefenceData, read_data
 from refusal_jax.defence.lessons import Lesson
 from refusal_jax.defence.measure import compared, divergences, outcomes
-from refusal_jax.defence.recipe import Recipe, Steering
+from refusal_jax.defence.recipe import Recipe
 from refusal_jax.defence.settings import DefenceSettings
 from refusal_jax.defence.written import (
+    ADAPTER,
     MODEL,
     Origin,
+    is_exact,
     last_logits,
+    mark_verified,
     outputs_of,
     write_edited,
     write_trained,
@@ -36,25 +41,28 @@ from refusal_jax.defence.written import (
 from refusal_jax.errors import UserError, VerificationError
 from refusal_jax.export.staging import PROVENANCE
 from refusal_jax.files import local_path
-from refusal_jax.judges.choice import parse_judges
 from refusal_jax.judges.judge import Judge
-from refusal_jax.models.hf_config import load_config
 from refusal_jax.models.scores import kl_divergence
 from refusal_jax.models.sharding import make_mesh
-from refusal_jax.organism.identity import is_of_embedded_family
 from refusal_jax.plan.planner import ON_CPU, WANTED
 from refusal_jax.runs.ledger import Ledger
 from refusal_jax.runs.run import Run, versions
 from refusal_jax.runs.stage import Stage
-from refusal_jax.training.checkpoints import LOSSES, STATES
+from refusal_jax.training.checkpoints import LOSSES
 from refusal_jax.training.trainer import train
 
 LOG = logging.getLogger(__name__)
 DATA, BEFORE, RESULT, AFTER, RECORD = "data.json", "before.json", "result.json", "after.json", "defence.json"
 CHECK = "check.safetensors"  # logits that the written result is compared with
 TRAINING = "training"  # folder of the training's states
+# The files by which a result is known to be there, and which one it is.
+MARKED = {kind: (f"{kind}/{PROVENANCE}",) for kind in (MODEL, ADAPTER)} | {
+    STEERING: (f"{STEERING}/{VECTORS}", f"{STEERING}/{CONDITIONAL}")
+}
+RESULTS = tuple(file for files in MARKED.values() for file in files)
 SCHEMA = "refusal_jax/defence/1"
-# The largest mean KL divergence, nats, of the written result from what was trained, by whether both are in float32.
+# The largest mean KL divergence, nats, of the written result from what was trained, by whether nothing is rounded: the source,
+# whose dtype the result has, is in float32, and so is what computes.
 MOST_KL = {True: 1e-5, False: 2e-2}
 
 
@@ -67,7 +75,6 @@ class Defence:
     ):
         self.recipe, self.settings, self.run, self.source, self.judge = recipe, settings, run, source, judge
         self.command = command
-        self.steering: Steering | None = None
 
     @functools.cached_property
     def model(self) -> ChatModel:
@@ -152,8 +159,9 @@ def defend_model(shared: Defence, ledger: Ledger) -> None:
     start = time.monotonic()
     found = trained_result(shared) if shared.recipe.objective else edited_result(shared)
     for kind in found["outputs"]:
-        if kind != STEERING and distributed.first():  # so that the stage is due again if the folder is gone
-            shared.run.write(f"{kind}/{PROVENANCE}", shared.run.storage.read(f"{kind}/{PROVENANCE}"))
+        if distributed.first():  # so that the stage is due again if the folder is gone
+            for file in MARKED[kind]:
+                shared.run.write(file, shared.run.storage.read(file))
     shared.run.write_json(RESULT, found | {"seconds": round(time.monotonic() - start, 3)})
 
 
@@ -176,15 +184,11 @@ def trained_result(shared: Defence) -> dict[str, Any]:
     run.write_tensors(CHECK, {"logits": last_logits(after, shared.held_out)})
     if distributed.first():
         run.write(LOSSES, (folder / LOSSES).read_bytes())
-        if not settings.keep_states:
-            shutil.rmtree(folder / STATES, ignore_errors=True)
-            shutil.rmtree(folder, ignore_errors=True)
-    trained_values = trained.factors or trained.decoder.weights()
     return {
         "outputs": outputs,
         "training": {
             "method": settings.train.method,
-            "trained_parameters": sum(int(np.prod(a.shape)) for a in trained_values.values()),
+            "trained_parameters": trained.parameters,
             "first": trained.losses[0],
             "last": trained.losses[-1],
             "notes": notes,
@@ -199,7 +203,7 @@ def edited_result(shared: Defence) -> dict[str, Any]:
     change = recipe.edit(shared.model, shared.data, settings, lambda text: LOG.info(text))
     record: dict[str, Any] = {"outputs": [], "found": dict(change.found)}
     if change.steering is not None:
-        shared.steering, folder = change.steering, shared.target(STEERING)
+        folder = shared.target(STEERING)
         if distributed.first():
             change.steering.write(folder)
         record["outputs"].append(STEERING)
@@ -215,50 +219,54 @@ def edited_result(shared: Defence) -> dict[str, Any]:
 
 
 def measure_after(shared: Defence, ledger: Ledger) -> None:
-    """Reads the result back, compares it with what was trained, and writes what it does with the held-out prompts."""
+    """Reads all results back, compares them with what was trained, and writes what the first does with the held-out prompts."""
     run, settings, outputs = shared.run, shared.settings, shared.run.read_json(RESULT)["outputs"]
-    steering, model = None, shared.model
-    if outputs[0] == STEERING:
-        steering = shared.steering or steering_again(shared)
-    else:
-        folder = pathlib.Path(run.path(outputs[0]))
-        model = shared.loaded(folder if outputs[0] == MODEL else model_folder(str(folder), str(shared.source)))
-    check = compared_with_trained(shared, model) if run.exists(CHECK) else {}
-    edits: Any = steering  # a ChatModel takes it in place of edits
+    edits, model, kinds = None, shared.model, [kind for kind in outputs if kind != STEERING]
+    if STEERING in outputs:
+        edits = Conditional.read(pathlib.Path(run.path(STEERING)))
+    checks = {kind: read_back(shared, kind)[1] for kind in kinds[1:]}
+    if kinds:
+        model, checks[kinds[0]] = read_back(shared, kinds[0])
     did = outcomes(model, shared.held_out, shared.judge, settings.max_new_tokens, shared.rows, edits)
     kl = divergences(shared.model, model, shared.data.harmless_test, edits)
-    run.write_json(AFTER, {"did": did, "kl": kl.tolist(), "check": check})
+    run.write_json(AFTER, {"did": did, "kl": kl.tolist(), "checks": checks})
     gc.collect()
 
 
-def steering_again(shared: Defence) -> Steering:
-    """Returns the steering of a recipe that was stopped after it had been written."""
-    assert shared.recipe.edit is not None
-    change = shared.recipe.edit(shared.model, shared.data, shared.settings, lambda text: None)
-    assert change.steering is not None
-    return change.steering
+def read_back(shared: Defence, kind: str) -> tuple[ChatModel, dict[str, float]]:
+    """Returns the model of a written result and, if it was trained, how far it is from that; it then counts as verified.
+
+    Raises VerificationError as `compared_with_trained` does.
+    """
+    folder = pathlib.Path(shared.run.path(kind))
+    model = shared.loaded(folder if kind == MODEL else model_folder(str(folder), str(shared.source)))
+    if shared.recipe.objective is None:
+        return model, {}  # the export has verified it
+    check = compared_with_trained(shared, model, kind)
+    mark_verified(folder)
+    return model, check
 
 
-def compared_with_trained(shared: Defence, model: ChatModel) -> dict[str, float]:
-    """Returns how far the written result is from what was trained, at the last token of held-out prompts.
+def compared_with_trained(shared: Defence, model: ChatModel, kind: str) -> dict[str, float]:
+    """Returns how far a written result, read back as `model`, is from what was trained, at the last token of held-out prompts.
 
     Raises VerificationError if that is more than rounding explains.
     """
     want, found = shared.run.read_tensors(CHECK)["logits"], last_logits(model, shared.held_out)
     kl = float(np.mean(np.asarray(kl_divergence(want, found), np.float64)))
-    exact = str(model.decoder.dtype) == "float32" and str(shared.model.decoder.dtype) == "float32"
+    exact = is_exact(shared.source) and {str(one.decoder.dtype) for one in (model, shared.model)} == {"float32"}
     check = {"max_logit_difference": float(np.abs(want - found).max()), "mean_kl": kl, "prompts": len(want)}
     if not kl <= MOST_KL[exact]:
         raise VerificationError(
-            f"The result in {shared.run.folder} is not what was trained: at {len(want)} held-out prompts its next tokens diverge "
-            f"by {kl:.2e} nats, over {MOST_KL[exact]:.0e}. If the checkpoint's own weights are stored in less precision than the "
-            "training's, train with a smaller effect on single weights, or write an adapter."
+            f"The result in {shared.run.path(kind)} is not what was trained: at {len(want)} held-out prompts its next tokens "
+            f"diverge by {kl:.2e} nats, over {MOST_KL[exact]:.0e}. If the checkpoint's own weights are stored in less precision "
+            "than the training's, train with a smaller effect on single weights, or write an adapter."
         )
     return check
 
 
 def write_record(shared: Defence, ledger: Ledger) -> None:
-    """Writes defence.json."""
+    """Writes defence.json, after which the states of the training are needed no more."""
     run, recipe, data = shared.run, shared.recipe, shared.data
     result, after = run.read_json(RESULT), run.read_json(AFTER)
     sides = {
@@ -276,24 +284,21 @@ def write_record(shared: Defence, ledger: Ledger) -> None:
             "settings": recorded(shared.settings),
             "data": {**sides, "notes": list(data.notes)},
             **{name: value for name, value in result.items()},
-            "check": after["check"],
+            "check": after["checks"].get(result["outputs"][0], {}),
+            "checks": after["checks"],
             "measured": compared(run.read_json(BEFORE), after["did"], after["kl"]) | {"judge": shared.settings.judge},
             "versions": versions(),
         },
     )
-
-
-def of_result(shared: Defence) -> tuple[str, ...]:
-    """Returns the files by which the stage of the result is known to be done."""
-    kinds = (MODEL, "adapter")
-    return (RESULT, CHECK, LOSSES, *(f"{kind}/{PROVENANCE}" for kind in kinds))
+    if not shared.settings.keep_states:
+        shutil.rmtree(run.path(TRAINING), ignore_errors=True)
 
 
 STAGES: tuple[Stage[Defence], ...] = (
     Stage("data", gather_data, writes=(DATA,)),
     Stage("before", measure_before, reads=(DATA,), writes=(BEFORE,)),
-    Stage("defend", defend_model, reads=(DATA,), writes=of_result),
-    Stage("after", measure_after, reads=(DATA, RESULT, CHECK), writes=(AFTER,)),
+    Stage("defend", defend_model, reads=(DATA,), writes=(RESULT, CHECK, LOSSES, *RESULTS)),
+    Stage("after", measure_after, reads=(DATA, RESULT, CHECK, *RESULTS), writes=(AFTER,)),
     Stage("record", write_record, reads=(DATA, BEFORE, RESULT, AFTER), writes=(RECORD,), alone=True),
 )
 
@@ -305,49 +310,28 @@ def recorded(settings: DefenceSettings) -> dict[str, Any]:
     return values
 
 
-def settings_for(recipe: Recipe, given: Mapping[str, Any], embedded: bool) -> DefenceSettings:
-    """Returns the settings of a recipe: what is given, else what the recipe has for the model, else the defaults.
-
-    given: a nested mapping, of which every value counts as given. embedded: whether the model is of the embedded family.
-    """
-    settings = DefenceSettings()
-    settings.update_from_flattened_dict({**recipe.defaults, **(recipe.embedded if embedded else {})})
-    settings.update(given)
-    settings.recipe = recipe.name
-    settings.check()
-    return settings
-
-
 def defend(given: Mapping[str, Any], out: str | pathlib.Path, command: str = "") -> dict[str, Run]:
     """Makes the defences that `given["recipe"]` names, a name, several separated by commas, or "all", and returns their runs.
 
     given: settings, nested; what is left out is the recipe's own choice for the model. out: a local folder; of several recipes,
-    each gets one of its name in it. The same call goes on with what was stopped, and does nothing for what is done. command: the
-    command line, for the model cards. Of several processes all must call it alike, with a folder that all see.
+    each gets one of its name in it. All settings are checked before any work. The same call goes on with what was stopped, and
+    does nothing for what is done. command: the command line, for the model cards. Of several processes all must call it alike,
+    with a folder that all see.
 
     Raises UserError for settings, data or a model that cannot be used, and for a folder that holds something else;
     VerificationError, which is one, for a result that is not what was trained.
     """
-    recipes = named(str(given.get("recipe", "")))
+    named(str(given.get("recipe", "")))  # before anything is fetched
     if "://" in str(out):
         raise UserError(f"{out} is an address: a defence writes a model, for which it needs a local folder. Pass one.")
     folder, runs = local_path(out), {}
     with hub.session({}):
         source = model_folder(str(given["model"])) if given.get("model") else demo_model_path()
-        cfg = load_config(source)
-        for recipe in recipes:
-            settings = settings_for(recipe, given, is_of_embedded_family(source))
-            if recipe.objective is not None:
-                settings.train.check(cfg)
-            if recipe.arrange is not None:
-                recipe.arrange(settings, cfg)
-            outputs_of(settings.output, settings.train.method)
-            (judge,) = parse_judges([settings.judge], settings.batch_size or ON_CPU.forward, settings.dtype)
-            place = folder if len(recipes) == 1 else folder / recipe.name
-            inputs = {"model": checkpoint_fingerprint(source), "judge": judge.fingerprint()}
-            with Run.open(place, recorded(settings), inputs) as run:
-                shared = Defence(recipe, settings, run, source, judge, command)
+        for one in asked_for(given, source):
+            inputs = {"model": checkpoint_fingerprint(source), "judge": one.judge.fingerprint()}
+            with Run.open(folder / one.name, recorded(one.settings), inputs) as run:
+                shared = Defence(one.recipe, one.settings, run, source, one.judge, command)
                 for stage in STAGES:
                     run.stage(stage, shared)
-            runs[recipe.name] = run
+            runs[one.recipe.name] = run
     return runs

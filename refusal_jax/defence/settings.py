@@ -19,6 +19,16 @@ from refusal_jax.study.config import FITTING, MeshSettings
 from refusal_jax.training.settings import TrainSettings
 
 OUTPUTS = ("model", "adapter", "both")
+OF_RECIPES = (
+    "refat",
+    "deep_refusal",
+    "extended",
+    "depth",
+    "breakers",
+    "injection",
+    "conditional",
+    "calibration",
+)  # sections
 
 
 @dataclasses.dataclass
@@ -64,7 +74,7 @@ class DefenceSettings(Settings):
 
     def check(self) -> None:
         """Raises UserError for settings that are out of range, but for those of sections that the model decides."""
-        for name in ("data", "search", "injection", "conditional", "calibration"):
+        for name in ("data", "search", *OF_RECIPES):
             self[name].check()
         if self.output not in OUTPUTS:
             raise UserError(

@@ -25,11 +25,12 @@ def lines(record: Mapping[str, Any]) -> list[str]:
             found.append(f"  The judge could not tell {row['undecided']} of these replies, which are left out.")
     kl = measured["kl"]
     found.append(f"KL on harmless prompts: {kl['mean']:.4f} nats{_bounds(kl, 4)}, at the reply's first token.")
-    if check := record["check"]:
-        found.append(
-            f"The written result was read back: at {check['prompts']} prompts its logits differ from what was trained by "
-            f"{check['max_logit_difference']:.1e} at most."
-        )
+    for kind, check in record["checks"].items():
+        if check:
+            found.append(
+                f"The written {kind} was read back: at {check['prompts']} prompts its logits differ from what was trained by "
+                f"{check['max_logit_difference']:.1e} at most."
+            )
     return found
 
 

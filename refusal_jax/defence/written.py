@@ -21,7 +21,7 @@ from refusal_jax.export.changed import changed_plan, write_low_rank
 from refusal_jax.export.finished import FinishedStudy
 from refusal_jax.export.provenance import base_model, write_provenance
 from refusal_jax.export.run import Request, export
-from refusal_jax.export.staging import staged
+from refusal_jax.export.staging import UNVERIFIED, staged
 from refusal_jax.export.tensor_edits import Edit
 from refusal_jax.models.sharding import replicate
 from refusal_jax.training.changes import low_rank_changes, whole_changes
@@ -61,7 +61,8 @@ def outputs_of(output: str, method: str) -> list[str]:
 
 
 def write_trained(origin: Origin, trained: Trained, target: pathlib.Path, kind: str) -> None:
-    """Writes what was trained to a new folder, which appears once it is whole. kind: MODEL or ADAPTER.
+    """Writes what was trained to a new folder, which appears once it is whole, with the marker UNVERIFIED, which `mark_verified`
+    takes away once the files were read back. kind: MODEL or ADAPTER.
 
     All processes must call it; process 0 writes. Raises UserError for a disk that refuses, and for values that are not finite in
     the source's dtype.
@@ -88,12 +89,25 @@ def write_trained(origin: Origin, trained: Trained, target: pathlib.Path, kind: 
             "edit": {"kind": "defence", "recipe": origin.recipe.name, "method": trained.settings.method},
             "base": base,
             "tied": None,
-            "verified": True,
+            "verified": True,  # once the marker is gone
             "command": origin.command,
         }
         if checkpoint.quantisation is not None:
             record["dequantised"] = checkpoint.quantisation.note
+        (folder / UNVERIFIED).write_text("The files have not been read back yet.\n", encoding="utf-8")
         write_provenance(folder, record, hashes)
+
+
+def mark_verified(folder: pathlib.Path) -> None:
+    """Takes the marker from a result that was read back and is what was trained."""
+    if distributed.first():
+        (folder / UNVERIFIED).unlink(missing_ok=True)
+
+
+def is_exact(source: pathlib.Path) -> bool:
+    """Returns whether a checkpoint's files hold all its weights in float32, as a result's then do."""
+    checkpoint = Checkpoint.open(source)
+    return checkpoint.quantisation is None and all(tensor.dtype == "F32" for tensor in checkpoint.tensors.values())
 
 
 def _sections(origin: Origin, base: dict, trained: Trained, kind: str, tensors: int) -> list[str]:

@@ -1,7 +1,7 @@
 """Trains a model to hold on to its refusals, by a published defence, and measures what that changed.
 
   refusal-jax defend --recipe=sft --out=runs/sft                            # the embedded model, a minute or two on a laptop
-  refusal-jax defend --recipe=all --out=runs/defences                       # every recipe, each into a folder of its name
+  refusal-jax defend --recipe=all --out=runs/defences                       # all but calibration, each into a folder of its name
   refusal-jax defend --recipe=sft --model=DIR --data.harmful=bad.jsonl --data.harmless=good.jsonl --out=runs/mine
 
 OUT receives the defended model (model, a Hugging Face checkpoint, or adapter, for PEFT: --output), defence.json (how many harmful
@@ -36,15 +36,19 @@ OUT = flags.DEFINE_string(
 SETTINGS = flags_of(DefenceSettings())
 flags.adopt_module_key_flags(processes)
 WIDTH = max(map(len, RECIPES))
-LISTED = "\nRecipes, which --recipe names; several are separated by commas, and all is every one:\n" + "".join(
-    textwrap.fill(
-        recipe.about + (f" (arXiv {recipe.source})" if recipe.source else ""),
-        100,
-        initial_indent=f"  {name:{WIDTH}}  ",
-        subsequent_indent=" " * (WIDTH + 4),
+LISTED = (
+    "\nRecipes, which --recipe names; several are separated by commas, and all is every one but calibration, and but\n"
+    "those that need replies that comply where there are none:\n"
+    + "".join(
+        textwrap.fill(
+            recipe.about + (f" (arXiv {recipe.source})" if recipe.source else ""),
+            100,
+            initial_indent=f"  {name:{WIDTH}}  ",
+            subsequent_indent=" " * (WIDTH + 4),
+        )
+        + "\n"
+        for name, recipe in RECIPES.items()
     )
-    + "\n"
-    for name, recipe in RECIPES.items()
 )
 
 

@@ -34,6 +34,7 @@ class EndpointJudge(Judge):
     endpoint: Endpoint
     name: str = ENDPOINT
     uses_devices = True  # of others: it is slow, so judges that say what is wrong with completions come before it
+    elsewhere = True
 
     @classmethod
     def of(cls, address: str) -> "EndpointJudge":

@@ -54,13 +54,14 @@ class Judge(Protocol):
     """A judge of completions. A new one is a class that derives from this one, and a line in `judges.choice`.
 
     name: the name of the judge's columns. of_refusals: whether its 0 means a refusal rather than any failure, or else its
-    outcomes tell which are. uses_devices:
-    whether it runs a model.
+    outcomes tell which are. uses_devices: whether it runs a model. elsewhere: whether that runs behind a server, which one
+    process asks for all.
     """
 
     name: str
     of_refusals: bool = False
     uses_devices: bool = False
+    elsewhere: bool = False
 
     def fingerprint(self) -> str:
         """Returns a hash of the files that the verdicts depend on, or "" for a judge that reads none."""

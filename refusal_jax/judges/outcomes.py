@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from refusal_jax import distributed
 from refusal_jax.judges.degenerate import is_broken
 from refusal_jax.judges.folded_text import folded
 from refusal_jax.judges.judge import Judge
@@ -20,3 +21,11 @@ def judged(judge: Judge, rows: Sequence[dict]) -> list[Did | None]:
         else:
             found.append(Did.COMPLIES if verdict.label else Did.REFUSES)
     return found
+
+
+def judged_once(judge: Judge, rows: Sequence[dict]) -> list[Did | None]:
+    """Returns what `judged` does, the same in all processes, which must all call it: a judge that uses none of their devices,
+    and may cost money, is asked by one of them alone."""
+    everywhere = judge.uses_devices and not judge.elsewhere
+    found = judged(judge, rows) if everywhere or distributed.first() else []
+    return [one and Did(one) for one in distributed.share_json([one and str(one) for one in found])]

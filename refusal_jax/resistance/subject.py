@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from refusal_jax import distributed
 from refusal_jax.chat.messages import Prompt
 from refusal_jax.chat.model import ChatModel
 from refusal_jax.chat.padding import bucket
@@ -15,7 +14,7 @@ from refusal_jax.directions import Direction
 from refusal_jax.edits import Edits
 from refusal_jax.judges.judge import Judge
 from refusal_jax.judges.judge import Outcome as Did
-from refusal_jax.judges.outcomes import judged
+from refusal_jax.judges.outcomes import judged_once
 from refusal_jax.mechanism.edited_prompts import EditedPrompts
 from refusal_jax.plan.programs import Group
 from refusal_jax.resistance.attack import Budget, Measured
@@ -76,8 +75,7 @@ class Subject(Study):
         checkpoint's, until `forget`."""
         if self.judge.uses_devices:
             self.judge = self.judge.on(self.mesh).held()
-        did = distributed.share_json([one and str(one) for one in judged(self.judge, rows)])
-        return [one and Did(one) for one in did]
+        return judged_once(self.judge, rows)
 
     def own_direction(self) -> Direction | None:
         """Returns the direction that the checkpoint's own study selected, with its origin; None if it found none."""

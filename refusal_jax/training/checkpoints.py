@@ -34,11 +34,12 @@ class States:
 
     @classmethod
     @contextlib.contextmanager
-    def of(cls, folder: str | os.PathLike, given: Mapping[str, Any]) -> Iterator["States"]:
+    def of(cls, folder: str | os.PathLike, given: Mapping[str, Any], largest: int = 0) -> Iterator["States"]:
         """Opens the folder, which is made if it is not there.
 
         folder: on a disk that all processes see, or gs://BUCKET/FOLDER. given: all that decides the training's result, as JSON
-        values. Raises UserError if the folder holds a training of which something was different.
+        values. largest: the most bytes that this process holds of an array of the state. Raises UserError if the folder holds a
+        training of which something was different.
         """
         storage, fresh = open_storage(folder), json.loads(to_json({"config": dict(given), "inputs": {}}))
         old = json.loads(storage.read(GIVEN)) if distributed.first() and storage.exists(GIVEN) else None
@@ -50,7 +51,7 @@ class States:
             )
         if old is None and distributed.first():
             storage.write(GIVEN, to_json(fresh))
-        with within_bounds(), _keeper(str(storage.place(STATES))) as keeper:
+        with within_bounds(largest), _keeper(str(storage.place(STATES))) as keeper:
             yield cls(folder, keeper)
 
     @property

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from refusal_jax.chat.model import ChatModel
+from refusal_jax.checkpoints.copies import largest_share
 from refusal_jax.errors import UserError, field
 from refusal_jax.models.decoder import Decoder
 from refusal_jax.models.sharding import batch_sharding, put, sharding_of
@@ -38,6 +39,18 @@ class Trained:
     settings: TrainSettings
     losses: list[dict[str, float]]
 
+    @property
+    def parameters(self) -> int:
+        """Returns how many numbers were trained, without those of blocks that the settings leave as they were."""
+        values, layers = self.factors or self.decoder.weights(), set(self.settings.layers)
+        if not layers:
+            return sum(a.size for a in values.values())
+        return sum(
+            a.size // len(a) * len(layers & set(range(len(a))))
+            for path, a in values.items()
+            if path.startswith("blocks.")
+        )
+
 
 def train(
     model: ChatModel,
@@ -62,7 +75,8 @@ def train(
     if folder is None:
         return trainer.run(title, until=until)
     kept = {name: value for name, value in settings.to_dict().items() if name != "every"}
-    with States.of(folder, {"train": kept, **(given or {})}) as states:
+    largest = largest_share(jax.tree.leaves((trainer.trained, trainer.state)))
+    with States.of(folder, {"train": kept, **(given or {})}, largest) as states:
         return trainer.run(title, states, until)
 
 
