@@ -6,7 +6,7 @@ Losses add over rows: the loss of a batch is the sum of the losses of its parts,
 
 import dataclasses
 from collections.abc import Iterator
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -167,8 +167,8 @@ class Streamed:
     """
 
     stream: Iterator[Any]
-    refresh: ClassVar[int] = 0
-    needs_frozen: ClassVar[bool] = False
+    refresh: int = dataclasses.field(default=0, kw_only=True)
+    needs_frozen: bool = dataclasses.field(default=False, kw_only=True)
 
     def batch(self, step: int) -> Any:
         """Returns the next batch."""
