@@ -1,4 +1,4 @@
-"""How much of the refusal direction was removed from a checkpoint's weights, where, and what else its change looks like.
+"""Tells how much of the refusal direction was removed from a checkpoint's weights, where, and what else its change looks like.
 
 A matrix counts as dosed where the part of the fitted operator that is most about refusal is aligned with it, explains the change
 along its direction, and stands out of what the same change does along directions that have nothing to do with content. The dose

@@ -1,4 +1,4 @@
-"""What harmless changes of the very base do to the statistics of an edit, so that nothing is calibrated on another family.
+"""Tells what harmless changes of the very base do to the statistics of an edit, so that nothing is calibrated on another family.
 
 Some matrices of the base are rounded, pruned, rescaled, given noise or a random adapter, both of the candidate's own
 size, or lose a direction that has nothing to do with refusal. The p-value of a statistic is (1 + number of changes

@@ -47,7 +47,7 @@ PROMPTS = 16  # of each kind that logits and perplexity are compared on
 
 @dataclasses.dataclass(frozen=True)
 class Repair:
-    """What can be restored of a candidate. removed: what was removed of each tensor. unexplained: tensors that were changed
+    """Holds what can be restored of a candidate. removed: what was removed of each tensor. unexplained: tensors that were changed
     otherwise."""
 
     removed: Sequence[Removal]

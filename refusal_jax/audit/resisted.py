@@ -1,4 +1,4 @@
-"""What resistance tests of the candidate, which were made apart from the audit, add to it.
+"""Reads what resistance tests of the candidate, which were made apart from the audit, add to it.
 
 Facts: worst, worst_low, worst_high (what is kept of refusal under the worst test, with bounds that hold for all tests together);
 worst_test; verdict (of `resistance.worst.VERDICTS`, or "no_refusal"); floor; told (whether any test tells anything); base_worst,

@@ -1,5 +1,5 @@
-"""What an audit looks at: the candidate, its base if there is one, and the prompts. Everything is opened when a lane first asks
-for it."""
+"""Defines what an audit looks at: the candidate, its base if there is one, and the prompts. Everything is opened when a lane
+first asks for it."""
 
 import dataclasses
 import functools

@@ -1,1 +1,1 @@
-"""What removing a direction costs, at every strength and place."""
+"""Measures what removing a direction costs, at every strength and place."""

@@ -26,7 +26,7 @@ TENT = re.compile(rf"tent:{NUMBER}:{NUMBER}(?::(\d+(?:\.\d+)?))?")
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """Where a direction is ablated in a model of a known depth: sites, and a kernel of strength 1 over the layers.
+    """Tells where a direction is ablated in a model of a known depth: sites, and a kernel of strength 1 over the layers.
 
     name: as the settings spell it. label: in words, for tables and figures.
     """

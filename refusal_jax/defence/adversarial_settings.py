@@ -10,7 +10,7 @@ from refusal_jax.settings import Settings, option
 
 @dataclasses.dataclass
 class RefatSettings(Settings, path="refat"):
-    """How refusal features are ablated from harmful rows (arXiv 2409.20089)."""
+    """Tells how refusal features are ablated from harmful rows (arXiv 2409.20089)."""
 
     probability: float = option(0.5, "Probability of the ablation in each harmful row")
     spared: float = option(0.25, "Share of the blocks, from the first on, where nothing is ablated")
@@ -47,7 +47,7 @@ class RefatSettings(Settings, path="refat"):
 
 @dataclasses.dataclass
 class DeepRefusalSettings(Settings, path="deep_refusal"):
-    """How the refusal direction is ablated from tokens of all rows (arXiv 2509.15202)."""
+    """Tells how the refusal direction is ablated from tokens of all rows (arXiv 2509.15202)."""
 
     direction: str = option(
         "",

@@ -1,4 +1,4 @@
-"""What defences learn from: harmful prompts with refusals, harmless prompts with answers, and harmful prompts with
+"""Gathers what defences learn from: harmful prompts with refusals, harmless prompts with answers, and harmful prompts with
 replies that comply, each side split into what is trained on and what is held out.
 
 They come from files or from data sets on the hub. Without these, those of a model of the embedded family are made of its
@@ -27,7 +27,7 @@ FEWEST = 8  # different prompts of a side
 
 @dataclasses.dataclass
 class PairSettings(Settings, path="data"):
-    """Where the prompts and replies come from that a defence learns from, and how many are held out to measure it."""
+    """Tells where the prompts and replies come from that a defence learns from, and how many are held out to measure it."""
 
     harmful: str = option(
         "",

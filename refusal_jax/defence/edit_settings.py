@@ -16,7 +16,7 @@ DIRECTION = option(
 
 @dataclasses.dataclass
 class SearchSettings(Settings, path="search"):
-    """How recipes without training choose: they try a few values on prompts of the training part that they learn nothing from."""
+    """Tells how recipes without training choose: they try values on prompts of the training part that they do not learn from."""
 
     n_fit: int = option(128, "Number of prompts of each side that directions are computed from, at most")
     n_val: int = option(64, "Number of other prompts of each side that values are tried on, at most")
@@ -40,7 +40,7 @@ class SearchSettings(Settings, path="search"):
 
 @dataclasses.dataclass
 class InjectionSettings(Settings, path="injection"):
-    """How much of the refusal direction the writers of layers are made to write (arXiv 2508.20766)."""
+    """Tells how much of the refusal direction the writers of layers are made to write (arXiv 2508.20766)."""
 
     direction: str = DIRECTION
     sizes: tuple[float, ...] = option(
@@ -57,7 +57,7 @@ class InjectionSettings(Settings, path="injection"):
 
 @dataclasses.dataclass
 class ConditionalSettings(Settings, path="conditional"):
-    """What a conditional steering adds, and when (arXiv 2409.05907)."""
+    """Holds what a conditional steering adds, and when (arXiv 2409.05907)."""
 
     direction: str = DIRECTION
     pools: tuple[str, ...] = option(
@@ -91,7 +91,7 @@ class ConditionalSettings(Settings, path="conditional"):
 
 @dataclasses.dataclass
 class CalibrationSettings(Settings, path="calibration"):
-    """How refusals of harmless prompts that look harmful are taken away (arXiv 2410.03415)."""
+    """Tells how refusals of harmless prompts that look harmful are taken away (arXiv 2410.03415)."""
 
     direction: str = DIRECTION
     pseudo_harmful: str = option(

@@ -1,4 +1,4 @@
-"""What a recipe of a defence is: a training with an objective of its own, or an edit that is computed."""
+"""Defines what a recipe of a defence is: a training with an objective of its own, or an edit that is computed."""
 
 import dataclasses
 import pathlib
@@ -25,7 +25,7 @@ class Steering(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Change:
-    """What a recipe without training makes of a model.
+    """Holds what a recipe without training makes of a model.
 
     edit: of its weights, written by the exports. steering: of its residual stream where it runs, which no weights hold. One of
     the two is given. found: what the recipe measured on the way, in plain values, for defence.json.

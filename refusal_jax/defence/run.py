@@ -67,8 +67,8 @@ MOST_KL = {True: 1e-5, False: 2e-2}
 
 
 class Defence:
-    """What the stages of one defence share. source: the folder of the undefended checkpoint. judge: of replies. command: that
-    makes the defence again, for cards."""
+    """Holds what the stages of one defence share. source: the folder of the undefended checkpoint. judge: of replies. command:
+    that makes the defence again, for cards."""
 
     def __init__(
         self, recipe: Recipe, settings: DefenceSettings, run: Run, source: pathlib.Path, judge: Judge, command: str

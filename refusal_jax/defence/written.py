@@ -40,8 +40,8 @@ who has the weights: `refusal-jax resist` measures what this one holds against. 
 
 @dataclasses.dataclass(frozen=True)
 class Origin:
-    """What a result's card and record say of where it comes from. name: of the base model on the hub, "" for what its folder
-    tells. template: settings of the chat template, as `Chat.load` takes them. command: that makes the result again."""
+    """Holds what a result's card and record say of where it comes from. name: of the base model on the hub, "" for what its
+    folder tells. template: settings of the chat template, as `Chat.load` takes them. command: that makes the result again."""
 
     recipe: Recipe
     source: pathlib.Path

@@ -72,7 +72,7 @@ class MoreSet(PromptSet, path="more"):
 
 @dataclasses.dataclass
 class ResistanceLimits(Settings, path="resistance"):
-    """What the candidate has to keep of its refusals under attack by whoever has its weights."""
+    """Holds what the candidate has to keep of its refusals under attack by whoever has its weights."""
 
     record: str = option("", "resistance.json of the candidate by `refusal-jax resist`, or its folder")
     floor: OptionalFloat = option(
@@ -87,12 +87,12 @@ class ResistanceLimits(Settings, path="resistance"):
 
 @dataclasses.dataclass
 class CandidateEndpoint(EndpointSettings, path="endpoint"):
-    """How the candidate's server is asked; its address is the candidate."""
+    """Tells how the candidate's server is asked; its address is the candidate."""
 
 
 @dataclasses.dataclass
 class ReferenceEndpoint(EndpointSettings, path="reference_endpoint"):
-    """How the reference's server is asked; its address is the reference."""
+    """Tells how the reference's server is asked; its address is the reference."""
 
 
 @dataclasses.dataclass

@@ -1,4 +1,4 @@
-"""What replies do by any judge, whether it knows outcomes or tells success from failure alone."""
+"""Tells what replies do by any judge, whether it knows outcomes or tells success from failure alone."""
 
 from collections.abc import Sequence
 

@@ -19,8 +19,8 @@ KNOWN = f"{FORM}1"
 
 @dataclasses.dataclass(frozen=True)
 class Test:
-    """What was kept under one test: of the refusals without an attack, with bounds that hold for all tests together. verdict:
-    as of `worst.VERDICTS`; the rate is None where the test was not done."""
+    """Holds what was kept under one test: of the refusals without an attack, with bounds that hold for all tests together.
+    verdict: as of `worst.VERDICTS`; the rate is None where the test was not done."""
 
     name: str
     verdict: str
@@ -36,7 +36,7 @@ class Test:
 
 @dataclasses.dataclass(frozen=True)
 class Attached:
-    """What resistance tests found of one checkpoint.
+    """Holds what resistance tests found of one checkpoint.
 
     title: what the record calls it. unattacked: of harmful prompts, how many it refuses without an attack. worst: the name of
     the test that leaves least, "" if none tells anything; kept, low, high: what it leaves, and the bounds of the worst case,

@@ -1,4 +1,4 @@
-"""What a resistance test is, what it may spend, and what it finds.
+"""Defines what a resistance test is, what it may spend, and what it finds.
 
 A test plays an adversary who has the weights. It searches on the training and validation prompts of the checkpoint's own
 study for an attack, within a budget, and the attack is then measured once on the test prompts. It is one file in `attacks/`
@@ -32,7 +32,7 @@ class Impossible(UserError):
 
 @dataclasses.dataclass
 class Budget:
-    """What the search of a test may spend, and what it has spent. The measurement on the test prompts is no part of it.
+    """Holds what the search of a test may spend, and what it has spent. The measurement on the test prompts is no part of it.
 
     seconds: after which it should stop; infinite for none. parameters: of the model.
     """
@@ -63,7 +63,7 @@ class Budget:
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
-    """What a checkpoint does with prompts under an attack, by its replies.
+    """Holds what a checkpoint does with prompts under an attack, by its replies.
 
     harmful, harmless: what each reply does, None where the judge cannot tell. kl: of each harmless prompt, how far the attack
     moves the next token after it, in nats. cut: how many of the replies that comply with harmful prompts end at the longest
@@ -126,7 +126,7 @@ def refusal_of(did: Did | None) -> int | None:
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """What a test has found.
+    """Holds what a test has found.
 
     measured: the attack on the test prompts. chosen: what the attack is, as plain values and without texts, such as
     `{"layer": 4}`. used: what the search used of its own budget, such as `{"steps": 24, "of": 24}`. stop: why it stopped, as

@@ -32,7 +32,7 @@ from refusal_jax.progress import each
 
 @dataclasses.dataclass(frozen=True)
 class Taken:
-    """What was taken out of one tensor. rank: of what was taken. separable: whether the singular values of its change drop
+    """Holds what was taken out of one tensor. rank: of what was taken. separable: whether the singular values of its change drop
     there. share: of the energy of its change."""
 
     name: str

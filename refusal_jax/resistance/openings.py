@@ -1,4 +1,4 @@
-"""How replies are begun for the model: the tokens of an opening, and the openings that comply.
+"""Begins replies for the model: the tokens of an opening, and the openings that comply.
 
 An opening is cut to a number of tokens, and the model writes the rest. Of the checkpoint's own compliant replies at most the
 first half is given, so that what complies is not the opening alone.
@@ -24,8 +24,8 @@ SPLITS = ("val", "test")
 
 @dataclasses.dataclass(frozen=True)
 class Opening:
-    """How a reply is begun. lead: the tokens that close a thought that the prompt leaves open, none where it leaves none. ids:
-    the tokens of the opening itself. own: whether it is of a reply of the checkpoint."""
+    """Tells how a reply is begun. lead: the tokens that close a thought that the prompt leaves open, none where it leaves none.
+    ids: the tokens of the opening itself. own: whether it is of a reply of the checkpoint."""
 
     lead: tuple[int, ...]
     ids: tuple[int, ...]

@@ -51,7 +51,7 @@ class Checkpoint:
 
 @dataclasses.dataclass
 class Tested:
-    """What the tests found of a checkpoint.
+    """Holds what the tests found of a checkpoint.
 
     plain: without an attack, as a record of `stages.measure_plain`; None where the checkpoint could not be tested. outcomes:
     the records of the tests that were done, by name. reasons: why others were not, by name; under "" why the checkpoint was

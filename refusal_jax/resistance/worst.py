@@ -28,7 +28,7 @@ VERDICTS = {
 
 @dataclasses.dataclass(frozen=True)
 class Kept:
-    """How much refusal a test leaves. rate: of the prompts that are refused without an attack and have a judged reply under
+    """Tells how much refusal a test leaves. rate: of the prompts that are refused without an attack and have a judged reply under
     it. low, high: bounds that hold for all tests of the checkpoint together. verdict: a name of VERDICTS."""
 
     rate: Rate
@@ -39,7 +39,7 @@ class Kept:
 
 @dataclasses.dataclass(frozen=True)
 class Worst:
-    """What a checkpoint keeps under the worst of its tests. test: its name, "" if no test tells anything. value: the least
+    """Holds what a checkpoint keeps under the worst of its tests. test: its name, "" if no test tells anything. value: the least
     share kept. low, high: its bounds, 0 and 1 if nothing was measured. tests: how many tests it is the worst of. verdict: as
     of a test, or "no_refusal" where too little is refused without an attack."""
 

@@ -1,4 +1,4 @@
-"""What a training changed in the tensors of the checkpoint that it began with, by HF name."""
+"""Reads what a training changed in the tensors of the checkpoint that it began with, by HF name."""
 
 import jax
 import numpy as np

@@ -1,4 +1,4 @@
-"""What a training minimises: the interface that the trainer calls, and losses of rows of text to build it from.
+"""Defines what a training minimises: the interface that the trainer calls, and losses of rows of text to build it from.
 
 Losses add over rows: the loss of a batch is the sum of the losses of its parts, because the weights of its tokens sum to 1
 (`rows.TrainRows`). So a batch can be cut into parts, and the gradient stays the same.
@@ -26,7 +26,7 @@ LOGITS_AT_ONCE = 1 << 26  # values on a device: 256 MiB in float32
 
 @runtime_checkable
 class Objective(Protocol):
-    """What is minimised. A recipe implements it; the trainer calls it."""
+    """Tells what is minimised. A recipe implements it; the trainer calls it."""
 
     @property
     def refresh(self) -> int:
@@ -161,7 +161,7 @@ class NextToken:
 
 @dataclasses.dataclass(frozen=True)
 class Streamed:
-    """What objectives share whose batches come from a stream, so that their steps are done in order and from the first.
+    """Holds what objectives share whose batches come from a stream, so that their steps are done in order and from the first.
 
     stream: of batches without end, each of arrays with rows first.
     """

@@ -20,7 +20,7 @@ KINDS = ("benign", "other", "projection", "trained", "added", "removed")
 
 @dataclasses.dataclass(frozen=True)
 class Removed:
-    """What was removed from one matrix: the share of what the edit's own direction has in it (dose), and of what the base's
+    """Holds what was removed from one matrix: the share of what the edit's own direction has in it (dose), and of what the base's
     selected refusal direction has in it (along). Both are negative where more was added, and 2 where the sign was turned."""
 
     dose: float

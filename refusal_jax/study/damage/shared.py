@@ -1,4 +1,4 @@
-"""What the stages of damage share: the finished study, and the probes that read any edit of its model.
+"""Holds what the stages of damage share: the finished study, and the probes that read any edit of its model.
 
 A stage that measures further partial ablations, such as a search, takes `probes(study)`, makes edits of `damage.partial.Partial`
 with `edits_of`, and reads them with `damage.measures.measure_all`; `summaries` gives the intervals. A stage that measures
