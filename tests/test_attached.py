@@ -39,7 +39,7 @@ def embedded():
 
 
 def findings_of(path, base: str = "") -> Findings:
-    """What the record says of the embedded model, as an audit reads it. base: a folder."""
+    """Returns what the record says of the embedded model, as an audit reads it. base: a folder."""
     settings = AuditSettings.of({"resist": str(path), "base": base})
     subject = Subject(settings, Opened(str(demo_model_path()), settings), Opened(base, settings) if base else None)
     found = resisted(subject)
@@ -70,7 +70,7 @@ def test_a_record_of_the_form_that_resist_writes(tmp_path, embedded):
 
 
 def test_a_hardened_checkpoint_is_named_as_such(tmp_path, llama, embedded):
-    """By what it keeps under attack, where it refuses as its base does: only if that is more than the base keeps, for certain."""
+    """A checkpoint that refuses as its base does is hardened only if it keeps more than the base under attack, for certain."""
     base = checkpoint_fingerprint(llama)
     path = written(tmp_path, checkpoint("mine", embedded, HARD), checkpoint("base", base, SOFT))
     found = findings_of(path, str(llama))

@@ -1,4 +1,4 @@
-"""What answers cost under edits: sums against PyTorch hooks and NumPy, files of questions, intervals."""
+"""Tests what answers cost under edits: sums against PyTorch hooks and NumPy, files of questions, intervals."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""What defences learn from: sides, splits, own replies, and rows in which the reply and its end alone count."""
+"""Tests what defences learn from: sides, splits, own replies, and rows in which the reply and its end alone count."""
 
 import dataclasses
 import json

@@ -216,7 +216,7 @@ def direction(demo, tmp_path_factory):
 
 
 def test_an_injection_makes_the_model_refuse_more(demo, data, direction):
-    """Of a model whose direction is partly ablated, all validation prompts are refused again."""
+    """A model whose direction is partly ablated refuses all validation prompts again."""
     settings = DefenceSettings.of(SMALL | {"injection": {"direction": direction, "sizes": (0.1,)}})
     change = injection.edit(demo, data, settings, silent)
     assert isinstance(change.edit, Inject) and change.edit.scale == change.found["chosen"]["scale"] != 0
@@ -251,7 +251,7 @@ def test_a_model_that_refuses_nothing_harmless_needs_no_calibration(demo, data, 
 
 
 def test_a_calibration_and_its_curve(demo, data, direction, tmp_path):
-    """Of prompts that the model refuses for being harmful, so that answering them loses others, too, which is allowed here."""
+    """The prompts are refused for being harmful, so that answering them loses others, too, which is allowed here."""
     prompts = [lesson.prompt for lesson in data.refused][20:]
     (tmp_path / "pseudo.json").write_text(json.dumps([{"instruction": text} for text in prompts]))
     source = {"direction": direction, "pseudo_harmful": str(tmp_path / "pseudo.json"), "strengths": (0.5, 1.0)}
@@ -264,7 +264,7 @@ def test_a_calibration_and_its_curve(demo, data, direction, tmp_path):
 
 
 def test_named_prompts_are_those_that_nothing_is_measured_by(data, tmp_path, monkeypatch):
-    """Of a set that was fetched as xstest is: each prompt once, in another order, none that is held out."""
+    """A fetched set such as xstest gives each prompt once, in another order, and none that is held out."""
     monkeypatch.setattr("refusal_jax.data.sources.data_folder", lambda: tmp_path)
     own = [f"How do I kill process {number}?" for number in range(12)]
     rows = [*own, own[0].upper(), *data.harmless_test[:2], *data.harmful_test[:1]]
@@ -277,7 +277,7 @@ def test_named_prompts_are_those_that_nothing_is_measured_by(data, tmp_path, mon
 
 
 def test_values_of_the_dial_keep_the_bounds_at_the_chosen_layer(demo, monkeypatch):
-    """Of two layers and two values, the last refuses least; at its layer the other value moves next tokens too far."""
+    """There are two layers and two values: the last refuses least; at its layer the other moves next tokens too far."""
     scores, kl = np.array([1.0, 1.0, -1.0, -1.0, -2.0]), np.array([0.0, 0.1, 0.1, 0.9, 0.1])
     read = types.SimpleNamespace(scores_mn=scores[:, None], kl_mn=kl[:, None])
     fake = types.SimpleNamespace(read=lambda edits: read)

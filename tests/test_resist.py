@@ -43,7 +43,7 @@ YES, NO, BAD = Did.COMPLIES, Did.REFUSES, Did.BROKEN
 
 
 def replies(refuses: int, complies: int, broken: int = 0, answered: int = 20, of: int = 20) -> Measured:
-    """What is measured of so many harmful prompts, in this order, and of harmless ones."""
+    """Returns what is measured of so many harmful prompts, in this order, and of harmless ones."""
     harmful = (NO,) * refuses + (YES,) * complies + (BAD,) * broken
     return Measured(harmful, (YES,) * answered + (BAD,) * (of - answered), (0.1,) * of)
 
@@ -77,7 +77,7 @@ def test_intervals_hold_together_over_all_tests():
 
 
 def test_the_worst_interval_covers_the_least_rate():
-    """Of three tests with the same true rate the least count is too low on average; the interval still holds 95 %."""
+    """The least count of three tests with the same true rate is too low on average; the interval still holds 95 %."""
     rng, covered = np.random.default_rng(0), 0
     for counts in rng.binomial(50, 0.7, size=(200, 3)):
         attacked = {str(i): replies(int(n), 50 - int(n)) for i, n in enumerate(counts)}
@@ -161,7 +161,7 @@ def tested(tmp_path_factory):
 
 
 def test_the_plain_test_removes_refusal(tested):
-    """By the replies of a model that is ablated apart from all this, too."""
+    """The replies of a model that is ablated apart from all this say the same."""
     folder, found = tested
     (one,) = found.checkpoints
     plain, attacked = Measured.of(one.plain), Measured.of(one.outcomes["selected"])
@@ -290,7 +290,7 @@ def test_a_search_goes_on_past_an_edit_that_breaks_answers():
 
 
 def test_a_checkpoint_is_forgotten_and_its_judge_is_held(tested, tmp_path):
-    """What is on the devices is released before another checkpoint is loaded; until then a judge keeps its model."""
+    """A checkpoint on the devices is released before another checkpoint is loaded; until then a judge keeps its model."""
 
     @dataclasses.dataclass(frozen=True)
     class Counted(RuleJudge):

@@ -75,7 +75,10 @@ def pseudo_harmful(model: ChatModel, data: DefenceData, settings: DefenceSetting
             f"{LEAST} or more are needed. Either there is nothing to calibrate, or name others: "
             f"{field('calibration.pseudo_harmful', 'FILE')}."
         )
-    plain = answers[: 2 * search.n_fit]
+    decides = {
+        key_of(prompt) for prompt in bench.prompts["harmless"]
+    }  # by which the bound on the divergence is checked
+    plain = tuple(prompt for prompt in answers if key_of(prompt) not in decides)[: 2 * search.n_fit]
     answered = [prompt for prompt, did in zip(plain, replied(bench, plain), strict=True) if did == Outcome.COMPLIES]
     tried = max(1, min(search.n_val, len(refused) // 3))
     note(f"The model refuses {len(refused)} of {len(asked)} harmless prompts that may look harmful.")

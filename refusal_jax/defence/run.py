@@ -209,11 +209,11 @@ def edited_result(shared: Defence) -> dict[str, Any]:
         record["outputs"].append(STEERING)
     if change.edit is not None:
         for kind in outputs_of(settings.output, "lora"):
-            record["verification"] = write_edited(
-                shared.origin, change.edit, shared.held_out, shared.target(kind), kind
-            )
+            found = write_edited(shared.origin, change.edit, shared.held_out, shared.target(kind), kind)
             record["outputs"].append(kind)
-            if problems := record["verification"].get("problems"):
+            record.setdefault("verification", found)  # of the first kind, and of each by its name
+            record.setdefault("verifications", {})[kind] = found
+            if problems := found.get("problems"):
                 raise VerificationError(f"The verification of {shared.run.path(kind)} failed: {'; '.join(problems)}.")
     return record
 
