@@ -161,13 +161,13 @@ def test_attribution(case):
 @partial(jax.jit, static_argnames="prefix")
 def decoded(decoder: Decoder, tokens_bt, mask_bt, edits, prefix: int):
     """Logits of the tokens after `prefix`, one decode step each with a cache, `[B, T - prefix, V]`."""
-    kv = decoder.forward(tokens_bt[:, :prefix], mask_bt[:, :prefix], edits).kv
+    kv = decoder.forward(tokens_bt[:, :prefix], mask_bt[:, :prefix], edits, keep=True).memory
     cache = Cache.of_prompt(kv, mask_bt[:, :prefix], tokens_bt.shape[1])
 
     def step(cache, column):
         token_b, mask_b = column
         out = decoder.forward(token_b[:, None], mask_b[:, None], edits, cache=cache)
-        return cache.append(out.kv, mask_b[:, None]), decoder.logits(out.resid_btd)[:, 0]
+        return cache.append(out.memory, mask_b[:, None]), decoder.logits(out.resid_btd)[:, 0]
 
     return jax.lax.scan(step, cache, (tokens_bt[:, prefix:].T, mask_bt[:, prefix:].T))[1].swapaxes(0, 1)
 

@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 from refusal_jax import Edits, UserError, load_model, make_mesh
 from refusal_jax.models import sharding
 from refusal_jax.models.sharding import constrain, residual_axes, split_for, weight_place
-from refusal_jax.models.weights import Weight
+from refusal_jax.models.weight import Weight
 from refusal_jax.plan.hlo import collectives
 from refusal_jax.plan.programs import Shapes
 from refusal_jax.study.config import get_config

@@ -19,7 +19,8 @@ from refusal_jax.checkpoints.tensors import Tensor, listed
 from refusal_jax.errors import UserError
 from refusal_jax.models.config import ModelConfig
 from refusal_jax.models.families import Piece, hf_shapes, pieces
-from refusal_jax.models.weights import Weight, weight_table
+from refusal_jax.models.weight import Weight
+from refusal_jax.models.weights import weight_table
 
 CHUNK_VALUES = 1 << 18  # that are dequantised at a time, in float32
 PERMUTED = ("blocks.q", "blocks.k", "blocks.q_bias", "blocks.k_bias")

@@ -23,7 +23,7 @@ from refusal_jax.checkpoints.tensor_files import TensorFiles
 from refusal_jax.checkpoints.tensors import copy_in_strips
 from refusal_jax.models.families import Piece
 from refusal_jax.models.sharding import weight_place
-from refusal_jax.models.weights import Weight
+from refusal_jax.models.weight import Weight
 
 ALIGNMENT = 64  # bytes
 SLAB_BYTES = 32 << 20  # bytes of a weight that are read at a time, for all devices of this process

@@ -118,6 +118,9 @@ def layer_decoder(weights: Weights, layer: int) -> Decoder:
         n_layers=1,
         layer_kinds=(cfg.layer_kinds[layer],),
         dense_layers=(0,) if layer in cfg.dense_layers else (),
+        without_mlp=(0,) if layer in cfg.without_mlp else (),
+        mixers=cfg.mixers and (cfg.mixers[cfg.layer_mixers[layer] if cfg.layer_mixers else 0],),
+        layer_mixers=(),
         tied_embeddings=True,
     )
     return Decoder(one, stacked | _no_ends(cfg))
@@ -129,7 +132,8 @@ def _no_ends(cfg: ModelConfig) -> dict[str, jax.Array]:
 
 def _ends(cfg: ModelConfig) -> ModelConfig:
     """Returns the config of a decoder that has an embedding and an unembedding but no blocks."""
-    return dataclasses.replace(cfg, n_experts=0, dense_layers=(), tied_embeddings=False)
+    alike = {"mixers": (), "layer_mixers": (), "without_mlp": ()}
+    return dataclasses.replace(cfg, n_experts=0, dense_layers=(), tied_embeddings=False, **alike)
 
 
 @jax.jit

@@ -113,7 +113,8 @@ def read_batch(
     def layer(carry, scanned):
         x_btd, parts_bpwd, rolled_bpw, found = carry
         (block, own), number = scanned
-        x_btd, tapped, (_, values_bkth) = block(x_btd, own, ctx, edits, taps, None, decoder.apart)
+        x_btd, tapped, (kept,) = block(x_btd, own, ctx, edits, taps, None, decoder.apart)
+        _, values_bkth = kept.parts
         now = moved(block, parts_bpwd, tapped["resid_pre"], tapped["pattern"], values_bkth, regions_btw, along_bd)
         here_xn = (layers_x == number)[:, None] * jax.nn.one_hot(heads_x, cfg.n_heads)
         read = _read_layer(tapped, now, rolled_bpw, regions_btw, here_xn)

@@ -43,9 +43,10 @@ class View:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Context:
-    """A `View` for each kind of layer."""
+    """A `View` for each kind of layer, and which of the new tokens are real."""
 
     views: tuple[View, ...]
+    mask_bt: Leaf  # bool [B, T]
 
     @classmethod
     def build(
@@ -74,7 +75,7 @@ class Context:
             queries_bt = kind.rope.query_scales(positions_bt)
             return View(cos_btr, sin_btr, allowed_btt, allowed_btc, queries_bt, kind.rope.interleaved)
 
-        return cls(tuple(map(view, cfg.kinds)))
+        return cls(tuple(map(view, cfg.kinds)), jnp.asarray(mask_bt))
 
     @classmethod
     def of_prompt(cls, cfg: ModelConfig, mask_bt: Bool[Array, "B T"]) -> "Context":

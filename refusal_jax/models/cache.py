@@ -1,4 +1,4 @@
-"""Keys and values of the tokens so far, for decoding."""
+"""What decoding keeps of the tokens so far: keys and values, or states."""
 
 import dataclasses
 from typing import Any
@@ -9,6 +9,44 @@ from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Bool, Int
 
 from refusal_jax.axes import Leaf
+from refusal_jax.models.sharding import constrain
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Tokens:
+    """Arrays `[..., B, K, C, H]` with an entry for each token, such as keys and values; K is divided over the mesh as key/value
+    heads are."""
+
+    parts: tuple[Leaf, ...]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class State:
+    """Arrays `[..., B, N, ...]` of a row as a whole, which each token changes; N is divided over the mesh as heads are."""
+
+    parts: tuple[Leaf, ...]
+
+
+def map_memory(of_tokens, of_state, tree, *rest):
+    """Returns a pytree of `Tokens` and `State` with a function applied to the arrays of each; `rest` as in `jax.tree.map`."""
+
+    def one(node, *others):
+        function = of_tokens if isinstance(node, Tokens) else of_state
+        return jax.tree.map(function, node, *others)
+
+    return jax.tree.map(one, tree, *rest, is_leaf=lambda node: isinstance(node, Tokens | State))
+
+
+def placed(mesh, tree, layers: bool):
+    """Returns memory, inside a jitted function, divided over the mesh. layers: whether its arrays have a leading L axis."""
+    lead = [None] * layers
+    return map_memory(
+        lambda a: constrain(mesh, a, *lead, "batch", "kv_heads"),
+        lambda a: constrain(mesh, a, *lead, "batch", "heads"),
+        tree,
+    )
 
 
 @jax.tree_util.register_dataclass
@@ -22,7 +60,7 @@ class Cache:
     back.
     """
 
-    kv: Any  # keys and values: a pair of [L, B, K, C, H], or a list of L pairs of [B, K, C, H]
+    memory: Any  # `Tokens` of C slots and `State`, in the form of `structure.Structure.empty`
     mask_bc: Leaf  # bool [B, C]
     filled: Any  # int32 scalar, slots written since the start
     position_b: Leaf  # int32 [B], the position of each row's next token
@@ -39,29 +77,31 @@ class Cache:
 
     @classmethod
     def of_prompt(cls, new, mask_bt: Bool[jax.Array, "B T"], slots: int, filled=None) -> "Cache":
-        """Returns a ring of `slots` with a prompt's keys and values (`Output.kv`) and mask.
+        """Returns a ring of `slots` with a prompt's memory (`Output.memory`) and mask.
 
         filled: slots written once the prompt is there; default, the prompt's length: then it begins at slot 0.
         """
         spare = slots - mask_bt.shape[1]
         filled = jnp.int32(mask_bt.shape[1]) if filled is None else filled
         shift = filled - mask_bt.shape[1]
-        kv = jax.tree.map(
-            lambda a: jnp.roll(jnp.pad(a, ((0, 0),) * (a.ndim - 2) + ((0, spare), (0, 0))), shift, -2), new
-        )
+
+        def ring(a):
+            return jnp.roll(jnp.pad(a, ((0, 0),) * (a.ndim - 2) + ((0, spare), (0, 0))), shift, -2)
+
         mask_bc = jnp.roll(jnp.pad(mask_bt, ((0, 0), (0, spare))), shift, 1)
-        return cls(kv, mask_bc, filled, jnp.sum(mask_bt, axis=1, dtype=jnp.int32))
+        memory = map_memory(ring, lambda a: a, new)
+        return cls(memory, mask_bc, filled, jnp.sum(mask_bt, axis=1, dtype=jnp.int32))
 
     def append(self, new, mask_b1: Bool[jax.Array, "B 1"]) -> "Cache":
-        """Returns the cache with the keys and values of one more token written to the next slot."""
+        """Returns the cache with the memory of one more token (`Output.memory`) in the next slot; states are replaced."""
         slot = self.filled % self.slots
 
         def write(old, new):
-            kv = jax.lax.dynamic_update_slice_in_dim(old, new, slot, axis=-2)
-            return with_layout_constraint(kv, Layout(major_to_minor=tuple(range(kv.ndim))))
+            ring = jax.lax.dynamic_update_slice_in_dim(old, new, slot, axis=-2)
+            return with_layout_constraint(ring, Layout(major_to_minor=tuple(range(ring.ndim))))
 
         return Cache(
-            jax.tree.map(write, self.kv, new),
+            map_memory(write, lambda old, new: new, self.memory, new),
             jax.lax.dynamic_update_slice_in_dim(self.mask_bc, mask_b1, slot, axis=1),
             self.filled + 1,
             self.position_b + jnp.sum(mask_b1, axis=1, dtype=jnp.int32),

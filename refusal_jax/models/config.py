@@ -1,6 +1,7 @@
 """The description of an architecture that the decoder needs."""
 
 import dataclasses
+from typing import Any
 
 from refusal_jax.models.rope import Rope
 
@@ -69,12 +70,16 @@ class ModelConfig:
     shared_gate: bool = False  # a sigmoid, one number for each token, multiplies that MLP's output
     dense_layers: tuple[int, ...] = ()  # layers with one MLP among layers with experts
     d_dense: int = 0  # its width
+    mixers: tuple[Any, ...] = ()  # kinds of sequence mixers (`mixers.mixer.Mixer`, None for none); (): attention alone
+    layer_mixers: tuple[int, ...] = ()  # of each layer, an index into them; (): all have the first
+    without_mlp: tuple[int, ...] = ()  # layers that have a sequence mixer only
     draft_layers: int = 0  # layers after the last that a checkpoint may hold; they guess tokens ahead and are not run
 
     @property
     def sparse_layers(self) -> tuple[int, ...]:
         """Returns the layers that have experts."""
-        return tuple(l for l in range(self.n_layers) if l not in self.dense_layers) if self.n_experts else ()
+        other = (*self.dense_layers, *self.without_mlp)
+        return tuple(l for l in range(self.n_layers) if l not in other) if self.n_experts else ()
 
     @property
     def queries_per_kv(self) -> int:

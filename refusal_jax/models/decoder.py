@@ -8,197 +8,36 @@ Norms, softmax, rotary angles and logits are float32 whatever the weights' dtype
 """
 
 import dataclasses
-from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jaxtyping import Bool, Float, Int
 
 from refusal_jax.axes import Array, Leaf
-from refusal_jax.edits import SITES, Edits
-from refusal_jax.models.attention import Context, Segment, View, attend
-from refusal_jax.models.cache import Cache
+from refusal_jax.edits import Edits
+from refusal_jax.models.attention import Context
+from refusal_jax.models.block import Block, Layer, Stack, Weights
+from refusal_jax.models.cache import Cache, map_memory, placed
 from refusal_jax.models.config import ModelConfig
-from refusal_jax.models.head_taps import Heads, read_heads
-from refusal_jax.models.layers import Adapted, linear, lookup, mixture, mlp, normed, row_parallel, sharded_mixture
+from refusal_jax.models.layers import lookup, normed
 from refusal_jax.models.sharding import constrain, constrain_residual, split_for, weight_place, weight_spec
-from refusal_jax.models.weights import Weight, factor_names, mixture_names, names_apart, weight_table
+from refusal_jax.models.structure import structure
+from refusal_jax.models.weight import Weight, factor_names
+from refusal_jax.models.weights import names_apart, weight_table
 from refusal_jax.taps import NO_TAPS, Taps
 
-# Parameters by path, or their shapes.
-Weights = Mapping[str, Any]
-# Keys and values of the tokens of one layer, `[B, K, T, H]` each, and of all: stacked on an L axis, or a list of layers.
-LayerKV = tuple[jax.Array, jax.Array]
-KV = LayerKV | list[LayerKV]
+Layers = tuple[Block, Layer]
 
 
-def unstacked(tree, n_layers: int) -> list:
-    """Returns a pytree with a leading L axis as a list of L pytrees; the slices are made here and not later."""
-    return jax.lax.optimization_barrier(
-        [jax.tree.map(lambda a, layer=layer: a[layer], tree) for layer in range(n_layers)]
+def unstacked(layers: Layers, n_layers: int) -> list[Layers]:
+    """Returns stacked layers as a list of layers, whose slices are made here and not later; each knows its number."""
+    parts = jax.lax.optimization_barrier(
+        [jax.tree.map(lambda a, layer=layer: a[layer], layers) for layer in range(n_layers)]
     )
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Layer:
-    """Values that differ between layers, besides their weights: one layer's, or all layers' on a leading L axis."""
-
-    sparse: Leaf  # bool, whether it has experts
-    place: Leaf  # int32, its number among the layers that have experts, or among those that have none
-    kind: Leaf  # int32, index into the context's views
-    gate_rs: Leaf  # float32 [R, S], the ablation gates of `Edits`, or [R, S, T], one for each token
-    add_r: Leaf  # float32 [R], its addition gates
-    ablate_rjd: Leaf | None  # float32 [R, J, D], its directions, where each layer has its own
-
-
-class Stack(nnx.Module):
-    """Weights of the blocks by name, and the mesh that they are on."""
-
-    def __init__(self, cfg: ModelConfig, weights: Weights, mesh: jax.sharding.Mesh | None):
-        self.cfg, self.mesh = cfg, mesh
-        for name, value in weights.items():
-            setattr(self, name, nnx.Param(value))
-
-    def weight(self, name: str) -> Any:
-        """Returns the array of a parameter, low-rank factors merged into it, or None where the architecture has none of that
-        name."""
-        found = self.factored(name)
-        return found.merged() if isinstance(found, Adapted) else found
-
-    def factored(self, name: str) -> Any:
-        """Returns what `linear` multiplies with: the array of a parameter as `weight` does, or it and its factors apart."""
-        left, right, param = (getattr(self, full, None) for full in (*factor_names(name), name))
-        if param is None or left is None or right is None:
-            return None if param is None else param[...]
-        return Adapted(param[...], left[...], right[...])
-
-
-class Block(Stack):
-    """One layer, or all of them stacked on a leading L axis (then `jax.lax.scan` slices it)."""
-
-    def norm(self, name: str, x):
-        """Returns `x` through the norm of that name, or as it is where the architecture has none."""
-        scale = self.weight(name)
-        return x if scale is None else normed(self.cfg, x, scale)
-
-    @property
-    def post_norm_d(self) -> jax.Array | None:
-        """Returns what a norm after attention multiplies with besides dividing by its input's norm, `[D]`; None without one."""
-        scale = self.weight("attn_post_norm")
-        return None if scale is None else self.cfg.norm_offset + scale.astype(jnp.float32)
-
-    def spec(self, name: str) -> jax.sharding.PartitionSpec:
-        """Returns how a weight is placed on the mesh, its layer axis included; of no axes without a mesh."""
-        return weight_spec(self.mesh, weight_table(self.cfg)[f"blocks.{name}"])
-
-    def out(self, name: str, x_btf: Float[jax.Array, "B T F"], weight=None) -> Float[jax.Array, "B T D"]:
-        """Returns `x_btf` through the weight of that name, which writes to the residual stream, plus its bias; placed as rows.
-
-        weight: gives weights by name in place of `self.factored`.
-        """
-        weight = weight or self.factored
-        spec = jax.sharding.PartitionSpec(*self.spec(name)[1:])
-        return row_parallel(self.mesh, spec, x_btf, weight(name), weight(f"{name}_bias"))
-
-    def attention(self, h_btd: Float[jax.Array, "B T D"], view: View, past: LayerKV | None) -> tuple[Heads, LayerKV]:
-        """Returns attention on the input `[B, T, D]`, and the tokens' keys and values, `[B, K, T, H]` each."""
-        cfg, w = self.cfg, self.weight
-
-        def heads(name: str, count: int):
-            # Without the barrier, the order of axes that attention likes makes a TPU copy the weights first.
-            x = jax.lax.optimization_barrier(linear(h_btd, self.factored(name), w(f"{name}_bias")))
-            x = self.norm(f"{name}_norm", x) if cfg.qk_norm == "all" else x
-            x = x if cfg.qkv_clip is None else jnp.clip(x, -cfg.qkv_clip, cfg.qkv_clip)
-            return x.reshape(*x.shape[:2], count, cfg.head_dim)
-
-        def placed(name: str, x):
-            """Returns queries or keys with their norm and rope."""
-            if cfg.norm_after_rope:
-                return self.norm(f"{name}_norm", view.rotate(x))
-            return view.rotate(self.norm(f"{name}_norm", x) if cfg.qk_norm in ("head", "each") else x)
-
-        q, k, v = heads("q", cfg.n_heads), heads("k", cfg.n_kv_heads), heads("v", cfg.n_kv_heads)
-        k, v = (constrain(self.mesh, a.swapaxes(1, 2), "batch", "kv_heads") for a in (placed("k", k), v))
-        segments: list[Segment] = [(k, v, view.allowed_btt)]
-        if past is not None and view.allowed_btc is not None:
-            segments.insert(0, (*past, view.allowed_btc))
-        q = view.scaled(placed("q", q))
-        z = attend(q, segments, w("sinks"), cfg.query_scale, cfg.attention_softcap)
-        return Heads(q, segments, w("sinks"), z, self.out("o", z), w("o"), w("o_bias"), self.post_norm_d), (k, v)
-
-    def mlp(self, h_btd: Float[jax.Array, "B T D"], layer: Layer, apart: Stack | None) -> Float[jax.Array, "B T D"]:
-        """Returns the MLP of its input, which may be a mixture of experts. apart: as in `__call__`."""
-        cfg = self.cfg
-
-        def here(name: str):
-            """Returns this layer's weight of that name, which is sliced only where it is used."""
-            stack = None if apart is None else apart.weight(name)
-            return (
-                self.factored(name)
-                if stack is None
-                else jax.lax.dynamic_index_in_dim(stack, layer.place, keepdims=False)
-            )
-
-        def dense(h_btd, kind: str = "dense_"):
-            return mlp(cfg, here, h_btd, partial(self.out, weight=here), kind)
-
-        def sparse(h_btd):
-            assert apart is not None, "the config has experts, and no weights of theirs were given"
-            stacks = {name: apart.weight(name) for name in mixture_names(cfg, per_expert=True)}
-            if self.mesh is None:
-                h_td = h_btd.reshape(-1, h_btd.shape[-1])
-                return mixture(cfg, here, stacks.get, layer.place, h_td).reshape(h_btd.shape)
-            weights = {name: here(name) for name in mixture_names(cfg, per_expert=False)}
-            specs = {name: self.spec(name) for name in stacks}
-            specs |= {name: jax.sharding.PartitionSpec(*self.spec(name)[1:]) for name in weights}
-            return sharded_mixture(self.mesh, specs, cfg, weights, stacks, layer.place, h_btd)
-
-        if not cfg.n_experts:
-            return dense(h_btd, "")
-        if not cfg.dense_layers:
-            return sparse(h_btd)
-        return jax.lax.cond(layer.sparse, sparse, dense, h_btd) if cfg.sparse_layers else dense(h_btd)
-
-    def __call__(self, x_btd, layer: Layer, ctx: Context, edits: Edits, taps: Taps, past=None, apart=None):
-        """Returns the block's output `[B, T, D]`, its taps, and the keys and values of its tokens, each `[B, K, T, H]`.
-
-        past: keys and values of the tokens before, from a cache. apart: the weights of all layers that are not among the block's
-        own, if there are any (`Decoder.apart`).
-        """
-        cfg = self.cfg
-        gates = {name: layer.gate_rs[:, i] for i, name in enumerate(SITES)}
-        edits = edits.with_directions(layer.ablate_rjd)
-
-        def own(x):
-            return constrain_residual(self.mesh, x)
-
-        def read(x, norm: str):
-            """Returns the input of attention or MLP, whose every part needs all of its rows."""
-            return constrain(self.mesh, self.norm(norm, own(x)), "batch")
-
-        def added(out, norm: str, site: str):
-            """Returns what is added to the residual: after any post-norm, scaled, edited."""
-            out = self.norm(norm, own(out))
-            out = out if cfg.residual_scale == 1 else out * jnp.asarray(cfg.residual_scale, out.dtype)
-            return edits.ablated(out, gates[site])
-
-        resid_pre = edits.added(edits.ablated(own(x_btd), gates["resid_pre"]), layer.add_r)
-        attn_in = read(resid_pre, "attn_norm")
-        heads, new = self.attention(attn_in, ctx.view(layer.kind), past)
-        attn_out = added(heads.out_btd, "attn_post_norm", "attn_out")
-        resid_mid = resid_pre + attn_out
-        mlp_in = attn_in if cfg.parallel else read(resid_mid, "mlp_norm")
-        mlp_out = added(self.mlp(mlp_in, layer, apart), "mlp_post_norm", "mlp_out")
-        resid_post = own(resid_mid + mlp_out)  # placed after the last edit: else what a tap wants spreads backwards
-        tapped = taps.read(
-            resid_pre=resid_pre, attn_out=attn_out, resid_mid=resid_mid, mlp_out=mlp_out, resid_post=resid_post
-        ) | read_heads(cfg, self.mesh, heads, edits, gates["attn_out"], taps)
-        return resid_post, tapped, new
+    return [(block, dataclasses.replace(own, number=layer)) for layer, (block, own) in enumerate(parts)]
 
 
 @jax.tree_util.register_dataclass
@@ -208,18 +47,18 @@ class Output:
     code.
 
     resid_btd: the last block's output, before the final norm. taps: what was asked for by `Taps`, by site, each with a leading
-    L axis. kv: the tokens' keys and values, a pair of `[L, B, K, T, H]`, or a list of L pairs of `[B, K, T, H]` where layers
-    were unstacked.
+    L axis. memory: the tokens' keys and values and the states after them, as of `Structure.empty`, listed where layers were
+    unstacked; () where it was not asked for.
     """
 
     resid_btd: Leaf
     taps: dict[str, Leaf]
-    kv: KV
+    memory: Any = ()
 
 
 class Decoder(nnx.Module):
     """A decoder-only transformer over a `ModelConfig`; parameters as in `weight_table`, but for a vocabulary that may have
-    more rows, of zeros (`sharding.weight_place`), and for low-rank factors beside matrices of blocks (`weights.factor_names`).
+    more rows, of zeros (`sharding.weight_place`), and for low-rank factors beside matrices of blocks (`weight.factor_names`).
 
     mesh: what the parameters are on, None being one device. remat: whether gradients compute the values of each block anew
     instead of keeping those of all blocks.
@@ -233,7 +72,10 @@ class Decoder(nnx.Module):
         self.embed = nnx.Param(weights["embed"])
         stacked = {p.removeprefix("blocks."): a for p, a in weights.items() if p.startswith("blocks.")}
         # Experts stay out of the scan, which would copy a layer's whole set to use a few. So does what only some layers have.
-        self.apart = Stack(cfg, {name: stacked.pop(name) for name in names_apart(cfg)}, mesh) if cfg.n_experts else None
+        names = names_apart(cfg)
+        names = [*names, *(factor for name in names for factor in factor_names(name))]
+        apart = {name: stacked.pop(name) for name in names if name in stacked}
+        self.apart = Stack(cfg, apart, mesh) if apart else None
         self.blocks = Block(cfg, stacked, mesh)
         self.final_norm = nnx.Param(weights["final_norm"])
         if not cfg.tied_embeddings:
@@ -309,11 +151,11 @@ class Decoder(nnx.Module):
     def layers(self, edits: Edits) -> tuple[Block, Layer]:
         """Returns the weights of the blocks and what else differs between layers, both with a leading L axis."""
         gates_lrs, add_lr = edits.layer_gates(self.cfg.n_layers)
-        sparse_l = np.isin(np.arange(self.cfg.n_layers), self.cfg.sparse_layers)
-        place_l = np.where(sparse_l, np.cumsum(sparse_l), np.cumsum(~sparse_l)) - 1
-        kind_l = jnp.asarray(self.cfg.layer_kinds, jnp.int32)
-        places = jnp.asarray(sparse_l), jnp.asarray(place_l, jnp.int32), kind_l
-        return self.blocks, Layer(*places, gates_lrs, add_lr, edits.layer_directions())
+        form = structure(self.cfg)
+        kinds = form.mixer_l, form.channel_l, form.places_lg, form.places_lm, self.cfg.layer_kinds
+        mixer, channel, places_g, places_m, kind = (jnp.asarray(values, jnp.int32) for values in kinds)
+        own = mixer, channel, places_g, places_m, kind, gates_lrs, add_lr, edits.layer_directions()
+        return self.blocks, Layer(*own)
 
     def forward(
         self,
@@ -323,16 +165,17 @@ class Decoder(nnx.Module):
         taps: Taps = NO_TAPS,
         cache: Cache | None = None,
         layers=None,
+        keep: bool = False,
     ) -> Output:
         """Runs whole, left-padded prompts or, with a cache, the tokens that follow it, from the embedding to the last block.
 
-        mask_bt: marks real tokens. layers: as in `run`.
+        mask_bt: marks real tokens. layers, keep: as in `run`.
         """
         if cache is None:
             ctx = Context.of_prompt(self.cfg, mask_bt)
         else:
             ctx = Context.build(self.cfg, cache.position_b[:, None] + jnp.arange(mask_bt.shape[1]), mask_bt, cache)
-        return self.run(self.embed_tokens(tokens_bt), ctx, edits, taps, cache, layers)
+        return self.run(self.embed_tokens(tokens_bt), ctx, edits, taps, cache, layers, keep=keep)
 
     def next_logits(self, x_btd: Float[jax.Array, "B T D"]) -> tuple[Float[jax.Array, "B V"], Bool[jax.Array, " B"]]:
         """Returns the logits of each row's next token, float32 with V as stored, and whether they and the last token's residual
@@ -349,36 +192,82 @@ class Decoder(nnx.Module):
         cache: Cache | None = None,
         layers=None,
         remat: bool = False,
+        keep: bool = False,
     ) -> Output:
         """Runs all blocks on residuals `x_btd`, of whole prompts or, with a cache, of the tokens that follow it.
 
         layers: `self.layers(edits)`, or that `unstacked`, which the cache must then be too. remat: as in the constructor, which
-        may ask for it as well.
+        may ask for it as well. keep: whether the memory of the new tokens is wanted; a cache's is always given.
         """
-
-        def body(x, layer):
-            (block, own), past = layer
-            x, tapped, new = block(x, own, ctx, edits, taps, past, self.apart)
-            return x, (tapped, new)
-
-        body = jax.checkpoint(body) if remat or self.remat else body
         layers = self.layers(edits) if layers is None else layers
-        past = None if cache is None else cache.kv
-        if not isinstance(layers, list):
-            x, (tapped, new) = jax.lax.scan(body, x_btd, (layers, past))
+        past = None if cache is None else cache.memory
+        remat, keep = remat or self.remat, keep or cache is not None
+
+        def apply(x, layer: Layers, past, before):
+            return layer[0](x, layer[1], ctx, edits, taps, past, self.apart, before)
+
+        apply = jax.checkpoint(apply, static_argnums=2) if remat else apply
+        if isinstance(layers, list):
+            return self._run_listed(apply, x_btd, layers, past)
+        form = structure(self.cfg)
+        if len(form.mixers) == 1:
+
+            def alone(x, scanned):
+                layer, past = scanned
+                x, tapped, new = apply(x, layer, None if past is None else lambda _: past[0], None)
+                return x, (tapped, new)
+
+            x, (tapped, new) = jax.lax.scan(alone, x_btd, (layers, past))
             return Output(x, tapped, new)
-        x, tapped, new = x_btd, [], []
-        for layer in zip(layers, past if isinstance(past, list) else [None] * len(layers), strict=True):
-            x, (tapped_here, new_here) = body(x, layer)
+
+        # Layers that differ pass on what they keep: each writes to its own place, which needs no copy.
+        def among(carry, layer: Layers):
+            (x, fresh), places_m = carry, layer[1].places_m
+
+            def here(memory, k: int):
+                return jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, places_m[k], keepdims=False), memory[k])
+
+            before = None if fresh is None else tuple(here(fresh, k) for k in range(len(fresh)))
+            x, tapped, after = apply(x, layer, None if past is None else partial(here, past), before)
+            if fresh is not None:
+                fresh = tuple(
+                    jax.tree.map(
+                        lambda a, one, k=k: jax.lax.dynamic_update_index_in_dim(a, one, places_m[k], 0), a, one
+                    )
+                    for k, (a, one) in enumerate(zip(fresh, after, strict=True))
+                )
+            return (x, fresh), tapped
+
+        fresh = None
+        if keep or form.shares:
+            batch, length, _ = x_btd.shape
+            fresh = placed(self.mesh, form.empty(batch, length, self.dtype), layers=True)
+            if past is not None:
+                fresh = map_memory(lambda new, _: new, lambda _, old: old, fresh, past)
+        (x, fresh), tapped = jax.lax.scan(among, (x_btd, fresh), layers)
+        return Output(x, tapped, fresh if keep else ())
+
+    def _run_listed(self, apply, x_btd, layers: list[Layers], past: list | None) -> Output:
+        """Runs layers that are a list, one after the other; past: a list of each layer's memory, None without a cache."""
+        form, x, tapped, kept = structure(self.cfg), x_btd, [], []
+        for number, (layer, source) in enumerate(zip(layers, form.source_l, strict=True)):
+            owner, place = number if source is None else source, form.memory_l[number]
+            before: list[Any] = [None] * len(form.memories)
+            k = form.memories.index(place) if place >= 0 else None
+            if k is not None:
+                before[k] = kept[source] if source is not None else past and past[owner]
+            old = past and past[owner]
+            x, tapped_here, after = apply(x, layer, None if past is None else lambda _, old=old: old, tuple(before))
             tapped.append(tapped_here)
-            new.append(new_here)
-        return Output(x, jax.tree.map(lambda *a: jnp.stack(a), *tapped), new)
+            kept.append(None if k is None or source is not None else after[k])
+        return Output(x, jax.tree.map(lambda *a: jnp.stack(a), *tapped), kept)
 
     def run_layers(
         self, x_btd: Float[jax.Array, "B T D"], ctx: Context, edits: Edits, start, stop
     ) -> Float[jax.Array, "B T D"]:
         """Runs blocks `start` to `stop - 1` and returns the residual; the bounds are traced: one program serves any range."""
-        layers = self.layers(edits)
+        layers, form = self.layers(edits), structure(self.cfg)
+        assert not form.shares, "layers use the memory of others, which a part of them does not have"
 
         def body(index, x):
             block, own = jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, index, keepdims=False), layers)

@@ -13,10 +13,11 @@ import jax.numpy as jnp
 
 from refusal_jax.axes import Leaf
 from refusal_jax.edits import Edits
-from refusal_jax.models.cache import Cache
+from refusal_jax.models.cache import Cache, placed
 from refusal_jax.models.decoder import Decoder, unstacked
 from refusal_jax.models.decoding import Decoding
 from refusal_jax.models.sharding import RULES, constrain, replicate
+from refusal_jax.models.structure import structure
 from refusal_jax.taps import NO_TAPS, Taps
 
 # A scan on the CPU copies every layer's weights at every step. Up to this many layers, slices made once before the
@@ -45,12 +46,12 @@ class Generation:
 
     def placed(self, mesh) -> "Generation":
         """Returns the state, inside a jitted function, with every array placed by its axes: programs can then hand it on."""
-        kv = jax.tree.map(lambda a: constrain(mesh, a, *[None] * (a.ndim - 4), "batch", "kv_heads"), self.cache.kv)
+        memory = placed(mesh, self.cache.memory, layers=not isinstance(self.cache.memory, list))
         rest = jax.tree.map(lambda a: constrain(mesh, a, *["batch"][: a.ndim]), dataclasses.replace(self, cache=None))
         small = jax.tree.map(
-            lambda a: constrain(mesh, a, *["batch"][: a.ndim]), dataclasses.replace(self.cache, kv=None)
+            lambda a: constrain(mesh, a, *["batch"][: a.ndim]), dataclasses.replace(self.cache, memory=None)
         )
-        return dataclasses.replace(rest, cache=dataclasses.replace(small, kv=kv))
+        return dataclasses.replace(rest, cache=dataclasses.replace(small, memory=memory))
 
     def chosen(self, decoder: Decoder, x_btd, eos_ids: tuple[int, ...], decoding: Decoding | None) -> "Generation":
         """Returns the state with one more token in every active row, the most probable by the last residual in `x_btd`."""
@@ -122,13 +123,11 @@ def empty(
     tokens on. remembered: whether the prompts' tokens are kept, as decoding needs that is not plain.
     """
     cfg, slots = decoder.cfg, length + max_new_tokens
-    side = jnp.zeros((rows, cfg.n_kv_heads, slots, cfg.head_dim), decoder.dtype)
-    stacked = jnp.broadcast_to(side, (cfg.n_layers, *side.shape))
-    kv = [(side, side)] * cfg.n_layers if _unrolled(decoder) else (stacked, stacked)
+    memory = structure(cfg).empty(rows, slots, decoder.dtype, listed=_unrolled(decoder))
     none_b = jnp.zeros(rows, jnp.int32)
     edits = jax.tree.map(jnp.asarray, Edits.none(cfg.d_model).for_batch(rows, cfg.n_layers, cfg.d_model))
     return Generation(
-        Cache(kv, jnp.zeros((rows, slots), bool), jnp.int32(length), none_b),
+        Cache(memory, jnp.zeros((rows, slots), bool), jnp.int32(length), none_b),
         dataclasses.replace(edits, ablate_rjd=jnp.zeros((rows, directions, cfg.d_model), jnp.float32)),
         none_b,
         none_b,
@@ -161,14 +160,14 @@ def admit(
     to the length that `state` was made for. probe_rd: of `Generation`, if `state` was made for one. decoding:
     what replies are chosen by besides their probability, if `state` was made to remember prompts.
     """
-    read = decoder.forward(tokens_rt, mask_rt, edits, NO_TAPS if probe_rd is None else READ)
-    kv = unstacked(read.kv, decoder.cfg.n_layers) if _unrolled(decoder) else read.kv
+    read = decoder.forward(tokens_rt, mask_rt, edits, NO_TAPS if probe_rd is None else READ, keep=True)
+    memory = structure(decoder.cfg).listed(read.memory) if _unrolled(decoder) else read.memory
     rows = len(tokens_rt)
     none_r, along = jnp.zeros(rows, jnp.int32), None
     if probe_rd is not None and state.along_blo is not None:
         along = jnp.full((rows, *state.along_blo.shape[1:]), jnp.nan, jnp.float32)
     fresh = Generation(
-        Cache.of_prompt(kv, mask_rt, state.cache.slots, state.cache.filled),
+        Cache.of_prompt(memory, mask_rt, state.cache.slots, state.cache.filled),
         edits,
         none_r,
         none_r,
@@ -194,17 +193,19 @@ def _merged(state: Generation, fresh: Generation, source_b) -> Generation:
     def merge_layers(old, new):
         """Merges one layer at a time: gathering all of them at once would take as much memory as the cache."""
 
-        def layer(index, kv):
-            here, fresh = (jax.lax.dynamic_index_in_dim(a, index, keepdims=False) for a in (kv, new))
-            return jax.lax.dynamic_update_index_in_dim(kv, merge(here, fresh), index, 0)
+        def layer(index, whole):
+            here, fresh = (jax.lax.dynamic_index_in_dim(a, index, keepdims=False) for a in (whole, new))
+            return jax.lax.dynamic_update_index_in_dim(whole, merge(here, fresh), index, 0)
 
         return jax.lax.fori_loop(0, len(old), layer, old)
 
-    unrolled = isinstance(state.cache.kv, list)
-    kv = jax.tree.map(merge if unrolled else merge_layers, state.cache.kv, fresh.cache.kv)
-    rows = (dataclasses.replace(s, cache=dataclasses.replace(s.cache, kv=None, filled=None)) for s in (state, fresh))
+    merged = merge if isinstance(state.cache.memory, list) else merge_layers
+    memory = jax.tree.map(merged, state.cache.memory, fresh.cache.memory)
+    rows = (
+        dataclasses.replace(s, cache=dataclasses.replace(s.cache, memory=None, filled=None)) for s in (state, fresh)
+    )
     rest = jax.tree.map(merge, *rows)
-    return dataclasses.replace(rest, cache=dataclasses.replace(rest.cache, kv=kv, filled=state.cache.filled))
+    return dataclasses.replace(rest, cache=dataclasses.replace(rest.cache, memory=memory, filled=state.cache.filled))
 
 
 @partial(jax.jit, static_argnames="eos_ids", donate_argnames="state")
@@ -238,7 +239,7 @@ def decode(
         cache = state.cache
         out = decoder.forward(state.token_b[:, None], one, edits, taps, cache, layers)
         state = dataclasses.replace(
-            state.read(out.taps, probe_bd), cache=cache.append(out.kv, one), prompt_bt=prompt_bt
+            state.read(out.taps, probe_bd), cache=cache.append(out.memory, one), prompt_bt=prompt_bt
         )
         state = state.chosen(decoder, out.resid_btd, eos_ids, decoding)
         return step + 1, dataclasses.replace(state, prompt_bt=None)

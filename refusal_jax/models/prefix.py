@@ -11,10 +11,10 @@ from jaxtyping import Bool, Float, Int
 from refusal_jax.axes import Array
 from refusal_jax.edits import Edits
 from refusal_jax.models.attention import Context
-from refusal_jax.models.cache import Cache
+from refusal_jax.models.cache import Cache, map_memory, placed
 from refusal_jax.models.config import ModelConfig
 from refusal_jax.models.decoder import Decoder
-from refusal_jax.models.sharding import constrain
+from refusal_jax.models.structure import structure
 from refusal_jax.taps import NO_TAPS
 
 WHOLE_ROWS = ("longrope", "dynamic")  # kinds of rope whose angles depend on how long a whole row is
@@ -22,7 +22,7 @@ WHOLE_ROWS = ("longrope", "dynamic")  # kinds of rope whose angles depend on how
 
 def shareable(cfg: ModelConfig) -> bool:
     """Returns whether tokens have the same keys and values whatever follows them."""
-    return not any(kind.rope.kind in WHOLE_ROWS for kind in cfg.kinds)
+    return not structure(cfg).shares and not any(kind.rope.kind in WHOLE_ROWS for kind in cfg.kinds)
 
 
 def context_after(cfg: ModelConfig, length: int, mask_bt: Bool[jax.Array, "B T"]) -> Context:
@@ -62,12 +62,22 @@ def run_layers_after(
     before = Context.of_prompt(cfg, jnp.ones(shared_rtd.shape[:2], bool))
     after = context_after(cfg, shared_rtd.shape[1], mask_bt)
 
+    form = structure(cfg)
+    empty_r, empty_b = (
+        tuple(jax.tree.map(lambda a: a[0], memory) for memory in form.empty(len(x), x.shape[1], decoder.dtype))
+        for x in (shared_rtd, x_btd)
+    )
+
+    def of_rows_of(memory):
+        return placed(decoder.mesh, jax.tree.map(lambda a: jnp.repeat(a, many, axis=0), memory), layers=False)
+
     def body(index, carried):
         shared, x = carried
         picked = jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, index, keepdims=False), (*layers_r, layers_b))
         block, own_r, own_b = picked
-        shared, _, new = block(shared, own_r, before, edits, NO_TAPS, None, decoder.apart)
-        past = jax.tree.map(lambda a: constrain(decoder.mesh, jnp.repeat(a, many, axis=0), "batch", "kv_heads"), new)
-        return shared, block(x, own_b, after, of_rows, NO_TAPS, past, decoder.apart)[0]
+        shared, _, new = block(shared, own_r, before, edits, NO_TAPS, None, decoder.apart, empty_r)
+        past = of_rows_of(new)
+        states = map_memory(lambda empty, _: empty, lambda _, state: state, empty_b, past)
+        return shared, block(x, own_b, after, of_rows, NO_TAPS, past.__getitem__, decoder.apart, states)[0]
 
     return jax.lax.fori_loop(start, stop, body, (shared_rtd, x_btd))

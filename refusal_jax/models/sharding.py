@@ -15,7 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Float
 
 from refusal_jax.errors import UserError, setting
-from refusal_jax.models.weights import Weight
+from refusal_jax.models.weight import Weight
 
 MESH_AXES = ("data", "fsdp", "model")
 SPLIT_AXES = ("data", "fsdp", "kv", "q")

@@ -2,65 +2,54 @@
 
 import dataclasses
 
-import numpy as np
-
 from refusal_jax.models.config import ModelConfig
+from refusal_jax.models.mixers.attention import Attention
+from refusal_jax.models.mixers.mixer import Mixer
+from refusal_jax.models.weight import Weight, growth
 
-
-@dataclasses.dataclass(frozen=True)
-class Weight:
-    """Shape, logical axes and initial standard deviation (None: a norm's neutral value; 0: zeros) of one parameter.
-
-    heads: what an axis "heads" or "kv_heads" counts, slowest first: key/value heads and the queries of each, whose entries
-    stay together. exact: whether it is float32 whatever the dtype of the others. layers: those that have it, if it is of blocks;
-    its axis "layers" counts them.
-    """
-
-    shape: tuple[int, ...]
-    axes: tuple[str, ...]
-    std: float | None
-    heads: tuple[int, int] = (1, 1)
-    exact: bool = False
-    layers: tuple[int, ...] = ()
-
-    @property
-    def per_expert(self) -> bool:
-        """Returns whether each expert has one of its own."""
-        return "experts" in self.axes
-
-    def stored_as(self, dtype):
-        """Returns the dtype that it has in a decoder of `dtype`."""
-        return np.dtype("float32") if self.exact else dtype
+EXPERTS = "experts"  # the channel mixer that is a mixture
 
 
 def weight_table(cfg: ModelConfig) -> dict[str, Weight]:
     """Returns every parameter of the decoder by path; those of blocks are stacked on a leading L axis.
 
-    Matrices are `[out, in]` as in HF checkpoints; those of experts are `[L, experts, out, in]`. Where layers with experts and
-    layers without alternate, what only some layers have has an L axis of these.
+    Matrices are `[out, in]` as in HF checkpoints; those of experts are `[L, experts, out, in]`. What only
+    some layers have has an L axis of these.
     """
     d, v = cfg.d_model, cfg.vocab_size
     table = {"embed": Weight((v, d), ("vocab", "embed"), d**-0.5 if cfg.tied_embeddings else 1.0)}
-    everywhere = _norms(cfg) | _attention(cfg) | ({} if cfg.n_experts else _mlp(cfg, cfg.d_mlp))
-    parts = {tuple(range(cfg.n_layers)): everywhere}
-    if cfg.sparse_layers:
-        parts[cfg.sparse_layers] = parts.get(cfg.sparse_layers, {}) | _experts(cfg)
-    if cfg.dense_layers:
-        parts[cfg.dense_layers] = parts.get(cfg.dense_layers, {}) | _mlp(cfg, cfg.d_dense, "dense_")
-    for layers, weights in parts.items():
-        for name, w in weights.items():
-            shape, axes = (len(layers), *w.shape), ("layers", *w.axes)
-            table[f"blocks.{name}"] = dataclasses.replace(w, shape=shape, axes=axes, layers=layers)
+    found: dict[str, tuple[Weight, set[int]]] = {}
+
+    def add(layers: list[int], weights: dict[str, Weight]) -> None:
+        """Adds weights that these layers have; kinds of layers that have weights of one name and shape share a stack."""
+        for name, weight in weights.items() if layers else ():
+            found.setdefault(name, (weight, set()))[1].update(layers)
+
+    mixers, mixer_l = mixers_of(cfg), cfg.layer_mixers or (0,) * cfg.n_layers
+    channel_l = [channel_of(cfg, layer) for layer in range(cfg.n_layers)]
+    everywhere = range(cfg.n_layers)
+    mixing = [l for l in everywhere if mixers[mixer_l[l]] is not None]
+    with_channel = [l for l in everywhere if channel_l[l] is not None]
+    for kind, norms in (("norm", cfg.pre_norm), ("post_norm", cfg.post_norm)):
+        norm = {kind: Weight((d,), ("norm",), None)} if norms else {}
+        add(mixing, {f"attn_{name}": w for name, w in norm.items()})
+        if not (cfg.parallel and kind == "norm"):  # one norm before both
+            add(with_channel, {f"mlp_{name}": w for name, w in norm.items()})
+    for index, mixer in enumerate(mixers):
+        if mixer is not None:
+            add([l for l in everywhere if mixer_l[l] == index], mixer.weights(cfg))
+    for channel in dict.fromkeys(channel_l):
+        if channel is not None:
+            weights = _experts(cfg) if channel == EXPERTS else _mlp(cfg, cfg.d_dense if channel else cfg.d_mlp, channel)
+            add([l for l in everywhere if channel_l[l] == channel], weights)
+    for name, (w, having) in found.items():
+        layers = tuple(sorted(having))
+        shape, axes = (len(layers), *w.shape), ("layers", *w.axes)
+        table[f"blocks.{name}"] = dataclasses.replace(w, shape=shape, axes=axes, layers=layers)
     table["final_norm"] = Weight((d,), ("norm",), None)
     if not cfg.tied_embeddings:
         table["unembed"] = Weight((v, d), ("vocab", "embed"), d**-0.5)
     return table
-
-
-def factor_names(name: str) -> tuple[str, str]:
-    """Returns the names of the low-rank factors that may stand beside a matrix: `[L, out, rank]` and `[L, rank, in]`, whose
-    product is added to it."""
-    return f"{name}_left", f"{name}_right"
 
 
 def names_apart(cfg: ModelConfig) -> set[str]:
@@ -78,44 +67,16 @@ def mixture_names(cfg: ModelConfig, per_expert: bool) -> list[str]:
     return [name for name, weight in _experts(cfg).items() if weight.per_expert == per_expert]
 
 
-def _growth(cfg: ModelConfig) -> float:
-    """Returns the initial scale of what writes to the residual stream, so that all blocks together keep its size."""
-    return (2 * cfg.n_layers) ** -0.5
+def mixers_of(cfg: ModelConfig) -> tuple[Mixer | None, ...]:
+    """Returns the kinds of sequence mixers of a model, None for layers without one."""
+    return cfg.mixers or (Attention(),)
 
 
-def _norms(cfg: ModelConfig) -> dict[str, Weight]:
-    names = ["attn_norm", "mlp_norm"][: 2 - cfg.parallel] * cfg.pre_norm
-    names += ["attn_post_norm", "mlp_post_norm"] * cfg.post_norm
-    return {name: Weight((cfg.d_model,), ("norm",), None) for name in names}
-
-
-def _attention(cfg: ModelConfig) -> dict[str, Weight]:
-    d, q, kv = cfg.d_model, cfg.n_heads * cfg.head_dim, cfg.n_kv_heads * cfg.head_dim
-    queries, keys = (cfg.n_kv_heads, cfg.n_heads // cfg.n_kv_heads), (cfg.n_kv_heads, 1)
-    block = {
-        "q": Weight((q, d), ("heads", "embed"), d**-0.5, queries),
-        "k": Weight((kv, d), ("kv_heads", "embed"), d**-0.5, keys),
-        "v": Weight((kv, d), ("kv_heads", "embed"), d**-0.5, keys),
-        "o": Weight((d, q), ("embed", "heads"), _growth(cfg) * q**-0.5, queries),
-    }
-    if cfg.qkv_bias:
-        block |= {
-            "q_bias": Weight((q,), ("heads",), 0.0, queries),
-            "k_bias": Weight((kv,), ("kv_heads",), 0.0, keys),
-            "v_bias": Weight((kv,), ("kv_heads",), 0.0, keys),
-        }
-    if cfg.o_bias:
-        block["o_bias"] = Weight((d,), ("norm",), 0.0)
-    if cfg.sinks:
-        block["sinks"] = Weight((cfg.n_heads,), ("heads",), 0.0, queries)
-    if cfg.qk_norm == "each":
-        block["q_norm"] = Weight((cfg.n_heads, cfg.head_dim), ("heads", "norm"), None, queries)
-        block["k_norm"] = Weight((cfg.n_kv_heads, cfg.head_dim), ("kv_heads", "norm"), None, keys)
-    elif cfg.qk_norm:
-        shared = cfg.qk_norm == "head"
-        block["q_norm"] = Weight((cfg.head_dim if shared else q,), ("norm",), None)
-        block["k_norm"] = Weight((cfg.head_dim if shared else kv,), ("norm",), None)
-    return block
+def channel_of(cfg: ModelConfig, layer: int) -> str | None:
+    """Returns the channel mixer of a layer: EXPERTS, the prefix of an MLP's names, or None for none."""
+    if layer in cfg.without_mlp:
+        return None
+    return "dense_" if layer in cfg.dense_layers else EXPERTS if cfg.n_experts else ""
 
 
 def _mlp(cfg: ModelConfig, width: int, kind: str = "") -> dict[str, Weight]:
@@ -124,7 +85,7 @@ def _mlp(cfg: ModelConfig, width: int, kind: str = "") -> dict[str, Weight]:
     block = {
         f"{kind}gate": Weight((f, d), ("mlp", "embed"), d**-0.5),
         f"{kind}up": Weight((f, d), ("mlp", "embed"), d**-0.5),
-        f"{kind}down": Weight((d, f), ("embed", "mlp"), _growth(cfg) * f**-0.5),
+        f"{kind}down": Weight((d, f), ("embed", "mlp"), growth(cfg) * f**-0.5),
     }
     if cfg.mlp_bias:
         block |= {

@@ -89,8 +89,8 @@ class Prompts:
 
 @jax.jit
 def _prefill(decoder: Decoder, tokens_pt, mask_pt) -> Cache:
-    out = decoder.forward(tokens_pt, mask_pt, _unedited(decoder, len(tokens_pt)))
-    return Cache.of_prompt(out.kv, mask_pt, mask_pt.shape[1])
+    out = decoder.forward(tokens_pt, mask_pt, _unedited(decoder, len(tokens_pt)), keep=True)
+    return Cache.of_prompt(out.memory, mask_pt, mask_pt.shape[1])
 
 
 def _unedited(decoder: Decoder, rows: int) -> Edits:
@@ -104,7 +104,7 @@ def _scores(decoder: Decoder, prompts: Prompts, chosen_p, suffixes_cs, refusal_i
     rows = jnp.tile(chosen_p, many)
     cache = dataclasses.replace(
         prompts.cache,
-        kv=jax.tree.map(lambda a: a[:, rows], prompts.cache.kv),
+        memory=jax.tree.map(lambda a: a[:, rows], prompts.cache.memory),
         mask_bc=prompts.cache.mask_bc[rows],
         position_b=prompts.cache.position_b[rows],
     )

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 
 from refusal_jax.models.config import ModelConfig
 from refusal_jax.models.sharding import STORAGE
+from refusal_jax.models.structure import structure
 from refusal_jax.models.weights import weight_table
 from refusal_jax.plan.chips import GIB, Slice
 from refusal_jax.plan.hlo import Instruction, collectives, cycles
@@ -82,9 +83,9 @@ def weight_bytes(work: Workload) -> int:
 
 
 def cache_bytes(work: Workload, rows: int) -> int:
-    """Returns the bytes of the keys and values of `rows` rows in generation."""
-    cfg = work.cfg
-    return 2 * cfg.n_layers * rows * work.slots * cfg.n_kv_heads * cfg.head_dim * jnp.dtype(work.dtype).itemsize
+    """Returns the bytes of the keys, values and states of `rows` rows in generation."""
+    empty = jax.eval_shape(lambda: structure(work.cfg).empty(rows, work.slots, jnp.dtype(work.dtype)))
+    return sum(math.prod(a.shape) * a.dtype.itemsize for a in jax.tree.leaves(empty))
 
 
 def flops(work: Workload, program: Program) -> float:

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 from refusal_jax.edits import SITES, Edits
+from refusal_jax.models.cache import map_memory
 from refusal_jax.models.config import ModelConfig
 from refusal_jax.models.decoder import Decoder
 from refusal_jax.models.generate import empty
@@ -158,13 +159,14 @@ class Shapes:
         """Returns stand-ins for the state that decoding goes on from."""
         sizes = {"length": self.work.length, "max_new_tokens": self.work.config.generation.max_new_tokens}
         state = jax.eval_shape(functools.partial(empty, rows=rows, pad_id=0, **sizes), self.decoder)
-        kv = [
-            self.array(a.shape, a.dtype, *[None] * (a.ndim - 4), "batch", "kv_heads")
-            for a in jax.tree.leaves(state.cache.kv)
-        ]
-        kv = jax.tree.unflatten(jax.tree.structure(state.cache.kv), kv)
+        memory, lead = state.cache.memory, [None] * (not isinstance(state.cache.memory, list))
+        memory = map_memory(
+            lambda a: self.array(a.shape, a.dtype, *lead, "batch", "kv_heads"),
+            lambda a: self.array(a.shape, a.dtype, *lead, "batch", "heads"),
+            memory,
+        )
         rest = jax.tree.map(lambda a: self.array(a.shape, a.dtype, *["batch"][: a.ndim]), state)
-        return dataclasses.replace(rest, cache=dataclasses.replace(rest.cache, kv=kv))
+        return dataclasses.replace(rest, cache=dataclasses.replace(rest.cache, memory=memory))
 
 
 def programs(shapes: Shapes, sizes: Sizes) -> list[Program]:

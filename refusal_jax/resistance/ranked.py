@@ -101,14 +101,14 @@ def guided_tokens(
         token_n = jnp.take_along_axis(places_nk, rank_n[:, None], axis=1)[:, 0].astype(jnp.int32)
         return (token_n, rank_n, jnp.isin(places_nk[:, 0], ends_n)), finite_b[:half] & finite_b[half:]
 
-    read = decoder.forward(tokens_bt, mask_bt, edits)
-    cache = Cache.of_prompt(read.kv, mask_bt, tokens_bt.shape[1] + steps)
+    read = decoder.forward(tokens_bt, mask_bt, edits, keep=True)
+    cache = Cache.of_prompt(read.memory, mask_bt, tokens_bt.shape[1] + steps)
 
     def step(carry, _):
         cache, picked, finite_n = carry
         out = decoder.forward(jnp.tile(picked[0], 2)[:, None], one_b, edits, cache=cache)
         after, fine_n = chosen(out.resid_btd)
-        return (cache.append(out.kv, one_b), after, finite_n & fine_n), picked
+        return (cache.append(out.memory, one_b), after, finite_n & fine_n), picked
 
     (_, last, finite_n), picked_on = jax.lax.scan(step, (cache, *chosen(read.resid_btd)), None, length=steps - 1)
     ids_no, ranks_no, over_no = (jnp.concatenate([o_n, n[None]]).T for o_n, n in zip(picked_on, last, strict=True))

@@ -9,7 +9,7 @@ from refusal_jax.checkpoints.lora import Change, LowRank, Whole
 from refusal_jax.export.changed import low_rank
 from refusal_jax.models.config import ModelConfig
 from refusal_jax.models.families import hf_shapes, pieces
-from refusal_jax.models.weights import factor_names
+from refusal_jax.models.weight import factor_names
 from refusal_jax.training.trainer import Trained
 
 

@@ -13,7 +13,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from refusal_jax.models.config import ModelConfig
 from refusal_jax.models.sharding import put, weight_spec
-from refusal_jax.models.weights import Weight, factor_names, weight_table
+from refusal_jax.models.weight import Weight, factor_names
+from refusal_jax.models.weights import weight_table
 from refusal_jax.training.settings import TrainSettings
 
 Factors = dict[str, jax.Array]

@@ -11,7 +11,8 @@ from jax.sharding import Mesh
 from refusal_jax.models.config import ModelConfig
 from refusal_jax.models.decoder import Decoder
 from refusal_jax.models.sharding import replicate, sharding_of, weight_place
-from refusal_jax.models.weights import factor_names, weight_table
+from refusal_jax.models.weight import factor_names
+from refusal_jax.models.weights import weight_table
 from refusal_jax.training.lora import factor_shapes, factor_sharding, scaled
 from refusal_jax.training.objective import Objective
 from refusal_jax.training.optimiser import optimiser

@@ -1,0 +1,243 @@
+"""One layer of the decoder: a sequence mixer and a channel mixer that write to the residual stream, with edits and taps.
+
+Axis letters: as in the decoder. All weights of the blocks are stacked on a leading L axis; those that only some layers have, and
+those of experts, stand apart (`Stack`) and are sliced where they are used.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import PartitionSpec
+from jaxtyping import Float
+
+from refusal_jax.axes import Leaf
+from refusal_jax.edits import SITES, Edits
+from refusal_jax.models.attention import Context
+from refusal_jax.models.cache import map_memory
+from refusal_jax.models.config import ModelConfig
+from refusal_jax.models.head_taps import read_heads
+from refusal_jax.models.layers import Adapted, mixture, mlp, normed, row_parallel, sharded_mixture
+from refusal_jax.models.sharding import constrain, constrain_residual, weight_spec
+from refusal_jax.models.structure import structure
+from refusal_jax.models.weight import factor_names
+from refusal_jax.models.weights import EXPERTS, mixture_names, weight_table
+from refusal_jax.taps import HEAD_SITES, Taps
+
+Weights = Mapping[str, Any]  # parameters by path, or their shapes
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Layer:
+    """Values that differ between layers, besides their weights: one layer's, or all layers' on a leading L axis.
+
+    number: the layer, where it is known when the program is made.
+    """
+
+    mixer: Leaf  # int32, index into `Structure.mixers`
+    channel: Leaf  # int32, index into `Structure.channels`
+    places_g: Leaf  # int32 [G], its place in each of `Structure.sets`
+    places_m: Leaf  # int32 [M], its place in the memory of each of `Structure.memories`
+    kind: Leaf  # int32, index into the context's views
+    gate_rs: Leaf  # float32 [R, S], the ablation gates of `Edits`, or [R, S, T], one for each token
+    add_r: Leaf  # float32 [R], its addition gates
+    ablate_rjd: Leaf | None  # float32 [R, J, D], its directions, where each layer has its own
+    number: int | None = dataclasses.field(default=None, metadata={"static": True})
+
+
+class Stack(nnx.Module):
+    """Weights of the blocks by name, and the mesh that they are on."""
+
+    def __init__(self, cfg: ModelConfig, weights: Weights, mesh: jax.sharding.Mesh | None):
+        self.cfg, self.mesh = cfg, mesh
+        for name, value in weights.items():
+            setattr(self, name, nnx.Param(value))
+
+    def weight(self, name: str) -> Any:
+        """Returns the array of a parameter, low-rank factors merged into it, or None where the architecture has none of that
+        name."""
+        found = self.factored(name)
+        return found.merged() if isinstance(found, Adapted) else found
+
+    def factored(self, name: str) -> Any:
+        """Returns what `linear` multiplies with: the array of a parameter as `weight` does, or it and its factors apart."""
+        left, right, param = (getattr(self, full, None) for full in (*factor_names(name), name))
+        if param is None or left is None or right is None:
+            return None if param is None else param[...]
+        return Adapted(param[...], left[...], right[...])
+
+
+@dataclasses.dataclass(frozen=True)
+class Here:
+    """One layer's weights, wherever they stand.
+
+    layer: what else is the layer's own. shared: `Tokens` of the new tokens, of the layer whose memory it uses, if it does.
+    """
+
+    block: "Block"
+    apart: Stack | None
+    layer: Layer
+    shared: Any = None
+
+    @property
+    def cfg(self) -> ModelConfig:
+        return self.block.cfg
+
+    @property
+    def mesh(self) -> jax.sharding.Mesh | None:
+        return self.block.mesh
+
+    def factored(self, name: str) -> Any:
+        """Returns what `linear` multiplies with, as `Stack.factored` does; it is sliced only where it is used."""
+        stack = None if self.apart is None else self.apart.factored(name)
+        if stack is None:
+            return self.block.factored(name)
+        place = self.place(name)
+        return jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, place, keepdims=False), stack)
+
+    def place(self, name: str) -> jax.Array:
+        """Returns the layer's place among those that have the weight of that name, which not all layers have."""
+        return self.layer.places_g[structure(self.cfg).set_of[name]]
+
+    def weight(self, name: str) -> Any:
+        """Returns the array of a parameter, factors merged, or None where the architecture has none of that name."""
+        found = self.factored(name)
+        return found.merged() if isinstance(found, Adapted) else found
+
+    def norm(self, name: str, x):
+        """Returns `x` through the norm of that name, or as it is where the architecture has none."""
+        scale = self.weight(name)
+        return x if scale is None else normed(self.cfg, x, scale)
+
+    @property
+    def post_norm_d(self) -> jax.Array | None:
+        """Returns what a norm after the sequence mixer multiplies with besides dividing by its input's norm, `[D]`; None without
+        one."""
+        scale = self.weight("attn_post_norm")
+        return None if scale is None else self.cfg.norm_offset + scale.astype(jnp.float32)
+
+    def out(self, name: str, x_btf: Float[jax.Array, "B T F"]) -> Float[jax.Array, "B T D"]:
+        """Returns `x_btf` through the weight of that name, which writes to the residual stream, plus its bias; placed as rows."""
+        return row_parallel(self.mesh, self.spec(name), x_btf, self.factored(name), self.weight(f"{name}_bias"))
+
+    def spec(self, name: str) -> PartitionSpec:
+        """Returns how the weight of one layer is placed on the mesh; of no axes without a mesh."""
+        return PartitionSpec(*self.block.spec(name)[1:])
+
+    def channel(self, kind: str, h_btd: Float[jax.Array, "B T D"]) -> Float[jax.Array, "B T D"]:
+        """Returns what the channel mixer makes of its input: an MLP, or a mixture of experts. kind: of `Structure.channels`."""
+        cfg, apart = self.cfg, self.apart
+        if kind != EXPERTS:
+            return mlp(cfg, self.factored, h_btd, self.out, kind)
+        assert apart is not None, "the config has experts, and no weights of theirs were given"
+        stacks = {name: apart.weight(name) for name in mixture_names(cfg, per_expert=True)}
+        place = self.place("down")
+        if self.mesh is None:
+            h_td = h_btd.reshape(-1, h_btd.shape[-1])
+            return mixture(cfg, self.factored, stacks.get, place, h_td).reshape(h_btd.shape)
+        weights = {name: self.weight(name) for name in mixture_names(cfg, per_expert=False)}
+        specs = {name: self.block.spec(name) for name in stacks} | {name: self.spec(name) for name in weights}
+        return sharded_mixture(self.mesh, specs, cfg, weights, stacks, place, h_btd)
+
+
+class Block(Stack):
+    """One layer, or all of them stacked on a leading L axis (then `jax.lax.scan` slices it)."""
+
+    @property
+    def post_norm_d(self) -> jax.Array | None:
+        """Returns `Here.post_norm_d` of a block whose weights are all its own."""
+        scale = self.weight("attn_post_norm")
+        return None if scale is None else self.cfg.norm_offset + scale.astype(jnp.float32)
+
+    def spec(self, name: str) -> PartitionSpec:
+        """Returns how a weight is placed on the mesh, its layer axis included; of no axes without a mesh."""
+        return weight_spec(self.mesh, weight_table(self.cfg)[f"blocks.{name}"])
+
+    def out(self, name: str, x_btf: Float[jax.Array, "B T F"]) -> Float[jax.Array, "B T D"]:
+        """Returns `Here.out` of a block whose weights are all its own."""
+        spec = PartitionSpec(*self.spec(name)[1:])
+        return row_parallel(self.mesh, spec, x_btf, self.factored(name), self.weight(f"{name}_bias"))
+
+    def __call__(self, x_btd, layer: Layer, ctx: Context, edits: Edits, taps: Taps, past=None, apart=None, before=None):
+        """Returns the block's output `[B, T, D]`, its taps, and its memory: a tuple that has for each of `Structure.memories` one
+        layer's, which is new for the memory that the layer has; () where layers differ and `before` is not given.
+
+        past: a function of an index into `Structure.memories`, which gives one layer's memory of the tokens before, from a cache;
+        None without one. before: the states before as such a tuple, in which `Tokens` are those of the new tokens where an
+        earlier layer has made them. apart: the weights of all layers that are not among the block's own, if there are any
+        (`Decoder.apart`).
+        """
+        cfg, form = self.cfg, structure(self.cfg)
+        gates = {name: layer.gate_rs[:, i] for i, name in enumerate(SITES)}
+        edits, here = edits.with_directions(layer.ablate_rjd), Here(self, apart, layer)
+
+        def own(x):
+            return constrain_residual(self.mesh, x)
+
+        def read(x, norm: str):
+            """Returns the input of a mixer, whose every part needs all of its rows."""
+            return constrain(self.mesh, here.norm(norm, own(x)), "batch")
+
+        def added(out, norm: str):
+            """Returns what is added to the residual, before edits: after any post-norm, scaled."""
+            out = here.norm(norm, own(out))
+            return out if cfg.residual_scale == 1 else out * jnp.asarray(cfg.residual_scale, out.dtype)
+
+        def sequence(index: int):
+            """Returns what a sequence mixer adds, the memory after it, and the taps of its heads."""
+            mixer = form.mixers[index]
+            if mixer is None:
+                return jnp.zeros_like(resid_pre), before or (), no_heads()
+            k = form.memories.index(index if mixer.reads is None else mixer.reads)
+            shared = before[k] if before and mixer.reads is not None else None
+            mixed = mixer.mix(dataclasses.replace(here, shared=shared), attn_in, ctx, _recalled(past, before, k))
+            heads = mixed.heads and read_heads(cfg, self.mesh, mixed.heads, edits, gates["attn_out"], taps)
+            new = (mixed.memory,) if before is None and len(form.mixers) == 1 else before or ()
+            if before is not None and mixer.reads is None:
+                new = (*before[:k], mixed.memory, *before[k + 1 :])
+            return added(mixed.out_btd, "attn_post_norm"), new, no_heads() if heads is None else heads
+
+        def no_heads() -> dict[str, jax.Array]:
+            """Returns the taps of a layer without heads, zeros in the shapes that those of layers with heads have."""
+            if not taps.asks(*HEAD_SITES):
+                return {}
+            with_heads = next(i for i, mixer in enumerate(form.mixers) if mixer is not None and mixer.has_heads)
+            shapes = jax.eval_shape(lambda: sequence(with_heads)[2])
+            return jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
+
+        def channel(index: int):
+            """Returns what a channel mixer adds."""
+            kind = form.channels[index]
+            return jnp.zeros_like(resid_mid) if kind is None else added(here.channel(kind, mlp_in), "mlp_post_norm")
+
+        resid_pre = edits.added(edits.ablated(own(x_btd), gates["resid_pre"]), layer.add_r)
+        attn_in = read(resid_pre, "attn_norm")
+        attn_out, new, of_heads = _choose(layer.number, form.mixer_l, layer.mixer, sequence)
+        attn_out = edits.ablated(attn_out, gates["attn_out"])
+        resid_mid = resid_pre + attn_out
+        mlp_in = attn_in if cfg.parallel else read(resid_mid, "mlp_norm")
+        mlp_out = edits.ablated(_choose(layer.number, form.channel_l, layer.channel, channel), gates["mlp_out"])
+        resid_post = own(resid_mid + mlp_out)  # placed after the last edit: else what a tap wants spreads backwards
+        tapped = taps.read(
+            resid_pre=resid_pre, attn_out=attn_out, resid_mid=resid_mid, mlp_out=mlp_out, resid_post=resid_post
+        )
+        return resid_post, tapped | of_heads, new
+
+
+def _choose(number: int | None, kind_l: tuple[int, ...], kind, function):
+    """Returns a function of the layer's kind, an int: known from the layer's number, or else a traced one."""
+    if number is not None or len(set(kind_l)) == 1:
+        return function(kind_l[number or 0])
+    return jax.lax.switch(kind, [partial(function, index) for index in range(max(kind_l) + 1)])
+
+
+def _recalled(past, before, k: int):
+    """Returns one layer's memory for its mixer: tokens from the cache, and the state before; None where there is neither."""
+    if past is None:
+        return None if before is None else before[k]
+    return past(k) if before is None else map_memory(lambda old, _: old, lambda _, state: state, past(k), before[k])

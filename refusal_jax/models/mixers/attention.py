@@ -1,0 +1,108 @@
+"""Attention with keys and values of its own heads: of all families that are not hybrids, and of layers of those that are."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Float
+
+from refusal_jax.models.attention import Context, Segment, attend
+from refusal_jax.models.cache import Tokens
+from refusal_jax.models.config import ModelConfig
+from refusal_jax.models.head_taps import Heads
+from refusal_jax.models.layers import linear
+from refusal_jax.models.mixers.mixer import Mixed
+from refusal_jax.models.sharding import constrain
+from refusal_jax.models.weight import Weight, growth
+
+
+@dataclasses.dataclass(frozen=True)
+class Attention:
+    """Grouped-query attention. Sizes that are None are the config's.
+
+    prefix: what the names of its weights begin with. reads: as in `Mixer`; such a layer has queries only.
+    """
+
+    n_heads: int | None = None
+    n_kv_heads: int | None = None
+    head_dim: int | None = None
+    prefix: str = ""
+    reads: int | None = None
+    has_heads = True
+
+    def sizes(self, cfg: ModelConfig) -> tuple[int, int, int]:
+        """Returns the number of heads, that of key/value heads, and the width of a head."""
+        return self.n_heads or cfg.n_heads, self.n_kv_heads or cfg.n_kv_heads, self.head_dim or cfg.head_dim
+
+    def weights(self, cfg: ModelConfig) -> dict[str, Weight]:
+        """Returns each weight of one layer by its name."""
+        heads, kv_heads, width = self.sizes(cfg)
+        d, q, kv = cfg.d_model, heads * width, kv_heads * width
+        queries, keys = (kv_heads, heads // kv_heads), (kv_heads, 1)
+        block = {
+            "q": Weight((q, d), ("heads", "embed"), d**-0.5, queries),
+            "k": Weight((kv, d), ("kv_heads", "embed"), d**-0.5, keys),
+            "v": Weight((kv, d), ("kv_heads", "embed"), d**-0.5, keys),
+            "o": Weight((d, q), ("embed", "heads"), growth(cfg) * q**-0.5, queries),
+        }
+        if cfg.qkv_bias:
+            block |= {
+                "q_bias": Weight((q,), ("heads",), 0.0, queries),
+                "k_bias": Weight((kv,), ("kv_heads",), 0.0, keys),
+                "v_bias": Weight((kv,), ("kv_heads",), 0.0, keys),
+            }
+        if cfg.o_bias:
+            block["o_bias"] = Weight((d,), ("norm",), 0.0)
+        if cfg.sinks:
+            block["sinks"] = Weight((heads,), ("heads",), 0.0, queries)
+        if cfg.qk_norm == "each":
+            block["q_norm"] = Weight((heads, width), ("heads", "norm"), None, queries)
+            block["k_norm"] = Weight((kv_heads, width), ("kv_heads", "norm"), None, keys)
+        elif cfg.qk_norm:
+            shared = cfg.qk_norm == "head"
+            block["q_norm"] = Weight((width if shared else q,), ("norm",), None)
+            block["k_norm"] = Weight((width if shared else kv,), ("norm",), None)
+        own = block if self.reads is None else {name: w for name, w in block.items() if name[0] not in "kv"}
+        return {f"{self.prefix}{name}": weight for name, weight in own.items()}
+
+    def memory(self, cfg: ModelConfig, rows: int, tokens: int, dtype) -> Tokens:
+        """Returns room for keys and values, zeros."""
+        _, kv_heads, width = self.sizes(cfg)
+        side = jnp.zeros((rows, kv_heads, tokens, width), dtype)
+        return Tokens((side, side))
+
+    def mix(self, here, h_btd: Float[jax.Array, "B T D"], ctx: Context, past: Tokens | None) -> Mixed:
+        """Returns attention on the input, as `Mixer.mix` does; its memory is the tokens' keys and values."""
+        cfg, view = here.cfg, ctx.view(here.layer.kind)
+        n_heads, n_kv_heads, width = self.sizes(cfg)
+
+        def heads(name: str, count: int):
+            # Without the barrier, the order of axes that attention likes makes a TPU copy the weights first.
+            full = f"{self.prefix}{name}"
+            x = jax.lax.optimization_barrier(linear(h_btd, here.factored(full), here.weight(f"{full}_bias")))
+            x = here.norm(f"{full}_norm", x) if cfg.qk_norm == "all" else x
+            x = x if cfg.qkv_clip is None else jnp.clip(x, -cfg.qkv_clip, cfg.qkv_clip)
+            return x.reshape(*x.shape[:2], count, width)
+
+        def placed(name: str, x):
+            """Returns queries or keys with their norm and rope."""
+            norm = f"{self.prefix}{name}_norm"
+            if cfg.norm_after_rope:
+                return here.norm(norm, view.rotate(x))
+            return view.rotate(here.norm(norm, x) if cfg.qk_norm in ("head", "each") else x)
+
+        if self.reads is None:
+            k, v = placed("k", heads("k", n_kv_heads)), heads("v", n_kv_heads)
+            new = Tokens(tuple(constrain(here.mesh, a.swapaxes(1, 2), "batch", "kv_heads") for a in (k, v)))
+        else:
+            new = here.shared
+        k, v = new.parts
+        segments: list[Segment] = [(k, v, view.allowed_btt)]
+        if past is not None and view.allowed_btc is not None:
+            old_k, old_v = past.parts
+            segments.insert(0, (old_k, old_v, view.allowed_btc))
+        q = view.scaled(placed("q", heads("q", n_heads)))
+        sinks, o = here.weight(f"{self.prefix}sinks"), f"{self.prefix}o"
+        z = attend(q, segments, sinks, cfg.query_scale, cfg.attention_softcap)
+        found = Heads(q, segments, sinks, z, here.out(o, z), here.weight(o), here.weight(f"{o}_bias"), here.post_norm_d)
+        return Mixed(found.out_btd, None if self.reads is not None else new, found)
