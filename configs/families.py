@@ -88,6 +88,17 @@ MODELS = {
         13.8,
     ),
 }
+MODELS |= {
+    "deepseek_v2_lite": Model(
+        "DeepSeek V2 Lite Chat (64 experts, 6 a token)", "deepseek-ai/DeepSeek-V2-Lite-Chat", "v5e-4", 31.4
+    ),
+    "moonlight_16b_a3b": Model(
+        "Moonlight 16B Instruct (64 experts, 6 a token)", "moonshotai/Moonlight-16B-A3B-Instruct", "v5e-4", 31.9
+    ),
+    "deepseek_v3": Model("DeepSeek V3 (256 experts, 8 a token)", "deepseek-ai/DeepSeek-V3", "v5p-64", 1342.1),
+    "kimi_k2": Model("Kimi K2 Instruct (384 experts, 8 a token)", "moonshotai/Kimi-K2-Instruct", "v5p-64", 2052.8),
+    "glm_4_7_flash": Model("GLM 4.7 Flash (64 experts, 4 a token)", "zai-org/GLM-4.7-Flash", "v6e-4", 59.9),
+}
 UNNEEDED = {
     "llama_3_1_8b": "original/*",
     "mistral_7b": "consolidated*",
@@ -95,8 +106,11 @@ UNNEEDED = {
 }
 EMPTY_THOUGHT = "Its own template puts an empty thought before the reply, unless --config.thinking=True."
 DATED = "Its own template adds a system prompt with the day's date, so runs of different days differ."
+IN_FP8 = "Its weights are published in fp8, half of that; they are made bfloat16 as they are read."
 NOTES = {
-    "minimax_m2": "Its weights are published in fp8, half of that; they are made bfloat16 as they are read.",
+    "minimax_m2": IN_FP8,
+    "deepseek_v3": IN_FP8,
+    "kimi_k2": IN_FP8,
     "llama_3_1_8b": "Its own template adds a system prompt of two dates; --config.chat_template=llama-3 leaves that out.",
     "qwen2_5_7b": "Its own template adds a short system prompt; --config.chat_template=chatml leaves that out.",
     "qwen3_8b": EMPTY_THOUGHT,

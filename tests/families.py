@@ -12,7 +12,7 @@ import numpy as np
 import oracle
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import DTYPES, ROPES, hf_forward, randomise, tiny_tokenizer
+from tiny import DTYPES, ROPES, edit_json, hf_forward, randomise, tiny_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from refusal_jax.taps import RESIDUAL_SITES
@@ -223,6 +223,39 @@ FAMILIES["gpt_oss"] = {
     "square": GPT_OSS
     | {"attention_bias": False, "tie_word_embeddings": True, "swiglu_alpha": 1.0, "intermediate_size": 32},
 }
+LATENT = {
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 20,
+    "q_lora_rank": 12,
+    "qk_nope_head_dim": 10,
+    "qk_rope_head_dim": 6,
+}
+LATENT |= {"v_head_dim": 14, "n_routed_experts": 12, "num_experts_per_tok": 3, "routed_scaling_factor": 1.7}
+LATENT |= {"moe_intermediate_size": 24, "n_shared_experts": 1, "n_group": 1, "topk_group": 1}
+FEW_GROUPS = {"n_group": 4, "topk_group": 2}
+PLAIN_QUERIES = {"q_lora_rank": None, "attention_bias": True, "moe_intermediate_size": 12, "n_shared_experts": 2}
+STEEP = {"rope_parameters": YARN | {"mscale": 0.7, "mscale_all_dim": 0.4}}
+FAMILIES["deepseek_v2"] = {
+    "grouped": LATENT | FEW_GROUPS | STEEP | {"topk_method": "group_limited_greedy", "first_k_dense_replace": 1},
+    "greedy": LATENT | PLAIN_QUERIES,
+}
+FAMILIES["deepseek_v3"] = {
+    "grouped": LATENT | FEW_GROUPS | STEEP | {"first_k_dense_replace": 1},
+    "plain-queries": LATENT
+    | PLAIN_QUERIES
+    | {"rope_interleave": False, "norm_topk_prob": False, "first_k_dense_replace": 2},
+    "dense": LATENT | {"first_k_dense_replace": 3, "tie_word_embeddings": True},
+}
+FAMILIES["kimi_k2"] = {"mha": LATENT | STEEP | {"first_k_dense_replace": 1}}
+FAMILIES["glm4_moe_lite"] = {
+    "mha": LATENT,
+    "alternating": LATENT
+    | PLAIN_QUERIES
+    | FEW_GROUPS
+    | {"mlp_layer_types": ["sparse", "dense", "sparse"], "rope_interleave": False},
+}
+# Types that checkpoints say and transformers does not know, and the type whose code theirs is a copy of.
+CODE_OF = {"kimi_k2": "deepseek_v3"}
 ROPE_VARIANTS = {
     "linear": ROPES["linear"],
     "llama3": ROPES["llama3"],
@@ -248,7 +281,7 @@ def hf_config(family: str, variant: str = "gqa", **config) -> dict:
         text = BASE | whole.more | of_text | config | {"model_type": kind}
         tied = {} if family == "gemma3" else {"tie_word_embeddings": settings.get("tie_word_embeddings", False)}
         settings = {"text_config": text} | whole.parts | tied
-    return AutoConfig.for_model(family, **settings).to_dict()
+    return AutoConfig.for_model(CODE_OF.get(family, family), **settings).to_dict() | {"model_type": family}
 
 
 def tiny_model(
@@ -263,21 +296,30 @@ def tiny_model(
     if family == "qwen":
         return _first_qwen(folder, hf, dtype, seed)
     auto = AutoModelForImageTextToText if family in MULTIMODAL else AutoModelForCausalLM
-    model = auto.from_config(AutoConfig.for_model(**hf))
+    model = auto.from_config(known_config(hf))
     randomise(model, seed)
     model.to(DTYPES[dtype]).save_pretrained(folder)
+    if family in CODE_OF:
+        edit_json(folder / "config.json", model_type=family)
     return folder
+
+
+def known_config(hf: dict):
+    """transformers' config of a config.json."""
+    return AutoConfig.for_model(**hf | {"model_type": CODE_OF.get(hf["model_type"], hf["model_type"])})
 
 
 def reference(folder):
     """The checkpoint in transformers, float32, ready for inference."""
     folder = pathlib.Path(folder)
-    family = json.loads((folder / "config.json").read_text())["model_type"]
+    hf = json.loads((folder / "config.json").read_text())
+    family = hf["model_type"]
     auto = AutoModelForImageTextToText if family in MULTIMODAL else AutoModelForCausalLM
     where = folder / "reference" if family == "qwen" else folder
     if family == "qwen":
         _as_llama(folder, where)
-    return auto.from_pretrained(where, dtype=torch.float32, attn_implementation="eager").eval()
+    known = {"config": known_config(hf)} if family in CODE_OF else {}
+    return auto.from_pretrained(where, dtype=torch.float32, attn_implementation="eager", **known).eval()
 
 
 def hf_taps(model, tokens, mask) -> dict[str, np.ndarray]:

@@ -985,6 +985,104 @@ MULTIMODAL = {
     ),
 }
 
+# --- Latent attention: all without the layer that guesses tokens ahead, which the hub counts --------------------------
+
+
+def latent(model_type, architecture, hidden, layers, heads, mlp, vocab, context, of_experts, experts, shared, **more):
+    """What configs of models with latent attention have; DeepSeek's own keys among them are those of its own code."""
+    shared = family(model_type, architecture, hidden_act="silu", attention_bias=False, attention_dropout=0.0) | {
+        "kv_lora_rank": 512,
+        "moe_intermediate_size": of_experts,
+        "n_routed_experts": experts,
+        "n_shared_experts": shared,
+        "pretraining_tp": 1,
+        "qk_nope_head_dim": 128,
+        "qk_rope_head_dim": 64,
+        "rms_norm_eps": 1e-6,
+        "tie_word_embeddings": False,
+        "v_head_dim": 128,
+    }
+    return shared | shape(hidden, layers, heads, heads, mlp, vocab, context) | more
+
+
+def stretched(factor, mscale, fast=32) -> dict:
+    """DeepSeek's YaRN."""
+    spec = {"beta_fast": fast, "beta_slow": 1, "factor": factor, "mscale": mscale, "mscale_all_dim": mscale}
+    return spec | {"original_max_position_embeddings": 4096, "type": "yarn"}
+
+
+OF_V2 = {"norm_topk_prob": False, "scoring_func": "softmax", "aux_loss_alpha": 0.001, "seq_aux": True}
+OF_V2 |= {"moe_layer_freq": 1, "num_experts_per_tok": 6, "rope_scaling": stretched(40, 0.707), "rope_theta": 10000}
+OF_V3 = {"norm_topk_prob": True, "scoring_func": "sigmoid", "topk_method": "noaux_tc", "moe_layer_freq": 1}
+OF_V3 |= {"num_experts_per_tok": 8, "q_lora_rank": 1536}
+LATENTS = {
+    "DeepSeek-V2-Chat": Real(
+        "deepseek-ai/DeepSeek-V2-Chat",
+        235_741_434_880,
+        latent("deepseek_v2", "DeepseekV2ForCausalLM", 5120, 60, 128, 12288, 102400, 163840, 1536, 160, 2)
+        | OF_V2
+        | {"ep_size": 1, "first_k_dense_replace": 1, "n_group": 8, "q_lora_rank": 1536, "routed_scaling_factor": 16.0}
+        | {"topk_group": 3, "topk_method": "group_limited_greedy"},
+    ),
+    "DeepSeek-V2-Lite-Chat": Real(
+        "deepseek-ai/DeepSeek-V2-Lite-Chat",
+        15_706_484_224,
+        latent("deepseek_v2", "DeepseekV2ForCausalLM", 2048, 27, 16, 10944, 102400, 163840, 1408, 64, 2)
+        | OF_V2
+        | {"first_k_dense_replace": 1, "n_group": 1, "q_lora_rank": None, "routed_scaling_factor": 1.0}
+        | {"topk_group": 1, "topk_method": "greedy"},
+    ),
+    "Moonlight-16B-A3B-Instruct": Real(
+        "moonshotai/Moonlight-16B-A3B-Instruct",
+        15_960_110_208,
+        latent("deepseek_v3", "DeepseekV3ForCausalLM", 2048, 27, 16, 11264, 163840, 8192, 1408, 64, 2)
+        | OF_V3
+        | {"aux_loss_alpha": 0.001, "ep_size": 1, "first_k_dense_replace": 1, "n_group": 1, "num_experts_per_tok": 6}
+        | {"num_nextn_predict_layers": 0, "q_lora_rank": None, "rms_norm_eps": 1e-5, "rope_theta": 50000.0}
+        | {"routed_scaling_factor": 2.446, "seq_aux": True, "topk_group": 1},
+    ),
+    # Published in fp8, as are the next; these are the numbers of its config without that.
+    "DeepSeek-V3": Real(
+        "deepseek-ai/DeepSeek-V3",
+        671_026_419_200,
+        latent("deepseek_v3", "DeepseekV3ForCausalLM", 7168, 61, 128, 18432, 129280, 163840, 2048, 256, 1)
+        | OF_V3
+        | {"ep_size": 1, "first_k_dense_replace": 3, "n_group": 8, "num_nextn_predict_layers": 1, "topk_group": 4}
+        | {"rope_scaling": stretched(40, 1.0), "rope_theta": 10000, "routed_scaling_factor": 2.5},
+    ),
+    "Kimi-K2-Instruct": Real(
+        "moonshotai/Kimi-K2-Instruct",
+        1_026_408_232_448,
+        latent("kimi_k2", "DeepseekV3ForCausalLM", 7168, 61, 64, 18432, 163840, 131072, 2048, 384, 1)
+        | OF_V3
+        | {"aux_loss_alpha": 0.001, "first_k_dense_replace": 1, "n_group": 1, "num_nextn_predict_layers": 0}
+        | {"rope_scaling": stretched(32.0, 1.0, 1.0), "rope_theta": 50000.0, "routed_scaling_factor": 2.827}
+        | {
+            "auto_map": {
+                "AutoConfig": "configuration_deepseek.DeepseekV3Config",
+                "AutoModelForCausalLM": "modeling_deepseek.DeepseekV3ForCausalLM",
+            },
+            "seq_aux": True,
+            "topk_group": 1,
+        },
+    ),
+    "GLM-4.7-Flash": Real(
+        "zai-org/GLM-4.7-Flash",
+        29_943_393_920,
+        latent("glm4_moe_lite", "Glm4MoeLiteForCausalLM", 2048, 47, 20, 10240, 154880, 202752, 1536, 64, 1)
+        | OF_V3
+        | {"first_k_dense_replace": 1, "n_group": 1, "num_experts_per_tok": 4, "num_nextn_predict_layers": 1}
+        | {"partial_rotary_factor": 1.0, "q_lora_rank": 768, "qk_nope_head_dim": 192, "rms_norm_eps": 1e-5}
+        | {
+            "rope_scaling": None,
+            "rope_theta": 1000000,
+            "routed_scaling_factor": 1.8,
+            "topk_group": 1,
+            "v_head_dim": 256,
+        },
+    ),
+}
+
 REAL_MODELS = (
     QWEN_1
     | LLAMAS
@@ -999,4 +1097,5 @@ REAL_MODELS = (
     | HUNYUANS
     | MULTIMODAL
     | MIXTURES
+    | LATENTS
 )

@@ -72,6 +72,7 @@ SMALL = {
     "layer_norm_eps": 1e-2,
     "rope_theta": 100.0,
     "tie_word_embeddings": False,
+    "num_experts_per_tok": 2,
 }
 ON = {
     "attention_bias": True,
@@ -91,7 +92,6 @@ ON = {
     "logits_scaling": 3.0,
     "partial_rotary_factor": 0.5,
     "num_experts": 4,
-    "num_experts_per_tok": 2,
     "norm_topk_prob": False,
     "moe_intermediate_size": 12,
     "clip_qkv": 0.4,
@@ -122,6 +122,14 @@ ON = {
     "num_nextn_predict_layers": 2,
     "shared_intermediate_size": 10,
     "rotary_dim": 4,
+    "kv_lora_rank": 12,
+    "q_lora_rank": 10,
+    "qk_nope_head_dim": 6,
+    "qk_rope_head_dim": 4,
+    "v_head_dim": 10,
+    "rope_interleave": True,
+    "topk_method": "group_limited_greedy",
+    "mlp_layer_types": ["dense", "sparse", "sparse", "dense"],
 }
 LONG_ROPE = {"type": "longrope", "short_factor": [1.0, 2.0], "long_factor": [3.0, 4.0]}
 OTHER_VALUE = {
@@ -159,6 +167,9 @@ OTHER_VALUE = {
     "n_group": 2,
     "num_mtp_layers": 2,
     "n_routed_experts": 12,
+    "qk_rope_head_dim": 6,
+    "topk_method": "greedy",
+    "mlp_layer_types": ["sparse", "dense", "sparse", "dense"],
 }
 MINISTRAL_ROPE = {
     "rope_type": "yarn",
@@ -173,8 +184,19 @@ OF_FAMILY = {
         for family in ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "granitemoe", "granitemoeshared", "minimax_m2")
     },
     ("gpt_oss", "max_position_embeddings"): ({}, 200_000),  # beyond what its default rope stretches to
-    ("glm4_moe", "num_local_experts"): ({"n_routed_experts": None, "num_local_experts": 8}, 12),
-    ("glm4_moe", "num_mtp_layers"): ({"num_nextn_predict_layers": None}, 2),
+    **{
+        (family, "num_local_experts"): ({"n_routed_experts": None, "num_local_experts": 8}, 12)
+        for family in ("glm4_moe", "glm4_moe_lite", "deepseek_v3", "kimi_k2")
+    },
+    **{
+        (family, "num_mtp_layers"): ({"num_nextn_predict_layers": None}, 2)
+        for family in ("glm4_moe", "glm4_moe_lite", "deepseek_v3", "kimi_k2")
+    },
+    # Where groups count as much as their best expert, they matter only if fewer are chosen than experts.
+    ("deepseek_v2", "n_group"): ({"topk_group": 1}, 2),
+    ("deepseek_v2", "topk_group"): ({}, 1),
+    ("deepseek_v2", "topk_method"): ({"topk_group": 1}, "greedy"),
+    ("glm4_moe_lite", "num_hidden_layers"): ({"mlp_layer_types": None}, 5),
     ("minimax_m2", "rotary_dim"): ({"partial_rotary_factor": None}, 8),
     ("qwen", "use_logn_attn"): ({"use_dynamic_ntk": False}, True),  # either of the two ends the context at seq_length
     ("qwen", "rotary_emb_base"): ({"rope_theta": None}, 7.0),
@@ -193,6 +215,7 @@ OF_FAMILY = {
     ("phi3", "original_max_position_embeddings"): ({"rope_scaling": LONG_ROPE}, 5),
 }
 LEFT_OUT = {
+    "deepseek_v2": {"num_experts"},  # another name of n_routed_experts, which these attributes give, too
     "olmo3": {"rope_theta"},  # which versions of transformers read differently, unless rope_parameters repeats it
     **{f"qwen2{v}_vl": {"head_dim"} for v in ("", "_5")},  # which the class does not hand on to its text part
 }
@@ -429,6 +452,31 @@ BAD = {
         r"mlp_only_layers = \['0'\], expected a list of layers",
     ),
     "groups": ({"model_type": "glm4_moe", "n_group": 3}, "n_group = 3 and topk_group = 1 do not divide 128 experts"),
+    "no-groups": (
+        {"model_type": "deepseek_v2", "num_experts_per_tok": 2, "topk_method": "group_limited_greedy"},
+        "n_group is missing; topk_group is missing",
+    ),
+    "no-choice": ({"model_type": "deepseek_v2"}, "num_experts_per_tok is missing"),
+    "method": (
+        {"model_type": "deepseek_v2", "topk_method": "noaux_tc"},
+        r"topk_method = 'noaux_tc' is not supported \(greedy and group_limited_greedy are\)",
+    ),
+    "steepness": (
+        {"model_type": "deepseek_v3", "rope_scaling": {"type": "yarn", "factor": 4.0, "mscale_all_dim": -1}},
+        r"rope_scaling\.mscale_all_dim = -1, expected a positive number",
+    ),
+    "lite-as-v3": (
+        {"model_type": "deepseek_v3", "scoring_func": "softmax"},
+        "scoring_func = 'softmax' is not supported",
+    ),
+    "shared-heads": (
+        {"model_type": "deepseek_v3"},
+        r"num_key_value_heads = 4 is not supported \(only 8 is\)",
+    ),
+    "layers-with-experts": (
+        {"model_type": "glm4_moe_lite", "mlp_layer_types": ["dense"] * 3},
+        "mlp_layer_types = .*, expected 'dense' or 'sparse' for each of 4 layers",
+    ),
     "open-groups": (
         {"model_type": "glm4_moe", "n_group": 64},
         "num_experts_per_tok = 8 is more than the experts of topk_group = 1 groups",

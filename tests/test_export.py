@@ -39,7 +39,8 @@ from refusal_jax.models.hf_config import load_config
 
 # With biases, tied embeddings and scalars where a family has them.
 VARIANTS = {"llama": "biased", "qwen": "biased", "olmo2": "biased", "granite": "scaled", "phi3": "longrope"}
-VARIANTS |= {"qwen2_moe": "alternating", "glm4_moe": "grouped"}
+VARIANTS |= {"qwen2_moe": "alternating", "glm4_moe": "grouped", "deepseek_v2": "greedy"}
+VARIANTS |= {"glm4_moe_lite": "alternating"}
 
 
 @dataclasses.dataclass

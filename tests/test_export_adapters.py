@@ -37,6 +37,8 @@ FAMILIES = {
     "glm4_moe": "grouped",
     "granitemoe": "scaled",
     "minimax_m2": "gqa",
+    "deepseek_v2": "greedy",
+    "deepseek_v3": "grouped",
 }
 
 

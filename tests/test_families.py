@@ -109,7 +109,7 @@ def test_edits(case):
 def by_head(case, z_lbtnh, out_lbtd) -> np.ndarray:
     """Each head's part of `attn_out . along` in an unedited model, `[L, B, T, N]`, float64, from its output and o_proj's."""
     cfg, weights = case.ours.cfg, case.ours.weights()
-    o_ldnh = np.asarray(weights["blocks.o"], np.float64).reshape(cfg.n_layers, cfg.d_model, cfg.n_heads, cfg.head_dim)
+    o_ldnh = np.asarray(weights["blocks.o"], np.float64).reshape(cfg.n_layers, cfg.d_model, cfg.n_heads, -1)
     along_ld = np.tile(cfg.residual_scale * case.along.astype(np.float64), (cfg.n_layers, 1))
     scale_lbt = np.ones(out_lbtd.shape[:3])
     if cfg.post_norm:
@@ -126,7 +126,7 @@ def test_head_taps(case):
         taps = {site: case.taps[site][:, case.rows(row)] for site in TAP_AXES}
         with oracle.hooked(edited):
             theirs = families.hf_heads(case.theirs, case.tokens, case.mask)
-        z_lbtnh = theirs["z"].reshape(*theirs["z"].shape[:3], cfg.n_heads, cfg.head_dim)
+        z_lbtnh = theirs["z"].reshape(*theirs["z"].shape[:3], cfg.n_heads, -1)
         close(taps["z"][:, case.mask], z_lbtnh[:, case.mask])
         for name, patterns in (("ours", taps["pattern"]), ("theirs", theirs["pattern"])):
             theirs[name] = patterns.transpose(0, 1, 3, 2, 4)[:, case.mask]  # queries before heads

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from families import CODE_OF
 from real_models import REAL_MODELS
 
 from refusal_jax import Edits
@@ -33,7 +34,8 @@ def hf_config(name: str, whole: bool = False):
     from transformers import CONFIG_MAPPING
 
     config = REAL_MODELS[name].config
-    config = CONFIG_MAPPING[config["model_type"]].from_dict(config)
+    kind = CODE_OF.get(config["model_type"], config["model_type"])
+    config = CONFIG_MAPPING[kind].from_dict(config | {"model_type": kind})
     return config if whole else getattr(config, "text_config", config)
 
 
@@ -99,7 +101,8 @@ def test_transformers_computes_with_the_same_numbers(name):
         np.testing.assert_allclose(kind.rope.inverse_frequencies(16), angles * has_rope(attention), rtol=3e-6)
         assert kind.rope.attention_factor == pytest.approx(length)
     norms = [module for module in model.modules() if type(module).__name__.endswith(("RMSNorm", "LayerNorm"))]
-    assert {getattr(norm, "variance_epsilon", getattr(norm, "eps", None)) for norm in norms} == {cfg.norm_eps}
+    own = {mixer.norm_eps for mixer in cfg.mixers if hasattr(mixer, "norm_eps")}  # of norms inside a mixer
+    assert {getattr(norm, "variance_epsilon", getattr(norm, "eps", None)) for norm in norms} == {cfg.norm_eps} | own
     assert cfg.activation == (getattr(config, "hidden_activation", None) or config.hidden_act)
     assert cfg.context_length == config.max_position_embeddings
     assert cfg.attention_softcap == getattr(config, "attn_logit_softcapping", None)

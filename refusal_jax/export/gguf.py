@@ -37,6 +37,10 @@ HINTS = {
     "glm4_moe": "glm4moe",
     "granitemoeshared": "granitemoe",
     "minimax_m2": "minimax-m2",
+    "deepseek_v2": "deepseek2",
+    "deepseek_v3": "deepseek2",
+    "kimi_k2": "deepseek2",
+    "glm4_moe_lite": "deepseek2",
 }
 
 

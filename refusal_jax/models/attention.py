@@ -89,7 +89,7 @@ class Context:
         return jax.tree.map(lambda *cases: jax.lax.select_n(kind, *cases), *self.views)
 
 
-# Keys `[B, K, C, H]`, values `[B, K, C, H]`, and which of them each query may attend to, bool `[B, T, C]`.
+# Keys `[B, K, C, H]`, values `[B, K, C, V]`, and which of them each query may attend to, bool `[B, T, C]`.
 Segment = tuple[jax.Array, jax.Array, jax.Array]
 
 
@@ -126,14 +126,14 @@ def attend(
     sinks_n: Float[jax.Array, " N"] | None,
     scale: float,
     softcap: float | None,
-) -> Float[jax.Array, "B T N*H"]:
+) -> Float[jax.Array, "B T F"]:
     """Returns grouped-query attention over one or more segments of keys and values, softmax in float32.
 
-    Scores of all segments share one softmax. Cached and new keys stay separate arrays: to attend, a decode step need not copy the
-    cache. scale multiplies the scores, which `softcap` then bends. sinks_n: a score of each head that takes part in the softmax
-    and has no value, so that a head need not attend to anything.
+    F: the values of the heads, side by side. Scores of all segments share one softmax. Cached and new keys stay separate arrays:
+    to attend, a decode step need not copy the cache. scale multiplies the scores, which `softcap` then bends. sinks_n: a score of
+    each head that takes part in the softmax and has no value, so that a head need not attend to anything.
     """
-    b, t, n, h = q_btnh.shape
+    b, t = q_btnh.shape[:2]
     precision = "highest" if q_btnh.dtype == jnp.float32 else None
     probabilities = _probabilities(q_btnh, segments, sinks_n, scale, softcap)
     parts = [
@@ -141,7 +141,7 @@ def attend(
         for p, (_, v, _) in zip(probabilities, segments, strict=True)
     ]
     out = functools.reduce(operator.add, parts)
-    return out.transpose(0, 3, 1, 2, 4).reshape(b, t, n * h)
+    return out.transpose(0, 3, 1, 2, 4).reshape(b, t, -1)
 
 
 def pattern(

@@ -63,7 +63,8 @@ class ModelConfig:
     router_scores: str = "softmax"  # or "sigmoid": what the router makes of its logits
     router_correction: bool = False  # each expert has a constant that is added to its score for the choice only
     expert_groups: int = 1  # the experts are in so many groups,
-    groups_per_token: int = 1  # of which a token chooses so many first
+    groups_per_token: int = 1  # of which a token chooses so many first,
+    group_best: int = 2  # each group counting as much as so many of its best experts
     renormalise_experts: bool = False  # the chosen experts' router weights are made to sum to 1
     routed_scale: float = 1.0  # multiplies them after that
     d_shared: int = 0  # width of an MLP that every token goes through beside its experts; 0: none

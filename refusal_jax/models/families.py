@@ -8,14 +8,14 @@ from collections.abc import Callable
 import numpy as np
 
 from refusal_jax.models.config import ModelConfig
-from refusal_jax.models.tables import dense, mixtures
+from refusal_jax.models.tables import deepseek, dense, mixtures
 from refusal_jax.models.weights import weight_table
 
 # Decoder path -> HF name, `{l}` being the layer and `{e}` the expert. Layouts agree: `[out, in]`, vocabulary first. Paths
 # that share a name are that tensor's rows one after the other, in this order (fused projections). An expert's weight whose
 # name has no `{e}` is one of a tensor of all experts, along its first axis. A table may have more paths than a config has
 # weights (biases, a tied unembedding).
-PARTS = dense, mixtures
+PARTS = dense, mixtures, deepseek
 
 
 def _merged(name: str) -> dict:

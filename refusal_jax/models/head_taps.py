@@ -23,10 +23,10 @@ from refusal_jax.taps import ALONG_SITES, HEAD_SITES, Taps
 class Heads:
     """One layer's attention on the way from its queries to the residual stream.
 
-    q_btnh: queries, `[B, T, N, H]`. segments, sinks_n: what they attend to, as in `attend`. z_btf: outputs of the heads,
-    `[B, T, N * H]`. out_btd: their output projection with its bias, `[B, T, D]`, before any post-norm. o_df, o_bias_d: the weight
-    and bias of the projection, the latter None without one. norm_d: what a post-norm multiplies its input with besides dividing
-    it by its norm, None without a post-norm.
+    q_btnh: queries, `[B, T, N, H]`. segments, sinks_n: what they attend to, as in `attend`. z_btf: outputs of the heads, side by
+    side, `[B, T, N * V]`. out_btd: their output projection with its bias, `[B, T, D]`, before any post-norm. o_df, o_bias_d: the
+    weight and bias of the projection, the latter None without one. norm_d: what a post-norm multiplies its input with besides
+    dividing it by its norm, None without a post-norm.
     """
 
     q_btnh: jax.Array
@@ -45,7 +45,8 @@ def read_heads(cfg: ModelConfig, mesh, heads: Heads, edits: Edits, gate_r, taps:
     if not taps.asks(*HEAD_SITES):
         return {}
     divided = "heads", (cfg.n_kv_heads, cfg.queries_per_kv)
-    z_bpnh = taps.cut(heads.z_btf).reshape(len(heads.z_btf), -1, cfg.n_heads, cfg.head_dim)
+    z_bpf = taps.cut(heads.z_btf)
+    z_bpnh = z_bpf.reshape(*z_bpf.shape[:2], cfg.n_heads, -1)
     z_bpnh = constrain(mesh, z_bpnh, "batch", None, divided)
     read = {"z": z_bpnh}
     if taps.asks("pattern", "result_along_by_source"):
@@ -83,7 +84,7 @@ def to_heads(
 ) -> Float[jax.Array, "B N H"]:
     """Returns the direction, one from `before_norm`, before the output projection `o_df`, as each head sees it."""
     along_bf = jnp.einsum("bd,df->bf", along_bd, o_df.astype(jnp.float32), precision="highest")
-    return along_bf.reshape(-1, cfg.n_heads, cfg.head_dim)
+    return along_bf.reshape(len(along_bf), cfg.n_heads, -1)
 
 
 def norm_scale(
@@ -98,7 +99,7 @@ def norm_scale(
 
 def _values_along(cfg: ModelConfig, heads: Heads, along_bnh) -> Float[jax.Array, "B N T"]:
     """Returns the product of each token's value, as each query head reads it, with that head's direction."""
-    along_bkgh = along_bnh.reshape(-1, cfg.n_kv_heads, cfg.queries_per_kv, cfg.head_dim)
+    along_bkgh = along_bnh.reshape(len(along_bnh), cfg.n_kv_heads, cfg.queries_per_kv, -1)
     along_bkgt = [
         jnp.einsum("bkth,bkgh->bkgt", v.astype(jnp.float32), along_bkgh, precision="highest")
         for _, v, _ in heads.segments

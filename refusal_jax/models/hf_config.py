@@ -48,7 +48,7 @@ def from_hf(hf: dict, where: str = "config.json") -> ModelConfig:
 
 
 # Types that transformers does not implement: their checkpoints' code may read any key.
-ITS_OWN_CODE = {"qwen"}
+ITS_OWN_CODE = {"qwen", "kimi_k2"}
 
 
 def load_config(folder: str | pathlib.Path) -> ModelConfig:

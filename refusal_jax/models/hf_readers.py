@@ -8,8 +8,14 @@ from collections.abc import Callable
 
 from refusal_jax.models.config import ModelConfig
 from refusal_jax.models.hf_attributes import Reader
-from refusal_jax.models.readers import gemma, llama, mixtures, multimodal, qwen, ropeless
+from refusal_jax.models.readers import deepseek, gemma, llama, mixtures, multimodal, qwen, ropeless
 
 READERS: dict[str, Callable[[Reader], ModelConfig]] = (
-    llama.READERS | qwen.READERS | gemma.READERS | ropeless.READERS | mixtures.READERS | multimodal.READERS
+    llama.READERS
+    | qwen.READERS
+    | gemma.READERS
+    | ropeless.READERS
+    | mixtures.READERS
+    | deepseek.READERS
+    | multimodal.READERS
 )

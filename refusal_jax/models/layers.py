@@ -192,9 +192,9 @@ def route(cfg: ModelConfig, w, h_td: Float[Array, "T D"]) -> tuple[Int[jax.Array
     scores_te = choice_te = score(logits)
     if cfg.router_correction:
         choice_te = choice_te + w("router_correction").astype(jnp.float32)
-    if cfg.expert_groups > 1:  # a group counts as much as its two best experts
+    if cfg.expert_groups > 1:
         groups_tge = choice_te.reshape(len(h_td), cfg.expert_groups, -1)
-        best_tg = jnp.sum(jax.lax.top_k(groups_tge, 2)[0], axis=-1)
+        best_tg = jnp.sum(jax.lax.top_k(groups_tge, cfg.group_best)[0], axis=-1)
         open_tg = jnp.any(
             jax.nn.one_hot(jax.lax.top_k(best_tg, cfg.groups_per_token)[1], cfg.expert_groups, dtype=bool), 1
         )

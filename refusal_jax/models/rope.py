@@ -208,13 +208,15 @@ def _llama3(rope: Rope, spec: dict, number) -> Rope:
     return dataclasses.replace(rope, low_freq_factor=low, high_freq_factor=high)
 
 
-def _yarn(rope: Rope, spec: dict, number) -> Rope:
-    def mscale(weight: float) -> float:
-        return 0.1 * weight * math.log(rope.factor) + 1 if rope.factor > 1 else 1.0
+def growth(factor: float, weight: float) -> float:
+    """Returns what YaRN multiplies vectors with where it stretches the context `factor` times; weight: how much of it."""
+    return 0.1 * weight * math.log(factor) + 1 if factor > 1 else 1.0
 
-    attention = mscale(1.0)
+
+def _yarn(rope: Rope, spec: dict, number) -> Rope:
+    attention = growth(rope.factor, 1.0)
     if spec.get("mscale") and spec.get("mscale_all_dim"):
-        attention = mscale(number("mscale")) / mscale(number("mscale_all_dim"))
+        attention = growth(rope.factor, number("mscale")) / growth(rope.factor, number("mscale_all_dim"))
     return dataclasses.replace(
         rope,
         attention_factor=number("attention_factor", attention),

@@ -1,0 +1,17 @@
+"""HF tensor names of models with latent attention."""
+
+from refusal_jax.models.tables.mixtures import GLM4_MOE
+
+LATENT = {
+    "blocks.latent_q": "model.layers.{l}.self_attn.q_proj.weight",
+    "blocks.latent_q_down": "model.layers.{l}.self_attn.q_a_proj.weight",
+    "blocks.latent_q_down_bias": "model.layers.{l}.self_attn.q_a_proj.bias",
+    "blocks.latent_q_norm": "model.layers.{l}.self_attn.q_a_layernorm.weight",
+    "blocks.latent_q_up": "model.layers.{l}.self_attn.q_b_proj.weight",
+    "blocks.latent_kv_down": "model.layers.{l}.self_attn.kv_a_proj_with_mqa.weight",
+    "blocks.latent_kv_down_bias": "model.layers.{l}.self_attn.kv_a_proj_with_mqa.bias",
+    "blocks.latent_kv_norm": "model.layers.{l}.self_attn.kv_a_layernorm.weight",
+    "blocks.latent_kv_up": "model.layers.{l}.self_attn.kv_b_proj.weight",
+}
+DEEPSEEK = GLM4_MOE | LATENT
+TABLES = dict.fromkeys(("deepseek_v2", "deepseek_v3", "kimi_k2", "glm4_moe_lite"), DEEPSEEK)
