@@ -53,6 +53,8 @@ def test_the_whole_study_runs(family, variant, tmp_path):
         ("qwen2_moe", "alternating"),
         ("glm4_moe", "gqa"),
         ("granitemoe", "scaled"),
+        ("deepseek_v2", "greedy"),
+        ("deepseek_v3", "grouped"),
     ],
 )
 def test_a_mesh_changes_nothing(family, variant, tmp_path):

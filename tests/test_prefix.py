@@ -14,7 +14,14 @@ from refusal_jax.models.sharding import make_mesh
 from refusal_jax.study import scoring
 
 # Windows that end within the prefix, sinks and experts, norms after the branch, fused heads of many queries.
-FAMILIES = ("llama", "gemma2", "gpt_oss", "olmo2", "qwen3_moe")
+FAMILIES = {
+    "llama": "gqa",
+    "gemma2": "gqa",
+    "gpt_oss": "gqa",
+    "olmo2": "gqa",
+    "qwen3_moe": "gqa",
+    "deepseek_v3": "grouped",
+}
 SHARED, LENGTHS = 11, (5, 2, 7, 1)
 
 
@@ -40,7 +47,7 @@ def both_ways(decoder, rows, edits):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_shared_tokens_change_nothing(family):
-    cfg = from_hf(hf_config(family))
+    cfg = from_hf(hf_config(family, FAMILIES[family]))
     decoder, rows = Decoder.init(cfg, jax.random.key(0)), prompts(cfg.vocab_size)
     directions = np.random.default_rng(1).standard_normal((2, cfg.d_model))
     edits = Edits.concat([Edits.ablate(directions[:1]), Edits.add(directions[1], 1)])
