@@ -23,9 +23,9 @@ Factors = dict[str, jax.Array]
 def factor_shapes(cfg: ModelConfig, settings: TrainSettings) -> dict[str, tuple[Weight, Weight]]:
     """Returns the left and the right factor of each target by its path, such as "blocks.q"; axes as their matrix has them."""
     found = {}
-    for target in settings.targets:
-        path = f"blocks.{target}"
-        w = weight_table(cfg)[path]
+    table = weight_table(cfg)
+    for path in (f"blocks.{target}" for target in settings.targets if f"blocks.{target}" in table):
+        w = table[path]
         (layers, out, into), (_, rows, columns) = w.shape, w.axes
         found[path] = (
             Weight((layers, out, settings.rank), ("layers", rows, "routes"), 0.0, w.heads, layers=w.layers),
@@ -53,7 +53,7 @@ def fresh_factors(cfg: ModelConfig, settings: TrainSettings, mesh: Mesh | None) 
         bound = 1 / math.sqrt(right.shape[-1])
         drawn = np.random.default_rng((settings.seed, number)).uniform(-bound, bound, right.shape).astype(np.float32)
         if settings.layers:
-            drawn[np.isin(np.arange(cfg.n_layers), settings.layers, invert=True)] = 0
+            drawn[np.isin(right.layers, settings.layers, invert=True)] = 0
         values = np.zeros(left.shape, np.float32), drawn
         for name, factor, value in zip(names, (left, right), values, strict=True):
             found[name] = put(value, factor_sharding(mesh, factor))

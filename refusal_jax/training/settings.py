@@ -5,10 +5,18 @@ import math
 
 from refusal_jax.errors import UserError, did_you_mean, field
 from refusal_jax.models.config import ModelConfig
+from refusal_jax.models.weights import weight_table
 from refusal_jax.settings import Settings, option
 
 METHODS = ("lora", "full")
 TARGETS = ("q", "k", "v", "o", "gate", "up", "down")  # matrices of a block that low-rank factors can stand beside
+
+
+def matrix_names(cfg: ModelConfig) -> tuple[str, ...]:
+    """Returns the names of the matrices of a model's blocks that read or write residuals, such as "q"; not those of routers."""
+    table = weight_table(cfg).items()
+    matrices = [path for path, w in table if len(w.axes) == 3 and "embed" in w.axes and "routes" not in w.axes]
+    return tuple(path.removeprefix("blocks.") for path in matrices)
 
 
 @dataclasses.dataclass
@@ -23,8 +31,8 @@ class TrainSettings(Settings, path="train"):
     rslora: bool = option(False, "Whether alpha is divided by the square root of the rank instead")
     targets: tuple[str, ...] = option(
         TARGETS,
-        "Matrices of each block that get factors: q, k, v and o of attention, gate, up and down of the MLP. Mixtures of "
-        "experts are not trained",
+        "Matrices of each block that get factors, of those that it has: q, k, v and o of attention, gate, up and down of the "
+        "MLP. Layers without attention have others, which an error lists. Mixtures of experts are not trained",
     )
     layers: tuple[int, ...] = option(
         (),
@@ -96,15 +104,21 @@ class TrainSettings(Settings, path="train"):
                     f"{field('train.layers')} names block {layer}; the model's blocks are 0 to {cfg.n_layers - 1}."
                 )
         if self.method == "lora":
-            self._check_factors()
+            self._check_factors(cfg)
 
-    def _check_factors(self) -> None:
+    def _check_factors(self, cfg: ModelConfig) -> None:
+        known = tuple(dict.fromkeys((*TARGETS, *matrix_names(cfg))))
         if not self.targets:
             raise UserError(
-                f"{field('train.targets')} is empty: nothing would be trained. Name some of {', '.join(TARGETS)}."
+                f"{field('train.targets')} is empty: nothing would be trained. Name some of {', '.join(known)}."
             )
         for target in self.targets:
-            self._check_choice("targets", target, TARGETS)
+            self._check_choice("targets", target, known)
+        if not set(self.targets) & set(matrix_names(cfg)):
+            raise UserError(
+                f"{field('train.targets')} names {', '.join(self.targets)}, of which this model's blocks have none. Name some of "
+                f"{', '.join(matrix_names(cfg))}."
+            )
 
     @staticmethod
     def _check_choice(name: str, value: str, known: tuple[str, ...]) -> None:

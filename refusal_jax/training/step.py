@@ -58,18 +58,19 @@ class Step:
         named, grads = self._gradients(trained, frozen, batch, extra, key)
         norm = optax.global_norm(grads)
         updates, state = self.optimiser.update(grads, state, trained)
-        updates = self._learning(cast(dict[str, jax.Array], updates))
+        updates = self._learning(frozen.cfg, cast(dict[str, jax.Array], updates))
         return optax.apply_updates(trained, updates), state, replicate(self.mesh, named | {"gradient_norm": norm})
 
-    def _learning(self, updates: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    def _learning(self, cfg: ModelConfig, updates: dict[str, jax.Array]) -> dict[str, jax.Array]:
         """Returns the updates without those of weights that are to stay, where only some blocks of all weights learn."""
         if self.settings.method == "lora" or not self.settings.layers:
             return updates
+        table = weight_table(cfg)
 
         def masked(path: str, u: jax.Array) -> jax.Array:
             if not path.startswith("blocks."):
                 return u * 0.0
-            learns = jnp.isin(jnp.arange(len(u)), jnp.asarray(self.settings.layers))
+            learns = jnp.isin(jnp.asarray(table[path].layers), jnp.asarray(self.settings.layers))
             return u * learns.reshape(-1, *[1] * (u.ndim - 1))
 
         return {path: masked(path, u) for path, u in updates.items()}

@@ -14,6 +14,8 @@ from refusal_jax.checkpoints.copies import largest_share
 from refusal_jax.errors import UserError, field
 from refusal_jax.models.decoder import Decoder
 from refusal_jax.models.sharding import batch_sharding, put, sharding_of
+from refusal_jax.models.weight import factor_names
+from refusal_jax.models.weights import weight_table
 from refusal_jax.progress import Progress
 from refusal_jax.training.checkpoints import States
 from refusal_jax.training.lora import Factors, fresh_factors
@@ -45,11 +47,9 @@ class Trained:
         values, layers = self.factors or self.decoder.weights(), set(self.settings.layers)
         if not layers:
             return sum(a.size for a in values.values())
-        return sum(
-            a.size // len(a) * len(layers & set(range(len(a))))
-            for path, a in values.items()
-            if path.startswith("blocks.")
-        )
+        having = {path: weight.layers for path, weight in weight_table(self.decoder.cfg).items()}
+        having |= {factor: having[path] for path in list(having) for factor in factor_names(path)}
+        return sum(a.size // len(a) * len(layers & set(having[path])) for path, a in values.items() if having[path])
 
 
 def train(
