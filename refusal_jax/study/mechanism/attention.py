@@ -13,6 +13,9 @@ from refusal_jax.mechanism.attention import Reading, read_attention, read_batch,
 from refusal_jax.mechanism.attention_summary import MEASURES, PAIRS, READ, pair_name, summary
 from refusal_jax.mechanism.regions import ATTENDED
 from refusal_jax.mechanism.suffixes import GROUPS, HARMFUL, RANDOM, SUFFIXED, Row, groups_in_words
+from refusal_jax.models.hf_config import load_config
+from refusal_jax.models.mixers.attention import Attention
+from refusal_jax.models.weights import mixers_of
 from refusal_jax.plan.programs import Group, Program, Shapes
 from refusal_jax.report.findings import Findings, Section
 from refusal_jax.report.page import plain
@@ -245,12 +248,22 @@ def of_places(found: dict, words: dict[str, str], measure: str, places: Sequence
     }
 
 
+def skipped(study: MechanismStudy) -> str:
+    """Returns why heads' reading cannot be followed, "" if it can."""
+    if mixers_of(load_config(study.folder)) != (Attention(),):
+        return (
+            "Some layers of this model are no plain attention (gated, latent, shared or recurrent), and values cannot be "
+            "followed through those over two hops. The part `attribution` has what its heads write."
+        )
+    return without_rows(study)
+
+
 STAGE = Stage(
     "attention",
     read_rows,
     reads=(SUFFIXES, SETUP, METADATA, DIRECTION, ATTRIBUTION),
     writes=(ATTENTION_READ, ATTENTION),
-    skipped=without_rows,
+    skipped=skipped,
     programs=Group("attention", "forward", programs),
     about="Shows what these heads read: instruction, suffix or template, over one hop and two (figure 6b of the paper).",
     section=Section(
