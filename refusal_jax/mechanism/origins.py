@@ -11,13 +11,14 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 from jaxtyping import Float
 
 from refusal_jax.mechanism.regions import MLPS, ORIGINS, REGIONS, TEMPLATE
+from refusal_jax.models.block import Block
 from refusal_jax.models.config import ModelConfig
-from refusal_jax.models.decoder import Block
 from refusal_jax.models.head_taps import before_norm, norm_scale, to_heads
-from refusal_jax.models.layers import linear, normed
+from refusal_jax.models.layers import linear, normed, row_parallel
 from refusal_jax.models.sharding import constrain
 
 
@@ -109,11 +110,8 @@ def _values(block: Block, parts_bpwd, resid_bpd) -> Float[jax.Array, "B P W F"]:
 def _written(block: Block, z_bqwnh) -> tuple[Float[jax.Array, "B Q W D"], Float[jax.Array, "B Q D"]]:
     """Returns the heads' projected output before any post-norm, by origin and in whole; the bias is the template's own."""
     b, q, w = z_bqwnh.shape[:3]
-
-    def weight(name: str):
-        return None if name.endswith("bias") else block.weight(name).astype(jnp.float32)
-
-    out_bqwd = block.out("o", z_bqwnh.reshape(b, q * w, -1), weight).reshape(b, q, w, -1)
+    z_bqf, spec = z_bqwnh.reshape(b, q * w, -1), PartitionSpec(*block.spec("o")[1:])
+    out_bqwd = row_parallel(block.mesh, spec, z_bqf, block.weight("o").astype(jnp.float32)).reshape(b, q, w, -1)
     out_bqwd = constrain(block.mesh, out_bqwd, "batch")
     if (bias := block.weight("o_bias")) is not None:
         out_bqwd = out_bqwd.at[:, :, TEMPLATE].add(bias.astype(jnp.float32))

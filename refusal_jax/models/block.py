@@ -158,11 +158,6 @@ class Block(Stack):
         """Returns how a weight is placed on the mesh, its layer axis included; of no axes without a mesh."""
         return weight_spec(self.mesh, weight_table(self.cfg)[f"blocks.{name}"])
 
-    def out(self, name: str, x_btf: Float[jax.Array, "B T F"]) -> Float[jax.Array, "B T D"]:
-        """Returns `Here.out` of a block whose weights are all its own."""
-        spec = PartitionSpec(*self.spec(name)[1:])
-        return row_parallel(self.mesh, spec, x_btf, self.factored(name), self.weight(f"{name}_bias"))
-
     def __call__(self, x_btd, layer: Layer, ctx: Context, edits: Edits, taps: Taps, past=None, apart=None, before=None):
         """Returns the block's output `[B, T, D]`, its taps, and its memory: a tuple that has for each of `Structure.memories` one
         layer's, which is new for the memory that the layer has; () where layers differ and `before` is not given.
