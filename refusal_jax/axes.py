@@ -26,6 +26,7 @@ AXES = {
     "K": "key/value heads",
     "G": "query heads of one key/value head",
     "H": "entries of one head",
+    "I": "entries of a value, where keys have another number",
     "F": "hidden entries of an MLP",
     "E": "experts",
     "V": "vocabulary",
