@@ -14,8 +14,9 @@ TOKENS = ("q_btkh", "k_btkh", "v_btkgi", "decay_btkg", "beta_btkg")
 SHAPE = {"b": 2, "k": 2, "g": 3, "h": 16, "i": 8}
 
 
-def inputs(tokens: int, alike: float = 0.0, slow: float = 1.0, **shape) -> dict[str, np.ndarray]:
-    """Random arguments of `delta.chunked`. alike: how large a part of all keys and queries is the same. slow: scales decays."""
+def inputs(tokens: int, alike: float = 0.0, slow: float = 1.0, spread: float = 1.0, **shape) -> dict[str, np.ndarray]:
+    """Random arguments of `delta.chunked`. alike: how large a part of all keys and queries is the same. slow: scales decays.
+    spread: how much they differ."""
     s, rng = SHAPE | shape, np.random.default_rng(tokens)
     b, k, g, h, i = s.values()
 
@@ -27,7 +28,7 @@ def inputs(tokens: int, alike: float = 0.0, slow: float = 1.0, **shape) -> dict[
         "q_btkh": q * h**-0.5,
         "k_btkh": keys,
         "v_btkgi": normal(b, tokens, k, g, i),
-        "decay_btkg": -slow * np.exp(normal(b, tokens, k, g)),
+        "decay_btkg": -slow * np.exp(spread * normal(b, tokens, k, g)),
         "beta_btkg": 1 / (1 + np.exp(-normal(b, tokens, k, g))),
         "state_bkghi": normal(b, k, g, h, i),
     }
@@ -60,7 +61,7 @@ def close(ours, expected, tolerance=1e-4):
         np.testing.assert_allclose(np.asarray(a), b, rtol=tolerance, atol=tolerance)
 
 
-# tokens, how alike keys are, speed of decay
+# tokens, how alike keys are, speed of decay, spread of speeds
 CASES = {
     "one": (1, 0, 1),
     "few": (5, 0, 1),
@@ -68,6 +69,7 @@ CASES = {
     "chunks": (150, 0, 0.1),
     "alike": (130, 8.0, 0.0),  # where a sum of powers would be far off
     "fast": (70, 1.0, 300.0),  # decays that underflow
+    "both": (130, 1.0, 0.1, 6.0),  # slow ones after fast ones
 }
 
 
@@ -78,7 +80,8 @@ def test_both_forms_compute_what_transformers_does(case):
     assert expected[0].std() > 0.02
     close(chunked(**given), expected)
     close(token_by_token(**given), expected)
-    close(in_torch(theirs.torch_chunk_gated_delta_rule, given), expected)
+    if case != "both":  # where their form by chunks, with differences of sums, is off by 0.07
+        close(in_torch(theirs.torch_chunk_gated_delta_rule, given), expected)
 
 
 def test_a_text_may_be_cut_anywhere():
