@@ -74,6 +74,8 @@ MULTIMODAL = {
         {"rope_parameters": MROPE | {"mrope_interleaved": True}},
         {"vision_config": QWEN_VISION | {"deepstack_visual_indexes": [0], "num_position_embeddings": 16}},
     ),
+    "qwen3_5": Whole("qwen3_5_text", {}, {"vision_config": QWEN_VISION | {"num_position_embeddings": 16}}),
+    "qwen3_5_moe": Whole("qwen3_5_moe_text", {}, {"vision_config": QWEN_VISION | {"num_position_embeddings": 16}}),
     "mistral3": Whole(
         "mistral", {}, {"vision_config": VISION | {"model_type": "pixtral", "head_dim": 8}, "image_token_index": 3}
     ),
@@ -256,6 +258,27 @@ FAMILIES["glm4_moe_lite"] = {
 }
 # Types that checkpoints say and transformers does not know, and the type whose code theirs is a copy of.
 CODE_OF = {"kimi_k2": "deepseek_v3"}
+# Value heads for each key head, widths that differ, layers of both kinds, so that nothing can be mixed up unseen.
+HYBRID = {"num_hidden_layers": 4, "head_dim": 16, "linear_num_key_heads": 2, "linear_num_value_heads": 4}
+# A first token's output is its value times q . k, then normed: a larger eps keeps noise from deciding its sign.
+HYBRID |= {"linear_key_head_dim": 8, "linear_value_head_dim": 12, "rope_parameters": PARTIAL, "rms_norm_eps": 1e-3}
+FAMILIES["qwen3_next"] = {
+    "gqa": HYBRID | QWEN_MIXTURE,
+    "alternating": HYBRID
+    | QWEN_MIXTURE
+    | {"num_hidden_layers": 5, "decoder_sparse_step": 2, "mlp_only_layers": [3], "norm_topk_prob": False}
+    | {"full_attention_interval": 2, "linear_num_key_heads": 1, "linear_num_value_heads": 3, "attention_bias": True}
+    | {"linear_conv_kernel_dim": 3},
+}
+FAMILIES["qwen3_5_text"] = {
+    "gqa": HYBRID,
+    "tied": HYBRID
+    | {"tie_word_embeddings": True, "linear_num_key_heads": 4, "linear_conv_kernel_dim": 2, "attention_bias": True}
+    | {"layer_types": ["full_attention", "linear_attention", "linear_attention", "full_attention"]},
+}
+FAMILIES["qwen3_5_moe_text"] = {"gqa": HYBRID | QWEN_MIXTURE}
+FAMILIES["qwen3_5"] = {"gqa": HYBRID | {"rope_parameters": PARTIAL | MROPE | {"mrope_interleaved": True}}}
+FAMILIES["qwen3_5_moe"] = {"gqa": HYBRID | QWEN_MIXTURE}
 ROPE_VARIANTS = {
     "linear": ROPES["linear"],
     "llama3": ROPES["llama3"],

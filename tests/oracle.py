@@ -62,7 +62,8 @@ def writers(layer) -> tuple[torch.nn.Module, ...]:
         if all(hasattr(layer, name) for name in names):
             return tuple(getattr(layer, name) for name in names)
     mlps = [getattr(layer, name, None) for name in ("mlp", "block_sparse_moe", "shared_mlp")]
-    return layer.self_attn, *(mlp for mlp in mlps if mlp is not None)
+    attention = layer.linear_attn if hasattr(layer, "linear_attn") else layer.self_attn
+    return attention, *(mlp for mlp in mlps if mlp is not None)
 
 
 def ablation(layers, direction) -> list[Hook]:

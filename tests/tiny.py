@@ -127,9 +127,12 @@ def randomise(model, seed: int) -> None:
     with torch.no_grad():
         corrections = [(name, buffer) for name, buffer in model.named_buffers() if "correction" in name]
         for name, weight in [*model.named_parameters(), *corrections]:
-            noise, gemma = torch.randn(weight.shape, generator=generator), "gemma" in model.config.model_type
+            kind, noise = model.config.model_type, torch.randn(weight.shape, generator=generator)
+            gemma, adds_one = "gemma" in kind, any(one in kind for one in ("gemma", "qwen3_next", "qwen3_5"))
             if name.endswith("norm.weight"):
-                weight.copy_(0.3 * noise + (not gemma))  # Gemma adds the 1 itself
+                weight.copy_(0.3 * noise + (not adds_one or name.endswith("linear_attn.norm.weight")))
+            elif name.endswith("A_log"):
+                weight.copy_(noise - 2)  # states that last for many tokens
             elif weight.ndim == 1:
                 weight.copy_(0.3 * noise)
             elif "embed_tokens" in name:

@@ -5,6 +5,7 @@ Every tensor of the checkpoint must be known and used, every tensor of the decod
 
 import numpy as np
 
+from refusal_jax.checkpoints.expert_tensors import of_each_expert
 from refusal_jax.checkpoints.tensor_files import TensorFiles
 from refusal_jax.checkpoints.tensor_names import accepted, rename_advice, renamed, unmerged_advice
 from refusal_jax.checkpoints.tensors import STORED, PlainTensor, listed
@@ -23,6 +24,7 @@ def check_tensors(cfg: ModelConfig, files: TensorFiles, share: tuple[int, int] =
     share: (i, n), where n processes check the same checkpoint and this is the i-th: each reads a part of what must be read.
     """
     _check_dequantised(files)
+    files.tensors = of_each_expert(cfg, files.tensors)
     files.rename(accepted(cfg, files.tensors.keys()))
     shapes = hf_shapes(cfg)
     missing = sorted(set(shapes) - set(files.tensors))

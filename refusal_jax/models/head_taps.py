@@ -26,7 +26,7 @@ class Heads:
     q_btnh: queries, `[B, T, N, H]`. segments, sinks_n: what they attend to, as in `attend`. z_btf: outputs of the heads, side by
     side, `[B, T, N * V]`. out_btd: their output projection with its bias, `[B, T, D]`, before any post-norm. o_df, o_bias_d: the
     weight and bias of the projection, the latter None without one. norm_d: what a post-norm multiplies its input with besides
-    dividing it by its norm, None without a post-norm.
+    dividing it by its norm, None without a post-norm. gate_btf: what multiplied the outputs of the heads, None for nothing.
     """
 
     q_btnh: jax.Array
@@ -37,6 +37,7 @@ class Heads:
     o_df: jax.Array
     o_bias_d: jax.Array | None
     norm_d: jax.Array | None
+    gate_btf: jax.Array | None = None
 
 
 def read_heads(cfg: ModelConfig, mesh, heads: Heads, edits: Edits, gate_r, taps: Taps) -> dict[str, jax.Array]:
@@ -65,7 +66,8 @@ def read_heads(cfg: ModelConfig, mesh, heads: Heads, edits: Edits, gate_r, taps:
         bias_d = jnp.zeros_like(along_bd[0]) if heads.o_bias_d is None else heads.o_bias_d.astype(jnp.float32)
         read["o_bias_along"] = scale_bp * jnp.einsum("bd,d->b", along_bd, bias_d, precision="highest")[:, None]
         if taps.asks("result_along_by_source"):
-            by_source_bnqt = _values_along(cfg, heads, along_bnh)[:, :, None] * read["pattern"]
+            gate_bpf = None if heads.gate_btf is None else taps.cut(heads.gate_btf)
+            by_source_bnqt = _values_along(cfg, heads, along_bnh, gate_bpf) * read["pattern"]
             read["result_along_by_source"] = by_source_bnqt.swapaxes(1, 2) * scale_bp[..., None, None]
     return {site: read[site] for site in taps.sites if site in read}
 
@@ -97,11 +99,16 @@ def norm_scale(
     return jax.lax.rsqrt(jnp.mean(out_bpd * out_bpd, axis=-1) + cfg.norm_eps)
 
 
-def _values_along(cfg: ModelConfig, heads: Heads, along_bnh) -> Float[jax.Array, "B N T"]:
-    """Returns the product of each token's value, as each query head reads it, with that head's direction."""
-    along_bkgh = along_bnh.reshape(len(along_bnh), cfg.n_kv_heads, cfg.queries_per_kv, -1)
-    along_bkgt = [
-        jnp.einsum("bkth,bkgh->bkgt", v.astype(jnp.float32), along_bkgh, precision="highest")
+def _values_along(cfg: ModelConfig, heads: Heads, along_bnh, gate_bpf) -> Float[jax.Array, "B N P T"]:
+    """Returns the product of each token's value, as each query head reads it, with that head's direction, for each tapped
+    position or, without gates, for all alike."""
+    along_bpnh = along_bnh[:, None]
+    if gate_bpf is not None:
+        along_bpnh = along_bpnh * gate_bpf.astype(jnp.float32).reshape(*gate_bpf.shape[:2], *along_bnh.shape[1:])
+    along_bpkgh = along_bpnh.reshape(*along_bpnh.shape[:2], cfg.n_kv_heads, cfg.queries_per_kv, -1)
+    along_bkgpt = [
+        jnp.einsum("bkth,bpkgh->bkgpt", v.astype(jnp.float32), along_bpkgh, precision="highest")
         for _, v, _ in heads.segments
     ]
-    return jnp.concatenate(along_bkgt, axis=-1).reshape(len(along_bnh), cfg.n_heads, -1)
+    along = jnp.concatenate(along_bkgpt, axis=-1)
+    return along.reshape(len(along), cfg.n_heads, *along.shape[3:])

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from refusal_jax.models.config import ModelConfig
 from refusal_jax.models.hf_attributes import Reader
-from refusal_jax.models.readers import deepseek, gemma, llama, mixtures, multimodal, qwen, ropeless
+from refusal_jax.models.readers import deepseek, gemma, llama, mixtures, multimodal, qwen, qwen_hybrid, ropeless
 
 READERS: dict[str, Callable[[Reader], ModelConfig]] = (
     llama.READERS
@@ -18,4 +18,5 @@ READERS: dict[str, Callable[[Reader], ModelConfig]] = (
     | mixtures.READERS
     | deepseek.READERS
     | multimodal.READERS
+    | qwen_hybrid.READERS
 )

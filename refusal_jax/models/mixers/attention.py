@@ -20,12 +20,14 @@ from refusal_jax.models.weight import Weight, growth
 class Attention:
     """Grouped-query attention. Sizes that are None are the config's.
 
-    prefix: what the names of its weights begin with. reads: as in `Mixer`; such a layer has queries only.
+    gated: whether each head's output is multiplied with a sigmoid, whose rows follow those of its queries in one matrix. prefix:
+    what the names of its weights begin with. reads: as in `Mixer`; such a layer has queries only.
     """
 
     n_heads: int | None = None
     n_kv_heads: int | None = None
     head_dim: int | None = None
+    gated: bool = False
     prefix: str = ""
     reads: int | None = None
     has_heads = True
@@ -38,16 +40,16 @@ class Attention:
         """Returns each weight of one layer by its name."""
         heads, kv_heads, width = self.sizes(cfg)
         d, q, kv = cfg.d_model, heads * width, kv_heads * width
-        queries, keys = (kv_heads, heads // kv_heads), (kv_heads, 1)
+        queries, keys, made = (kv_heads, heads // kv_heads), (kv_heads, 1), q * (1 + self.gated)
         block = {
-            "q": Weight((q, d), ("heads", "embed"), d**-0.5, queries),
+            "q": Weight((made, d), ("heads", "embed"), d**-0.5, queries),
             "k": Weight((kv, d), ("kv_heads", "embed"), d**-0.5, keys),
             "v": Weight((kv, d), ("kv_heads", "embed"), d**-0.5, keys),
             "o": Weight((d, q), ("embed", "heads"), growth(cfg) * q**-0.5, queries),
         }
         if cfg.qkv_bias:
             block |= {
-                "q_bias": Weight((q,), ("heads",), 0.0, queries),
+                "q_bias": Weight((made,), ("heads",), 0.0, queries),
                 "k_bias": Weight((kv,), ("kv_heads",), 0.0, keys),
                 "v_bias": Weight((kv,), ("kv_heads",), 0.0, keys),
             }
@@ -74,7 +76,7 @@ class Attention:
     def mix(self, here, h_btd: Float[jax.Array, "B T D"], ctx: Context, past: Tokens | None) -> Mixed:
         """Returns attention on the input, as `Mixer.mix` does; its memory is the tokens' keys and values."""
         cfg, view = here.cfg, ctx.view(here.layer.kind)
-        n_heads, n_kv_heads, width = self.sizes(cfg)
+        n_heads, n_kv_heads, _ = self.sizes(cfg)
 
         def heads(name: str, count: int):
             # Without the barrier, the order of axes that attention likes makes a TPU copy the weights first.
@@ -82,7 +84,7 @@ class Attention:
             x = jax.lax.optimization_barrier(linear(h_btd, here.factored(full), here.weight(f"{full}_bias")))
             x = here.norm(f"{full}_norm", x) if cfg.qk_norm == "all" else x
             x = x if cfg.qkv_clip is None else jnp.clip(x, -cfg.qkv_clip, cfg.qkv_clip)
-            return x.reshape(*x.shape[:2], count, width)
+            return x.reshape(*x.shape[:2], count, -1)
 
         def placed(name: str, x):
             """Returns queries or keys with their norm and rope."""
@@ -101,8 +103,15 @@ class Attention:
         if past is not None and view.allowed_btc is not None:
             old_k, old_v = past.parts
             segments.insert(0, (old_k, old_v, view.allowed_btc))
-        q = view.scaled(placed("q", heads("q", n_heads)))
+        q, gate_btf = heads("q", n_heads), None
+        if self.gated:
+            q, gate = jnp.split(q, 2, axis=-1)
+            gate_btf = jax.nn.sigmoid(gate.astype(jnp.float32)).astype(gate.dtype).reshape(*h_btd.shape[:2], -1)
+        q = view.scaled(placed("q", q))
         sinks, o = here.weight(f"{self.prefix}sinks"), f"{self.prefix}o"
         z = attend(q, segments, sinks, cfg.query_scale, cfg.attention_softcap)
-        found = Heads(q, segments, sinks, z, here.out(o, z), here.weight(o), here.weight(f"{o}_bias"), here.post_norm_d)
+        z = z if gate_btf is None else z * gate_btf
+        found = Heads(
+            q, segments, sinks, z, here.out(o, z), here.weight(o), here.weight(f"{o}_bias"), here.post_norm_d, gate_btf
+        )
         return Mixed(found.out_btd, None if self.reads is not None else new, found)

@@ -51,7 +51,7 @@ def dense(read: Reader, layers: tuple[int, ...], width: int) -> dict:
     return {"dense_layers": layers, "d_dense": read.take("intermediate_size", width, int)}
 
 
-def _qwen_dense(read: Reader, n_layers: int, width: int) -> dict:
+def qwen_dense(read: Reader, n_layers: int, width: int) -> dict:
     """Reads which of Qwen's layers have no experts, and how wide their MLP is."""
     step, named = read.take("decoder_sparse_step", 1, int), read.take("mlp_only_layers", [])
     if not isinstance(named, list) or not all(type(layer) is int for layer in named):
@@ -72,7 +72,7 @@ def _qwen2_moe(read: Reader) -> ModelConfig:
     window, first = qwen_window(read), read.take("max_window_layers", 28, int, least=0)
     windows = read.windows(sizes["n_layers"], window, lambda layer: window and layer % 2 == 0 and layer < first)
     switches = experts(read, 60, 4, read.take("norm_topk_prob", False, bool))
-    switches |= _qwen_dense(read, sizes["n_layers"], 5632)
+    switches |= qwen_dense(read, sizes["n_layers"], 5632)
     switches |= {"d_shared": read.take("shared_expert_intermediate_size", 5632, int), "shared_gate": True}
     return read.config("qwen2_moe", sizes, windows=windows, qkv_bias=read.take("qkv_bias", True, bool), **switches)
 
@@ -83,7 +83,7 @@ def _qwen3_moe(read: Reader) -> ModelConfig:
     read.ignore("max_window_layers")
     bias = read.take("attention_bias", False, bool)
     switches = experts(read, 128, 8, read.take("norm_topk_prob", False, bool))
-    switches |= _qwen_dense(read, sizes["n_layers"], 6144)
+    switches |= qwen_dense(read, sizes["n_layers"], 6144)
     windows = [qwen_window(read)] * sizes["n_layers"]
     return read.config("qwen3_moe", sizes, windows=windows, qk_norm="head", qkv_bias=bias, o_bias=bias, **switches)
 

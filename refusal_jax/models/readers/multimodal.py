@@ -37,6 +37,8 @@ PARTS = {
     "qwen2_vl": Parts(("qwen2_vl_text", "qwen2_vl"), VISION, flat=True, either=True),
     "qwen2_5_vl": Parts(("qwen2_5_vl_text", "qwen2_5_vl"), VISION, flat=True, either=True),
     "qwen3_vl": Parts(("qwen3_vl_text",), VISION),
+    "qwen3_5": Parts(("qwen3_5_text",), VISION),
+    "qwen3_5_moe": Parts(("qwen3_5_moe_text",), VISION),
     "mistral3": Parts(
         ("mistral", "ministral3"),
         VISION | {"projector_hidden_act", "vision_feature_layer", "multimodal_projector_bias", "spatial_merge_size"},
