@@ -81,6 +81,14 @@ MODELS = {
         12.7,
     ),
     "minimax_m2": Model("MiniMax M2 (256 experts, 8 a token)", "MiniMaxAI/MiniMax-M2", "v6e-32", 457.4),
+    "qwen3_next_80b_a3b": Model(
+        "Qwen 3 Next 80B Instruct (512 experts, 10 a token)", "Qwen/Qwen3-Next-80B-A3B-Instruct", "v6e-8", 159.3
+    ),
+    "qwen3_5_9b": Model("Qwen 3.5 9B, its language model", "Qwen/Qwen3.5-9B", "v5e-4", 17.9),
+    "qwen3_6_27b": Model("Qwen 3.6 27B, its language model", "Qwen/Qwen3.6-27B", "v6e-4", 53.8),
+    "qwen3_5_35b_a3b": Model(
+        "Qwen 3.5 35B, its language model (256 experts, 8 a token)", "Qwen/Qwen3.5-35B-A3B", "v6e-4", 69.3
+    ),
     "olmoe_1b_7b": Model(
         "OLMoE 1B-7B Instruct (64 experts, 8 a token)",
         "allenai/OLMoE-1B-7B-0924-Instruct",
@@ -115,6 +123,9 @@ NOTES = {
     "qwen2_5_7b": "Its own template adds a short system prompt; --config.chat_template=chatml leaves that out.",
     "qwen3_8b": EMPTY_THOUGHT,
     "qwen3_30b_a3b": EMPTY_THOUGHT,
+    "qwen3_5_9b": EMPTY_THOUGHT,
+    "qwen3_6_27b": EMPTY_THOUGHT,
+    "qwen3_5_35b_a3b": EMPTY_THOUGHT,
     "glm_4_5": EMPTY_THOUGHT,
     "glm_4_5_air": EMPTY_THOUGHT,
     "granite_3_1_8b": DATED,

@@ -1083,6 +1083,84 @@ LATENTS = {
     ),
 }
 
+DELTA = {
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "full_attention_interval": 4,
+    "head_dim": 256,
+    "hidden_act": "silu",
+    "linear_conv_kernel_dim": 4,
+    "linear_key_head_dim": 128,
+    "linear_num_key_heads": 16,
+    "linear_value_head_dim": 128,
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": False,
+}
+DELTA_MIXTURE = DELTA | {
+    "linear_num_value_heads": 32,
+    "moe_intermediate_size": 512,
+    "output_router_logits": False,
+    "router_aux_loss_coef": 0.001,
+    "shared_expert_intermediate_size": 512,
+}
+QWEN_3_5 = {
+    "attn_output_gate": True,
+    "dtype": "bfloat16",
+    "mamba_ssm_dtype": "float32",
+    "mtp_num_hidden_layers": 1,
+    "mtp_use_dedicated_embeddings": False,
+    "rope_parameters": {
+        "mrope_interleaved": True,
+        "mrope_section": [11, 11, 10],
+        "partial_rotary_factor": 0.25,
+        "rope_theta": 10000000,
+        "rope_type": "default",
+    },
+}
+QWEN_3_5_VISION = {"depth": 27, "hidden_size": 1152, "num_heads": 16, "patch_size": 16}
+
+
+def qwen_3_5(model_type: str, text: dict) -> dict:
+    """The config of a Qwen 3.5 around its text part, whose layers it lists."""
+    count = text["num_hidden_layers"]
+    types = ["full_attention" if (layer + 1) % 4 == 0 else "linear_attention" for layer in range(count)]
+    name = "Qwen3_5MoeForConditionalGeneration" if "moe" in model_type else "Qwen3_5ForConditionalGeneration"
+    return family(model_type, name, image_token_id=248056, video_token_id=248057, tie_word_embeddings=False) | {
+        "text_config": text | {"layer_types": types, "model_type": f"{model_type}_text"},
+        "vision_config": QWEN_3_5_VISION | {"model_type": model_type},
+        "vision_end_token_id": 248054,
+        "vision_start_token_id": 248053,
+    }
+
+
+QWEN_3_5_9B = QWEN_3_5 | DELTA | shape(4096, 32, 16, 4, 12288, 248320, 262144, linear_num_value_heads=32)
+QWEN_3_6_27B = QWEN_3_5 | DELTA | shape(5120, 64, 24, 4, 17408, 248320, 262144, linear_num_value_heads=48)
+QWEN_3_5_35B = QWEN_3_5 | DELTA_MIXTURE | shape(2048, 40, 16, 2, 0, 248320, 262144)
+QWEN_3_5_35B |= {"num_experts": 256, "num_experts_per_tok": 8}
+del QWEN_3_5_35B["intermediate_size"]
+# Besides these parameters, all have a layer that guesses tokens ahead, and all but the first a vision part.
+HYBRIDS = {
+    "Qwen3-Next-80B-A3B-Instruct": Real(
+        "Qwen/Qwen3-Next-80B-A3B-Instruct",
+        79_674_391_296,
+        family("qwen3_next", "Qwen3NextForCausalLM")
+        | DELTA_MIXTURE
+        | shape(2048, 48, 16, 2, 5120, 151936, 262144)
+        | {"decoder_sparse_step": 1, "mlp_only_layers": [], "norm_topk_prob": True, "num_experts": 512}
+        | {"num_experts_per_tok": 10, "partial_rotary_factor": 0.25, "rope_scaling": None, "rope_theta": 10000000},
+    ),
+    "Qwen3.5-9B": Real("Qwen/Qwen3.5-9B", 8_953_803_264, qwen_3_5("qwen3_5", QWEN_3_5_9B)),
+    "Qwen3.6-27B": Real(
+        "Qwen/Qwen3.6-27B", 26_895_998_464, qwen_3_5("qwen3_5", QWEN_3_6_27B | {"output_gate_type": "swish"})
+    ),
+    "Qwen3.5-35B-A3B": Real("Qwen/Qwen3.5-35B-A3B", 34_660_610_688, qwen_3_5("qwen3_5_moe", QWEN_3_5_35B)),
+    "Qwen3.5-9B, text part": Real(
+        "a copy of its text part", 8_953_803_264, family("qwen3_5_text", "Qwen3_5ForCausalLM") | QWEN_3_5_9B
+    ),
+    "Qwen3.5-35B-A3B, text part": Real(
+        "a copy of its text part", 34_660_610_688, family("qwen3_5_moe_text", "Qwen3_5MoeForCausalLM") | QWEN_3_5_35B
+    ),
+}
 REAL_MODELS = (
     QWEN_1
     | LLAMAS
@@ -1098,4 +1176,5 @@ REAL_MODELS = (
     | MULTIMODAL
     | MIXTURES
     | LATENTS
+    | HYBRIDS
 )

@@ -130,6 +130,12 @@ ON = {
     "rope_interleave": True,
     "topk_method": "group_limited_greedy",
     "mlp_layer_types": ["dense", "sparse", "sparse", "dense"],
+    "full_attention_interval": 2,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 6,
+    "linear_conv_kernel_dim": 3,
 }
 LONG_ROPE = {"type": "longrope", "short_factor": [1.0, 2.0], "long_factor": [3.0, 4.0]}
 OTHER_VALUE = {
@@ -170,6 +176,9 @@ OTHER_VALUE = {
     "qk_rope_head_dim": 6,
     "topk_method": "greedy",
     "mlp_layer_types": ["sparse", "dense", "sparse", "dense"],
+    "full_attention_interval": 3,
+    "linear_num_key_heads": 4,
+    "linear_num_value_heads": 6,
 }
 MINISTRAL_ROPE = {
     "rope_type": "yarn",
@@ -182,6 +191,14 @@ OF_FAMILY = {
     **{
         (family, "num_local_experts"): ({"num_experts": None, "num_local_experts": 4}, 5)
         for family in ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "granitemoe", "granitemoeshared", "minimax_m2")
+    },
+    **{
+        (family, "num_local_experts"): ({"num_experts": None, "num_local_experts": 4}, 5)
+        for family in ("qwen3_next", "qwen3_5_moe_text")
+    },
+    **{
+        (family, "layer_types"): ({}, ["linear_attention", "full_attention", "full_attention", "linear_attention"])
+        for family in ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text")
     },
     ("gpt_oss", "max_position_embeddings"): ({}, 200_000),  # beyond what its default rope stretches to
     **{
@@ -219,7 +236,8 @@ LEFT_OUT = {
     "olmo3": {"rope_theta"},  # which versions of transformers read differently, unless rope_parameters repeats it
     **{f"qwen2{v}_vl": {"head_dim"} for v in ("", "_5")},  # which the class does not hand on to its text part
 }
-FAMILIES = sorted(set(READERS) - {"gemma3", "qwen3_vl", "mistral3"})  # which are text parts inside another config
+WRAPPED = {"gemma3", "qwen3_vl", "mistral3", "qwen3_5", "qwen3_5_moe"}  # text parts inside another config
+FAMILIES = sorted(set(READERS) - WRAPPED)
 
 
 def other_value(name: str, value):

@@ -80,7 +80,13 @@ def test_the_papers_models_and_one_of_each_family_have_a_config():
     assert {path.stem for path in CONFIGS.glob("*.py")} == {"base", "demo", "paper", "families", "gate"}
     assert list(PAPERS.MODELS) == list(PAPER) and not set(FAMILIES.MODELS) & set(PAPER)
     families = {BY_REPO[FILES[file].MODELS[name].repo].config["model_type"] for file, name in MODELS}
-    others = {"gemma3_text", "glm", "ministral3"}  # their architectures run as gemma3 and, but for two norms, as glm4
+    others = {
+        "gemma3_text",
+        "glm",
+        "ministral3",
+        "qwen3_5_text",
+        "qwen3_5_moe_text",
+    }  # their architectures run as gemma3 and, but for two norms, as glm4
     assert families | others == {real.config["model_type"] for real in REAL_MODELS.values()}
 
 
