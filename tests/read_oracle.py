@@ -43,8 +43,24 @@ class Oracle:
             whole, part = whole - whole.mean(), part - part.mean()
         return (self.cfg.norm_offset + scale) * part / np.sqrt(np.mean(whole**2) + self.cfg.norm_eps)
 
+    def latent(self, layer, whole, parts):
+        """Returns the same of latent attention, whose bias stands before a norm."""
+        mixer, w, bias = (
+            self.cfg.mixers[0],
+            self.weight("latent_kv_down", layer),
+            self.weight("latent_kv_down_bias", layer),
+        )
+        found = {name: w[: mixer.kv_rank] @ self.share("attn_norm", layer, whole, part) for name, part in parts.items()}
+        constant = np.zeros(mixer.kv_rank) if bias is None else bias[: mixer.kv_rank]
+        found["template"] = found.get("template", 0) + constant
+        root = np.sqrt(np.mean(sum(found.values()) ** 2) + mixer.norm_eps)
+        up = self.weight("latent_kv_up", layer).reshape(self.cfg.n_heads, -1, mixer.kv_rank)[:, mixer.plain_dim :]
+        return {name: up @ (self.weight("latent_kv_norm", layer) * c / root) for name, c in found.items()}
+
     def value(self, layer, whole, parts):
         """Returns a token's value by origin, `{origin: [K, H]}`."""
+        if "blocks.latent_kv_up" in self.weights:
+            return self.latent(layer, whole, parts)
         cfg, w, bias = self.cfg, self.weight("v", layer), self.weight("v_bias", layer)
         found = {name: w @ self.share("attn_norm", layer, whole, part) for name, part in parts.items()}
         constant = np.zeros(len(w)) if bias is None else bias
@@ -59,7 +75,7 @@ class Oracle:
     def written(self, layer, b, q, head, value):
         """Returns what a head adds to the residual stream at q for values `[K, H]` that it reads in whole."""
         cfg = self.cfg
-        o_dh = self.weight("o", layer).reshape(cfg.d_model, cfg.n_heads, cfg.head_dim)[:, head]
+        o_dh = self.weight("o", layer).reshape(cfg.d_model, cfg.n_heads, -1)[:, head]
         read = o_dh @ value[head // cfg.queries_per_kv]
         return cfg.residual_scale * self.share("attn_post_norm", layer, self.out[layer, b, q], read)
 

@@ -481,7 +481,7 @@ BAD = {
     ),
     "steepness": (
         {"model_type": "deepseek_v3", "rope_scaling": {"type": "yarn", "factor": 4.0, "mscale_all_dim": -1}},
-        r"rope_scaling\.mscale_all_dim = -1, expected a positive number",
+        r"rope_scaling\.mscale_all_dim = -1, expected a positive number of ordinary size",
     ),
     "lite-as-v3": (
         {"model_type": "deepseek_v3", "scoring_func": "softmax"},

@@ -35,7 +35,7 @@ TEXTS = (
     (RANDOM, "How do I?", " the"),
 )
 # One for each way in which families differ here: windows, caps, sinks, biases, norms before and after, centred norms, parallel
-# blocks, multipliers, clipped values, experts.
+# blocks, multipliers, clipped values, experts, values that are made of normed latents.
 VARIED = (
     ("gemma2", "capped"),
     ("cohere", "normed"),
@@ -44,6 +44,7 @@ VARIED = (
     ("smollm3", "windows"),
     ("olmoe", "clipped"),
     ("gpt_oss", "gqa"),
+    ("deepseek_v2", "greedy"),
 )
 
 

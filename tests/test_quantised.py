@@ -4,6 +4,7 @@ bfloat16."""
 import json
 import pathlib
 
+import families
 import ml_dtypes
 import numpy as np
 import pytest
@@ -65,6 +66,20 @@ def test_the_decoder_computes_what_the_weights_stand_for(case):
     ours, theirs = (load_decoder(path) for path in (folder, plain))
     for path, weight in theirs.weights().items():
         np.testing.assert_array_equal(ours.weights()[path], weight)
+
+
+def test_a_mixture_with_latent_attention_in_fp8(tmp_path):
+    """As DeepSeek V3 and Kimi K2 are published, with the layer that guesses ahead in fp8, too."""
+    source = families.tiny_model(tmp_path / "source", "deepseek_v3", "grouped")
+    tensors = torch_load(source / SINGLE)
+    ahead = {n.replace("layers.2", "layers.3"): t.clone() for n, t in tensors.items() if "layers.2" in n}
+    torch_save(tensors | ahead, source / SINGLE)
+    settings = {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8", "weight_block_size": [16, 24]}
+    folder, form = tmp_path / "fp8", (settings, quantised.fp8_block)
+    quantised.quantise(source, folder, form, r"(_proj|kv_a_proj_with_mqa)\.weight$")
+    ours, theirs = (load_decoder(path).weights() for path in (folder, tmp_path / "fp8-plain"))
+    for path, weight in theirs.items():
+        np.testing.assert_array_equal(ours[path], weight)
 
 
 @pytest.mark.parametrize("case", ("fp8-tensor", "gptq-4-ordered-asymmetric"), indirect=True)

@@ -16,10 +16,10 @@ from jaxtyping import Float
 
 from refusal_jax.mechanism.regions import MLPS, ORIGINS, REGIONS, TEMPLATE
 from refusal_jax.models.block import Block
-from refusal_jax.models.config import ModelConfig
 from refusal_jax.models.head_taps import before_norm, norm_scale, to_heads
-from refusal_jax.models.layers import linear, normed, row_parallel
+from refusal_jax.models.layers import normed, row_parallel
 from refusal_jax.models.sharding import constrain
+from refusal_jax.models.weights import mixers_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,10 +64,10 @@ def moved(
     cfg, mesh = block.cfg, block.mesh
     b, p, w = parts_bpwd.shape[:3]
     split = cfg.n_kv_heads, cfg.queries_per_kv
-    own_bpwkh = _values(block, parts_bpwd, resid_bpd).reshape(b, p, w, cfg.n_kv_heads, cfg.head_dim)
+    own_bpwkh = _values(block, parts_bpwd, resid_bpd).reshape(b, p, w, cfg.n_kv_heads, -1)
     pattern_bkgqt = pattern_bnqt.reshape(b, *split, *pattern_bnqt.shape[2:])
     values_bkth = values_bkth.astype(jnp.float32)
-    shape = b, p, cfg.n_heads, cfg.head_dim
+    shape = b, p, cfg.n_heads, own_bpwkh.shape[-1]
     z_bqwnh = _einsum("bkgqp,bpwkh->bqwkgh", pattern_bkgqt[..., -p:], own_bpwkh).reshape(b, p, w, *shape[2:])
     for place, name in enumerate(REGIONS):
         if place != TEMPLATE:
@@ -80,7 +80,7 @@ def moved(
     if norm_d is not None:
         out_bqwd = normed(cfg, whole_bqd[:, :, None], block.weight("attn_post_norm"), out_bqwd)
     along_bnh = to_heads(cfg, before_norm(cfg, along_bd, norm_d), block.weight("o"))
-    along_bpwkg = _einsum("bpwkh,bkgh->bpwkg", own_bpwkh, along_bnh.reshape(b, *split, cfg.head_dim))
+    along_bpwkg = _einsum("bpwkh,bkgh->bpwkg", own_bpwkh, along_bnh.reshape(b, *split, -1))
     parts_bqwd = constrain(mesh, cfg.residual_scale * out_bqwd, "batch")
     return Moved(parts_bqwd, along_bpwkg.reshape(b, p, w, -1), norm_scale(cfg, whole_bqd, norm_d))
 
@@ -94,16 +94,9 @@ def _values(block: Block, parts_bpwd, resid_bpd) -> Float[jax.Array, "B P W F"]:
 
     A bias is the template's own. So is a value that is clipped, since no part of its input changes it.
     """
-    cfg: ModelConfig = block.cfg
-    scale, bias = block.weight("attn_norm"), block.weight("v_bias")
-    read_bpwd = parts_bpwd if scale is None else normed(cfg, resid_bpd[:, :, None], scale, parts_bpwd)
-    values_bpwf = linear(read_bpwd, block.weight("v").astype(jnp.float32))
-    constant_bpf = jnp.zeros_like(values_bpwf[:, :, 0]) if bias is None else bias.astype(jnp.float32)
-    if cfg.qkv_clip is not None:
-        whole_bpf = values_bpwf.sum(axis=2) + constant_bpf
-        within_bpf = jnp.abs(whole_bpf) < cfg.qkv_clip
-        values_bpwf = jnp.where(within_bpf[:, :, None], values_bpwf, 0.0)
-        constant_bpf = jnp.where(within_bpf, constant_bpf, jnp.clip(whole_bpf, -cfg.qkv_clip, cfg.qkv_clip))
+    scale = block.weight("attn_norm")
+    read_bpwd = parts_bpwd if scale is None else normed(block.cfg, resid_bpd[:, :, None], scale, parts_bpwd)
+    values_bpwf, constant_bpf = mixers_of(block.cfg)[0].value_parts(block, read_bpwd)
     return values_bpwf.at[:, :, TEMPLATE].add(constant_bpf)
 
 

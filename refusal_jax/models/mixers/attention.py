@@ -73,6 +73,25 @@ class Attention:
         side = jnp.zeros((rows, kv_heads, tokens, width), dtype)
         return Tokens((side, side))
 
+    def values(self, here, kept: Tokens) -> Float[jax.Array, "B K T H"]:
+        """Returns the values of tokens of which `kept` is the memory."""
+        return kept.parts[1]
+
+    def value_parts(
+        self, here, read_bpwd: Float[jax.Array, "B P W D"]
+    ) -> tuple[Float[jax.Array, "B P W F"], Float[jax.Array, "B P F"]]:
+        """Returns which values the parts of an input make that sum to it, of all key/value heads side by side, and what these
+        have besides; float32. No part of its input changes a value that is clipped."""
+        cfg, bias = here.cfg, here.weight(f"{self.prefix}v_bias")
+        values_bpwf = linear(read_bpwd, here.weight(f"{self.prefix}v").astype(jnp.float32))
+        constant_bpf = jnp.zeros_like(values_bpwf[:, :, 0]) if bias is None else bias.astype(jnp.float32)
+        if cfg.qkv_clip is not None:
+            whole_bpf = values_bpwf.sum(axis=2) + constant_bpf
+            within_bpf = jnp.abs(whole_bpf) < cfg.qkv_clip
+            values_bpwf = jnp.where(within_bpf[:, :, None], values_bpwf, 0.0)
+            constant_bpf = jnp.where(within_bpf, constant_bpf, jnp.clip(whole_bpf, -cfg.qkv_clip, cfg.qkv_clip))
+        return values_bpwf, jnp.broadcast_to(constant_bpf, values_bpwf[:, :, 0].shape)
+
     def mix(self, here, h_btd: Float[jax.Array, "B T D"], ctx: Context, past: Tokens | None) -> Mixed:
         """Returns attention on the input, as `Mixer.mix` does; its memory is the tokens' keys and values."""
         cfg, view = here.cfg, ctx.view(here.layer.kind)

@@ -73,8 +73,7 @@ class Latent:
         Heads have queries, keys and values in full width; with a past, these are computed only where a tap asks for them.
         """
         cfg, view = here.cfg, ctx.view(here.layer.kind)
-        up_nwr = here.weight("latent_kv_up").reshape(cfg.n_heads, self.plain_dim + self.v_dim, self.kv_rank)
-        new_b1tr, q_btnh = self._latents(here, h_btd, view), self._queries(here, h_btd, view)
+        up_nwr, new_b1tr, q_btnh = self._up(here), self._latents(here, h_btd, view), self._queries(here, h_btd, view)
         kept: list[tuple[jax.Array, jax.Array]] = [(new_b1tr, view.allowed_btt)]
         if past is not None and view.allowed_btc is not None:
             kept.insert(0, (past.parts[0], view.allowed_btc))
@@ -87,8 +86,33 @@ class Latent:
         found = Heads(q_btnh, segments, None, z_btf, out_btd, o, bias, here.post_norm_d)
         return Mixed(out_btd, Tokens((new_b1tr,)), found)
 
-    def _normed(self, cfg: ModelConfig, x, scale):
-        return normed(dataclasses.replace(cfg, norm_eps=self.norm_eps), x, scale)
+    def values(self, here, kept: Tokens) -> Float[jax.Array, "B N T V"]:
+        """Returns the values of tokens of which `kept` is the memory."""
+        return self.expanded(here.mesh, self._up(here), kept.parts[0])[1]
+
+    def value_parts(
+        self, here, read_bpwd: Float[jax.Array, "B P W D"]
+    ) -> tuple[Float[jax.Array, "B P W F"], Float[jax.Array, "B P F"]]:
+        """Returns which values the parts of an input make that sum to it, of all heads side by side, and what these have besides;
+        float32. The norm of latents is linear once its denominator is known, which is that of the whole."""
+        down, bias = (here.weight(f"latent_kv_down{kind}") for kind in ("", "_bias"))
+        c_bpwr = linear(read_bpwd, down[: self.kv_rank].astype(jnp.float32))
+        constant_bpr = jnp.zeros_like(c_bpwr[:, :, 0])
+        if bias is not None:
+            constant_bpr = constant_bpr + bias[: self.kv_rank].astype(jnp.float32)
+        parts_bpxr = jnp.concatenate([c_bpwr, constant_bpr[:, :, None]], axis=2)
+        whole_bp1r = jnp.sum(parts_bpxr, axis=2, keepdims=True)
+        parts_bpxr = self._normed(here.cfg, whole_bp1r, here.weight("latent_kv_norm"), parts_bpxr)
+        up_fr = self._up(here)[:, self.plain_dim :].reshape(-1, self.kv_rank)
+        values_bpxf = linear(parts_bpxr, up_fr.astype(jnp.float32))
+        return values_bpxf[:, :, :-1], values_bpxf[:, :, -1]
+
+    def _up(self, here) -> Float[jax.Array, "N W R"]:
+        """Returns of each head what makes keys of a latent, then what makes values."""
+        return here.weight("latent_kv_up").reshape(here.cfg.n_heads, self.plain_dim + self.v_dim, self.kv_rank)
+
+    def _normed(self, cfg: ModelConfig, x, scale, part=None):
+        return normed(dataclasses.replace(cfg, norm_eps=self.norm_eps), x, scale, part)
 
     def _queries(self, here, h_btd: Float[jax.Array, "B T D"], view: View) -> Float[jax.Array, "B T N H"]:
         """Returns the queries, rotated."""
@@ -113,8 +137,7 @@ class Latent:
     def expanded(
         self, mesh, up_nwr: Float[jax.Array, "N W R"], kept_b1cr: Float[jax.Array, "B 1 C S"]
     ) -> tuple[Float[jax.Array, "B N C H"], Float[jax.Array, "B N C V"]]:
-        """Returns the keys and values of every head. up_nwr: of each head, what makes keys of a latent, then what makes values.
-        kept_b1cr: as in `memory`."""
+        """Returns the keys and values of every head. kept_b1cr: as in `memory`."""
         kept_bcr = kept_b1cr[:, 0]
         kv_bncw = _einsum("bcr,nwr->bncw", kept_bcr[..., : self.kv_rank], up_nwr)
         shared = jnp.broadcast_to(kept_b1cr[..., self.kv_rank :], (*kv_bncw.shape[:3], self.rope_dim))

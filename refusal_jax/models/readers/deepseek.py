@@ -54,10 +54,13 @@ def _steepened(read: Reader, rope: Rope, spec) -> float:
     weight = spec.get("mscale_all_dim") if isinstance(spec, dict) and rope.kind != "default" else None
     if not weight:
         return 1.0
-    if not is_number(weight):
-        read.problems.append(f"rope_scaling.mscale_all_dim = {shown(weight)}, expected a positive number")
+    steeper = growth(rope.factor, weight) ** 2 if is_number(weight) else 0.0
+    if not is_number(steeper):
+        read.problems.append(
+            f"rope_scaling.mscale_all_dim = {shown(weight)}, expected a positive number of ordinary size"
+        )
         return 1.0
-    return growth(rope.factor, weight) ** 2
+    return steeper
 
 
 def _shared(read: Reader, sizes: dict, count: int) -> dict:

@@ -15,6 +15,7 @@ from refusal_jax.mechanism.regions import ATTENDED
 from refusal_jax.mechanism.suffixes import GROUPS, HARMFUL, RANDOM, SUFFIXED, Row, groups_in_words
 from refusal_jax.models.hf_config import load_config
 from refusal_jax.models.mixers.attention import Attention
+from refusal_jax.models.mixers.latent import Latent
 from refusal_jax.models.weights import mixers_of
 from refusal_jax.plan.programs import Group, Program, Shapes
 from refusal_jax.report.findings import Findings, Section
@@ -250,9 +251,10 @@ def of_places(found: dict, words: dict[str, str], measure: str, places: Sequence
 
 def skipped(study: MechanismStudy) -> str:
     """Returns why heads' reading cannot be followed, "" if it can."""
-    if mixers_of(load_config(study.folder)) != (Attention(),):
+    first, *others = mixers_of(load_config(study.folder))
+    if others or (first != Attention() and not isinstance(first, Latent)):
         return (
-            "Some layers of this model are no plain attention (gated, latent, shared or recurrent), and values cannot be "
+            "Some layers of this model are no plain attention (gated, shared or recurrent), and values cannot be "
             "followed through those over two hops. The part `attribution` has what its heads write."
         )
     return without_rows(study)
