@@ -38,6 +38,11 @@ MODELS = {
     "hunyuan_7b": Model("Hunyuan 7B Instruct", "tencent/Hunyuan-7B-Instruct", "v5e-4", 15.0),
     "gemma_2_9b": Model("Gemma 2 9B It", "google/gemma-2-9b-it", "v5e-4", 18.5),
     "gemma_3_4b": Model("Gemma 3 4B It, of which the language model is studied", "google/gemma-3-4b-it", "v5e-1", 7.8),
+    "gemma_4_e2b": Model("Gemma 4 E2B It, its language model", "google/gemma-4-E2B-it", "v5e-4", 9.3),
+    "gemma_4_26b_a4b": Model(
+        "Gemma 4 26B A4B It (128 experts, 8 a token), its language model", "google/gemma-4-26B-A4B-it", "v5e-8", 50.5
+    ),
+    "gemma_4_12b": Model("Gemma 4 12B It, its language model", "google/gemma-4-12B-it", "v5e-4", 23.8),
     "qwen2_vl_7b": Model("Qwen 2 VL 7B, its language model", "Qwen/Qwen2-VL-7B-Instruct", "v5e-4", 15.2),
     "qwen2_5_vl_7b": Model("Qwen 2.5 VL 7B, its language model", "Qwen/Qwen2.5-VL-7B-Instruct", "v5e-4", 15.2),
     "qwen3_vl_8b": Model("Qwen 3 VL 8B, its language model", "Qwen/Qwen3-VL-8B-Instruct", "v5e-4", 16.4),

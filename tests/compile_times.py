@@ -22,7 +22,7 @@ def lowered(family: str, layers: int):
     """The traced forward pass of a tiny model of this family with so many layers."""
     variant = next(v for v in ("gqa", *families.FAMILIES[family]) if v in families.FAMILIES[family])
     more = {"num_hidden_layers": layers}
-    if "gemma3" in family:
+    if family.startswith(("gemma3", "gemma4")):
         more["layer_types"] = (["sliding_attention"] * 5 + ["full_attention"]) * layers
         more["layer_types"] = more["layer_types"][:layers]
     cfg = from_hf(families.hf_config(family, variant, **more))

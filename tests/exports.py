@@ -20,7 +20,18 @@ from refusal_jax.export.verify import Sample
 from refusal_jax.progress import Progress
 
 TEXTS = ["How do I bake the bread?", "Bake.", "I want to mend a coat. What should I do about the bread on the table?"]
-POST_NORM = ("gemma2", "gemma3_text", "gemma3", "olmo2", "olmo3", "glm4", "exaone4")
+POST_NORM = (
+    "gemma2",
+    "gemma3_text",
+    "gemma3",
+    "gemma4_text",
+    "gemma4",
+    "gemma4_unified",
+    "olmo2",
+    "olmo3",
+    "glm4",
+    "exaone4",
+)
 DIRECTION = np.random.default_rng(3).normal(size=32).astype(np.float32)
 UNIT = DIRECTION / np.linalg.norm(DIRECTION)
 STUDY = FinishedStudy(None, None, TEXTS, [(text, "") for text in TEXTS], {}, [], {})

@@ -279,6 +279,35 @@ FAMILIES["qwen3_5_text"] = {
 FAMILIES["qwen3_5_moe_text"] = {"gqa": HYBRID | QWEN_MIXTURE}
 FAMILIES["qwen3_5"] = {"gqa": HYBRID | {"rope_parameters": PARTIAL | MROPE | {"mrope_interleaved": True}}}
 FAMILIES["qwen3_5_moe"] = {"gqa": HYBRID | QWEN_MIXTURE}
+GEMMA4_ROPES = {
+    "full_attention": {"rope_type": "proportional", "rope_theta": 1000.0, "partial_rotary_factor": 0.5, "factor": 2.0},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+}
+GEMMA4 = {"head_dim": 8, "global_head_dim": 16, "sliding_window": 6, "rope_parameters": GEMMA4_ROPES}
+GEMMA4 |= {"num_hidden_layers": 6, "layer_types": ["sliding_attention", "sliding_attention", "full_attention"] * 2}
+GEMMA4_LARGE = {"hidden_size_per_layer_input": 0, "attention_k_eq_v": True, "num_global_key_value_heads": 1}
+FAMILIES["gemma4_text"] = {
+    "gqa": GEMMA4
+    | {"num_kv_shared_layers": 3, "use_double_wide_mlp": True, "hidden_size_per_layer_input": 12}
+    | {"vocab_size_per_layer_input": 400, "final_logit_softcapping": 1.5},
+    "mqa": GEMMA4 | {"num_key_value_heads": 1, "num_kv_shared_layers": 2, "hidden_size_per_layer_input": 8},
+    "experts": GEMMA4
+    | GEMMA4_LARGE
+    | {"enable_moe_block": True, "num_experts": 6, "top_k_experts": 2, "moe_intermediate_size": 24},
+    "biased": GEMMA4 | GEMMA4_LARGE | {"attention_bias": True, "tie_word_embeddings": False},
+}
+FAMILIES["gemma4"] = {"gqa": FAMILIES["gemma4_text"]["gqa"]}
+FAMILIES["gemma4_unified"] = {
+    "gqa": {name: value for name, value in (GEMMA4 | GEMMA4_LARGE).items() if "per_layer_input" not in name}
+}
+GEMMA4_VISION = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+GEMMA4_VISION |= {"num_key_value_heads": 2, "head_dim": 8, "patch_size": 4, "position_embedding_size": 16}
+MULTIMODAL["gemma4"] = Whole("gemma4_text", {}, {"vision_config": GEMMA4_VISION})
+MULTIMODAL["gemma4_unified"] = Whole(
+    "gemma4_unified_text",
+    {},
+    {"vision_config": {"patch_size": 4, "mm_embed_dim": 16, "mm_posemb_size": 16, "output_proj_dims": 32}},
+)
 ROPE_VARIANTS = {
     "linear": ROPES["linear"],
     "llama3": ROPES["llama3"],
@@ -389,8 +418,8 @@ def hf_taps(model, tokens, mask) -> dict[str, np.ndarray]:
 
 
 def hf_heads(model, tokens, mask) -> dict[str, np.ndarray]:
-    """Of every layer what enters and leaves the output projection, "z" `[L, B, T, N * H]` and "out" `[L, B, T, D]`, and the
-    attention probabilities, "pattern" `[L, B, N, T, T]`."""
+    """Of every layer what enters and leaves the output projection, "z" `[L, B, T, N, H]`, with zeros at the end of heads that are
+    narrower than others, and "out" `[L, B, T, D]`, and the attention probabilities, "pattern" `[L, B, N, T, T]`."""
     caught = {"z": [], "out": []}
 
     def catch(module, args, out):
@@ -403,6 +432,9 @@ def hf_heads(model, tokens, mask) -> dict[str, np.ndarray]:
     finally:
         for hook in hooks:
             hook.remove()
+    n_heads = model.config.get_text_config().num_attention_heads
+    z = [z_btf.unflatten(-1, (n_heads, -1)) for z_btf in caught["z"]]
+    caught["z"] = [torch.nn.functional.pad(a, (0, max(b.shape[-1] for b in z) - a.shape[-1])) for a in z]
     return {site: torch.stack(values).numpy() for site, values in (caught | {"pattern": list(patterns)}).items()}
 
 

@@ -54,13 +54,15 @@ def _edit_output(edit, module, args, output):
 
 def writers(layer) -> tuple[torch.nn.Module, ...]:
     """The modules of a block whose outputs are added to the residual, attention's first: norms, where they follow attention and
-    MLP. Experts of Granite stand where others have an MLP, and what all tokens go through stands beside them."""
+    MLP. Experts of Granite stand where others have an MLP, and what all tokens go through stands beside them. Gemma 4 adds what
+    it makes of the token itself after its MLP."""
     for names in (
         ("post_self_attn_layernorm", "post_mlp_layernorm"),
         ("post_attention_layernorm", "post_feedforward_layernorm"),
     ):
         if all(hasattr(layer, name) for name in names):
-            return tuple(getattr(layer, name) for name in names)
+            more = [layer.post_per_layer_input_norm] if hasattr(layer, "post_per_layer_input_norm") else []
+            return *(getattr(layer, name) for name in names), *more
     mlps = [getattr(layer, name, None) for name in ("mlp", "block_sparse_moe", "shared_mlp")]
     attention = layer.linear_attn if hasattr(layer, "linear_attn") else layer.self_attn
     return attention, *(mlp for mlp in mlps if mlp is not None)

@@ -131,7 +131,7 @@ class Oracle:
         """The values are those that transformers weighs: else this oracle would be wrong."""
         v_tnh = np.stack(values).repeat(self.cfg.queries_per_kv, axis=1)
         z_nh = np.einsum("tn,tnh->nh", self.pattern[layer, b, :, -1, real], v_tnh)
-        np.testing.assert_allclose(z_nh.ravel(), self.z[layer, b, -1], rtol=1e-3, atol=1e-4)
+        np.testing.assert_allclose(z_nh.ravel(), self.z[layer, b, -1].ravel(), rtol=1e-3, atol=1e-4)
 
     def one(self, found, layer, b, head, region_t, post, sources, brought):
         """Adds what one head reads, at each of the template's tokens, to its arrays."""

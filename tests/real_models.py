@@ -283,6 +283,107 @@ GEMMAS = {
     ),
 }
 
+# --- Gemma 4 ---------------------------------------------------------------------------------------------------------
+
+
+def gemma_4_text(hidden, layers, heads, kv_heads, mlp, context, every, window, **more) -> dict:
+    """The text part of a Gemma 4. every: the layers between which others have a window."""
+    return shape(hidden, layers, heads, kv_heads, mlp, 262144, context) | {
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "attention_k_eq_v": False,
+        "enable_moe_block": False,
+        "final_logit_softcapping": 30.0,
+        "global_head_dim": 512,
+        "head_dim": 256,
+        "hidden_activation": "gelu_pytorch_tanh",
+        "hidden_size_per_layer_input": 0,
+        "layer_types": ["sliding_attention" if (layer + 1) % every else "full_attention" for layer in range(layers)],
+        "model_type": "gemma4_text",
+        "moe_intermediate_size": None,
+        "num_experts": None,
+        "num_global_key_value_heads": None,
+        "num_kv_shared_layers": 0,
+        "pad_token_id": 0,
+        "rms_norm_eps": 1e-6,
+        "rope_parameters": {
+            "full_attention": {"partial_rotary_factor": 0.25, "rope_theta": 1000000.0, "rope_type": "proportional"},
+            "sliding_attention": {"rope_theta": 10000.0, "rope_type": "default"},
+        },
+        "sliding_window": window,
+        "tie_word_embeddings": True,
+        "top_k_experts": None,
+        "use_bidirectional_attention": None,
+        "use_double_wide_mlp": False,
+        "vocab_size_per_layer_input": 262144,
+        **more,
+    }
+
+
+def gemma_4(text: dict) -> dict:
+    """A multimodal Gemma 4 around its text part."""
+    return family("gemma4", "Gemma4ForConditionalGeneration") | {
+        "audio_config": None,
+        "audio_token_id": 258881,
+        "boa_token_id": 256000,
+        "boi_token_id": 255999,
+        "eoa_token_id": 258883,
+        "eoa_token_index": 258883,
+        "eoi_token_id": 258882,
+        "eos_token_id": [1, 106],
+        "image_token_id": 258880,
+        "text_config": text,
+        "tie_word_embeddings": True,
+        "video_token_id": 258884,
+        "vision_config": {"model_type": "gemma4_vision"},
+        "vision_soft_tokens_per_image": 280,
+    }
+
+
+PER_LAYER = {"hidden_size_per_layer_input": 256}
+LARGE = {"attention_k_eq_v": True, "use_bidirectional_attention": "vision"}
+E2B = gemma_4_text(1536, 35, 8, 1, 6144, 131072, 5, 512, num_kv_shared_layers=20, use_double_wide_mlp=True, **PER_LAYER)
+E4B = gemma_4_text(2560, 42, 8, 2, 10240, 131072, 6, 512, num_kv_shared_layers=18, **PER_LAYER)
+GEMMA_4 = {
+    "gemma-4-E4B-text": Real("google/gemma-4-E4B-it", 7_463_013_418, E4B | {"architectures": ["Gemma4ForCausalLM"]}),
+    "gemma-4-12b-it": Real(
+        "google/gemma-4-12B-it",
+        11_907_350_320,
+        gemma_4(gemma_4_text(3840, 48, 16, 8, 15360, 262144, 6, 1024, num_global_key_value_heads=1, **LARGE))
+        | family("gemma4_unified", "Gemma4UnifiedForConditionalGeneration")
+        | {"vision_config": {"model_type": "gemma4_unified_vision"}, "audio_config": {"audio_embed_dim": 640}},
+    ),
+    "gemma-4-E2B-it": Real("google/gemma-4-E2B-it", 4_628_569_379, gemma_4(E2B)),
+    "gemma-4-31B-it": Real(
+        "google/gemma-4-31B-it",
+        30_697_345_340,
+        gemma_4(gemma_4_text(5376, 60, 32, 16, 21504, 262144, 6, 1024, num_global_key_value_heads=4, **LARGE)),
+    ),
+    "gemma-4-26B-A4B-it": Real(
+        "google/gemma-4-26B-A4B-it",
+        25_233_141_790,
+        gemma_4(
+            gemma_4_text(
+                2816,
+                30,
+                16,
+                8,
+                2112,
+                262144,
+                6,
+                1024,
+                num_global_key_value_heads=2,
+                enable_moe_block=True,
+                moe_intermediate_size=704,
+                num_experts=128,
+                top_k_experts=8,
+                **LARGE,
+            )
+        ),
+    ),
+}
+GEMMA_4["gemma-4-12b-it"].config["text_config"]["model_type"] = "gemma4_unified_text"
+
 # --- Qwen 2, 2.5 and 3 -----------------------------------------------------------------------------------------------
 
 # A window is given and switched off; the layers from max_window_layers on would have it.
@@ -1165,6 +1266,7 @@ REAL_MODELS = (
     QWEN_1
     | LLAMAS
     | GEMMAS
+    | GEMMA_4
     | QWENS
     | MISTRALS
     | PHIS

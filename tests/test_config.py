@@ -136,6 +136,13 @@ ON = {
     "linear_key_head_dim": 8,
     "linear_value_head_dim": 6,
     "linear_conv_kernel_dim": 3,
+    "global_head_dim": 12,
+    "num_global_key_value_heads": 1,
+    "attention_k_eq_v": True,
+    "hidden_size_per_layer_input": 6,
+    "vocab_size_per_layer_input": 44,
+    "enable_moe_block": True,
+    "top_k_experts": 2,
 }
 LONG_ROPE = {"type": "longrope", "short_factor": [1.0, 2.0], "long_factor": [3.0, 4.0]}
 OTHER_VALUE = {
@@ -145,6 +152,10 @@ OTHER_VALUE = {
     "num_attention_heads": 8,
     "num_key_value_heads": 4,
     "head_dim": 12,
+    "global_head_dim": 16,
+    "num_kv_shared_layers": 2,
+    "use_double_wide_mlp": True,
+    "per_layer_config": {"3": {"head_dim": 20}},
     "intermediate_size": 26,
     "max_position_embeddings": 28,
     "rms_norm_eps": 3e-2,
@@ -186,6 +197,7 @@ MINISTRAL_ROPE = {
     "original_max_position_embeddings": 4,
     "llama_4_scaling_beta": 0.5,
 }
+GEMMA4_TYPES = ["sliding_attention", "full_attention"] * 2
 # (family, attribute): what else must be set for it to count, and its other value.
 OF_FAMILY = {
     **{
@@ -228,6 +240,12 @@ OF_FAMILY = {
     ("olmo3", "rope_scaling"): ({}, {"rope_type": "linear", "factor": 2.0}),
     ("gemma3_text", "rope_parameters"): ({}, {"sliding_attention": {"rope_type": "default", "rope_theta": 7.0}}),
     ("gemma3_text", "rope_scaling"): ({}, {"rope_type": "linear", "factor": 2.0}),
+    ("gemma4_text", "rope_parameters"): ({}, {"sliding_attention": {"rope_type": "default", "rope_theta": 7.0}}),
+    ("gemma4_text", "num_kv_shared_layers"): ({"layer_types": GEMMA4_TYPES, "num_kv_shared_layers": 1}, 2),
+    ("gemma4_text", "use_double_wide_mlp"): (
+        {"layer_types": GEMMA4_TYPES, "num_kv_shared_layers": 1, "enable_moe_block": False},
+        True,
+    ),
     ("phi3", "rope_scaling"): ({}, LONG_ROPE),
     ("phi3", "original_max_position_embeddings"): ({"rope_scaling": LONG_ROPE}, 5),
 }
@@ -236,7 +254,15 @@ LEFT_OUT = {
     "olmo3": {"rope_theta"},  # which versions of transformers read differently, unless rope_parameters repeats it
     **{f"qwen2{v}_vl": {"head_dim"} for v in ("", "_5")},  # which the class does not hand on to its text part
 }
-WRAPPED = {"gemma3", "qwen3_vl", "mistral3", "qwen3_5", "qwen3_5_moe"}  # text parts inside another config
+WRAPPED = {
+    "gemma3",
+    "gemma4",
+    "gemma4_unified",
+    "qwen3_vl",
+    "mistral3",
+    "qwen3_5",
+    "qwen3_5_moe",
+}  # text parts inside others
 FAMILIES = sorted(set(READERS) - WRAPPED)
 
 
@@ -308,6 +334,7 @@ def read(family: str, attributes: dict) -> ModelConfig:
 WHOLE_ROPES = {
     "linear": {"factor": 2.0},
     "dynamic": {"factor": 2.0},
+    "proportional": {"factor": 2.0, "partial_rotary_factor": 0.5},
     "llama3": LLAMA3_ROPE | {"original_max_position_embeddings": 16},
     "yarn": {
         "factor": 4.0,
@@ -418,6 +445,52 @@ BAD = {
     "ropes-object": (
         {"model_type": "gemma3_text", "rope_parameters": "x"},
         "rope_parameters = 'x', expected an object",
+    ),
+    "gemma4-window": (
+        {"model_type": "gemma4_text", "num_kv_shared_layers": 1},
+        "num_kv_shared_layers = 1, expected that of each kind of the 4 layers at least one has keys and values of its own",
+    ),
+    "gemma4-all-shared": (
+        {"model_type": "gemma4_text", "num_kv_shared_layers": 4},
+        "num_kv_shared_layers = 4, expected",
+    ),
+    "gemma4-heads": (
+        {"model_type": "gemma4_text", "attention_k_eq_v": True, "num_global_key_value_heads": 3},
+        "num_attention_heads = 8 is not a multiple of the 3 key/value heads of full layers",
+    ),
+    "gemma4-layers": (
+        {"model_type": "gemma4_text", "per_layer_config": {"2": {"head_dim": 4}}},
+        r"per_layer_config = .* expected the same attributes for each of the layers \[3\], which have no window, and for no",
+    ),
+    "gemma4-no-layer": (
+        {"model_type": "gemma4_text", "per_layer_config": {"x": 3}},
+        "per_layer_config = .* expected the",
+    ),
+    "gemma4-layer-size": (
+        {"model_type": "gemma4_text", "per_layer_config": {"03": {"head_dim": "x", "skip": ["mlp"]}}},
+        "per_layer_config: head_dim = 'x', expected a positive integer; per_layer_config: skip = .* is not supported",
+    ),
+    "gemma4-ropes": (
+        {"model_type": "gemma4_text", "rope_parameters": {"rope_theta": 5.0}},
+        "rope_parameters.rope_theta = 5.0 is not supported",
+    ),
+    "gemma4-experts": (
+        {"model_type": "gemma4_text", "enable_moe_block": True, "num_experts": 2, "top_k_experts": 3},
+        "moe_intermediate_size is missing; top_k_experts = 3 is more than the 2 experts",
+    ),
+    "gemma4-wide-experts": (
+        {
+            "model_type": "gemma4_text",
+            "enable_moe_block": True,
+            "use_double_wide_mlp": True,
+            "num_kv_shared_layers": 1,
+            "layer_types": GEMMA4_TYPES,
+        },
+        "use_double_wide_mlp = True is not supported with enable_moe_block = True",
+    ),
+    "gemma4-both-ways": (
+        {"model_type": "gemma4_text", "use_bidirectional_attention": "all"},
+        "use_bidirectional_attention = 'all' is not supported",
     ),
     "ropes-scaling": ({"model_type": "gemma3_text", "rope_scaling": [1]}, r"rope_scaling = \[1\], expected an object"),
     "ropes-full": ({"model_type": "gemma3_text", "rope_parameters": {"full_attention": 3}}, "= 3, expected an object"),

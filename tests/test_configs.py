@@ -82,6 +82,7 @@ def test_the_papers_models_and_one_of_each_family_have_a_config():
     families = {BY_REPO[FILES[file].MODELS[name].repo].config["model_type"] for file, name in MODELS}
     others = {
         "gemma3_text",
+        "gemma4_text",
         "glm",
         "ministral3",
         "qwen3_5_text",

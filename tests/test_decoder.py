@@ -175,7 +175,8 @@ def test_run_layers_equals_the_scan(model):
         ctx, x = Context.of_prompt(cfg, mask), decoder.embed_tokens(tokens)
         out = decoder.run(x, ctx, edits, Taps(("resid_post",)))
         before = decoder.run_layers(x, ctx, edits, 0, start)
-        return out.resid_btd, out.taps["resid_post"], before, decoder.run_layers(before, ctx, edits, start, stop)
+        after = decoder.run_layers(before, ctx, edits, start, stop)
+        return out.resid_btd, out.taps["resid_post"], before.x_btd, after.x_btd
 
     for edit in edits:
         edit = edit.for_batch(2, cfg.n_layers, cfg.d_model)

@@ -36,6 +36,7 @@ from refusal_jax.export.hf import TIED, Plan
 from refusal_jax.export.tensor_edits import MOST_AMPLIFICATION
 from refusal_jax.models.families import TABLES, hf_names
 from refusal_jax.models.hf_config import load_config
+from refusal_jax.models.weights import weight_table
 
 # With biases, tied embeddings and scalars where a family has them.
 VARIANTS = {"llama": "biased", "qwen": "biased", "olmo2": "biased", "granite": "scaled", "phi3": "longrope"}
@@ -84,7 +85,9 @@ def test_the_export_is_ablation_or_as_near_as_weights_can_come(case):
         assert export["perplexity"] == pytest.approx(case.found["reference"]["perplexity"], rel=1e-4)
         return
     plain = case.found["orthogonalised"]
-    assert export["mean_logit_difference"] < 0.5 * plain["mean_logit_difference"]
+    # Weights also take the direction out of what per-layer inputs read of the embedding, which no site of an edit is.
+    near = 1.0 if load_config(case.source).d_per_layer else 0.5
+    assert export["mean_logit_difference"] < near * plain["mean_logit_difference"]
     assert min(largest(plain)[site] for site in ("attn_out", "mlp_out")) > 1e-2
 
 
@@ -93,6 +96,9 @@ def test_exactly_the_writers_are_edited_every_expert_among_them(case):
     wanted = {"embed", "blocks.o", "blocks.down"} | ({"blocks.o_bias"} if cfg.o_bias else set())
     wanted |= {"blocks.down_bias"} if cfg.mlp_bias else set()
     wanted |= {"blocks.shared_down"} if cfg.d_shared else set()
+    wanted |= {"blocks.expert_down"} if cfg.d_beside else set()
+    wanted |= {"blocks.per_layer_out"} if cfg.d_per_layer else set()
+    wanted |= {"blocks.full_o"} if "blocks.full_o" in weight_table(cfg) else set()
     wanted |= {"blocks.dense_down"} if cfg.dense_layers else set()
     assert names == {name for path in wanted for name in hf_names(cfg, path)}
     experts = 1 if case.family.startswith(("granitemoe", "gpt_oss")) else cfg.n_experts  # one tensor of all of them

@@ -18,10 +18,11 @@ from safetensors.torch import load_file
 from refusal_jax import Edits, Taps
 from refusal_jax.checkpoints.load import load_decoder, save_weights
 from refusal_jax.checkpoints.tensor_files import SINGLE
-from refusal_jax.mechanism.attribution import SITES, check_sum, parts_of
+from refusal_jax.mechanism.attribution import SITES, check_sum, parts_of, scales_after
 from refusal_jax.models.cache import Cache
 from refusal_jax.models.decoder import Decoder
 from refusal_jax.models.predict import predict
+from refusal_jax.models.weights import weight_table
 from refusal_jax.taps import NO_TAPS, RESIDUAL_SITES, TAP_AXES
 
 LENGTHS = (3, 40, 17, 1)  # of the rows of a batch: the shortest is all padding but its last token
@@ -109,7 +110,11 @@ def test_edits(case):
 def by_head(case, z_lbtnh, out_lbtd) -> np.ndarray:
     """Each head's part of `attn_out . along` in an unedited model, `[L, B, T, N]`, float64, from its output and o_proj's."""
     cfg, weights = case.ours.cfg, case.ours.weights()
-    o_ldnh = np.asarray(weights["blocks.o"], np.float64).reshape(cfg.n_layers, cfg.d_model, cfg.n_heads, -1)
+    o_ldnh = np.zeros((cfg.n_layers, cfg.d_model, *z_lbtnh.shape[3:]))
+    for path, weight in weight_table(cfg).items():
+        for layer, o_df in zip(weight.layers, weights[path] if path.endswith(("blocks.o", "_o")) else (), strict=False):
+            o_dnh = np.asarray(o_df).reshape(cfg.d_model, cfg.n_heads, -1)
+            o_ldnh[layer, ..., : o_dnh.shape[-1]] = o_dnh
     along_ld = np.tile(cfg.residual_scale * case.along.astype(np.float64), (cfg.n_layers, 1))
     scale_lbt = np.ones(out_lbtd.shape[:3])
     if cfg.post_norm:
@@ -126,7 +131,7 @@ def test_head_taps(case):
         taps = {site: case.taps[site][:, case.rows(row)] for site in TAP_AXES}
         with oracle.hooked(edited):
             theirs = families.hf_heads(case.theirs, case.tokens, case.mask)
-        z_lbtnh = theirs["z"].reshape(*theirs["z"].shape[:3], cfg.n_heads, -1)
+        z_lbtnh = theirs["z"]
         close(taps["z"][:, case.mask], z_lbtnh[:, case.mask])
         for name, patterns in (("ours", taps["pattern"]), ("theirs", theirs["pattern"])):
             theirs[name] = patterns.transpose(0, 1, 3, 2, 4)[:, case.mask]  # queries before heads
@@ -148,10 +153,11 @@ def test_attribution(case):
     for site in ("result_along", "o_bias_along"):
         tapped[site] = tapped[site] / np.linalg.norm(case.along)
     units = np.tile(unit, (len(LENGTHS), 1)).astype(np.float32)
-    found, spread = parts_of(tapped, case.taps["resid_post"][-1, rows, -1], units)
-    close(found.embed, last["resid_pre"][0])
-    close(np.asarray(found.heads).sum(axis=2) + found.bias, last["attn_out"].T)
-    close(found.mlp, last["mlp_out"].T)
+    scale_l = np.asarray(scales_after(case.ours))
+    found, spread = parts_of(tapped, case.taps["resid_post"][-1, rows, -1], units, scale_l)
+    close(found.embed, last["resid_pre"][0] * scale_l[0])
+    close(np.asarray(found.heads).sum(axis=2) + found.bias, last["attn_out"].T * scale_l)
+    close(found.mlp, last["mlp_out"].T * scale_l)
     close(found.along, np.concatenate([last["resid_pre"], last["resid_post"][-1:]]).T)
     close(found.norm[:, 1:], np.linalg.norm(theirs["resid_post"][:, :, -1], axis=-1).T)
     check_sum(found, np.asarray(spread), case.ours.dtype)

@@ -78,11 +78,11 @@ def test_parameter_counts_of_real_models(name):
 def test_transformers_has_the_same_tensors(name):
     """Of mixtures only their number, as transformers fuses experts that the hub keeps apart."""
     cfg, model = from_hf(REAL_MODELS[name].config, name), hf_model(name)
-    corrections = [buffer for tensor, buffer in model.named_buffers() if "correction" in tensor]  # of routers
-    theirs = sum(p.numel() for p in [*model.parameters(), *corrections])  # a tied matrix counts once
-    assert theirs == REAL_MODELS[name].parameters
+    found = dict(model.named_parameters())  # a tied matrix counts once
+    found |= {n: buffer for n, buffer in model.named_buffers() if n.endswith(("_correction_bias", "layer_scalar"))}
+    assert sum(p.numel() for p in found.values()) == REAL_MODELS[name].parameters
     if not cfg.n_experts:
-        theirs = {tensor: tuple(p.shape) for tensor, p in model.named_parameters()}
+        theirs = {tensor: tuple(p.shape) for tensor, p in found.items()}
         assert {tensor.replace("language_model.", ""): shape for tensor, shape in hf_shapes(cfg).items()} == theirs
 
 

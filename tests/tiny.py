@@ -6,6 +6,7 @@ holds, norms and biases are far from their initial values. A bug anywhere then m
 
 import json
 import pathlib
+import re
 
 import numpy as np
 import torch
@@ -29,6 +30,7 @@ CORPUS = (
 )
 # Line ends stay together, apart from the words around them, so that a prompt tokenises alone as before its reply.
 WORDS = r"\s*[\r\n]+|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+"
+NORM, NEAR_ONE = re.compile(r"norm(_\d)?\.weight$"), re.compile(r"layer_scalar$|router\.(per_expert_)?scale$")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 ROPES = {
     "default": {"rope_type": "default", "rope_theta": 1000.0},
@@ -125,12 +127,20 @@ def randomise(model, seed: int) -> None:
     """Gives every parameter of a transformers model a value that matters."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        corrections = [(name, buffer) for name, buffer in model.named_buffers() if "correction" in name]
-        for name, weight in [*model.named_parameters(), *corrections]:
-            kind, noise = model.config.model_type, torch.randn(weight.shape, generator=generator)
-            gemma, adds_one = "gemma" in kind, any(one in kind for one in ("gemma", "qwen3_next", "qwen3_5"))
-            if name.endswith("norm.weight"):
+        kind = model.config.model_type
+        gemma, gemma4 = "gemma" in kind, "gemma4" in kind
+        adds_one = (gemma and not gemma4) or any(
+            one in kind for one in ("qwen3_next", "qwen3_5")
+        )  # to what norms multiply by
+        stored = [(name, b) for name, b in model.named_buffers() if "correction" in name or "layer_scalar" in name]
+        for name, weight in [*model.named_parameters(), *stored]:
+            noise = torch.randn(weight.shape, generator=generator)
+            if NORM.search(name):
                 weight.copy_(0.3 * noise + (not adds_one or name.endswith("linear_attn.norm.weight")))
+                if name.endswith("k_norm.weight") and gemma4:  # whose scores have no other scale
+                    weight.mul_(weight.shape[-1] ** -0.5)
+            elif NEAR_ONE.search(name):
+                weight.copy_(0.2 * noise + 1)
             elif name.endswith("A_log"):
                 weight.copy_(noise - 2)  # states that last for many tokens
             elif weight.ndim == 1:

@@ -25,8 +25,10 @@ SMALL = 2**16  # values that fit into a cache
 VISIBLE = 0.01  # a relative change of gains or biases that is more than storage in 16 bits makes
 ROUNDING = 1e-5  # a relative change that is no more than the rounding of a product
 NORMS = {"blocks.attn_norm": ("q", "k", "v"), "blocks.mlp_norm": ("gate", "up", "router")}
-POST_NORMS = ("blocks.attn_post_norm", "blocks.mlp_post_norm")  # of what is written
-KINDS = ("", "shared_", "dense_")
+POST_NORMS = tuple(
+    f"blocks.{kind}_post_norm" for kind in ("attn", "mlp", "beside", "expert", "per_layer")
+)  # of what is written
+KINDS = ("", "shared_", "dense_", "expert_")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

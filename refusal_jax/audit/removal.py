@@ -18,9 +18,9 @@ import numpy as np
 from jaxtyping import Float32, Float64
 
 from refusal_jax.checkpoints.matrices import Matrix, Weights, matrices
-from refusal_jax.export.tensor_edits import POST_NORMS, Projection
+from refusal_jax.export.tensor_edits import Projection, scale_after
 from refusal_jax.models.config import ModelConfig
-from refusal_jax.models.families import TABLES, WRITER_BIASES, WRITERS
+from refusal_jax.models.families import TABLES, WRITER_BIASES
 
 MOST_DIRECTIONS = 8  # that are looked for in one tensor
 SKETCH, POWERS = 24, 3  # columns of the random sketch that finds them, and how often it is multiplied by the change
@@ -154,11 +154,7 @@ def _same_ends(base: ModelConfig, candidate: ModelConfig) -> bool:
 
 def norm_scale(weights: Weights, matrix: Matrix) -> Float64[np.ndarray, " D"] | None:
     """Returns the scale of the norm between a writer and the stream, None where there is none."""
-    path = POST_NORMS.get(WRITERS.get(matrix.path, ""))
-    if not weights.cfg.post_norm or path is None:
-        return None
-    name = TABLES[weights.cfg.family][path].format(l=matrix.layer)
-    return weights.cfg.norm_offset + weights.rows(name).astype(np.float64)
+    return scale_after(weights, matrix.path, matrix.layer) if matrix.writes else None
 
 
 def removal(

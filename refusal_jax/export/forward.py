@@ -7,7 +7,7 @@ written, or files with edits applied on the way. Axis letters: as in the decoder
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -19,8 +19,10 @@ from refusal_jax.edits import SITES, Edits
 from refusal_jax.export.tensor_edits import Projection
 from refusal_jax.models.attention import Context
 from refusal_jax.models.config import ModelConfig
-from refusal_jax.models.decoder import Decoder
+from refusal_jax.models.decoder import Decoder, Residuals
 from refusal_jax.models.families import TABLES, pieces
+from refusal_jax.models.structure import structure
+from refusal_jax.models.weights import mixers_of
 from refusal_jax.taps import Taps
 
 READ = (*SITES, "resid_post")
@@ -61,15 +63,16 @@ class Stream:
     """One model on its way through the layers.
 
     weights: of its blocks. edits: what is done at inference time, one row, or by layer what is added at its input. embed,
-    unembed: where those come from, by default the same weights. x_btd: the residual so far. projections: of each layer, by
-    site.
+    unembed: where those come from, by default the same weights. residuals: so far. kept: memory of layers that later ones use, by
+    layer. projections: of each layer, by site.
     """
 
     weights: Weights
     edits: Edits | dict[int, np.ndarray] | None = None
     embed: Weights | None = None
     unembed: Weights | None = None
-    x_btd: jax.Array | None = None
+    residuals: Residuals | None = None
+    kept: dict[int, Any] = dataclasses.field(default_factory=dict)
     projections: list[dict[str, jax.Array]] = dataclasses.field(default_factory=list)
 
     def edits_at(self, layer: int) -> Edits:
@@ -89,16 +92,20 @@ class Stream:
 def run_streams(streams: Sequence[Stream], batch: TokenBatch, basis_jd: np.ndarray, bar) -> None:
     """Runs all streams through all layers, of which one is in memory at a time. bar: the progress in layers."""
     for stream in streams:
-        stream.x_btd = _embedded(stream.embed or stream.weights, batch.tokens)
-    mask, n_layers = jnp.asarray(batch.mask), streams[0].weights.cfg.n_layers
-    for layer in range(n_layers):
+        stream.residuals = _embedded(stream.embed or stream.weights, batch.tokens)
+    mask, sources = jnp.asarray(batch.mask), structure(streams[0].weights.cfg).source_l
+    for layer, source in enumerate(sources):
         for weights in {id(s.weights): s.weights for s in streams}.values():
             block = layer_decoder(weights, layer)
             for stream in (s for s in streams if s.weights is weights):
-                edits = stream.edits_at(layer)
-                stream.x_btd, ratios = _layer(block, stream.x_btd, mask, edits, basis_jd.astype(np.float32))
+                before = None if source is None else (stream.kept[source],)
+                stream.residuals, ratios, memory = _layer(
+                    block, stream.residuals, layer, mask, stream.edits_at(layer), basis_jd.astype(np.float32), before
+                )
                 stream.projections.append(ratios)
-            jax.block_until_ready([s.x_btd for s in streams])
+                if layer in sources:
+                    (stream.kept[layer],) = memory
+            jax.block_until_ready([s.residuals for s in streams])
             del block
         bar.update()
 
@@ -113,14 +120,18 @@ def layer_decoder(weights: Weights, layer: int) -> Decoder:
     stacked = {
         path: jnp.asarray((np.stack(found) if path in experts else found[0])[None]) for path, found in parts.items()
     }
+    mixer: Any = mixers_of(cfg)[cfg.layer_mixers[layer] if cfg.layer_mixers else 0]
+    whose = None if mixer is None else mixer.reads
+    if whose is not None:  # a layer that has no memory of its own comes with the mixer that has
+        mixers = cfg.mixers[whose], dataclasses.replace(mixer, reads=0)
     one = dataclasses.replace(
         cfg,
         n_layers=1,
         layer_kinds=(cfg.layer_kinds[layer],),
         dense_layers=(0,) if layer in cfg.dense_layers else (),
         without_mlp=(0,) if layer in cfg.without_mlp else (),
-        mixers=cfg.mixers and (cfg.mixers[cfg.layer_mixers[layer] if cfg.layer_mixers else 0],),
-        layer_mixers=(),
+        mixers=(mixer,) if whose is None else mixers,
+        layer_mixers=(0,) if whose is None else (1,),
         tied_embeddings=True,
     )
     return Decoder(one, stacked | _no_ends(cfg))
@@ -137,26 +148,37 @@ def _ends(cfg: ModelConfig) -> ModelConfig:
 
 
 @jax.jit
-def _layer(block: Decoder, x_btd, mask_bt, edits: Edits, basis_jd):
-    """Returns the block's output and, for each site, the largest part over all real tokens' vectors that lies in the
-    subspace."""
-    out = block.run(x_btd, Context.of_prompt(block.cfg, mask_bt), edits, Taps(READ))
+def _layer(block: Decoder, residuals: Residuals, layer, mask_bt, edits: Edits, basis_jd, before):
+    """Returns the residuals after a layer, for each site the largest part over all real tokens' vectors that lies in the
+    subspace, and the layer's memory. before: as of `Block`, where the layer uses the memory of another."""
+    told_btlp = residuals.told_btlp
+    told_btp = None if told_btlp is None else jax.lax.dynamic_index_in_dim(told_btlp, layer, axis=2, keepdims=False)
+    stacked, own = jax.tree.map(lambda a: a[0], block.layers(edits))
+    own, ctx = dataclasses.replace(own, told_btp=told_btp, number=0), Context.of_prompt(block.cfg, mask_bt)
+    x_btd, tapped, memory = stacked(residuals.x_btd, own, ctx, edits, Taps(READ), None, block.apart, before)
 
     def ratio(y_btd):
         along = jnp.linalg.norm(jnp.einsum("btd,jd->btj", y_btd, basis_jd, precision="highest"), axis=-1)
         part = along / jnp.maximum(jnp.linalg.norm(y_btd, axis=-1), jnp.finfo(jnp.float32).tiny)
         return jnp.max(jnp.where(mask_bt, part, 0))
 
-    return out.resid_btd, {site: ratio(out.taps[site][0]) for site in READ}
+    return dataclasses.replace(residuals, x_btd=x_btd), {site: ratio(tapped[site]) for site in READ}, memory
 
 
-def _embedded(weights: Weights, tokens_bt: np.ndarray) -> jax.Array:
-    """Returns the first values of the residual stream; of the embedding, only the rows of these tokens are read."""
+def _embedded(weights: Weights, tokens_bt: np.ndarray) -> Residuals:
+    """Returns the first values of the residual stream; of embeddings, only the rows of these tokens are read."""
+    cfg, table = weights.cfg, TABLES[weights.cfg.family]
     used, place = np.unique(tokens_bt, return_inverse=True)
-    name = TABLES[weights.cfg.family]["embed"]
-    rows = jnp.asarray(np.concatenate([weights.rows(name, token, token + 1) for token in used.tolist()]))
-    ends = {"embed": rows, "final_norm": jnp.zeros(weights.cfg.d_model), "unembed": rows}
-    return Decoder(_ends(weights.cfg), ends).embed_tokens(jnp.asarray(place.reshape(tokens_bt.shape)))
+
+    def rows(path: str) -> jax.Array:
+        return jnp.asarray(np.concatenate([weights.rows(table[path], token, token + 1) for token in used.tolist()]))
+
+    ends = {"embed": rows("embed"), "final_norm": jnp.zeros(cfg.d_model)}
+    ends["unembed"] = ends["embed"]
+    if cfg.d_per_layer:
+        ends["per_layer_embed"] = rows("per_layer_embed")
+        ends |= {path: jnp.asarray(weights.rows(table[path])) for path in ("per_layer_projection", "per_layer_norm")}
+    return Decoder(_ends(cfg), ends).embed_tokens(jnp.asarray(place.reshape(tokens_bt.shape)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,8 +196,8 @@ def read_logits(stream: Stream, rows: np.ndarray, columns: np.ndarray, whole: in
     cfg, table = weights.cfg, TABLES[weights.cfg.family]
     name = table["embed" if cfg.tied_embeddings else "unembed"]
     norm = jnp.asarray(stream.weights.rows(table["final_norm"]))
-    assert stream.x_btd is not None, "run_streams comes first"
-    x_1nd = stream.x_btd[rows, columns][None]
+    assert stream.residuals is not None, "run_streams comes first"
+    x_1nd = stream.residuals.x_btd[rows, columns][None]
     logits = np.zeros((whole, cfg.vocab_size), np.float32)
     most, total, hit = np.full(len(targets), -np.inf), np.zeros(len(targets)), np.zeros(len(targets))
     for start in range(0, cfg.vocab_size, VOCABULARY_ROWS):

@@ -27,13 +27,10 @@ from refusal_jax.checkpoints.rewrite import Blocks, Checkpoint
 from refusal_jax.conditions import EMBED, Ablate, Add, Inject
 from refusal_jax.errors import UserError, setting
 from refusal_jax.models.config import ModelConfig
-from refusal_jax.models.families import TABLES, WRITER_BIASES, WRITERS, pieces
+from refusal_jax.models.families import TABLES, WRITER_BIASES, WRITERS, norms_after, pieces
 
 Edit = Ablate | Add | Inject  # what exports write
 WEIGHT_SITES = (EMBED, "attn_out", "mlp_out")  # that weights write to
-
-# The norm between a writer and the stream, in families that have one, by the site that the writer serves.
-POST_NORMS = {"attn_out": "blocks.attn_post_norm", "mlp_out": "blocks.mlp_post_norm"}
 
 # The largest |left right^T| of an oblique edit: it is the operator norm of I - left right^T, so of an output whose cosine
 # with r * s is c, the edit changes no more than 10 c times its length. So a layer with c = 0.1, which is a lot for one that
@@ -215,14 +212,18 @@ def tensor_edits(checkpoint: Checkpoint, edit: Ablate | Inject) -> dict[str, Pro
             if piece.path in WRITERS:
                 edits[piece.name] = injection(edit, piece.transposed)
             continue
-        scale_d = None
-        if cfg.post_norm and site in POST_NORMS:
-            norm = TABLES[cfg.family][POST_NORMS[site]].format(l=piece.layer)
-            scale_d = cfg.norm_offset + checkpoint.rows(norm).astype(np.float64)
+        scale_d = scale_after(checkpoint, piece.path, piece.layer)
         one = projection(piece.path, edit.direction.basis_jd, scale_d, edit.scale, piece.transposed)
         if one is not None:
             edits[piece.name] = one
     return edits
+
+
+def scale_after(weights, path: str, layer: int | None) -> Float64[np.ndarray, " D"] | None:
+    """Returns what the norms between a writer and the stream multiply by, None without one. weights: `forward.Weights`."""
+    names = [TABLES[weights.cfg.family][norm].format(l=layer) for norm in norms_after(weights.cfg, path)]
+    scales = [weights.cfg.norm_offset + weights.rows(name).astype(np.float64) for name in names]
+    return np.prod(scales, axis=0) if scales else None
 
 
 def wanted_edits(checkpoint: Checkpoint, edit: Ablate | Inject, tied: str | None) -> dict[str, Projection]:

@@ -126,7 +126,7 @@ def read_batch(
         parts_bpwd = with_mlp(parts_bpwd + now.parts_bqwd, tapped["mlp_out"])
         return (x_btd, parts_bpwd, rolled_bpw, found), None
 
-    x_btd, nothing = decoder.embed_tokens(tokens_bt), Reading.zeros(rows, len(layers_x), last, width)
+    x_btd, nothing = decoder.embed_tokens(tokens_bt).x_btd, Reading.zeros(rows, len(layers_x), last, width)
     own_bpw = jnp.broadcast_to(jax.nn.one_hot(TEMPLATE, len(ATTENDED)), (rows, last, len(ATTENDED)))
     start = x_btd, first_origins(x_btd[:, -last:]), own_bpw, nothing
     (_, _, _, found), _ = jax.lax.scan(layer, start, (decoder.layers(edits), jnp.arange(cfg.n_layers)))

@@ -2,7 +2,8 @@
 
 The residual stream is a sum: the embedding, and what each attention head, each bias of an output projection and each MLP adds to
 it. So its product with a unit direction is the sum of theirs (paper, section 5.1), to rounding, which `attribute` checks on every
-prompt. Where a norm follows a branch, heads are attributed through it with its scale as it is; so the sum is still exact.
+prompt. Where a norm follows a branch, heads are attributed through it with its scale as it is; so the sum is still exact. Where
+layers multiply the residual when they are done, each part counts as what the layers after it make of it.
 """
 
 import dataclasses
@@ -76,7 +77,10 @@ def attribute_batch(
     assert taps.along is not None
     out = decoder.forward(tokens_bt, mask_bt, edits, taps)
     found, spread_b = parts_of(
-        {site: values[:, :, 0] for site, values in out.taps.items()}, out.resid_btd[:, -1], taps.along
+        {site: values[:, :, 0] for site, values in out.taps.items()},
+        out.resid_btd[:, -1],
+        taps.along,
+        scales_after(decoder),
     )
     finite_b = (
         jnp.isfinite(found.heads).all(axis=(1, 2)) & jnp.isfinite(found.norm).all(axis=1) & jnp.isfinite(spread_b)
@@ -84,12 +88,24 @@ def attribute_batch(
     return replicate(decoder.mesh, (found, spread_b, finite_b))
 
 
+def scales_after(decoder: Decoder) -> Float[jax.Array, " L"]:
+    """Returns what the layers from each one on, itself included, multiply the residual by in all, float32."""
+    scale_l1 = decoder.blocks.weight("layer_scale")
+    if scale_l1 is None:
+        return jnp.ones(decoder.cfg.n_layers)
+    return jnp.cumprod(scale_l1[::-1, 0].astype(jnp.float32))[::-1]
+
+
 def parts_of(
-    tapped: Mapping[str, Array], last_bd: Float[Array, "B D"], unit_bd: Float[Array, "B D"]
+    tapped: Mapping[str, Array],
+    last_bd: Float[Array, "B D"],
+    unit_bd: Float[Array, "B D"],
+    scale_l: Float[Array, " L"],
 ) -> tuple[Attribution, Float[Array, " B"]]:
     """Returns the attribution of one token of B prompts and the spread of its rounding, from what was tapped there.
 
     tapped: by site, `[L, B, …]`. last_bd: the residual after the last block. unit_bd: the unit direction, for each prompt.
+    scale_l: as from `scales_after`.
     """
 
     def along(x_lbd):
@@ -100,10 +116,10 @@ def parts_of(
     rounded = [resid_lbd, *(tapped[site] for site in ("attn_out", "resid_mid", "mlp_out"))]
     along_bl = along(resid_lbd)
     found = Attribution(
-        embed=along_bl[:, 0],
-        heads=tapped["result_along"].swapaxes(0, 1),
-        bias=tapped["o_bias_along"].T,
-        mlp=along(tapped["mlp_out"]),
+        embed=along_bl[:, 0] * scale_l[0],
+        heads=tapped["result_along"].swapaxes(0, 1) * scale_l[:, None],
+        bias=tapped["o_bias_along"].T * scale_l,
+        mlp=along(tapped["mlp_out"]) * scale_l,
         along=along_bl,
         norm=jnp.linalg.norm(resid_lbd, axis=-1).T,
     )

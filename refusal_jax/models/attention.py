@@ -82,11 +82,15 @@ class Context:
         """Returns the views of whole, left-padded prompts."""
         return cls.build(cfg, jnp.maximum(jnp.cumsum(mask_bt, axis=1) - 1, 0), mask_bt)
 
-    def view(self, kind: jax.Array) -> View:
-        """Returns the view of one layer; kind: int32 scalar, the layer's entry of `ModelConfig.layer_kinds`."""
-        if len(self.views) == 1:
-            return self.views[0]
-        return jax.tree.map(lambda *cases: jax.lax.select_n(kind, *cases), *self.views)
+    def view(self, kind: jax.Array, among: tuple[int, ...] | None = None) -> View:
+        """Returns the view of one layer.
+
+        kind: int32 scalar, the layer's entry of `ModelConfig.layer_kinds`. among: the entries it may have, sorted; None: all.
+        """
+        among = tuple(range(len(self.views))) if among is None else among
+        views = [self.views[index] for index in among]
+        place = jnp.searchsorted(jnp.asarray(among, jnp.int32), kind) if len(views) > 1 else 0
+        return views[0] if len(views) == 1 else jax.tree.map(lambda *cases: jax.lax.select_n(place, *cases), *views)
 
 
 # Keys `[B, K, C, H]`, values `[B, K, C, V]`, and which of them each query may attend to, bool `[B, T, C]`.

@@ -21,7 +21,16 @@ from refusal_jax.models.attention import Context
 from refusal_jax.models.cache import map_memory
 from refusal_jax.models.config import ModelConfig
 from refusal_jax.models.head_taps import read_heads
-from refusal_jax.models.layers import Adapted, mixture, mlp, normed, row_parallel, sharded_mixture
+from refusal_jax.models.layers import (
+    ACTIVATE,
+    Adapted,
+    linear,
+    mixture,
+    mlp,
+    normed,
+    row_parallel,
+    sharded_mixture,
+)
 from refusal_jax.models.sharding import constrain, constrain_residual, weight_spec
 from refusal_jax.models.structure import structure
 from refusal_jax.models.weight import factor_names
@@ -47,6 +56,7 @@ class Layer:
     gate_rs: Leaf  # float32 [R, S], the ablation gates of `Edits`, or [R, S, T], one for each token
     add_r: Leaf  # float32 [R], its addition gates
     ablate_rjd: Leaf | None  # float32 [R, J, D], its directions, where each layer has its own
+    told_btp: Leaf | None = None  # [B, T, P], what it is told of the tokens themselves
     number: int | None = dataclasses.field(default=None, metadata={"static": True})
 
 
@@ -76,13 +86,15 @@ class Stack(nnx.Module):
 class Here:
     """One layer's weights, wherever they stand.
 
-    layer: what else is the layer's own. shared: `Tokens` of the new tokens, of the layer whose memory it uses, if it does.
+    layer: what else is the layer's own. shared: `Tokens` of the new tokens, of the layer whose memory it uses, if it does. kinds:
+    those of `ModelConfig.kinds` that layers with its sequence mixer are of.
     """
 
     block: "Block"
     apart: Stack | None
     layer: Layer
     shared: Any = None
+    kinds: tuple[int, ...] | None = None
 
     @property
     def cfg(self) -> ModelConfig:
@@ -129,14 +141,31 @@ class Here:
         """Returns how the weight of one layer is placed on the mesh; of no axes without a mesh."""
         return PartitionSpec(*self.block.spec(name)[1:])
 
-    def channel(self, kind: str, h_btd: Float[jax.Array, "B T D"]) -> Float[jax.Array, "B T D"]:
-        """Returns what the channel mixer makes of its input: an MLP, or a mixture of experts. kind: of `Structure.channels`."""
-        cfg, apart = self.cfg, self.apart
+    def channel(
+        self, kind: str, h_btd: Float[jax.Array, "B T D"], resid_btd: Float[jax.Array, "B T D"]
+    ) -> Float[jax.Array, "B T D"]:
+        """Returns what the channel mixer makes of its input: an MLP, a mixture of experts, or both. kind: of
+        `Structure.channels`. resid_btd: what `h_btd` is the norm of."""
         if kind != EXPERTS:
-            return mlp(cfg, self.factored, h_btd, self.out, kind)
+            return mlp(self.cfg, self.factored, h_btd, self.out, kind)
+        if not self.cfg.d_beside:
+            return self.mixture(h_btd)
+        resid_btd = constrain(self.mesh, resid_btd, "batch")
+        both = ("beside", mlp(self.cfg, self.factored, h_btd, self.out)), ("expert", self.mixture(resid_btd))
+        beside, experts = (self.norm(f"{name}_post_norm", constrain_residual(self.mesh, y)) for name, y in both)
+        return beside + experts
+
+    def told(self, x_btd: Float[jax.Array, "B T D"]) -> Float[jax.Array, "B T D"]:
+        """Returns what the layer makes of what it is told of the tokens: a gate of the residual lets it through."""
+        gate_btp = ACTIVATE[self.cfg.activation](linear(x_btd, self.factored("per_layer_gate")))
+        return self.out("per_layer_out", gate_btp * self.layer.told_btp)
+
+    def mixture(self, h_btd: Float[jax.Array, "B T D"]) -> Float[jax.Array, "B T D"]:
+        """Returns what a mixture of experts makes of its input."""
+        cfg, apart = self.cfg, self.apart
         assert apart is not None, "the config has experts, and no weights of theirs were given"
         stacks = {name: apart.weight(name) for name in mixture_names(cfg, per_expert=True)}
-        place = self.place("down")
+        place = self.place(f"{cfg.expert_prefix}down")
         if self.mesh is None:
             h_td = h_btd.reshape(-1, h_btd.shape[-1])
             return mixture(cfg, self.factored, stacks.get, place, h_td).reshape(h_btd.shape)
@@ -190,7 +219,8 @@ class Block(Stack):
                 return jnp.zeros_like(resid_pre), before or (), no_heads()
             k = form.memories.index(index if mixer.reads is None else mixer.reads)
             shared = before[k] if before and mixer.reads is not None else None
-            mixed = mixer.mix(dataclasses.replace(here, shared=shared), attn_in, ctx, _recalled(past, before, k))
+            this = dataclasses.replace(here, shared=shared, kinds=form.kinds(index))
+            mixed = mixer.mix(this, attn_in, ctx, _recalled(past, before, k))
             heads = mixed.heads and read_heads(cfg, self.mesh, mixed.heads, edits, gates["attn_out"], taps)
             new = (mixed.memory,) if before is None and len(form.mixers) == 1 else before or ()
             if before is not None and mixer.reads is None:
@@ -208,7 +238,9 @@ class Block(Stack):
         def channel(index: int):
             """Returns what a channel mixer adds."""
             kind = form.channels[index]
-            return jnp.zeros_like(resid_mid) if kind is None else added(here.channel(kind, mlp_in), "mlp_post_norm")
+            if kind is None:
+                return jnp.zeros_like(resid_mid)
+            return added(here.channel(kind, mlp_in, own(resid_mid)), "mlp_post_norm")
 
         resid_pre = edits.added(edits.ablated(own(x_btd), gates["resid_pre"]), layer.add_r)
         attn_in = read(resid_pre, "attn_norm")
@@ -217,7 +249,13 @@ class Block(Stack):
         resid_mid = resid_pre + attn_out
         mlp_in = attn_in if cfg.parallel else read(resid_mid, "mlp_norm")
         mlp_out = edits.ablated(_choose(layer.number, form.channel_l, layer.channel, channel), gates["mlp_out"])
-        resid_post = own(resid_mid + mlp_out)  # placed after the last edit: else what a tap wants spreads backwards
+        if cfg.d_per_layer:
+            told = here.told(constrain(self.mesh, own(resid_mid + mlp_out), "batch"))
+            mlp_out = mlp_out + edits.ablated(added(told, "per_layer_post_norm"), gates["mlp_out"])
+        resid_post = resid_mid + mlp_out
+        if cfg.layer_scale:
+            resid_post = resid_post * here.weight("layer_scale")
+        resid_post = own(resid_post)  # placed after the last edit: else what a tap wants spreads backwards
         tapped = taps.read(
             resid_pre=resid_pre, attn_out=attn_out, resid_mid=resid_mid, mlp_out=mlp_out, resid_post=resid_post
         )

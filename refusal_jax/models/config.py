@@ -46,6 +46,7 @@ class ModelConfig:
     gate_slope: float = 1.0  # a, where an MLP's gate is activation(a * gate) / a
     gated_limit: float | None = None  # an MLP's gate is at most this, its other branch from - this to this
     up_offset: float = 0.0  # is added to the other branch
+    value_norm: bool = False  # each head's values are divided by their root mean square
     qkv_bias: bool = False
     o_bias: bool = False
     mlp_bias: bool = False
@@ -69,8 +70,14 @@ class ModelConfig:
     routed_scale: float = 1.0  # multiplies them after that
     d_shared: int = 0  # width of an MLP that every token goes through beside its experts; 0: none
     shared_gate: bool = False  # a sigmoid, one number for each token, multiplies that MLP's output
-    dense_layers: tuple[int, ...] = ()  # layers with one MLP among layers with experts
+    d_beside: int = (
+        0  # width of an MLP beside the experts, each of the two with norms of its own; the router scales; 0: none
+    )
+    dense_layers: tuple[int, ...] = ()  # layers whose channel mixer is an MLP of another width
     d_dense: int = 0  # its width
+    d_per_layer: int = 0  # width of what each layer is told of every token itself; 0: nothing
+    per_layer_vocab: int = 0  # tokens that have something to tell
+    layer_scale: bool = False  # each layer multiplies the residual by a number when it is done
     mixers: tuple[Any, ...] = ()  # kinds of sequence mixers (`mixers.mixer.Mixer`, None for none); (): attention alone
     layer_mixers: tuple[int, ...] = ()  # of each layer, an index into them; (): all have the first
     without_mlp: tuple[int, ...] = ()  # layers that have a sequence mixer only
@@ -81,6 +88,11 @@ class ModelConfig:
         """Returns the layers that have experts."""
         other = (*self.dense_layers, *self.without_mlp)
         return tuple(l for l in range(self.n_layers) if l not in other) if self.n_experts else ()
+
+    @property
+    def expert_prefix(self) -> str:
+        """Returns what the names of the experts' weights begin with, so that those of an MLP beside them have others."""
+        return "expert_" if self.d_beside else ""
 
     @property
     def queries_per_kv(self) -> int:

@@ -22,7 +22,7 @@ from refusal_jax.models.attention import Context
 from refusal_jax.models.block import Block, Layer, Stack, Weights
 from refusal_jax.models.cache import Cache, map_memory, placed
 from refusal_jax.models.config import ModelConfig
-from refusal_jax.models.layers import lookup, normed
+from refusal_jax.models.layers import linear, lookup, normed
 from refusal_jax.models.sharding import constrain, constrain_residual, split_for, weight_place, weight_spec
 from refusal_jax.models.structure import structure
 from refusal_jax.models.weight import Weight, factor_names
@@ -38,6 +38,24 @@ def unstacked(layers: Layers, n_layers: int) -> list[Layers]:
         [jax.tree.map(lambda a, layer=layer: a[layer], layers) for layer in range(n_layers)]
     )
     return [(block, dataclasses.replace(own, number=layer)) for layer, (block, own) in enumerate(parts)]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Residuals:
+    """The residual stream of tokens at the input of a block, and what each layer is told of the tokens besides, if anything."""
+
+    x_btd: Leaf  # [B, T, D]
+    told_btlp: Leaf | None = None  # [B, T, L, P]
+
+    def tell(self, layers: Layers | list[Layers]) -> Layers | list[Layers]:
+        """Returns all layers, stacked or a list, with what each is told."""
+        if self.told_btlp is None:
+            return layers
+        if isinstance(layers, list):
+            told = (self.told_btlp[:, :, layer] for layer in range(len(layers)))
+            return [(b, dataclasses.replace(own, told_btp=t)) for (b, own), t in zip(layers, told, strict=True)]
+        return layers[0], dataclasses.replace(layers[1], told_btp=jnp.moveaxis(self.told_btlp, 2, 0))
 
 
 @jax.tree_util.register_dataclass
@@ -80,6 +98,10 @@ class Decoder(nnx.Module):
         self.final_norm = nnx.Param(weights["final_norm"])
         if not cfg.tied_embeddings:
             self.unembed = nnx.Param(weights["unembed"])
+        if "per_layer_embed" in weights:  # not where a part of a model is run
+            self.per_layer_embed = nnx.Param(weights["per_layer_embed"])
+            self.per_layer_projection = nnx.Param(weights["per_layer_projection"])
+            self.per_layer_norm = nnx.Param(weights["per_layer_norm"])
 
     @classmethod
     def init(cls, cfg: ModelConfig, key: jax.Array, dtype=jnp.float32) -> "Decoder":
@@ -119,11 +141,24 @@ class Decoder(nnx.Module):
     def dtype(self):
         return self.embed[...].dtype
 
-    def embed_tokens(self, tokens_bt: Int[Array, "B T"]) -> Float[jax.Array, "B T D"]:
+    def embed_tokens(self, tokens_bt: Int[Array, "B T"]) -> Residuals:
         """Returns the first values of the residual stream."""
-        spec = weight_spec(self.mesh, weight_table(self.cfg)["embed"])
-        x = constrain_residual(self.mesh, lookup(self.mesh, spec, self.embed[...], tokens_bt))
-        return x if self.cfg.embed_scale == 1 else x * jnp.asarray(self.cfg.embed_scale, x.dtype)
+        x = self._rows("embed", tokens_bt, self.cfg.embed_scale)
+        return Residuals(x, self._told(tokens_bt, x) if self.cfg.d_per_layer else None)
+
+    def _rows(self, name: str, tokens_bt: Int[Array, "B T"], scale: float) -> Float[jax.Array, "B T D"]:
+        """Returns the rows of an embedding, placed as a residual stream."""
+        spec = weight_spec(self.mesh, weight_table(self.cfg)[name])
+        x = constrain_residual(self.mesh, lookup(self.mesh, spec, getattr(self, name)[...], tokens_bt))
+        return x if scale == 1 else x * jnp.asarray(scale, x.dtype)
+
+    def _told(self, tokens_bt: Int[Array, "B T"], x_btd: Float[jax.Array, "B T D"]) -> Float[jax.Array, "B T L P"]:
+        """Returns what each layer is told of tokens: an embedding of its own, and what it reads of the model's."""
+        cfg, shape = self.cfg, (*tokens_bt.shape, self.cfg.n_layers, self.cfg.d_per_layer)
+        own_btf = self._rows("per_layer_embed", tokens_bt, cfg.d_per_layer**0.5)
+        read_btf = linear(constrain(self.mesh, x_btd, "batch"), self.per_layer_projection[...]) * cfg.d_model**-0.5
+        read = constrain(self.mesh, normed(cfg, read_btf.reshape(shape), self.per_layer_norm[...]), "batch")
+        return (read + constrain(self.mesh, own_btf.reshape(shape), "batch")) * 2**-0.5
 
     def logits(self, x_btd: Float[jax.Array, "B T D"]) -> Float[jax.Array, "B T V"]:
         """Returns final norm and unembedding in float32, with V as stored: -inf for tokens beyond the vocabulary."""
@@ -185,7 +220,7 @@ class Decoder(nnx.Module):
 
     def run(
         self,
-        x_btd: Float[jax.Array, "B T D"],
+        residuals: Residuals,
         ctx: Context,
         edits: Edits,
         taps: Taps = NO_TAPS,
@@ -194,12 +229,12 @@ class Decoder(nnx.Module):
         remat: bool = False,
         keep: bool = False,
     ) -> Output:
-        """Runs all blocks on residuals `x_btd`, of whole prompts or, with a cache, of the tokens that follow it.
+        """Runs all blocks on residuals, of whole prompts or, with a cache, of the tokens that follow it.
 
         layers: `self.layers(edits)`, or that `unstacked`, which the cache must then be too. remat: as in the constructor, which
         may ask for it as well. keep: whether the memory of the new tokens is wanted; a cache's is always given.
         """
-        layers = self.layers(edits) if layers is None else layers
+        layers, x_btd = residuals.tell(self.layers(edits) if layers is None else layers), residuals.x_btd
         past = None if cache is None else cache.memory
         remat, keep = remat or self.remat, keep or cache is not None
 
@@ -220,32 +255,35 @@ class Decoder(nnx.Module):
             x, (tapped, new) = jax.lax.scan(alone, x_btd, (layers, past))
             return Output(x, tapped, new)
 
-        # Layers that differ pass on what they keep: each writes to its own place, which needs no copy.
-        def among(carry, layer: Layers):
-            (x, fresh), places_m = carry, layer[1].places_m
-
-            def here(memory, k: int):
-                return jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, places_m[k], keepdims=False), memory[k])
-
-            before = None if fresh is None else tuple(here(fresh, k) for k in range(len(fresh)))
-            x, tapped, after = apply(x, layer, None if past is None else partial(here, past), before)
-            if fresh is not None:
-                fresh = tuple(
-                    jax.tree.map(
-                        lambda a, one, k=k: jax.lax.dynamic_update_index_in_dim(a, one, places_m[k], 0), a, one
-                    )
-                    for k, (a, one) in enumerate(zip(fresh, after, strict=True))
-                )
-            return (x, fresh), tapped
-
         fresh = None
         if keep or form.shares:
-            batch, length, _ = x_btd.shape
-            fresh = placed(self.mesh, form.empty(batch, length, self.dtype), layers=True)
+            fresh = self._fresh(x_btd)
             if past is not None:
                 fresh = map_memory(lambda new, _: new, lambda _, old: old, fresh, past)
-        (x, fresh), tapped = jax.lax.scan(among, (x_btd, fresh), layers)
+        (x, fresh), tapped = jax.lax.scan(partial(self._among, apply, past), (x_btd, fresh), layers)
         return Output(x, tapped, fresh if keep else ())
+
+    def _fresh(self, x_btd: Float[jax.Array, "B T D"]) -> Any:
+        """Returns room for the memory of new tokens, in all layers."""
+        batch, length, _ = x_btd.shape
+        return placed(self.mesh, structure(self.cfg).empty(batch, length, self.dtype), layers=True)
+
+    def _among(self, apply, past, carry, layer: Layers):
+        """Runs a layer of several kinds. They pass on what they keep, None if nothing: each writes to its own place, which needs
+        no copy."""
+        (x, fresh), places_m = carry, layer[1].places_m
+
+        def here(memory, k: int):
+            return jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, places_m[k], keepdims=False), memory[k])
+
+        before = None if fresh is None else tuple(here(fresh, k) for k in range(len(fresh)))
+        x, tapped, after = apply(x, layer, None if past is None else partial(here, past), before)
+        if fresh is not None:
+            fresh = tuple(
+                jax.tree.map(lambda a, one, k=k: jax.lax.dynamic_update_index_in_dim(a, one, places_m[k], 0), a, one)
+                for k, (a, one) in enumerate(zip(fresh, after, strict=True))
+            )
+        return (x, fresh), tapped
 
     def _run_listed(self, apply, x_btd, layers: list[Layers], past: list | None) -> Output:
         """Runs layers that are a list, one after the other; past: a list of each layer's memory, None without a cache."""
@@ -262,15 +300,17 @@ class Decoder(nnx.Module):
             kept.append(None if k is None or source is not None else after[k])
         return Output(x, jax.tree.map(lambda *a: jnp.stack(a), *tapped), kept)
 
-    def run_layers(
-        self, x_btd: Float[jax.Array, "B T D"], ctx: Context, edits: Edits, start, stop
-    ) -> Float[jax.Array, "B T D"]:
-        """Runs blocks `start` to `stop - 1` and returns the residual; the bounds are traced: one program serves any range."""
-        layers, form = self.layers(edits), structure(self.cfg)
-        assert not form.shares, "layers use the memory of others, which a part of them does not have"
+    def run_layers(self, residuals: Residuals, ctx: Context, edits: Edits, start, stop) -> Residuals:
+        """Runs blocks `start` to `stop - 1` and returns the residuals; the bounds are traced: one program serves any range. Where
+        layers use the memory of others, `start` must be 0."""
+        layers = residuals.tell(self.layers(edits))
 
-        def body(index, x):
-            block, own = jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, index, keepdims=False), layers)
-            return block(x, own, ctx, edits, NO_TAPS, None, self.apart)[0]
+        def apply(x, layer: Layers, past, before):
+            return layer[0](x, layer[1], ctx, edits, NO_TAPS, past, self.apart, before)
 
-        return jax.lax.fori_loop(start, stop, body, x_btd)
+        def body(index, carry):
+            layer = jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, index, keepdims=False), layers)
+            return self._among(apply, None, carry, layer)[0]
+
+        fresh = self._fresh(residuals.x_btd) if structure(self.cfg).shares else None
+        return dataclasses.replace(residuals, x_btd=jax.lax.fori_loop(start, stop, body, (residuals.x_btd, fresh))[0])

@@ -8,14 +8,14 @@ from collections.abc import Callable
 import numpy as np
 
 from refusal_jax.models.config import ModelConfig
-from refusal_jax.models.tables import deepseek, dense, mixtures, qwen_hybrid
+from refusal_jax.models.tables import deepseek, dense, gemma4, mixtures, qwen_hybrid
 from refusal_jax.models.weights import weight_table
 
 # Decoder path -> HF name, `{l}` being the layer and `{e}` the expert. Layouts agree: `[out, in]`, vocabulary first. Paths
 # that share a name are that tensor's rows one after the other, in this order (fused projections). An expert's weight whose
 # name has no `{e}` is one of a tensor of all experts, along its first axis. A table may have more paths than a config has
 # weights (biases, a tied unembedding).
-PARTS = dense, mixtures, deepseek, qwen_hybrid
+PARTS = dense, mixtures, deepseek, qwen_hybrid, gemma4
 
 
 def _merged(name: str) -> dict:
@@ -36,9 +36,22 @@ DRAFT = re.compile(r"^model\.layers\.(\d+)\.")
 OTHER_PARTS: dict[str, re.Pattern] = _merged("OTHER_PARTS")
 
 # Decoder paths whose rows or columns write to the residual stream, and the edit site each of them serves.
-WRITERS = {"embed": "resid_pre", "blocks.o": "attn_out", "blocks.delta_o": "attn_out"}
-WRITERS |= {f"blocks.{kind}down": "mlp_out" for kind in ("", "dense_", "shared_")}
-WRITER_BIASES = {"blocks.o_bias": "attn_out", "blocks.down_bias": "mlp_out"}
+WRITERS = {"embed": "resid_pre"} | {f"blocks.{kind}o": "attn_out" for kind in ("", "full_", "delta_")}
+WRITERS |= {
+    f"blocks.{name}": "mlp_out" for name in ("down", "dense_down", "shared_down", "expert_down", "per_layer_out")
+}
+WRITER_BIASES = {"blocks.o_bias": "attn_out", "blocks.full_o_bias": "attn_out", "blocks.down_bias": "mlp_out"}
+
+
+def norms_after(cfg: ModelConfig, path: str) -> tuple[str, ...]:
+    """Returns the decoder paths of the norms between what writes to the residual stream and the stream, in their order."""
+    if not cfg.post_norm or path == "embed":
+        return ()
+    if path == "blocks.per_layer_out":
+        return ("blocks.per_layer_post_norm",)
+    first = {"blocks.down": "blocks.beside_post_norm", "blocks.expert_down": "blocks.expert_post_norm"}
+    last = "blocks.attn_post_norm" if (WRITERS | WRITER_BIASES)[path] == "attn_out" else "blocks.mlp_post_norm"
+    return (first[path], last) if cfg.d_beside and path in first else (last,)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -27,6 +27,7 @@ class Heads:
     side, `[B, T, N * V]`. out_btd: their output projection with its bias, `[B, T, D]`, before any post-norm. o_df, o_bias_d: the
     weight and bias of the projection, the latter None without one. norm_d: what a post-norm multiplies its input with besides
     dividing it by its norm, None without a post-norm. gate_btf: what multiplied the outputs of the heads, None for nothing.
+    widest: the width of the widest heads of any layer, to which taps are filled up with zeros.
     """
 
     q_btnh: jax.Array
@@ -38,6 +39,13 @@ class Heads:
     o_bias_d: jax.Array | None
     norm_d: jax.Array | None
     gate_btf: jax.Array | None = None
+    widest: int = 0
+
+    @property
+    def split(self) -> tuple[int, int]:
+        """Returns the number of key/value heads, and that of the queries of each."""
+        kv_heads = self.segments[0][0].shape[1]
+        return kv_heads, self.q_btnh.shape[2] // kv_heads
 
 
 def read_heads(cfg: ModelConfig, mesh, heads: Heads, edits: Edits, gate_r, taps: Taps) -> dict[str, jax.Array]:
@@ -45,11 +53,10 @@ def read_heads(cfg: ModelConfig, mesh, heads: Heads, edits: Edits, gate_r, taps:
     the heads are. gate_r: how far `edits` ablate what attention adds, of each row."""
     if not taps.asks(*HEAD_SITES):
         return {}
-    divided = "heads", (cfg.n_kv_heads, cfg.queries_per_kv)
+    divided = "heads", heads.split
     z_bpf = taps.cut(heads.z_btf)
-    z_bpnh = z_bpf.reshape(*z_bpf.shape[:2], cfg.n_heads, -1)
-    z_bpnh = constrain(mesh, z_bpnh, "batch", None, divided)
-    read = {"z": z_bpnh}
+    z_bpnh = constrain(mesh, z_bpf.reshape(*z_bpf.shape[:2], cfg.n_heads, -1), "batch", None, divided)
+    read = {"z": jnp.pad(z_bpnh, ((0, 0),) * 3 + ((0, max(heads.widest - z_bpnh.shape[-1], 0)),))}
     if taps.asks("pattern", "result_along_by_source"):
         segments = [(k, v, taps.cut(allowed)) for k, v, allowed in heads.segments]
         q_bqnh = taps.cut(heads.q_btnh)
@@ -105,7 +112,7 @@ def _values_along(cfg: ModelConfig, heads: Heads, along_bnh, gate_bpf) -> Float[
     along_bpnh = along_bnh[:, None]
     if gate_bpf is not None:
         along_bpnh = along_bpnh * gate_bpf.astype(jnp.float32).reshape(*gate_bpf.shape[:2], *along_bnh.shape[1:])
-    along_bpkgh = along_bpnh.reshape(*along_bpnh.shape[:2], cfg.n_kv_heads, cfg.queries_per_kv, -1)
+    along_bpkgh = along_bpnh.reshape(*along_bpnh.shape[:2], *heads.split, -1)
     along_bkgpt = [
         jnp.einsum("bkth,bpkgh->bkgpt", v.astype(jnp.float32), along_bpkgh, precision="highest")
         for _, v, _ in heads.segments

@@ -8,12 +8,13 @@ from collections.abc import Callable
 
 from refusal_jax.models.config import ModelConfig
 from refusal_jax.models.hf_attributes import Reader
-from refusal_jax.models.readers import deepseek, gemma, llama, mixtures, multimodal, qwen, qwen_hybrid, ropeless
+from refusal_jax.models.readers import deepseek, gemma, gemma4, llama, mixtures, multimodal, qwen, qwen_hybrid, ropeless
 
 READERS: dict[str, Callable[[Reader], ModelConfig]] = (
     llama.READERS
     | qwen.READERS
     | gemma.READERS
+    | gemma4.READERS
     | ropeless.READERS
     | mixtures.READERS
     | deepseek.READERS

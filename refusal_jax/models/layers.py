@@ -162,6 +162,12 @@ def normed(
     )
 
 
+def divided_by_root(cfg: ModelConfig, x: Float[jax.Array, "... D"]) -> Float[jax.Array, "... D"]:
+    """Returns the RMS norm of the last axis without weights; float32 inside, the dtype of x outside."""
+    x32 = x.astype(jnp.float32)
+    return (x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + cfg.norm_eps)).astype(x.dtype)
+
+
 def gated(
     cfg: ModelConfig, gate: Float[jax.Array, "... F"], up: Float[jax.Array, "... F"]
 ) -> Float[jax.Array, "... F"]:
@@ -185,7 +191,10 @@ def route(cfg: ModelConfig, w, h_td: Float[Array, "T D"]) -> tuple[Int[jax.Array
 
     w(name): a weight of the block.
     """
-    logits = linear(h_td.astype(jnp.float32), w("router").astype(jnp.float32))
+    h_td = jnp.asarray(h_td, jnp.float32)
+    if cfg.d_beside:
+        h_td = divided_by_root(cfg, h_td) * (w("router_scale").astype(jnp.float32) * cfg.d_model**-0.5)
+    logits = linear(h_td, w("router").astype(jnp.float32))
     if cfg.router_bias:
         logits = logits + w("router_bias").astype(jnp.float32)
     score = {"softmax": partial(jax.nn.softmax, axis=-1), "sigmoid": jax.nn.sigmoid}[cfg.router_scores]
@@ -203,19 +212,23 @@ def route(cfg: ModelConfig, w, h_td: Float[Array, "T D"]) -> tuple[Int[jax.Array
     weights_tn = jnp.take_along_axis(scores_te, chosen_tn, axis=-1)
     if cfg.renormalise_experts:  # sigmoids may all be zero
         weights_tn = weights_tn / (jnp.sum(weights_tn, axis=-1, keepdims=True) + 1e-20)
+    if cfg.d_beside:
+        weights_tn = weights_tn * w("expert_scale").astype(jnp.float32)[chosen_tn]
     return chosen_tn, weights_tn * cfg.routed_scale
 
 
 def mixture(
     cfg: ModelConfig, w, stack, place, h_td: Float[jax.Array, "T D"], once=lambda y_td, name: y_td
 ) -> Float[jax.Array, "T D"]:
-    """Returns what experts, and what every token goes through beside them, make of T tokens.
+    """Returns what experts, and what every token goes through beside them, make of T tokens; of their residual, where the experts
+    have a norm of their own (`ModelConfig.d_beside`).
 
     w(name): a weight of the block. stack, place: as in `experts`. once: what becomes of each of the two before they are summed;
     name: the weight that it was multiplied with last.
     """
     chosen_tn, weights_tn = route(cfg, w, h_td)
-    y_td = once(experts(cfg, stack, place, h_td, chosen_tn, weights_tn), "down")
+    h_td = normed(cfg, h_td, w("expert_norm")) if cfg.d_beside else h_td
+    y_td = once(experts(cfg, stack, place, h_td, chosen_tn, weights_tn), f"{cfg.expert_prefix}down")
     if cfg.mlp_bias:  # what the experts add whatever they read, by their weights
         bias_ed = stack("down_bias")[place].astype(jnp.float32)
         chosen_tne = jax.nn.one_hot(chosen_tn, cfg.n_experts)
@@ -254,7 +267,8 @@ def sharded_mixture(mesh, specs, cfg: ModelConfig, weights, stacks, place, h_btd
         alike = tuple(n for n in features if n not in _names(specs[name][-1]))
         return jnp.where(jax.lax.axis_index(alike) == 0, y_td, 0) if alike else y_td
 
-    features = max((_names(specs[name][-1]) for name in ("down", "shared_down") if name in specs), key=len)
+    writers = f"{cfg.expert_prefix}down", "shared_down"
+    features = max((_names(specs[name][-1]) for name in writers if name in specs), key=len)
     batch, placed, axis = _scatter(mesh, h_btd.shape[0], h_btd.shape[1], features)
     inputs = (
         *({name: specs[name] for name in group} for group in (weights, stacks)),
@@ -299,7 +313,7 @@ def experts(
 
     def block(index, out_smd):
         def own(name: str):
-            found = stack(name)
+            found = stack(f"{cfg.expert_prefix}{name}")
             return None if found is None else found[place, owner_s[index]]
 
         x = jax.lax.dynamic_index_in_dim(x_smd, index, keepdims=False)

@@ -4,16 +4,18 @@ Keys and values of the shared tokens depend on the edit and not on what follows 
 the same ones.
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Int
 
 from refusal_jax.axes import Array
 from refusal_jax.edits import Edits
 from refusal_jax.models.attention import Context
 from refusal_jax.models.cache import Cache, map_memory, placed
 from refusal_jax.models.config import ModelConfig
-from refusal_jax.models.decoder import Decoder
+from refusal_jax.models.decoder import Decoder, Residuals
 from refusal_jax.models.structure import structure
 from refusal_jax.taps import NO_TAPS
 
@@ -33,32 +35,34 @@ def context_after(cfg: ModelConfig, length: int, mask_bt: Bool[jax.Array, "B T"]
     return Context.build(cfg, positions_bt, mask_bt, shared)
 
 
-def embed_shared(decoder: Decoder, tokens_rt: Int[Array, "R _"]) -> Float[jax.Array, "R _ D"]:
+def embed_shared(decoder: Decoder, tokens_rt: Int[Array, "R _"]) -> Residuals:
     """Returns the first residuals of shared tokens, of which there may be none."""
     if not tokens_rt.shape[1]:
-        return jnp.zeros((*tokens_rt.shape, decoder.cfg.d_model), decoder.dtype)
+        return Residuals(jnp.zeros((*tokens_rt.shape, decoder.cfg.d_model), decoder.dtype))
     return decoder.embed_tokens(tokens_rt)
 
 
 def run_layers_after(
     decoder: Decoder,
-    shared_rtd: Float[jax.Array, "R _ D"],
-    x_btd: Float[jax.Array, "B T D"],
+    shared: Residuals,
+    residuals: Residuals,
     mask_bt: Bool[jax.Array, "B T"],
     edits: Edits,
     start,
     stop,
-) -> tuple[Float[jax.Array, "R _ D"], Float[jax.Array, "B T D"]]:
+) -> tuple[Residuals, Residuals]:
     """Runs blocks `start` to `stop - 1` on rows that follow shared tokens; returns the residuals of both.
 
-    shared_rtd: residuals of the shared tokens under each of R edits; there may be none. x_btd: those of the rows, of which each
-    edit has equally many, one edit's after another's. The bounds are traced, so that one program serves any range.
+    shared: of the shared tokens under each of R edits; there may be none. residuals: of the rows, of which each edit has equally
+    many, one edit's after another's. The bounds are traced, so that one program serves any range; `start` is as in
+    `Decoder.run_layers`.
     """
-    cfg, many = decoder.cfg, len(x_btd) // edits.rows
+    cfg, many = decoder.cfg, len(mask_bt) // edits.rows
     of_rows = jax.tree.map(lambda a: jnp.repeat(a, many, axis=0), edits)
+    shared_rtd, x_btd = shared.x_btd, residuals.x_btd
     if not shared_rtd.shape[1]:
-        return shared_rtd, decoder.run_layers(x_btd, Context.of_prompt(cfg, mask_bt), of_rows, start, stop)
-    layers_r, layers_b = decoder.layers(edits), decoder.layers(of_rows)[1]
+        return shared, decoder.run_layers(residuals, Context.of_prompt(cfg, mask_bt), of_rows, start, stop)
+    layers_r, layers_b = shared.tell(decoder.layers(edits)), residuals.tell(decoder.layers(of_rows))[1]
     before = Context.of_prompt(cfg, jnp.ones(shared_rtd.shape[:2], bool))
     after = context_after(cfg, shared_rtd.shape[1], mask_bt)
 
@@ -80,4 +84,5 @@ def run_layers_after(
         states = map_memory(lambda empty, _: empty, lambda _, state: state, empty_b, past)
         return shared, block(x, own_b, after, of_rows, NO_TAPS, past.__getitem__, decoder.apart, states)[0]
 
-    return jax.lax.fori_loop(start, stop, body, (shared_rtd, x_btd))
+    shared_rtd, x_btd = jax.lax.fori_loop(start, stop, body, (shared_rtd, x_btd))
+    return dataclasses.replace(shared, x_btd=shared_rtd), dataclasses.replace(residuals, x_btd=x_btd)

@@ -22,6 +22,7 @@ GROWTH = "llama_4_scaling_beta"
 KEYS = {
     "default": set(),
     "linear": {"factor"},
+    "proportional": {"factor"},
     "dynamic": {"factor"},
     "llama3": {"factor", "low_freq_factor", "high_freq_factor", SPAN},
     "yarn": {"factor", "attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate", SPAN},
@@ -65,6 +66,7 @@ class Rope:
     beta_fast: float = 32.0  # yarn
     beta_slow: float = 1.0
     truncate: bool = True
+    turned: int = 0  # proportional: how many of the pairs, the fastest, are rotated at all
     short_factors: tuple[float, ...] = ()  # longrope
     long_factors: tuple[float, ...] = ()
 
@@ -86,6 +88,7 @@ class Rope:
             )
             return jnp.where(length > self.original_context, long, short)
         scaled = {"default": plain, "linear": plain / self.factor, NONE: 0 * plain}
+        scaled["proportional"] = np.where(np.arange(len(plain)) < self.turned, plain / self.factor, 0)
         if self.kind in ("llama3", "yarn"):
             keep = self._kept_by_wavelength(plain) if self.kind == "llama3" else self._kept_by_pair()
             scaled[self.kind] = keep * plain + (1 - keep) * plain / self.factor
@@ -178,14 +181,17 @@ def rope_from_hf(
         return float(value)
 
     share = number("partial_rotary_factor", partial or 1.0)
-    if partial is None and share != 1:
+    spread = kind == "proportional"  # over the whole head, of which the rest stays as it is
+    if partial is None and share != 1 and not spread:
         raise ValueError(f".partial_rotary_factor = {share} is not supported by this architecture")
-    dims = int(head_dim * share)
-    if dims % 2 or not 0 < dims <= head_dim or (kind == "dynamic" and dims == 2):
+    dims = 2 * int(share * head_dim // 2) if spread else int(head_dim * share)
+    if dims % 2 or (spread and head_dim % 2) or not 0 < dims <= head_dim or (kind == "dynamic" and dims == 2):
         raise ValueError(f" rotates {dims} of head_dim = {head_dim} entries, rotary embeddings need pairs")
     theta = number("rope_theta", theta)
     if theta <= 1:
         raise ValueError(f" of type {kind!r} has rope_theta = {theta}, expected more than 1")
+    if spread:
+        return Rope(theta, head_dim, kind, number("factor", 1.0), turned=dims // 2, **settings)
     rope = Rope(theta, dims, kind, original_context=context, **settings)
     if kind == "default":
         return dataclasses.replace(rope, original_context=0)

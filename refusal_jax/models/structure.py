@@ -52,6 +52,11 @@ class Structure:
         keys = zip(self.memory_l, self.memory_place_l, strict=True)
         return tuple(None if m < 0 or self.owns(l) else owners[m, p] for l, (m, p) in enumerate(keys))
 
+    def kinds(self, mixer: int) -> tuple[int, ...]:
+        """Returns the kinds of attention (indices into `ModelConfig.kinds`) of the layers that have a mixer, sorted."""
+        pairs = zip(self.cfg.layer_kinds, self.mixer_l, strict=True)
+        return tuple(sorted({kind for kind, index in pairs if index == mixer}))
+
     def owns(self, layer: int) -> bool:
         """Returns whether a layer has a memory of its own."""
         return self.memory_l[layer] == self.mixer_l[layer]

@@ -18,6 +18,7 @@ def weight_table(cfg: ModelConfig) -> dict[str, Weight]:
     """
     d, v = cfg.d_model, cfg.vocab_size
     table = {"embed": Weight((v, d), ("vocab", "embed"), d**-0.5 if cfg.tied_embeddings else 1.0)}
+    table |= _told(cfg) if cfg.d_per_layer else {}
     found: dict[str, tuple[Weight, set[int]]] = {}
 
     def add(layers: list[int], weights: dict[str, Weight]) -> None:
@@ -35,12 +36,13 @@ def weight_table(cfg: ModelConfig) -> dict[str, Weight]:
         add(mixing, {f"attn_{name}": w for name, w in norm.items()})
         if not (cfg.parallel and kind == "norm"):  # one norm before both
             add(with_channel, {f"mlp_{name}": w for name, w in norm.items()})
+    add(list(everywhere), _at_the_end(cfg))
     for index, mixer in enumerate(mixers):
         if mixer is not None:
             add([l for l in everywhere if mixer_l[l] == index], mixer.weights(cfg))
     for channel in dict.fromkeys(channel_l):
         if channel is not None:
-            weights = _experts(cfg) if channel == EXPERTS else _mlp(cfg, cfg.d_dense if channel else cfg.d_mlp, channel)
+            weights = _mixture(cfg) if channel == EXPERTS else _mlp(cfg, cfg.d_dense if channel else cfg.d_mlp, channel)
             add([l for l in everywhere if channel_l[l] == channel], weights)
     for name, (w, having) in found.items():
         layers = tuple(sorted(having))
@@ -101,7 +103,7 @@ def _experts(cfg: ModelConfig) -> dict[str, Weight]:
     d, n = cfg.d_model, cfg.n_experts
     block = {
         name: dataclasses.replace(w, shape=(n, *w.shape), axes=("experts", *w.axes))
-        for name, w in _mlp(cfg, cfg.d_mlp).items()
+        for name, w in _mlp(cfg, cfg.d_mlp, cfg.expert_prefix).items()
     }
     # What is added to scores must be as exact as they are; what they are made of then is, too, as in transformers.
     block["router"] = Weight((n, d), ("routes", "embed"), d**-0.5, exact=cfg.router_correction)
@@ -113,4 +115,35 @@ def _experts(cfg: ModelConfig) -> dict[str, Weight]:
         block |= _mlp(cfg, cfg.d_shared, "shared_")
     if cfg.shared_gate:
         block["shared_router"] = Weight((1, d), ("routes", "embed"), d**-0.5)
+    if cfg.d_beside:
+        block |= {"expert_norm": Weight((d,), ("norm",), None), "router_scale": Weight((d,), ("norm",), None)}
+        block["expert_scale"] = Weight((n,), ("routes",), None)
     return block
+
+
+def _mixture(cfg: ModelConfig) -> dict[str, Weight]:
+    """Returns the experts and, where an MLP stands beside them, that and the norms of what either adds."""
+    if not cfg.d_beside:
+        return _experts(cfg)
+    norms = {f"{kind}_post_norm": Weight((cfg.d_model,), ("norm",), None) for kind in ("beside", "expert")}
+    return _experts(cfg) | _mlp(cfg, cfg.d_beside) | norms
+
+
+def _told(cfg: ModelConfig) -> dict[str, Weight]:
+    """Returns what each layer is told of tokens: its own embedding, and the model's embedding made as narrow."""
+    width, d = cfg.n_layers * cfg.d_per_layer, cfg.d_model
+    return {
+        "per_layer_embed": Weight((cfg.per_layer_vocab, width), ("vocab", "embed"), 1.0),
+        "per_layer_projection": Weight((width, d), ("routes", "embed"), 1.0),
+        "per_layer_norm": Weight((cfg.d_per_layer,), ("norm",), None),
+    }
+
+
+def _at_the_end(cfg: ModelConfig) -> dict[str, Weight]:
+    """Returns what a layer does after its two mixers: with what it is told of tokens, and with the residual as a whole."""
+    d, p, found = cfg.d_model, cfg.d_per_layer, {}
+    if p:
+        found["per_layer_gate"] = Weight((p, d), ("routes", "embed"), d**-0.5)
+        found["per_layer_out"] = Weight((d, p), ("embed", "routes"), growth(cfg) * p**-0.5)
+        found["per_layer_post_norm"] = Weight((d,), ("norm",), None)
+    return found | ({"layer_scale": Weight((1,), ("norm",), None)} if cfg.layer_scale else {})

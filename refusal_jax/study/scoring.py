@@ -20,11 +20,12 @@ from refusal_jax.chat.messages import Prompt
 from refusal_jax.chat.model import ChatModel
 from refusal_jax.edits import Edits
 from refusal_jax.models.config import ModelConfig
-from refusal_jax.models.decoder import Decoder
+from refusal_jax.models.decoder import Decoder, Residuals
 from refusal_jax.models.finite import check_finite
 from refusal_jax.models.prefix import embed_shared, run_layers_after, shareable
 from refusal_jax.models.scores import kl_divergence, refusal_score
 from refusal_jax.models.sharding import constrain, put, replicate, sharding_of
+from refusal_jax.models.structure import structure
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,9 +50,9 @@ class Batching:
         return math.ceil(positions / math.ceil(positions / self.at_once))
 
 
-def _tiled(x_bt: Array, times: int) -> jax.Array:
+def _tiled(tree, times: int):
     """Returns every row, `times` times over, as the rows of one batch: all rows for the first edit, then all for the next."""
-    return jnp.tile(x_bt, (times, *(1,) * (x_bt.ndim - 1)))
+    return jax.tree.map(lambda x_bt: jnp.tile(x_bt, (times, *(1,) * (x_bt.ndim - 1))), tree)
 
 
 @jax.jit
@@ -70,7 +71,7 @@ def last_logits(
     shared = embed_shared(decoder, prefix_rt)
     x = decoder.embed_tokens(constrain(decoder.mesh, tokens, "batch"))
     _, x = run_layers_after(decoder, shared, x, mask, edits, 0, decoder.cfg.n_layers)
-    logits_bv, finite_b = decoder.next_logits(x)
+    logits_bv, finite_b = decoder.next_logits(x.x_btd)
     return constrain(decoder.mesh, logits_bv, "batch", "vocab"), replicate(decoder.mesh, finite_b)
 
 
@@ -95,8 +96,8 @@ def score_edits(
 @jax.jit
 def score_from_layer(
     decoder: Decoder,
-    shared_1td: Float[jax.Array, "1 _ D"],
-    x_btd: Float[jax.Array, "B T D"],
+    shared: Residuals,
+    residuals: Residuals,
     mask_bt: Bool[jax.Array, "B T"],
     edits: Edits,
     layer: Int[jax.Array, ""],
@@ -104,29 +105,27 @@ def score_from_layer(
 ) -> Float[Array, "R B"]:
     """Returns refusal scores `[R, B]` of B prompts under R edits, from their residuals at the input of block `layer`: of the
     tokens that all begin with, and of what follows."""
-    shape, n_layers = (edits.rows, len(x_btd)), decoder.cfg.n_layers
-    shared, x, mask = (_tiled(a, edits.rows) for a in (shared_1td, x_btd, mask_bt))
-    _, x = run_layers_after(decoder, shared, x, mask, edits, layer, n_layers)
-    return replicate(decoder.mesh, refusal_score(decoder.logits(x[:, -1:])[:, 0], refusal_ids).reshape(shape))
+    shape, n_layers = (edits.rows, len(mask_bt)), decoder.cfg.n_layers
+    shared, residuals, mask = (_tiled(a, edits.rows) for a in (shared, residuals, mask_bt))
+    x_btd = run_layers_after(decoder, shared, residuals, mask, edits, layer, n_layers)[1].x_btd
+    return replicate(decoder.mesh, refusal_score(decoder.logits(x_btd[:, -1:])[:, 0], refusal_ids).reshape(shape))
 
 
-@partial(jax.jit, donate_argnames=("shared_1td", "x_btd"))
+@partial(jax.jit, donate_argnames=("shared", "residuals"))
 def advance(
     decoder: Decoder,
-    shared_1td: Float[jax.Array, "1 _ D"],
-    x_btd: Float[jax.Array, "B T D"],
+    shared: Residuals,
+    residuals: Residuals,
     mask_bt: Bool[jax.Array, "B T"],
     edits: Edits,
     layer: Int[jax.Array, ""],
-) -> tuple[Float[Array, "1 _ D"], Float[Array, "B T D"]]:
+) -> tuple[Residuals, Residuals]:
     """Returns the residuals after block `layer`, from those before it. edits: one row, for all."""
-    return run_layers_after(decoder, shared_1td, x_btd, mask_bt, edits, layer, layer + 1)
+    return run_layers_after(decoder, shared, residuals, mask_bt, edits, layer, layer + 1)
 
 
 @jax.jit
-def embed(
-    decoder: Decoder, prefix_t: Int[Array, " _"], tokens_bt: Int[Array, "B T"]
-) -> tuple[Float[Array, "1 _ D"], Float[Array, "B T D"]]:
+def embed(decoder: Decoder, prefix_t: Int[Array, " _"], tokens_bt: Int[Array, "B T"]) -> tuple[Residuals, Residuals]:
     """Returns the residuals at the input of the first block, of the tokens that all begin with, and of what follows."""
     return embed_shared(decoder, prefix_t[None]), decoder.embed_tokens(tokens_bt)
 
@@ -202,21 +201,25 @@ class PromptScorer:
     def climb(self, layers: int, positions: int) -> Iterable[tuple[int, Callable[[np.ndarray], np.ndarray]]]:
         """Yields (layer, induce) upwards; `induce(directions_md)` gives mean scores `[M]` when each is added there.
 
-        positions: the usual M, which is divided evenly.
+        positions: the usual M, which is divided evenly. Where layers use the memory of others, all run anew from the first.
         """
-        decoder = self.model.decoder
+        decoder, anew = self.model.decoder, structure(self.model.config).shares
         residuals = [embed(decoder, self.prefix, tokens) for _, tokens, *_ in self.batches]
         at_once = self.batching.together(positions)
 
         def induce(directions_md):
             def score(edits, number):
                 mask = self.batches[number][2]
-                return score_from_layer(decoder, *residuals[number], mask, edits, layer, self.refusal_ids)
+                return score_from_layer(
+                    decoder, *residuals[number], mask, edits, 0 if anew else layer, self.refusal_ids
+                )
 
             return self._means(Edits.add(directions_md, layer), at_once, score)
 
         for layer in range(layers):
             yield layer, induce
+            if anew:
+                continue
             residuals = [
                 advance(decoder, *residual, mask, self.none, layer)
                 for residual, (_, _, mask, _) in zip(residuals, self.batches, strict=True)

@@ -10,7 +10,7 @@ from refusal_jax.models.attention import Context, Segment, attend
 from refusal_jax.models.cache import Tokens
 from refusal_jax.models.config import ModelConfig
 from refusal_jax.models.head_taps import Heads
-from refusal_jax.models.layers import linear
+from refusal_jax.models.layers import divided_by_root, linear
 from refusal_jax.models.mixers.mixer import Mixed
 from refusal_jax.models.sharding import constrain
 from refusal_jax.models.weight import Weight, growth
@@ -21,7 +21,8 @@ class Attention:
     """Grouped-query attention. Sizes that are None are the config's.
 
     gated: whether each head's output is multiplied with a sigmoid, whose rows follow those of its queries in one matrix. prefix:
-    what the names of its weights begin with. reads: as in `Mixer`; such a layer has queries only.
+    what the names of its weights begin with. reads: as in `Mixer`; such a layer has queries only. keys_as_values: values are what
+    keys are before their norm and rope, and have no weights.
     """
 
     n_heads: int | None = None
@@ -30,6 +31,7 @@ class Attention:
     gated: bool = False
     prefix: str = ""
     reads: int | None = None
+    keys_as_values: bool = False
     has_heads = True
 
     def sizes(self, cfg: ModelConfig) -> tuple[int, int, int]:
@@ -64,7 +66,8 @@ class Attention:
             shared = cfg.qk_norm == "head"
             block["q_norm"] = Weight((width if shared else q,), ("norm",), None)
             block["k_norm"] = Weight((width if shared else kv,), ("norm",), None)
-        own = block if self.reads is None else {name: w for name, w in block.items() if name[0] not in "kv"}
+        others = "v" * self.keys_as_values if self.reads is None else "kv"  # first letters of what there is none of
+        own = {name: w for name, w in block.items() if name[0] not in others}
         return {f"{self.prefix}{name}": weight for name, weight in own.items()}
 
     def memory(self, cfg: ModelConfig, rows: int, tokens: int, dtype) -> Tokens:
@@ -94,7 +97,7 @@ class Attention:
 
     def mix(self, here, h_btd: Float[jax.Array, "B T D"], ctx: Context, past: Tokens | None) -> Mixed:
         """Returns attention on the input, as `Mixer.mix` does; its memory is the tokens' keys and values."""
-        cfg, view = here.cfg, ctx.view(here.layer.kind)
+        cfg, view = here.cfg, ctx.view(here.layer.kind, here.kinds)
         n_heads, n_kv_heads, _ = self.sizes(cfg)
 
         def heads(name: str, count: int):
@@ -113,7 +116,9 @@ class Attention:
             return view.rotate(here.norm(norm, x) if cfg.qk_norm in ("head", "each") else x)
 
         if self.reads is None:
-            k, v = placed("k", heads("k", n_kv_heads)), heads("v", n_kv_heads)
+            k = heads("k", n_kv_heads)
+            v = k if self.keys_as_values else heads("v", n_kv_heads)
+            k, v = placed("k", k), divided_by_root(cfg, v) if cfg.value_norm else v
             new = Tokens(tuple(constrain(here.mesh, a.swapaxes(1, 2), "batch", "kv_heads") for a in (k, v)))
         else:
             new = here.shared
@@ -130,7 +135,11 @@ class Attention:
         sinks, o = here.weight(f"{self.prefix}sinks"), f"{self.prefix}o"
         z = attend(q, segments, sinks, cfg.query_scale, cfg.attention_softcap)
         z = z if gate_btf is None else z * gate_btf
-        found = Heads(
-            q, segments, sinks, z, here.out(o, z), here.weight(o), here.weight(f"{o}_bias"), here.post_norm_d, gate_btf
-        )
+        projection = here.out(o, z), here.weight(o), here.weight(f"{o}_bias")
+        found = Heads(q, segments, sinks, z, *projection, here.post_norm_d, gate_btf, widest(cfg))
         return Mixed(found.out_btd, None if self.reads is not None else new, found)
+
+
+def widest(cfg: ModelConfig) -> int:
+    """Returns the width of the widest heads among the layers' kinds of attention; 0 where all are of one kind."""
+    return max((mixer.sizes(cfg)[2] for mixer in cfg.mixers if isinstance(mixer, Attention)), default=0)

@@ -30,10 +30,14 @@ class Parts:
 
 VISION = frozenset({"vision_config", "vision_start_token_id", "vision_end_token_id", "vision_token_id"})
 VISION |= {"image_token_id", "video_token_id", "image_token_index", "text_config"}
+AUDIO = {"audio_config", "audio_token_id", "boa_token_id", "eoa_token_id", "eoa_token_index", "eoi_token_id"}
+AUDIO |= {"boi_token_id", "vision_soft_tokens_per_image", "audio_seq_length", "audio_ms_per_token"}
 PARTS = {
     "gemma3": Parts(
         ("gemma3_text",), VISION | {"mm_tokens_per_image", "boi_token_index", "eoi_token_index"}, tied=True
     ),
+    "gemma4": Parts(("gemma4_text",), VISION | AUDIO, tied=True),
+    "gemma4_unified": Parts(("gemma4_unified_text",), VISION | AUDIO, tied=True),
     "qwen2_vl": Parts(("qwen2_vl_text", "qwen2_vl"), VISION, flat=True, either=True),
     "qwen2_5_vl": Parts(("qwen2_5_vl_text", "qwen2_5_vl"), VISION, flat=True, either=True),
     "qwen3_vl": Parts(("qwen3_vl_text",), VISION),
