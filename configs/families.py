@@ -59,6 +59,18 @@ MODELS = {
     "ernie_4_5_0_3b": Model("ERNIE 4.5 0.3B", "baidu/ERNIE-4.5-0.3B-PT", "v5e-1", 0.7),
     "cwm_32b": Model("Code World Model 32B", "facebook/cwm", "v6e-4", 65.2),
     "granite_3_1_8b": Model("Granite 3.1 8B Instruct", "ibm-granite/granite-3.1-8b-instruct", "v5e-4", 16.3),
+    "granite_4_h_tiny": Model(
+        "Granite 4.0 H Tiny (36 layers of state spaces, 4 of attention; 64 experts, 6 a token)",
+        "ibm-granite/granite-4.0-h-tiny",
+        "v5e-4",
+        13.9,
+    ),
+    "granite_4_h_micro": Model(
+        "Granite 4.0 H Micro (36 layers of state spaces, 4 of attention)",
+        "ibm-granite/granite-4.0-h-micro",
+        "v5e-1",
+        6.4,
+    ),
     "glm_4_9b": Model("GLM 4 9B (0414)", "zai-org/GLM-4-9B-0414", "v5e-4", 18.8),
     "mixtral_8x7b": Model("Mixtral 8x7B Instruct v0.1", "mistralai/Mixtral-8x7B-Instruct-v0.1", "v6e-8", 93.4),
     "qwen3_30b_a3b": Model("Qwen 3 30B (128 experts, 8 a token)", "Qwen/Qwen3-30B-A3B", "v6e-4", 61.1),

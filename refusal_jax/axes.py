@@ -41,5 +41,6 @@ AXES = {
     "O": "output tokens of a reply",
     "U": "answers that a judge model can give",
     "X": "heads that are looked at",
+    "Z": "entries of a state for each entry of a head",
     "W": "regions of a row's tokens, and what else a value can come from",
 }

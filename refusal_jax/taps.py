@@ -19,7 +19,8 @@ from refusal_jax.errors import UserError
 # The residual stream in TransformerLens's vocabulary; attn_out and mlp_out are what is added to it, after any post-norm.
 RESIDUAL_SITES = ("resid_pre", "attn_out", "resid_mid", "mlp_out", "resid_post")
 # The parts of attn_out . direction that come from each head, from each head and source token, and from the bias of the output
-# projection. Heads and bias sum to it, edits, post-norm and residual multiplier included; a head's sources sum to the head.
+# projection. Heads and bias sum to it, edits, post-norm and residual multiplier included; a head's sources sum to the head. Of a
+# layer without heads these are 0, and all that it adds counts as a bias.
 ALONG_SITES = ("result_along", "result_along_by_source", "o_bias_along")
 # Head outputs before the output projection, and softmax probabilities of the keys.
 HEAD_SITES = ("z", "pattern", *ALONG_SITES)

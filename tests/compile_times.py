@@ -22,9 +22,9 @@ def lowered(family: str, layers: int):
     """The traced forward pass of a tiny model of this family with so many layers."""
     variant = next(v for v in ("gqa", *families.FAMILIES[family]) if v in families.FAMILIES[family])
     more = {"num_hidden_layers": layers}
-    if family.startswith(("gemma3", "gemma4")):
-        more["layer_types"] = (["sliding_attention"] * 5 + ["full_attention"]) * layers
-        more["layer_types"] = more["layer_types"][:layers]
+    types = families.FAMILIES["gemma3_text" if family == "gemma3" else family][variant].get("layer_types", [])
+    if types:
+        more["layer_types"] = (types * layers)[:layers]
     cfg = from_hf(families.hf_config(family, variant, **more))
     decoder = jax.eval_shape(lambda key: Decoder.init(cfg, key), jax.random.key(0))
     tokens, mask = jax.ShapeDtypeStruct((4, 32), "int32"), jax.ShapeDtypeStruct((4, 32), "bool")

@@ -308,6 +308,17 @@ MULTIMODAL["gemma4_unified"] = Whole(
     {},
     {"vision_config": {"patch_size": 4, "mm_embed_dim": 16, "mm_posemb_size": 16, "output_proj_dims": 32}},
 )
+GRANITE_4 = GRANITE | {"mamba_n_heads": 8, "mamba_d_state": 6, "mamba_n_groups": 2, "shared_intermediate_size": 40}
+FAMILIES["granitemoehybrid"] = {
+    "gqa": GRANITE_4
+    | {"num_local_experts": 6, "num_experts_per_tok": 3, "layer_types": ["mamba", "attention", "mamba", "mamba"]}
+    | {"num_hidden_layers": 4, "position_embedding_type": "nope", "time_step_limit": [0.3, 1.2]},
+    "dense": GRANITE_4
+    | {"num_local_experts": 0, "layer_types": ["mamba", "attention", "attention"], "mamba_n_groups": 1}
+    | {"position_embedding_type": "rope", "mamba_conv_bias": False, "mamba_d_conv": 3, "mamba_expand": 3},
+    "attention": GRANITE_4
+    | {"num_local_experts": 0, "layer_types": ["attention"] * 3, "position_embedding_type": "rope"},
+}
 ROPE_VARIANTS = {
     "linear": ROPES["linear"],
     "llama3": ROPES["llama3"],
@@ -418,15 +429,16 @@ def hf_taps(model, tokens, mask) -> dict[str, np.ndarray]:
 
 
 def hf_heads(model, tokens, mask) -> dict[str, np.ndarray]:
-    """Of every layer what enters and leaves the output projection, "z" `[L, B, T, N, H]`, with zeros at the end of heads that are
-    narrower than others, and "out" `[L, B, T, D]`, and the attention probabilities, "pattern" `[L, B, N, T, T]`."""
+    """Of every layer that has heads what enters and leaves the output projection, "z" `[L, B, T, N, H]`, narrower with zeros
+    at the end, and "out" `[L, B, T, D]`, and the attention probabilities, "pattern" `[L, B, N, T, T]`."""
     caught = {"z": [], "out": []}
 
     def catch(module, args, out):
         caught["z"].append(args[0])
         caught["out"].append(out)
 
-    hooks = [layer.self_attn.o_proj.register_forward_hook(catch) for layer in text_model(model).layers]
+    heads = [getattr(layer, "self_attn", None) for layer in text_model(model).layers]
+    hooks = [part.o_proj.register_forward_hook(catch) for part in heads if part is not None]
     try:
         patterns = hf_forward(model, tokens, mask, output_attentions=True).attentions
     finally:
@@ -435,7 +447,8 @@ def hf_heads(model, tokens, mask) -> dict[str, np.ndarray]:
     n_heads = model.config.get_text_config().num_attention_heads
     z = [z_btf.unflatten(-1, (n_heads, -1)) for z_btf in caught["z"]]
     caught["z"] = [torch.nn.functional.pad(a, (0, max(b.shape[-1] for b in z) - a.shape[-1])) for a in z]
-    return {site: torch.stack(values).numpy() for site, values in (caught | {"pattern": list(patterns)}).items()}
+    caught["pattern"] = [pattern for pattern in patterns if pattern is not None]
+    return {site: torch.stack(values).numpy() for site, values in caught.items()}
 
 
 def text_model(model):

@@ -52,6 +52,9 @@ def _edit_output(edit, module, args, output):
     return (edit(output[0]), *output[1:]) if isinstance(output, tuple) else edit(output)
 
 
+SEQUENCE = ("self_attn", "linear_attn", "mamba")  # what layers call their attention, or what they have in its place
+
+
 def writers(layer) -> tuple[torch.nn.Module, ...]:
     """The modules of a block whose outputs are added to the residual, attention's first: norms, where they follow attention and
     MLP. Experts of Granite stand where others have an MLP, and what all tokens go through stands beside them. Gemma 4 adds what
@@ -64,8 +67,8 @@ def writers(layer) -> tuple[torch.nn.Module, ...]:
             more = [layer.post_per_layer_input_norm] if hasattr(layer, "post_per_layer_input_norm") else []
             return *(getattr(layer, name) for name in names), *more
     mlps = [getattr(layer, name, None) for name in ("mlp", "block_sparse_moe", "shared_mlp")]
-    attention = layer.linear_attn if hasattr(layer, "linear_attn") else layer.self_attn
-    return attention, *(mlp for mlp in mlps if mlp is not None)
+    mixer = next(part for name in SEQUENCE if (part := getattr(layer, name, None)) is not None)
+    return mixer, *(mlp for mlp in mlps if mlp is not None)
 
 
 def ablation(layers, direction) -> list[Hook]:

@@ -1280,3 +1280,72 @@ REAL_MODELS = (
     | LATENTS
     | HYBRIDS
 )
+
+# --- Granite 4: state spaces and attention, with experts or without -------------------------------------------------
+
+GRANITE_4 = GRANITE | {"model_type": "granitemoehybrid", "architectures": ["GraniteMoeHybridForCausalLM"]}
+GRANITE_4 |= {
+    "init_method": "mup",
+    "mamba_chunk_size": 256,
+    "mamba_conv_bias": True,
+    "mamba_d_conv": 4,
+    "mamba_d_state": 128,
+    "mamba_expand": 2,
+    "mamba_n_groups": 1,
+    "mamba_proj_bias": False,
+    "normalization_function": "rmsnorm",
+    "output_router_logits": False,
+    "position_embedding_type": "nope",
+    "rope_theta": 10000,
+    "router_aux_loss_coef": 0.0,
+}
+del GRANITE_4["mlp_bias"]
+
+
+def granite_4(
+    heads: int, head_dim: int, attention: tuple[int, ...], experts: int, chosen: int, shared: int, size: dict
+):
+    """A config of Granite 4: heads of its state spaces, the layers that attend, its experts, the MLP of all tokens."""
+    types = ["attention" if layer in attention else "mamba" for layer in range(size["num_hidden_layers"])]
+    return (
+        GRANITE_4
+        | size
+        | {"mamba_n_heads": heads, "mamba_d_head": head_dim, "layer_types": types, "num_local_experts": experts}
+        | {"num_experts_per_tok": chosen, "shared_intermediate_size": shared}
+    )
+
+
+TENTHS = (5, 15, 25, 35)
+REAL_MODELS |= {
+    "granite-4.0-micro": Real(
+        "ibm-granite/granite-4.0-micro",
+        3_402_836_480,
+        granite_4(128, 40, tuple(range(40)), 0, 0, 8192, shape(2560, 40, 40, 8, 8192, 100352, 131072))
+        | {"attention_multiplier": 0.015625, "logits_scaling": 10, "position_embedding_type": "rope"}
+        | {"rope_theta": 10000000},
+    ),
+    "granite-4.0-h-micro": Real(
+        "ibm-granite/granite-4.0-h-micro",
+        3_191_396_096,
+        granite_4(64, 64, TENTHS, 0, 0, 8192, shape(2048, 40, 32, 8, 8192, 100352, 131072))
+        | {"attention_multiplier": 0.015625, "logits_scaling": 8},
+    ),
+    "granite-4.0-h-350m": Real(
+        "ibm-granite/granite-4.0-h-350m",
+        340_332_224,
+        granite_4(48, 32, (10, 13, 17, 27), 0, 0, 2048, shape(768, 32, 12, 4, 2048, 100352, 32768))
+        | {"attention_multiplier": 0.015625, "logits_scaling": 3},
+    ),
+    "granite-4.0-h-small": Real(
+        "ibm-granite/granite-4.0-h-small",
+        32_207_337_984,
+        granite_4(128, 64, TENTHS, 72, 10, 1536, shape(4096, 40, 32, 8, 768, 100352, 131072))
+        | {"attention_multiplier": 0.0078125, "logits_scaling": 16},
+    ),
+    "granite-4.0-h-tiny": Real(
+        "ibm-granite/granite-4.0-h-tiny",
+        6_939_037_248,
+        granite_4(48, 64, TENTHS, 64, 6, 1024, shape(1536, 40, 12, 4, 512, 100352, 131072))
+        | {"attention_multiplier": 0.0078125, "logits_scaling": 6},
+    ),
+}

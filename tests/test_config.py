@@ -121,6 +121,14 @@ ON = {
     "routed_scaling_factor": 1.5,
     "num_nextn_predict_layers": 2,
     "shared_intermediate_size": 10,
+    "mamba_n_heads": 4,
+    "mamba_n_groups": 2,
+    "mamba_d_state": 5,
+    "mamba_d_conv": 3,
+    "mamba_proj_bias": True,
+    "mamba_conv_bias": False,
+    "time_step_limit": [0.1, 0.2],
+    "position_embedding_type": "rope",
     "rotary_dim": 4,
     "kv_lora_rank": 12,
     "q_lora_rank": 10,
@@ -190,6 +198,9 @@ OTHER_VALUE = {
     "full_attention_interval": 3,
     "linear_num_key_heads": 4,
     "linear_num_value_heads": 6,
+    "time_step_limit": [0.3, 0.4],
+    "mamba_expand": 3,
+    "mamba_n_groups": 4,
 }
 MINISTRAL_ROPE = {
     "rope_type": "yarn",
@@ -198,6 +209,13 @@ MINISTRAL_ROPE = {
     "llama_4_scaling_beta": 0.5,
 }
 GEMMA4_TYPES = ["sliding_attention", "full_attention"] * 2
+HYBRID = {"layer_types": ["mamba", "attention"] * 2}
+GRANITE_4 = {  # its attributes that count in layers of one kind only, or depend on others
+    **{name: OTHER_VALUE[name] for name in ("num_attention_heads", "num_key_value_heads", "head_dim", "rope_theta")},
+    **{name: OTHER_VALUE[name] for name in ("rope_scaling", "rope_parameters")},
+    **{"attention_bias": False, "attention_multiplier": 0.7, "position_embedding_type": None, "num_local_experts": 5},
+    **{"layer_types": ["mamba", "attention", "attention", "mamba"], "mamba_n_heads": 8},
+}
 # (family, attribute): what else must be set for it to count, and its other value.
 OF_FAMILY = {
     **{
@@ -226,6 +244,8 @@ OF_FAMILY = {
     ("deepseek_v2", "topk_group"): ({}, 1),
     ("deepseek_v2", "topk_method"): ({"topk_group": 1}, "greedy"),
     ("glm4_moe_lite", "num_hidden_layers"): ({"mlp_layer_types": None}, 5),
+    ("granitemoehybrid", "layers_block_type"): ({}, HYBRID["layer_types"]),
+    **{("granitemoehybrid", name): (HYBRID, value) for name, value in GRANITE_4.items()},
     ("minimax_m2", "rotary_dim"): ({"partial_rotary_factor": None}, 8),
     ("qwen", "use_logn_attn"): ({"use_dynamic_ntk": False}, True),  # either of the two ends the context at seq_length
     ("qwen", "rotary_emb_base"): ({"rope_theta": None}, 7.0),
@@ -250,6 +270,7 @@ OF_FAMILY = {
     ("phi3", "original_max_position_embeddings"): ({"rope_scaling": LONG_ROPE}, 5),
 }
 LEFT_OUT = {
+    "granitemoehybrid": {"mamba_d_head"},  # which can only say what others say together
     "deepseek_v2": {"num_experts"},  # another name of n_routed_experts, which these attributes give, too
     "olmo3": {"rope_theta"},  # which versions of transformers read differently, unless rope_parameters repeats it
     **{f"qwen2{v}_vl": {"head_dim"} for v in ("", "_5")},  # which the class does not hand on to its text part
@@ -303,7 +324,7 @@ def test_every_handled_attribute_changes_shapes_or_outputs(family, outputs):
         with pytest.raises(UserError, match=f"{name} = 'other' is not supported"):
             from_hf(base | {name: "other"})
     for name in sorted(taken):
-        more, value = OF_FAMILY.get((family, name), ({}, other_value(name, base.get(name))))
+        more, value = OF_FAMILY.get((family, name)) or ({}, other_value(name, base.get(name)))
         before, after = from_hf(base | more), from_hf(base | more | {name: value})
         if before.draft_layers != after.draft_layers:
             continue  # which no output shows: it says what tensors may be there besides

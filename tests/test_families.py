@@ -22,6 +22,7 @@ from refusal_jax.mechanism.attribution import SITES, check_sum, parts_of, scales
 from refusal_jax.models.cache import Cache
 from refusal_jax.models.decoder import Decoder
 from refusal_jax.models.predict import predict
+from refusal_jax.models.structure import structure
 from refusal_jax.models.weights import weight_table
 from refusal_jax.taps import NO_TAPS, RESIDUAL_SITES, TAP_AXES
 
@@ -107,12 +108,20 @@ def test_edits(case):
         assert np.abs(along).max() < 1e-4
 
 
+def layers_with_heads(cfg) -> np.ndarray:
+    """Which layers have attention heads, bool `[L]`."""
+    form = structure(cfg)
+    return np.array([(mixer := form.mixers[index]) is not None and mixer.has_heads for index in form.mixer_l])
+
+
 def by_head(case, z_lbtnh, out_lbtd) -> np.ndarray:
-    """Each head's part of `attn_out . along` in an unedited model, `[L, B, T, N]`, float64, from its output and o_proj's."""
+    """Each head's part of `attn_out . along` in an unedited model, `[L, B, T, N]`, float64, from its output and o_proj's; of
+    layers with heads."""
     cfg, weights = case.ours.cfg, case.ours.weights()
-    o_ldnh = np.zeros((cfg.n_layers, cfg.d_model, *z_lbtnh.shape[3:]))
+    o_ldnh, has_heads = np.zeros((cfg.n_layers, cfg.d_model, *z_lbtnh.shape[3:])), layers_with_heads(cfg)
     for path, weight in weight_table(cfg).items():
-        for layer, o_df in zip(weight.layers, weights[path] if path.endswith(("blocks.o", "_o")) else (), strict=False):
+        writes = path.endswith(("blocks.o", "_o")) and has_heads[list(weight.layers)].all()
+        for layer, o_df in zip(weight.layers, weights[path] if writes else (), strict=False):
             o_dnh = np.asarray(o_df).reshape(cfg.d_model, cfg.n_heads, -1)
             o_ldnh[layer, ..., : o_dnh.shape[-1]] = o_dnh
     along_ld = np.tile(cfg.residual_scale * case.along.astype(np.float64), (cfg.n_layers, 1))
@@ -120,15 +129,20 @@ def by_head(case, z_lbtnh, out_lbtd) -> np.ndarray:
     if cfg.post_norm:
         along_ld *= cfg.norm_offset + np.asarray(weights["blocks.attn_post_norm"], np.float64)
         scale_lbt = (np.square(out_lbtd, dtype=np.float64).mean(axis=-1) + cfg.norm_eps) ** -0.5
-    return np.einsum("lbtnh,ldnh,ld,lbt->lbtn", z_lbtnh, o_ldnh, along_ld, scale_lbt)
+    return np.einsum("lbtnh,ldnh,ld,lbt->lbtn", z_lbtnh, o_ldnh[has_heads], along_ld[has_heads], scale_lbt)
 
 
 def test_head_taps(case):
     """Head outputs and patterns as transformers computes them, edited and not, and what heads write along a direction."""
     layers, cfg = families.text_model(case.theirs).layers, case.ours.cfg
+    has_heads = layers_with_heads(cfg)
     hooks = [], oracle.ablation(layers, case.direction), oracle.addition(layers, case.direction, ADDED_AT)
     for row, edited in enumerate(hooks):
         taps = {site: case.taps[site][:, case.rows(row)] for site in TAP_AXES}
+        whole = (taps["attn_out"] @ case.along)[:, case.mask]
+        close((taps["result_along"].sum(axis=-1) + taps["o_bias_along"])[:, case.mask], whole)
+        assert not any(taps[site][~has_heads].any() for site in ("z", "pattern", "result_along"))
+        taps = {site: values[has_heads] for site, values in taps.items()}
         with oracle.hooked(edited):
             theirs = families.hf_heads(case.theirs, case.tokens, case.mask)
         z_lbtnh = theirs["z"]
@@ -137,12 +151,10 @@ def test_head_taps(case):
             theirs[name] = patterns.transpose(0, 1, 3, 2, 4)[:, case.mask]  # queries before heads
         close(theirs["ours"], theirs["theirs"])
         assert theirs["ours"].dtype == np.float32 and (theirs["ours"] == 0).any()
-        whole = (taps["attn_out"] @ case.along)[:, case.mask]
-        close((taps["result_along"].sum(axis=-1) + taps["o_bias_along"])[:, case.mask], whole)
         close(taps["result_along_by_source"].sum(axis=-1)[:, case.mask], taps["result_along"][:, case.mask])
         if not edited:
             close(taps["result_along"][:, case.mask], by_head(case, z_lbtnh, theirs["out"])[:, case.mask])
-    assert cfg.o_bias == bool(np.abs(case.taps["o_bias_along"]).max())
+    assert cfg.o_bias == bool(np.abs(case.taps["o_bias_along"][has_heads]).max())
 
 
 def test_attribution(case):

@@ -36,6 +36,7 @@ HINTS = {
     "gpt_oss": "gpt-oss",
     "glm4_moe": "glm4moe",
     "granitemoeshared": "granitemoe",
+    "granitemoehybrid": "granitehybrid",
     "minimax_m2": "minimax-m2",
     "deepseek_v2": "deepseek2",
     "deepseek_v3": "deepseek2",

@@ -36,8 +36,8 @@ class Attribution:
     """Parts of the last token's residual along a unit direction, of n prompts, float32.
 
     embed: of the embedding, `[n]`; heads: of each head, `[n, L, N]`; bias: of the output projection's bias, `[n, L]`, 0 without
-    one; mlp: of each MLP, `[n, L]`. along, norm: the residual's product with the direction, and its norm, at the input of each
-    block and after the last, `[n, L + 1]`.
+    one, and of a layer without heads all that it adds; mlp: of each MLP, `[n, L]`. along, norm: the residual's product with the
+    direction, and its norm, at the input of each block and after the last, `[n, L + 1]`.
     """
 
     embed: Float[Array, " n"]

@@ -225,15 +225,21 @@ class Block(Stack):
             new = (mixed.memory,) if before is None and len(form.mixers) == 1 else before or ()
             if before is not None and mixer.reads is None:
                 new = (*before[:k], mixed.memory, *before[k + 1 :])
-            return added(mixed.out_btd, "attn_post_norm"), new, no_heads() if heads is None else heads
+            out = added(mixed.out_btd, "attn_post_norm")
+            return out, new, no_heads(out) if heads is None else heads
 
-        def no_heads() -> dict[str, jax.Array]:
-            """Returns the taps of a layer without heads, zeros in the shapes that those of layers with heads have."""
+        def no_heads(out=None) -> dict[str, jax.Array]:
+            """Returns the taps of a layer without heads, in the shapes of those of layers with heads: zeros, but for what it adds
+            along the direction, all of which counts as a bias. out: what it adds, None for nothing."""
             if not taps.asks(*HEAD_SITES):
                 return {}
             with_heads = next(i for i, mixer in enumerate(form.mixers) if mixer is not None and mixer.has_heads)
             shapes = jax.eval_shape(lambda: sequence(with_heads)[2])
-            return jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
+            found = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
+            if out is not None and "o_bias_along" in found:
+                out_bpd = taps.cut(edits.ablated(out, gates["attn_out"])).astype(jnp.float32)
+                found["o_bias_along"] = jnp.einsum("bpd,bd->bp", out_bpd, taps.along, precision="highest")
+            return found
 
         def channel(index: int):
             """Returns what a channel mixer adds."""

@@ -8,7 +8,18 @@ from collections.abc import Callable
 
 from refusal_jax.models.config import ModelConfig
 from refusal_jax.models.hf_attributes import Reader
-from refusal_jax.models.readers import deepseek, gemma, gemma4, llama, mixtures, multimodal, qwen, qwen_hybrid, ropeless
+from refusal_jax.models.readers import (
+    deepseek,
+    gemma,
+    gemma4,
+    granite_hybrid,
+    llama,
+    mixtures,
+    multimodal,
+    qwen,
+    qwen_hybrid,
+    ropeless,
+)
 
 READERS: dict[str, Callable[[Reader], ModelConfig]] = (
     llama.READERS
@@ -18,6 +29,7 @@ READERS: dict[str, Callable[[Reader], ModelConfig]] = (
     | ropeless.READERS
     | mixtures.READERS
     | deepseek.READERS
+    | granite_hybrid.READERS
     | multimodal.READERS
     | qwen_hybrid.READERS
 )

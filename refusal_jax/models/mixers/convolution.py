@@ -50,6 +50,7 @@ class ShortConvolution:
     taps: int
     bias: bool
     reads: int | None = None
+    has_heads = False
 
     def weights(self, cfg: ModelConfig) -> dict[str, Weight]:
         """Returns each weight of one layer by its name."""
