@@ -106,6 +106,23 @@ MODELS = {
     "qwen3_5_35b_a3b": Model(
         "Qwen 3.5 35B, its language model (256 experts, 8 a token)", "Qwen/Qwen3.5-35B-A3B", "v6e-4", 69.3
     ),
+    "llama_4_scout": Model(
+        "Llama 4 Scout (16 experts, 1 a token), its language model",
+        "meta-llama/Llama-4-Scout-17B-16E-Instruct",
+        "v6e-16",
+        215.5,
+    ),
+    "llama_4_maverick": Model(
+        "Llama 4 Maverick (128 experts, 1 a token), its language model",
+        "meta-llama/Llama-4-Maverick-17B-128E-Instruct",
+        "v6e-64",
+        801.4,
+    ),
+    "mobilellm_r1_950m": Model(
+        "MobileLLM-R1 950M, a Llama 4 without experts", "facebook/MobileLLM-R1-950M", "v5e-1", 1.9
+    ),
+    "lfm2_5_1_2b": Model("LFM2.5 1.2B Instruct", "LiquidAI/LFM2.5-1.2B-Instruct", "v5e-1", 2.3),
+    "lfm2_8b_a1b": Model("LFM2 8B A1B (32 experts, 4 a token)", "LiquidAI/LFM2-8B-A1B", "v5e-4", 16.7),
     "olmoe_1b_7b": Model(
         "OLMoE 1B-7B Instruct (64 experts, 8 a token)",
         "allenai/OLMoE-1B-7B-0924-Instruct",

@@ -4,6 +4,7 @@ The first Qwen, which transformers does not know, computes what a Llama with bia
 under Qwen's own names, attributes and fused tensors, and such a Llama of the same weights is its reference.
 """
 
+import functools
 import json
 import pathlib
 from typing import NamedTuple
@@ -80,6 +81,15 @@ MULTIMODAL = {
         "mistral", {}, {"vision_config": VISION | {"model_type": "pixtral", "head_dim": 8}, "image_token_index": 3}
     ),
 }
+MULTIMODAL["llama4"] = Whole(
+    "llama4_text",
+    {},
+    {
+        "vision_config": VISION
+        | dict.fromkeys(("vision_output_dim", "projector_input_dim", "projector_output_dim"), 16)
+        | {"model_type": "llama4_vision_model"}
+    },
+)
 MINISTRAL3 = {
     "head_dim": 16,
     "rope_parameters": YARN
@@ -319,6 +329,41 @@ FAMILIES["granitemoehybrid"] = {
     "attention": GRANITE_4
     | {"num_local_experts": 0, "layer_types": ["attention"] * 3, "position_embedding_type": "rope"},
 }
+LLAMA4 = {
+    "num_hidden_layers": 4,
+    "head_dim": 8,
+    "intermediate_size_mlp": 40,
+    "num_local_experts": 3,
+    "interleave_moe_layer_step": 2,
+    "no_rope_layer_interval": 2,
+    "attention_chunk_size": 7,
+    "floor_scale": 5,
+    "attn_scale": 0.6,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1000.0},
+}
+STEP = {"rope_type": "llama3", "rope_theta": 1000.0, "factor": 4.0, "original_max_position_embeddings": 16}
+STEP |= {"low_freq_factor": 1.0, "high_freq_factor": 1.0}
+FAMILIES["llama4_text"] = {
+    "mqa": LLAMA4 | HEADS["mqa"] | {"moe_layers": [0, 1, 2, 3], "rope_parameters": STEP},
+    "two": LLAMA4 | {"num_experts_per_tok": 2, "use_qk_norm": False, "attn_temperature_tuning": False},
+    "dense": LLAMA4
+    | {"moe_layers": [], "tie_word_embeddings": True, "attention_bias": True, "no_rope_layers": [1, 0, 0, 1]},
+}
+FAMILIES["llama4"] = {"gqa": LLAMA4 | {"attention_chunk_size": None}}
+LFM2 = {"num_hidden_layers": 4, "layer_types": ["conv", "full_attention", "conv", "full_attention"]}
+LFM2 |= {"rope_parameters": {"rope_type": "default", "rope_theta": 1000.0}}
+FAMILIES["lfm2"] = {
+    "gqa": LFM2 | {"block_multiple_of": 16, "block_ffn_dim_multiplier": 1.3},
+    "biased": LFM2
+    | {"conv_bias": True, "conv_L_cache": 5, "tie_word_embeddings": False, "block_auto_adjust_ff_dim": False}
+    | {"layer_types": None, "full_attn_idxs": [0]},
+}
+LFM2_MIXTURE = LFM2 | EXPERTS | {"moe_intermediate_size": 24, "routed_scaling_factor": 1.7}
+FAMILIES["lfm2_moe"] = {
+    "gqa": LFM2_MIXTURE | {"num_dense_layers": 1},
+    "uncorrected": LFM2_MIXTURE
+    | {"num_dense_layers": 0, "use_expert_bias": False, "norm_topk_prob": False, "conv_L_cache": 2},
+}
 ROPE_VARIANTS = {
     "linear": ROPES["linear"],
     "llama3": ROPES["llama3"],
@@ -382,14 +427,40 @@ def reference(folder):
     if family == "qwen":
         _as_llama(folder, where)
     known = {"config": known_config(hf)} if family in CODE_OF else {}
-    return auto.from_pretrained(where, dtype=torch.float32, attn_implementation="eager", **known).eval()
+    model = auto.from_pretrained(where, dtype=torch.float32, attn_implementation="eager", **known).eval()
+    # The whole Llama 4 of transformers 5.24 fails without an image.
+    return without_padding(model.language_model if family == "llama4" else model)
+
+
+def without_padding(model):
+    """The model, with what padding does in transformers alone mended: Llama 4's queries grow with the number of tokens before
+    them, padding among them, and biases of LFM2's convolutions make inputs of it."""
+    text, seen = text_model(model), {}
+    text.register_forward_pre_hook(lambda module, args, kwargs: seen.update(kwargs), with_kwargs=True)
+
+    def grown(attention, module, args, out):
+        whole = torch.floor((seen["position_ids"] + 1.0) / attention.floor_scale)
+        return out * (1 + attention.attn_scale * torch.log1p(whole))[..., None]
+
+    def real(module, args, out):
+        return out * seen["attention_mask"][:, -out.shape[1] :, None]
+
+    for layer in text.layers:
+        attention = getattr(layer, "self_attn", None)
+        if getattr(getattr(layer, "conv", None), "bias", False):
+            layer.conv.in_proj.register_forward_hook(real)
+        if getattr(attention, "attn_temperature_tuning", False) and not attention.use_rope:
+            attention.attn_temperature_tuning = False
+            attention.q_proj.register_forward_hook(functools.partial(grown, attention))
+    return model
 
 
 def hf_taps(model, tokens, mask) -> dict[str, np.ndarray]:
     """Every tap site of every layer, `{site: [L, B, T, D]}`, caught by forward hooks."""
     caught = {site: [] for site in RESIDUAL_SITES}
     layers, scale = text_model(model).layers, getattr(model.config, "residual_multiplier", 1.0)
-    parallel = not hasattr(layers[0], "post_attention_layernorm")  # then nothing reads the residual in the middle
+    before_mlp = "pre_feedforward_layernorm", "ffn_norm"  # what gets the residual in the middle, if layers have it
+    parallel = not any(hasattr(layers[0], name) for name in ("post_attention_layernorm", *before_mlp))
 
     def first(value):
         return value[0] if isinstance(value, tuple) else value
@@ -406,7 +477,7 @@ def hf_taps(model, tokens, mask) -> dict[str, np.ndarray]:
     hooks = []
     for layer in layers:
         attention, mlp, *beside = oracle.writers(layer)
-        reads_mid = getattr(layer, "pre_feedforward_layernorm", None)  # the module that gets the residual in the middle
+        reads_mid = next((getattr(layer, name) for name in before_mlp if hasattr(layer, name)), None)
         if reads_mid is None and not parallel:
             reads_mid = layer.mlp if attention is layer.post_attention_layernorm else layer.post_attention_layernorm
         hooks += [
@@ -425,7 +496,8 @@ def hf_taps(model, tokens, mask) -> dict[str, np.ndarray]:
             hook.remove()
     if parallel:
         caught["resid_mid"] = [pre + out for pre, out in zip(caught["resid_pre"], caught["attn_out"], strict=True)]
-    return {site: torch.stack(values).numpy() for site, values in caught.items()}
+    shape = caught["resid_pre"][0].shape  # experts of Llama 4 give all tokens of all rows on one axis
+    return {site: torch.stack([v.reshape(shape) for v in values]).numpy() for site, values in caught.items()}
 
 
 def hf_heads(model, tokens, mask) -> dict[str, np.ndarray]:
@@ -438,7 +510,8 @@ def hf_heads(model, tokens, mask) -> dict[str, np.ndarray]:
         caught["out"].append(out)
 
     heads = [getattr(layer, "self_attn", None) for layer in text_model(model).layers]
-    hooks = [part.o_proj.register_forward_hook(catch) for part in heads if part is not None]
+    hooks = [getattr(part, "o_proj", None) or part.out_proj for part in heads if part is not None]
+    hooks = [projection.register_forward_hook(catch) for projection in hooks]
     try:
         patterns = hf_forward(model, tokens, mask, output_attentions=True).attentions
     finally:
@@ -453,7 +526,9 @@ def hf_heads(model, tokens, mask) -> dict[str, np.ndarray]:
 
 def text_model(model):
     """The part of a transformers model that has the embedding and the layers."""
-    return model.model.language_model if hasattr(model.model, "language_model") else model.model
+    whole = getattr(model, "model", model)
+    inner = getattr(whole, "language_model", whole)
+    return getattr(inner, "model", inner)
 
 
 def _first_qwen_config(settings: dict) -> dict:

@@ -15,6 +15,7 @@ ARCHITECTURES = {
     "mixtral": "llama",
     "qwen3_moe": "qwen3moe",
     "gpt_oss": "gpt-oss",
+    "lfm2_moe": "lfm2moe",
 }
 # Of HF names that the library's table lacks, as converters merge experts under these.
 MERGED = {"w1": "ffn_gate_exps", "w2": "ffn_down_exps", "w3": "ffn_up_exps"}
@@ -67,7 +68,9 @@ def write_gguf(
             weight = permuted(weight, hf["num_attention_heads" if "q_proj" in name else "num_key_value_heads"])
         if arch.startswith("gemma") and name.endswith("norm.weight"):
             weight = weight + 1
+        weight = weight.squeeze(1) if name.endswith("conv.conv.weight") else weight
         stem, ending = name.rsplit(".", 1)
+        stem, ending = (name, "bias") if ending == "expert_bias" else (stem, ending)
         if ".experts." in name:
             layer, expert, part = stem.split(".")[2], int(stem.split(".")[-2]), stem.split(".")[-1]
             experts.setdefault(f"blk.{layer}.{MERGED[part]}.weight", {})[expert] = raw(weight, stored)
@@ -120,10 +123,10 @@ def settings(hf: dict, arch: str) -> dict:
         "context_length": hf["max_position_embeddings"],
         "embedding_length": hf["hidden_size"],
         "block_count": hf["num_hidden_layers"],
-        "feed_forward_length": hf["intermediate_size"],
+        "feed_forward_length": width_of(hf),
         "attention.head_count": hf["num_attention_heads"],
         "attention.head_count_kv": hf["num_key_value_heads"],
-        "attention.layer_norm_rms_epsilon": float(hf["rms_norm_eps"]),
+        "attention.layer_norm_rms_epsilon": float(hf.get("rms_norm_eps") or hf["norm_eps"]),
         "rope.freq_base": float(rope.get("rope_theta", 10000.0)),
     }
     if arch != "phi3":
@@ -153,7 +156,20 @@ def settings(hf: dict, arch: str) -> dict:
         found["expert_feed_forward_length"] = hf["intermediate_size"]
     if "moe_intermediate_size" in hf:
         found["expert_feed_forward_length"] = hf["moe_intermediate_size"]
+    if arch.startswith("lfm2"):
+        heads = [hf["num_key_value_heads"] * (kind == "full_attention") for kind in hf["layer_types"]]
+        found |= {"attention.head_count_kv": heads, "shortconv.l_cache": hf["conv_L_cache"]}
+    if arch == "lfm2moe":
+        found |= {"leading_dense_block_count": hf["num_dense_layers"], "expert_gating_func": 2}
     return {f"{arch}.{key}": value for key, value in found.items()}
+
+
+def width_of(hf: dict) -> int:
+    """The width of an MLP, which LFM2's configs say in a roundabout way."""
+    width, multiple = hf["intermediate_size"], hf.get("block_multiple_of", 1)
+    if hf.get("block_auto_adjust_ff_dim"):
+        width = multiple * math.ceil(int(hf["block_ffn_dim_multiplier"] * int(2 * width / 3)) / multiple)
+    return width
 
 
 def rope_factors(hf: dict) -> dict[str, list[float]]:

@@ -52,7 +52,8 @@ def _edit_output(edit, module, args, output):
     return (edit(output[0]), *output[1:]) if isinstance(output, tuple) else edit(output)
 
 
-SEQUENCE = ("self_attn", "linear_attn", "mamba")  # what layers call their attention, or what they have in its place
+# What layers call their attention, or what they have in its place.
+SEQUENCE = ("self_attn", "linear_attn", "mamba", "conv")
 
 
 def writers(layer) -> tuple[torch.nn.Module, ...]:
@@ -66,7 +67,7 @@ def writers(layer) -> tuple[torch.nn.Module, ...]:
         if all(hasattr(layer, name) for name in names):
             more = [layer.post_per_layer_input_norm] if hasattr(layer, "post_per_layer_input_norm") else []
             return *(getattr(layer, name) for name in names), *more
-    mlps = [getattr(layer, name, None) for name in ("mlp", "block_sparse_moe", "shared_mlp")]
+    mlps = [getattr(layer, name, None) for name in ("mlp", "feed_forward", "block_sparse_moe", "shared_mlp")]
     mixer = next(part for name in SEQUENCE if (part := getattr(layer, name, None)) is not None)
     return mixer, *(mlp for mlp in mlps if mlp is not None)
 

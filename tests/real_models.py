@@ -1262,6 +1262,137 @@ HYBRIDS = {
         "a copy of its text part", 34_660_610_688, family("qwen3_5_moe_text", "Qwen3_5MoeForCausalLM") | QWEN_3_5_35B
     ),
 }
+# --- Llama 4: the counts are without the vision tower, too; MobileLLM-R1 is the text model without experts --------------
+
+LLAMA_4 = shape(5120, 48, 40, 8, 8192, 202048, 10485760) | {
+    "attention_bias": False,
+    "attention_chunk_size": 8192,
+    "attention_dropout": 0.0,
+    "attn_scale": 0.1,
+    "attn_temperature_tuning": True,
+    "floor_scale": 8192,
+    "for_llm_compressor": False,
+    "head_dim": 128,
+    "hidden_act": "silu",
+    "interleave_moe_layer_step": 1,
+    "intermediate_size_mlp": 16384,
+    "model_type": "llama4_text",
+    "no_rope_layers": [],
+    "num_experts_per_tok": 1,
+    "num_local_experts": 16,
+    "output_router_logits": False,
+    "rms_norm_eps": 1e-5,
+    "rope_scaling": {
+        "factor": 16.0,
+        "high_freq_factor": 1.0,
+        "low_freq_factor": 1.0,
+        "original_max_position_embeddings": 8192,
+        "rope_type": "llama3",
+    },
+    "rope_theta": 500000.0,
+    "router_aux_loss_coef": 0.001,
+    "router_jitter_noise": 0.0,
+    "use_qk_norm": True,
+}
+MAVERICK = {"interleave_moe_layer_step": 2, "max_position_embeddings": 1048576, "num_local_experts": 128}
+MAVERICK |= {"rope_scaling": None, "use_qk_norm": False}
+WHOLE_LLAMA_4 = family("llama4", "Llama4ForConditionalGeneration") | {
+    "boi_token_index": 200080,
+    "eoi_token_index": 200081,
+    "image_token_index": 200092,
+    "tie_word_embeddings": False,
+    "vision_config": {"hidden_size": 1408, "image_size": 336, "model_type": "llama4_vision_model", "patch_size": 14},
+}
+LLAMA_4S = {
+    "Llama-4-Scout-17B-16E-Instruct": Real(
+        "meta-llama/Llama-4-Scout-17B-16E-Instruct", 107_769_861_120, WHOLE_LLAMA_4 | {"text_config": LLAMA_4}
+    ),
+    "Llama-4-Maverick-17B-128E-Instruct": Real(
+        "meta-llama/Llama-4-Maverick-17B-128E-Instruct",
+        400_711_848_960,
+        WHOLE_LLAMA_4 | {"text_config": LLAMA_4 | MAVERICK},
+    ),
+    "MobileLLM-R1-950M": Real(
+        "facebook/MobileLLM-R1-950M",
+        949_685_760,
+        LLAMA_4
+        | shape(1536, 22, 24, 6, 6144, 128256, 32768, head_dim=64, intermediate_size_mlp=6144)
+        | {"interleave_moe_layer_step": 0, "moe_layers": [], "num_local_experts": 0, "num_experts_per_tok": 0}
+        | {"attn_temperature_tuning": False, "no_rope_layers": [1] * 22, "rope_scaling": None}
+        | {"tie_word_embeddings": True},
+    ),
+}
+
+# --- LFM2: the first ones name their layers with attention, later ones the kind of each layer -------------------------------
+
+LFM_2 = family("lfm2", "Lfm2ForCausalLM") | {
+    "block_auto_adjust_ff_dim": True,
+    "block_ffn_dim_multiplier": 1.0,
+    "block_mlp_init_scale": 1.0,
+    "block_multiple_of": 256,
+    "block_norm_eps": 1e-5,
+    "block_out_init_scale": 1.0,
+    "block_use_swiglu": True,
+    "block_use_xavier_init": True,
+    "conv_L_cache": 3,
+    "conv_bias": False,
+    "conv_use_xavier_init": True,
+    "full_attn_idxs": [2, 5, 8, 10, 12, 14],
+    "norm_eps": 1e-5,
+    "rope_theta": 1000000.0,
+    "use_pos_enc": True,
+}
+
+
+def lfm_2(hidden, heads, mlp, layers=16, width="block_ff_dim", **more) -> dict:
+    """The config of an LFM2, with its sizes under their older names, too. width: what the MLP's is called."""
+    found = LFM_2 | shape(hidden, layers, heads, 8, None, 65536, 128000, num_heads=heads)
+    del found["intermediate_size"]
+    return found | {"block_dim": hidden, "conv_dim": hidden, "conv_dim_out": hidden, width: mlp} | more
+
+
+def lfm_types(attending: list[int], layers: int) -> list[str]:
+    """The kind of each layer, of which these have attention."""
+    return ["full_attention" if layer in attending else "conv" for layer in range(layers)]
+
+
+LFM_2S = {
+    "LFM2-350M": Real("LiquidAI/LFM2-350M", 354_483_968, lfm_2(1024, 16, 6656)),
+    "LFM2-700M": Real("LiquidAI/LFM2-700M", 742_489_344, lfm_2(1536, 24, 10240)),
+    "LFM2-2.6B": Real(
+        "LiquidAI/LFM2-2.6B",
+        2_569_272_320,
+        lfm_2(2048, 32, 10752, 30, block_auto_adjust_ff_dim=False, full_attn_idxs=None)
+        | {"layer_types": lfm_types([2, 5, 9, 12, 15, 18, 21, 24], 30), "tie_embedding": True},
+    ),
+    "LFM2.5-1.2B-Instruct": Real(
+        "LiquidAI/LFM2.5-1.2B-Instruct",
+        1_170_340_608,
+        lfm_2(2048, 32, 12288, width="intermediate_size", full_attn_idxs=None)
+        | {"layer_types": lfm_types([2, 5, 8, 10, 12, 14], 16), "tie_embedding": True},
+    ),
+    "LFM2-8B-A1B": Real(
+        "LiquidAI/LFM2-8B-A1B",
+        8_339_930_560,
+        family("lfm2_moe", "Lfm2MoeForCausalLM")
+        | shape(2048, 24, 32, 8, 7168, 65536, 128000, moe_intermediate_size=1792)
+        | {
+            "conv_L_cache": 3,
+            "conv_bias": False,
+            "layer_types": lfm_types([2, 6, 10, 14, 18, 21], 24),
+            "norm_eps": 1e-5,
+            "norm_topk_prob": True,
+            "num_dense_layers": 2,
+            "num_experts": 32,
+            "num_experts_per_tok": 4,
+            "rope_theta": 1000000.0,
+            "routed_scaling_factor": 1.0,
+            "tie_embedding": True,
+            "use_expert_bias": True,
+        },
+    ),
+}
+
 REAL_MODELS = (
     QWEN_1
     | LLAMAS
@@ -1279,6 +1410,8 @@ REAL_MODELS = (
     | MIXTURES
     | LATENTS
     | HYBRIDS
+    | LLAMA_4S
+    | LFM_2S
 )
 
 # --- Granite 4: state spaces and attention, with experts or without -------------------------------------------------

@@ -151,6 +151,20 @@ ON = {
     "vocab_size_per_layer_input": 44,
     "enable_moe_block": True,
     "top_k_experts": 2,
+    "attention_chunk_size": 3,
+    "attn_temperature_tuning": True,
+    "attn_scale": 0.8,
+    "floor_scale": 2,
+    "interleave_moe_layer_step": 2,
+    "intermediate_size_mlp": 20,
+    "norm_eps": 1e-2,
+    "conv_L_cache": 3,
+    "conv_bias": True,
+    "block_multiple_of": 4,
+    "block_ffn_dim_multiplier": 1.9,
+    "block_auto_adjust_ff_dim": True,
+    "num_dense_layers": 1,
+    "use_expert_bias": True,
 }
 LONG_ROPE = {"type": "longrope", "short_factor": [1.0, 2.0], "long_factor": [3.0, 4.0]}
 OTHER_VALUE = {
@@ -201,6 +215,11 @@ OTHER_VALUE = {
     "time_step_limit": [0.3, 0.4],
     "mamba_expand": 3,
     "mamba_n_groups": 4,
+    "moe_layers": [0],
+    "full_attn_idxs": [1, 2],
+    "block_ff_dim": 40,
+    "block_multiple_of": 5,
+    "tie_embedding": True,
 }
 MINISTRAL_ROPE = {
     "rope_type": "yarn",
@@ -268,22 +287,32 @@ OF_FAMILY = {
     ),
     ("phi3", "rope_scaling"): ({}, LONG_ROPE),
     ("phi3", "original_max_position_embeddings"): ({"rope_scaling": LONG_ROPE}, 5),
+    ("llama4_text", "layer_types"): ({}, ["chunked_attention"] * 4),
+    ("llama4_text", "interleave_moe_layer_step"): ({}, 4),
+    ("lfm2", "layer_types"): ({}, ["conv", "full_attention"] * 2),
+    ("lfm2", "intermediate_size"): ({}, 40),
+    ("lfm2", "conv_L_cache"): ({"full_attn_idxs": [1]}, 4),
+    ("lfm2", "conv_bias"): ({"full_attn_idxs": [1]}, False),
+    ("lfm2_moe", "layer_types"): ({}, ["conv"] * 4),
 }
+NEEDED = {"lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2, "num_hidden_layers": 4}}
 LEFT_OUT = {
     "granitemoehybrid": {"mamba_d_head"},  # which can only say what others say together
     "deepseek_v2": {"num_experts"},  # another name of n_routed_experts, which these attributes give, too
+    "lfm2_moe": {"num_hidden_layers"},  # which must be as many as its layer_types
     "olmo3": {"rope_theta"},  # which versions of transformers read differently, unless rope_parameters repeats it
     **{f"qwen2{v}_vl": {"head_dim"} for v in ("", "_5")},  # which the class does not hand on to its text part
 }
-WRAPPED = {
+WRAPPED = {  # text parts inside others
     "gemma3",
     "gemma4",
     "gemma4_unified",
+    "llama4",
     "qwen3_vl",
     "mistral3",
     "qwen3_5",
     "qwen3_5_moe",
-}  # text parts inside others
+}
 FAMILIES = sorted(set(READERS) - WRAPPED)
 
 
@@ -318,6 +347,7 @@ def test_every_handled_attribute_changes_shapes_or_outputs(family, outputs):
     READERS[family](reader)
     taken = reader.seen - LEFT_OUT.get(family, set())
     base = {name: value for name, value in (SMALL | ON).items() if name in taken} | {"model_type": family}
+    base |= NEEDED.get(family, {})
     shapes = functools.cache(hf_shapes)
     assert not (reader.seen | reader.fixed | reader.ignored) & INERT  # nothing is both handled and inert
     for name in reader.fixed:
@@ -349,7 +379,8 @@ def read(family: str, attributes: dict) -> ModelConfig:
     reader = Reader(attributes | {"model_type": family}, "")
     READERS[family](reader)
     taken = reader.seen - LEFT_OUT.get(family, set())
-    return from_hf({name: value for name, value in attributes.items() if name in taken} | {"model_type": family})
+    known = {name: value for name, value in attributes.items() if name in taken}
+    return from_hf(known | {"model_type": family} | NEEDED.get(family, {}))
 
 
 WHOLE_ROPES = {
@@ -547,6 +578,26 @@ BAD = {
         {"model_type": "smollm3", "no_rope_layers": [1, 2, 0, 1]},
         r"no_rope_layers = \[1, 2, 0, 1\], expected 0 or 1 for each of 4 layers",
     ),
+    "chunked-layers": (
+        {"model_type": "llama4_text", "layer_types": ["sliding_attention"] * 4},
+        "layer_types = .*, expected 'full_attention' or 'chunked_attention' for each of 4 layers",
+    ),
+    "rope-flags": (
+        {"model_type": "llama4_text", "no_rope_layers": [1]},
+        r"no_rope_layers = \[1\], expected 0 or 1 for",
+    ),
+    "sparse-layers": ({"model_type": "llama4_text", "moe_layers": 2}, "moe_layers = 2, expected a list of layers"),
+    "tuning": (
+        {"model_type": "llama4_text", "attn_temperature_tuning": "on"},
+        "attn_temperature_tuning = 'on', expected",
+    ),
+    "conv-layers": (
+        {"model_type": "lfm2", "layer_types": ["conv", "mamba"]},
+        "layer_types = .*, expected 'conv' or 'full_attention' for each of 4 layers",
+    ),
+    "conv-lacks-layers": ({"model_type": "lfm2_moe"}, "layer_types is missing"),
+    "attending-layers": ({"model_type": "lfm2", "full_attn_idxs": 2}, "full_attn_idxs = 2, expected a list of layers"),
+    "one-tap": ({"model_type": "lfm2", "conv_L_cache": 1}, "conv_L_cache = 1, expected an integer from 2 up"),
     "pattern": (
         {"model_type": "exaone4", "sliding_window_pattern": "LxG"},
         "sliding_window_pattern = 'LxG', expected a number or a text such as 'LLLG'",

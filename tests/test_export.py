@@ -100,8 +100,10 @@ def test_exactly_the_writers_are_edited_every_expert_among_them(case):
     wanted |= {"blocks.per_layer_out"} if cfg.d_per_layer else set()
     wanted |= {"blocks.full_o"} if "blocks.full_o" in weight_table(cfg) else set()
     wanted |= {"blocks.dense_down"} if cfg.dense_layers else set()
+    wanted |= {path for path in weight_table(cfg) if path.endswith(("_o", "_o_bias"))}  # of other mixers than attention
     assert names == {name for path in wanted for name in hf_names(cfg, path)}
-    experts = 1 if case.family.startswith(("granitemoe", "gpt_oss")) else cfg.n_experts  # one tensor of all of them
+    one = case.family.startswith(("granitemoe", "gpt_oss", "llama4", "qwen3_5_moe"))  # tensor of all experts
+    experts = 1 if one else cfg.n_experts
     mlps = len(cfg.sparse_layers) * (experts + bool(cfg.d_shared)) + cfg.n_layers - len(cfg.sparse_layers)
     assert len(names) >= 1 + cfg.n_layers + mlps
     untied = {TABLES[case.family]["unembed"]} if cfg.tied_embeddings else set()

@@ -66,6 +66,8 @@ CASES = {
     ),
     "gpt-oss": ("gpt_oss", "gqa", {"swiglu_limit": 7.0, "intermediate_size": 64}),
     "phi3": ("phi3", "gqa", {"sliding_window": 9}),
+    "lfm2": ("lfm2", "gqa", {}),
+    "lfm2moe": ("lfm2_moe", "gqa", {"moe_intermediate_size": 32, "routed_scaling_factor": 1.0}),
     "phi3-long": ("phi3", "longrope", {}),
 }
 LOADED = (

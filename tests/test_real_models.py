@@ -18,6 +18,7 @@ from refusal_jax.models.generate import admit, decode, empty
 from refusal_jax.models.hf_config import from_hf
 from refusal_jax.models.hf_readers import READERS
 from refusal_jax.models.predict import predict
+from refusal_jax.models.structure import structure
 from refusal_jax.models.weights import weight_table
 from refusal_jax.taps import RESIDUAL_SITES, Taps
 
@@ -78,10 +79,10 @@ def test_parameter_counts_of_real_models(name):
 def test_transformers_has_the_same_tensors(name):
     """Of mixtures only their number, as transformers fuses experts that the hub keeps apart."""
     cfg, model = from_hf(REAL_MODELS[name].config, name), hf_model(name)
-    found = dict(model.named_parameters())  # a tied matrix counts once
-    found |= {n: buffer for n, buffer in model.named_buffers() if n.endswith(("_correction_bias", "layer_scalar"))}
+    found, kept = dict(model.named_parameters()), ("_correction_bias", "expert_bias", "layer_scalar")
+    found |= {n: buffer for n, buffer in model.named_buffers() if n.endswith(kept)}  # a tied matrix counts once
     assert sum(p.numel() for p in found.values()) == REAL_MODELS[name].parameters
-    if not cfg.n_experts:
+    if not cfg.sparse_layers:
         theirs = {tensor: tuple(p.shape) for tensor, p in found.items()}
         assert {tensor.replace("language_model.", ""): shape for tensor, shape in hf_shapes(cfg).items()} == theirs
 
@@ -90,11 +91,18 @@ def test_transformers_has_the_same_tensors(name):
 def test_transformers_computes_with_the_same_numbers(name):
     """Windows, rotary angles, scales and norms of every layer, and the rest of what only the config says."""
     cfg, model, config = from_hf(REAL_MODELS[name].config, name), hf_model(name).model, hf_config(name)
-    rotary = type(model.rotary_emb)(config)
-    for index, layer in enumerate(model.layers):
-        kind, attention = cfg.kinds[cfg.layer_kinds[index]], layer.self_attn
+    rotary = type(getattr(model, "rotary_emb", None) or model.pos_emb)(config)
+    attentions = [getattr(layer, "self_attn", None) for layer in model.layers]
+    layers = structure(cfg)
+    has_heads = [getattr(layers.mixers[index], "has_heads", False) for index in layers.mixer_l]
+    assert has_heads == [one is not None for one in attentions]
+    for index, attention in ((index, one) for index, one in enumerate(attentions) if one is not None):
+        kind = cfg.kinds[cfg.layer_kinds[index]]
         windowed = getattr(config, "layer_types", ["sliding_attention"] * cfg.n_layers)[index] == "sliding_attention"
         assert kind.window == (getattr(config, "sliding_window", None) if windowed else None)
+        chunked = getattr(config, "layer_types", [""] * cfg.n_layers)[index] == "chunked_attention"
+        assert kind.chunk == (config.attention_chunk_size if chunked else None)
+        assert (kind.unit_eps is not None) == hasattr(attention, "qk_norm")
         assert cfg.query_scale == pytest.approx(attention.scaling)
         which = f"{config.layer_types[index]}_" if hasattr(rotary, "full_attention_inv_freq") else ""
         angles, length = getattr(rotary, f"{which}inv_freq"), getattr(rotary, f"{which}attention_scaling")
@@ -103,7 +111,7 @@ def test_transformers_computes_with_the_same_numbers(name):
     norms = [module for module in model.modules() if type(module).__name__.endswith(("RMSNorm", "LayerNorm"))]
     own = {mixer.norm_eps for mixer in cfg.mixers if hasattr(mixer, "norm_eps")}  # of norms inside a mixer
     assert {getattr(norm, "variance_epsilon", getattr(norm, "eps", None)) for norm in norms} == {cfg.norm_eps} | own
-    assert cfg.activation == (getattr(config, "hidden_activation", None) or config.hidden_act)
+    assert cfg.activation == (getattr(config, "hidden_activation", None) or getattr(config, "hidden_act", "silu"))
     assert cfg.context_length == config.max_position_embeddings
     assert cfg.attention_softcap == getattr(config, "attn_logit_softcapping", None)
     assert cfg.logit_softcap == getattr(config, "final_logit_softcapping", None)

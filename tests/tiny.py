@@ -132,7 +132,8 @@ def randomise(model, seed: int) -> None:
         adds_one = (gemma and not gemma4) or any(
             one in kind for one in ("qwen3_next", "qwen3_5")
         )  # to what norms multiply by
-        stored = [(name, b) for name, b in model.named_buffers() if "correction" in name or "layer_scalar" in name]
+        stored = ("correction", "expert_bias", "layer_scalar")
+        stored = [(name, b) for name, b in model.named_buffers() if any(word in name for word in stored)]
         for name, weight in [*model.named_parameters(), *stored]:
             noise = torch.randn(weight.shape, generator=generator)
             if NORM.search(name):

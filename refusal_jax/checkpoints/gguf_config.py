@@ -13,7 +13,7 @@ from refusal_jax.checkpoints.gguf_blocks import PLAIN, READABLE
 from refusal_jax.checkpoints.gguf_header import GgufHeader
 from refusal_jax.checkpoints.gguf_metadata import Metadata
 from refusal_jax.checkpoints.gguf_rope import ROPE_TENSORS, longrope, rope_scaling, scaling_kind
-from refusal_jax.checkpoints.gguf_tensors import FUSED_MLP, GPT_OSS, Layout
+from refusal_jax.checkpoints.gguf_tensors import FUSED_MLP, GPT_OSS, LFM2, LFM2_MOE, Layout
 from refusal_jax.checkpoints.tensors import listed
 from refusal_jax.errors import UserError, did_you_mean, shown
 from refusal_jax.models.quantisation import GGUF
@@ -260,6 +260,39 @@ def _gpt_oss(read: Metadata, config: dict) -> dict:
     }
 
 
+def _lfm2(read: Metadata, config: dict) -> dict:
+    """Reads LFM2. Which layers have a convolution, the tensors say; how wide its MLP is, the file says as it is."""
+    count, tensors = config["num_hidden_layers"] or 0, read.header.tensors
+    kinds = {True: "conv", False: "full_attention"}
+    return _whole_heads(read, config) | {
+        "model_type": "lfm2",
+        "norm_eps": config.pop("rms_norm_eps"),
+        "block_auto_adjust_ff_dim": False,
+        "conv_L_cache": read.take("shortconv.l_cache", int, required=True),
+        "conv_bias": False,
+        "layer_types": [
+            kinds[f"blk.{layer}.shortconv.conv.weight" in tensors] for layer in range(min(count, len(tensors)))
+        ],
+    }
+
+
+def _lfm2_moe(read: Metadata, config: dict) -> dict:
+    own = _lfm2(read, config)
+    read.only("expert_gating_func", 2)  # sigmoid
+    read.only("expert_weights_norm", True)
+    del own["block_auto_adjust_ff_dim"]
+    return own | {
+        "model_type": "lfm2_moe",
+        "num_experts": read.take("expert_count", int, required=True),
+        "num_experts_per_tok": read.take("expert_used_count", int, required=True),
+        "moe_intermediate_size": read.take("expert_feed_forward_length", int, required=True),
+        "num_dense_layers": read.take("leading_dense_block_count", int, 0),
+        "routed_scaling_factor": read.take("expert_weights_scale", float, 1.0),
+        "use_expert_bias": read.has("exp_probs_b.bias"),
+        "norm_topk_prob": True,
+    }
+
+
 CLASSES = {
     "llama": "LlamaForCausalLM",
     "mistral": "MistralForCausalLM",
@@ -272,6 +305,8 @@ CLASSES = {
     "gemma3_text": "Gemma3ForCausalLM",
     "phi3": "Phi3ForCausalLM",
     "gpt_oss": "GptOssForCausalLM",
+    "lfm2": "Lfm2ForCausalLM",
+    "lfm2_moe": "Lfm2MoeForCausalLM",
 }
 PLAIN_LAYOUT, GEMMA_LAYOUT = Layout(), Layout(norm_offset=1.0)
 ARCHITECTURES: dict[str, Architecture] = {
@@ -284,4 +319,6 @@ ARCHITECTURES: dict[str, Architecture] = {
     "gemma3": Architecture(_gemma3, GEMMA_LAYOUT),
     "gpt-oss": Architecture(_gpt_oss, Layout(own=GPT_OSS)),
     "phi3": Architecture(_phi3, Layout(own=FUSED_MLP)),
+    "lfm2": Architecture(_lfm2, Layout(own=LFM2)),
+    "lfm2moe": Architecture(_lfm2_moe, Layout(own=LFM2_MOE)),
 }

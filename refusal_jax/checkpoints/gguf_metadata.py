@@ -28,11 +28,13 @@ class Metadata:
         return any(name.endswith(ending) for name in self.header.tensors)
 
     def take(self, key: str, kind: type, default: Any = None, required: bool = False) -> Any:
-        """Returns a setting; of a list with one value for each layer, that value. Anything wrong becomes a problem."""
+        """Returns a setting; of a list of layers of which some have none, the value of the others. Anything wrong becomes a
+        problem."""
         self.seen.add(key)
         found: Any = self.header.metadata.get(f"{self.architecture}.{key}")
-        same = isinstance(found, list) and bool(found) and all(one == found[0] for one in found)
-        value: Any = found[0] if same else found
+        some = [one for one in found if one] or found if isinstance(found, list) else []
+        same = bool(some) and all(one == some[0] for one in some)
+        value: Any = some[0] if same else found
         if value is None:
             if required:
                 self.problems.append(f"{self.architecture}.{key} is missing")

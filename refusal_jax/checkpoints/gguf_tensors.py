@@ -64,6 +64,16 @@ EXPERTS = {
     "blk.{l}.ffn_up.{e}.weight": ("blocks.up",),
     "blk.{l}.ffn_down.{e}.weight": ("blocks.down",),
 }
+LFM2 = {
+    "token_embd_norm.weight": ("final_norm",),  # which llama.cpp calls so in this architecture
+    "blk.{l}.shortconv.conv.weight": ("blocks.conv_taps",),
+    "blk.{l}.shortconv.in_proj.weight": ("blocks.conv_enter", "blocks.conv_leave", "blocks.conv_x"),
+    "blk.{l}.shortconv.out_proj.weight": ("blocks.conv_o",),
+}
+LFM2_MOE = LFM2 | {
+    **{f"blk.{{l}}.ffn_{part}.weight": (f"blocks.dense_{part}",) for part in ("gate", "up", "down")},
+    "blk.{l}.exp_probs_b.bias": ("blocks.router_correction",),
+}
 GPT_OSS = {
     "blk.{l}.attn_sinks.weight": ("blocks.sinks",),
     "blk.{l}.post_attention_norm.weight": ("blocks.mlp_norm",),
@@ -203,7 +213,7 @@ class GgufTensor:
             raise ValueError(f"{self.name}: an array of shape {out.shape} cannot take {selected}")
         if not out.size:
             return 0
-        (start, stop), columns = spans[0], spans[1] if len(spans) > 1 else (0, 1)
+        (start, stop), columns = spans[0], spans[-1] if len(spans) > 1 else (0, 1)
         matrix, count, base = out.reshape(stop - start, -1), 0, 0
         for part in self.parts:
             low, high = max(start, base), min(stop, base + part.count)
@@ -337,7 +347,11 @@ def _place(
     template, paths = places[at]
     shapes = [weights[path].shape[len(piece.index) :] for path in paths]
     rows, at_row = sum(shape[0] for shape in shapes), sum(shape[0] for shape in shapes[: paths.index(piece.path)])
-    stored, expected, count = header.tensors[names[at]], (rows, *shapes[0][1:]), shapes[paths.index(piece.path)][0]
+    stored, count = header.tensors[names[at]], shapes[paths.index(piece.path)][0]
+    expected = (
+        rows,
+        *(size for size in shapes[0][1:] if size > 1),
+    )  # a convolution is stored without the axis of its inputs
     if len(piece.index) > 1 and "{e}" not in template:
         return stored, at_row + expert * rows, count, (weights[piece.path].shape[1], *expected)
     return stored, at_row, count, expected

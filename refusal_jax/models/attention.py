@@ -29,11 +29,19 @@ class View:
     allowed_btt: Leaf  # bool [B, T, T], of the new tokens among themselves
     allowed_btc: Leaf | None  # bool [B, T, C], of the new tokens to the cache's slots, if there is one
     query_bt: Leaf | None  # float32 [B, T], multiplies the queries, if anything does
+    unit: Leaf | None  # bool, whether queries and keys are divided by their root mean square, if any layer's are
     interleaved: bool = dataclasses.field(metadata={"static": True})
+    unit_eps: float = dataclasses.field(metadata={"static": True})
 
     def rotate(self, x_btnh: Float[jax.Array, "B T N H"]) -> Float[jax.Array, "B T N H"]:
-        """Returns queries or keys with their leading entries turned; float32 inside, the dtype of x outside."""
-        return rotate(x_btnh, self.cos_btr, self.sin_btr, self.interleaved)
+        """Returns queries or keys with their leading entries turned, and then of equal length where that is so; float32 inside,
+        the dtype of x outside."""
+        x_btnh = rotate(x_btnh, self.cos_btr, self.sin_btr, self.interleaved)
+        if self.unit is None:
+            return x_btnh
+        x32 = x_btnh.astype(jnp.float32)
+        root = jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.unit_eps)
+        return jnp.where(self.unit, x32 * root, x32).astype(x_btnh.dtype)
 
     def scaled(self, q_btnh: Float[jax.Array, "B T N H"]) -> Float[jax.Array, "B T N H"]:
         """Returns queries with the scale of their positions."""
@@ -65,15 +73,31 @@ class Context:
         if cache is not None:
             near_btc = jnp.broadcast_to(cache.mask_bc[:, None], (*mask_bt.shape, cache.mask_bc.shape[1]))
             back_btc = positions_bt[..., None] - cache.positions_bc[:, None]
+        grown = any(kind.rope.query_growth for kind in cfg.kinds)
+        eps = max((kind.unit_eps for kind in cfg.kinds if kind.unit_eps is not None), default=None)
+
+        def seen(near, back, kind, positions_bc):
+            """Returns which keys, of those that are real and not ahead, queries may attend to."""
+            near = near if kind.window is None else near & (back < kind.window)
+            if kind.chunk is None:
+                return near
+            return near & (positions_bt[:, :, None] // kind.chunk == positions_bc[:, None] // kind.chunk)
 
         def view(kind) -> View:
-            allowed_btt, allowed_btc = near_btt, near_btc
-            if kind.window is not None:
-                allowed_btt = near_btt & (back_tt < kind.window)
-                allowed_btc = None if near_btc is None else near_btc & (back_btc < kind.window)
             cos_btr, sin_btr = kind.rope.tables(positions_bt)
             queries_bt = kind.rope.query_scales(positions_bt)
-            return View(cos_btr, sin_btr, allowed_btt, allowed_btc, queries_bt, kind.rope.interleaved)
+            if grown and queries_bt is None:
+                queries_bt = jnp.ones(positions_bt.shape, jnp.float32)
+            return View(
+                cos_btr,
+                sin_btr,
+                seen(near_btt, back_tt, kind, positions_bt),
+                None if cache is None else seen(near_btc, back_btc, kind, cache.positions_bc),
+                queries_bt,
+                None if eps is None else jnp.asarray(kind.unit_eps is not None),
+                kind.rope.interleaved,
+                eps or 0.0,
+            )
 
         return cls(tuple(map(view, cfg.kinds)), jnp.asarray(mask_bt))
 

@@ -9,10 +9,16 @@ from refusal_jax.models.rope import Rope
 @dataclasses.dataclass(frozen=True)
 class AttentionKind:
     """How layers of one kind attend: their rotary embedding (`Rope.off` for none), and the number of tokens that a query sees
-    (None: all)."""
+    (None: all).
+
+    chunk: the length of the stretches of the text, counted from its first token, that a query does not see out of. unit_eps: what
+    is added to the mean square of queries and keys that are divided by its root once they are rotated; None: they are not.
+    """
 
     rope: Rope
     window: int | None = None
+    chunk: int | None = None
+    unit_eps: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +73,9 @@ class ModelConfig:
     groups_per_token: int = 1  # of which a token chooses so many first,
     group_best: int = 2  # each group counting as much as so many of its best experts
     renormalise_experts: bool = False  # the chosen experts' router weights are made to sum to 1
+    router_floor: float = 1e-20  # is added to the sum that they are divided by then
     routed_scale: float = 1.0  # multiplies them after that
+    weighted_inputs: bool = False  # they multiply what the experts read, not what these write
     d_shared: int = 0  # width of an MLP that every token goes through beside its experts; 0: none
     shared_gate: bool = False  # a sigmoid, one number for each token, multiplies that MLP's output
     d_beside: int = (

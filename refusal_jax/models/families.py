@@ -8,14 +8,14 @@ from collections.abc import Callable
 import numpy as np
 
 from refusal_jax.models.config import ModelConfig
-from refusal_jax.models.tables import deepseek, dense, gemma4, granite_hybrid, mixtures, qwen_hybrid
+from refusal_jax.models.tables import deepseek, dense, gemma4, granite_hybrid, lfm2, llama4, mixtures, qwen_hybrid
 from refusal_jax.models.weights import weight_table
 
 # Decoder path -> HF name, `{l}` being the layer and `{e}` the expert. Layouts agree: `[out, in]`, vocabulary first. Paths
 # that share a name are that tensor's rows one after the other, in this order (fused projections). An expert's weight whose
 # name has no `{e}` is one of a tensor of all experts, along its first axis. A table may have more paths than a config has
 # weights (biases, a tied unembedding).
-PARTS = dense, mixtures, deepseek, qwen_hybrid, gemma4, granite_hybrid
+PARTS = deepseek, dense, gemma4, granite_hybrid, lfm2, llama4, mixtures, qwen_hybrid
 
 
 def _merged(name: str) -> dict:
@@ -36,11 +36,12 @@ DRAFT = re.compile(r"^model\.layers\.(\d+)\.")
 OTHER_PARTS: dict[str, re.Pattern] = _merged("OTHER_PARTS")
 
 # Decoder paths whose rows or columns write to the residual stream, and the edit site each of them serves.
-WRITERS = {"embed": "resid_pre"} | {f"blocks.{kind}o": "attn_out" for kind in ("", "full_", "delta_", "ssm_")}
+MIXERS = ("", "full_", "delta_", "ssm_", "conv_")  # what the names of their weights begin with
+WRITERS = {"embed": "resid_pre"} | {f"blocks.{kind}o": "attn_out" for kind in MIXERS}
 WRITERS |= {
     f"blocks.{name}": "mlp_out" for name in ("down", "dense_down", "shared_down", "expert_down", "per_layer_out")
 }
-WRITER_BIASES = {f"blocks.{kind}o_bias": "attn_out" for kind in ("", "full_", "ssm_")} | {"blocks.down_bias": "mlp_out"}
+WRITER_BIASES = {f"blocks.{kind}o_bias": "attn_out" for kind in MIXERS} | {"blocks.down_bias": "mlp_out"}
 
 
 def norms_after(cfg: ModelConfig, path: str) -> tuple[str, ...]:

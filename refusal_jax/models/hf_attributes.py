@@ -233,16 +233,17 @@ class Reader:
         return {"rope": self.main_rope(sizes, theta, wide), "local_rope": self.rope(narrow, theta=local, **size)}
 
     def config(
-        self, family: str, sizes: dict, *, rope=None, local_rope=None, windows=None, ropeless=(), **switches
+        self, family: str, sizes: dict, *, rope=None, local_rope=None, windows=None, ropeless=(), kinds=(), **switches
     ) -> ModelConfig:
         """Returns the config. windows: each layer's. local_rope: that of layers with a window, if it differs. ropeless: the
-        layers whose queries and keys are not rotated. switches: fields of `ModelConfig`."""
+        layers whose queries and keys are not rotated. kinds: each layer's kind, where these do not say it. switches: fields of
+        `ModelConfig`."""
         rope = rope or self.main_rope(sizes)
         if sizes["n_layers"] * switches.get("n_experts", 0) > MOST_EXPERTS:
             self.problems.append(
                 f"{switches['n_experts']} experts in each layer, expected at most {MOST_EXPERTS:,} in all"
             )
-        layers = [
+        layers = list(kinds) or [
             AttentionKind(rope.off() if layer in ropeless else (w and local_rope) or rope, w)
             for layer, w in enumerate(windows or [None] * sizes["n_layers"])
         ]

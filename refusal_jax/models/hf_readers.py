@@ -13,7 +13,9 @@ from refusal_jax.models.readers import (
     gemma,
     gemma4,
     granite_hybrid,
+    lfm2,
     llama,
+    llama4,
     mixtures,
     multimodal,
     qwen,
@@ -32,4 +34,6 @@ READERS: dict[str, Callable[[Reader], ModelConfig]] = (
     | granite_hybrid.READERS
     | multimodal.READERS
     | qwen_hybrid.READERS
+    | llama4.READERS
+    | lfm2.READERS
 )

@@ -211,7 +211,7 @@ def route(cfg: ModelConfig, w, h_td: Float[Array, "T D"]) -> tuple[Int[jax.Array
     chosen_tn = jax.lax.top_k(choice_te, cfg.experts_per_token)[1]
     weights_tn = jnp.take_along_axis(scores_te, chosen_tn, axis=-1)
     if cfg.renormalise_experts:  # sigmoids may all be zero
-        weights_tn = weights_tn / (jnp.sum(weights_tn, axis=-1, keepdims=True) + 1e-20)
+        weights_tn = weights_tn / (jnp.sum(weights_tn, axis=-1, keepdims=True) + cfg.router_floor)
     if cfg.d_beside:
         weights_tn = weights_tn * w("expert_scale").astype(jnp.float32)[chosen_tn]
     return chosen_tn, weights_tn * cfg.routed_scale
@@ -308,7 +308,11 @@ def experts(
     row_p = m * starts_e[sorted_p] + jnp.arange(pairs) - (jnp.cumsum(sizes_e) - sizes_e)[sorted_p]
     blocks = pairs // m + min(n, pairs)  # never fewer than are in use
     token_s = jnp.zeros(blocks * m, jnp.int32).at[row_p].set((order_p // cfg.experts_per_token).astype(jnp.int32))
-    x_smd = h_td[token_s].reshape(blocks, m, -1)
+    x_sd = h_td[token_s]
+    if cfg.weighted_inputs:
+        weight_s = jnp.zeros(blocks * m, jnp.float32).at[row_p].set(weights_tn.reshape(-1)[order_p])
+        x_sd = (x_sd * weight_s[:, None]).astype(h_td.dtype)
+    x_smd = x_sd.reshape(blocks, m, -1)
     owner_s = jnp.searchsorted(ends_e, jnp.arange(blocks), side="right")
 
     def block(index, out_smd):
@@ -324,4 +328,6 @@ def experts(
     out_smd = jax.lax.fori_loop(0, ends_e[-1], block, jnp.zeros_like(x_smd))
     row_p = jnp.zeros(pairs, row_p.dtype).at[order_p].set(row_p)  # back to the order of the tokens
     out_tnd = out_smd.reshape(blocks * m, -1)[row_p].reshape(*chosen_tn.shape, -1)
+    if cfg.weighted_inputs:
+        return jnp.sum(out_tnd.astype(jnp.float32), axis=1).astype(h_td.dtype)
     return jnp.einsum("tnd,tn->td", out_tnd.astype(jnp.float32), weights_tn, precision="highest").astype(h_td.dtype)

@@ -50,7 +50,8 @@ class Rope:
     theta: the base. dims: how many leading entries of a head are rotated, in pairs. kind: a key of `KEYS`, or NONE.
     original_context: tokens of the context before rescaling. attention_factor: scales cosines and sines.
     interleaved: pairs are neighbours (2i, 2i + 1) instead of (i, i + dims / 2). query_growth: by how much queries grow with the
-    logarithm of how many original contexts are before them. The rest belongs to single kinds.
+    logarithm of how many original contexts are before them, the first token being number `query_first`. The rest belongs to
+    single kinds.
     """
 
     theta: float
@@ -61,6 +62,7 @@ class Rope:
     attention_factor: float = 1.0
     interleaved: bool = False
     query_growth: float = 0.0
+    query_first: int = 0
     low_freq_factor: float = 1.0  # llama3
     high_freq_factor: float = 1.0
     beta_fast: float = 32.0  # yarn
@@ -98,7 +100,8 @@ class Rope:
         """Returns Llama 3.1's choice (section 3.3.2) for each pair, by its full turns in the old context: 0 slows it by
         `factor`, 1 keeps it."""
         turns = self.original_context * plain / (2 * math.pi)
-        return np.clip((turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor), 0, 1)
+        low, high = self.low_freq_factor, self.high_freq_factor
+        return np.where(turns < low, 0.0, 1.0) if low == high else np.clip((turns - low) / (high - low), 0, 1)
 
     def _kept_by_pair(self) -> np.ndarray:
         """Returns YaRN's choice (arXiv:2309.00071, section 3.2) in the same form: linear in the pair's index between
@@ -123,7 +126,7 @@ class Rope:
         """Returns what multiplies the queries of tokens at these positions, None for nothing."""
         if not self.query_growth:
             return None
-        whole = positions_bt // self.original_context
+        whole = (positions_bt + self.query_first) // self.original_context
         return 1 + self.query_growth * jnp.log1p(whole.astype(jnp.float32))
 
 
@@ -209,8 +212,8 @@ def rope_from_hf(
 
 def _llama3(rope: Rope, spec: dict, number) -> Rope:
     low, high = number("low_freq_factor"), number("high_freq_factor")
-    if low >= high:
-        raise ValueError(f" of type 'llama3' has low_freq_factor = {low} (must be under high_freq_factor = {high})")
+    if low > high:
+        raise ValueError(f" of type 'llama3' has low_freq_factor = {low} (must not be over high_freq_factor = {high})")
     return dataclasses.replace(rope, low_freq_factor=low, high_freq_factor=high)
 
 

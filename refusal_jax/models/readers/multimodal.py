@@ -38,6 +38,7 @@ PARTS = {
     ),
     "gemma4": Parts(("gemma4_text",), VISION | AUDIO, tied=True),
     "gemma4_unified": Parts(("gemma4_unified_text",), VISION | AUDIO, tied=True),
+    "llama4": Parts(("llama4_text",), VISION | {"boi_token_index", "eoi_token_index"}),
     "qwen2_vl": Parts(("qwen2_vl_text", "qwen2_vl"), VISION, flat=True, either=True),
     "qwen2_5_vl": Parts(("qwen2_5_vl_text", "qwen2_5_vl"), VISION, flat=True, either=True),
     "qwen3_vl": Parts(("qwen3_vl_text",), VISION),
