@@ -92,6 +92,7 @@ GREEDY = [
     ("llama", "rope-llama3"),
     ("qwen", "mha"),
     ("gemma3_text", "gqa"),
+    ("gemma4_text", "gqa"),
     ("phi3", "longrope"),  # whose angles change when the longest row has 20 tokens
     ("mixtral", "gqa"),
 ]

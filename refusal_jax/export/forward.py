@@ -121,17 +121,17 @@ def layer_decoder(weights: Weights, layer: int) -> Decoder:
         path: jnp.asarray((np.stack(found) if path in experts else found[0])[None]) for path, found in parts.items()
     }
     mixer: Any = mixers_of(cfg)[cfg.layer_mixers[layer] if cfg.layer_mixers else 0]
-    whose = None if mixer is None else mixer.reads
-    if whose is not None:  # a layer that has no memory of its own comes with the mixer that has
-        mixers = cfg.mixers[whose], dataclasses.replace(mixer, reads=0)
+    mixers = (mixer,)
+    if mixer is not None and mixer.reads is not None:  # its memory is another's, of the mixer that comes with it
+        mixers = cfg.mixers[mixer.reads], dataclasses.replace(mixer, reads=0)
     one = dataclasses.replace(
         cfg,
         n_layers=1,
         layer_kinds=(cfg.layer_kinds[layer],),
         dense_layers=(0,) if layer in cfg.dense_layers else (),
         without_mlp=(0,) if layer in cfg.without_mlp else (),
-        mixers=(mixer,) if whose is None else mixers,
-        layer_mixers=(0,) if whose is None else (1,),
+        mixers=mixers,
+        layer_mixers=(len(mixers) - 1,),
         tied_embeddings=True,
     )
     return Decoder(one, stacked | _no_ends(cfg))

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import numpy as np
 
 from refusal_jax.models.config import ModelConfig
+from refusal_jax.models.structure import structure
 from refusal_jax.models.tables import deepseek, dense, gemma4, granite_hybrid, lfm2, llama4, mixtures, qwen_hybrid
 from refusal_jax.models.weights import weight_table
 
@@ -33,6 +34,7 @@ ALTERNATING: dict[str, set[str]] = _merged("ALTERNATING")
 # although inference recomputes it, and the other parts of a multimodal model.
 DERIVED = re.compile(r"rotary_emb\.inv_freq$")
 DRAFT = re.compile(r"^model\.layers\.(\d+)\.")
+KEYS = re.compile(r"(?:^|\.)layers\.(\d+)\.self_attn\.[kv]_(?:proj|norm)\.")
 OTHER_PARTS: dict[str, re.Pattern] = _merged("OTHER_PARTS")
 
 # Decoder paths whose rows or columns write to the residual stream, and the edit site each of them serves.
@@ -137,4 +139,10 @@ def is_spare(cfg: ModelConfig, name: str) -> bool:
     other, draft = OTHER_PARTS.get(cfg.family), DRAFT.match(name)
     tied = cfg.tied_embeddings and name == TABLES[cfg.family]["unembed"]
     ahead = bool(draft) and cfg.n_layers <= int(draft[1]) < cfg.n_layers + cfg.draft_layers
-    return tied or ahead or bool(DERIVED.search(name)) or bool(other and other.search(name))
+    return tied or ahead or _is_unused(cfg, name) or bool(DERIVED.search(name)) or bool(other and other.search(name))
+
+
+def _is_unused(cfg: ModelConfig, name: str) -> bool:
+    """Returns whether a tensor makes keys or values of a layer that uses those of another, as first releases stored them."""
+    found = KEYS.search(name) if cfg.mixers else None
+    return bool(found) and int(found[1]) < cfg.n_layers and structure(cfg).source_l[int(found[1])] is not None
