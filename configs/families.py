@@ -139,6 +139,9 @@ MODELS |= {
     ),
     "deepseek_v3": Model("DeepSeek V3 (256 experts, 8 a token)", "deepseek-ai/DeepSeek-V3", "v5p-64", 1342.1),
     "kimi_k2": Model("Kimi K2 Instruct (384 experts, 8 a token)", "moonshotai/Kimi-K2-Instruct", "v5p-64", 2052.8),
+    "kimi_k2_5": Model(
+        "Kimi K2.5, its language model (384 experts, 8 a token)", "moonshotai/Kimi-K2.5", "v5p-64", 2052.8
+    ),
     "glm_4_7_flash": Model("GLM 4.7 Flash (64 experts, 4 a token)", "zai-org/GLM-4.7-Flash", "v6e-4", 59.9),
 }
 UNNEEDED = {
@@ -153,6 +156,7 @@ NOTES = {
     "minimax_m2": IN_FP8,
     "deepseek_v3": IN_FP8,
     "kimi_k2": IN_FP8,
+    "kimi_k2_5": "Its experts are published in int4, a quarter of that; they are made bfloat16 as they are read.",
     "llama_3_1_8b": "Its own template adds a system prompt of two dates; --config.chat_template=llama-3 leaves that out.",
     "qwen2_5_7b": "Its own template adds a short system prompt; --config.chat_template=chatml leaves that out.",
     "qwen3_8b": EMPTY_THOUGHT,

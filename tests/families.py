@@ -54,6 +54,10 @@ QWEN_VISION |= {"patch_size": 4}
 MROPE = {"rope_type": "default", "rope_theta": 1000.0, "mrope_section": [1, 1, 2]}  # of half a head
 
 
+KIMI_VISION = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+KIMI_VISION |= {"patch_size": 4, "pos_emb_height": 4, "pos_emb_width": 4}
+
+
 class Whole(NamedTuple):
     """A multimodal config: the model_type and further attributes of its text part, and its other parts."""
 
@@ -77,6 +81,7 @@ MULTIMODAL = {
     ),
     "qwen3_5": Whole("qwen3_5_text", {}, {"vision_config": QWEN_VISION | {"num_position_embeddings": 16}}),
     "qwen3_5_moe": Whole("qwen3_5_moe_text", {}, {"vision_config": QWEN_VISION | {"num_position_embeddings": 16}}),
+    "kimi_k25": Whole("deepseek_v3", {}, {"vision_config": KIMI_VISION, "projection_hidden_size": 16}),
     "mistral3": Whole(
         "mistral", {}, {"vision_config": VISION | {"model_type": "pixtral", "head_dim": 8}, "image_token_index": 3}
     ),
@@ -259,6 +264,7 @@ FAMILIES["deepseek_v3"] = {
     "dense": LATENT | {"first_k_dense_replace": 3, "tie_word_embeddings": True},
 }
 FAMILIES["kimi_k2"] = {"mha": LATENT | STEEP | {"first_k_dense_replace": 1}}
+FAMILIES["kimi_k25"] = {"mha": LATENT | STEEP | {"first_k_dense_replace": 1}}
 FAMILIES["glm4_moe_lite"] = {
     "mha": LATENT,
     "alternating": LATENT
@@ -409,6 +415,12 @@ def tiny_model(
     model.to(DTYPES[dtype]).save_pretrained(folder)
     if family in CODE_OF:
         edit_json(folder / "config.json", model_type=family)
+    if (
+        family == "kimi_k25"
+    ):  # transformers 5.24 writes "blocks", which the published checkpoints say in the vision part only
+        old = load_file(folder / "model.safetensors")
+        new = {name.replace("language_model.model.blocks", "language_model.model.layers"): t for name, t in old.items()}
+        save_file(new, folder / "model.safetensors", {"format": "pt"})
     return folder
 
 

@@ -1167,6 +1167,25 @@ LATENTS = {
             "topk_group": 1,
         },
     ),
+    # Its text part, published in int4.
+    "Kimi-K2.5": Real(
+        "moonshotai/Kimi-K2.5",
+        1_026_408_232_448,
+        family("kimi_k25", "KimiK25ForConditionalGeneration")
+        | {
+            "ignore_index": -100,
+            "media_placeholder_token_id": 163605,
+            "text_config": latent("kimi_k2", "DeepseekV3ForCausalLM", 7168, 61, 64, 18432, 163840, 262144, 2048, 384, 1)
+            | OF_V3
+            | {"aux_loss_alpha": 0.001, "ep_size": 1, "first_k_dense_replace": 1, "n_group": 1, "seq_aux": True}
+            | {"num_nextn_predict_layers": 0, "rms_norm_eps": 1e-5, "rope_scaling": stretched(64.0, 1.0, 32.0)}
+            | {"rope_theta": 50000.0, "routed_scaling_factor": 2.827, "topk_group": 1},
+            "tie_word_embeddings": False,
+            "use_unified_vision_chunk": True,
+            "video_placeholder": "<|kimi_k25_video_placeholder|>",
+            "vision_config": {"hidden_size": 1152, "patch_size": 14, "vt_num_hidden_layers": 27},
+        },
+    ),
     "GLM-4.7-Flash": Real(
         "zai-org/GLM-4.7-Flash",
         29_943_393_920,

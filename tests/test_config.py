@@ -309,6 +309,7 @@ WRAPPED = {  # text parts inside others
     "gemma4_unified",
     "llama4",
     "qwen3_vl",
+    "kimi_k25",
     "mistral3",
     "qwen3_5",
     "qwen3_5_moe",

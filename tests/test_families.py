@@ -217,7 +217,7 @@ def test_saving_is_loading_backwards(case, tmp_path):
     assert (first / SINGLE).read_bytes() == (second / SINGLE).read_bytes()
     theirs, ours = load_file(case.folder / SINGLE), load_file(first / SINGLE)
     assert set(ours) <= set(theirs) and all(torch.equal(ours[name], theirs[name]) for name in ours)
-    assert all("visual" in name or "vision" in name or "multi_modal" in name for name in set(theirs) - set(ours))
+    assert all("visual" in name or "vision" in name or "projector" in name for name in set(theirs) - set(ours))
 
 
 @pytest.mark.parametrize("family", families.FAMILIES)

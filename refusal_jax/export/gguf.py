@@ -41,6 +41,7 @@ HINTS = {
     "deepseek_v2": "deepseek2",
     "deepseek_v3": "deepseek2",
     "kimi_k2": "deepseek2",
+    "kimi_k25": "deepseek2",
     "glm4_moe_lite": "deepseek2",
     "llama4_text": "llama4",
     "lfm2_moe": "lfm2moe",

@@ -9,7 +9,7 @@ from functools import partial
 from refusal_jax.errors import UserError
 from refusal_jax.models.config import ModelConfig
 from refusal_jax.models.hf_attributes import Reader
-from refusal_jax.models.readers import gemma, llama, qwen
+from refusal_jax.models.readers import deepseek, gemma, llama, qwen
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +44,11 @@ PARTS = {
     "qwen3_vl": Parts(("qwen3_vl_text",), VISION),
     "qwen3_5": Parts(("qwen3_5_text",), VISION),
     "qwen3_5_moe": Parts(("qwen3_5_moe_text",), VISION),
+    "kimi_k25": Parts(
+        ("deepseek_v3", "kimi_k2"),
+        VISION | {"projection_hidden_size", "projection_layer_norm_eps", "media_placeholder_token_id"},
+        tied=True,
+    ),
     "mistral3": Parts(
         ("mistral", "ministral3"),
         VISION | {"projector_hidden_act", "vision_feature_layer", "multimodal_projector_bias", "spatial_merge_size"},
@@ -105,5 +110,6 @@ READERS = {
     "qwen2_vl": partial(_qwen2_vl, family="qwen2_vl"),
     "qwen2_5_vl": partial(_qwen2_vl, family="qwen2_5_vl"),
     "qwen3_vl": _qwen3_vl,
+    "kimi_k25": partial(deepseek.deepseek_v3, family="kimi_k25"),
     "mistral3": _mistral3,
 }

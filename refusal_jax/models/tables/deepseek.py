@@ -1,5 +1,7 @@
 """HF tensor names of models with latent attention."""
 
+import re
+
 from refusal_jax.models.tables.mixtures import GLM4_MOE
 
 LATENT = {
@@ -14,4 +16,11 @@ LATENT = {
     "blocks.latent_kv_up": "model.layers.{l}.self_attn.kv_b_proj.weight",
 }
 DEEPSEEK = GLM4_MOE | LATENT
-TABLES = dict.fromkeys(("deepseek_v2", "deepseek_v3", "kimi_k2", "glm4_moe_lite"), DEEPSEEK)
+TABLES = {
+    "deepseek_v2": DEEPSEEK,
+    "deepseek_v3": DEEPSEEK,
+    "kimi_k2": DEEPSEEK,
+    "kimi_k25": {path: f"language_model.{name}" for path, name in DEEPSEEK.items()},
+    "glm4_moe_lite": DEEPSEEK,
+}
+OTHER_PARTS = {"kimi_k25": re.compile(r"^(model\.)?(vision_tower|mm_projector)\.")}
