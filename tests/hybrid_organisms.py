@@ -74,7 +74,9 @@ class HybridRecipe(Recipe):
     def hf_config(self, vocab_size: int) -> dict:
         """Returns the model's config.json."""
         config = {**super().hf_config(vocab_size), **SIZES, **FAMILIES[self.family]}
-        kept = {name: value for name, value in config.items() if name not in ("architectures", "rope_theta", "mlp_bias")}
+        kept = {
+            name: value for name, value in config.items() if name not in ("architectures", "rope_theta", "mlp_bias")
+        }
         more = {"vocab_size_per_layer_input": vocab_size} if self.family == "gemma4_text" else {}
         if "rope_parameters" not in FAMILIES[self.family]:
             del kept["rope_parameters"]
