@@ -116,6 +116,44 @@ def test_text_of_a_loop_that_xla_compiled():
     assert any(i.times == 37 for i in hlo.instructions(text))
 
 
+CHOICE = """HloModule m
+
+%one (arg: f32[4]) -> f32[4] {
+  ROOT %g = f32[8]{0} all-gather(%arg), dimensions={0}
+}
+
+%turn (arg: (s32[])) -> (s32[]) {
+  %r = f32[4]{0} all-reduce(%x), to_apply=%sum, backend_config={"estimated_cycles":"10"}
+}
+
+%loop (arg: f32[4]) -> f32[4] {
+  %w = (s32[]) while(%t), condition=%until, body=%turn, backend_config={"known_trip_count":{"n":"5"}}
+}
+
+%until (arg: (s32[])) -> pred[] {
+  ROOT %go = pred[] and(%a, %b)
+}
+
+%other (arg: f32[4]) -> f32[4] {
+  ROOT %k = f32[4]{0} copy(%arg), backend_config={"estimated_cycles":"100"}
+}
+
+ENTRY %main (a: f32[4]) -> f32[4] {
+  %c = f32[4]{0} conditional(%i, %a, %a, %a), branch_computations={%one, %loop, %other}, metadata={op_name="jit(f)/mixer/cond"}
+  ROOT %d = f32[4]{0} conditional(%p, %c, %c), true_computation=%other, false_computation=%one
+}
+"""
+
+
+def test_branches_are_counted_as_often_as_they_are_taken():
+    taken = {"mixer": (0.5, 0.25, 0.25), "channel": (1.0,)}
+    found = [(i.kind, i.times) for i in hlo.collectives(CHOICE, shares=taken)]
+    assert found == [("all-gather", 0.5), ("all-reduce", 1.25), ("all-gather", 0.5)]  # the last by an unknown choice
+    assert hlo.cycles(CHOICE, shares=taken) == 1.25 * 10 + (0.25 + 0.5) * 100
+    even = hlo.cycles(CHOICE, shares={"mixer": (0.5, 0.5)})  # another choice of that name
+    assert even == hlo.cycles(CHOICE) == pytest.approx(5 / 3 * 10 + (1 / 3 + 0.5) * 100)
+
+
 def test_parameters_are_the_published_ones():
     real = {row.repo: row for row in REAL_MODELS.values()}
     for name, row in KNOWN.items():
@@ -124,6 +162,46 @@ def test_parameters_are_the_published_ones():
         assert costs.parameters(cfg) == real[row["repo"]].parameters
     mixture = from_hf(REAL_MODELS["Mixtral-8x7B-Instruct-v0.1"].config)
     assert costs.parameters(mixture, active=True) < 0.3 * costs.parameters(mixture)
+
+
+def real(name: str) -> Workload:
+    return workload(from_hf(REAL_MODELS[name].config), "bfloat16", get_config(), 64)
+
+
+def prefill(work: Workload, tokens: int, **more) -> Program:
+    """Returns a program that reads one row of so many tokens."""
+    return Program("prefill", lambda: pytest.fail("it is not compiled"), 1, 1, tokens, work.cfg.n_layers, **more)
+
+
+def test_work_of_hybrids():
+    """Active parameters as published, to the embeddings; attention costs more per token in longer prompts, states do not."""
+    work = real("Qwen3-Next-80B-A3B-Instruct")
+    cfg = work.cfg
+    assert costs.parameters(cfg, active=True) == pytest.approx(3.56e9, rel=0.01)
+    assert costs.mlp_width(cfg) == 10 * 512 + 512
+    attention, states = 4 * 16 * 256 * 12, 6 * 36 * (32 * 128 * 128 + 3 * 8192)
+    for tokens in (64, 4096):
+        found = costs.flops(work, prefill(work, tokens)) - 2 * cfg.vocab_size * cfg.d_model
+        in_layers = 2 * (costs.parameters(cfg, active=True) - cfg.vocab_size * cfg.d_model)
+        assert found == tokens * (in_layers + attention * tokens + states)
+    matrices = 36 * 32 * 128 * 128 * 4
+    windows, keys = 36 * 3 * 8192 * 2, 12 * 2 * 2 * 256 * 2 * work.slots
+    assert costs.cache_bytes(work, 1) == matrices + windows + keys
+    # Of 16 chips 2 share the keys and 16 the states, whose windows of keys have 16 heads, too.
+    assert costs.cache_bytes(work, 3, 16, states=2) == 3 * (2 * (matrices + windows) // 16 + keys // 2)
+
+
+def test_work_of_latents_and_of_dense_layers_before_experts():
+    work = real("DeepSeek-V3")
+    cfg = work.cfg
+    assert costs.parameters(cfg, active=True) == pytest.approx(37e9, rel=0.02)
+    assert costs.mlp_width(cfg) == (3 * 18432 + 58 * 9 * 2048) / 61
+    assert costs.cache_bytes(work, 1, 16) == 61 * 576 * 2 * work.slots  # which each chip has as a whole
+    step, prompt = (costs.flops(work, prefill(work, 1, cached=n)) for n in (1000, 0))
+    assert step - prompt == 61 * 128 * 2 * (1001 * 2 * 576 - (128 + 64 + 128))
+    gemma = real("gemma-4-E2B-it").cfg
+    assert costs.mlp_width(gemma) == (15 * 6144 + 20 * 12288) / 35
+    assert costs.parameters(gemma, active=True) == costs.parameters(gemma) - 262144 * 35 * 256
 
 
 def test_work_grows_as_it_should():

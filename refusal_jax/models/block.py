@@ -250,11 +250,13 @@ class Block(Stack):
 
         resid_pre = edits.added(edits.ablated(own(x_btd), gates["resid_pre"]), layer.add_r)
         attn_in = read(resid_pre, "attn_norm")
-        attn_out, new, of_heads = _choose(layer.number, form.mixer_l, layer.mixer, sequence)
+        attn_out, new, of_heads = _choose("mixer", layer.number, form.mixer_l, layer.mixer, sequence)
         attn_out = edits.ablated(attn_out, gates["attn_out"])
         resid_mid = resid_pre + attn_out
         mlp_in = attn_in if cfg.parallel else read(resid_mid, "mlp_norm")
-        mlp_out = edits.ablated(_choose(layer.number, form.channel_l, layer.channel, channel), gates["mlp_out"])
+        mlp_out = edits.ablated(
+            _choose("channel", layer.number, form.channel_l, layer.channel, channel), gates["mlp_out"]
+        )
         if cfg.d_per_layer:
             told = here.told(constrain(self.mesh, own(resid_mid + mlp_out), "batch"))
             mlp_out = mlp_out + edits.ablated(added(told, "per_layer_post_norm"), gates["mlp_out"])
@@ -268,11 +270,14 @@ class Block(Stack):
         return resid_post, tapped | of_heads, new
 
 
-def _choose(number: int | None, kind_l: tuple[int, ...], kind, function):
-    """Returns a function of the layer's kind, an int: known from the layer's number, or else a traced one."""
+def _choose(name: str, number: int | None, kind_l: tuple[int, ...], kind, function):
+    """Returns a function of the layer's kind, an int: known from the layer's number, or else a traced one.
+
+    name: of the choice in the compiled program, as in `Structure.taken`."""
     if number is not None or len(set(kind_l)) == 1:
         return function(kind_l[number or 0])
-    return jax.lax.switch(kind, [partial(function, index) for index in range(max(kind_l) + 1)])
+    with jax.named_scope(name):
+        return jax.lax.switch(kind, [partial(function, index) for index in range(max(kind_l) + 1)])
 
 
 def _recalled(past, before, k: int):

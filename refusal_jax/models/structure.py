@@ -67,6 +67,13 @@ class Structure:
         return any(source is not None for source in self.source_l)
 
     @property
+    def taken(self) -> dict[str, tuple[float, ...]]:
+        """Returns which part of the layers has each mixer and each channel mixer, by the name that the choice of it has in
+        compiled programs."""
+        of = {"mixer": (self.mixer_l, len(self.mixers)), "channel": (self.channel_l, len(self.channels))}
+        return {name: tuple(l.count(i) / len(l) for i in range(count)) for name, (l, count) in of.items()}
+
+    @property
     def places_lg(self) -> np.ndarray:
         """Returns the place of each layer in each of `sets`, int32 `[L, G]`; where it is not in it, some place."""
         places = [

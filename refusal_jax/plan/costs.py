@@ -11,12 +11,16 @@ import math
 import os
 import sys
 from collections.abc import Mapping
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 
+from refusal_jax.models.cache import map_memory
 from refusal_jax.models.config import ModelConfig
+from refusal_jax.models.mixers.attention import Attention
+from refusal_jax.models.mixers.latent import Latent
+from refusal_jax.models.mixers.mixer import Mixer
 from refusal_jax.models.sharding import STORAGE
 from refusal_jax.models.structure import structure
 from refusal_jax.models.weights import weight_table
@@ -56,12 +60,13 @@ class Cost:
 def parameters(cfg: ModelConfig, active: bool = False) -> int:
     """Returns the number of parameters.
 
-    active: counts only those used per token, which leaves out experts that are not chosen and the embedding.
+    active: counts only those used per token, which leaves out experts that are not chosen and embeddings.
     """
     total = 0
+    looked_up = {"per_layer_embed"} | (set() if cfg.tied_embeddings else {"embed"})
     for path, weight in weight_table(cfg).items():
         size = math.prod(weight.shape)
-        if active and path == "embed" and not cfg.tied_embeddings:
+        if active and path in looked_up:
             continue
         if active and weight.per_expert:
             size = size * cfg.experts_per_token // cfg.n_experts
@@ -70,11 +75,34 @@ def parameters(cfg: ModelConfig, active: bool = False) -> int:
 
 
 def mlp_width(cfg: ModelConfig) -> float:
-    """Returns the width of what a token goes through in an MLP, with experts and without, on average over the layers."""
-    if not cfg.n_experts:
-        return cfg.d_mlp
-    sparse = len(cfg.sparse_layers) * (cfg.d_mlp * cfg.experts_per_token + cfg.d_shared)
-    return (sparse + len(cfg.dense_layers) * cfg.d_dense) / cfg.n_layers
+    """Returns the width of what a token goes through in MLPs, with experts and without, on average over the layers."""
+    total = 0
+    for path, weight in weight_table(cfg).items():
+        if path.endswith("down") and weight.axes[-1] == "mlp":
+            each = cfg.experts_per_token if weight.per_expert else 1
+            total += len(weight.layers) * weight.shape[-1] * each
+    return total / cfg.n_layers
+
+
+def mixing(cfg: ModelConfig, mixer: Any, seen: int, past: bool) -> float:
+    """Returns the operations of a sequence mixer for each token, besides those with its weights.
+
+    seen: the tokens that each token is multiplied with, which are all in memory: windows only leave out what comes of it.
+    past: whether there are tokens before. A state's entries are each read, changed and read again.
+    """
+    if mixer is None:
+        return 0
+    parts = [part for part in vars(mixer).values() if isinstance(part, Mixer)]
+    if parts:
+        return sum(mixing(cfg, part, seen, past) for part in parts)
+    if isinstance(mixer, Attention):
+        heads, _, width = mixer.sizes(cfg)
+        return 4 * seen * heads * width
+    if isinstance(mixer, Latent):
+        latent, width = mixer.kv_rank + mixer.rope_dim, mixer.plain_dim + mixer.rope_dim
+        return 2 * seen * cfg.n_heads * (2 * latent if past else width + mixer.v_dim)
+    states = jax.eval_shape(lambda: mixer.memory(cfg, 1, 1, jnp.float32))
+    return 6 * sum(math.prod(a.shape) for a in jax.tree.leaves(states))
 
 
 def weight_bytes(work: Workload) -> int:
@@ -82,20 +110,26 @@ def weight_bytes(work: Workload) -> int:
     return parameters(work.cfg) * jnp.dtype(work.dtype).itemsize
 
 
-def cache_bytes(work: Workload, rows: int) -> int:
-    """Returns the bytes of the keys, values and states of `rows` rows in generation."""
+def cache_bytes(work: Workload, rows: int, model: int = 1, states: int = 1) -> int:
+    """Returns the bytes that `rows` rows keep in generation on each of `model` chips, which divide heads: keys and values, and
+    states, which count `states` times."""
     empty = jax.eval_shape(lambda: structure(work.cfg).empty(rows, work.slots, jnp.dtype(work.dtype)))
-    return sum(math.prod(a.shape) * a.dtype.itemsize for a in jax.tree.leaves(empty))
+
+    def here(times: int):
+        return lambda a: times * math.prod(a.shape) * a.dtype.itemsize // math.gcd(model, a.shape[2])
+
+    return sum(jax.tree.leaves(map_memory(here(1), here(states), empty)))
 
 
 def flops(work: Workload, program: Program) -> float:
-    """Returns the operations of one run on all chips: two for each active parameter and token, and those of attention."""
-    cfg, tokens = work.cfg, program.rows * program.tokens * program.steps
+    """Returns the operations of one run on all chips: two for each active parameter and token, and those of the mixers."""
+    cfg, form, tokens = work.cfg, structure(work.cfg), program.rows * program.tokens * program.steps
     unembedding = cfg.vocab_size * cfg.d_model
-    in_layers = parameters(cfg, active=True) - unembedding
-    attention = 4 * (program.tokens + program.cached) * cfg.n_heads * cfg.head_dim * program.layers
-    share = program.layers / cfg.n_layers
-    return tokens * (2 * in_layers * share + attention) + 2 * unembedding * program.rows * program.read * program.steps
+    in_layers = 2 * (parameters(cfg, active=True) - unembedding)
+    seen = program.tokens + program.cached
+    mixed = sum(mixing(cfg, form.mixers[index], seen, program.cached > 0) for index in form.mixer_l)
+    in_layers = (in_layers + mixed) * program.layers / cfg.n_layers
+    return tokens * in_layers + 2 * unembedding * program.rows * program.read * program.steps
 
 
 def traffic(work: Workload, program: Program, mesh: Sides) -> float:
@@ -109,8 +143,9 @@ def traffic(work: Workload, program: Program, mesh: Sides) -> float:
     tokens = max(program.rows // batch, 1) * program.tokens
     inner = 2 * mlp_width(work.cfg) / model + 6 * work.cfg.d_model / model + 4 * work.cfg.d_model
     activations = 2 * width * tokens * inner * program.layers
-    cached = cache_bytes(work, program.rows) / batch / min(model, work.cfg.n_kv_heads) if program.cached else 0
-    return program.steps * (weights * share + activations + cached)
+    # A step reads what is kept; states it replaces as well.
+    remembered = cache_bytes(work, program.rows, model, states=2) / batch if program.cached else 0
+    return program.steps * (weights * share + activations + remembered)
 
 
 def communication(work: Workload, program: Program, mesh: Sides, where: Slice) -> float:
@@ -169,8 +204,9 @@ def cost(work: Workload, program: Program, compiled, mesh: Sides, where: Slice) 
     text = "" if work.cfg.n_experts else text_of(compiled)  # how often the experts' loop runs is not in it
     if text:
         model = mesh.size // mesh.shape["data"] // mesh.shape[STORAGE]
-        waiting = collective_seconds(collectives(text, program.turns), model, where.chip.links(where.shape))
-        seconds = cycles(text, program.turns) / where.chip.hertz + waiting
+        counted = program.turns, structure(work.cfg).taken
+        waiting = collective_seconds(collectives(text, *counted), model, where.chip.links(where.shape))
+        seconds = cycles(text, *counted) / where.chip.hertz + waiting
         seconds *= program.layers / work.cfg.n_layers  # the text's loop is over all of them
     else:
         seconds = roofline(work, program, mesh, where)

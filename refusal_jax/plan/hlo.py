@@ -1,24 +1,28 @@
 """Reads a compiled program's text: its communication by kind and size, and the compiler's own cycles.
 
-The text lists a loop's body once; here everything is counted as often as it runs.
+The text lists a loop's body once, and every branch of a choice; here everything is counted as often as it runs.
 """
 
 import dataclasses
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 WIDTHS = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "f32": 4, "s32": 4, "u32": 4}
 UNKNOWN = 1 << 40  # cycles: what the compiler writes where it has no estimate is far above
+Shares = Mapping[
+    str, Sequence[float]
+]  # by the name of a choice (`jax.named_scope`): how often each branch is taken, of once
 
 
 @dataclasses.dataclass(frozen=True)
 class Instruction:
-    """kind: the operation; shapes: of its results; times: how often it runs; cycles: the compiler's estimate of one run."""
+    """kind: the operation; shapes: of its results; times: how often it runs, on average where a choice is not always the same;
+    cycles: the compiler's estimate of one run."""
 
     kind: str
     shapes: tuple[tuple[str, tuple[int, ...]], ...]
-    times: int
+    times: float
     cycles: int
     text: str
 
@@ -34,14 +38,16 @@ class Instruction:
         return total
 
 
-def instructions(text: str, unknown_loops: int = 1) -> Iterator[Instruction]:
-    """Returns the instructions of a program's entry and of its loops' bodies; a fusion counts as one.
+def instructions(text: str, unknown_loops: float = 1, shares: Shares | None = None) -> Iterator[Instruction]:
+    """Returns the instructions of a program's entry, of its loops' bodies, and of the branches of its choices; a fusion counts as
+    one.
 
-    unknown_loops: how often loops run whose number of turns is not in the text (those that end on a condition).
+    unknown_loops: how often loops run whose number of turns is not in the text (those that end on a condition). shares: of
+    choices; where one is not named there, each of its branches is taken as often as the others.
     """
     bodies, entry = _computations(text)
 
-    def walk(name: str, times: int):
+    def walk(name: str, times: float):
         for line in bodies[name]:
             _, _, right = line.partition(" = ")
             kind = re.search(r"(?:^|\s)([a-z][a-z0-9\-]*)\(", right)
@@ -50,6 +56,10 @@ def instructions(text: str, unknown_loops: int = 1) -> Iterator[Instruction]:
             if kind[1] == "while":
                 parts = dict(re.findall(r"\b(body|condition)=%?([\w.\-]+)", right))
                 yield from walk(parts["body"], times * _turns(line, bodies[parts["condition"]], unknown_loops))
+                continue
+            if kind[1] == "conditional":
+                for branch, share in _branches(right, shares or {}):
+                    yield from walk(branch, times * share)
                 continue
             cycles = re.search(r'"estimated_cycles":"(\d+)"', right)
             cycles = int(cycles[1]) if cycles else 0
@@ -65,6 +75,19 @@ def instructions(text: str, unknown_loops: int = 1) -> Iterator[Instruction]:
     yield from walk(entry, 1)
 
 
+def _branches(right: str, shares: Shares) -> list[tuple[str, float]]:
+    """Returns the computations of a choice, and how often each is taken."""
+    listed = re.search(r"branch_computations=\{([^}]*)\}", right)
+    if listed is None:  # a condition: what is true comes first
+        names = re.findall(r"\b(?:true|false)_computation=%?([\w.\-]+)", right)
+    else:
+        names = re.findall(r"[\w.\-]+", listed[1])
+    scopes = re.search(r'op_name="([^"]*)"', right)
+    named = [shares[scope] for scope in (scopes[1] if scopes else "").split("/") if scope in shares]
+    found = named[-1] if named and len(named[-1]) == len(names) else [1 / len(names)] * len(names)
+    return list(zip(names, found, strict=True))
+
+
 def _computations(text: str) -> tuple[dict[str, list[str]], str]:
     bodies, entry, lines = {}, "", []
     for line in text.splitlines():
@@ -77,7 +100,7 @@ def _computations(text: str) -> tuple[dict[str, list[str]], str]:
     return bodies, entry
 
 
-def _turns(line: str, condition: list[str], unknown: int) -> int:
+def _turns(line: str, condition: list[str], unknown: float) -> float:
     """Returns how often a loop runs: what the compiler knows, or the bound that its condition compares a counter
     with."""
     known = re.search(r'known_trip_count"?[:={\s"n]+(\d+)', line)
@@ -88,11 +111,11 @@ def _turns(line: str, condition: list[str], unknown: int) -> int:
     return bounds[0] if compare and len(bounds) == 1 else unknown
 
 
-def collectives(text: str, unknown_loops: int = 1) -> list[Instruction]:
+def collectives(text: str, unknown_loops: float = 1, shares: Shares | None = None) -> list[Instruction]:
     """Returns the communication of a program."""
-    return [i for i in instructions(text, unknown_loops) if i.kind in COLLECTIVES]
+    return [i for i in instructions(text, unknown_loops, shares) if i.kind in COLLECTIVES]
 
 
-def cycles(text: str, unknown_loops: int = 1) -> int:
+def cycles(text: str, unknown_loops: float = 1, shares: Shares | None = None) -> float:
     """Returns the compiler's estimate for a whole run on a TPU, without waiting for communication."""
-    return sum(i.cycles * i.times for i in instructions(text, unknown_loops))
+    return sum(i.cycles * i.times for i in instructions(text, unknown_loops, shares))

@@ -59,11 +59,11 @@ def mesh_shapes(chips: int, slices: int = 1) -> Iterator[MeshShape]:
 
 def ranked_meshes(work: Workload, where: Slice, sizes: Sizes) -> list[MeshShape]:
     """Returns the meshes that hold the weights and the cache of a quarter of the wanted rows, the fastest study first."""
-    cfg, limit = work.cfg, 0.9 * where.chip.hbm  # something is needed for activations
+    limit = 0.9 * where.chip.hbm  # something is needed for activations
 
     def memory(mesh: MeshShape) -> float:
         batch = mesh.data * mesh.fsdp
-        cache = cache_bytes(work, max(sizes.generation // 4, LEAST)) / batch / math.gcd(mesh.model, cfg.n_kv_heads)
+        cache = cache_bytes(work, max(sizes.generation // 4, LEAST), mesh.model) / batch
         return (weight_bytes(work) + work.beside) / mesh.fsdp / mesh.model + cache
 
     def seconds(mesh: MeshShape) -> float:
