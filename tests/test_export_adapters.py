@@ -39,6 +39,9 @@ FAMILIES = {
     "minimax_m2": "gqa",
     "deepseek_v2": "greedy",
     "deepseek_v3": "grouped",
+    "llama4_text": "two",
+    "lfm2": "biased",
+    "lfm2_moe": "gqa",
 }
 
 

@@ -17,7 +17,9 @@ from refusal_jax.study.config import get_config
 from refusal_jax.study.study import run_study
 
 
-@pytest.mark.parametrize("family,variant", [("qwen", "mha"), ("gemma3", "gqa"), ("qwen2_moe", "alternating")])
+@pytest.mark.parametrize(
+    "family,variant", [("qwen", "mha"), ("gemma3", "gqa"), ("qwen2_moe", "alternating"), ("lfm2", "biased")]
+)
 def test_the_whole_study_runs(family, variant, tmp_path):
     """A random model has no direction to find; what is checked is that every stage runs and leaves its results."""
     more = {"vocab_size": 600} if family == "qwen" else {}  # its own tokenizer's special tokens are many
@@ -55,6 +57,9 @@ def test_the_whole_study_runs(family, variant, tmp_path):
         ("granitemoe", "scaled"),
         ("deepseek_v2", "greedy"),
         ("deepseek_v3", "grouped"),
+        ("llama4_text", "two"),
+        ("lfm2", "biased"),
+        ("lfm2_moe", "gqa"),
     ],
 )
 def test_a_mesh_changes_nothing(family, variant, tmp_path):

@@ -108,6 +108,22 @@ def test_every_architecture_is_the_checkpoint_it_was_made_of(tmp_path, case):
     assert ours.bytes_read == sum(tensor.nbytes for tensor in ours.tensors.values())
 
 
+def test_the_norm_before_the_unembedding_goes_by_two_names(tmp_path):
+    """Versions of llama.cpp call LFM2's by one or the other."""
+    folder, path = made(tmp_path, "lfm2")
+    data = path.read_bytes()
+    old, new = (len(name).to_bytes(8, "little") + name for name in (b"token_embd_norm.weight", b"output_norm.weight"))
+    assert data.count(old) == 1
+    header = gguf.GGUFReader(path)
+    shorter = data.replace(old, new)
+    start = header.data_offset
+    padding = bytes(start - (start - (len(old) - len(new))))
+    path.write_bytes(shorter[: start - len(padding)] + padding + shorter[start - len(padding) :])
+    ours, theirs = TensorFiles.open(checkpoint_folder(path)), TensorFiles.open(folder)
+    name = "model.embedding_norm.weight"
+    np.testing.assert_array_equal(whole(ours, name), whole(theirs, name))
+
+
 @pytest.mark.parametrize("case", ("llama", "qwen2", "gemma2", "mixtral", "gpt-oss"))
 def test_logits_are_those_of_transformers(tmp_path, case):
     folder, path = made(tmp_path, case, Type.Q8_0)

@@ -26,8 +26,11 @@ from refusal_jax.models.hf_config import ADAPTER as ADAPTER_CONFIG
 ADAPTER, PICKLED = "adapter_model.safetensors", "adapter_model.bin"
 PREFIX = "base_model.model."
 # The matrix of an expert that writes, and the tensor of those of all experts.
-EXPERT = re.compile(r"(.*\.)(?:block_sparse_moe|mlp)\.experts\.(\d+)\.(?:w2|down_proj)\.weight")
-EXPERTS = re.compile(r"(.*\.block_sparse_moe\.)output_linear\.weight|(.*\.mlp\.)experts\.down_proj")
+EXPERT = re.compile(r"(.*\.)(block_sparse_moe|mlp|feed_forward)\.experts\.(\d+)\.(?:w2|down_proj)\.weight")
+EXPERTS = re.compile(r"(.*\.block_sparse_moe\.)output_linear\.weight|(.*\.(?:mlp|feed_forward)\.)experts\.down_proj")
+# Families whose tensors of experts PEFT takes for [out, in], though they are [in, out]: what they read and write change places.
+SWAPPED = {"llama4", "llama4_text"}
+UNMOVED = {"llama4"}  # multimodal models that have the text model where their checkpoints have it
 # What follows the module's name: a factor, a vector that is added to the bias, or a tensor that takes the place of the base's.
 FACTOR = re.compile(r"(.+)\.lora_(?:embedding_)?([AB])(?:\.default)?(?:\.weight)?")
 SHIFT = re.compile(r"(.+)\.lora_B(?:\.default)?\.bias")
@@ -51,7 +54,7 @@ def module_name(cfg: ModelConfig, name: str) -> str:
     module = name.rsplit(".", 1)[0]
     # Multimodal checkpoints keep the names that transformers had when they came out.
     inside = "model.language_model."
-    if cfg.family not in OTHER_PARTS or module.startswith(inside):
+    if cfg.family not in OTHER_PARTS or cfg.family in UNMOVED or module.startswith(inside):
         return module
     return re.sub(r"^(language_model\.)?model\.", inside, module)
 
@@ -61,7 +64,8 @@ def experts_of(cfg: ModelConfig, name: str) -> tuple[str, range] | None:
     None for a tensor that holds none."""
     one, all_of_them = EXPERT.fullmatch(name), EXPERTS.fullmatch(name)
     if one:
-        return f"{one[1]}mlp.experts", range(int(one[2]), int(one[2]) + 1)
+        part = "mlp" if one[2] == "block_sparse_moe" else one[2]
+        return f"{one[1]}{part}.experts", range(int(one[3]), int(one[3]) + 1)
     return (f"{all_of_them[1] or all_of_them[2]}experts", range(cfg.n_experts)) if all_of_them else None
 
 
@@ -298,7 +302,7 @@ class _Found:
             )
         a_ejf, b_edj = a.reshape(count, -1, a.shape[1]), np.moveaxis(b.reshape(len(b), -1, count), -1, 0)
         b_edj = b_edj * np.float32(self.scale(module, a_ejf.shape[1]))
-        turned = self.cfg.family in TRANSPOSED
+        turned = self.cfg.family in TRANSPOSED and self.cfg.family not in SWAPPED
         found = {}
         for name, held in self.experts[self.place(module)]:
             if len(held) == count and len(shapes[name]) == 3:

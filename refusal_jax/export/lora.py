@@ -19,6 +19,7 @@ from refusal_jax.checkpoints.lora import (
     ADAPTER,
     ADAPTER_CONFIG,
     PREFIX,
+    SWAPPED,
     Change,
     experts_of,
     module_name,
@@ -82,6 +83,7 @@ def write_lora(checkpoint: Checkpoint, folder: pathlib.Path, edit: Edit, tied: s
         tensors |= {f"{PREFIX}{module}.{kind.format(letter)}": m for letter, m in (("A", a), ("B", b))}
     for module, found in experts.items():
         pairs = [found[expert] for expert in sorted(found)]
+        pairs = [(b.T, a.T) for a, b in pairs] if cfg.family in SWAPPED else pairs
         tensors[f"{PREFIX}{module}.lora_A.weight"] = np.concatenate([a for a, _ in pairs])  # [experts * J, in]
         b_dje = np.stack([b for _, b in pairs], axis=-1)
         tensors[f"{PREFIX}{module}.lora_B.weight"] = b_dje.reshape(len(b_dje), -1)  # [out, J * experts]
