@@ -513,7 +513,7 @@ BAD = {
     ),
     "gemma4-layers": (
         {"model_type": "gemma4_text", "per_layer_config": {"2": {"head_dim": 4}}},
-        r"per_layer_config = .* expected the same attributes for each of the layers \[3\], which have no window, and for no",
+        r"per_layer_config = .* expected the same attributes for each of the layers \[3\], which have no window, and for ot",
     ),
     "gemma4-no-layer": (
         {"model_type": "gemma4_text", "per_layer_config": {"x": 3}},

@@ -18,7 +18,8 @@ from refusal_jax.study.study import run_study
 
 
 @pytest.mark.parametrize(
-    "family,variant", [("qwen", "mha"), ("gemma3", "gqa"), ("qwen2_moe", "alternating"), ("lfm2", "biased")]
+    "family,variant",
+    [("qwen", "mha"), ("gemma3", "gqa"), ("gemma4", "gqa"), ("qwen2_moe", "alternating"), ("lfm2", "biased")],
 )
 def test_the_whole_study_runs(family, variant, tmp_path):
     """A random model has no direction to find; what is checked is that every stage runs and leaves its results."""
@@ -48,6 +49,8 @@ def test_the_whole_study_runs(family, variant, tmp_path):
     [
         ("phi3", "longrope"),
         ("gemma3", "gqa"),
+        ("gemma4_text", "gqa"),
+        ("gemma4_text", "experts"),
         ("glm4", "mqa"),
         ("olmoe", "clipped"),
         ("gpt_oss", "gqa"),

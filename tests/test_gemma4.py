@@ -8,6 +8,7 @@ from safetensors.numpy import load_file, save_file
 from refusal_jax import Edits, UserError, load_model
 from refusal_jax.checkpoints.load import load_decoder
 from refusal_jax.checkpoints.tensor_files import SINGLE
+from refusal_jax.models.hf_config import from_hf
 from refusal_jax.models.scores import refusal_score
 from refusal_jax.models.structure import structure
 from refusal_jax.study.scoring import PromptScorer
@@ -82,3 +83,13 @@ def test_scores_of_additions_where_layers_use_the_memory_of_others(folder):
             for d in directions_md
         ]
         np.testing.assert_allclose(induce(directions_md), expected, atol=1e-4)
+
+
+def test_sizes_of_full_layers_are_read_in_all_spellings():
+    """As in published files, as newer versions of transformers write them, and as these write them for every layer."""
+    old = families.hf_config("gemma4_text", "experts")
+    full = old.pop("per_layer_config")
+    every = {f"{layer:02}": full.get(str(layer), {"head_dim": 8, "num_key_value_heads": 2}) for layer in range(6)}
+    first = from_hf(old | {"global_head_dim": 16, "num_global_key_value_heads": 1})
+    assert first == from_hf(old | {"per_layer_config": full}) == from_hf(old | {"per_layer_config": every})
+    assert {mixer.sizes(first) for mixer in first.mixers} == {(4, 2, 8), (4, 1, 16)}

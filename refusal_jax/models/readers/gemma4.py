@@ -2,6 +2,7 @@
 
 import dataclasses
 from functools import partial
+from typing import Any
 
 from refusal_jax.errors import shown
 from refusal_jax.models.config import ModelConfig
@@ -16,7 +17,6 @@ ROPES = {
     "full_attention": {"rope_type": "proportional", "partial_rotary_factor": 0.25, "rope_theta": 1e6},
 }
 EXPERTS = ("num_experts", "top_k_experts", "moe_intermediate_size")
-SIZES_OF_FULL = {"head_dim", "num_key_value_heads"}  # which full layers may have for themselves
 
 
 def _gemma4(read: Reader, family: str, unified: bool = False) -> ModelConfig:
@@ -95,21 +95,10 @@ def _full_layers(read: Reader, sizes: dict, windows: list[int | None]) -> tuple[
     """
     same = read.take("attention_k_eq_v", False, bool)
     width, count = read.take("global_head_dim", 512, int), read.take("num_global_key_value_heads", None, int)
-    found = {"head_dim": width, "num_key_value_heads": count if same else None}
-    per_layer = read.take("per_layer_config", None, dict)
+    count, per_layer = count if same else None, read.take("per_layer_config", None, dict)
     if per_layer is not None:
-        full = [layer for layer, window in enumerate(windows) if window is None]
-        found = next(iter(per_layer.values()), {})
-        by_layer = {int(layer): part for layer, part in per_layer.items() if layer.isdecimal() and len(layer) < 9}
-        alike = all(part == found for part in by_layer.values()) and isinstance(found, dict)
-        if len(by_layer) < len(per_layer) or (found and sorted(by_layer) != full) or not alike:
-            read.problems.append(
-                f"per_layer_config = {shown(per_layer)}, expected the same attributes for each of the layers {full}, which have "
-                "no window, and for no others"
-            )
-            found = {}
-        found = _sizes_of_layer(read, found)
-    count, width = found.get("num_key_value_heads") or sizes["n_kv_heads"], found.get("head_dim") or sizes["head_dim"]
+        count, width = _sizes_of_full(read, per_layer, sizes, windows)
+    count, width = count or sizes["n_kv_heads"], width or sizes["head_dim"]
     if sizes["n_heads"] % count:
         read.problems.append(
             f"num_attention_heads = {sizes['n_heads']} is not a multiple of the {count} key/value heads of full layers"
@@ -118,11 +107,32 @@ def _full_layers(read: Reader, sizes: dict, windows: list[int | None]) -> tuple[
     return count, width, same
 
 
-def _sizes_of_layer(read: Reader, part: dict) -> dict:
-    """Returns the attributes of an entry of `per_layer_config`; anything else there becomes a problem."""
+def _sizes_of_full(read: Reader, per_layer: dict, sizes: dict, windows: list[int | None]) -> tuple[Any, Any]:
+    """Returns the number of key/value heads of layers without a window and the width of their heads, by what is said for each
+    layer: for those alone, or for all."""
+    parts = {
+        int(layer): part
+        for layer, part in per_layer.items()
+        if layer.isdecimal() and len(layer) < 9 and int(layer) < len(windows) and isinstance(part, dict)
+    }
+    found = {layer: _sizes_of_layer(read, parts.get(layer, {}), sizes) for layer in range(len(windows))}
+    full = {found[layer] for layer, window in enumerate(windows) if window is None}
+    others = {found[layer] for layer, window in enumerate(windows) if window is not None}
+    if len(parts) < len(per_layer) or len(full) > 1 or others - {(sizes["n_kv_heads"], sizes["head_dim"])}:
+        read.problems.append(
+            f"per_layer_config = {shown(per_layer)}, expected the same attributes for each of the layers "
+            f"{[layer for layer, window in enumerate(windows) if window is None]}, which have no window, and for others those "
+            "of the model"
+        )
+    return next(iter(full))
+
+
+def _sizes_of_layer(read: Reader, part: dict, sizes: dict) -> tuple[Any, Any]:
+    """Returns a layer's number of key/value heads and the width of its heads; anything else in its entry of `per_layer_config`
+    becomes a problem."""
     inner = Reader(part, read.where)
-    found = {name: inner.take(name, None, int) for name in sorted(SIZES_OF_FULL)}
-    other = [f"{name[:80]} = {shown(part[name])} is not supported" for name in sorted(set(part) - SIZES_OF_FULL)]
+    found = inner.take("num_key_value_heads", sizes["n_kv_heads"], int), inner.take("head_dim", sizes["head_dim"], int)
+    other = [f"{name[:80]} = {shown(part[name])} is not supported" for name in sorted(set(part) - inner.seen)]
     read.problems += [f"per_layer_config: {problem}" for problem in inner.problems + other]
     return found
 
