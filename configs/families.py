@@ -72,6 +72,11 @@ MODELS = {
         6.4,
     ),
     "glm_4_9b": Model("GLM 4 9B (0414)", "zai-org/GLM-4-9B-0414", "v5e-4", 18.8),
+    "falcon_h1_0_5b": Model("Falcon H1 0.5B Instruct", "tiiuae/Falcon-H1-0.5B-Instruct", "v5e-1", 1.0),
+    "nemotron_3_nano_30b": Model(
+        "Nemotron 3 Nano 30B (128 experts, 6 a token)", "nvidia/NVIDIA-Nemotron-3-Nano-30B-A3B-BF16", "v6e-4", 63.2
+    ),
+    "nemotron_nano_9b": Model("Nemotron Nano 9B v2", "nvidia/NVIDIA-Nemotron-Nano-9B-v2", "v5e-4", 17.8),
     "mixtral_8x7b": Model("Mixtral 8x7B Instruct v0.1", "mistralai/Mixtral-8x7B-Instruct-v0.1", "v6e-8", 93.4),
     "qwen3_30b_a3b": Model("Qwen 3 30B (128 experts, 8 a token)", "Qwen/Qwen3-30B-A3B", "v6e-4", 61.1),
     "gpt_oss_20b": Model(

@@ -25,6 +25,10 @@ def lowered(family: str, layers: int):
     types = families.FAMILIES["gemma3_text" if family == "gemma3" else family][variant].get("layer_types", [])
     if types:
         more["layer_types"] = (types * layers)[:layers]
+    if family == "nemotron_h":
+        more["hybrid_override_pattern"] = (families.FAMILIES[family][variant]["hybrid_override_pattern"] * layers)[
+            :layers
+        ]
     cfg = from_hf(families.hf_config(family, variant, **more))
     decoder = jax.eval_shape(lambda key: Decoder.init(cfg, key), jax.random.key(0))
     tokens, mask = jax.ShapeDtypeStruct((4, 32), "int32"), jax.ShapeDtypeStruct((4, 32), "bool")

@@ -380,6 +380,62 @@ ROPE_VARIANTS = {
 }
 FAMILIES["llama"] |= {f"rope-{name}": {"head_dim": 16, "rope_parameters": rope} for name, rope in ROPE_VARIANTS.items()}
 FAMILIES["llama"]["rope-dynamic"]["max_position_embeddings"] = 25
+FALCON_H1 = {
+    "head_dim": 16,
+    "mamba_d_ssm": 48,
+    "mamba_n_heads": 6,
+    "mamba_n_groups": 2,
+    "mamba_d_state": 16,
+    "mamba_chunk_size": 16,
+    "embedding_multiplier": 1.7,
+    "lm_head_multiplier": 0.6,
+    "key_multiplier": 0.7,
+    "attention_in_multiplier": 1.3,
+    "attention_out_multiplier": 0.8,
+    "ssm_in_multiplier": 1.2,
+    "ssm_out_multiplier": 0.7,
+    "ssm_multipliers": [1.4, 0.8, 1.3, 0.7, 1.5],
+    "mlp_multipliers": [1.6, 0.6],
+}
+FAMILIES["falcon_h1"] = {
+    "gqa": FALCON_H1,
+    "normed": FALCON_H1
+    | {
+        "mamba_rms_norm": True,
+        "attention_bias": True,
+        "mlp_bias": True,
+        "projectors_bias": True,
+        "mamba_conv_bias": False,
+        "time_step_limit": [0.3, 0.9],
+        "tie_word_embeddings": True,
+    },
+    "mqa": FALCON_H1
+    | HEADS["mqa"]
+    | {"mamba_rms_norm": True, "mamba_norm_before_gate": False, "mamba_d_ssm": None}
+    | {"mamba_n_heads": 4, "mamba_d_state": 8, "mamba_d_conv": 3, "hidden_act": "gelu"},
+}
+NEMOTRON_H = {
+    "head_dim": 16,
+    "mamba_num_heads": 6,
+    "mamba_head_dim": 8,
+    "ssm_state_size": 16,
+    "n_groups": 2,
+    "chunk_size": 16,
+    "moe_intermediate_size": 24,
+    "moe_shared_expert_intermediate_size": 40,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 3,
+    "routed_scaling_factor": 1.7,
+}
+FAMILIES["nemotron_h"] = {
+    "gqa": NEMOTRON_H | {"hybrid_override_pattern": "M-*-M", "time_step_min": 0.6},
+    "mixture": NEMOTRON_H
+    | {"hybrid_override_pattern": "ME*-E", "n_group": 4, "topk_group": 2, "norm_topk_prob": False}
+    | {"use_conv_bias": False, "conv_kernel": 3, "mlp_bias": True},
+    "latent": NEMOTRON_H
+    | {"layers_block_type": ["attention", "moe", "mamba", "moe"], "moe_latent_size": 20, "mlp_bias": True}
+    | {"mlp_hidden_act": "gelu"},
+}
 CASES = [(family, variant) for family, variants in FAMILIES.items() for variant in variants]
 
 
@@ -469,6 +525,8 @@ def without_padding(model):
 
 def hf_taps(model, tokens, mask) -> dict[str, np.ndarray]:
     """Every tap site of every layer, `{site: [L, B, T, D]}`, caught by forward hooks."""
+    if model.config.model_type in ("falcon_h1", "nemotron_h"):
+        return _differences(model, tokens, mask)
     caught = {site: [] for site in RESIDUAL_SITES}
     layers, scale = text_model(model).layers, getattr(model.config, "residual_multiplier", 1.0)
     before_mlp = "pre_feedforward_layernorm", "ffn_norm"  # what gets the residual in the middle, if layers have it
@@ -512,6 +570,36 @@ def hf_taps(model, tokens, mask) -> dict[str, np.ndarray]:
     return {site: torch.stack([v.reshape(shape) for v in values]).numpy() for site, values in caught.items()}
 
 
+def _differences(model, tokens, mask) -> dict[str, np.ndarray]:
+    """What `hf_taps` returns, of models in which no module alone makes what is added to the residual: from residuals.
+    Where a layer has one part only, that is a mixture, an MLP or a sequence mixer."""
+    caught, hooks = {"resid_pre": [], "resid_mid": [], "resid_post": []}, []
+
+    def read(site, value):
+        caught[site].append(value[0] if isinstance(value, tuple) else value)
+
+    def before(site):
+        return lambda module, args, kwargs: read(site, args[0] if args else kwargs["hidden_states"])
+
+    layers = text_model(model).layers
+    for layer in layers:
+        hooks.append(layer.register_forward_pre_hook(before("resid_pre"), with_kwargs=True))
+        hooks.append(layer.register_forward_hook(lambda module, args, out: read("resid_post", out)))
+        if hasattr(layer, "pre_ff_layernorm"):
+            hooks.append(layer.pre_ff_layernorm.register_forward_pre_hook(before("resid_mid"), with_kwargs=True))
+    try:
+        hf_forward(model, tokens, mask)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    for layer, pre, post in zip(layers, caught["resid_pre"], caught["resid_post"], strict=True):
+        if hasattr(layer, "mixer"):
+            caught["resid_mid"].append(pre if layer.block_type in ("mlp", "moe") else post)
+    found = {site: torch.stack(values).numpy() for site, values in caught.items()}
+    added = {"attn_out": found["resid_mid"] - found["resid_pre"], "mlp_out": found["resid_post"] - found["resid_mid"]}
+    return found | added
+
+
 def hf_heads(model, tokens, mask) -> dict[str, np.ndarray]:
     """Of every layer that has heads what enters and leaves the output projection, "z" `[L, B, T, N, H]`, narrower with zeros
     at the end, and "out" `[L, B, T, D]`, and the attention probabilities, "pattern" `[L, B, N, T, T]`."""
@@ -522,6 +610,7 @@ def hf_heads(model, tokens, mask) -> dict[str, np.ndarray]:
         caught["out"].append(out)
 
     heads = [getattr(layer, "self_attn", None) for layer in text_model(model).layers]
+    heads += [mixer for layer in text_model(model).layers if hasattr(mixer := getattr(layer, "mixer", None), "o_proj")]
     hooks = [getattr(part, "o_proj", None) or part.out_proj for part in heads if part is not None]
     hooks = [projection.register_forward_hook(catch) for projection in hooks]
     try:

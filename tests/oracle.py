@@ -52,8 +52,8 @@ def _edit_output(edit, module, args, output):
     return (edit(output[0]), *output[1:]) if isinstance(output, tuple) else edit(output)
 
 
-# What layers call their attention, or what they have in its place.
-SEQUENCE = ("self_attn", "linear_attn", "mamba", "conv")
+# What layers call their attention, or what they have in its place or beside it; and the only part that layers of Nemotron-H have.
+SEQUENCE = ("self_attn", "linear_attn", "mamba", "conv", "mixer")
 
 
 def writers(layer) -> tuple[torch.nn.Module, ...]:
@@ -67,9 +67,8 @@ def writers(layer) -> tuple[torch.nn.Module, ...]:
         if all(hasattr(layer, name) for name in names):
             more = [layer.post_per_layer_input_norm] if hasattr(layer, "post_per_layer_input_norm") else []
             return *(getattr(layer, name) for name in names), *more
-    mlps = [getattr(layer, name, None) for name in ("mlp", "feed_forward", "block_sparse_moe", "shared_mlp")]
-    mixer = next(part for name in SEQUENCE if (part := getattr(layer, name, None)) is not None)
-    return mixer, *(mlp for mlp in mlps if mlp is not None)
+    names = *SEQUENCE, "mlp", "feed_forward", "block_sparse_moe", "shared_mlp"
+    return tuple(part for name in names if (part := getattr(layer, name, None)) is not None)
 
 
 def ablation(layers, direction) -> list[Hook]:

@@ -1501,3 +1501,105 @@ REAL_MODELS |= {
         | {"attention_multiplier": 0.0078125, "logits_scaling": 6},
     ),
 }
+
+# --- State spaces beside attention, and layers of one part ------------------------------------------------------------
+
+NEMOTRON_H = family("nemotron_h", "NemotronHForCausalLM", chunk_size=128, conv_kernel=4, expand=2) | {
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "hidden_dropout": 0.0,
+    "head_dim": 128,
+    "layer_norm_epsilon": 1e-5,
+    "mamba_hidden_act": "silu",
+    "mamba_proj_bias": False,
+    "mlp_bias": False,
+    "mlp_hidden_act": "relu2",
+    "n_groups": 8,
+    "num_logits_to_keep": 1,
+    "rescale_prenorm_residual": True,
+    "sliding_window": None,
+    "ssm_state_size": 128,
+    "tie_word_embeddings": False,
+    "time_step_floor": 0.0001,
+    "time_step_max": 0.1,
+    "time_step_min": 0.001,
+    "use_bias": False,
+    "use_conv_bias": True,
+    "use_mamba_kernels": True,
+}
+REAL_MODELS |= {
+    "Falcon-H1-0.5B-Instruct": Real(
+        "tiiuae/Falcon-H1-0.5B-Instruct",
+        521_411_104,
+        family("falcon_h1", "FalconH1ForCausalLM", hidden_act="silu", head_dim=64, rms_norm_eps=1e-5)
+        | shape(1024, 36, 8, 2, 2048, 32784, 16384)
+        | {
+            "attention_bias": False,
+            "attention_dropout": 0.0,
+            "attention_in_multiplier": 1.0,
+            "attention_out_multiplier": 0.9375,
+            "attn_layer_indices": None,
+            "embedding_multiplier": 5.656854249492381,
+            "key_multiplier": 0.39062499999999994,
+            "lm_head_multiplier": 0.0390625,
+            "mamba_chunk_size": 128,
+            "mamba_conv_bias": True,
+            "mamba_d_conv": 4,
+            "mamba_d_head": 64,
+            "mamba_d_ssm": 1536,
+            "mamba_d_state": 128,
+            "mamba_expand": 2,
+            "mamba_n_groups": 1,
+            "mamba_n_heads": 24,
+            "mamba_norm_before_gate": False,
+            "mamba_proj_bias": False,
+            "mamba_rms_norm": False,
+            "mamba_use_mlp": True,
+            "mlp_bias": False,
+            "mlp_expansion_factor": 8,
+            "mlp_multipliers": [0.8838834764831844, 0.5859375],
+            "num_logits_to_keep": 1,
+            "projectors_bias": False,
+            "rope_scaling": None,
+            "rope_theta": 100000000000.0,
+            "ssm_in_multiplier": 1.25,
+            "ssm_multipliers": [0.3535533905932738, 0.25, 0.3535533905932738, 0.5, 0.3535533905932738],
+            "ssm_out_multiplier": 0.23570226039551587,
+            "tie_word_embeddings": False,
+        },
+    ),
+    "NVIDIA-Nemotron-Nano-9B-v2": Real(
+        "nvidia/NVIDIA-Nemotron-Nano-9B-v2",
+        8_888_227_328,
+        NEMOTRON_H
+        | shape(4480, 56, 40, 8, 15680, 131072, 131072, mamba_num_heads=128, mamba_head_dim=80)
+        | {
+            "hybrid_override_pattern": "M-M-M-MM-M-M-M*-M-M-M*-M-M-M-M*-M-M-M-M*-M-MM-M-M-M-M-M-",
+            "residual_in_fp32": False,
+            "rms_norm_eps": 1e-5,
+        },
+    ),
+    "NVIDIA-Nemotron-3-Nano-30B-A3B": Real(
+        "nvidia/NVIDIA-Nemotron-3-Nano-30B-A3B-BF16",
+        31_577_940_288,  # as published, and the constants that correct the router's choice
+        NEMOTRON_H
+        | shape(2688, 52, 32, 2, 1856, 131072, 262144, mamba_num_heads=64, mamba_head_dim=64)
+        | {
+            "hybrid_override_pattern": "MEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEMEM*EMEMEMEME",
+            "mamba_ssm_cache_dtype": "float32",
+            "moe_intermediate_size": 1856,
+            "moe_shared_expert_intermediate_size": 3712,
+            "n_group": 1,
+            "n_routed_experts": 128,
+            "n_shared_experts": 1,
+            "norm_eps": 1e-5,
+            "norm_topk_prob": True,
+            "num_experts_per_tok": 6,
+            "partial_rotary_factor": 1.0,
+            "residual_in_fp32": False,
+            "rope_theta": 10000,
+            "routed_scaling_factor": 2.5,
+            "topk_group": 1,
+        },
+    ),
+}

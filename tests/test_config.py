@@ -165,6 +165,25 @@ ON = {
     "block_auto_adjust_ff_dim": True,
     "num_dense_layers": 1,
     "use_expert_bias": True,
+    "mamba_d_ssm": 24,
+    "mamba_rms_norm": True,
+    "mamba_norm_before_gate": True,
+    "projectors_bias": True,
+    "lm_head_multiplier": 0.7,
+    "key_multiplier": 0.8,
+    "attention_in_multiplier": 1.2,
+    "attention_out_multiplier": 0.7,
+    "ssm_in_multiplier": 1.3,
+    "ssm_out_multiplier": 0.9,
+    "ssm_multipliers": [0.9, 1.1, 0.8, 1.2, 1.3],
+    "mlp_multipliers": [1.5, 0.6],
+    "hybrid_override_pattern": "M*-E",
+    "mamba_num_heads": 4,
+    "mamba_head_dim": 6,
+    "ssm_state_size": 5,
+    "time_step_min": 0.3,
+    "moe_latent_size": 12,
+    "moe_shared_expert_intermediate_size": 10,
 }
 LONG_ROPE = {"type": "longrope", "short_factor": [1.0, 2.0], "long_factor": [3.0, 4.0]}
 OTHER_VALUE = {
@@ -179,6 +198,11 @@ OTHER_VALUE = {
     "use_double_wide_mlp": True,
     "per_layer_config": {"3": {"head_dim": 20}},
     "intermediate_size": 26,
+    "ssm_multipliers": [0.9, 1.1, 0.8, 1.2, 0.3],
+    "mlp_multipliers": [1.5, 0.9],
+    "mlp_hidden_act": "gelu",
+    "mamba_hidden_act": "relu",
+    "hybrid_override_pattern": "M*EE",
     "max_position_embeddings": 28,
     "rms_norm_eps": 3e-2,
     "layer_norm_epsilon": 3e-2,
@@ -235,6 +259,7 @@ GRANITE_4 = {  # its attributes that count in layers of one kind only, or depend
     **{"attention_bias": False, "attention_multiplier": 0.7, "position_embedding_type": None, "num_local_experts": 5},
     **{"layer_types": ["mamba", "attention", "attention", "mamba"], "mamba_n_heads": 8},
 }
+NEMOTRON_H = ({"hybrid_override_pattern": None}, ["mamba", "attention", "moe", "moe"])
 # (family, attribute): what else must be set for it to count, and its other value.
 OF_FAMILY = {
     **{
@@ -286,6 +311,18 @@ OF_FAMILY = {
         True,
     ),
     ("phi3", "rope_scaling"): ({}, LONG_ROPE),
+    ("falcon_h1", "mamba_d_ssm"): ({}, 32),
+    ("falcon_h1", "mamba_expand"): ({"mamba_d_ssm": None}, 3),
+    ("falcon_h1", "mamba_n_heads"): ({}, 8),
+    ("falcon_h1", "mamba_n_groups"): ({}, 4),
+    **{("nemotron_h", name): NEMOTRON_H for name in ("layers_block_type", "layer_types")},
+    ("nemotron_h", "mamba_num_heads"): ({}, 8),
+    ("nemotron_h", "mamba_n_groups"): ({}, 4),
+    ("nemotron_h", "n_groups"): ({"mamba_n_groups": None, "mamba_num_heads": 8}, 4),
+    ("nemotron_h", "conv_kernel"): ({"mamba_d_conv": None}, 3),
+    ("nemotron_h", "use_conv_bias"): ({"mamba_conv_bias": None}, False),
+    ("nemotron_h", "mamba_dt_min"): ({}, 0.7),
+    ("nemotron_h", "num_local_experts"): ({"n_routed_experts": None, "num_local_experts": 8}, 12),
     ("phi3", "original_max_position_embeddings"): ({"rope_scaling": LONG_ROPE}, 5),
     ("llama4_text", "layer_types"): ({}, ["chunked_attention"] * 4),
     ("llama4_text", "interleave_moe_layer_step"): ({}, 4),
@@ -295,8 +332,13 @@ OF_FAMILY = {
     ("lfm2", "conv_bias"): ({"full_attn_idxs": [1]}, False),
     ("lfm2_moe", "layer_types"): ({}, ["conv"] * 4),
 }
-NEEDED = {"lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2, "num_hidden_layers": 4}}
+NEEDED = {
+    "granitemoehybrid": {"mamba_n_heads": 4},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2, "num_hidden_layers": 4},
+}
 LEFT_OUT = {
+    "falcon_h1": {"mamba_d_head"},  # as in Granite 4
+    "nemotron_h": {"attention_head_dim"},  # which counts where there is no head_dim
     "granitemoehybrid": {"mamba_d_head"},  # which can only say what others say together
     "deepseek_v2": {"num_experts"},  # another name of n_routed_experts, which these attributes give, too
     "lfm2_moe": {"num_hidden_layers"},  # which must be as many as its layer_types

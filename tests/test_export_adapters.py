@@ -22,6 +22,8 @@ from refusal_jax.models.families import TABLES
 # Our own reading of adapters is tried on those that differ in it.
 VERIFIED = ("llama", "gemma3", "mixtral", "gpt_oss", "granitemoe")
 FAMILIES = {
+    "falcon_h1": "normed",
+    "nemotron_h": "mixture",
     "llama": "biased",
     "gemma3": "gqa",
     "qwen2_vl": "mha",

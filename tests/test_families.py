@@ -21,6 +21,7 @@ from refusal_jax.checkpoints.tensor_files import SINGLE
 from refusal_jax.mechanism.attribution import SITES, check_sum, parts_of, scales_after
 from refusal_jax.models.cache import Cache
 from refusal_jax.models.decoder import Decoder
+from refusal_jax.models.mixers.both import Both
 from refusal_jax.models.predict import predict
 from refusal_jax.models.structure import structure
 from refusal_jax.models.weights import weight_table
@@ -120,11 +121,12 @@ def by_head(case, z_lbtnh, out_lbtd) -> np.ndarray:
     cfg, weights = case.ours.cfg, case.ours.weights()
     o_ldnh, has_heads = np.zeros((cfg.n_layers, cfg.d_model, *z_lbtnh.shape[3:])), layers_with_heads(cfg)
     for path, weight in weight_table(cfg).items():
-        writes = path.endswith(("blocks.o", "_o")) and has_heads[list(weight.layers)].all()
+        writes = path.endswith(("blocks.o", "_o")) and path != "blocks.ssm_o" and has_heads[list(weight.layers)].all()
         for layer, o_df in zip(weight.layers, weights[path] if writes else (), strict=False):
             o_dnh = np.asarray(o_df).reshape(cfg.d_model, cfg.n_heads, -1)
             o_ldnh[layer, ..., : o_dnh.shape[-1]] = o_dnh
-    along_ld = np.tile(cfg.residual_scale * case.along.astype(np.float64), (cfg.n_layers, 1))
+    scale = cfg.residual_scale * getattr(next(iter(cfg.mixers), None), "out_scale", 1.0)
+    along_ld = np.tile(scale * case.along.astype(np.float64), (cfg.n_layers, 1))
     scale_lbt = np.ones(out_lbtd.shape[:3])
     if cfg.post_norm:
         along_ld *= cfg.norm_offset + np.asarray(weights["blocks.attn_post_norm"], np.float64)
@@ -154,7 +156,8 @@ def test_head_taps(case):
         close(taps["result_along_by_source"].sum(axis=-1)[:, case.mask], taps["result_along"][:, case.mask])
         if not edited:
             close(taps["result_along"][:, case.mask], by_head(case, z_lbtnh, theirs["out"])[:, case.mask])
-    assert cfg.o_bias == bool(np.abs(case.taps["o_bias_along"][has_heads]).max())
+    beside = any(isinstance(mixer, Both) for mixer in cfg.mixers)
+    assert (cfg.o_bias or beside) == bool(np.abs(case.taps["o_bias_along"][has_heads]).max())
 
 
 def test_attribution(case):

@@ -1,12 +1,18 @@
 """Taps of heads beyond their values (test_families.py has those, for every family): requests, cost, and meshes."""
 
+import dataclasses
 import re
 
+import families
+import jax
 import numpy as np
 import pytest
 import tiny
 
 from refusal_jax import Edits, Taps, UserError, load_model, make_mesh
+from refusal_jax.models.decoder import Decoder
+from refusal_jax.models.hf_config import from_hf
+from refusal_jax.models.mixers.attention import Attention
 from refusal_jax.models.predict import predict
 from refusal_jax.plan.hlo import collectives
 from refusal_jax.taps import ALONG_SITES, HEAD_SITES, NO_TAPS, TAP_AXES
@@ -133,3 +139,36 @@ def test_heads_stay_divided(grouped, mesh):
         4 * cfg.d_model * cfg.n_heads * cfg.head_dim // ways if mesh[1] > 1 else 0
     )  # weights are stored in parts
     assert tapped - plain <= cfg.n_layers * (small + projection)
+
+
+@dataclasses.dataclass(frozen=True)
+class Headless(Attention):
+    """Attention that does not tell its heads."""
+
+    prefix: str = "plain_"
+    has_heads = False
+
+    def mix(self, here, h_btd, ctx, past):
+        return dataclasses.replace(super().mix(here, h_btd, ctx, past), heads=None)
+
+
+@pytest.mark.parametrize("kinds", [(Attention(), Headless(), None), (Headless(), None)])
+def test_what_is_added_without_heads_is_the_rest(kinds):
+    """Tells that heads and rest sum to what a layer adds, whatever its mixer is, and that layers without heads tell none."""
+    cfg = from_hf(families.hf_config("llama", num_hidden_layers=5, attention_bias=True))
+    cfg = dataclasses.replace(cfg, mixers=kinds, layer_mixers=tuple(layer % len(kinds) for layer in range(5)))
+    decoder, rng = Decoder.init(cfg, jax.random.key(0)), np.random.default_rng(0)
+    tokens, mask = tiny.left_padded((9, 4), cfg.vocab_size)
+    along = rng.normal(size=cfg.d_model)
+    edits = Edits.ablate(rng.normal(size=cfg.d_model)).take([0, 0]).for_batch(2, 5, cfg.d_model)
+    taps = Taps(("attn_out", *HEAD_SITES), 3, along).for_batch(2, cfg.d_model)
+    found = jax.tree.map(np.asarray, predict(decoder, tokens, mask, edits, taps=taps, last=True).taps)
+    heads = cfg.n_heads if Attention() in kinds else 0
+    assert found["z"].shape == (5, 2, 3, heads, cfg.head_dim) and found["pattern"].shape[:3] == (5, 2, heads)
+    whole = found["attn_out"] @ along.astype(np.float32)
+    np.testing.assert_allclose(found["result_along"].sum(axis=-1) + found["o_bias_along"], whole, atol=1e-4)
+    np.testing.assert_allclose(found["result_along_by_source"].sum(axis=-1), found["result_along"], atol=1e-4)
+    for layer in range(5):
+        kind = kinds[layer % len(kinds)]
+        assert bool(np.abs(found["result_along"][layer]).sum()) == (kind == Attention())
+        assert bool(np.abs(found["o_bias_along"][layer]).sum()) == (kind is not None and kind != Attention())

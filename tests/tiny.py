@@ -30,7 +30,7 @@ CORPUS = (
 )
 # Line ends stay together, apart from the words around them, so that a prompt tokenises alone as before its reply.
 WORDS = r"\s*[\r\n]+|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+"
-NORM, NEAR_ONE = re.compile(r"norm(_\d)?\.weight$"), re.compile(r"layer_scalar$|router\.(per_expert_)?scale$")
+NORM, NEAR_ONE = re.compile(r"norm(_[\df])?\.weight$"), re.compile(r"layer_scalar$|router\.(per_expert_)?scale$")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 ROPES = {
     "default": {"rope_type": "default", "rope_theta": 1000.0},
@@ -146,7 +146,7 @@ def randomise(model, seed: int) -> None:
                 weight.copy_(noise - 2)  # states that last for many tokens
             elif weight.ndim == 1:
                 weight.copy_(0.3 * noise)
-            elif "embed_tokens" in name:
+            elif "embed_tokens" in name or "embeddings" in name:
                 weight.copy_(noise * (weight.shape[1] ** -0.5 if gemma else 1))  # and scales its embedding up
             else:
                 weight.copy_(1.2 * noise * weight.shape[-1] ** -0.5)

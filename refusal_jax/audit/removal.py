@@ -21,6 +21,7 @@ from refusal_jax.checkpoints.matrices import Matrix, Weights, matrices
 from refusal_jax.export.tensor_edits import Projection, scale_after
 from refusal_jax.models.config import ModelConfig
 from refusal_jax.models.families import TABLES, WRITER_BIASES
+from refusal_jax.models.weights import weight_table
 
 MOST_DIRECTIONS = 8  # that are looked for in one tensor
 SKETCH, POWERS = 24, 3  # columns of the random sketch that finds them, and how often it is multiplied by the change
@@ -240,6 +241,6 @@ def _operator(left_dj, right_dj, before_df, change_df):
 def bias_of(cfg: ModelConfig, matrix: Matrix) -> str | None:
     """Returns the name of the bias that a writer adds after its product, None where it has none."""
     path = f"{matrix.path}_bias"
-    if path not in WRITER_BIASES or path not in TABLES[cfg.family]:
+    if path not in WRITER_BIASES or path not in weight_table(cfg):
         return None
     return TABLES[cfg.family][path].format(l=matrix.layer)

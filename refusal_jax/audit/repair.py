@@ -161,7 +161,7 @@ def edits_of(plan: Repair, base: Weights, candidate: Weights) -> dict[str, Proje
     edits = {one.tensor: one.undo for one in plan.restored}
     for one in plan.restored:
         name = bias_of(candidate.cfg, one.matrix)
-        if name is None or not getattr(candidate.cfg, "o_bias" if one.matrix.path == "blocks.o" else "mlp_bias"):
+        if name is None:
             continue
         before, after = base.rows(name), candidate.rows(name)
         if np.linalg.norm(after - before) > LEAST_CHANGE * np.linalg.norm(before):

@@ -53,7 +53,7 @@ class OfExpert:
 def of_each_expert(cfg: ModelConfig, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Returns a checkpoint's tensors by name, with those that hold all experts of a layer taken apart, if the family's table
     wants that and their shape allows it."""
-    if not cfg.n_experts or not TABLES[cfg.family]["blocks.gate"].endswith(APART):
+    if not cfg.n_experts or not TABLES[cfg.family].get("blocks.gate", "").endswith(APART):
         return tensors
     found = {}
     for name, tensor in tensors.items():

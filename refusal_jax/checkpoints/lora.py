@@ -26,11 +26,12 @@ from refusal_jax.models.hf_config import ADAPTER as ADAPTER_CONFIG
 ADAPTER, PICKLED = "adapter_model.safetensors", "adapter_model.bin"
 PREFIX = "base_model.model."
 # The matrix of an expert that writes, and the tensor of those of all experts.
-EXPERT = re.compile(r"(.*\.)(block_sparse_moe|mlp|feed_forward)\.experts\.(\d+)\.(?:w2|down_proj)\.weight")
+EXPERT = re.compile(r"(.*\.)(block_sparse_moe|mlp|feed_forward|mixer)\.experts\.(\d+)\.(?:w2|down_proj)\.weight")
 EXPERTS = re.compile(r"(.*\.block_sparse_moe\.)output_linear\.weight|(.*\.(?:mlp|feed_forward)\.)experts\.down_proj")
 # Families whose tensors of experts PEFT takes for [out, in], though they are [in, out]: what they read and write change places.
 SWAPPED = {"llama4", "llama4_text"}
 UNMOVED = {"llama4"}  # multimodal models that have the text model where their checkpoints have it
+BACKBONE = re.compile(r"^backbone\.")  # what checkpoints of Nemotron-H call the model
 # What follows the module's name: a factor, a vector that is added to the bias, or a tensor that takes the place of the base's.
 FACTOR = re.compile(r"(.+)\.lora_(?:embedding_)?([AB])(?:\.default)?(?:\.weight)?")
 SHIFT = re.compile(r"(.+)\.lora_B(?:\.default)?\.bias")
@@ -52,6 +53,8 @@ CHANGED_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 def module_name(cfg: ModelConfig, name: str) -> str:
     """Returns the module in transformers, below the model, of an HF tensor that is not an expert's."""
     module = name.rsplit(".", 1)[0]
+    if cfg.family == "nemotron_h":
+        return BACKBONE.sub("model.", module)
     # Multimodal checkpoints keep the names that transformers had when they came out.
     inside = "model.language_model."
     if cfg.family not in OTHER_PARTS or cfg.family in UNMOVED or module.startswith(inside):
@@ -65,7 +68,7 @@ def experts_of(cfg: ModelConfig, name: str) -> tuple[str, range] | None:
     one, all_of_them = EXPERT.fullmatch(name), EXPERTS.fullmatch(name)
     if one:
         part = "mlp" if one[2] == "block_sparse_moe" else one[2]
-        return f"{one[1]}{part}.experts", range(int(one[3]), int(one[3]) + 1)
+        return BACKBONE.sub("model.", f"{one[1]}{part}.experts"), range(int(one[3]), int(one[3]) + 1)
     return (f"{all_of_them[1] or all_of_them[2]}experts", range(cfg.n_experts)) if all_of_them else None
 
 

@@ -12,15 +12,17 @@ from collections.abc import Collection
 from refusal_jax.models.config import ModelConfig
 from refusal_jax.models.families import OTHER_PARTS, TABLES, hf_shapes, is_spare
 
-PREFIX = re.compile(r"^(?:(?:model|language_model|base_model|module|_orig_mod|transformer|text_model|llm)\.)+")
+PREFIX = re.compile(r"^(?:(?:model|backbone|language_model|base_model|module|_orig_mod|transformer|text_model|llm)\.)+")
 WRAPPER = re.compile(
     r"(?<=\.)(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
 )  # around a part of a model
 UNMERGED = re.compile(
     r"\.(?:lora_[AB]|lora_embedding_[AB]|lora_magnitude_vector|base_layer|modules_to_save|original_module)\b"
 )
-# What stands before the text part's names in multimodal checkpoints of different ages.
+# What stands before the text part's names in multimodal checkpoints of different ages, and before all names of a family in files
+# of one origin or another.
 MULTIMODAL = {"", "model.", "language_model.", "model.language_model.", "language_model.model."}
+ROOTS = dict.fromkeys(OTHER_PARTS, MULTIMODAL) | {"nemotron_h": {"", "model.", "backbone."}}
 PLAIN = re.compile(r"[\w.]+")  # the names that a checkpoint's code for users may hold
 RENAME = """
 
@@ -50,7 +52,7 @@ def core(name: str) -> str:
 def accepted(cfg: ModelConfig, stored: Collection[str]) -> dict[str, str]:
     """Returns the stored names that transformers takes for those of the family's table, by the latter.
 
-    Of a multimodal model these are all forms that versions of transformers wrote; of others, names with one "model." more or
+    Of a family in `ROOTS` these are all forms that versions of transformers wrote; of others, names with one "model." more or
     less, as when the model was saved without its head or in a wrapper.
     """
     names = [*hf_shapes(cfg), TABLES[cfg.family]["unembed"]]
@@ -59,8 +61,9 @@ def accepted(cfg: ModelConfig, stored: Collection[str]) -> dict[str, str]:
         new = wanted.get(core(old), old)
         if new in stored or is_spare(cfg, old):
             continue
-        whole = old.removesuffix(core(old)) in MULTIMODAL and old.endswith(core(old))
-        if whole if cfg.family in OTHER_PARTS else new in (f"model.{old}", old.removeprefix("model.")):
+        roots = ROOTS.get(cfg.family)
+        whole = roots and old.removesuffix(core(old)) in roots and old.endswith(core(old))
+        if whole if roots else new in (f"model.{old}", old.removeprefix("model.")):
             found.setdefault(new, []).append(old)
     return {new: olds[0] for new, olds in found.items() if len(olds) == 1}
 

@@ -45,6 +45,7 @@ HINTS = {
     "glm4_moe_lite": "deepseek2",
     "llama4_text": "llama4",
     "lfm2_moe": "lfm2moe",
+    "falcon_h1": "falcon-h1",
 }
 
 

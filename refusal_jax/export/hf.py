@@ -21,6 +21,7 @@ from refusal_jax.files import read_json, to_json
 from refusal_jax.models.families import TABLES, hf_shapes
 from refusal_jax.models.hf_config import from_hf
 from refusal_jax.models.quantisation import without_quantisation
+from refusal_jax.models.weights import weight_table
 from refusal_jax.progress import Progress
 
 HEAD = "lm_head.weight"  # where the checkpoint's other names are not those of its family's table
@@ -77,7 +78,7 @@ class Plan:
         if isinstance(edit, Add):
             edits, config = bias_additions(cfg, edit), {}
             files = checkpoint.files
-            if not cfg.mlp_bias:
+            if "blocks.down_bias" not in weight_table(cfg):
                 config = dict([BIAS_SWITCHES[cfg.family]])
                 files = with_zero_biases(checkpoint, config)
             held = {

@@ -88,8 +88,9 @@ def write_lora(checkpoint: Checkpoint, folder: pathlib.Path, edit: Edit, tied: s
         b_dje = np.stack([b for _, b in pairs], axis=-1)
         tensors[f"{PREFIX}{module}.lora_B.weight"] = b_dje.reshape(len(b_dje), -1)  # [out, J * experts]
     tensors |= biases
-    # In mixtures PEFT takes every module called down_proj for experts of an older transformers, but leaves parameters alone.
-    beside = [module for module in modules if cfg.n_experts and module.endswith(".down_proj")]
+    # In mixtures PEFT takes every module called down_proj for experts of an older transformers, and it refuses the out_proj of
+    # state spaces, whose kernels pass over a module's own forward; but it leaves parameters alone.
+    beside = [m for m in modules if m.endswith(".out_proj") or (cfg.n_experts and m.endswith(".down_proj"))]
     parameters = [f"{m}.down_proj" for m in experts] + [f"{m}.weight" for m in beside]
     more = {"bias": "all" if biases else "none", "target_parameters": parameters or None}
     write_adapter(folder, tensors, base, [module for module in modules if module not in beside], rank, rank, **more)

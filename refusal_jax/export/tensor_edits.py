@@ -28,6 +28,7 @@ from refusal_jax.conditions import EMBED, Ablate, Add, Inject
 from refusal_jax.errors import UserError, setting
 from refusal_jax.models.config import ModelConfig
 from refusal_jax.models.families import TABLES, WRITER_BIASES, WRITERS, norms_after, pieces
+from refusal_jax.models.weights import weight_table
 
 Edit = Ablate | Add | Inject  # what exports write
 WEIGHT_SITES = (EMBED, "attn_out", "mlp_out")  # that weights write to
@@ -240,7 +241,7 @@ def wanted_edits(checkpoint: Checkpoint, edit: Ablate | Inject, tied: str | None
 
 
 # Families whose MLP may have biases, with the attribute of config.json that says so, for checkpoints that have none.
-BIAS_SWITCHES = dict.fromkeys(("llama", "granite", "seed_oss", "cwm"), ("mlp_bias", True)) | {
+BIAS_SWITCHES = dict.fromkeys(("llama", "granite", "seed_oss", "cwm", "falcon_h1"), ("mlp_bias", True)) | {
     "qwen": ("no_bias", False)
 }
 
@@ -248,9 +249,10 @@ BIAS_SWITCHES = dict.fromkeys(("llama", "granite", "seed_oss", "cwm"), ("mlp_bia
 def bias_additions(cfg: ModelConfig, edit: Add) -> dict[str, Addition]:
     """Returns the edits, by HF name, of the MLP biases that hold the addition `edit`: of block l - 1 for the input of block l.
 
-    Raises UserError where the architecture has no such bias, and for layer 0, which no block precedes.
+    Raises UserError where the architecture or a block has no such bias, and for layer 0, which no block precedes.
     """
-    if not cfg.mlp_bias and cfg.family not in BIAS_SWITCHES:
+    bias = weight_table(cfg).get("blocks.down_bias")
+    if bias is None and cfg.family not in BIAS_SWITCHES:
         raise UserError(
             f"The MLP of a {cfg.family} model has no bias, so an addition cannot be written into its weights. Use "
             f"{setting('format', 'gguf')}, a control vector for llama.cpp, or add at inference time with refusal_jax.Edits.add."
@@ -261,5 +263,12 @@ def bias_additions(cfg: ModelConfig, edit: Add) -> dict[str, Addition]:
             "No block comes before layer 0 whose bias could hold an addition at its input. Choose "
             f"{setting('layers')} from 1 to {cfg.n_layers - 1}."
         )
-    name, vector_d = TABLES[cfg.family]["blocks.down_bias"], edit.vector_d / cfg.residual_scale
+    without = [layer for layer in layers if bias and layer - 1 not in bias.layers]
+    if without:
+        raise UserError(
+            f"Block {without[0] - 1} has no MLP whose bias could hold an addition at the input of layer {without[0]}. Choose "
+            f"{setting('layers')} among {', '.join(str(layer + 1) for layer in bias.layers)}, or add at inference time."
+        )
+    scale = cfg.residual_scale * cfg.mlp_scales[1]
+    name, vector_d = TABLES[cfg.family]["blocks.down_bias"], edit.vector_d / scale
     return {name.format(l=layer - 1): Addition(vector_d) for layer in layers}

@@ -20,6 +20,7 @@ from refusal_jax.edits import SITES, Edits
 from refusal_jax.models.attention import Context
 from refusal_jax.models.cache import map_memory
 from refusal_jax.models.config import ModelConfig
+from refusal_jax.models.head_taps import no_heads as shapes_without
 from refusal_jax.models.head_taps import read_heads
 from refusal_jax.models.layers import (
     ACTIVATE,
@@ -233,8 +234,8 @@ class Block(Stack):
             along the direction, all of which counts as a bias. out: what it adds, None for nothing."""
             if not taps.asks(*HEAD_SITES):
                 return {}
-            with_heads = next(i for i, mixer in enumerate(form.mixers) if mixer is not None and mixer.has_heads)
-            shapes = jax.eval_shape(lambda: sequence(with_heads)[2])
+            headed = [i for i, mixer in enumerate(form.mixers) if mixer is not None and mixer.has_heads]
+            shapes = jax.eval_shape(lambda: sequence(headed[0])[2]) if headed else shapes_without(cfg, taps, resid_pre)
             found = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
             if out is not None and "o_bias_along" in found:
                 out_bpd = taps.cut(edits.ablated(out, gates["attn_out"])).astype(jnp.float32)

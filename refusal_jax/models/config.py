@@ -53,6 +53,8 @@ class ModelConfig:
     gated_limit: float | None = None  # an MLP's gate is at most this, its other branch from - this to this
     up_offset: float = 0.0  # is added to the other branch
     value_norm: bool = False  # each head's values are divided by their root mean square
+    gated_mlp: bool = True  # MLPs have a gate; else the activation is that of their only branch, "up"
+    mlp_scales: tuple[float, float] = (1.0, 1.0)  # multiply an MLP's gate, and what MLPs add to the residual
     qkv_bias: bool = False
     o_bias: bool = False
     mlp_bias: bool = False
@@ -76,6 +78,8 @@ class ModelConfig:
     router_floor: float = 1e-20  # is added to the sum that they are divided by then
     routed_scale: float = 1.0  # multiplies them after that
     weighted_inputs: bool = False  # they multiply what the experts read, not what these write
+    expert_bias: bool = False  # experts have biases
+    d_expert_io: int = 0  # the width of what experts read and write, to and from which matrices lead; 0: the residual's
     d_shared: int = 0  # width of an MLP that every token goes through beside its experts; 0: none
     shared_gate: bool = False  # a sigmoid, one number for each token, multiplies that MLP's output
     d_beside: int = (
@@ -99,8 +103,9 @@ class ModelConfig:
 
     @property
     def expert_prefix(self) -> str:
-        """Returns what the names of the experts' weights begin with, so that those of an MLP beside them have others."""
-        return "expert_" if self.d_beside else ""
+        """Returns what the names of the experts' weights begin with, where an MLP stands beside them or a matrix behind them: its
+        names are the common ones, and tell what writes to the residual from what does not."""
+        return "expert_" if self.d_beside else "inner_" if self.d_expert_io else ""
 
     @property
     def queries_per_kv(self) -> int:

@@ -9,14 +9,25 @@ import numpy as np
 
 from refusal_jax.models.config import ModelConfig
 from refusal_jax.models.structure import structure
-from refusal_jax.models.tables import deepseek, dense, gemma4, granite_hybrid, lfm2, llama4, mixtures, qwen_hybrid
+from refusal_jax.models.tables import (
+    deepseek,
+    dense,
+    falcon_h1,
+    gemma4,
+    granite_hybrid,
+    lfm2,
+    llama4,
+    mixtures,
+    nemotron,
+    qwen_hybrid,
+)
 from refusal_jax.models.weights import weight_table
 
 # Decoder path -> HF name, `{l}` being the layer and `{e}` the expert. Layouts agree: `[out, in]`, vocabulary first. Paths
 # that share a name are that tensor's rows one after the other, in this order (fused projections). An expert's weight whose
 # name has no `{e}` is one of a tensor of all experts, along its first axis. A table may have more paths than a config has
 # weights (biases, a tied unembedding).
-PARTS = deepseek, dense, gemma4, granite_hybrid, lfm2, llama4, mixtures, qwen_hybrid
+PARTS = deepseek, dense, falcon_h1, gemma4, granite_hybrid, lfm2, llama4, mixtures, nemotron, qwen_hybrid
 
 
 def _merged(name: str) -> dict:
@@ -41,9 +52,10 @@ OTHER_PARTS: dict[str, re.Pattern] = _merged("OTHER_PARTS")
 MIXERS = ("", "full_", "delta_", "ssm_", "conv_")  # what the names of their weights begin with
 WRITERS = {"embed": "resid_pre"} | {f"blocks.{kind}o": "attn_out" for kind in MIXERS}
 WRITERS |= {
-    f"blocks.{name}": "mlp_out" for name in ("down", "dense_down", "shared_down", "expert_down", "per_layer_out")
+    f"blocks.{name}": "mlp_out"
+    for name in ("down", "dense_down", "shared_down", "expert_down", "experts_out", "per_layer_out")
 }
-WRITER_BIASES = {f"blocks.{kind}o_bias": "attn_out" for kind in MIXERS} | {"blocks.down_bias": "mlp_out"}
+WRITER_BIASES = {f"{path}_bias": site for path, site in WRITERS.items() if path != "embed"}
 
 
 def norms_after(cfg: ModelConfig, path: str) -> tuple[str, ...]:

@@ -24,10 +24,11 @@ class Heads:
     """One layer's attention on the way from its queries to the residual stream.
 
     q_btnh: queries, `[B, T, N, H]`. segments, sinks_n: what they attend to, as in `attend`. z_btf: outputs of the heads, side by
-    side, `[B, T, N * V]`. out_btd: their output projection with its bias, `[B, T, D]`, before any post-norm. o_df, o_bias_d: the
-    weight and bias of the projection, the latter None without one. norm_d: what a post-norm multiplies its input with besides
-    dividing it by its norm, None without a post-norm. gate_btf: what multiplied the outputs of the heads, None for nothing.
-    widest: the width of the widest heads of any layer, to which taps are filled up with zeros.
+    side, `[B, T, N * V]`. out_btd: their output projection with its bias, and all that the layer's mixer adds besides,
+    `[B, T, D]`, before any post-norm. o_df, o_bias_d: the weight and bias of the projection, the latter None without one. norm_d:
+    what a post-norm multiplies its input with besides dividing it by its norm, None without a post-norm. gate_btf: what
+    multiplied the outputs of the heads, None for nothing. widest: the width of the widest heads of any layer, to which taps are
+    filled up with zeros. beside_btd: what the mixer adds besides, None for nothing.
     """
 
     q_btnh: jax.Array
@@ -40,6 +41,7 @@ class Heads:
     norm_d: jax.Array | None
     gate_btf: jax.Array | None = None
     widest: int = 0
+    beside_btd: jax.Array | None = None
 
     @property
     def split(self) -> tuple[int, int]:
@@ -72,11 +74,27 @@ def read_heads(cfg: ModelConfig, mesh, heads: Heads, edits: Edits, gate_r, taps:
         read["result_along"] = along_bpn * scale_bp[..., None]
         bias_d = jnp.zeros_like(along_bd[0]) if heads.o_bias_d is None else heads.o_bias_d.astype(jnp.float32)
         read["o_bias_along"] = scale_bp * jnp.einsum("bd,d->b", along_bd, bias_d, precision="highest")[:, None]
+        if heads.beside_btd is not None:
+            beside_bpd = taps.cut(heads.beside_btd).astype(jnp.float32)
+            read["o_bias_along"] += scale_bp * jnp.einsum("bpd,bd->bp", beside_bpd, along_bd, precision="highest")
         if taps.asks("result_along_by_source"):
             gate_bpf = None if heads.gate_btf is None else taps.cut(heads.gate_btf)
             by_source_bnqt = _values_along(cfg, heads, along_bnh, gate_bpf) * read["pattern"]
             read["result_along_by_source"] = by_source_bnqt.swapaxes(1, 2) * scale_bp[..., None, None]
     return {site: read[site] for site in taps.sites if site in read}
+
+
+def no_heads(cfg: ModelConfig, taps: Taps, out_btd: Float[jax.Array, "B T D"]) -> dict[str, jax.ShapeDtypeStruct]:
+    """Returns the shapes of the requested ones of `HEAD_SITES` in a model none of whose layers has heads: of no heads."""
+    (b, p), t = taps.cut(out_btd).shape[:2], out_btd.shape[1]
+    shapes = {
+        "z": ((b, p, 0, cfg.head_dim), out_btd.dtype),
+        "pattern": ((b, 0, p, t), jnp.float32),
+        "result_along": ((b, p, 0), jnp.float32),
+        "result_along_by_source": ((b, p, 0, t), jnp.float32),
+        "o_bias_along": ((b, p), jnp.float32),
+    }
+    return {site: jax.ShapeDtypeStruct(*shapes[site]) for site in taps.sites if site in shapes}
 
 
 def before_norm(

@@ -14,7 +14,7 @@ from refusal_jax.models.config import AttentionKind, ModelConfig
 from refusal_jax.models.rope import Rope, is_number, rope_from_hf, unread_parts
 
 # The activations that the decoder computes, by HF name ("gelu_pytorch_tanh" is the tanh approximation).
-ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh", "relu")
+ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh", "relu", "relu2")
 SAME_ACTIVATION = {
     "swish": "silu",
     "gelu_python": "gelu",
@@ -164,6 +164,15 @@ class Reader:
             return [window if kind == "sliding_attention" else None for kind in types]
         return [None] * n_layers
 
+    def activation(self, name: str | None, default: Any) -> str:
+        """Returns the activation that an attribute names, by the one name that it has here. name: None for `default` itself."""
+        found = self.take(name, default) if name else default
+        known = SAME_ACTIVATION.get(str(found), found)
+        if known in ACTIVATIONS:
+            return known
+        self.problems.append(f"{name} = {shown(found)} is not one of {', '.join(ACTIVATIONS)}")
+        return ACTIVATIONS[0]  # the reading goes on, to report everything at once
+
     def sizes(self, defaults: dict | None = None, **names: str | None) -> dict[str, Any]:
         """Returns the fields of `SIZES`. defaults: by field. names: fields whose HF attribute is called differently, or None for
         those that the architecture does not leave to its config."""
@@ -177,11 +186,7 @@ class Reader:
             take = self.take_optional if field in ("n_kv_heads", "head_dim") and field in defaults else self.take
             more = {} if field in defaults else {"required": True}
             sizes[field] = take(attribute, defaults.get(field), kind, **more)
-        sizes["activation"] = SAME_ACTIVATION.get(str(sizes["activation"]), sizes["activation"])
-        if sizes["activation"] not in ACTIVATIONS:
-            name = names.get("activation", "hidden_act")
-            self.problems.append(f"{name} = {shown(sizes['activation'])} is not one of {', '.join(ACTIVATIONS)}")
-            sizes["activation"] = next(iter(ACTIVATIONS))  # the reading goes on, to report everything at once
+        sizes["activation"] = self.activation(names.get("activation", "hidden_act"), sizes["activation"])
         missing = [field for field in SIZES if sizes[field] is None and field not in defaults]
         if missing:  # which is reported
             sizes |= {field: 64 for field in missing}

@@ -10,6 +10,7 @@ from refusal_jax.models.config import ModelConfig
 from refusal_jax.models.hf_attributes import Reader
 from refusal_jax.models.readers import (
     deepseek,
+    falcon_h1,
     gemma,
     gemma4,
     granite_hybrid,
@@ -18,6 +19,7 @@ from refusal_jax.models.readers import (
     llama4,
     mixtures,
     multimodal,
+    nemotron,
     qwen,
     qwen_hybrid,
     ropeless,
@@ -36,4 +38,6 @@ READERS: dict[str, Callable[[Reader], ModelConfig]] = (
     | qwen_hybrid.READERS
     | llama4.READERS
     | lfm2.READERS
+    | falcon_h1.READERS
+    | nemotron.READERS
 )

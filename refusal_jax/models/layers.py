@@ -17,6 +17,7 @@ from refusal_jax.models.sharding import STORAGE, residual_axes
 ACTIVATE = {
     "silu": jax.nn.silu,
     "relu": jax.nn.relu,
+    "relu2": lambda x: jnp.square(jax.nn.relu(x)),
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
     "gelu_pytorch_tanh": lambda x: jax.nn.gelu(x, approximate=True),
 }
@@ -179,11 +180,20 @@ def gated(
     return gate * (up + cfg.up_offset if cfg.up_offset else up)
 
 
+def hidden(cfg: ModelConfig, branch) -> Float[jax.Array, "*B F"]:
+    """Returns what an MLP multiplies with "down". branch(name): its input through "gate" or "up", with any bias."""
+    if not cfg.gated_mlp:
+        return ACTIVATE[cfg.activation](branch("up"))
+    gate = branch("gate")
+    scale = cfg.mlp_scales[0]
+    return gated(cfg, gate if scale == 1 else gate * jnp.asarray(scale, gate.dtype), branch("up"))
+
+
 def mlp(cfg: ModelConfig, w, h_btd: Float[jax.Array, "*B D"], out, kind: str = "") -> Float[jax.Array, "*B D"]:
-    """Returns a gated MLP; `w(name)` gives a weight of the block, `out` multiplies with "down". kind: what the names begin
-    with."""
-    gate, up = (linear(h_btd, w(f"{kind}{name}"), w(f"{kind}{name}_bias")) for name in ("gate", "up"))
-    return out(f"{kind}down", gated(cfg, gate, up))
+    """Returns an MLP; `w(name)` gives a weight of the block, `out` multiplies with "down". kind: what the names begin with."""
+    hidden_btf = hidden(cfg, lambda name: linear(h_btd, w(f"{kind}{name}"), w(f"{kind}{name}_bias")))
+    y, scale = out(f"{kind}down", hidden_btf), cfg.mlp_scales[1]
+    return y if scale == 1 else y * jnp.asarray(scale, y.dtype)
 
 
 def route(cfg: ModelConfig, w, h_td: Float[Array, "T D"]) -> tuple[Int[jax.Array, "T n"], Float[jax.Array, "T n"]]:
@@ -223,25 +233,37 @@ def mixture(
     """Returns what experts, and what every token goes through beside them, make of T tokens; of their residual, where the experts
     have a norm of their own (`ModelConfig.d_beside`).
 
-    w(name): a weight of the block. stack, place: as in `experts`. once: what becomes of each of the two before they are summed;
-    name: the weight that it was multiplied with last.
+    w(name): a weight of the block. stack, place: as in `experts`. once: what becomes of each addend before they are summed;
+    name: the weight that says how it is divided, a bias or the last matrix with features.
     """
     chosen_tn, weights_tn = route(cfg, w, h_td)
-    h_td = normed(cfg, h_td, w("expert_norm")) if cfg.d_beside else h_td
-    y_td = once(experts(cfg, stack, place, h_td, chosen_tn, weights_tn), f"{cfg.expert_prefix}down")
-    if cfg.mlp_bias:  # what the experts add whatever they read, by their weights
-        bias_ed = stack("down_bias")[place].astype(jnp.float32)
+    inner_td = normed(cfg, h_td, w("expert_norm")) if cfg.d_beside else h_td
+    if cfg.d_expert_io:
+        inner_td = linear(inner_td, w("experts_in"), w("experts_in_bias"))
+    down = f"{cfg.expert_prefix}down"
+    y_td = once(experts(cfg, stack, place, inner_td, chosen_tn, weights_tn), down)
+    if cfg.expert_bias:  # what the experts add whatever they read, by their weights
+        bias_ed = stack(f"{down}_bias")[place].astype(jnp.float32)
         chosen_tne = jax.nn.one_hot(chosen_tn, cfg.n_experts)
         share_te = jnp.einsum("tn,tne->te", weights_tn, chosen_tne, precision="highest")
         added_td = jnp.einsum("te,ed->td", share_te, bias_ed, precision="highest")
-        y_td = y_td + once(added_td.astype(y_td.dtype), "down_bias")
+        y_td = y_td + once(added_td.astype(y_td.dtype), f"{down}_bias")
+    if cfg.d_expert_io:
+        y_td = linear(y_td, w("experts_out"))
+    if cfg.d_expert_io and cfg.mlp_bias:
+        y_td = y_td + once(w("experts_out_bias"), "experts_out_bias")
     if not cfg.d_shared:
         return y_td
-    shared_td = mlp(cfg, w, h_td, lambda name, x: linear(x, w(name)), "shared_")
+
+    def beside(name: str, x):
+        y = once(linear(x, w(name)), name)
+        return y + once(w(f"{name}_bias"), f"{name}_bias") if cfg.mlp_bias else y
+
+    shared_td = mlp(cfg, w, h_td, beside, "shared_")
     if cfg.shared_gate:
         gate_t1 = jax.nn.sigmoid(linear(h_td.astype(jnp.float32), w("shared_router").astype(jnp.float32)))
         shared_td = (gate_t1 * shared_td).astype(h_td.dtype)
-    return y_td + once(shared_td, "shared_down")
+    return y_td + shared_td
 
 
 def sharded_mixture(mesh, specs, cfg: ModelConfig, weights, stacks, place, h_btd) -> jax.Array:
@@ -290,8 +312,9 @@ def experts(
     """Returns a mixture of experts over T tokens, each of which is computed by its chosen experts only, without the biases of
     "down".
 
-    stack(name): "gate", "up" or "down" of all layers that have experts, `[L, E, out, in]`, or a bias, `[L, E, out]`, None where
-    there is none; place: int32 scalar, the layer wanted. chosen_tn, weights_tn: of each token, as `route` gives them.
+    stack(name): "gate", "up" or "down", after `cfg.expert_prefix`, of all layers that have experts, `[L, E, out, in]`, or a bias,
+    `[L, E, out]`, None where there is none; place: int32 scalar, the layer wanted. chosen_tn, weights_tn: of each token, as
+    `route` gives them.
 
     The (token, expert) pairs are sorted by expert and laid out in blocks of M rows, each of one expert, which a loop over
     the blocks in use multiplies. `jax.lax.ragged_dot` would say the same in one line, but compiles to a product of every
@@ -321,8 +344,7 @@ def experts(
             return None if found is None else found[place, owner_s[index]]
 
         x = jax.lax.dynamic_index_in_dim(x_smd, index, keepdims=False)
-        gate, up = (linear(x, own(name), own(f"{name}_bias")) for name in ("gate", "up"))
-        y = linear(gated(cfg, gate, up), own("down"))
+        y = linear(hidden(cfg, lambda name: linear(x, own(name), own(f"{name}_bias"))), own("down"))
         return jax.lax.dynamic_update_index_in_dim(out_smd, y, index, 0)
 
     out_smd = jax.lax.fori_loop(0, ends_e[-1], block, jnp.zeros_like(x_smd))

@@ -28,6 +28,7 @@ RULES = {
     "mlp": ("kv", "q"),
     "tokens": ("kv", "q"),
     "vocab": ("kv", "q"),
+    "inner": (STORAGE,),
     "experts": (),
     "routes": (),
     "layers": (),

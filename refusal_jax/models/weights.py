@@ -82,29 +82,39 @@ def channel_of(cfg: ModelConfig, layer: int) -> str | None:
 
 
 def _mlp(cfg: ModelConfig, width: int, kind: str = "") -> dict[str, Weight]:
-    """Returns a gated MLP; kind: what its names begin with."""
-    d, f = cfg.d_model, width
-    block = {
-        f"{kind}gate": Weight((f, d), ("mlp", "embed"), d**-0.5),
-        f"{kind}up": Weight((f, d), ("mlp", "embed"), d**-0.5),
-        f"{kind}down": Weight((d, f), ("embed", "mlp"), growth(cfg) * f**-0.5),
-    }
+    """Returns an MLP; kind: what its names begin with."""
+    block = _branches(cfg, cfg.d_model, width, kind)
     if cfg.mlp_bias:
-        block |= {
-            f"{kind}gate_bias": Weight((f,), ("mlp",), 0.0),
-            f"{kind}up_bias": Weight((f,), ("mlp",), 0.0),
-            f"{kind}down_bias": Weight((d,), ("norm",), 0.0),
-        }
+        block |= {f"{name}_bias": _bias(weight) for name, weight in block.items()}
     return block
+
+
+def _branches(cfg: ModelConfig, d: int, f: int, kind: str, outer: str = "embed") -> dict[str, Weight]:
+    """Returns the matrices of an MLP that reads and writes d features. outer: the name of their axis."""
+    read = Weight((f, d), ("mlp", outer), d**-0.5)
+    write = Weight((d, f), (outer, "mlp"), growth(cfg) * f**-0.5)
+    return ({f"{kind}gate": read} if cfg.gated_mlp else {}) | {f"{kind}up": read, f"{kind}down": write}
+
+
+def _bias(weight: Weight) -> Weight:
+    """Returns the bias beside a matrix: divided as its rows are, but for that of rows of the residual stream."""
+    rows = weight.axes[0]
+    return Weight(weight.shape[:1], ("norm" if rows in ("embed", "inner") else rows,), 0.0)
 
 
 def _experts(cfg: ModelConfig) -> dict[str, Weight]:
     """Returns the experts, their router, and what every token goes through beside them."""
-    d, n = cfg.d_model, cfg.n_experts
-    block = {
-        name: dataclasses.replace(w, shape=(n, *w.shape), axes=("experts", *w.axes))
-        for name, w in _mlp(cfg, cfg.d_mlp, cfg.expert_prefix).items()
-    }
+    d, n, inner = cfg.d_model, cfg.n_experts, cfg.d_expert_io
+    each = _branches(cfg, inner or d, cfg.d_mlp, cfg.expert_prefix, "inner" if inner else "embed")
+    if cfg.expert_bias:
+        each |= {f"{name}_bias": _bias(weight) for name, weight in each.items()}
+    block = {name: dataclasses.replace(w, shape=(n, *w.shape), axes=("experts", *w.axes)) for name, w in each.items()}
+    if inner:
+        outside = {
+            "experts_in": Weight((inner, d), ("routes", "embed"), d**-0.5),
+            "experts_out": Weight((d, inner), ("embed", "routes"), growth(cfg) * inner**-0.5),
+        }
+        block |= outside | ({f"{name}_bias": _bias(w) for name, w in outside.items()} if cfg.mlp_bias else {})
     # What is added to scores must be as exact as they are; what they are made of then is, too, as in transformers.
     block["router"] = Weight((n, d), ("routes", "embed"), d**-0.5, exact=cfg.router_correction)
     if cfg.router_bias:

@@ -164,7 +164,7 @@ def _gpt_oss(read: Reader) -> ModelConfig:
         sinks=True,
         qkv_bias=bias,
         o_bias=bias,
-        mlp_bias=True,
+        expert_bias=True,
         router_bias=True,
         gate_slope=read.take("swiglu_alpha", 1.702, float),
         gated_limit=limit,
