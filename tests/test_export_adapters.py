@@ -20,7 +20,7 @@ from refusal_jax.models.families import TABLES
 
 # With biases where a family may have them, experts, norms behind the writers, another order of names, scaled embeddings.
 # Our own reading of adapters is tried on those that differ in it.
-VERIFIED = ("llama", "gemma3", "mixtral", "gpt_oss", "granitemoe")
+VERIFIED = ("llama", "gemma3", "mixtral", "gpt_oss", "granitemoe", "llama4_text", "lfm2_moe")
 FAMILIES = {
     "falcon_h1": "normed",
     "nemotron_h": "mixture",
