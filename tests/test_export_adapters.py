@@ -44,6 +44,8 @@ FAMILIES = {
     "llama4_text": "two",
     "lfm2": "biased",
     "lfm2_moe": "gqa",
+    "qwen3_next": "alternating",
+    "qwen3_5_moe": "gqa",
 }
 
 

@@ -19,7 +19,14 @@ from refusal_jax.study.study import run_study
 
 @pytest.mark.parametrize(
     "family,variant",
-    [("qwen", "mha"), ("gemma3", "gqa"), ("gemma4", "gqa"), ("qwen2_moe", "alternating"), ("lfm2", "biased")],
+    [
+        ("qwen", "mha"),
+        ("gemma3", "gqa"),
+        ("gemma4", "gqa"),
+        ("qwen2_moe", "alternating"),
+        ("lfm2", "biased"),
+        ("qwen3_5_moe", "gqa"),
+    ],
 )
 def test_the_whole_study_runs(family, variant, tmp_path):
     """A random model has no direction to find; what is checked is that every stage runs and leaves its results."""
@@ -63,6 +70,8 @@ def test_the_whole_study_runs(family, variant, tmp_path):
         ("llama4_text", "two"),
         ("lfm2", "biased"),
         ("lfm2_moe", "gqa"),
+        ("qwen3_next", "alternating"),
+        ("qwen3_5_text", "gqa"),
     ],
 )
 def test_a_mesh_changes_nothing(family, variant, tmp_path):

@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from families import hf_config
+from families import FAMILIES, hf_config
 
+from refusal_jax.checkpoints.matrices import matrices
 from refusal_jax.edits import Edits
 from refusal_jax.models.cache import Cache
 from refusal_jax.models.decoder import Decoder, unstacked
@@ -16,7 +17,7 @@ from refusal_jax.models.hf_config import from_hf
 from refusal_jax.models.mixers.attention import Attention
 from refusal_jax.models.sharding import make_mesh
 from refusal_jax.models.structure import structure
-from refusal_jax.models.weights import weight_table
+from refusal_jax.models.weights import mixers_of, weight_table
 from refusal_jax.study import scoring
 from refusal_jax.taps import Taps
 
@@ -151,3 +152,12 @@ def test_layers_without_one_of_the_two():
         for site, without in (("attn_out", [1, 3]), ("mlp_out", [0, 4]), ("result_along", [1, 3])):
             zero_l = ~np.asarray(taps[site]).any(axis=tuple(range(1, taps[site].ndim)))
             assert np.flatnonzero(zero_l).tolist() == without
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_which_matrices_belong_to_a_sequence_mixer(family):
+    """What audits compare by sides of a block is sorted by the mixers' own weights."""
+    cfg = from_hf(hf_config(family, next(iter(FAMILIES[family]))))
+    own = {f"blocks.{name}" for mixer in mixers_of(cfg) if mixer is not None for name in mixer.weights(cfg)}
+    within = {"blocks.latent_q_up", "blocks.latent_kv_up"}  # which read what the mixer itself has made
+    assert all(one.of_mixer == (one.path in own - within) for one in matrices(cfg))

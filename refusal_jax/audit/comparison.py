@@ -24,7 +24,10 @@ RANKED = 8  # about so many matrices are looked at for the rank of their change
 SMALL = 2**16  # values that fit into a cache
 VISIBLE = 0.01  # a relative change of gains or biases that is more than storage in 16 bits makes
 ROUNDING = 1e-5  # a relative change that is no more than the rounding of a product
-NORMS = {"blocks.attn_norm": ("q", "k", "v"), "blocks.mlp_norm": ("gate", "up", "router")}
+NORMS, OF_MLP = (
+    ("blocks.attn_norm", "blocks.mlp_norm"),
+    ("gate", "up", "router"),
+)  # before a mixer and an MLP; what reads there
 POST_NORMS = tuple(
     f"blocks.{kind}_post_norm" for kind in ("attn", "mlp", "beside", "expert", "per_layer")
 )  # of what is written
@@ -98,7 +101,7 @@ def compare(base: Weights, candidate: Weights, frame: Frame) -> Comparison:
     rows, made_up, seen = [], set(), 0
     every = max(1, len(wanted) // RANKED)
     for matrix, before, after in read_pairs(base, candidate, wanted):
-        norm = _norm_of(matrix.path, base.cfg.parallel), matrix.layer
+        norm = _norm_of(matrix, base.cfg.parallel), matrix.layer
         if order is None and norm not in ratios and _same(before, after):
             rows.append(Compared(matrix, None))
             continue
@@ -204,13 +207,15 @@ def _wanted(base: ModelConfig, candidate: ModelConfig) -> Iterator[Matrix]:
             yield matrix
 
 
-def _norm_of(path: str, parallel: bool) -> str:
+def _norm_of(matrix: Matrix, parallel: bool) -> str:
     """Returns the path of the norm that a matrix reads from, "" for what writes. parallel: whether a block has one norm."""
-    if path == "unembed":
+    if matrix.path == "unembed":
         return "final_norm"
-    name = path.removeprefix("blocks.")
-    own = next((norm for norm, parts in NORMS.items() if name in {k + p for k in KINDS for p in parts}), "")
-    return "blocks.attn_norm" if own and parallel else own
+    attention, mlp = NORMS
+    if matrix.of_mixer:
+        return "" if matrix.writes else attention
+    reads = matrix.path in {f"blocks.{kind}{part}" for kind in KINDS for part in OF_MLP}
+    return (attention if parallel else mlp) if reads else ""
 
 
 def _storage(matrix: Matrix, before: np.ndarray, after: np.ndarray) -> Storage:

@@ -175,7 +175,7 @@ def sums(group: Iterable[tuple[Matrix, np.ndarray]], width: int) -> dict[str, Su
         w_df = values.astype(np.float64 if width <= EXACT else np.float32)
         energy = float(np.vdot(w_df, w_df))
         if energy:
-            side = "o" if matrix.path == "blocks.o" else "down"
+            side = "o" if matrix.of_mixer else "down"
             found = added([found, {side: Sum(w_df @ w_df.T / energy, 1, w_df.shape[1])}])
     return found
 
@@ -273,10 +273,10 @@ def _followed(weights: Weights, direction_d: np.ndarray) -> tuple[float, dict[in
         layer = int(matrix.layer or 0)
         if matrix.writes:
             if energy_along(values, direction_d) < ABSENT:
-                names = (*absent.get(layer, ()), "o" if matrix.path == "blocks.o" else "down")
+                names = (*absent.get(layer, ()), "o" if matrix.of_mixer else "down")
                 absent[layer] = tuple(dict.fromkeys(names))
         else:
-            gain_d = gains.get((layer, matrix.path in ("blocks.q", "blocks.k", "blocks.v")))
+            gain_d = gains.get((layer, matrix.of_mixer))
             read.append(energy_along(values if gain_d is None else values * gain_d[:, None], direction_d))
     return float(np.mean(read)) if read else 0.0, absent
 

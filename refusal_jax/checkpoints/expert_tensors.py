@@ -12,7 +12,7 @@ from jaxtyping import Shaped
 
 from refusal_jax.checkpoints.tensors import Tensor
 from refusal_jax.models.config import ModelConfig
-from refusal_jax.models.families import TABLES
+from refusal_jax.models.families import TABLES, is_spare
 
 TOGETHER = re.compile(r"^(.*\.mlp\.experts)\.(gate_up_proj|down_proj)$")
 PARTS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}  # rows one after the other
@@ -57,7 +57,7 @@ def of_each_expert(cfg: ModelConfig, tensors: dict[str, Tensor]) -> dict[str, Te
         return tensors
     found = {}
     for name, tensor in tensors.items():
-        match = TOGETHER.match(name)
+        match = None if is_spare(cfg, name) else TOGETHER.match(name)  # what is not run is copied as it is
         parts = PARTS[match[2]] if match else ()
         if match is None or len(tensor.shape) != 3 or tensor.shape[0] != cfg.n_experts or tensor.shape[1] % len(parts):
             found[name] = tensor

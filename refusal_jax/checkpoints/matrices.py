@@ -5,6 +5,7 @@ Memory: one matrix of each checkpoint, and one more that is read ahead.
 """
 
 import dataclasses
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol, runtime_checkable
@@ -16,6 +17,9 @@ from refusal_jax.errors import UserError
 from refusal_jax.models.config import ModelConfig
 from refusal_jax.models.families import WRITERS, Piece, hf_shapes, pieces
 from refusal_jax.models.weights import weight_table
+
+# Of what reads from the stream, that which belongs to a layer's sequence mixer.
+MIXER_READERS = re.compile(r"blocks\.((full_)?[qkv]|latent_(q|q_down|kv_down)|(delta|ssm|conv)_\w+)")
 
 
 @runtime_checkable
@@ -55,6 +59,11 @@ class Matrix:
     def layer(self) -> int | None:
         """Returns the layer that it belongs to, None for the embedding and the unembedding."""
         return self.piece.layer
+
+    @property
+    def of_mixer(self) -> bool:
+        """Returns whether it belongs to a layer's sequence mixer, attention or what stands in its place, and not to its MLP."""
+        return WRITERS[self.path] == "attn_out" if self.writes else bool(MIXER_READERS.fullmatch(self.path))
 
     def read(self, weights: Weights) -> Float32[np.ndarray, "D F"]:
         """Returns its values with the stream's axis first, whatever it is in the file. Raises UserError as `rows` does."""

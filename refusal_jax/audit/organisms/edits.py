@@ -79,8 +79,8 @@ def chosen(made: Made, place: str) -> list[Matrix]:
     found = matrices(made.cfg, embeddings=True)
     layers = [one for one in found if one.layer is not None]
     wanted = {
-        "o": [one for one in layers if one.path == "blocks.o"],
-        "down": [one for one in layers if one.writes and one.path != "blocks.o"],
+        "o": [one for one in layers if one.writes and one.of_mixer],
+        "down": [one for one in layers if one.writes and not one.of_mixer],
         "writers": [one for one in layers if one.writes],
         "embed": [one for one in found if one.path == "embed"],
         "readers": [one for one in layers if not one.writes],
