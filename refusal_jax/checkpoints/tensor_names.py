@@ -23,6 +23,7 @@ UNMERGED = re.compile(
 # of one origin or another.
 MULTIMODAL = {"", "model.", "language_model.", "model.language_model.", "language_model.model."}
 ROOTS = dict.fromkeys(OTHER_PARTS, MULTIMODAL) | {"nemotron_h": {"", "model.", "backbone."}}
+ROOTS |= dict.fromkeys(("qwen3_5_text", "qwen3_5_moe_text"), MULTIMODAL)  # taken out of a multimodal model as they were
 PLAIN = re.compile(r"[\w.]+")  # the names that a checkpoint's code for users may hold
 RENAME = """
 

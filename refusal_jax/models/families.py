@@ -47,6 +47,8 @@ DERIVED = re.compile(r"rotary_emb\.inv_freq$")
 DRAFT = re.compile(r"^model\.layers\.(\d+)\.")
 KEYS = re.compile(r"(?:^|\.)layers\.(\d+)\.self_attn\.[kv]_(?:proj|norm)\.")
 OTHER_PARTS: dict[str, re.Pattern] = _merged("OTHER_PARTS")
+# The same of text models, whose checkpoints may have been taken out of a multimodal model as they were.
+PASSED_OVER: dict[str, re.Pattern] = _merged("PASSED_OVER")
 
 # Decoder paths whose rows or columns write to the residual stream, and the edit site each of them serves.
 MIXERS = ("", "full_", "delta_", "ssm_", "conv_")  # what the names of their weights begin with
@@ -148,7 +150,7 @@ def hf_names(cfg: ModelConfig, path: str) -> list[str]:
 
 def is_spare(cfg: ModelConfig, name: str) -> bool:
     """Returns whether a checkpoint may hold this tensor although the decoder does not need it."""
-    other, draft = OTHER_PARTS.get(cfg.family), DRAFT.match(name)
+    other, draft = (OTHER_PARTS | PASSED_OVER).get(cfg.family), DRAFT.match(name)
     tied = cfg.tied_embeddings and name == TABLES[cfg.family]["unembed"]
     ahead = bool(draft) and cfg.n_layers <= int(draft[1]) < cfg.n_layers + cfg.draft_layers
     return tied or ahead or _is_unused(cfg, name) or bool(DERIVED.search(name)) or bool(other and other.search(name))

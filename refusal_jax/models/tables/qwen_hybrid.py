@@ -32,7 +32,7 @@ TABLES = {
     "qwen3_5": inside(DENSE),
     "qwen3_5_moe": inside(MIXTURE),
 }
-# Layers that guess tokens ahead, and the vision part, which transformers leaves out of the text model, too.
-AHEAD = r"^mtp\."
-OTHER_PARTS = {"qwen3_next": re.compile(AHEAD)}
-OTHER_PARTS |= dict.fromkeys(TABLES.keys() - {"qwen3_next"}, re.compile(rf"{AHEAD}|^(model\.)?visual\."))
+# Layers that guess tokens ahead, and the vision part.
+AHEAD, BESIDE = re.compile(r"^mtp\."), re.compile(r"^mtp\.|^(model\.)?visual\.")
+OTHER_PARTS = dict.fromkeys(("qwen3_5", "qwen3_5_moe"), BESIDE)
+PASSED_OVER = {"qwen3_next": AHEAD} | dict.fromkeys(("qwen3_5_text", "qwen3_5_moe_text"), BESIDE)
