@@ -4,12 +4,15 @@ import families
 import jax
 import numpy as np
 import pytest
+import torch
 from real_models import REAL_MODELS
+from safetensors.torch import load_file, save_file
 from test_families import close, decoded
-from tiny import hf_forward, left_padded
+from tiny import edit_json, hf_forward, left_padded
 
 from refusal_jax import Edits, UserError, make_mesh
 from refusal_jax.checkpoints.load import load_decoder
+from refusal_jax.checkpoints.tensor_files import SINGLE
 from refusal_jax.models.hf_config import from_hf
 from refusal_jax.models.predict import predict
 from refusal_jax.taps import NO_TAPS
@@ -73,6 +76,38 @@ def test_meshes(folder, batch, sides):
     steps = np.asarray(decoded(decoder, tokens, mask, edits, 32))[..., : logits.shape[-1]]
     close(steps[mask[:, 32:]], logits[:, 32:][mask[:, 32:]])
     jax.clear_caches()
+
+
+def test_experts_in_fp8(tmp_path):
+    """All experts of a layer in one tensor, with a scale for each row, as llm-compressor writes the published fp8 models."""
+    folder = families.tiny_model(tmp_path, "granitemoehybrid", dtype="bfloat16")
+    tensors, meant = load_file(folder / SINGLE), {}
+    for name in [name for name in tensors if name.endswith(("_linear.weight", "in_proj.weight", "out_proj.weight"))]:
+        weight = tensors[name].float()
+        scale = (weight.abs().amax(-1, keepdim=True) / 448).bfloat16()
+        tensors[name] = (weight / scale.float()).clamp(-448, 448).to(torch.float8_e4m3fn)
+        tensors[f"{name}_scale"], meant[name] = (
+            scale,
+            (tensors[name].float() * scale.float()).numpy(),
+        )
+    save_file(tensors, folder / SINGLE, metadata={"format": "pt"})
+    scheme = {"num_bits": 8, "type": "float", "strategy": "channel", "symmetric": True, "dynamic": False}
+    groups = {"group_0": {"targets": ["Linear"], "weights": scheme, "input_activations": None}}
+    edit_json(
+        folder / "config.json",
+        quantization_config={
+            "quant_method": "compressed-tensors",
+            "format": "float-quantized",
+            "config_groups": groups,
+        },
+    )
+    weights = {path: np.asarray(a, np.float32) for path, a in load_decoder(folder).weights().items()}
+    prefix = "model.layers.2."
+    np.testing.assert_array_equal(weights["blocks.down"][2], meant[f"{prefix}block_sparse_moe.output_linear.weight"])
+    halves = np.split(meant[f"{prefix}block_sparse_moe.input_linear.weight"], 2, axis=1)
+    for path, half in zip(("blocks.gate", "blocks.up"), halves, strict=True):
+        np.testing.assert_array_equal(weights[path][2], half)
+    np.testing.assert_array_equal(weights["blocks.ssm_o"][1], meant[f"{prefix}mamba.out_proj.weight"])
 
 
 def test_other_ways_of_saying_it():

@@ -53,7 +53,13 @@ def assemble(parts: Parts) -> None:
     for owner in parts.owners(".weight_scale"):
         found = parts.need(owner, ".weight", ".weight_scale")
         zeros = parts.take(f"{owner}.weight_zero_point")
-        if found is not None:
+        if found is None:
+            continue
+        if len(found[0].shape) == 3 and found[0].dtype in EIGHTS and zeros is None:  # all experts of a layer
+            stacked = fp8.scaled(parts, found[0], found[1], next((s.block for s in schemes if s.bits == 8), None))
+            if stacked is not None:
+                parts.add(f"{owner}.weight", stacked)
+        else:
             _add(parts, owner, schemes, found[0], found[1], zeros, None)
 
 
