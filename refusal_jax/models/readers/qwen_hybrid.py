@@ -27,7 +27,7 @@ def _types(read: Reader, count: int) -> list[str]:
             f"layer_types = {shown(types)}, expected {FULL!r} or {LINEAR!r} for each of {count} layers"
         )
         return [FULL] * count
-    return [OLD_TYPES.get(kind, kind) for kind in types]
+    return [str(OLD_TYPES.get(kind, kind)) for kind in types]
 
 
 def _delta_rule(read: Reader, by_head: bool) -> DeltaRule:
@@ -35,8 +35,9 @@ def _delta_rule(read: Reader, by_head: bool) -> DeltaRule:
     keys, values = read.take("linear_num_key_heads", 16, int), read.take("linear_num_value_heads", 32, int)
     if values % keys:
         read.problems.append(f"linear_num_value_heads = {values} is not a multiple of linear_num_key_heads = {keys}")
-    sizes = (read.take(f"linear_{part}_head_dim", 128, int) for part in ("key", "value"))
-    return DeltaRule(keys, values, *sizes, read.take("linear_conv_kernel_dim", 4, int, least=2), by_head)
+    key_dim, value_dim = (read.take(f"linear_{part}_head_dim", 128, int) for part in ("key", "value"))
+    width = read.take("linear_conv_kernel_dim", 4, int, least=2)
+    return DeltaRule(keys, values, key_dim, value_dim, width, by_head)
 
 
 def _hybrid(read: Reader, family: str, sizes: dict, by_head: bool = False, **switches) -> ModelConfig:
