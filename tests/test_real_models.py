@@ -94,7 +94,8 @@ def test_transformers_computes_with_the_same_numbers(name):
     cfg, model, config = from_hf(REAL_MODELS[name].config, name), hf_model(name).model, hf_config(name)
     embedding = getattr(model, "rotary_emb", None) or getattr(model, "pos_emb", None)
     rotary = embedding and type(embedding)(config)
-    attentions = [getattr(layer, "self_attn", None) for layer in model.layers]
+    attentions = [getattr(layer, "self_attn", getattr(layer, "mixer", None)) for layer in model.layers]
+    attentions = [one if hasattr(one, "scaling") else None for one in attentions]
     layers = structure(cfg)
     has_heads = [getattr(layers.mixers[index], "has_heads", False) for index in layers.mixer_l]
     assert has_heads == [one is not None for one in attentions]
@@ -105,7 +106,7 @@ def test_transformers_computes_with_the_same_numbers(name):
         chunked = getattr(config, "layer_types", [""] * cfg.n_layers)[index] == "chunked_attention"
         assert kind.chunk == (config.attention_chunk_size if chunked else None)
         assert (kind.unit_eps is not None) == hasattr(attention, "qk_norm")
-        assert cfg.query_scale == pytest.approx(attention.scaling)
+        assert cfg.query_scale == pytest.approx(attention.scaling * getattr(config, "key_multiplier", 1.0))
         if rotary is None:
             assert kind.rope.kind == "none"
             continue
@@ -116,7 +117,8 @@ def test_transformers_computes_with_the_same_numbers(name):
     norms = [module for module in model.modules() if type(module).__name__.endswith(("RMSNorm", "LayerNorm"))]
     own = {mixer.norm_eps for mixer in cfg.mixers if hasattr(mixer, "norm_eps")}  # of norms inside a mixer
     assert {getattr(norm, "variance_epsilon", getattr(norm, "eps", None)) for norm in norms} == {cfg.norm_eps} | own
-    assert cfg.activation == (getattr(config, "hidden_activation", None) or getattr(config, "hidden_act", "silu"))
+    activations = (getattr(config, one, None) for one in ("hidden_activation", "mlp_hidden_act", "hidden_act"))
+    assert cfg.activation == next(filter(None, activations), "silu")
     assert cfg.context_length == config.max_position_embeddings
     assert cfg.attention_softcap == getattr(config, "attn_logit_softcapping", None)
     assert cfg.logit_softcap == getattr(config, "final_logit_softcapping", None)
