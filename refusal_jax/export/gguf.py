@@ -44,6 +44,13 @@ HINTS = {
     "kimi_k25": "deepseek2",
     "glm4_moe_lite": "deepseek2",
     "llama4_text": "llama4",
+    "gemma4_text": "gemma4",
+    "gemma4_unified": "gemma4",
+    "qwen3_next": "qwen3next",
+    "qwen3_5": "qwen35",
+    "qwen3_5_text": "qwen35",
+    "qwen3_5_moe": "qwen35moe",
+    "qwen3_5_moe_text": "qwen35moe",
     "lfm2_moe": "lfm2moe",
     "falcon_h1": "falcon-h1",
 }
