@@ -16,6 +16,9 @@ ARCHITECTURES = {
     "qwen3_moe": "qwen3moe",
     "gpt_oss": "gpt-oss",
     "lfm2_moe": "lfm2moe",
+    "granitemoehybrid": "granitehybrid",
+    "qwen3_5_text": "qwen35",
+    "qwen3_5_moe_text": "qwen35moe",
 }
 # Of HF names that the library's table lacks, as converters merge experts under these.
 MERGED = {"w1": "ffn_gate_exps", "w2": "ffn_down_exps", "w3": "ffn_up_exps"}
@@ -61,14 +64,35 @@ def write_gguf(
             continue
         rows = weight.shape[-1] % gguf.GGML_QUANT_SIZES[kind][0] == 0
         stored = kind if weight.ndim > 1 and rows and "gate.weight" not in name and "router" not in name else Type.F32
+        order = tiled(hf, name) if arch.startswith("qwen35") else None
+        if order is not None:  # whose turns are taken before it is stored
+            weight = weight[..., order] if "out_proj" in name else weight[order]
         if stored is not Type.F32:
             weight = gguf.dequantize(raw(weight, stored), stored)
-            weights[name] = weight
-        if arch == "llama" and ("q_proj" in name or "k_proj" in name):
+            back = weight if order is None else np.empty_like(weight)
+            if order is not None:
+                back[(..., order) if "out_proj" in name else order] = weight
+            weights[name] = back
+        if arch in ("llama", "granitehybrid") and ("q_proj" in name or "k_proj" in name):
             weight = permuted(weight, hf["num_attention_heads" if "q_proj" in name else "num_key_value_heads"])
-        if arch.startswith("gemma") and name.endswith("norm.weight"):
+        if arch.startswith(("gemma", "qwen35")) and name.endswith("norm.weight") and "linear_attn.norm" not in name:
             weight = weight + 1
-        weight = weight.squeeze(1) if name.endswith("conv.conv.weight") else weight
+        weight = weight.squeeze(1) if name.endswith(("conv.conv.weight", "conv1d.weight")) else weight
+        name = name.replace("dt_bias", "dt_proj.bias")
+        if name.endswith("A_log"):
+            weight = -np.exp(weight)
+        if arch == "granitehybrid" and name.endswith((".A_log", ".D")):
+            weight = weight[:, None]
+        if arch == "granitehybrid" and name.endswith("mamba.norm.weight"):
+            weight = weight.reshape(hf["mamba_n_groups"], -1)
+        if name.endswith((".A_log", ".D")):
+            writer.add_tensor(names.get_name(name), weight)
+            continue
+        if fused := halves(hf, name, weight):
+            for part, half in fused.items():
+                data = raw(half, stored)
+                writer.add_tensor(part, data, raw_dtype=None if stored in PLAIN[:2] else stored)
+            continue
         stem, ending = name.rsplit(".", 1)
         stem, ending = (name, "bias") if ending == "expert_bias" else (stem, ending)
         if ".experts." in name:
@@ -90,6 +114,43 @@ def write_gguf(
     writer.write_tensors_to_file()
     writer.close()
     return path if not split else next(iter(sorted(path.parent.glob(f"{path.stem}-00001-of-*.gguf"))))
+
+
+def tiled(hf: dict, name: str) -> np.ndarray | None:
+    """The order in which the rows of a delta rule's tensor, or the columns of its output, are stored: value heads in turns."""
+    keys, values, size = hf["linear_num_key_heads"], hf["linear_num_value_heads"], hf["linear_value_head_dim"]
+    heads = np.arange(values).reshape(keys, -1).T.ravel()
+    if ".linear_attn." not in name or name.endswith("norm.weight"):
+        return None
+    if name.endswith(("A_log", "dt_bias", "in_proj_a.weight", "in_proj_b.weight")):
+        return heads
+    rows = (heads[:, None] * size + np.arange(size)).ravel()
+    before = 2 * keys * hf["linear_key_head_dim"] if "in_proj_qkv" in name or "conv1d" in name else 0
+    return np.concatenate([np.arange(before), before + rows])
+
+
+def halves(hf: dict, name: str, weight: np.ndarray) -> dict[str, np.ndarray]:
+    """The tensors that Granite's gates and what they gate are kept apart in, of the MLP or of experts; none for others."""
+    layer = name.split(".")[2] if name.startswith("model.layers.") else ""
+    alone = "" if hf.get("num_local_experts") else "_"
+    if name.endswith("shared_mlp.input_linear.weight"):
+        kind = "" if alone else "_shexp"
+        return {f"blk.{layer}.ffn_{part}{kind}.weight": half for part, half in zip(("gate", "up"), np.split(weight, 2))}
+    if name.endswith("shared_mlp.output_linear.weight") and alone:
+        return {f"blk.{layer}.ffn_down.weight": weight}
+    if name.endswith("block_sparse_moe.input_linear.weight"):
+        parts = np.split(weight, 2, axis=1)
+        return {f"blk.{layer}.ffn_{part}_exps.weight": half for part, half in zip(("gate", "up"), parts)}
+    if ".mlp.experts." in name and "gate_up_proj" in name:
+        parts = np.split(weight, 2, axis=1)
+        return {f"blk.{layer}.ffn_{part}_exps.weight": half for part, half in zip(("gate", "up"), parts)}
+    if ".mlp.shared_expert" in name:
+        part = name.split(".")[-2].removesuffix("_proj")
+        stem = "ffn_gate_inp_shexp" if "expert_gate" in name else f"ffn_{part}_shexp"
+        return {f"blk.{layer}.{stem}.weight": weight}
+    if name.endswith("mlp.gate.weight") and hf["model_type"].startswith("qwen3_5_moe"):
+        return {f"blk.{layer}.ffn_gate_inp.weight": weight}
+    return {}
 
 
 def woven_experts(writer: gguf.GGUFWriter, name: str, weight: np.ndarray, kind: Type) -> np.ndarray:
@@ -159,6 +220,23 @@ def settings(hf: dict, arch: str) -> dict:
     if arch.startswith("lfm2"):
         heads = [hf["num_key_value_heads"] * (kind == "full_attention") for kind in hf["layer_types"]]
         found |= {"attention.head_count_kv": heads, "shortconv.l_cache": hf["conv_L_cache"]}
+    if arch == "granitehybrid":
+        heads = [hf["num_key_value_heads"] * (kind in ("attention", "full_attention")) for kind in hf["layer_types"]]
+        found |= {"attention.head_count_kv": heads, "expert_shared_feed_forward_length": hf["shared_intermediate_size"]}
+        names = {"attention.scale": "attention", "embedding_scale": "embedding", "residual_scale": "residual"}
+        found |= {key: float(hf[f"{name}_multiplier"]) for key, name in names.items()}
+        found |= {"logit_scale": float(hf["logits_scaling"]), "ssm.conv_kernel": hf["mamba_d_conv"]}
+        found |= {"ssm.state_size": hf["mamba_d_state"], "ssm.group_count": hf["mamba_n_groups"]}
+        found |= {"ssm.inner_size": hf["mamba_n_heads"] * hf["mamba_d_head"], "ssm.time_step_rank": hf["mamba_n_heads"]}
+        found["rope.scaling.finetuned"] = hf["position_embedding_type"] == "rope"
+    if arch.startswith("qwen35"):
+        values, share = hf["linear_num_value_heads"], rope["partial_rotary_factor"]
+        found |= {"ssm.conv_kernel": hf["linear_conv_kernel_dim"], "ssm.state_size": hf["linear_key_head_dim"]}
+        found |= {"ssm.group_count": hf["linear_num_key_heads"], "ssm.time_step_rank": values}
+        found |= {"ssm.inner_size": values * hf["linear_value_head_dim"], "full_attention_interval": 4}
+        found |= {"rope.dimension_count": int(head_dim * share), "rope.dimension_sections": [1, 1, 2, 0]}
+        if "shared_expert_intermediate_size" in hf:
+            found["expert_shared_feed_forward_length"] = hf["shared_expert_intermediate_size"]
     if arch == "lfm2moe":
         found |= {"leading_dense_block_count": hf["num_dense_layers"], "expert_gating_func": 2}
     return {f"{arch}.{key}": value for key, value in found.items()}

@@ -11,9 +11,20 @@ from typing import Any
 
 from refusal_jax.checkpoints.gguf_blocks import PLAIN, READABLE
 from refusal_jax.checkpoints.gguf_header import GgufHeader
+from refusal_jax.checkpoints.gguf_hybrids import granite_hybrid, qwen3_next, qwen35, qwen35_moe
+from refusal_jax.checkpoints.gguf_layouts import (
+    DELTA,
+    DELTA_MOE,
+    FUSED_MLP,
+    GPT_OSS,
+    GRANITE_HYBRID,
+    LFM2,
+    LFM2_MOE,
+    QWEN3_NEXT,
+    Layout,
+)
 from refusal_jax.checkpoints.gguf_metadata import Metadata
-from refusal_jax.checkpoints.gguf_rope import ROPE_TENSORS, longrope, rope_scaling, scaling_kind
-from refusal_jax.checkpoints.gguf_tensors import FUSED_MLP, GPT_OSS, LFM2, LFM2_MOE, Layout
+from refusal_jax.checkpoints.gguf_rope import ROPE_TENSORS, longrope, scaling_kind, whole_heads
 from refusal_jax.checkpoints.tensors import listed
 from refusal_jax.errors import UserError, did_you_mean, shown
 from refusal_jax.models.quantisation import GGUF
@@ -109,15 +120,9 @@ def _own_keys(read: Metadata) -> set[str]:
     return {key.removeprefix(f"{read.architecture}.") for key in read.header.metadata}
 
 
-def _whole_heads(read: Metadata, config: dict) -> dict:
-    """Returns the rope of an architecture that rotates whole heads."""
-    read.only("rope.dimension_count", config["head_dim"])
-    return {"rope_scaling": rope_scaling(read, config)}
-
-
 def _llama(read: Metadata, config: dict) -> dict:
     """Reads Llama, and what uses its architecture: Mistral, and Mixtral with experts."""
-    own = _whole_heads(read, config)
+    own = whole_heads(read, config)
     window = read.take("attention.sliding_window", int)
     if read.take("expert_count", int):
         experts = {"num_local_experts": "expert_count", "num_experts_per_tok": "expert_used_count"}
@@ -130,12 +135,12 @@ def _llama(read: Metadata, config: dict) -> dict:
 
 
 def _qwen2(read: Metadata, config: dict) -> dict:
-    return _whole_heads(read, config) | {"model_type": "qwen2", "use_sliding_window": False}
+    return whole_heads(read, config) | {"model_type": "qwen2", "use_sliding_window": False}
 
 
 def _qwen3(read: Metadata, config: dict) -> dict:
     own = {"model_type": "qwen3", "use_sliding_window": False, "attention_bias": read.has("attn_q.bias")}
-    return _whole_heads(read, config) | own
+    return whole_heads(read, config) | own
 
 
 def _qwen3_moe(read: Metadata, config: dict) -> dict:
@@ -158,7 +163,7 @@ def _qwen3_moe(read: Metadata, config: dict) -> dict:
 
 def _gemma(read: Metadata, config: dict) -> dict:
     activation = {"hidden_act": "gelu_pytorch_tanh", "hidden_activation": "gelu_pytorch_tanh"}
-    return _whole_heads(read, config) | {"model_type": "gemma"} | activation
+    return whole_heads(read, config) | {"model_type": "gemma"} | activation
 
 
 def _query_scalar(config: dict, large: int) -> int | None:
@@ -241,7 +246,7 @@ def _phi3(read: Metadata, config: dict) -> dict:
 
 def _gpt_oss(read: Metadata, config: dict) -> dict:
     """Reads gpt-oss. That its rope's bounds are not rounded, and how its experts' gates are clamped, no file says."""
-    own, width = _whole_heads(read, config), read.take("expert_feed_forward_length", int, config["intermediate_size"])
+    own, width = whole_heads(read, config), read.take("expert_feed_forward_length", int, config["intermediate_size"])
     base = read.take("rope.freq_base_swa", float, config["rope_theta"])
     if base != config["rope_theta"]:
         read.problems.append(f"gpt-oss.rope.freq_base_swa = {base} differs from rope.freq_base")
@@ -264,7 +269,7 @@ def _lfm2(read: Metadata, config: dict) -> dict:
     """Reads LFM2. Which layers have a convolution, the tensors say; how wide its MLP is, the file says as it is."""
     count, tensors = config["num_hidden_layers"] or 0, read.header.tensors
     kinds = {True: "conv", False: "full_attention"}
-    return _whole_heads(read, config) | {
+    return whole_heads(read, config) | {
         "model_type": "lfm2",
         "norm_eps": config.pop("rms_norm_eps"),
         "block_auto_adjust_ff_dim": False,
@@ -307,6 +312,9 @@ CLASSES = {
     "gpt_oss": "GptOssForCausalLM",
     "lfm2": "Lfm2ForCausalLM",
     "lfm2_moe": "Lfm2MoeForCausalLM",
+    "granitemoehybrid": "GraniteMoeHybridForCausalLM",
+    "qwen3_5_text": "Qwen3_5ForCausalLM",
+    "qwen3_5_moe_text": "Qwen3_5MoeForCausalLM",
 }
 PLAIN_LAYOUT, GEMMA_LAYOUT = Layout(), Layout(norm_offset=1.0)
 ARCHITECTURES: dict[str, Architecture] = {
@@ -321,4 +329,8 @@ ARCHITECTURES: dict[str, Architecture] = {
     "phi3": Architecture(_phi3, Layout(own=FUSED_MLP)),
     "lfm2": Architecture(_lfm2, Layout(own=LFM2)),
     "lfm2moe": Architecture(_lfm2_moe, Layout(own=LFM2_MOE)),
+    "granitehybrid": Architecture(granite_hybrid, Layout(permuted=True, own=GRANITE_HYBRID)),
+    "qwen35": Architecture(qwen35, Layout(norm_offset=1.0, tiled=True, own=DELTA)),
+    "qwen35moe": Architecture(qwen35_moe, Layout(norm_offset=1.0, tiled=True, own=DELTA_MOE)),
+    "qwen3next": Architecture(qwen3_next, Layout(norm_offset=1.0, by_key_head=True, own=QWEN3_NEXT)),
 }

@@ -95,3 +95,9 @@ def _by_factors(read: Metadata, config: dict) -> dict | None:
     listed = factors.tolist()
     span = {"original_max_position_embeddings": config["max_position_embeddings"], "attention_factor": 1.0}
     return {"rope_type": "longrope", "short_factor": listed, "long_factor": listed} | span
+
+
+def whole_heads(read: Metadata, config: dict) -> dict:
+    """Returns the rope of an architecture that rotates whole heads."""
+    read.only("rope.dimension_count", config["head_dim"])
+    return {"rope_scaling": rope_scaling(read, config)}

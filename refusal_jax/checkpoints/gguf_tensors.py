@@ -5,8 +5,9 @@ rotated rows together (Llama), and added 1 to norms (Gemma). Fused tensors may b
 """
 
 import dataclasses
+import itertools
 import pathlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
 import numpy as np
 from gguf.constants import GGMLQuantizationType
@@ -14,6 +15,7 @@ from jaxtyping import Float32, Int64, Shaped
 
 from refusal_jax.checkpoints.gguf_blocks import PLAIN, UNPACKED, as_bfloat16, block_of, dequantise
 from refusal_jax.checkpoints.gguf_header import GgufHeader, Stored
+from refusal_jax.checkpoints.gguf_layouts import PERMUTED, PLAIN_NORMS, RATES, Layout
 from refusal_jax.checkpoints.safetensors import LocalFile, RangeFile, reading
 from refusal_jax.checkpoints.tensors import Tensor, listed
 from refusal_jax.errors import UserError
@@ -23,89 +25,13 @@ from refusal_jax.models.weight import Weight
 from refusal_jax.models.weights import weight_table
 
 CHUNK_VALUES = 1 << 18  # that are dequantised at a time, in float32
-PERMUTED = ("blocks.q", "blocks.k", "blocks.q_bias", "blocks.k_bias")
-# GGUF name, `{l}` being the layer and `{e}` the expert -> the decoder paths whose rows it holds, one after the other. Of several
-# names for a path the first that the file has counts. Where experts are stacked, each has the rows of all these paths.
-NAMES: dict[str, tuple[str, ...]] = {
-    "token_embd.weight": ("embed",),
-    "output_norm.weight": ("final_norm",),
-    "output.weight": ("unembed",),
-    "blk.{l}.attn_norm.weight": ("blocks.attn_norm",),
-    "blk.{l}.post_attention_norm.weight": ("blocks.attn_post_norm",),
-    "blk.{l}.ffn_norm.weight": ("blocks.mlp_norm",),
-    "blk.{l}.post_ffw_norm.weight": ("blocks.mlp_post_norm",),
-    "blk.{l}.attn_q_norm.weight": ("blocks.q_norm",),
-    "blk.{l}.attn_k_norm.weight": ("blocks.k_norm",),
-    "blk.{l}.attn_q.weight": ("blocks.q",),
-    "blk.{l}.attn_k.weight": ("blocks.k",),
-    "blk.{l}.attn_v.weight": ("blocks.v",),
-    "blk.{l}.attn_qkv.weight": ("blocks.q", "blocks.k", "blocks.v"),
-    "blk.{l}.attn_q.bias": ("blocks.q_bias",),
-    "blk.{l}.attn_k.bias": ("blocks.k_bias",),
-    "blk.{l}.attn_v.bias": ("blocks.v_bias",),
-    "blk.{l}.attn_qkv.bias": ("blocks.q_bias", "blocks.k_bias", "blocks.v_bias"),
-    "blk.{l}.attn_output.weight": ("blocks.o",),
-    "blk.{l}.attn_output.bias": ("blocks.o_bias",),
-    "blk.{l}.ffn_gate.weight": ("blocks.gate",),
-    "blk.{l}.ffn_up.weight": ("blocks.up",),
-    "blk.{l}.ffn_down.weight": ("blocks.down",),
-    "blk.{l}.ffn_gate.bias": ("blocks.gate_bias",),
-    "blk.{l}.ffn_up.bias": ("blocks.up_bias",),
-    "blk.{l}.ffn_down.bias": ("blocks.down_bias",),
-}
-FUSED_MLP = {"blk.{l}.ffn_up.weight": ("blocks.gate", "blocks.up")}  # of Phi-3
-EXPERTS = {
-    "blk.{l}.ffn_gate_inp.weight": ("blocks.router",),
-    "blk.{l}.ffn_gate_exps.weight": ("blocks.gate",),
-    "blk.{l}.ffn_up_exps.weight": ("blocks.up",),
-    "blk.{l}.ffn_gate_up_exps.weight": ("blocks.gate", "blocks.up"),
-    "blk.{l}.ffn_down_exps.weight": ("blocks.down",),
-    "blk.{l}.ffn_gate.{e}.weight": ("blocks.gate",),  # of the first files of Mixtral
-    "blk.{l}.ffn_up.{e}.weight": ("blocks.up",),
-    "blk.{l}.ffn_down.{e}.weight": ("blocks.down",),
-}
-LFM2 = {
-    "token_embd_norm.weight": ("final_norm",),  # which llama.cpp calls so in this architecture
-    "blk.{l}.shortconv.conv.weight": ("blocks.conv_taps",),
-    "blk.{l}.shortconv.in_proj.weight": ("blocks.conv_enter", "blocks.conv_leave", "blocks.conv_x"),
-    "blk.{l}.shortconv.out_proj.weight": ("blocks.conv_o",),
-}
-LFM2_MOE = LFM2 | {
-    **{f"blk.{{l}}.ffn_{part}.weight": (f"blocks.dense_{part}",) for part in ("gate", "up", "down")},
-    "blk.{l}.exp_probs_b.bias": ("blocks.router_correction",),
-}
-GPT_OSS = {
-    "blk.{l}.attn_sinks.weight": ("blocks.sinks",),
-    "blk.{l}.post_attention_norm.weight": ("blocks.mlp_norm",),
-    "blk.{l}.ffn_gate_inp.bias": ("blocks.router_bias",),
-    "blk.{l}.ffn_gate_exps.bias": ("blocks.gate_bias",),
-    "blk.{l}.ffn_up_exps.bias": ("blocks.up_bias",),
-    "blk.{l}.ffn_down_exps.bias": ("blocks.down_bias",),
-}
 
 
-@dataclasses.dataclass(frozen=True)
-class Layout:
-    """How an architecture lays its tensors out, where architectures differ.
-
-    permuted: whether the rows of queries and keys are in llama.cpp's order. norm_offset: what was added to norms. own: names of
-    tensors that this architecture has or uses otherwise.
-    """
-
-    permuted: bool = False
-    norm_offset: float = 0.0
-    own: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
-
-    def names(self, cfg: ModelConfig) -> dict[str, tuple[str, ...]]:
-        """Returns the decoder paths that each GGUF name holds."""
-        experts = ("gate", "up", "down") if cfg.n_experts else ()
-        dense = {n: paths for n, paths in NAMES.items() if paths[0].removeprefix("blocks.") not in experts}
-        return dense | (EXPERTS if cfg.n_experts else {}) | dict(self.own)
-
-
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Part:
     """Rows of a stored tensor: `count` of them from `first` on. head: how many rows of each head are interleaved, 0 for none.
+    order, columns: where its rows, counted from `first`, and its columns are stored, None where they are in order. rates: whether
+    - exp of the values is stored.
 
     A vector's entries count as rows.
     """
@@ -115,6 +41,9 @@ class Part:
     first: int
     count: int
     head: int = 0
+    order: Int64[np.ndarray, " n"] | None = None
+    columns: Int64[np.ndarray, " n"] | None = None
+    rates: bool = False
 
     @property
     def width(self) -> int:
@@ -140,6 +69,16 @@ class Part:
         self, rows: tuple[int, int], columns: tuple[int, int], out: Shaped[np.ndarray, "R C"], offset: float
     ) -> int:
         """Reads rows and columns of this part, with `offset` added. Returns how many bytes of the file were read."""
+        if self.columns is not None:
+            whole = np.empty((len(out), self.width), np.float32)
+            count = dataclasses.replace(self, columns=None).read_into(rows, (0, self.width), whole, offset)
+            out[:] = whole[:, self.columns[columns[0] : columns[1]]]
+            return count
+        if self.order is not None:
+            plain, stored = dataclasses.replace(self, order=None), self.order[rows[0] : rows[1]]
+            edges = [0, *(np.flatnonzero(np.diff(stored) != 1) + 1).tolist(), len(stored)]
+            runs = [(int(stored[a]), int(stored[b - 1]) + 1, out[a:b]) for a, b in itertools.pairwise(edges)]
+            return sum(plain.read_into((start, stop), columns, target, offset) for start, stop, target in runs)
         block, size = block_of(self.stored.type)
         left, right = columns[0] // block, -(-columns[1] // block)
         length, whole = (right - left) * size, left == 0 and (right - left) * size == self.row_bytes
@@ -159,11 +98,17 @@ class Part:
             else:
                 values = np.empty((stop - start, (right - left) * block), np.float32)
             dequantise(self.stored.type, data.reshape(-1, size), values.reshape(-1, block))
+            if self.rates:
+                np.log(-values, out=values)
             if offset:
                 values += offset
             if values is not target:
                 values = values[:, columns[0] - left * block : columns[1] - left * block]
-                if target.dtype == PLAIN[GGMLQuantizationType.BF16] and self.stored.type in UNPACKED and not offset:
+                if (
+                    target.dtype == PLAIN[GGMLQuantizationType.BF16]
+                    and self.stored.type in UNPACKED
+                    and not (offset or self.rates)
+                ):
                     as_bfloat16(values, target)
                 else:
                     with np.errstate(over="ignore"):  # overflows are found and reported once everything is loaded
@@ -302,10 +247,17 @@ def gguf_tensors(
             continue
         stored, first, count, expected = found
         known.add(stored.name)
-        if stored.shape != expected:
+        if _flat(stored, expected).shape != expected:
             wrong.add(f"{stored.name} is {list(stored.shape)}, expected {list(expected)}")
         head = cfg.head_dim if layout.permuted and piece.path in PERMUTED else 0
-        tensors.setdefault(piece.name, []).append((piece, Part(stored, files[stored.path], first, count, head)))
+        order, columns = layout.order(cfg, piece.path), None
+        if piece.path == "blocks.delta_o":
+            order, columns = None, order
+        elif order is not None and layout.by_key_head and piece.path in ("blocks.delta_b", "blocks.delta_a"):
+            first = 0
+        rates = piece.path in RATES
+        part = Part(_flat(stored, expected), files[stored.path], first, count, head, order, columns, rates)
+        tensors.setdefault(piece.name, []).append((piece, part))
     groups = (("missing", missing), ("unknown", set(header.tensors) - known), ("misshapen", wrong))
     problems = [f"{len(group)} {what}: {listed(sorted(group))}" for what, group in groups if group]
     if problems:
@@ -317,11 +269,17 @@ def gguf_tensors(
     return {name: _tensor(name, shapes[name], held, layout) for name, held in tensors.items()}, files
 
 
+def _flat(stored: Stored, expected: tuple[int, ...]) -> Stored:
+    """Returns a stored tensor without axes that the converter of state spaces put into vectors."""
+    flat = len(expected) == 1 and len(stored.shape) > 1 and stored.type in PLAIN and stored.rows * stored.shape[-1]
+    return dataclasses.replace(stored, shape=expected) if flat == expected[0] else stored
+
+
 def _tensor(name: str, shape: tuple[int, ...], held: list[tuple[Piece, Part]], layout: Layout) -> Tensor:
     """Returns an HF tensor of the parts of all pieces that it holds."""
     first = held[0][0]
     if not first.within:
-        offset = -layout.norm_offset if first.path.endswith("norm") else 0.0
+        offset = -layout.norm_offset if first.path.endswith("norm") and first.path not in PLAIN_NORMS else 0.0
         return GgufTensor(name, shape, tuple(part for _, part in held), offset)
     members = []
     for piece, part in held:
