@@ -135,15 +135,18 @@ def halves(hf: dict, name: str, weight: np.ndarray) -> dict[str, np.ndarray]:
     alone = "" if hf.get("num_local_experts") else "_"
     if name.endswith("shared_mlp.input_linear.weight"):
         kind = "" if alone else "_shexp"
-        return {f"blk.{layer}.ffn_{part}{kind}.weight": half for part, half in zip(("gate", "up"), np.split(weight, 2))}
+        return {
+            f"blk.{layer}.ffn_{part}{kind}.weight": half
+            for part, half in zip(("gate", "up"), np.split(weight, 2), strict=True)
+        }
     if name.endswith("shared_mlp.output_linear.weight") and alone:
         return {f"blk.{layer}.ffn_down.weight": weight}
     if name.endswith("block_sparse_moe.input_linear.weight"):
         parts = np.split(weight, 2, axis=1)
-        return {f"blk.{layer}.ffn_{part}_exps.weight": half for part, half in zip(("gate", "up"), parts)}
+        return {f"blk.{layer}.ffn_{part}_exps.weight": half for part, half in zip(("gate", "up"), parts, strict=True)}
     if ".mlp.experts." in name and "gate_up_proj" in name:
         parts = np.split(weight, 2, axis=1)
-        return {f"blk.{layer}.ffn_{part}_exps.weight": half for part, half in zip(("gate", "up"), parts)}
+        return {f"blk.{layer}.ffn_{part}_exps.weight": half for part, half in zip(("gate", "up"), parts, strict=True)}
     if ".mlp.shared_expert" in name:
         part = name.split(".")[-2].removesuffix("_proj")
         stem = "ffn_gate_inp_shexp" if "expert_gate" in name else f"ffn_{part}_shexp"
