@@ -19,6 +19,9 @@ ARCHITECTURES = {
     "granitemoehybrid": "granitehybrid",
     "qwen3_5_text": "qwen35",
     "qwen3_5_moe_text": "qwen35moe",
+    "deepseek_v2": "deepseek2",
+    "deepseek_v3": "deepseek2",
+    "glm4_moe_lite": "deepseek2",
 }
 # Of HF names that the library's table lacks, as converters merge experts under these.
 MERGED = {"w1": "ffn_gate_exps", "w2": "ffn_down_exps", "w3": "ffn_up_exps"}
@@ -62,6 +65,9 @@ def write_gguf(
         if family == "gpt_oss" and ".experts." in name:
             weights[name] = woven_experts(writer, name, weight, kind)
             continue
+        if name.endswith("kv_b_proj.weight") and changes.get("deepseek2.attention.key_length_mla", 0) is not None:
+            weights[name] = by_head(writer, hf, name, weight, kind)
+            continue
         rows = weight.shape[-1] % gguf.GGML_QUANT_SIZES[kind][0] == 0
         stored = kind if weight.ndim > 1 and rows and "gate.weight" not in name and "router" not in name else Type.F32
         order = tiled(hf, name) if arch.startswith("qwen35") else None
@@ -95,10 +101,12 @@ def write_gguf(
             continue
         stem, ending = name.rsplit(".", 1)
         stem, ending = (name, "bias") if ending == "expert_bias" else (stem, ending)
+        if ending == "e_score_correction_bias":
+            stem, ending = f"{stem}.e_score_correction", "bias"
         if ".experts." in name:
             layer, expert, part = stem.split(".")[2], int(stem.split(".")[-2]), stem.split(".")[-1]
             experts.setdefault(f"blk.{layer}.{MERGED[part]}.weight", {})[expert] = raw(weight, stored)
-            if len(experts[f"blk.{layer}.{MERGED[part]}.weight"]) < (hf.get("num_experts") or hf["num_local_experts"]):
+            if len(experts[f"blk.{layer}.{MERGED[part]}.weight"]) < (experts_of(hf)):
                 continue
             target = f"blk.{layer}.{MERGED[part]}.weight"
             data = np.stack([experts[target][i] for i in sorted(experts[target])])
@@ -214,7 +222,7 @@ def settings(hf: dict, arch: str) -> dict:
     for key in ("attn_logit_softcapping", "final_logit_softcapping"):
         if arch == "gemma2" or hf.get(key):
             found |= {key: float(hf[key])} if arch.startswith("gemma") else {}
-    if experts := hf.get("num_experts") or hf.get("num_local_experts"):
+    if experts := experts_of(hf):
         found |= {"expert_count": experts, "expert_used_count": hf["num_experts_per_tok"]}
     if arch == "gpt-oss":
         found["expert_feed_forward_length"] = hf["intermediate_size"]
@@ -240,9 +248,48 @@ def settings(hf: dict, arch: str) -> dict:
         found |= {"rope.dimension_count": int(head_dim * share), "rope.dimension_sections": [1, 1, 2, 0]}
         if "shared_expert_intermediate_size" in hf:
             found["expert_shared_feed_forward_length"] = hf["shared_expert_intermediate_size"]
+    if arch == "deepseek2":
+        found |= latent(hf, rope)
     if arch == "lfm2moe":
         found |= {"leading_dense_block_count": hf["num_dense_layers"], "expert_gating_func": 2}
     return {f"{arch}.{key}": value for key, value in found.items()}
+
+
+def experts_of(hf: dict) -> int | None:
+    """The number of experts, which goes by several names."""
+    return hf.get("num_experts") or hf.get("num_local_experts") or hf.get("n_routed_experts")
+
+
+def latent(hf: dict, rope: dict) -> dict:
+    """The metadata of latent attention, in which all heads share one."""
+    rank, turned, plain = hf["kv_lora_rank"], hf["qk_rope_head_dim"], hf["qk_nope_head_dim"]
+    found = {"attention.head_count_kv": 1, "attention.kv_lora_rank": rank, "attention.q_lora_rank": hf["q_lora_rank"]}
+    found |= {"attention.key_length": rank + turned, "attention.value_length": rank, "rope.dimension_count": turned}
+    found |= {"attention.key_length_mla": plain + turned, "attention.value_length_mla": hf["v_head_dim"]}
+    dense = [kind == "dense" for kind in hf.get("mlp_layer_types", ())]
+    found |= {"leading_dense_block_count": sum(dense) if dense else hf["first_k_dense_replace"]}
+    found |= {"expert_group_count": hf["n_group"], "expert_group_used_count": hf["topk_group"]}
+    found |= {"expert_shared_count": hf["n_shared_experts"], "expert_weights_scale": hf["routed_scaling_factor"]}
+    if hf["model_type"] == "deepseek_v3":
+        found |= {"expert_gating_func": 2, "expert_weights_norm": hf["norm_topk_prob"]}
+    if hf["model_type"] == "glm4_moe_lite":
+        found |= {"expert_weights_norm": True}
+    if rope.get("mscale_all_dim"):
+        found["rope.scaling.yarn_log_multiplier"] = 0.1 * rope["mscale_all_dim"]
+    return {key: value for key, value in found.items() if value is not None}
+
+
+def by_head(writer: gguf.GGUFWriter, hf: dict, name: str, weight: np.ndarray, kind: Type) -> np.ndarray:
+    """Writes what makes keys and values of latents as two tensors, and returns what that becomes by its type."""
+    heads, plain, layer = hf["num_attention_heads"], hf["qk_nope_head_dim"], name.split(".")[2]
+    whole = weight.reshape(heads, -1, weight.shape[-1]).copy()
+    for part, view in {"k": whole[:, :plain].swapaxes(1, 2), "v": whole[:, plain:]}.items():
+        stored = kind if view.shape[-1] % gguf.GGML_QUANT_SIZES[kind][0] == 0 else Type.F32
+        data = raw(np.ascontiguousarray(view), stored)
+        target = f"blk.{layer}.attn_{part}_b.weight"
+        writer.add_tensor(target, data, raw_dtype=None if stored in PLAIN[:2] else stored)
+        view[...] = gguf.dequantize(data, stored).reshape(view.shape)
+    return whole.reshape(weight.shape)
 
 
 def width_of(hf: dict) -> int:

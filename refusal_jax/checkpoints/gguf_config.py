@@ -12,12 +12,14 @@ from typing import Any
 from refusal_jax.checkpoints.gguf_blocks import PLAIN, READABLE
 from refusal_jax.checkpoints.gguf_header import GgufHeader
 from refusal_jax.checkpoints.gguf_hybrids import granite_hybrid, qwen3_next, qwen35, qwen35_moe
+from refusal_jax.checkpoints.gguf_latent import deepseek2
 from refusal_jax.checkpoints.gguf_layouts import (
     DELTA,
     DELTA_MOE,
     FUSED_MLP,
     GPT_OSS,
     GRANITE_HYBRID,
+    LATENT,
     LFM2,
     LFM2_MOE,
     QWEN3_NEXT,
@@ -41,10 +43,12 @@ NOT_MODELS = {
 
 @dataclasses.dataclass(frozen=True)
 class Architecture:
-    """An architecture of GGUF. read: returns what is this architecture's own in HF's config. layout: of its tensors."""
+    """An architecture of GGUF. read: returns what is this architecture's own in HF's config. layout: of its tensors.
+    own: settings that `read` takes, because they mean something else than elsewhere."""
 
     read: Callable[[Metadata, dict], dict]
     layout: Layout
+    own: frozenset[str] = frozenset()
 
 
 def architecture_of(header: GgufHeader) -> Architecture:
@@ -79,7 +83,8 @@ def gguf_config(header: GgufHeader) -> dict[str, Any]:
     embedding = header.tensors.get("token_embd.weight")
     if embedding is None or len(embedding.shape) != 2:
         read.problems.append("there is no tensor token_embd.weight, a matrix")
-    read.only("attention.value_length", head_dim)
+    if "attention.value_length" not in architecture.own:
+        read.only("attention.value_length", head_dim)
     read.only("attention.causal", True)
     config = {
         "vocab_size": embedding.shape[0] if embedding else 1,
@@ -104,7 +109,7 @@ def gguf_config(header: GgufHeader) -> dict[str, Any]:
     found = config | {key: value for key, value in ids.items() if value is not None} | named
     if types := quantised_types(header):
         found["quantization_config"] = {"quant_method": GGUF, "types": types}
-    return {key: value for key, value in found.items() if value is not None}
+    return {key: value for key, value in found.items() if value is not None or key in NULL}
 
 
 def quantised_types(header: GgufHeader) -> list[str]:
@@ -315,7 +320,10 @@ CLASSES = {
     "granitemoehybrid": "GraniteMoeHybridForCausalLM",
     "qwen3_5_text": "Qwen3_5ForCausalLM",
     "qwen3_5_moe_text": "Qwen3_5MoeForCausalLM",
+    "deepseek_v2": "DeepseekV2ForCausalLM",
+    "deepseek_v3": "DeepseekV3ForCausalLM",
 }
+NULL = ("q_lora_rank",)  # which HF's class gives a number where a config does not say null
 PLAIN_LAYOUT, GEMMA_LAYOUT = Layout(), Layout(norm_offset=1.0)
 ARCHITECTURES: dict[str, Architecture] = {
     "llama": Architecture(_llama, Layout(permuted=True)),
@@ -333,4 +341,5 @@ ARCHITECTURES: dict[str, Architecture] = {
     "qwen35": Architecture(qwen35, Layout(norm_offset=1.0, tiled=True, own=DELTA)),
     "qwen35moe": Architecture(qwen35_moe, Layout(norm_offset=1.0, tiled=True, own=DELTA_MOE)),
     "qwen3next": Architecture(qwen3_next, Layout(norm_offset=1.0, by_key_head=True, own=QWEN3_NEXT)),
+    "deepseek2": Architecture(deepseek2, Layout(own=LATENT), frozenset({"attention.value_length"})),
 }

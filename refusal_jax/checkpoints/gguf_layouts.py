@@ -89,6 +89,18 @@ DELTA = {
 DELTA_MOE = DELTA | SHARED | {"blk.{l}.ffn_gate_inp_shexp.weight": ("blocks.shared_router",)}
 QWEN3_NEXT = DELTA_MOE | {"blk.{l}.ssm_ba.weight": ("blocks.delta_b", "blocks.delta_a")}
 QWEN3_NEXT = {name: paths for name, paths in QWEN3_NEXT.items() if "ssm_beta" not in name and "ssm_alpha" not in name}
+LATENT = SHARED | {
+    **{f"blk.{{l}}.ffn_{part}.weight": (f"blocks.dense_{part}",) for part in ("gate", "up", "down")},
+    "blk.{l}.exp_probs_b.bias": ("blocks.router_correction",),
+    "blk.{l}.attn_q.weight": ("blocks.latent_q",),
+    "blk.{l}.attn_q_a.weight": ("blocks.latent_q_down",),
+    "blk.{l}.attn_q_a_norm.weight": ("blocks.latent_q_norm",),
+    "blk.{l}.attn_q_b.weight": ("blocks.latent_q_up",),
+    "blk.{l}.attn_kv_a_mqa.weight": ("blocks.latent_kv_down",),
+    "blk.{l}.attn_kv_a_norm.weight": ("blocks.latent_kv_norm",),
+    "blk.{l}.attn_kv_b.weight": ("blocks.latent_kv_up",),
+}
+BY_HEAD = ("attn_k_b", "attn_v_b")  # what newer files have instead of attn_kv_b: of each head, the first transposed
 RATES = ("blocks.ssm_rate_log", "blocks.delta_rate_log")  # stored as - exp of themselves
 PLAIN_NORMS = ("blocks.delta_norm",)  # to which nothing was added where 1 was added to the others
 GPT_OSS = {

@@ -23,6 +23,10 @@ class Metadata:
         self.seen: set[str] = set(INERT)
         self.problems: list[str] = []
 
+    def named(self, key: str) -> bool:
+        """Returns whether the file has a setting of this architecture."""
+        return f"{self.architecture}.{key}" in self.header.metadata
+
     def has(self, ending: str) -> bool:
         """Returns whether any tensor's name ends so."""
         return any(name.endswith(ending) for name in self.header.tensors)

@@ -15,12 +15,13 @@ from jaxtyping import Float32, Int64, Shaped
 
 from refusal_jax.checkpoints.gguf_blocks import PLAIN, UNPACKED, as_bfloat16, block_of, dequantise
 from refusal_jax.checkpoints.gguf_header import GgufHeader, Stored
-from refusal_jax.checkpoints.gguf_layouts import PERMUTED, PLAIN_NORMS, RATES, Layout
+from refusal_jax.checkpoints.gguf_layouts import BY_HEAD, PERMUTED, PLAIN_NORMS, RATES, Layout
 from refusal_jax.checkpoints.safetensors import LocalFile, RangeFile, reading
 from refusal_jax.checkpoints.tensors import Tensor, listed
 from refusal_jax.errors import UserError
 from refusal_jax.models.config import ModelConfig
 from refusal_jax.models.families import Piece, hf_shapes, pieces
+from refusal_jax.models.mixers.latent import Latent
 from refusal_jax.models.weight import Weight
 from refusal_jax.models.weights import weight_table
 
@@ -31,7 +32,7 @@ CHUNK_VALUES = 1 << 18  # that are dequantised at a time, in float32
 class Part:
     """Rows of a stored tensor: `count` of them from `first` on. head: how many rows of each head are interleaved, 0 for none.
     order, columns: where its rows, counted from `first`, and its columns are stored, None where they are in order. rates: whether
-    - exp of the values is stored.
+    - exp of the values is stored. transposed: whether these are columns of the stored rows from `first` on, all columns.
 
     A vector's entries count as rows.
     """
@@ -44,6 +45,7 @@ class Part:
     order: Int64[np.ndarray, " n"] | None = None
     columns: Int64[np.ndarray, " n"] | None = None
     rates: bool = False
+    transposed: bool = False
 
     @property
     def width(self) -> int:
@@ -54,6 +56,11 @@ class Part:
     def row_bytes(self) -> int:
         block, size = block_of(self.stored.type)
         return self.width // block * size
+
+    @property
+    def nbytes(self) -> int:
+        """Returns how many bytes of the file this part is made of."""
+        return (self.stored.shape[-2] if self.transposed else self.count) * self.row_bytes
 
     def spans(self, start: int, stop: int, width: int) -> Iterator[tuple[int, int]]:
         """Yields ranges of rows of which about CHUNK_VALUES values are selected. Of interleaved rows, whole heads are read."""
@@ -69,6 +76,12 @@ class Part:
         self, rows: tuple[int, int], columns: tuple[int, int], out: Shaped[np.ndarray, "R C"], offset: float
     ) -> int:
         """Reads rows and columns of this part, with `offset` added. Returns how many bytes of the file were read."""
+        if self.transposed:
+            turned = np.empty((columns[1] - columns[0], rows[1] - rows[0]), np.float32)
+            count = dataclasses.replace(self, transposed=False).read_into(columns, rows, turned, offset)
+            with np.errstate(over="ignore"):
+                out[:] = turned.T
+            return count
         if self.columns is not None:
             whole = np.empty((len(out), self.width), np.float32)
             count = dataclasses.replace(self, columns=None).read_into(rows, (0, self.width), whole, offset)
@@ -143,7 +156,7 @@ class GgufTensor:
 
     @property
     def nbytes(self) -> int:
-        return sum(part.count * part.row_bytes for part in self.parts)
+        return sum(part.nbytes for part in self.parts)
 
     @property
     def path(self) -> pathlib.Path:
@@ -239,8 +252,15 @@ def gguf_tensors(
     weights, names = weight_table(cfg), layout.names(cfg)
     places = {path: [(name, held) for name, held in names.items() if path in held] for path in weights}
     tensors: dict[str, list[tuple[Piece, Part]]] = {}
-    missing, known, wrong = set(), set(used), set()
+    missing, known, wrong = set(), set(used) | _draft(header, cfg), set()
     for piece in pieces(cfg):
+        if piece.path == "blocks.latent_kv_up" and (split := _by_head(header, files, cfg, piece)):
+            parts, names_of_parts, misshapen = split
+            known |= names_of_parts
+            wrong |= misshapen
+            if f"blk.{piece.layer}.attn_kv_b.weight" not in header.tensors:
+                tensors[piece.name] = [(piece, part) for part in parts]
+                continue
         found = _place(header, weights, places[piece.path], piece)
         if isinstance(found, str):
             missing.add(found)
@@ -267,6 +287,35 @@ def gguf_tensors(
         )
     shapes = hf_shapes(cfg)
     return {name: _tensor(name, shapes[name], held, layout) for name, held in tensors.items()}, files
+
+
+def _draft(header: GgufHeader, cfg: ModelConfig) -> set[str]:
+    """Returns the tensors of layers that guess tokens ahead, which are not run."""
+    layers = tuple(f"blk.{cfg.n_layers + layer}." for layer in range(cfg.draft_layers))
+    return {name for name in header.tensors if name.startswith(layers)}
+
+
+def _by_head(
+    header: GgufHeader, files: dict[pathlib.Path, RangeFile], cfg: ModelConfig, piece: Piece
+) -> tuple[list[Part], set[str], set[str]] | None:
+    """Returns the rows of what makes keys and values of latents where a file has the two apart: of each head its keys', which are
+    stored transposed, then its values'. Then the names of the two, and what is wrong with their shapes; None without them."""
+    names = [f"blk.{piece.layer}.{name}.weight" for name in BY_HEAD]
+    if any(name not in header.tensors for name in names):
+        return None
+    latent = next(mixer for mixer in cfg.mixers if isinstance(mixer, Latent))
+    keys, values = (header.tensors[name] for name in names)
+    n, rank, plain, v = cfg.n_heads, latent.kv_rank, latent.plain_dim, latent.v_dim
+    wrong = {
+        f"{stored.name} is {list(stored.shape)}, expected {list(expected)}"
+        for stored, expected in ((keys, (n, rank, plain)), (values, (n, v, rank)))
+        if stored.shape != expected
+    }
+    parts = []
+    for head in range(n):
+        parts.append(Part(keys, files[keys.path], head * rank, plain, transposed=True))
+        parts.append(Part(values, files[values.path], head * v, v))
+    return parts, set(names), wrong
 
 
 def _flat(stored: Stored, expected: tuple[int, ...]) -> Stored:

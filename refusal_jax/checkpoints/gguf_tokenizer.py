@@ -60,7 +60,7 @@ SPLITTINGS: dict[str, Splitting] = {
     **dict.fromkeys(("gpt-2", "phi-2", "olmo", "mellum", "exaone4", "trillion", "a.x-4.0", "gigachat"), GPT_2),
     **dict.fromkeys(("smollm", "starcoder", "refact", "command-r", "exaone", "minerva-7b", "codeshell"), DIGITS),
     **dict.fromkeys(("llama-bpe", "llama3", "llama-v3", "falcon3", "pixtral", "midm-2.0"), LLAMA_3),
-    **dict.fromkeys(("dbrx", "smaug-bpe"), dataclasses.replace(LLAMA_3, whole=False, bos=False)),
+    **dict.fromkeys(("dbrx", "smaug-bpe", "glm4", "chatglm-bpe"), dataclasses.replace(LLAMA_3, whole=False, bos=False)),
     **dict.fromkeys(("qwen2", "deepseek-r1-qwen", "kormo", "megrez"), QWEN_2),
     **dict.fromkeys(("gpt-4o", "llama4", "kanana2"), GPT_4O),
     **dict.fromkeys(("deepseek-v3", "hunyuan-dense"), DEEPSEEK_3),
