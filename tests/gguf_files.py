@@ -19,6 +19,7 @@ ARCHITECTURES = {
     "granitemoehybrid": "granitehybrid",
     "qwen3_5_text": "qwen35",
     "qwen3_5_moe_text": "qwen35moe",
+    "gemma4_text": "gemma4",
     "deepseek_v2": "deepseek2",
     "deepseek_v3": "deepseek2",
     "glm4_moe_lite": "deepseek2",
@@ -81,7 +82,8 @@ def write_gguf(
             weights[name] = back
         if arch in ("llama", "granitehybrid") and ("q_proj" in name or "k_proj" in name):
             weight = permuted(weight, hf["num_attention_heads" if "q_proj" in name else "num_key_value_heads"])
-        if arch.startswith(("gemma", "qwen35")) and name.endswith("norm.weight") and "linear_attn.norm" not in name:
+        shifted = arch in ("gemma", "gemma2", "gemma3", "qwen35", "qwen35moe") and "linear_attn.norm" not in name
+        if shifted and name.endswith("norm.weight"):
             weight = weight + 1
         weight = weight.squeeze(1) if name.endswith(("conv.conv.weight", "conv1d.weight")) else weight
         name = name.replace("dt_bias", "dt_proj.bias")
@@ -101,9 +103,11 @@ def write_gguf(
             continue
         stem, ending = name.rsplit(".", 1)
         stem, ending = (name, "bias") if ending == "expert_bias" else (stem, ending)
+        if arch == "gemma4" and (own := apart(name)):
+            stem, ending = own
         if ending == "e_score_correction_bias":
             stem, ending = f"{stem}.e_score_correction", "bias"
-        if ".experts." in name:
+        if ".experts." in name and arch != "gemma4":
             layer, expert, part = stem.split(".")[2], int(stem.split(".")[-2]), stem.split(".")[-1]
             experts.setdefault(f"blk.{layer}.{MERGED[part]}.weight", {})[expert] = raw(weight, stored)
             if len(experts[f"blk.{layer}.{MERGED[part]}.weight"]) < (experts_of(hf)):
@@ -223,10 +227,10 @@ def settings(hf: dict, arch: str) -> dict:
         if arch == "gemma2" or hf.get(key):
             found |= {key: float(hf[key])} if arch.startswith("gemma") else {}
     if experts := experts_of(hf):
-        found |= {"expert_count": experts, "expert_used_count": hf["num_experts_per_tok"]}
+        found |= {"expert_count": experts, "expert_used_count": hf.get("num_experts_per_tok") or hf["top_k_experts"]}
     if arch == "gpt-oss":
         found["expert_feed_forward_length"] = hf["intermediate_size"]
-    if "moe_intermediate_size" in hf:
+    if hf.get("moe_intermediate_size"):
         found["expert_feed_forward_length"] = hf["moe_intermediate_size"]
     if arch.startswith("lfm2"):
         heads = [hf["num_key_value_heads"] * (kind == "full_attention") for kind in hf["layer_types"]]
@@ -248,6 +252,8 @@ def settings(hf: dict, arch: str) -> dict:
         found |= {"rope.dimension_count": int(head_dim * share), "rope.dimension_sections": [1, 1, 2, 0]}
         if "shared_expert_intermediate_size" in hf:
             found["expert_shared_feed_forward_length"] = hf["shared_expert_intermediate_size"]
+    if arch == "gemma4":
+        found |= both_kinds(hf, head_dim)
     if arch == "deepseek2":
         found |= latent(hf, rope)
     if arch == "lfm2moe":
@@ -258,6 +264,35 @@ def settings(hf: dict, arch: str) -> dict:
 def experts_of(hf: dict) -> int | None:
     """The number of experts, which goes by several names."""
     return hf.get("num_experts") or hf.get("num_local_experts") or hf.get("n_routed_experts")
+
+
+def apart(name: str) -> tuple[str, str] | None:
+    """The name in the library's table, and the ending, of Gemma 4's tensors that are no weights by name."""
+    layer = name.split(".")[2]
+    scales = {"router.scale": "ffn_gate_inp", "router.per_expert_scale": "ffn_down_exps"}
+    for ending, target in scales.items():
+        if name.endswith(ending):
+            return f"blk.{layer}.{target}", "scale"
+    return None if name.endswith((".weight", ".bias")) else (name, "weight")
+
+
+def both_kinds(hf: dict, head_dim: int) -> dict:
+    """The metadata of Gemma 4, whose layers of two kinds differ in their heads."""
+    count, sliding = hf["num_hidden_layers"], [kind == "sliding_attention" for kind in hf["layer_types"]]
+    own, shared = hf["per_layer_config"], hf["num_kv_shared_layers"]
+    full = next(iter(own.values()))
+    kv = [hf["num_key_value_heads"] if one else full.get("num_key_value_heads") for one in sliding]
+    found = {"attention.shared_kv_layers": shared, "attention.sliding_window_pattern": sliding}
+    found |= {"attention.key_length": full["head_dim"], "attention.value_length": full["head_dim"]}
+    found |= {"attention.key_length_swa": head_dim, "attention.value_length_swa": head_dim}
+    found |= {"rope.dimension_count": full["head_dim"], "rope.dimension_count_swa": head_dim}
+    found |= {"attention.head_count_kv": kv} if None not in kv else {}
+    found |= {"embedding_length_per_layer_input": hf["hidden_size_per_layer_input"]}
+    if hf["use_double_wide_mlp"]:
+        found["feed_forward_length"] = [
+            hf["intermediate_size"] * (1 + (layer >= count - shared)) for layer in range(count)
+        ]
+    return found
 
 
 def latent(hf: dict, rope: dict) -> dict:
@@ -305,6 +340,10 @@ def rope_factors(hf: dict) -> dict[str, list[float]]:
     ropes = hf.get("rope_parameters") or {}
     if ropes.get("rope_type") == "longrope":
         return {f"rope_factors_{kind}.weight": ropes[f"{kind}_factor"] for kind in ("short", "long")}
+    if (rope := ropes.get("full_attention", {})).get("rope_type") == "proportional":
+        width = next(iter(hf["per_layer_config"].values()))["head_dim"]
+        turned = int(width * rope["partial_rotary_factor"] / 2)
+        return {"rope_freqs.weight": [1.0] * turned + [1e30] * (width // 2 - turned)}
     if ropes.get("rope_type") != "llama3":
         return {}
     dim, span, factors = hf["head_dim"], ropes["original_max_position_embeddings"], []

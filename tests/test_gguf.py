@@ -46,6 +46,12 @@ LLAMA_3 = {
     "original_max_position_embeddings": 8192,
 }
 GEMMA2 = {"head_dim": 8, "query_pre_attn_scalar": 8, "num_hidden_layers": 4, "sliding_window": 6}
+GEMMA4 = {
+    "rope_parameters": {
+        "full_attention": {"rope_type": "proportional", "rope_theta": 1000.0, "partial_rotary_factor": 0.5},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+    }
+}
 STEEP = {"rope_type": "yarn", "rope_theta": 100.0, "factor": 4.0, "original_max_position_embeddings": 16}
 STEEP |= {"mscale": 0.707, "mscale_all_dim": 0.707}
 WIDE = {"kv_lora_rank": 32, "qk_nope_head_dim": 32}  # so that what is transposed may have blocks
@@ -78,6 +84,9 @@ CASES = {
     "qwen35": ("qwen3_5_text", "gqa", {}),
     "qwen35-tied": ("qwen3_5_text", "tied", {}),
     "qwen35moe": ("qwen3_5_moe_text", "gqa", {}),
+    "gemma4": ("gemma4_text", "gqa", GEMMA4),
+    "gemma4-mqa": ("gemma4_text", "mqa", GEMMA4 | {"vocab_size_per_layer_input": 312}),
+    "gemma4-experts": ("gemma4_text", "experts", GEMMA4),
     "deepseek2": ("deepseek_v2", "grouped", {"rope_parameters": STEEP, "routed_scaling_factor": 1.0}),
     "deepseek2-lite": ("deepseek_v2", "greedy", {"attention_bias": False}),
     "deepseek3": ("deepseek_v3", "grouped", {"rope_parameters": STEEP, "num_nextn_predict_layers": 0} | WIDE),

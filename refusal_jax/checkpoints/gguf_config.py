@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from refusal_jax.checkpoints.gguf_blocks import PLAIN, READABLE
+from refusal_jax.checkpoints.gguf_gemma4 import gemma4
 from refusal_jax.checkpoints.gguf_header import GgufHeader
 from refusal_jax.checkpoints.gguf_hybrids import granite_hybrid, qwen3_next, qwen35, qwen35_moe
 from refusal_jax.checkpoints.gguf_latent import deepseek2
@@ -17,6 +18,7 @@ from refusal_jax.checkpoints.gguf_layouts import (
     DELTA,
     DELTA_MOE,
     FUSED_MLP,
+    GEMMA4,
     GPT_OSS,
     GRANITE_HYBRID,
     LATENT,
@@ -25,7 +27,7 @@ from refusal_jax.checkpoints.gguf_layouts import (
     QWEN3_NEXT,
     Layout,
 )
-from refusal_jax.checkpoints.gguf_metadata import Metadata
+from refusal_jax.checkpoints.gguf_metadata import Metadata, windows
 from refusal_jax.checkpoints.gguf_rope import ROPE_TENSORS, longrope, scaling_kind, whole_heads
 from refusal_jax.checkpoints.tensors import listed
 from refusal_jax.errors import UserError, did_you_mean, shown
@@ -86,14 +88,17 @@ def gguf_config(header: GgufHeader) -> dict[str, Any]:
     if "attention.value_length" not in architecture.own:
         read.only("attention.value_length", head_dim)
     read.only("attention.causal", True)
+    kv, width = "attention.head_count_kv", "feed_forward_length"
     config = {
         "vocab_size": embedding.shape[0] if embedding else 1,
         "hidden_size": hidden,
         "num_hidden_layers": read.take("block_count", int, required=True),
         "num_attention_heads": heads,
-        "num_key_value_heads": read.take("attention.head_count_kv", int) or heads,
+        "num_key_value_heads": heads if kv in architecture.own else read.take(kv, int) or heads,
         "head_dim": head_dim,
-        "intermediate_size": read.take("feed_forward_length", int, required="expert_count" not in _own_keys(read)),
+        "intermediate_size": None
+        if width in architecture.own
+        else read.take(width, int, required=not read.named("expert_count")),
         "max_position_embeddings": read.take("context_length", int, required=True),
         "rms_norm_eps": read.take("attention.layer_norm_rms_epsilon", float, required=True),
         "rope_theta": read.take("rope.freq_base", float, 10000.0),
@@ -119,10 +124,6 @@ def quantised_types(header: GgufHeader) -> list[str]:
         if tensor.type not in PLAIN:
             counts[tensor.type.name] = counts.get(tensor.type.name, 0) + math.prod(tensor.shape)
     return sorted(counts, key=lambda name: -counts[name])
-
-
-def _own_keys(read: Metadata) -> set[str]:
-    return {key.removeprefix(f"{read.architecture}.") for key in read.header.metadata}
 
 
 def _llama(read: Metadata, config: dict) -> dict:
@@ -178,23 +179,6 @@ def _query_scalar(config: dict, large: int) -> int | None:
     return (config["hidden_size"] or 0) // (config["num_attention_heads"] or 1) if wide else config["head_dim"]
 
 
-def _windows(read: Metadata, config: dict, every: int) -> list[str]:
-    """Returns the kind of each layer: one in `every` sees all tokens, where the file says nothing else."""
-    key, count = "attention.sliding_window_pattern", config["num_hidden_layers"] or 0
-    value = read.header.metadata.get(f"{read.architecture}.{key}")
-    read.seen.add(key)
-    if isinstance(value, list):
-        if len(value) != count:
-            read.problems.append(
-                f"{read.architecture}.{key} has {len(value)} values, expected one for each of {count} layers"
-            )
-        windowed = [bool(one) for one in value]
-    else:
-        every = every if value is None else read.take(key, int, every)
-        windowed = [every == 0 or (layer + 1) % every != 0 for layer in range(count)]
-    return ["sliding_attention" if is_windowed else "full_attention" for is_windowed in windowed]
-
-
 def _gemma2(read: Metadata, config: dict) -> dict:
     base = read.take("rope.freq_base_swa", float, config["rope_theta"])
     if base != config["rope_theta"]:
@@ -203,7 +187,7 @@ def _gemma2(read: Metadata, config: dict) -> dict:
         "model_type": "gemma2",
         "query_pre_attn_scalar": _query_scalar(config, 46),
         "sliding_window": read.take("attention.sliding_window", int, 4096),
-        "layer_types": _windows(read, config, 2),
+        "layer_types": windows(read, config, 2),
         "attn_logit_softcapping": read.take("attn_logit_softcapping", float, 50.0),
         "final_logit_softcapping": read.take("final_logit_softcapping", float, 30.0),
     }
@@ -214,7 +198,7 @@ def _gemma3(read: Metadata, config: dict) -> dict:
     own = _gemma(read, config)
     theta, scaling = config.pop("rope_theta"), own.pop("rope_scaling")
     local, window = read.take("rope.freq_base_swa", float, 10000.0), read.take("attention.sliding_window", int)
-    types = _windows(read, config, 6) if window else ["full_attention"] * (config["num_hidden_layers"] or 0)
+    types = windows(read, config, 6) if window else ["full_attention"] * (config["num_hidden_layers"] or 0)
     return own | {
         "model_type": "gemma3_text",
         "query_pre_attn_scalar": _query_scalar(config, 62),
@@ -264,7 +248,7 @@ def _gpt_oss(read: Metadata, config: dict) -> dict:
         "num_local_experts": read.take("expert_count", int, required=True),
         "num_experts_per_tok": read.take("expert_used_count", int, required=True),
         "sliding_window": read.take("attention.sliding_window", int, required=True),
-        "layer_types": _windows(read, config, 2),
+        "layer_types": windows(read, config, 2),
         "attention_bias": read.has("attn_q.bias") or read.has("attn_qkv.bias"),
         "swiglu_limit": 7.0,
     }
@@ -320,6 +304,7 @@ CLASSES = {
     "granitemoehybrid": "GraniteMoeHybridForCausalLM",
     "qwen3_5_text": "Qwen3_5ForCausalLM",
     "qwen3_5_moe_text": "Qwen3_5MoeForCausalLM",
+    "gemma4_text": "Gemma4ForCausalLM",
     "deepseek_v2": "DeepseekV2ForCausalLM",
     "deepseek_v3": "DeepseekV3ForCausalLM",
 }
@@ -341,5 +326,10 @@ ARCHITECTURES: dict[str, Architecture] = {
     "qwen35": Architecture(qwen35, Layout(norm_offset=1.0, tiled=True, own=DELTA)),
     "qwen35moe": Architecture(qwen35_moe, Layout(norm_offset=1.0, tiled=True, own=DELTA_MOE)),
     "qwen3next": Architecture(qwen3_next, Layout(norm_offset=1.0, by_key_head=True, own=QWEN3_NEXT)),
+    "gemma4": Architecture(
+        gemma4,
+        Layout(own=GEMMA4, prefixes=("full_", "dense_")),
+        frozenset({"attention.head_count_kv", "feed_forward_length"}),
+    ),
     "deepseek2": Architecture(deepseek2, Layout(own=LATENT), frozenset({"attention.value_length"})),
 }

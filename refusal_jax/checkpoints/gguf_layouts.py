@@ -1,7 +1,7 @@
 """Names and layouts of the tensors of GGUF's architectures: which decoder weights a stored tensor holds, and in which order."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import numpy as np
 from jaxtyping import Int64
@@ -100,6 +100,25 @@ LATENT = SHARED | {
     "blk.{l}.attn_kv_a_norm.weight": ("blocks.latent_kv_norm",),
     "blk.{l}.attn_kv_b.weight": ("blocks.latent_kv_up",),
 }
+GEMMA4 = {
+    **{f"blk.{{l}}.ffn_{part}.weight": (f"blocks.{part}",) for part in ("gate", "up", "down")},
+    "blk.{l}.ffn_gate_exps.weight": ("blocks.expert_gate",),
+    "blk.{l}.ffn_up_exps.weight": ("blocks.expert_up",),
+    "blk.{l}.ffn_gate_up_exps.weight": ("blocks.expert_gate", "blocks.expert_up"),
+    "blk.{l}.ffn_down_exps.weight": ("blocks.expert_down",),
+    "blk.{l}.ffn_down_exps.scale": ("blocks.expert_scale",),
+    "blk.{l}.ffn_gate_inp.scale": ("blocks.router_scale",),
+    "blk.{l}.pre_ffw_norm_2.weight": ("blocks.expert_norm",),
+    "blk.{l}.post_ffw_norm_1.weight": ("blocks.beside_post_norm",),
+    "blk.{l}.post_ffw_norm_2.weight": ("blocks.expert_post_norm",),
+    "blk.{l}.layer_output_scale.weight": ("blocks.layer_scale",),
+    "blk.{l}.inp_gate.weight": ("blocks.per_layer_gate",),
+    "blk.{l}.proj.weight": ("blocks.per_layer_out",),
+    "blk.{l}.post_norm.weight": ("blocks.per_layer_post_norm",),
+    "per_layer_token_embd.weight": ("per_layer_embed",),
+    "per_layer_model_proj.weight": ("per_layer_projection",),
+    "per_layer_proj_norm.weight": ("per_layer_norm",),
+}
 BY_HEAD = ("attn_k_b", "attn_v_b")  # what newer files have instead of attn_kv_b: of each head, the first transposed
 RATES = ("blocks.ssm_rate_log", "blocks.delta_rate_log")  # stored as - exp of themselves
 PLAIN_NORMS = ("blocks.delta_norm",)  # to which nothing was added where 1 was added to the others
@@ -119,13 +138,15 @@ class Layout:
 
     permuted: whether the rows of queries and keys are in llama.cpp's order. norm_offset: what was added to norms. tiled: whether
     the value heads of a delta rule are in turns of all key heads, instead of beside each other. by_key_head: whether the betas
-    and steps of a key head stand together in `ssm_ba`. own: names of tensors that this architecture has or uses otherwise.
+    and steps of a key head stand together in `ssm_ba`. prefixes: of names in the decoder that GGUF calls as those without. own:
+    names of tensors that this architecture has or uses otherwise.
     """
 
     permuted: bool = False
     norm_offset: float = 0.0
     tiled: bool = False
     by_key_head: bool = False
+    prefixes: tuple[str, ...] = ()
     own: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
 
     def names(self, cfg: ModelConfig) -> dict[str, tuple[str, ...]]:
@@ -133,6 +154,19 @@ class Layout:
         experts = ("gate", "up", "down") if cfg.n_experts else ()
         dense = {n: paths for n, paths in NAMES.items() if paths[0].removeprefix("blocks.") not in experts}
         return dense | (EXPERTS if cfg.n_experts else {}) | dict(self.own)
+
+    def places(
+        self, names: Mapping[str, tuple[str, ...]], weights: Collection[str], path: str
+    ) -> list[tuple[str, tuple[str, ...]]]:
+        """Returns which of the GGUF names may hold a weight, each with all weights that it holds then."""
+        prefix = next((p for p in self.prefixes if path.startswith(f"blocks.{p}")), "")
+        plain = path.replace(prefix, "", 1)
+        called = {
+            name: tuple(p.replace("blocks.", f"blocks.{prefix}") for p in held)
+            for name, held in names.items()
+            if plain in held
+        }
+        return [(name, held) for name, held in called.items() if all(p in weights for p in held)]
 
     def order(self, cfg: ModelConfig, path: str) -> Int64[np.ndarray, " n"] | None:
         """Returns where the rows of a weight are among its stored rows (of `delta_o`, its columns), None where they are in order;

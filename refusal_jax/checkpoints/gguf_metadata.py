@@ -49,6 +49,18 @@ class Metadata:
             return default
         return plain(value) if kind is float else value
 
+    def each(self, key: str, count: int) -> list[int]:
+        """Returns a whole number for each of `count` layers, given as one or as a list. Anything wrong becomes a problem."""
+        self.seen.add(key)
+        found = self.header.metadata.get(f"{self.architecture}.{key}")
+        values = found if isinstance(found, list) else [found] * count
+        if len(values) != count or not all(type(one) is int and 0 <= one < 2**31 for one in values):
+            self.problems.append(
+                f"{self.architecture}.{key} = {shown(found)}, expected a whole number for each of {count} layers"
+            )
+            return [1] * count
+        return values
+
     def only(self, key: str, *values: Any) -> None:
         """Makes any value of a setting but these a problem."""
         self.seen.add(key)
@@ -67,6 +79,23 @@ class Metadata:
                 f"{self.header.paths[0]} cannot be run faithfully: {'; '.join(self.problems)}. Nothing was loaded, because "
                 "ignoring a setting would give wrong activations. Use the original Hugging Face checkpoint of the model."
             )
+
+
+def windows(read: Metadata, config: dict, every: int) -> list[str]:
+    """Returns the kind of each layer: one in `every` sees all tokens, where the file says nothing else."""
+    key, count = "attention.sliding_window_pattern", config["num_hidden_layers"] or 0
+    value = read.header.metadata.get(f"{read.architecture}.{key}")
+    read.seen.add(key)
+    if isinstance(value, list):
+        if len(value) != count:
+            read.problems.append(
+                f"{read.architecture}.{key} has {len(value)} values, expected one for each of {count} layers"
+            )
+        windowed = [bool(one) for one in value]
+    else:
+        every = every if value is None else read.take(key, int, every)
+        windowed = [every == 0 or (layer + 1) % every != 0 for layer in range(count)]
+    return ["sliding_attention" if is_windowed else "full_attention" for is_windowed in windowed]
 
 
 def plain(value: float | int) -> float:

@@ -51,7 +51,7 @@ def _yarn(read: Metadata) -> dict:
     return {name: value for name, value in found.items() if value is not None}
 
 
-def _factors(read: Metadata, name: str, config: dict) -> list[float]:
+def factors_of(read: Metadata, name: str, config: dict) -> list[float]:
     """Returns the numbers that a tensor divides the frequencies of rotated pairs by."""
     stored, pairs = read.header.tensors.get(name), (config["head_dim"] or 0) // 2
     values = as_values(stored) if stored else np.empty(0, np.float32)
@@ -67,7 +67,7 @@ def longrope(read: Metadata, config: dict, span: int | None) -> dict | None:
         return None
     span = span or config["max_position_embeddings"] or 1
     scaling: dict[str, Any] = {"rope_type": "longrope", "original_max_position_embeddings": span}
-    scaling |= {f"{kind}_factor": _factors(read, f"rope_factors_{kind}.weight", config) for kind in ("short", "long")}
+    scaling |= {f"{kind}_factor": factors_of(read, f"rope_factors_{kind}.weight", config) for kind in ("short", "long")}
     attention, grown = read.take("rope.scaling.attn_factor", float), (config["max_position_embeddings"] or 1) / span
     usual = math.sqrt(1 + math.log(grown) / math.log(span)) if grown > 1 and span > 1 else 1.0
     if attention is not None and abs(attention - usual) > 1e-5:
@@ -78,7 +78,7 @@ def longrope(read: Metadata, config: dict, span: int | None) -> dict | None:
 def _by_factors(read: Metadata, config: dict) -> dict | None:
     """Returns the settings of a rope whose pairs are slowed by given factors: Llama 3's formula where it gives them, else as
     LongRoPE of one length, which computes the same."""
-    factors = np.asarray(_factors(read, ROPE_TENSORS[0], config))
+    factors = np.asarray(factors_of(read, ROPE_TENSORS[0], config))
     if (factors == 1).all() or 2 * len(factors) != config["head_dim"]:
         if 2 * len(factors) != config["head_dim"]:
             read.problems.append(

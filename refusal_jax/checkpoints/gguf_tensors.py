@@ -22,9 +22,11 @@ from refusal_jax.errors import UserError
 from refusal_jax.models.config import ModelConfig
 from refusal_jax.models.families import Piece, hf_shapes, pieces
 from refusal_jax.models.mixers.latent import Latent
+from refusal_jax.models.structure import structure
 from refusal_jax.models.weight import Weight
 from refusal_jax.models.weights import weight_table
 
+KEYS = ("k", "v", "k_norm")
 CHUNK_VALUES = 1 << 18  # that are dequantised at a time, in float32
 
 
@@ -188,24 +190,24 @@ class Woven:
     """A tensor of all experts of a layer by its HF name, made of one or two that GGUF keeps apart; a `Tensor` of checkpoints.
 
     members: tensors `[experts * rows, columns]`, or of biases `[experts, rows]`, each with the place of its first row and the
-    step to the next one among the rows of an expert. rows: how many each member has for an expert. transposed: whether the rows
-    are the tensor's columns.
+    step to the next one among the rows of an expert, and at which of its own rows of an expert it begins. rows: how many each
+    member has for an expert. transposed: whether the rows are the tensor's columns.
     """
 
     name: str
     shape: tuple[int, ...]
-    members: tuple[tuple[GgufTensor, int, int], ...]
+    members: tuple[tuple[GgufTensor, int, int, int], ...]
     rows: int
     transposed: bool
 
     @property
     def dtype(self) -> str:
-        found = {tensor.dtype for tensor, _, _ in self.members}
+        found = {tensor.dtype for tensor, *_ in self.members}
         return found.pop() if len(found) == 1 else "BF16"
 
     @property
     def nbytes(self) -> int:
-        return sum(tensor.nbytes for tensor, _, _ in self.members)
+        return sum({tensor.name: tensor.nbytes for tensor, *_ in self.members}.values())
 
     @property
     def path(self) -> pathlib.Path:
@@ -221,18 +223,19 @@ class Woven:
         (first, last), *matrix = spans
         (start, stop), *columns = reversed(matrix) if self.transposed else matrix
         count = 0
-        for tensor, offset, step in self.members:
+        for tensor, offset, step, begin in self.members:
             low, high = (min(max(-(-(edge - offset) // step), 0), self.rows) for edge in (start, stop))
             if low >= high:
                 continue
             places = slice(offset + step * low - start, offset + step * (high - 1) - start + 1, step)
             if not columns:
                 part = np.empty((last - first, high - low), out.dtype)
-                count += tensor.read_into((slice(first, last), slice(low, high)), part)
+                count += tensor.read_into((slice(first, last), slice(begin + low, begin + high)), part)
                 out[:, places] = part
             for expert in range(first, last) if columns else ():
                 part = np.empty((high - low, columns[0][1] - columns[0][0]), out.dtype)
-                rows = slice(expert * self.rows + low, expert * self.rows + high)
+                own = expert * (tensor.shape[0] // self.shape[0]) + begin
+                rows = slice(own + low, own + high)
                 count += tensor.read_into((rows, slice(*columns[0])), part)
                 target = out[expert - first]
                 (target.T if self.transposed else target)[places] = part
@@ -250,9 +253,9 @@ def gguf_tensors(
     with reading(header.paths[0]):
         files: dict[pathlib.Path, RangeFile] = {path: LocalFile(path) for path in header.paths}
     weights, names = weight_table(cfg), layout.names(cfg)
-    places = {path: [(name, held) for name, held in names.items() if path in held] for path in weights}
+    places = {path: layout.places(names, weights, path) for path in weights}
     tensors: dict[str, list[tuple[Piece, Part]]] = {}
-    missing, known, wrong = set(), set(used) | _draft(header, cfg), set()
+    missing, known, wrong = set(), set(used) | _unneeded(header, cfg), set()
     for piece in pieces(cfg):
         if piece.path == "blocks.latent_kv_up" and (split := _by_head(header, files, cfg, piece)):
             parts, names_of_parts, misshapen = split
@@ -289,10 +292,13 @@ def gguf_tensors(
     return {name: _tensor(name, shapes[name], held, layout) for name, held in tensors.items()}, files
 
 
-def _draft(header: GgufHeader, cfg: ModelConfig) -> set[str]:
-    """Returns the tensors of layers that guess tokens ahead, which are not run."""
+def _unneeded(header: GgufHeader, cfg: ModelConfig) -> set[str]:
+    """Returns the tensors that are not computed with: of layers that guess tokens ahead, and what would make keys and values of
+    layers that use those of others."""
     layers = tuple(f"blk.{cfg.n_layers + layer}." for layer in range(cfg.draft_layers))
-    return {name for name in header.tensors if name.startswith(layers)}
+    sources = enumerate(structure(cfg).source_l)
+    keys = {f"blk.{layer}.attn_{part}.weight" for layer, source in sources if source is not None for part in KEYS}
+    return keys | {name for name in header.tensors if name.startswith(layers)}
 
 
 def _by_head(
@@ -335,7 +341,7 @@ def _tensor(name: str, shape: tuple[int, ...], held: list[tuple[Piece, Part]], l
         if piece.within == (0,):  # whose tensor holds all experts
             whole = dataclasses.replace(part, first=0, count=part.stored.rows)
             member = GgufTensor(f"{name} ({part.stored.name})", (whole.count, whole.width), (whole,))
-            members.append((member, piece.start, piece.step))
+            members.append((member, piece.start, piece.step, part.first))
     rows = len(range(first.start, first.stop, first.step))
     return Woven(name, shape, tuple(members), rows, first.transposed)
 

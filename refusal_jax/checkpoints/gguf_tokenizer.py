@@ -97,6 +97,7 @@ class Vocabulary:
         model, tokens, architecture = take("model"), take("tokens"), metadata.get("general.architecture")
         if model is None or not isinstance(tokens, list) or not tokens or not all(type(t) is str for t in tokens):
             raise UserError(f"{where} holds no tokenizer (tokenizer.ggml.model and tokens). {_ADVICE}")
+        model = "llama" if model == "gemma4" else model  # whose merges the file holds
         if model not in ("gpt2", "llama"):
             raise UserError(
                 f"{where} has a tokenizer of the kind {shown(model)}, and 'gpt2' (byte-level) and 'llama' (SentencePiece) are "
