@@ -84,6 +84,29 @@ class Stack(nnx.Module):
 
 
 @dataclasses.dataclass(frozen=True)
+class Given:
+    """What a pass gives to the sequence mixer of a layer, besides its weights: `ctx`, `taps`, `past` and `before` as in
+    `Block.__call__`, the layer's edits and its gate at "attn_out", and the normed input."""
+
+    ctx: Context
+    edits: Edits
+    gate_r: jax.Array
+    taps: Taps
+    past: Any
+    before: tuple | None
+    attn_in_btd: jax.Array
+
+    def recalled(self, k: int):
+        """Returns the memory of index k of `Structure.memories` for a mixer: tokens from the cache, and the state before; None
+        where there is neither."""
+        if self.past is None:
+            return None if self.before is None else self.before[k]
+        if self.before is None:
+            return self.past(k)
+        return map_memory(lambda old, _: old, lambda _, state: state, self.past(k), self.before[k])
+
+
+@dataclasses.dataclass(frozen=True)
 class Here:
     """One layer's weights, wherever they stand.
 
@@ -142,7 +165,61 @@ class Here:
         """Returns how the weight of one layer is placed on the mesh; of no axes without a mesh."""
         return PartitionSpec(*self.block.spec(name)[1:])
 
-    def channel(
+    def own(self, x_btd: Float[jax.Array, "B T D"]) -> Float[jax.Array, "B T D"]:
+        """Returns a residual, or what is added to it, placed as residuals are."""
+        return constrain_residual(self.mesh, x_btd)
+
+    def read(self, x_btd: Float[jax.Array, "B T D"], norm: str) -> Float[jax.Array, "B T D"]:
+        """Returns the input of a mixer, whose every part needs all of its rows."""
+        return constrain(self.mesh, self.norm(norm, self.own(x_btd)), "batch")
+
+    def added(self, out_btd: Float[jax.Array, "B T D"], norm: str) -> Float[jax.Array, "B T D"]:
+        """Returns what is added to the residual, before edits: after any post-norm, scaled."""
+        out, scale = self.norm(norm, self.own(out_btd)), self.cfg.residual_scale
+        return out if scale == 1 else out * jnp.asarray(scale, out.dtype)
+
+    def sequence(self, given: Given, index: int) -> tuple[jax.Array, tuple, dict[str, jax.Array]]:
+        """Returns what a sequence mixer adds, the memory after it, and the taps of its heads. index: of `Structure.mixers`."""
+        form, before = structure(self.cfg), given.before
+        mixer = form.mixers[index]
+        if mixer is None:
+            return jnp.zeros_like(given.attn_in_btd), before or (), self.no_heads(given)
+        k = form.memories.index(index if mixer.reads is None else mixer.reads)
+        shared = before[k] if before and mixer.reads is not None else None
+        this = dataclasses.replace(self, shared=shared, kinds=form.kinds(index))
+        mixed = mixer.mix(this, given.attn_in_btd, given.ctx, given.recalled(k))
+        new = (mixed.memory,) if before is None and len(form.mixers) == 1 else before or ()
+        if before is not None and mixer.reads is None:
+            new = (*before[:k], mixed.memory, *before[k + 1 :])
+        out = self.added(mixed.out_btd, "attn_post_norm")
+        if mixed.heads is None:
+            return out, new, self.no_heads(given, out)
+        return out, new, read_heads(self.cfg, self.mesh, mixed.heads, given.edits, given.gate_r, given.taps)
+
+    def no_heads(self, given: Given, out=None) -> dict[str, jax.Array]:
+        """Returns the taps of a layer without heads, in the shapes of those of layers with heads: zeros, but for what it adds
+        along the direction, all of which counts as a bias. out: what it adds, None for nothing."""
+        if not given.taps.asks(*HEAD_SITES):
+            return {}
+        headed = [i for i, mixer in enumerate(structure(self.cfg).mixers) if mixer is not None and mixer.has_heads]
+        if headed:
+            shapes = jax.eval_shape(lambda: self.sequence(given, headed[0])[2])
+        else:
+            shapes = shapes_without(self.cfg, given.taps, given.attn_in_btd)
+        found = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
+        if out is not None and "o_bias_along" in found:
+            out_bpd = given.taps.cut(given.edits.ablated(out, given.gate_r)).astype(jnp.float32)
+            found["o_bias_along"] = jnp.einsum("bpd,bd->bp", out_bpd, given.taps.along, precision="highest")
+        return found
+
+    def channel(self, h_btd: Float[jax.Array, "B T D"], resid_btd: Float[jax.Array, "B T D"], index: int):
+        """Returns what a channel mixer adds. index: of `Structure.channels`; the rest as in `mixed_channels`."""
+        kind = structure(self.cfg).channels[index]
+        if kind is None:
+            return jnp.zeros_like(h_btd)
+        return self.added(self.mixed_channels(kind, h_btd, self.own(resid_btd)), "mlp_post_norm")
+
+    def mixed_channels(
         self, kind: str, h_btd: Float[jax.Array, "B T D"], resid_btd: Float[jax.Array, "B T D"]
     ) -> Float[jax.Array, "B T D"]:
         """Returns what the channel mixer makes of its input: an MLP, a mixture of experts, or both. kind: of
@@ -197,74 +274,28 @@ class Block(Stack):
         earlier layer has made them. apart: the weights of all layers that are not among the block's own, if there are any
         (`Decoder.apart`).
         """
-        cfg, form = self.cfg, structure(self.cfg)
+        cfg, form, here = self.cfg, structure(self.cfg), Here(self, apart, layer)
         gates = {name: layer.gate_rs[:, i] for i, name in enumerate(SITES)}
-        edits, here = edits.with_directions(layer.ablate_rjd), Here(self, apart, layer)
-
-        def own(x):
-            return constrain_residual(self.mesh, x)
-
-        def read(x, norm: str):
-            """Returns the input of a mixer, whose every part needs all of its rows."""
-            return constrain(self.mesh, here.norm(norm, own(x)), "batch")
-
-        def added(out, norm: str):
-            """Returns what is added to the residual, before edits: after any post-norm, scaled."""
-            out = here.norm(norm, own(out))
-            return out if cfg.residual_scale == 1 else out * jnp.asarray(cfg.residual_scale, out.dtype)
-
-        def sequence(index: int):
-            """Returns what a sequence mixer adds, the memory after it, and the taps of its heads."""
-            mixer = form.mixers[index]
-            if mixer is None:
-                return jnp.zeros_like(resid_pre), before or (), no_heads()
-            k = form.memories.index(index if mixer.reads is None else mixer.reads)
-            shared = before[k] if before and mixer.reads is not None else None
-            this = dataclasses.replace(here, shared=shared, kinds=form.kinds(index))
-            mixed = mixer.mix(this, attn_in, ctx, _recalled(past, before, k))
-            heads = mixed.heads and read_heads(cfg, self.mesh, mixed.heads, edits, gates["attn_out"], taps)
-            new = (mixed.memory,) if before is None and len(form.mixers) == 1 else before or ()
-            if before is not None and mixer.reads is None:
-                new = (*before[:k], mixed.memory, *before[k + 1 :])
-            out = added(mixed.out_btd, "attn_post_norm")
-            return out, new, no_heads(out) if heads is None else heads
-
-        def no_heads(out=None) -> dict[str, jax.Array]:
-            """Returns the taps of a layer without heads, in the shapes of those of layers with heads: zeros, but for what it adds
-            along the direction, all of which counts as a bias. out: what it adds, None for nothing."""
-            if not taps.asks(*HEAD_SITES):
-                return {}
-            headed = [i for i, mixer in enumerate(form.mixers) if mixer is not None and mixer.has_heads]
-            shapes = jax.eval_shape(lambda: sequence(headed[0])[2]) if headed else shapes_without(cfg, taps, resid_pre)
-            found = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
-            if out is not None and "o_bias_along" in found:
-                out_bpd = taps.cut(edits.ablated(out, gates["attn_out"])).astype(jnp.float32)
-                found["o_bias_along"] = jnp.einsum("bpd,bd->bp", out_bpd, taps.along, precision="highest")
-            return found
-
-        def channel(index: int):
-            """Returns what a channel mixer adds."""
-            kind = form.channels[index]
-            if kind is None:
-                return jnp.zeros_like(resid_mid)
-            return added(here.channel(kind, mlp_in, own(resid_mid)), "mlp_post_norm")
-
-        resid_pre = edits.added(edits.ablated(own(x_btd), gates["resid_pre"]), layer.add_r)
-        attn_in = read(resid_pre, "attn_norm")
-        attn_out, new, of_heads = _choose("mixer", layer.number, form.mixer_l, layer.mixer, sequence)
+        edits = edits.with_directions(layer.ablate_rjd)
+        resid_pre = edits.added(edits.ablated(here.own(x_btd), gates["resid_pre"]), layer.add_r)
+        given = Given(ctx, edits, gates["attn_out"], taps, past, before, here.read(resid_pre, "attn_norm"))
+        attn_out, new, of_heads = _choose(
+            "mixer", layer.number, form.mixer_l, layer.mixer, partial(here.sequence, given)
+        )
         attn_out = edits.ablated(attn_out, gates["attn_out"])
         resid_mid = resid_pre + attn_out
-        mlp_in = attn_in if cfg.parallel else read(resid_mid, "mlp_norm")
-        mlp_out = edits.ablated(
-            _choose("channel", layer.number, form.channel_l, layer.channel, channel), gates["mlp_out"]
+        mlp_in = given.attn_in_btd if cfg.parallel else here.read(resid_mid, "mlp_norm")
+        mlp_out = _choose(
+            "channel", layer.number, form.channel_l, layer.channel, partial(here.channel, mlp_in, resid_mid)
         )
+        mlp_out = edits.ablated(mlp_out, gates["mlp_out"])
         if cfg.d_per_layer:
-            told = here.told(constrain(self.mesh, own(resid_mid + mlp_out), "batch"))
-            mlp_out = mlp_out + edits.ablated(added(told, "per_layer_post_norm"), gates["mlp_out"])
+            told = here.told(constrain(self.mesh, here.own(resid_mid + mlp_out), "batch"))
+            mlp_out = mlp_out + edits.ablated(here.added(told, "per_layer_post_norm"), gates["mlp_out"])
         resid_post = resid_mid + mlp_out
         if cfg.layer_scale:
             resid_post = resid_post * here.weight("layer_scale")
-        resid_post = own(resid_post)  # placed after the last edit: else what a tap wants spreads backwards
+        resid_post = here.own(resid_post)  # placed after the last edit: else what a tap wants spreads backwards
         tapped = taps.read(
             resid_pre=resid_pre, attn_out=attn_out, resid_mid=resid_mid, mlp_out=mlp_out, resid_post=resid_post
         )
@@ -279,10 +310,3 @@ def _choose(name: str, number: int | None, kind_l: tuple[int, ...], kind, functi
         return function(kind_l[number or 0])
     with jax.named_scope(name):
         return jax.lax.switch(kind, [partial(function, index) for index in range(max(kind_l) + 1)])
-
-
-def _recalled(past, before, k: int):
-    """Returns one layer's memory for its mixer: tokens from the cache, and the state before; None where there is neither."""
-    if past is None:
-        return None if before is None else before[k]
-    return past(k) if before is None else map_memory(lambda old, _: old, lambda _, state: state, past(k), before[k])

@@ -23,6 +23,7 @@ STORAGE = "fsdp"  # the axis along which weights are only stored in parts: they 
 RULES = {
     "batch": ("data", "fsdp"),
     "embed": (STORAGE,),
+    "latent": (STORAGE,),
     "heads": ("kv", "q"),
     "kv_heads": ("kv",),
     "mlp": ("kv", "q"),

@@ -48,13 +48,13 @@ class Latent:
         q, kv, v = n * (self.plain_dim + self.rope_dim), n * (self.plain_dim + self.v_dim), n * self.v_dim
         made = {"latent_kv": (self.kv_rank, self.rope_dim)}
         block = {
-            "latent_kv_up": Weight((kv, self.kv_rank), ("heads", "embed"), self.kv_rank**-0.5, heads),
+            "latent_kv_up": Weight((kv, self.kv_rank), ("heads", "latent"), self.kv_rank**-0.5, heads),
             "o": Weight((d, v), ("embed", "heads"), growth(cfg) * v**-0.5, heads),
         }
         if self.q_rank is None:
             block["latent_q"] = Weight((q, d), ("heads", "embed"), d**-0.5, heads)
         else:
-            block["latent_q_up"] = Weight((q, self.q_rank), ("heads", "embed"), self.q_rank**-0.5, heads)
+            block["latent_q_up"] = Weight((q, self.q_rank), ("heads", "latent"), self.q_rank**-0.5, heads)
             made["latent_q"] = (self.q_rank, 0)
         for name, (rank, more) in made.items():
             block[f"{name}_down"] = Weight((rank + more, d), ("norm", "embed"), d**-0.5)
