@@ -264,7 +264,7 @@ def bias_additions(cfg: ModelConfig, edit: Add) -> dict[str, Addition]:
             f"{setting('layers')} from 1 to {cfg.n_layers - 1}."
         )
     without = [layer for layer in layers if bias and layer - 1 not in bias.layers]
-    if without:
+    if bias and without:
         raise UserError(
             f"Block {without[0] - 1} has no MLP whose bias could hold an addition at the input of layer {without[0]}. Choose "
             f"{setting('layers')} among {', '.join(str(layer + 1) for layer in bias.layers)}, or add at inference time."

@@ -22,14 +22,13 @@ from refusal_jax.axes import Array, Leaf
 from refusal_jax.chat.batches import length_batches
 from refusal_jax.chat.model import ChatModel
 from refusal_jax.edits import Edits
-from refusal_jax.mechanism.origins import Moved, first_origins, moved, with_mlp
+from refusal_jax.mechanism.origins import Moved, first_origins, moved, reading_mixer, with_mlp
 from refusal_jax.mechanism.regions import ATTENDED, NOTHING, ORIGINS, PADDING, TEMPLATE, regions_of
 from refusal_jax.mechanism.suffixes import Row
 from refusal_jax.models.attention import Context
 from refusal_jax.models.decoder import Decoder
 from refusal_jax.models.finite import check_finite
 from refusal_jax.models.sharding import batch_sharding, constrain, put, replicate
-from refusal_jax.models.weights import mixers_of
 from refusal_jax.progress import each
 from refusal_jax.taps import Taps
 
@@ -115,7 +114,7 @@ def read_batch(
         x_btd, parts_bpwd, rolled_bpw, found = carry
         (block, own), number = scanned
         x_btd, tapped, (kept,) = block(x_btd, own, ctx, edits, taps, None, decoder.apart)
-        values_bkth = mixers_of(cfg)[0].values(block, kept)
+        values_bkth = reading_mixer(cfg).values(block, kept)
         now = moved(block, parts_bpwd, tapped["resid_pre"], tapped["pattern"], values_bkth, regions_btw, along_bd)
         here_xn = (layers_x == number)[:, None] * jax.nn.one_hot(heads_x, cfg.n_heads)
         read = _read_layer(tapped, now, rolled_bpw, regions_btw, here_xn)

@@ -89,7 +89,7 @@ def losses_and_gradients(
 
     none = jax.tree.map(jnp.zeros_like, edits)
     none = dataclasses.replace(none, layer_ra=jnp.full_like(edits.layer_ra, -1))
-    base = last(none, False) if retain else embedded[:, ends]  # of which the cross-entropy reads nothing
+    base = last(none, False) if retain else embedded.x_btd[:, ends]  # of which the cross-entropy reads nothing
 
     @jax.checkpoint
     def row(_, inputs):

@@ -16,8 +16,11 @@ from jaxtyping import Float
 
 from refusal_jax.mechanism.regions import MLPS, ORIGINS, REGIONS, TEMPLATE
 from refusal_jax.models.block import Block
+from refusal_jax.models.config import ModelConfig
 from refusal_jax.models.head_taps import before_norm, norm_scale, to_heads
 from refusal_jax.models.layers import normed, row_parallel
+from refusal_jax.models.mixers.attention import Attention
+from refusal_jax.models.mixers.latent import Latent
 from refusal_jax.models.sharding import constrain
 from refusal_jax.models.weights import mixers_of
 
@@ -89,6 +92,13 @@ def _einsum(axes: str, *arrays) -> jax.Array:
     return jnp.einsum(axes, *arrays, precision="highest")
 
 
+def reading_mixer(cfg: ModelConfig) -> Attention | Latent:
+    """Returns the mixer of a model all of whose layers have the same attention, whose values can be followed."""
+    (mixer,) = mixers_of(cfg)
+    assert isinstance(mixer, Attention | Latent), "layers without attention are not read by region"
+    return mixer
+
+
 def _values(block: Block, parts_bpwd, resid_bpd) -> Float[jax.Array, "B P W F"]:
     """Returns the values of the template's tokens by origin, all key/value heads side by side.
 
@@ -96,7 +106,7 @@ def _values(block: Block, parts_bpwd, resid_bpd) -> Float[jax.Array, "B P W F"]:
     """
     scale = block.weight("attn_norm")
     read_bpwd = parts_bpwd if scale is None else normed(block.cfg, resid_bpd[:, :, None], scale, parts_bpwd)
-    values_bpwf, constant_bpf = mixers_of(block.cfg)[0].value_parts(block, read_bpwd)
+    values_bpwf, constant_bpf = reading_mixer(block.cfg).value_parts(block, read_bpwd)
     return values_bpwf.at[:, :, TEMPLATE].add(constant_bpf)
 
 

@@ -15,7 +15,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 from jaxtyping import Float
 
-from refusal_jax.axes import Leaf
+from refusal_jax.axes import Array, Leaf
 from refusal_jax.edits import SITES, Edits
 from refusal_jax.models.attention import Context
 from refusal_jax.models.cache import map_memory
@@ -165,11 +165,11 @@ class Here:
         """Returns how the weight of one layer is placed on the mesh; of no axes without a mesh."""
         return PartitionSpec(*self.block.spec(name)[1:])
 
-    def own(self, x_btd: Float[jax.Array, "B T D"]) -> Float[jax.Array, "B T D"]:
+    def own(self, x_btd: Float[Array, "B T D"]) -> Float[jax.Array, "B T D"]:
         """Returns a residual, or what is added to it, placed as residuals are."""
-        return constrain_residual(self.mesh, x_btd)
+        return constrain_residual(self.mesh, jnp.asarray(x_btd))
 
-    def read(self, x_btd: Float[jax.Array, "B T D"], norm: str) -> Float[jax.Array, "B T D"]:
+    def read(self, x_btd: Float[Array, "B T D"], norm: str) -> Float[jax.Array, "B T D"]:
         """Returns the input of a mixer, whose every part needs all of its rows."""
         return constrain(self.mesh, self.norm(norm, self.own(x_btd)), "batch")
 
@@ -212,7 +212,7 @@ class Here:
             found["o_bias_along"] = jnp.einsum("bpd,bd->bp", out_bpd, given.taps.along, precision="highest")
         return found
 
-    def channel(self, h_btd: Float[jax.Array, "B T D"], resid_btd: Float[jax.Array, "B T D"], index: int):
+    def channel(self, h_btd: Float[jax.Array, "B T D"], resid_btd: Float[Array, "B T D"], index: int):
         """Returns what a channel mixer adds. index: of `Structure.channels`; the rest as in `mixed_channels`."""
         kind = structure(self.cfg).channels[index]
         if kind is None:

@@ -98,7 +98,8 @@ class DeltaRule:
         given = q * self.key_dim**-0.5, k, v, decay, beta
         matrices = state.reshape(b, *self.heads, *state.shape[2:])
         if t == 1:
-            out, matrices = recurrent(*(a[:, 0] for a in given), matrices)
+            q, k, v, decay, beta = (a[:, 0] for a in given)
+            out, matrices = recurrent(q, k, v, decay, beta, matrices)
         else:  # bfloat16 models do not gain by products more exact than in three passes
             out, matrices = chunked(*given, matrices, "highest" if h_btd.dtype == jnp.float32 else "high")
         out = out.reshape(b, t, self.value_heads, self.value_dim)
@@ -126,9 +127,10 @@ def gated_norm(
     x: Float[Array, "... I"], gate: Float[Array, "... I"], scale_i: Float[Array, " I"], eps: float
 ) -> Float[jax.Array, "... I"]:
     """Returns the RMS norm of the last axis times `scale_i` and silu(gate); float32 inside, the dtype of the gate outside."""
-    x = x.astype(jnp.float32)
+    x = jnp.asarray(x, jnp.float32)
     root = jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps)
-    return (x * root * scale_i.astype(jnp.float32) * jax.nn.silu(gate.astype(jnp.float32))).astype(gate.dtype)
+    gated = x * root * scale_i.astype(jnp.float32) * jax.nn.silu(jnp.asarray(gate, jnp.float32))
+    return gated.astype(gate.dtype)
 
 
 def unit(x: Float[Array, "... H"]) -> Float[jax.Array, "... H"]:
