@@ -11,6 +11,7 @@ from safetensors.numpy import load_file, save_file
 
 ARCHITECTURES = {
     "gemma3_text": "gemma3",
+    "llama4_text": "llama4",
     "mistral": "llama",
     "mixtral": "llama",
     "qwen3_moe": "qwen3moe",
@@ -63,8 +64,8 @@ def write_gguf(
     experts: dict[str, dict[int, np.ndarray]] = {}
     for name, weight in sorted(weights.items()):
         weight = weight.astype(np.float32)
-        if family == "gpt_oss" and ".experts." in name:
-            weights[name] = woven_experts(writer, name, weight, kind)
+        if family in ("gpt_oss", "llama4_text") and ".experts." in name:
+            weights[name] = woven_experts(writer, name, weight, kind, family == "gpt_oss")
             continue
         if name.endswith("kv_b_proj.weight") and changes.get("deepseek2.attention.key_length_mla", 0) is not None:
             weights[name] = by_head(writer, hf, name, weight, kind)
@@ -168,10 +169,17 @@ def halves(hf: dict, name: str, weight: np.ndarray) -> dict[str, np.ndarray]:
     return {}
 
 
-def woven_experts(writer: gguf.GGUFWriter, name: str, weight: np.ndarray, kind: Type) -> np.ndarray:
-    """Writes what gpt-oss keeps of all experts in one tensor, and returns what that becomes by its type."""
-    weight, bias = weight.copy(), name.endswith("_bias")
-    parts = {"gate": weight[..., 0::2], "up": weight[..., 1::2]} if "gate_up" in name else {"down": weight}
+def woven_experts(writer: gguf.GGUFWriter, name: str, weight: np.ndarray, kind: Type, turns: bool) -> np.ndarray:
+    """Writes what gpt-oss and Llama 4 keep of all experts in one tensor, and returns what that becomes by its type.
+
+    turns: whether gates and what they gate take turns.
+    """
+    weight, bias, parts = weight.copy(), name.endswith("_bias"), {}
+    if "gate_up" in name:
+        half = weight.shape[-1] // 2
+        cuts = (slice(0, None, 2), slice(1, None, 2)) if turns else (slice(half), slice(half, None))
+        parts = {part: weight[..., cut] for part, cut in zip(("gate", "up"), cuts, strict=True)}
+    parts = parts or {"down": weight}
     for part, view in parts.items():
         matrix = np.ascontiguousarray(view if bias else view.swapaxes(1, 2))
         target = f"blk.{name.split('.')[2]}.ffn_{part}_exps"
@@ -252,6 +260,10 @@ def settings(hf: dict, arch: str) -> dict:
         found |= {"rope.dimension_count": int(head_dim * share), "rope.dimension_sections": [1, 1, 2, 0]}
         if "shared_expert_intermediate_size" in hf:
             found["expert_shared_feed_forward_length"] = hf["shared_expert_intermediate_size"]
+    if arch == "llama4":
+        found |= {"feed_forward_length": hf["intermediate_size_mlp"], "rope.dimension_count": head_dim}
+        found |= {"expert_feed_forward_length": hf["intermediate_size"]}
+        found |= {"interleave_moe_layer_step": hf["interleave_moe_layer_step"]}
     if arch == "gemma4":
         found |= both_kinds(hf, head_dim)
     if arch == "deepseek2":
@@ -350,7 +362,8 @@ def rope_factors(hf: dict) -> dict[str, list[float]]:
     for i in range(0, dim, 2):
         length = 2 * math.pi * ropes["rope_theta"] ** (i / dim)
         low, high = ropes["low_freq_factor"], ropes["high_freq_factor"]
-        smooth = min(max((span / length - low) / (high - low), 0), 1)
+        between = (span / length - low) / (high - low) if high > low else float(span / length > low)
+        smooth = min(max(between, 0), 1)
         factors.append(1 / ((1 - smooth) / ropes["factor"] + smooth))
     return {"rope_freqs.weight": factors}
 

@@ -27,6 +27,7 @@ from refusal_jax.checkpoints.gguf_tokenizer import write_tokenizer
 from refusal_jax.checkpoints.load import load_decoder
 from refusal_jax.checkpoints.remote import checkpoint_folder
 from refusal_jax.checkpoints.tensor_files import TensorFiles
+from refusal_jax.errors import UserError
 from refusal_jax.models.hf_config import load_config
 from refusal_jax.models.sharding import make_mesh
 
@@ -52,6 +53,17 @@ GEMMA4 = {
         "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
     }
 }
+LLAMA4 = {
+    "rope_parameters": LLAMA_3 | {"factor": 16.0, "high_freq_factor": 1.0},
+    "head_dim": 16,
+    "intermediate_size": 64,
+}
+LLAMA4 |= {"moe_layers": [1, 3], "no_rope_layer_interval": 4, "max_position_embeddings": 131072}
+LLAMA4 |= {
+    "attention_chunk_size": 8192,
+    "floor_scale": 8192,
+    "attn_scale": 0.1,
+}  # as in all models, which files do not say
 STEEP = {"rope_type": "yarn", "rope_theta": 100.0, "factor": 4.0, "original_max_position_embeddings": 16}
 STEEP |= {"mscale": 0.707, "mscale_all_dim": 0.707}
 WIDE = {"kv_lora_rank": 32, "qk_nope_head_dim": 32}  # so that what is transposed may have blocks
@@ -63,6 +75,7 @@ CASES = {
     "llama-linear": ("llama", "rope-linear", {}),
     "llama-yarn": ("llama", "rope-yarn", {}),
     "mistral": ("mistral", "window", {}),
+    "llama4": ("llama4_text", "mqa", LLAMA4),
     "mixtral": ("mixtral", "gqa", {}),
     "qwen2": ("qwen2", "gqa", {}),
     "qwen3": ("qwen3", "gqa", {}),
@@ -132,6 +145,16 @@ def test_every_architecture_is_the_checkpoint_it_was_made_of(tmp_path, case):
         exact = "norm" not in name and "A_log" not in name  # stored plus 1, or as - exp
         np.testing.assert_allclose(whole(ours, name), whole(theirs, name), rtol=0, atol=0 if exact else 2.5e-7)
     assert ours.bytes_read == sum(tensor.nbytes for tensor in ours.tensors.values())
+
+
+def test_the_larger_llama_4_does_not_norm_queries_and_keys(tmp_path):
+    """As llama.cpp knows by the number of its experts."""
+    _, path = made(tmp_path, "llama4", **{"llama4.expert_count": 128})
+    cfg = load_config(checkpoint_folder(path))
+    assert cfg.n_experts == 128 and all(kind.unit_eps is None for kind in cfg.kinds)
+    _, path = made(tmp_path / "other", "llama4", **{"llama4.attention.sliding_window": 0})
+    with pytest.raises(UserError, match="sliding_window = 0, and only 8192 is computed"):
+        checkpoint_folder(path)
 
 
 def test_the_norm_before_the_unembedding_goes_by_two_names(tmp_path):

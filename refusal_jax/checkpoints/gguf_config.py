@@ -24,6 +24,7 @@ from refusal_jax.checkpoints.gguf_layouts import (
     LATENT,
     LFM2,
     LFM2_MOE,
+    LLAMA4,
     QWEN3_NEXT,
     Layout,
 )
@@ -138,6 +139,29 @@ def _llama(read: Metadata, config: dict) -> dict:
         return own | {"model_type": "mistral", "sliding_window": window}
     bias = read.has("attn_q.bias") or read.has("attn_output.bias") or read.has("attn_qkv.bias")
     return own | {"model_type": "llama", "attention_bias": bias, "mlp_bias": read.has("ffn_up.bias")}
+
+
+def _llama4(read: Metadata, config: dict) -> dict:
+    """Reads Llama 4. What no file says is what llama.cpp takes for granted: chunks, how queries grow, and which layers have no
+    rope; and that of the two models one norms queries and keys, which it knows by the number of experts."""
+    experts = read.take("expert_count", int, required=True)
+    read.only("attention.sliding_window", 8192)
+    read.only("attention.sliding_window_pattern", 4)
+    read.only("expert_gating_func", 2)  # sigmoid
+    return whole_heads(read, config) | {
+        "model_type": "llama4_text",
+        "intermediate_size_mlp": config["intermediate_size"],
+        "intermediate_size": read.take("expert_feed_forward_length", int, required=True),
+        "num_local_experts": experts,
+        "num_experts_per_tok": read.take("expert_used_count", int, required=True),
+        "interleave_moe_layer_step": read.take("interleave_moe_layer_step", int, required=True),
+        "use_qk_norm": experts != 128,
+        "attention_chunk_size": 8192,
+        "no_rope_layer_interval": 4,
+        "attn_temperature_tuning": True,
+        "floor_scale": 8192,
+        "attn_scale": 0.1,
+    }
 
 
 def _qwen2(read: Metadata, config: dict) -> dict:
@@ -289,6 +313,7 @@ def _lfm2_moe(read: Metadata, config: dict) -> dict:
 
 CLASSES = {
     "llama": "LlamaForCausalLM",
+    "llama4_text": "Llama4ForCausalLM",
     "mistral": "MistralForCausalLM",
     "mixtral": "MixtralForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
@@ -312,6 +337,7 @@ NULL = ("q_lora_rank",)  # which HF's class gives a number where a config does n
 PLAIN_LAYOUT, GEMMA_LAYOUT = Layout(), Layout(norm_offset=1.0)
 ARCHITECTURES: dict[str, Architecture] = {
     "llama": Architecture(_llama, Layout(permuted=True)),
+    "llama4": Architecture(_llama4, Layout(own=LLAMA4)),
     "qwen2": Architecture(_qwen2, PLAIN_LAYOUT),
     "qwen3": Architecture(_qwen3, PLAIN_LAYOUT),
     "qwen3moe": Architecture(_qwen3_moe, PLAIN_LAYOUT),

@@ -89,8 +89,8 @@ DELTA = {
 DELTA_MOE = DELTA | SHARED | {"blk.{l}.ffn_gate_inp_shexp.weight": ("blocks.shared_router",)}
 QWEN3_NEXT = DELTA_MOE | {"blk.{l}.ssm_ba.weight": ("blocks.delta_b", "blocks.delta_a")}
 QWEN3_NEXT = {name: paths for name, paths in QWEN3_NEXT.items() if "ssm_beta" not in name and "ssm_alpha" not in name}
-LATENT = SHARED | {
-    **{f"blk.{{l}}.ffn_{part}.weight": (f"blocks.dense_{part}",) for part in ("gate", "up", "down")},
+LLAMA4 = SHARED | {f"blk.{{l}}.ffn_{part}.weight": (f"blocks.dense_{part}",) for part in ("gate", "up", "down")}
+LATENT = LLAMA4 | {
     "blk.{l}.exp_probs_b.bias": ("blocks.router_correction",),
     "blk.{l}.attn_q.weight": ("blocks.latent_q",),
     "blk.{l}.attn_q_a.weight": ("blocks.latent_q_down",),

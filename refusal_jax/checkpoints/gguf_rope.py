@@ -1,5 +1,6 @@
 """Makes HF's `rope_scaling` of what a GGUF file says of its rope: in its metadata, and in tensors of factors."""
 
+import itertools
 import math
 from typing import Any
 
@@ -87,11 +88,11 @@ def _by_factors(read: Metadata, config: dict) -> dict | None:
         return None
     turns = config["rope_theta"] ** -(np.arange(len(factors)) / len(factors)) / (2 * math.pi)  # in a token
     most = float(factors.max())
-    for span in LLAMA_3_SPANS:
-        kept = np.clip((span * turns - 1) / 3, 0, 1)
+    for high, span in itertools.product((4.0, 1.0), LLAMA_3_SPANS):  # 1 in Llama 4
+        kept = np.clip((span * turns - 1) / 3, 0, 1) if high > 1 else np.float64(span * turns > 1)
         if np.allclose(1 / ((1 - kept) / most + kept), factors, rtol=2e-6):
             names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-            return {"rope_type": "llama3"} | dict(zip(names, (most, 1.0, 4.0, span), strict=True))
+            return {"rope_type": "llama3"} | dict(zip(names, (most, 1.0, high, span), strict=True))
     listed = factors.tolist()
     span = {"original_max_position_embeddings": config["max_position_embeddings"], "attention_factor": 1.0}
     return {"rope_type": "longrope", "short_factor": listed, "long_factor": listed} | span
