@@ -54,6 +54,8 @@ def write_gguf(
     hf, weights = json.loads((folder / "config.json").read_text()), load_file(folder / "model.safetensors")
     family = hf["model_type"]
     arch = ARCHITECTURES.get(family, family)
+    if kinds := hf.get("layers_block_type") if family == "nemotron_h" else None:
+        hf["num_hidden_layers"], arch = len(kinds), arch + "_moe" * ("moe" in kinds)
     number = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == arch)
     names = gguf.get_tensor_name_map(number, hf["num_hidden_layers"])
     writer = gguf.GGUFWriter(path, arch, split_max_tensors=split)
@@ -81,7 +83,7 @@ def write_gguf(
             if order is not None:
                 back[(..., order) if "out_proj" in name else order] = weight
             weights[name] = back
-        if arch in ("llama", "granitehybrid") and ("q_proj" in name or "k_proj" in name):
+        if (arch in ("llama", "granitehybrid") or family == "nemotron_h") and ("q_proj" in name or "k_proj" in name):
             weight = permuted(weight, hf["num_attention_heads" if "q_proj" in name else "num_key_value_heads"])
         shifted = arch in ("gemma", "gemma2", "gemma3", "qwen35", "qwen35moe") and "linear_attn.norm" not in name
         if shifted and name.endswith("norm.weight"):
@@ -90,10 +92,12 @@ def write_gguf(
         name = name.replace("dt_bias", "dt_proj.bias")
         if name.endswith("A_log"):
             weight = -np.exp(weight)
-        if arch == "granitehybrid" and name.endswith((".A_log", ".D")):
+        if family in ("granitemoehybrid", "nemotron_h") and name.endswith((".A_log", ".D")):
             weight = weight[:, None]
         if arch == "granitehybrid" and name.endswith("mamba.norm.weight"):
             weight = weight.reshape(hf["mamba_n_groups"], -1)
+        if family == "nemotron_h" and name.endswith("mixer.norm.weight"):
+            weight = weight.reshape(hf["n_groups"], -1)
         if name.endswith((".A_log", ".D")):
             writer.add_tensor(names.get_name(name), weight)
             continue
@@ -210,7 +214,9 @@ def settings(hf: dict, arch: str) -> dict:
         "feed_forward_length": width_of(hf),
         "attention.head_count": hf["num_attention_heads"],
         "attention.head_count_kv": hf["num_key_value_heads"],
-        "attention.layer_norm_rms_epsilon": float(hf.get("rms_norm_eps") or hf["norm_eps"]),
+        "attention.layer_norm_rms_epsilon": float(
+            hf.get("rms_norm_eps") or hf.get("norm_eps") or hf["layer_norm_epsilon"]
+        ),
         "rope.freq_base": float(rope.get("rope_theta", 10000.0)),
     }
     if arch != "phi3":
@@ -260,6 +266,8 @@ def settings(hf: dict, arch: str) -> dict:
         found |= {"rope.dimension_count": int(head_dim * share), "rope.dimension_sections": [1, 1, 2, 0]}
         if "shared_expert_intermediate_size" in hf:
             found["expert_shared_feed_forward_length"] = hf["shared_expert_intermediate_size"]
+    if arch.startswith("nemotron_h"):
+        found = only_parts(hf, found)
     if arch == "llama4":
         found |= {"feed_forward_length": hf["intermediate_size_mlp"], "rope.dimension_count": head_dim}
         found |= {"expert_feed_forward_length": hf["intermediate_size"]}
@@ -304,6 +312,25 @@ def both_kinds(hf: dict, head_dim: int) -> dict:
         found["feed_forward_length"] = [
             hf["intermediate_size"] * (1 + (layer >= count - shared)) for layer in range(count)
         ]
+    return found
+
+
+def only_parts(hf: dict, found: dict) -> dict:
+    """The metadata of Nemotron-H, each of whose layers is one part. found: what it has in common with others."""
+    kinds, heads = hf["layers_block_type"], hf["mamba_num_heads"]
+    experts = "moe" in kinds
+    width = hf["moe_intermediate_size" if experts else "intermediate_size"]
+    found = {key: value for key, value in found.items() if experts or not key.startswith("expert_")}
+    found |= {"feed_forward_length": [width * (kind == ("moe" if experts else "mlp")) for kind in kinds]}
+    found |= {"attention.head_count_kv": [hf["num_key_value_heads"] * (kind == "full_attention") for kind in kinds]}
+    found |= {"ssm.conv_kernel": hf["conv_kernel"], "ssm.state_size": hf["ssm_state_size"]}
+    found |= {"ssm.group_count": hf["n_groups"], "ssm.inner_size": heads * hf["mamba_head_dim"]}
+    found |= {"ssm.time_step_rank": heads, "rope.dimension_count": hf["head_dim"]}
+    if experts:
+        found |= {"expert_shared_feed_forward_length": hf["moe_shared_expert_intermediate_size"]}
+        found |= {"expert_shared_count": 1, "expert_weights_norm": hf["norm_topk_prob"]}
+        found |= {"expert_weights_scale": hf["routed_scaling_factor"], "moe_latent_size": hf["moe_latent_size"] or 0}
+        found |= {"expert_group_count": hf["n_group"], "expert_group_used_count": hf["topk_group"]}
     return found
 
 

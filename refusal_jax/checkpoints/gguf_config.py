@@ -12,7 +12,7 @@ from typing import Any
 from refusal_jax.checkpoints.gguf_blocks import PLAIN, READABLE
 from refusal_jax.checkpoints.gguf_gemma4 import gemma4
 from refusal_jax.checkpoints.gguf_header import GgufHeader
-from refusal_jax.checkpoints.gguf_hybrids import granite_hybrid, qwen3_next, qwen35, qwen35_moe
+from refusal_jax.checkpoints.gguf_hybrids import granite_hybrid, nemotron_h, qwen3_next, qwen35, qwen35_moe
 from refusal_jax.checkpoints.gguf_latent import deepseek2
 from refusal_jax.checkpoints.gguf_layouts import (
     DELTA,
@@ -25,6 +25,7 @@ from refusal_jax.checkpoints.gguf_layouts import (
     LFM2,
     LFM2_MOE,
     LLAMA4,
+    NEMOTRON_H,
     QWEN3_NEXT,
     Layout,
 )
@@ -327,6 +328,7 @@ CLASSES = {
     "lfm2": "Lfm2ForCausalLM",
     "lfm2_moe": "Lfm2MoeForCausalLM",
     "granitemoehybrid": "GraniteMoeHybridForCausalLM",
+    "nemotron_h": "NemotronHForCausalLM",
     "qwen3_5_text": "Qwen3_5ForCausalLM",
     "qwen3_5_moe_text": "Qwen3_5MoeForCausalLM",
     "gemma4_text": "Gemma4ForCausalLM",
@@ -335,6 +337,7 @@ CLASSES = {
 }
 NULL = ("q_lora_rank",)  # which HF's class gives a number where a config does not say null
 PLAIN_LAYOUT, GEMMA_LAYOUT = Layout(), Layout(norm_offset=1.0)
+NEMOTRON = Layout(permuted=True, own=NEMOTRON_H, prefixes=("attn_", "mlp_", "inner_"))
 ARCHITECTURES: dict[str, Architecture] = {
     "llama": Architecture(_llama, Layout(permuted=True)),
     "llama4": Architecture(_llama4, Layout(own=LLAMA4)),
@@ -349,6 +352,8 @@ ARCHITECTURES: dict[str, Architecture] = {
     "lfm2": Architecture(_lfm2, Layout(own=LFM2)),
     "lfm2moe": Architecture(_lfm2_moe, Layout(own=LFM2_MOE)),
     "granitehybrid": Architecture(granite_hybrid, Layout(permuted=True, own=GRANITE_HYBRID)),
+    "nemotron_h": Architecture(nemotron_h, NEMOTRON),
+    "nemotron_h_moe": Architecture(nemotron_h, NEMOTRON),
     "qwen35": Architecture(qwen35, Layout(norm_offset=1.0, tiled=True, own=DELTA)),
     "qwen35moe": Architecture(qwen35_moe, Layout(norm_offset=1.0, tiled=True, own=DELTA_MOE)),
     "qwen3next": Architecture(qwen3_next, Layout(norm_offset=1.0, by_key_head=True, own=QWEN3_NEXT)),

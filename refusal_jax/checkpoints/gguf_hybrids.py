@@ -85,3 +85,48 @@ def qwen3_next(read: Metadata, config: dict) -> dict:
     if read.has("ssm_in.weight"):
         read.problems.append("its tensors ssm_in are those of an early converter; convert the model again")
     return qwen35_moe(read, config)
+
+
+def nemotron_h(read: Metadata, config: dict) -> dict:
+    """Reads Nemotron-H, each of whose layers is what its tensors say. There is no rope, whatever the file says of one."""
+    read.seen |= {"rope.dimension_count", "rope.freq_base"}
+    heads, inner = (read.take(f"ssm.{key}", int, required=True) or 1 for key in ("time_step_rank", "inner_size"))
+    count = (config["num_hidden_layers"] or 0) - read.take("nextn_predict_layers", int, 0)
+    tensors = read.header.tensors
+    parts = {"linear_attention": "ssm_in", "full_attention": "attn_output", "moe": "ffn_gate_inp", "mlp": "ffn_up"}
+    kinds = [
+        next((kind for kind, part in parts.items() if f"blk.{layer}.{part}.weight" in tensors), "mlp")
+        for layer in range(min(count, len(tensors)))
+    ]
+    wide = next((t for name, t in tensors.items() if name.endswith(".ffn_up.weight")), None)
+    return {
+        "model_type": "nemotron_h",
+        "layers_block_type": kinds,
+        "layer_norm_epsilon": config.pop("rms_norm_eps"),
+        "mlp_hidden_act": "relu2",
+        "mlp_bias": read.has("ffn_up.bias"),
+        "intermediate_size": wide.shape[0] if wide else None,
+        "mamba_num_heads": heads,
+        "mamba_head_dim": inner // heads,
+        "ssm_state_size": read.take("ssm.state_size", int, required=True),
+        "n_groups": read.take("ssm.group_count", int, required=True),
+        "conv_kernel": read.take("ssm.conv_kernel", int, required=True),
+        "use_conv_bias": read.has("ssm_conv1d.bias"),
+        **(_nemotron_experts(read) if "moe" in kinds else {}),
+    }
+
+
+def _nemotron_experts(read: Metadata) -> dict:
+    read.only("expert_gating_func", 2)  # sigmoid
+    read.only("expert_shared_count", 1)
+    return {
+        "n_routed_experts": read.take("expert_count", int, required=True),
+        "num_experts_per_tok": read.take("expert_used_count", int, required=True),
+        "moe_intermediate_size": read.take("expert_feed_forward_length", int, required=True),
+        "moe_shared_expert_intermediate_size": read.take("expert_shared_feed_forward_length", int, required=True),
+        "moe_latent_size": read.take("moe_latent_size", int) or None,
+        "norm_topk_prob": read.take("expert_weights_norm", bool, False),
+        "routed_scaling_factor": read.take("expert_weights_scale", float, 1.0),
+        "n_group": read.take("expert_group_count", int, 1),
+        "topk_group": read.take("expert_group_used_count", int, 1),
+    }

@@ -119,6 +119,15 @@ GEMMA4 = {
     "per_layer_model_proj.weight": ("per_layer_projection",),
     "per_layer_proj_norm.weight": ("per_layer_norm",),
 }
+NEMOTRON_H = MAMBA | {
+    "blk.{l}.attn_norm.weight": ("blocks.norm",),  # before a layer's only part, whatever that is
+    **{f"blk.{{l}}.ffn_{part}.weight": (f"blocks.dense_{part}",) for part in ("up", "down")},
+    **{f"blk.{{l}}.ffn_{part}.bias": (f"blocks.dense_{part}_bias",) for part in ("up", "down")},
+    **{f"blk.{{l}}.ffn_{part}_shexp.weight": (f"blocks.shared_{part}",) for part in ("up", "down")},
+    "blk.{l}.exp_probs_b.bias": ("blocks.router_correction",),
+    "blk.{l}.ffn_latent_down.weight": ("blocks.experts_in",),
+    "blk.{l}.ffn_latent_up.weight": ("blocks.experts_out",),
+}
 BY_HEAD = ("attn_k_b", "attn_v_b")  # what newer files have instead of attn_kv_b: of each head, the first transposed
 RATES = ("blocks.ssm_rate_log", "blocks.delta_rate_log")  # stored as - exp of themselves
 PLAIN_NORMS = ("blocks.delta_norm",)  # to which nothing was added where 1 was added to the others

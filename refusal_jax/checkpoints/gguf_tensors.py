@@ -295,7 +295,8 @@ def gguf_tensors(
 def _unneeded(header: GgufHeader, cfg: ModelConfig) -> set[str]:
     """Returns the tensors that are not computed with: of layers that guess tokens ahead, and what would make keys and values of
     layers that use those of others."""
-    layers = tuple(f"blk.{cfg.n_layers + layer}." for layer in range(cfg.draft_layers))
+    drafts = header.metadata.get(f"{header.metadata['general.architecture']}.nextn_predict_layers") or 0
+    layers = tuple(f"blk.{cfg.n_layers + layer}." for layer in range(drafts))
     sources = enumerate(structure(cfg).source_l)
     keys = {f"blk.{layer}.attn_{part}.weight" for layer, source in sources if source is not None for part in KEYS}
     return keys | {name for name in header.tensors if name.startswith(layers)}
