@@ -14,6 +14,7 @@ ARCHITECTURES = {
     "llama4_text": "llama4",
     "mistral": "llama",
     "mixtral": "llama",
+    "falcon_h1": "falcon-h1",
     "qwen3_moe": "qwen3moe",
     "gpt_oss": "gpt-oss",
     "lfm2_moe": "lfm2moe",
@@ -92,9 +93,10 @@ def write_gguf(
         name = name.replace("dt_bias", "dt_proj.bias")
         if name.endswith("A_log"):
             weight = -np.exp(weight)
-        if family in ("granitemoehybrid", "nemotron_h") and name.endswith((".A_log", ".D")):
+        weight = folded(hf, name, weight) if family == "falcon_h1" else weight
+        if family in ("granitemoehybrid", "nemotron_h", "falcon_h1") and name.endswith((".A_log", ".D")):
             weight = weight[:, None]
-        if arch == "granitehybrid" and name.endswith("mamba.norm.weight"):
+        if name.endswith("mamba.norm.weight"):
             weight = weight.reshape(hf["mamba_n_groups"], -1)
         if family == "nemotron_h" and name.endswith("mixer.norm.weight"):
             weight = weight.reshape(hf["n_groups"], -1)
@@ -121,6 +123,7 @@ def write_gguf(
             data = np.stack([experts[target][i] for i in sorted(experts[target])])
         else:
             target = f"{names.get_name(name)}.weight" if ending == "sinks" else f"{names.get_name(stem)}.{ending}"
+            target = names.get_name(name) if names.get_name(stem) is None and ending != "sinks" else target
             data = raw(weight, stored)
         writer.add_tensor(target, data, raw_dtype=None if stored in PLAIN[:2] else stored)
     for name, factors in rope_factors(hf).items():
@@ -249,6 +252,14 @@ def settings(hf: dict, arch: str) -> dict:
     if arch.startswith("lfm2"):
         heads = [hf["num_key_value_heads"] * (kind == "full_attention") for kind in hf["layer_types"]]
         found |= {"attention.head_count_kv": heads, "shortconv.l_cache": hf["conv_L_cache"]}
+    if arch == "falcon-h1":
+        inner = hf["mamba_d_ssm"] or hf["mamba_expand"] * hf["hidden_size"]
+        found |= {"ssm.state_size": hf["mamba_d_state"], "ssm.group_count": hf["mamba_n_groups"]}
+        found |= {
+            "ssm.inner_size": inner,
+            "ssm.time_step_rank": hf["mamba_n_heads"],
+            "ssm.conv_kernel": hf["mamba_d_conv"],
+        }
     if arch == "granitehybrid":
         heads = [hf["num_key_value_heads"] * (kind in ("attention", "full_attention")) for kind in hf["layer_types"]]
         found |= {"attention.head_count_kv": heads, "expert_shared_feed_forward_length": hf["shared_intermediate_size"]}
@@ -332,6 +343,20 @@ def only_parts(hf: dict, found: dict) -> dict:
         found |= {"expert_weights_scale": hf["routed_scaling_factor"], "moe_latent_size": hf["moe_latent_size"] or 0}
         found |= {"expert_group_count": hf["n_group"], "expert_group_used_count": hf["topk_group"]}
     return found
+
+
+def folded(hf: dict, name: str, weight: np.ndarray) -> np.ndarray:
+    """A weight of Falcon-H1 times the multipliers beside it."""
+    reads, inner = hf["attention_in_multiplier"], hf["mamba_d_ssm"] or hf["mamba_expand"] * hf["hidden_size"]
+    gate, down = hf["mlp_multipliers"]
+    factors = {"gate_proj": gate, "down_proj": down, "k_proj": hf["key_multiplier"] * reads, "q_proj": reads}
+    factors |= {"v_proj": reads, "o_proj": hf["attention_out_multiplier"], "out_proj": hf["ssm_out_multiplier"]}
+    factors |= {"lm_head": hf["lm_head_multiplier"], "embed_tokens": hf["embedding_multiplier"]}
+    if "in_proj" in name:
+        state = hf["mamba_n_groups"] * hf["mamba_d_state"]
+        sizes = [inner, inner, state, state, len(weight) - 2 * (inner + state)]
+        return weight * hf["ssm_in_multiplier"] * np.float32(np.repeat(hf["ssm_multipliers"], sizes))[:, None]
+    return weight * np.float32(factors.get(name.split(".")[-2], 1.0))
 
 
 def latent(hf: dict, rope: dict) -> dict:

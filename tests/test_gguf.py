@@ -64,6 +64,8 @@ LLAMA4 |= {
     "floor_scale": 8192,
     "attn_scale": 0.1,
 }  # as in all models, which files do not say
+FOLDED = ("embedding", "lm_head", "key", "attention_in", "attention_out", "ssm_in", "ssm_out")
+ALONE = {f"{name}_multiplier": 1.0 for name in FOLDED} | {"ssm_multipliers": [1.0] * 5, "mlp_multipliers": [1.0] * 2}
 STEEP = {"rope_type": "yarn", "rope_theta": 100.0, "factor": 4.0, "original_max_position_embeddings": 16}
 STEEP |= {"mscale": 0.707, "mscale_all_dim": 0.707}
 WIDE = {"kv_lora_rank": 32, "qk_nope_head_dim": 32}  # so that what is transposed may have blocks
@@ -97,6 +99,8 @@ CASES = {
     "qwen35": ("qwen3_5_text", "gqa", {}),
     "qwen35-tied": ("qwen3_5_text", "tied", {}),
     "qwen35moe": ("qwen3_5_moe_text", "gqa", {}),
+    "falcon-h1": ("falcon_h1", "gqa", ALONE),
+    "falcon-h1-normed": ("falcon_h1", "mqa", ALONE | {"hidden_act": "silu", "mamba_d_ssm": 64}),
     "nemotron-h": ("nemotron_h", "gqa", {"time_step_min": 0.001, "mlp_bias": True}),
     "nemotron-h-moe": ("nemotron_h", "mixture", {"mlp_bias": False}),
     "nemotron-h-latent": ("nemotron_h", "latent", {"mlp_bias": False, "mlp_hidden_act": "relu2"}),
@@ -158,6 +162,18 @@ def test_the_larger_llama_4_does_not_norm_queries_and_keys(tmp_path):
     _, path = made(tmp_path / "other", "llama4", **{"llama4.attention.sliding_window": 0})
     with pytest.raises(UserError, match="sliding_window = 0, and only 8192 is computed"):
         checkpoint_folder(path)
+
+
+def test_multipliers_of_falcon_h1_are_in_the_weights(tmp_path):
+    """The converter multiplies weights with them, which gives other weights and the same outputs."""
+    folder = tiny_model(tmp_path / "hf", "falcon_h1", "gqa")
+    path = write_gguf(folder, tmp_path / "tiny.gguf")
+    theirs, ours = load_model(folder), load_model(path)
+    tokens, mask = left_padded([11, 24], ours.decoder.cfg.vocab_size)
+    np.testing.assert_allclose(ours.logits(tokens, mask), theirs.logits(tokens, mask), atol=1e-4)
+    tied = tiny_model(tmp_path / "tied", "falcon_h1", "gqa", tie_word_embeddings=True)
+    with pytest.raises(UserError, match="the embedding alone holds one of two multipliers"):
+        checkpoint_folder(write_gguf(tied, tmp_path / "tied.gguf"))
 
 
 def test_the_norm_before_the_unembedding_goes_by_two_names(tmp_path):

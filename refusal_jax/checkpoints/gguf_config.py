@@ -12,11 +12,12 @@ from typing import Any
 from refusal_jax.checkpoints.gguf_blocks import PLAIN, READABLE
 from refusal_jax.checkpoints.gguf_gemma4 import gemma4
 from refusal_jax.checkpoints.gguf_header import GgufHeader
-from refusal_jax.checkpoints.gguf_hybrids import granite_hybrid, nemotron_h, qwen3_next, qwen35, qwen35_moe
+from refusal_jax.checkpoints.gguf_hybrids import falcon_h1, granite_hybrid, nemotron_h, qwen3_next, qwen35, qwen35_moe
 from refusal_jax.checkpoints.gguf_latent import deepseek2
 from refusal_jax.checkpoints.gguf_layouts import (
     DELTA,
     DELTA_MOE,
+    FALCON_H1,
     FUSED_MLP,
     GEMMA4,
     GPT_OSS,
@@ -328,6 +329,7 @@ CLASSES = {
     "lfm2": "Lfm2ForCausalLM",
     "lfm2_moe": "Lfm2MoeForCausalLM",
     "granitemoehybrid": "GraniteMoeHybridForCausalLM",
+    "falcon_h1": "FalconH1ForCausalLM",
     "nemotron_h": "NemotronHForCausalLM",
     "qwen3_5_text": "Qwen3_5ForCausalLM",
     "qwen3_5_moe_text": "Qwen3_5MoeForCausalLM",
@@ -352,6 +354,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "lfm2": Architecture(_lfm2, Layout(own=LFM2)),
     "lfm2moe": Architecture(_lfm2_moe, Layout(own=LFM2_MOE)),
     "granitehybrid": Architecture(granite_hybrid, Layout(permuted=True, own=GRANITE_HYBRID)),
+    "falcon-h1": Architecture(falcon_h1, Layout(own=FALCON_H1)),
     "nemotron_h": Architecture(nemotron_h, NEMOTRON),
     "nemotron_h_moe": Architecture(nemotron_h, NEMOTRON),
     "qwen35": Architecture(qwen35, Layout(norm_offset=1.0, tiled=True, own=DELTA)),

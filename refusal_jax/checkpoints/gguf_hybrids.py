@@ -130,3 +130,27 @@ def _nemotron_experts(read: Metadata) -> dict:
         "n_group": read.take("expert_group_count", int, 1),
         "topk_group": read.take("expert_group_used_count", int, 1),
     }
+
+
+def falcon_h1(read: Metadata, config: dict) -> dict:
+    """Reads Falcon-H1, whose multipliers its files have in the weights; so all are 1. A norm comes after its gate."""
+    heads, inner = (read.take(f"ssm.{key}", int, required=True) or 1 for key in ("time_step_rank", "inner_size"))
+    if config["tie_word_embeddings"]:
+        read.problems.append(
+            "there is no tensor output.weight, and the embedding alone holds one of two multipliers that Falcon-H1 has for it"
+        )
+    return whole_heads(read, config) | {
+        "model_type": "falcon_h1",
+        "mamba_n_heads": heads,
+        "mamba_d_head": inner // heads,
+        "mamba_d_ssm": inner,
+        "mamba_d_state": read.take("ssm.state_size", int, required=True),
+        "mamba_n_groups": read.take("ssm.group_count", int, required=True),
+        "mamba_d_conv": read.take("ssm.conv_kernel", int, required=True),
+        "mamba_conv_bias": read.has("ssm_conv1d.bias"),
+        "mamba_rms_norm": read.has("ssm_norm.weight"),
+        "mamba_norm_before_gate": False,
+        "mamba_proj_bias": False,
+        "projectors_bias": False,
+        "attention_bias": False,
+    }

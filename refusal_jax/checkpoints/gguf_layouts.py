@@ -72,6 +72,7 @@ MAMBA = {
     "blk.{l}.ssm_norm.weight": ("blocks.ssm_norm",),
     "blk.{l}.ssm_out.weight": ("blocks.ssm_o",),
 }
+FALCON_H1 = MAMBA | {"blk.{l}.ffn_norm": ("blocks.mlp_norm",)}  # without an ending, as its converter calls it
 GRANITE_HYBRID = MAMBA | SHARED
 GRANITE_HYBRID |= {f"blk.{{l}}.ffn_{part}.weight": (f"blocks.dense_{part}",) for part in ("gate", "up", "down")}
 DELTA = {
