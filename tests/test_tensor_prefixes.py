@@ -54,6 +54,10 @@ SCHEMES = {
     ("gemma3", "gqa", "5"): nested,
     ("mistral3", "gqa", "5"): nested,
     ("mistral3", "gqa", "4"): older,
+    ("kimi_k25", "mha", "5"): nested,
+    ("kimi_k25", "mha", "as saved"): lambda name: name.replace(
+        "language_model.model.layers", "language_model.model.blocks"
+    ),
     ("qwen2_5_vl", "gqa", "5"): nested,
     ("qwen2_vl", "mha", "5"): nested,
     ("qwen2_vl", "mha", "flat"): flat,

@@ -10,7 +10,7 @@ import re
 from collections.abc import Collection
 
 from refusal_jax.models.config import ModelConfig
-from refusal_jax.models.families import OTHER_PARTS, TABLES, hf_shapes, is_spare
+from refusal_jax.models.families import OTHER_PARTS, OTHER_SPELLINGS, TABLES, hf_shapes, is_spare
 
 PREFIX = re.compile(r"^(?:(?:model|backbone|language_model|base_model|module|_orig_mod|transformer|text_model|llm)\.)+")
 WRAPPER = re.compile(
@@ -58,6 +58,10 @@ def accepted(cfg: ModelConfig, stored: Collection[str]) -> dict[str, str]:
     """
     names = [*hf_shapes(cfg), TABLES[cfg.family]["unembed"]]
     wanted, found = {core(name): name for name in names}, {}
+    other, meant = OTHER_SPELLINGS.get(cfg.family, ("", ""))
+    wanted |= {
+        other + name.removeprefix(meant): new for name, new in wanted.items() if other and name.startswith(meant)
+    }
     for old in stored:
         new = wanted.get(core(old), old)
         if new in stored or is_spare(cfg, old):

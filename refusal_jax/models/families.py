@@ -49,6 +49,7 @@ KEYS = re.compile(r"(?:^|\.)layers\.(\d+)\.self_attn\.[kv]_(?:proj|norm)\.")
 OTHER_PARTS: dict[str, re.Pattern] = _merged("OTHER_PARTS")
 # The same of text models, whose checkpoints may have been taken out of a multimodal model as they were.
 PASSED_OVER: dict[str, re.Pattern] = _merged("PASSED_OVER")
+OTHER_SPELLINGS: dict[str, tuple[str, str]] = _merged("OTHER_SPELLINGS")  # how names may begin, and what is meant
 
 # Decoder paths whose rows or columns write to the residual stream, and the edit site each of them serves.
 MIXERS = ("", "full_", "delta_", "ssm_", "conv_")  # what the names of their weights begin with

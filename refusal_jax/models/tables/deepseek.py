@@ -23,4 +23,6 @@ TABLES = {
     "kimi_k25": {path: f"language_model.{name}" for path, name in DEEPSEEK.items()},
     "glm4_moe_lite": DEEPSEEK,
 }
+# transformers 5.24 loads the names above, and saves the text part's layers as "blocks", as those of the vision part are called.
+OTHER_SPELLINGS = {"kimi_k25": ("blocks.", "layers.")}
 OTHER_PARTS = {"kimi_k25": re.compile(r"^(model\.)?(vision_tower|mm_projector)\.")}
