@@ -15,7 +15,8 @@ import torch
 from exports import exported, transformers_agrees
 from families import tiny_model
 from gguf import GGMLQuantizationType as Type
-from gguf_files import add, settings, tokenizer, write_gguf
+from gguf_files import add, tokenizer, write_gguf
+from gguf_settings import settings
 from tiny import hf_forward, left_padded
 from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig

@@ -53,7 +53,7 @@ class Metadata:
         """Returns a whole number for each of `count` layers, given as one or as a list. Anything wrong becomes a problem."""
         self.seen.add(key)
         found = self.header.metadata.get(f"{self.architecture}.{key}")
-        values = found if isinstance(found, list) else [found] * count
+        values: list[Any] = found if isinstance(found, list) else [found] * count
         if len(values) != count or not all(type(one) is int and 0 <= one < 2**31 for one in values):
             self.problems.append(
                 f"{self.architecture}.{key} = {shown(found)}, expected a whole number for each of {count} layers"
