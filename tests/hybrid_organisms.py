@@ -19,50 +19,40 @@ import sys
 
 from refusal_jax.organism.recipe import Recipe, train
 
-SIZES = {"head_dim": 32, "rms_norm_eps": 1e-5, "hidden_act": "silu", "num_hidden_layers": 8}
 ROPE = {"rope_type": "default", "rope_theta": 10000.0}
-MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 32, "mamba_d_state": 32, "mamba_n_groups": 1, "mamba_chunk_size": 64}
 FAMILIES: dict[str, dict] = {
+    "lfm2": {
+        "layer_types": ["conv", "conv", "full_attention", "conv"] * 2,
+        "block_auto_adjust_ff_dim": False,
+        "norm_eps": 1e-5,
+        "rope_parameters": ROPE,
+        "tie_word_embeddings": False,
+    },
+    "granitemoehybrid": {
+        "layer_types": ["mamba", "mamba", "mamba", "attention"] * 2,
+        "mamba_n_heads": 8,
+        "mamba_d_head": 32,
+        "mamba_d_state": 32,
+        "mamba_expand": 2,
+        "num_local_experts": 0,
+        "shared_intermediate_size": 384,
+        "position_embedding_type": "nope",
+        "attention_multiplier": 32**-0.5,
+    },
     "qwen3_5_text": {
         "layer_types": ["linear_attention", "linear_attention", "linear_attention", "full_attention"] * 2,
         "linear_num_key_heads": 2,
         "linear_num_value_heads": 4,
         "linear_key_head_dim": 32,
         "linear_value_head_dim": 32,
+        "head_dim": 32,
         "rope_parameters": ROPE | {"partial_rotary_factor": 0.5},
     },
-    "granitemoehybrid": MAMBA
-    | {
-        "layer_types": ["mamba", "mamba", "mamba", "attention"] * 2,
-        "mamba_expand": 2,
-        "num_local_experts": 0,
-        "shared_intermediate_size": 384,
-        "position_embedding_type": "nope",
-    },
-    "falcon_h1": MAMBA | {"mamba_d_ssm": 256, "mamba_expand": 2, "rope_parameters": ROPE},
-    "nemotron_h": {
-        "layers_block_type": ["mamba", "mlp", "attention", "mlp"] * 3,
-        "num_hidden_layers": 12,
-        "mamba_num_heads": 8,
-        "mamba_head_dim": 32,
-        "ssm_state_size": 32,
-        "n_groups": 1,
-        "mlp_hidden_act": "relu2",
-    },
-    "lfm2": {
-        "layer_types": ["conv", "conv", "full_attention", "conv"] * 2,
-        "block_auto_adjust_ff_dim": False,
-        "rope_parameters": ROPE,
-    },
-    "gemma4_text": {
-        "layer_types": ["sliding_attention", "sliding_attention", "sliding_attention", "full_attention"] * 2,
-        "global_head_dim": 64,
-        "num_kv_shared_layers": 4,
-        "hidden_size_per_layer_input": 16,
-        "hidden_activation": "gelu_pytorch_tanh",
-        "sliding_window": 64,
-    },
 }
+SIZES = """
+    vocab_size hidden_size num_hidden_layers num_attention_heads num_key_value_heads intermediate_size max_position_embeddings
+    torch_dtype
+""".split()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,14 +63,8 @@ class HybridRecipe(Recipe):
 
     def hf_config(self, vocab_size: int) -> dict:
         """Returns the model's config.json."""
-        config = {**super().hf_config(vocab_size), **SIZES, **FAMILIES[self.family]}
-        kept = {
-            name: value for name, value in config.items() if name not in ("architectures", "rope_theta", "mlp_bias")
-        }
-        more = {"vocab_size_per_layer_input": vocab_size} if self.family == "gemma4_text" else {}
-        if "rope_parameters" not in FAMILIES[self.family]:
-            del kept["rope_parameters"]
-        return kept | {"model_type": self.family} | more
+        config = super().hf_config(vocab_size)
+        return {name: config[name] for name in SIZES} | {"model_type": self.family} | FAMILIES[self.family]
 
 
 def command(*words: str, allowed: tuple[int, ...] = (0,)) -> None:
@@ -94,8 +78,7 @@ def figures(out: pathlib.Path, family: str) -> dict:
     """Trains, studies, exports and audits; returns the numbers."""
     model, run, edited = (out / family / name for name in ("model", "study", "edited"))
     if not (model / "generation_config.json").exists():
-        steps = {"safety_layers": 6, "exit_layer": 6} if family == "nemotron_h" else {}
-        train(HybridRecipe(family=family, **steps), 0, model)
+        train(HybridRecipe(family=family), 0, model)
     command("study", "--config=configs/demo.py", f"--config.model={model}", f"--workdir={run}")
     if not (edited / "config.json").exists():
         command("export", f"--run={run}", f"--out={edited}")
