@@ -164,3 +164,13 @@ def test_which_matrices_belong_to_a_sequence_mixer(family):
     own = {f"blocks.{name}" for mixer in mixers_of(cfg) if mixer is not None for name in mixer.weights(cfg)}
     within = {"blocks.latent_q_up", "blocks.latent_kv_up"}  # which read what the mixer itself has made
     assert all(one.of_mixer == (one.path in own - within) for one in matrices(cfg))
+
+
+def test_random_weights_begin_with_norms_that_change_nothing():
+    cfg = from_hf(hf_config("qwen3_next"))
+    weights = Decoder.init(cfg, jax.random.key(0), jnp.bfloat16).weights()
+    assert cfg.norm_offset == 1  # but the norm of a delta rule multiplies as it is
+    assert (weights["blocks.delta_norm"] == 1).all() and (weights["blocks.attn_norm"] == 0).all()
+    cfg = from_hf(hf_config("granitemoehybrid"))
+    skip = Decoder.init(cfg, jax.random.key(0), jnp.bfloat16).weights()["blocks.ssm_skip"]
+    assert (skip == 1).all() and skip.dtype == jnp.float32

@@ -1,5 +1,6 @@
 """Training: as PyTorch and peft do it, on any mesh the same, and gone on with bit for bit."""
 
+import contextlib
 import dataclasses
 import json
 import pathlib
@@ -9,6 +10,7 @@ import numpy as np
 import peft
 import pytest
 import torch
+from families import hf_config
 from several_training import next_token
 from test_processes import Pair
 from tiny import load_hf, tiny_llama
@@ -17,6 +19,7 @@ from transformers import get_cosine_schedule_with_warmup
 from refusal_jax import UserError, load_model, make_mesh
 from refusal_jax.checkpoints.lora import PREFIX
 from refusal_jax.models.decoder import Decoder
+from refusal_jax.models.hf_config import from_hf
 from refusal_jax.training import objective as objectives
 from refusal_jax.training.checkpoints import LOSSES, STATES
 from refusal_jax.training.lora import fresh_factors, scaled
@@ -262,6 +265,32 @@ def test_two_processes_go_on_after_one_was_killed_and_equal_one(folder, model, t
 def test_settings_that_cannot_be_say_why(model, given, message):
     with pytest.raises(UserError, match=message):
         TrainSettings.of(given).check(model.config)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"targets": ("up", "q"), "layers": (0,)}, ""),
+        (
+            {"targets": ("q", "o"), "layers": (0, 1)},
+            r"train.layers names blocks that have none of q, o: .* the blocks 3, or",
+        ),
+        ({"targets": ("delta_o", "q"), "layers": (0,)}, ""),
+        ({"targets": ("ssm_o",)}, r"train.targets names 'ssm_o', expected one of q, k, .*delta_o"),
+    ],
+)
+def test_blocks_that_have_no_target_are_not_trained(given, message):
+    cfg = from_hf(hf_config("qwen3_5_text"))  # the last of its four blocks has attention
+    with pytest.raises(UserError, match=message) if message else contextlib.nullcontext():
+        TrainSettings.of(given).check(cfg)
+
+
+def test_models_that_have_no_target_are_not_trained(model):
+    cfg = dataclasses.replace(model.config, mixers=(None,), layer_mixers=(0,) * model.config.n_layers)
+    with pytest.raises(
+        UserError, match=r"train.targets names q, o, of which this model's blocks have none. Name some of "
+    ):
+        TrainSettings(targets=("q", "o")).check(cfg)
 
 
 def test_mixtures_of_experts_cannot_be_trained(model):

@@ -110,8 +110,9 @@ class Decoder(nnx.Module):
         keys = jax.random.split(key, len(table))
 
         def make(w, k):
-            neutral = jnp.full(w.shape, 1 - cfg.norm_offset, dtype)
-            return neutral if w.std is None else w.std * jax.random.normal(k, w.shape, w.stored_as(dtype))
+            if w.std is None:
+                return jnp.full(w.shape, 1 if w.as_is else 1 - cfg.norm_offset, w.stored_as(dtype))
+            return w.std * jax.random.normal(k, w.shape, w.stored_as(dtype))
 
         return cls(cfg, {path: make(w, k) for (path, w), k in zip(table.items(), keys, strict=True)})
 

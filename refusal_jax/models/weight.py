@@ -13,7 +13,8 @@ class Weight:
 
     heads: what an axis "heads" or "kv_heads" counts, slowest first: key/value heads and the queries of each, whose entries
     stay together. exact: whether it is float32 whatever the dtype of the others. layers: those that have it, if it is of blocks;
-    its axis "layers" counts them.
+    its axis "layers" counts them. as_is: whether it multiplies as it is, also where norms multiply with their weights plus
+    `norm_offset`.
     """
 
     shape: tuple[int, ...]
@@ -22,6 +23,7 @@ class Weight:
     heads: tuple[int, int] = (1, 1)
     exact: bool = False
     layers: tuple[int, ...] = ()
+    as_is: bool = False
 
     @property
     def per_expert(self) -> bool:

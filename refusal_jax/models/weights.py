@@ -126,8 +126,9 @@ def _experts(cfg: ModelConfig) -> dict[str, Weight]:
     if cfg.shared_gate:
         block["shared_router"] = Weight((1, d), ("routes", "embed"), d**-0.5)
     if cfg.d_beside:
-        block |= {"expert_norm": Weight((d,), ("norm",), None), "router_scale": Weight((d,), ("norm",), None)}
-        block["expert_scale"] = Weight((n,), ("routes",), None)
+        block["expert_norm"] = Weight((d,), ("norm",), None)
+        block["router_scale"] = Weight((d,), ("norm",), None, as_is=True)
+        block["expert_scale"] = Weight((n,), ("routes",), None, as_is=True)
     return block
 
 
@@ -156,4 +157,4 @@ def _at_the_end(cfg: ModelConfig) -> dict[str, Weight]:
         found["per_layer_gate"] = Weight((p, d), ("routes", "embed"), d**-0.5)
         found["per_layer_out"] = Weight((d, p), ("embed", "routes"), growth(cfg) * p**-0.5)
         found["per_layer_post_norm"] = Weight((d,), ("norm",), None)
-    return found | ({"layer_scale": Weight((1,), ("norm",), None)} if cfg.layer_scale else {})
+    return found | ({"layer_scale": Weight((1,), ("norm",), None, as_is=True)} if cfg.layer_scale else {})

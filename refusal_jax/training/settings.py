@@ -119,6 +119,14 @@ class TrainSettings(Settings, path="train"):
                 f"{field('train.targets')} names {', '.join(self.targets)}, of which this model's blocks have none. Name some of "
                 f"{', '.join(matrix_names(cfg))}."
             )
+        table = weight_table(cfg)
+        paths = [f"blocks.{target}" for target in self.targets if f"blocks.{target}" in table]
+        having = {layer for path in paths for layer in table[path].layers}
+        if self.layers and not having & set(self.layers):
+            raise UserError(
+                f"{field('train.layers')} names blocks that have none of {', '.join(self.targets)}: nothing would be trained. "
+                f"Name some of the blocks {', '.join(map(str, sorted(having)))}, or other {field('train.targets')}."
+            )
 
     @staticmethod
     def _check_choice(name: str, value: str, known: tuple[str, ...]) -> None:

@@ -68,7 +68,7 @@ class DeltaRule:
             table[f"delta_{part}_conv"] = Weight((rows, 1, self.width), axes, self.width**-0.5, of)
         for name in ("rate_log", "step_bias"):
             table[f"delta_{name}"] = Weight((self.value_heads,), ("heads",), 0.0, self.heads, exact=True)
-        table["delta_norm"] = Weight((self.value_dim,), ("norm",), 1.0)
+        table["delta_norm"] = Weight((self.value_dim,), ("norm",), None, as_is=True)
         table["delta_o"] = Weight((d, inner), ("embed", "heads"), growth(cfg) * inner**-0.5, self.heads)
         return table
 

@@ -82,9 +82,9 @@ class StateSpace:
             if self.conv_bias:
                 table[f"ssm_conv_{part}_bias"] = Weight((rows,), ("heads",), 0.0, of)
         for name, std in (("step_bias", 0.0), ("rate_log", 0.0), ("skip", None)):
-            table[f"ssm_{name}"] = Weight((self.heads,), ("heads",), std, heads, exact=True)
+            table[f"ssm_{name}"] = Weight((self.heads,), ("heads",), std, heads, exact=True, as_is=True)
         if self.norm:
-            table["ssm_norm"] = Weight((inner,), ("heads",), None, heads)
+            table["ssm_norm"] = Weight((inner,), ("heads",), None, heads, as_is=True)
         table["ssm_o"] = Weight((d, inner), ("embed", "heads"), growth(cfg) * inner**-0.5, heads)
         if self.out_bias:
             table["ssm_o_bias"] = Weight((d,), ("norm",), 0.0)
