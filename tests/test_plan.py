@@ -10,6 +10,7 @@ import subprocess
 import sys
 from types import SimpleNamespace
 
+import families
 import jax
 import jax.numpy as jnp
 import pytest
@@ -293,6 +294,15 @@ def test_a_plan_of_programs_that_really_compile(tiny_work, monkeypatch):
     assert "mesh: data 2 × model 4" in text and "chip-hours" in text
     assert "| tiny | v5e-8 | data 2 × model 4 | 8/8/8/8 |" in table.markdown([("tiny", plan)])
     assert json.loads(json.dumps(table.as_json("tiny", plan)))["mesh"] == {"data": 2, "fsdp": 1, "model": 4}
+
+
+@pytest.mark.parametrize("family,variant", [("gemma4_text", "gqa"), ("nemotron_h", None), ("qwen3_5_text", "gqa")])
+def test_every_program_of_a_study_can_be_traced(family, variant, tmp_path):
+    """Also where layers are told of the tokens besides the residual stream, and where they differ in kind."""
+    folder = families.tiny_model(tmp_path, family, variant or next(iter(families.FAMILIES[family])))
+    work = workload(load_config(folder), "float32", get_config(), 16)
+    for program in programs.programs(Shapes(work, None), Sizes(2, 2, 2, 2)):
+        assert program.lower().out_info is not None, program.name
 
 
 def test_a_mechanism_is_planned(llama, monkeypatch):

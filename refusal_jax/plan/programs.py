@@ -17,7 +17,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from refusal_jax.edits import SITES, Edits
 from refusal_jax.models.cache import map_memory
 from refusal_jax.models.config import ModelConfig
-from refusal_jax.models.decoder import Decoder
+from refusal_jax.models.decoder import Decoder, Residuals
 from refusal_jax.models.generate import empty
 from refusal_jax.models.sharding import residual_axes, sharding_of, split_for, weight_place
 from refusal_jax.models.weights import weight_table
@@ -142,13 +142,16 @@ class Shapes:
         shape = rows, length or self.work.length
         return self.array(shape, jnp.int32, "batch"), self.array(shape, jnp.bool_, "batch")
 
-    def residual(self, rows: int) -> jax.ShapeDtypeStruct:
-        """Returns a stand-in for the residual stream `[B, T, D]` between two layers."""
-        shape, dtype = (rows, self.work.length, self.work.cfg.d_model), jnp.dtype(self.work.dtype)
-        if self.mesh is None:
-            return self.array(shape, dtype)
-        spec = PartitionSpec(*residual_axes(self.mesh, *shape[:2]))
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(self.mesh, spec))
+    def residuals(self, rows: int) -> Residuals:
+        """Returns stand-ins for the residual stream `[B, T, D]` between two layers, and for what layers are told besides."""
+        cfg, dtype = self.work.cfg, jnp.dtype(self.work.dtype)
+        tokens = rows, self.work.length
+        told = self.array((*tokens, cfg.n_layers, cfg.d_per_layer), dtype, "batch") if cfg.d_per_layer else None
+        x = self.array((*tokens, cfg.d_model), dtype)
+        if self.mesh is not None:
+            spec = PartitionSpec(*residual_axes(self.mesh, *tokens))
+            x = jax.ShapeDtypeStruct(x.shape, dtype, sharding=NamedSharding(self.mesh, spec))
+        return Residuals(x, told)
 
     def logits(self, rows: int) -> jax.ShapeDtypeStruct:
         """Returns a stand-in for the logits `[B, V]` of one token a row."""

@@ -20,6 +20,7 @@ from refusal_jax.directions import Direction
 from refusal_jax.errors import NoDirection, field
 from refusal_jax.judges.behaviours import JUDGE, REFUSAL, Behaviour
 from refusal_jax.judges.statistics import Rate
+from refusal_jax.models.decoder import Residuals
 from refusal_jax.plan.programs import Group, Program, Shapes
 from refusal_jax.progress import Progress
 from refusal_jax.report.concerns import selection_disagreement
@@ -229,8 +230,8 @@ def programs(shapes: Shapes, rows: int) -> list[Program]:
         return score_edits.lower(shapes.decoder, none, *inputs, ids())
 
     def later():
-        x, mask = shapes.residual(prompts), shapes.prompts(prompts)[1]
-        shared = shapes.array((1, 0, work.cfg.d_model), x.dtype)
+        x, mask = shapes.residuals(prompts), shapes.prompts(prompts)[1]
+        shared = Residuals(shapes.array((1, 0, work.cfg.d_model), x.x_btd.dtype))
         return score_from_layer.lower(shapes.decoder, shared, x, mask, shapes.edits(together, None), 0, ids())
 
     def base():
