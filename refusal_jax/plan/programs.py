@@ -151,7 +151,8 @@ class Shapes:
         if self.mesh is not None:
             spec = PartitionSpec(*residual_axes(self.mesh, *tokens))
             x = jax.ShapeDtypeStruct(x.shape, dtype, sharding=NamedSharding(self.mesh, spec))
-        return Residuals(x, told)
+        parts: list[Any] = [x, told]
+        return Residuals(*parts)
 
     def logits(self, rows: int) -> jax.ShapeDtypeStruct:
         """Returns a stand-in for the logits `[B, V]` of one token a row."""

@@ -9,6 +9,7 @@ import math
 import pathlib
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -231,8 +232,10 @@ def programs(shapes: Shapes, rows: int) -> list[Program]:
 
     def later():
         x, mask = shapes.residuals(prompts), shapes.prompts(prompts)[1]
-        shared = Residuals(shapes.array((1, 0, work.cfg.d_model), x.x_btd.dtype))
-        return score_from_layer.lower(shapes.decoder, shared, x, mask, shapes.edits(together, None), 0, ids())
+        nothing: Any = shapes.array((1, 0, work.cfg.d_model), x.x_btd.dtype)
+        return score_from_layer.lower(
+            shapes.decoder, Residuals(nothing), x, mask, shapes.edits(together, None), 0, ids()
+        )
 
     def base():
         return last_logits.lower(shapes.decoder, none, *shapes.prompts(prompts), shapes.edits(1, None))
