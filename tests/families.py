@@ -437,6 +437,11 @@ FAMILIES["nemotron_h"] = {
     | {"mlp_hidden_act": "gelu"},
 }
 CASES = [(family, variant) for family, variants in FAMILIES.items() for variant in variants]
+# Those whose layers are of several kinds or keep something else than keys and values; test_families_of_kinds.py has them.
+OF_KINDS = """
+    deepseek_v2 deepseek_v3 kimi_k2 kimi_k25 glm4_moe_lite qwen3_next qwen3_5 qwen3_5_text qwen3_5_moe qwen3_5_moe_text llama4
+    llama4_text lfm2 lfm2_moe granitemoehybrid falcon_h1 nemotron_h gemma4 gemma4_text gemma4_unified
+""".split()
 
 
 def hf_config(family: str, variant: str = "gqa", **config) -> dict:
