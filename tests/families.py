@@ -576,7 +576,7 @@ def hf_taps(model, tokens, mask) -> dict[str, np.ndarray]:
 
 
 def _differences(model, tokens, mask) -> dict[str, np.ndarray]:
-    """What `hf_taps` returns, of models in which no module alone makes what is added to the residual: from residuals.
+    """Returns what `hf_taps` does, of models in which no module alone makes what is added to the residual: from residuals.
     Where a layer has one part only, that is a mixture, an MLP or a sequence mixer."""
     caught, hooks = {"resid_pre": [], "resid_mid": [], "resid_post": []}, []
 
@@ -606,7 +606,7 @@ def _differences(model, tokens, mask) -> dict[str, np.ndarray]:
 
 
 def hf_heads(model, tokens, mask) -> dict[str, np.ndarray]:
-    """Of every layer that has heads what enters and leaves the output projection, "z" `[L, B, T, N, H]`, narrower with zeros
+    """Returns, of every layer that has heads, what goes in and out of the projection, "z" `[L, B, T, N, H]`, narrower with zeros
     at the end, and "out" `[L, B, T, D]`, and the attention probabilities, "pattern" `[L, B, N, T, T]`."""
     caught = {"z": [], "out": []}
 

@@ -1090,7 +1090,7 @@ MULTIMODAL = {
 
 
 def latent(model_type, architecture, hidden, layers, heads, mlp, vocab, context, of_experts, experts, shared, **more):
-    """What configs of models with latent attention have; DeepSeek's own keys among them are those of its own code."""
+    """Lists what configs of models with latent attention have; DeepSeek's own keys among them are those of its own code."""
     shared = family(model_type, architecture, hidden_act="silu", attention_bias=False, attention_dropout=0.0) | {
         "kv_lora_rank": 512,
         "moe_intermediate_size": of_experts,

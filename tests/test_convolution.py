@@ -10,7 +10,7 @@ WIDTH, CHANNELS = 4, 3
 
 
 def plain(x_tc, weight_cw):
-    """Of one row without padding, by NumPy alone."""
+    """Computes one row without padding, by NumPy alone."""
     before = np.concatenate([np.zeros((WIDTH - 1, CHANNELS)), x_tc])
     return np.stack([(before[t : t + WIDTH] * weight_cw.T).sum(axis=0) for t in range(len(x_tc))])
 

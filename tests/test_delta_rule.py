@@ -35,7 +35,7 @@ def inputs(tokens: int, alike: float = 0.0, slow: float = 1.0, spread: float = 1
 
 
 def in_torch(run, given) -> tuple[np.ndarray, np.ndarray]:
-    """What transformers computes of the same."""
+    """Returns what transformers computes of the same."""
     b, t, k, g, i = given["v_btkgi"].shape
     q, keys, v, decay, beta = (torch.tensor(a) for a in list(given.values())[:5])
     state = torch.tensor(given["state_bkghi"]).reshape(b, k * g, -1, i)

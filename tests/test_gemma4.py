@@ -30,7 +30,7 @@ def changed(folder, target, change):
 
 
 def same_weights(one, other) -> bool:
-    """Whether two decoders have the same weights."""
+    """Tells whether two decoders have the same weights."""
     ours, theirs = one.weights(), other.weights()
     return set(ours) == set(theirs) and all(np.array_equal(ours[path], theirs[path]) for path in ours)
 

@@ -85,7 +85,7 @@ class Stack(nnx.Module):
 
 @dataclasses.dataclass(frozen=True)
 class Given:
-    """What a pass gives to the sequence mixer of a layer, besides its weights: `ctx`, `taps`, `past` and `before` as in
+    """Holds what a pass gives to the sequence mixer of a layer besides its weights: `ctx`, `taps`, `past` and `before` as in
     `Block.__call__`, the layer's edits and its gate at "attn_out", and the normed input."""
 
     ctx: Context

@@ -1,4 +1,4 @@
-"""What decoding keeps of the tokens so far: keys and values, or states."""
+"""Keeps what decoding needs of the tokens so far: keys and values, or states."""
 
 import dataclasses
 from typing import Any
