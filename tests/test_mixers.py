@@ -159,7 +159,7 @@ def test_layers_without_one_of_the_two():
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_which_matrices_belong_to_a_sequence_mixer(family):
-    """What audits compare by sides of a block is sorted by the mixers' own weights."""
+    """Tells that what audits compare by sides of a block is sorted by the mixers' own weights."""
     cfg = from_hf(hf_config(family, next(iter(FAMILIES[family]))))
     own = {f"blocks.{name}" for mixer in mixers_of(cfg) if mixer is not None for name in mixer.weights(cfg)}
     within = {"blocks.latent_q_up", "blocks.latent_kv_up"}  # which read what the mixer itself has made

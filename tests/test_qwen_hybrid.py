@@ -84,7 +84,7 @@ def test_experts_of_another_number_are_unknown(tmp_path):
 
 
 def test_keys_of_published_configs():
-    """Those of Qwen 3.6 and 3.8, which have the model types of Qwen 3.5."""
+    """Checks those of Qwen 3.6 and 3.8, which have the model types of Qwen 3.5."""
     said = {"attn_output_gate": True, "output_gate_type": "swish", "mamba_ssm_dtype": "float32", "mlp_only_layers": []}
     said |= {"mtp_num_hidden_layers": 1, "mtp_use_dedicated_embeddings": False}
     types = ["linear_attention"] * 3 + ["full_attention"]
