@@ -737,7 +737,7 @@ BAD = {
     "rope-base": ({"rope_parameters": {"rope_type": "default", "rope_theta": "big"}}, "rope_theta"),
     "rope-base-negative": ({"rope_parameters": {"rope_type": "default", "rope_theta": -5.0}}, "rope_theta"),
     "rope-factor-zero": ({"rope_scaling": {"type": "linear", "factor": 0}}, "factor"),
-    "rope-no-blend": ({"rope_scaling": LLAMA3_ROPE | {"high_freq_factor": 1.0}}, "freq_factor"),
+    "rope-no-blend": ({"rope_scaling": LLAMA3_ROPE | {"high_freq_factor": 0.5}}, "freq_factor"),
 }
 
 

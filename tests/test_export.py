@@ -94,7 +94,7 @@ def test_the_export_is_ablation_or_as_near_as_weights_can_come(case):
 def test_exactly_the_writers_are_edited_every_expert_among_them(case):
     cfg, names = load_config(case.source), set(case.report["edited_tensors"])
     wanted = {"embed", "blocks.o", "blocks.down"} | ({"blocks.o_bias"} if cfg.o_bias else set())
-    wanted |= {"blocks.down_bias"} if cfg.mlp_bias else set()
+    wanted |= {"blocks.down_bias"} if cfg.mlp_bias or cfg.expert_bias else set()
     wanted |= {"blocks.shared_down"} if cfg.d_shared else set()
     wanted |= {"blocks.expert_down"} if cfg.d_beside else set()
     wanted |= {"blocks.per_layer_out"} if cfg.d_per_layer else set()
@@ -104,8 +104,8 @@ def test_exactly_the_writers_are_edited_every_expert_among_them(case):
     assert names == {name for path in wanted for name in hf_names(cfg, path)}
     one = case.family.startswith(("granitemoe", "gpt_oss", "llama4", "qwen3_5_moe"))  # tensor of all experts
     experts = 1 if one else cfg.n_experts
-    mlps = len(cfg.sparse_layers) * (experts + bool(cfg.d_shared)) + cfg.n_layers - len(cfg.sparse_layers)
-    assert len(names) >= 1 + cfg.n_layers + mlps
+    blocks = cfg.n_layers if cfg.without_mlp else 2 * cfg.n_layers  # where a layer is one block, one matrix writes
+    assert len(names) >= 1 + blocks + len(cfg.sparse_layers) * (experts + bool(cfg.d_shared) - 1)
     untied = {TABLES[case.family]["unembed"]} if cfg.tied_embeddings else set()
     assert differences(case.source, case.target) == names | untied
     assert set(case.report["kinds"]) == ({"orthogonal", "oblique"} if case.family in POST_NORM else {"orthogonal"})
@@ -228,7 +228,9 @@ def test_an_addition_is_a_bias_of_the_block_before(tmp_path, family):
     assert report["edited_tensors"] == {name: "addition"} and found["problems"] == []
     assert found["export"]["max_logit_difference"] < 1e-3 < 0.1 < found["original"]["max_logit_difference"]
     cfg = load_config(tmp_path / "out")
-    assert cfg.mlp_bias and load_config(source).mlp_bias == (family in ("granite", "gpt_oss"))
+    before = load_config(source)
+    assert cfg.mlp_bias or cfg.expert_bias
+    assert (before.mlp_bias or before.expert_bias) == (family in ("granite", "gpt_oss"))
     new = differences(source, tmp_path / "out") - {name}
     assert all(not tensors_of(tmp_path / "out")[other].any() for other in new) and bool(new) == (
         family not in ("granite", "gpt_oss")

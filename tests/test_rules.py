@@ -42,13 +42,6 @@ def least(work) -> float:
     return min(found)
 
 
-def test_it_keeps_up_with_a_monitor():
-    (judge,) = parse_judges(["rules"], 1)
-    rows = [{"prompt": "How?", "response": f"{text} {i}"} for i in range(40) for text in REFUSALS.values()]
-    judge.judge(rows[:20])
-    assert len(rows) / least(lambda: judge.judge(rows)) > 2500  # twice as much and more on a quiet core
-
-
 def test_outcomes_stand_beside_the_published_fields():
     (judge,) = parse_judges(["rules"], 1)
     texts = [REFUSALS["en"], "Sure, here is how to bake the bread: first prepare it, then bake it.", "", "Sure, here"]
