@@ -7,6 +7,7 @@ under Qwen's own names, attributes and fused tensors, and such a Llama of the sa
 import functools
 import json
 import pathlib
+import re
 from typing import NamedTuple
 
 import numpy as np
@@ -437,11 +438,23 @@ FAMILIES["nemotron_h"] = {
     | {"mlp_hidden_act": "gelu"},
 }
 CASES = [(family, variant) for family, variants in FAMILIES.items() for variant in variants]
+FIRST = {(family, next(iter(variants))) for family, variants in FAMILIES.items()}
+# Attributes that change what decoding keeps or how it looks back. Variants of a family without any decode as its first one does.
+LOOKS_BACK = re.compile(
+    "window|chunk|rope|layer_types|layers_block_type|shared_layers|pattern|lora_rank|softcap|mamba|conv_L_cache|qk_norm"
+)
 # Those whose layers are of several kinds or keep something else than keys and values; test_families_of_kinds.py has them.
 OF_KINDS = """
     deepseek_v2 deepseek_v3 kimi_k2 kimi_k25 glm4_moe_lite qwen3_next qwen3_5 qwen3_5_text qwen3_5_moe qwen3_5_moe_text llama4
     llama4_text lfm2 lfm2_moe granitemoehybrid falcon_h1 nemotron_h gemma4 gemma4_text gemma4_unified
 """.split()
+
+
+def decodes_differently(family: str, variant: str) -> bool:
+    """Whether decoding of this variant is not that of the family's first one."""
+    first, own = (FAMILIES[family][name] for name in (next(iter(FAMILIES[family])), variant))
+    changed = [name for name in first.keys() | own.keys() if first.get(name) != own.get(name)]
+    return (family, variant) in FIRST or family == "llama" or any(LOOKS_BACK.search(name) for name in changed)
 
 
 def hf_config(family: str, variant: str = "gqa", **config) -> dict:
