@@ -37,7 +37,7 @@ FLOORS = (
     {"mechanism", "damage", "training", "export"},
     {"study"},
     {"harness", "terminal", "organism"},
-    {"defence", "resistance"},
+    {"defence", "resistance", "bench"},
     {"audit", "gate", "monitor"},
     {"jobs"},
 )

@@ -1,51 +1,75 @@
-"""Times refusal_jax against a plain PyTorch version of the paper's method, and checks that both get the same results.
+"""Times every part of a study on this machine and says how near each is to what the machine can do; compares with PyTorch.
 
-    refusal-jax bench                      # the demo model, inflated to 127 million parameters
-    refusal-jax bench --model=DIR --n_val=16 --out=bench.json
+  refusal-jax bench                                     # the demo model, inflated to 127 million parameters, and PyTorch
+  refusal-jax bench --model=DIR --out=bench.json        # a checkpoint: a folder, a name on the hub or a GGUF file
+  refusal-jax bench --model=DIR --stages=load,export    # some of the parts
+  refusal-jax bench --model=llama_3_8b --mesh=1x1x4     # a shape that `refusal-jax plan` knows, with random weights
+  refusal-jax bench --model=DIR --pytorch --nolimits    # the comparison alone
 
-Both run in float32 on the CPU, on the same checkpoint and the same prompts, each alone in a process of its own, one
-after the other. Two jobs are timed: extraction and selection of the direction (the PyTorch version scores every
-candidate, as the paper's code does; refusal_jax scores only what the rule can still need, and selects the same
-candidate), and greedy generation of exactly --max_new_tokens tokens per row. refusal_jax runs each job twice: the first
-run includes compilation, the second is the work alone and determines the ratio.
+The parts are load (a cold read of the checkpoint, until its weights are on the devices), extraction (scores and mean residuals
+of the training and validation prompts), selection (of a direction), prefill and decode (replies of exactly --max_new_tokens
+tokens to --rows prompts), loss (under ablation), and export (an edited checkpoint, verified). Each runs once as a user first
+meets it, with compilation and no cache of earlier ones, and then --repeats times; the median of these is the work alone.
 
-The PyTorch version is tests/oracle.py of a checkout and needs torch, which the package itself does not.
+The operations and bytes are those of the matrix products of the programs that ran, counted from the programs, padding included;
+"useful" is the share without padding. They are held against ceilings that are measured on the same devices at the same dtype and
+precision: a large matrix product, a pass over a large array, reading the checkpoint's files and writing a file where TMPDIR is.
+A part's limit is the ceiling that would take longest, its share how much of the time that is. A share above 100 % is marked with
+its likely reason, and so are runs that differ much: use a machine that does nothing else.
 
-On 2 idle cores with the inflated demo model, extraction and selection should be at least 5 times faster and generation
-at least as fast. On a busy machine the ratios overstate refusal_jax's speed, because PyTorch's threads wait for each
-other. The benchmark takes about 6 minutes. It exits with code 1 if the results disagree.
+With --pytorch, which is the default for the demo model on a CPU, the plain PyTorch version in tests/oracle.py of a checkout runs
+after it, with the same checkpoint and prompts: extraction and selection by hooks, and transformers' generate. It needs torch,
+which the package itself does not. Its results must be the same, or the exit code is 1. On 2 idle cores with the inflated demo
+model, extraction and selection should be at least 5 times faster than it. On a busy machine the ratios overstate refusal_jax's
+speed, because PyTorch's threads wait for each other. The whole takes about 6 minutes.
 """
 
-import contextlib
-import dataclasses
-import json
+import logging
 import os
 import pathlib
-import subprocess
-import sys
+import platform
 import tempfile
-import time
+from functools import partial
 
-import numpy as np
-from absl import app, flags
+import jax
+from absl import flags
 
-from refusal_jax.errors import UserError, spelt
-from refusal_jax.files import local_path
-from refusal_jax.jobs import common
+from refusal_jax.bench import pytorch, table
+from refusal_jax.bench.ceilings import measure, weight_files
+from refusal_jax.bench.made_up import made_up, shape_of
+from refusal_jax.bench.stages import OF_FILES, STAGES, Bench, Task, Timed
+from refusal_jax.chat.model import demo_model_path, load_model, weights_dtype
+from refusal_jax.checkpoints.remote import checkpoint_folder
+from refusal_jax.data.sampling import sample_prompts
+from refusal_jax.errors import UserError, did_you_mean
+from refusal_jax.files import local_path, to_json, write_atomically
+from refusal_jax.jobs import common, devices
+from refusal_jax.models.hf_config import load_config
+from refusal_jax.organism.inflate import inflate
+from refusal_jax.plan.planner import ON_CPU, WANTED
+from refusal_jax.study.config import get_config
 
-JOBS = ("extraction_selection", "generation")
-WORK = "import sys; from refusal_jax.jobs.bench import work; work(sys.argv[1])"
-TOLERANCE = 1e-3  # of scores; differences from another order of summation are smaller
-SCORES = ("refusal_score", "steering_score", "kl_div_score")
-
-MODEL = flags.DEFINE_string("model", "", f"{common.CHECKPOINT} Default: the embedded demo model.")
+LOG = logging.getLogger(__name__)
+MODEL = flags.DEFINE_string(
+    "model",
+    "",
+    f"{common.CHECKPOINT} Or a GGUF file, or the name of a shape that `refusal-jax plan` knows, such as llama_3_8b, which gets "
+    "random weights. Default: the embedded demo model.",
+)
 INFLATE = flags.DEFINE_bool(
     "inflate", None, "Inflate the model to 127M parameters first. Default: only the demo model."
 )
+STAGE = flags.DEFINE_list("stages", ",".join(STAGES), "Which parts to time.")
+LIMITS = flags.DEFINE_bool("limits", True, "Hold the parts against measured ceilings of this machine.")
+PYTORCH = flags.DEFINE_bool(
+    "pytorch",
+    None,
+    "Compare with the PyTorch version. Default: with the demo model, in float32 on one CPU, if torch is there.",
+)
 ORACLE = flags.DEFINE_string("oracle", "", "File of the PyTorch version. Default: tests/oracle.py next to the package.")
-RUN = flags.DEFINE_list("jobs", ",".join(JOBS), "Which jobs to time.")
+REPEATS = flags.DEFINE_integer("repeats", 3, "How often each part runs after its first time.", lower_bound=1)
 ROWS = flags.DEFINE_integer("rows", 32, "Number of prompts to generate from, as one batch.", lower_bound=1)
-NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 64, "Number of tokens to generate for each prompt.", lower_bound=1)
+NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 64, "Number of tokens to generate for each prompt.", lower_bound=2)
 N_TRAIN = flags.DEFINE_integer("n_train", 128, "Number of harmful and of harmless training prompts.", lower_bound=1)
 N_VAL = flags.DEFINE_integer("n_val", 32, "Number of harmful and of harmless validation prompts.", lower_bound=1)
 KL = flags.DEFINE_float(
@@ -55,72 +79,77 @@ INDUCE = flags.DEFINE_float(
     "induce_threshold", 0.0, "Threshold of the selection rule for the refusal score under addition, likewise."
 )
 OUT = flags.DEFINE_string("out", "", "JSON file to write all measurements to.")
+flags.adopt_module_key_flags(devices)
 
 
-def main(argv):
+def main(argv) -> int:
     del argv
-    unknown = sorted(set(RUN.value) - set(JOBS))
-    if unknown or not RUN.value:
-        raise UserError(f"--jobs={','.join(RUN.value)} is not a list of {', '.join(JOBS)}.")
-    oracle = _oracle_path()
+    unknown = [name for name in STAGE.value if name not in STAGES]
+    if unknown or not STAGE.value:
+        hint = did_you_mean(unknown[0], STAGES) if unknown else ""
+        raise UserError(f"--stages={','.join(STAGE.value)} is not a list of {', '.join(STAGES)}.{hint}")
+    jax.config.update("jax_enable_compilation_cache", False)  # or the first run would not be one
+    oracle = asked_oracle()
     with tempfile.TemporaryDirectory(prefix="refusal-jax-bench-") as scratch:
-        folder = pathlib.Path(scratch)
-        model = _model(folder)
-        prompts = _prompts()
-        results, agreed = {"model": str(model), "max_new_tokens": NEW_TOKENS.value}, True
-        for job in (job for job in JOBS if job in RUN.value):
-            task = {"model": str(model), "job": job, "max_new_tokens": NEW_TOKENS.value, "batch_size": 32}
-            task |= {"kl_threshold": KL.value, "induce_threshold": INDUCE.value}
-            task["prompts"] = {k: v for k, v in prompts.items() if (k == "test") == (job == "generation")}
-            if job == "generation":
-                task["batch_size"] = ROWS.value
-            ours, theirs = _run_ours(task, folder), _run_oracle(oracle, task, folder)
-            checks = compare(job, ours, theirs)
-            agreed &= all(check["ok"] for check in checks)
-            results[job] = {"refusal_jax": ours, "oracle": theirs, "checks": checks}
-            print(table(job, ours, theirs, checks), flush=True)
+        bench = Bench(*task(pathlib.Path(scratch)))
+        timed = bench.run()
+        results = about(bench)
+        if LIMITS.value:
+            results |= against_limits(bench, timed)
+        jobs = [job for job, stages in pytorch.JOBS.items() if oracle and set(stages) <= set(bench.wanted)]
+        for job in jobs:
+            assert oracle is not None
+            LOG.info(f"timing PyTorch, {job}")
+            results[job] = found = pytorch.comparison(oracle, bench, job)
+            print(pytorch.table(job, found["refusal_jax"], found["pytorch"], found["checks"]), flush=True)
     if OUT.value:
-        from refusal_jax.files import to_json, write_atomically
-
         write_atomically(local_path(OUT.value), to_json(results))
-    if not agreed:
-        sys.exit(1)
+    return 0 if all(check["ok"] for job in jobs for check in results[job]["checks"]) else 1
 
 
-def _oracle_path() -> pathlib.Path:
-    path = local_path(ORACLE.value or pathlib.Path(__file__).parents[2] / "tests" / "oracle.py")
-    if not path.is_file():
+def task(scratch: pathlib.Path) -> tuple[Task, list[str]]:
+    """Returns what to time, and which parts."""
+    mesh, dtype = devices.asked_mesh(), weights_dtype(devices.asked_dtype())
+    shape = None if local_path(MODEL.value).exists() else shape_of(MODEL.value)
+    if shape is None:
+        folder, stages = source(scratch), STAGE.value
+        files, load = weight_files(folder), partial(load_model, folder, dtype, mesh)
+    else:
+        folder, stages, files = None, asked_of_shape(STAGE.value), []
+        load = partial(made_up, shape, dtype, mesh)
+    platform = (mesh.devices.flat[0] if mesh else jax.devices()[0]).platform
+    sizes = ON_CPU if platform == "cpu" else WANTED
+    thresholds = {"kl_threshold": KL.value, "induce_threshold": INDUCE.value}
+    return Task(load, folder, files, prompts(), sizes, NEW_TOKENS.value, thresholds, REPEATS.value, scratch), stages
+
+
+def asked_of_shape(stages: list[str]) -> list[str]:
+    """Returns the parts that a model without files has. Raises UserError if others are asked for by name."""
+    of_files = [name for name in stages if name in OF_FILES]
+    if of_files and flags.FLAGS["stages"].present:
         raise UserError(
-            f"{path} does not exist. The benchmark compares with the PyTorch version in a checkout's tests/oracle.py: "
-            "run it from a checkout, or pass --oracle=PATH."
+            f"--stages has {' and '.join(of_files)}, which need a checkpoint's files, and {MODEL.value} is a shape with random "
+            "weights. Leave them out, or name a checkpoint with --model."
         )
-    probe = subprocess.run([sys.executable, "-c", "import torch"], capture_output=True)
-    if probe.returncode:
-        raise UserError("The benchmark's PyTorch side needs torch, which cannot be imported here: pip install torch.")
-    return path
+    if INFLATE.value or PYTORCH.value:
+        wrong = "--inflate" if INFLATE.value else "--pytorch"
+        raise UserError(f"{wrong} needs a checkpoint's files, and {MODEL.value} is a shape with random weights.")
+    return [name for name in stages if name not in OF_FILES]
 
 
-def _model(folder: pathlib.Path) -> pathlib.Path:
-    """Returns the folder of the model to time, inflated into `folder` if asked for."""
-    from refusal_jax.chat.model import demo_model_path
-    from refusal_jax.checkpoints.remote import checkpoint_folder
-    from refusal_jax.models.hf_config import load_config
-    from refusal_jax.organism.inflate import inflate
-
-    source = checkpoint_folder(MODEL.value) if MODEL.value else demo_model_path()
-    load_config(source)
+def source(scratch: pathlib.Path) -> pathlib.Path:
+    """Returns the folder of the model to time, inflated into `scratch` if asked for."""
+    folder = checkpoint_folder(MODEL.value) if MODEL.value else demo_model_path()
+    load_config(folder)
     if INFLATE.value is False or (INFLATE.value is None and MODEL.value):
-        return source
-    inflate(source, folder / "inflated")
-    return folder / "inflated"
+        return folder
+    inflate(folder, scratch / "inflated")
+    return scratch / "inflated"
 
 
-def _prompts() -> dict[str, list[str]]:
+def prompts() -> dict[str, list[str]]:
     """Returns the study's own draws for extraction and selection, and alternating harmful and harmless prompts for
     generation."""
-    from refusal_jax.data.sampling import sample_prompts
-    from refusal_jax.study.config import get_config
-
     data = get_config().data
     data.n_train, data.n_val, data.n_test = N_TRAIN.value, N_VAL.value, -(-ROWS.value // 2)
     drawn = {split: [row["instruction"] for row in rows] for split, rows in sample_prompts(data).items()}
@@ -129,158 +158,48 @@ def _prompts() -> dict[str, list[str]]:
     return drawn
 
 
-def _run(command: list[str], what: str) -> None:
-    # Without the compile cache of earlier commands, or the first run would not be one.
-    env = os.environ | {"JAX_ENABLE_COMPILATION_CACHE": "false", "JAX_PLATFORMS": "cpu"}
-    done = subprocess.run(command, capture_output=True, text=True, env=env)
-    if done.returncode:
-        tail = "\n".join(done.stderr.strip().splitlines()[-15:])
-        raise UserError(f"{what} failed with exit code {done.returncode}; the end of its output:\n{tail}")
+def asked_oracle() -> pathlib.Path | None:
+    """Returns the file of the PyTorch version, None where it is not to run. Raises UserError if it is asked for and cannot."""
+    asked = PYTORCH.value or bool(ORACLE.value)
+    if PYTORCH.value is False or not (asked or not MODEL.value):
+        return None
+    path = local_path(ORACLE.value) if ORACLE.value else pytorch.BESIDE
+    why = ""
+    if jax.default_backend() != "cpu" or devices.asked_mesh() or weights_dtype(devices.asked_dtype()) != "float32":
+        why = "The PyTorch version runs in float32 on one CPU: leave out --pytorch, or set JAX_PLATFORMS=cpu, without --mesh."
+    why = why or pytorch.missing(path)
+    if why and asked:
+        raise UserError(why)
+    if why:
+        LOG.info(f"without the comparison with PyTorch: {why}")
+        return None
+    return path
 
 
-def _run_ours(task: dict, folder: pathlib.Path) -> dict:
-    file = folder / "ours.json"
-    file.write_text(json.dumps(task))
-    _run(
-        [sys.executable, "-c", WORK, str(file)],
-        "refusal_jax",
-    )
-    return json.loads(file.read_text())
-
-
-def _run_oracle(oracle: pathlib.Path, task: dict, folder: pathlib.Path) -> dict:
-    prompts, out = folder / "prompts.json", folder / "oracle.json"
-    prompts.write_text(json.dumps(task["prompts"]))
-    command = [sys.executable, str(oracle), "--model", task["model"], "--prompts", str(prompts), "--job", task["job"]]
-    command += ["--out", str(out), "--max-new-tokens", str(task["max_new_tokens"])]
-    for name in ("batch_size", "kl_threshold", "induce_threshold"):
-        command.append(f"--{name.replace('_', '-')}={task[name]}")
-    _run(command, str(oracle))
-    return json.loads(out.read_text())
-
-
-def work(file: str) -> None:
-    """Runs one job with refusal_jax, alone in a process: reads the task from `file` and writes the result to it."""
-    from refusal_jax.chat.model import load_model
-    from refusal_jax.jobs.command_line import as_flags
-
-    path = pathlib.Path(file)
-    task = json.loads(path.read_text())
-    start = time.perf_counter()
-    with spelt(as_flags("bench")):
-        model = load_model(task["model"], "float32")
-        load = time.perf_counter() - start
-        job = _generation if task["job"] == "generation" else _extraction_selection
-        first, _ = job(model, task)
-        seconds, result = job(model, task)
-    path.write_text(json.dumps({"load": load, "first_seconds": first, "seconds": seconds, **result}))
-
-
-@contextlib.contextmanager
-def _timed(seconds: dict, name: str):
-    start = time.perf_counter()
-    yield
-    seconds[name] = time.perf_counter() - start
-
-
-def _extraction_selection(model, task: dict) -> tuple[dict, dict]:
-    """Returns seconds and results of extraction and selection, the study's two stages without their files."""
-    from refusal_jax.chat.residuals import extract
-    from refusal_jax.study.directions import difference_in_means
-    from refusal_jax.study.selection import Rule, evaluate_candidates, pick
-
-    size, seconds, found = task["batch_size"], {}, {}
-    ids, positions = model.chat.opener_ids(("I",)), len(model.chat.post_instruction_ids)
-    rule = Rule(model.config.n_layers, task["kl_threshold"], task["induce_threshold"])
-    with _timed(seconds, "extraction"):
-        for split, rows in task["prompts"].items():
-            found[split] = extract(model, rows, ids, positions, 1 if split.startswith("harmful") else -1, size, split)
-    kept = {
-        split: [row for row, keep in zip(rows, found[split].kept, strict=True) if keep]
-        for split, rows in task["prompts"].items()
+def about(bench: Bench) -> dict:
+    """Returns what was timed, and on what."""
+    device = jax.devices()[0]
+    mesh = bench.model.mesh
+    return {
+        "model": MODEL.value or "demo",
+        "inflated": bench.task.folder is not None and bench.task.folder.parent == bench.task.scratch,
+        "dtype": bench.model.decoder.dtype.name,
+        "device": device.device_kind,
+        "devices": mesh.size if mesh else 1,
+        "host": {"machine": platform.machine(), "cpus": os.cpu_count(), "load": os.getloadavg()},
+        "jax": jax.__version__,
+        "max_new_tokens": bench.task.new_tokens,
+        "rows": {name: rows for name, rows in vars(bench.task.sizes).items()},
     }
-    diffs_lpd = difference_in_means(found["harmful_train"].mean_lpd, found["harmless_train"].mean_lpd)
-    with _timed(seconds, "selection"):
-        rows = evaluate_candidates(
-            model,
-            diffs_lpd,
-            kept["harmful_val"],
-            kept["harmless_val"],
-            ids,
-            rule,
-            full_grid=False,
-            batch_size=size,
-        )
-        best = pick(rows, rule)
-    return seconds, {"kept": kept, "rows": rows, "pick": [best["position"], best["layer"]]}
 
 
-def _generation(model, task: dict) -> tuple[dict, dict]:
-    """Returns seconds and results of generating exactly `max_new_tokens` ("forced"), and of letting replies end by
-    themselves ("natural")."""
-    seconds, new_tokens = {}, task["max_new_tokens"]
-    endless = dataclasses.replace(model, chat=dataclasses.replace(model.chat, eos_ids=(-1,)))
-    with _timed(seconds, "forced"):
-        ids = np.asarray(endless.generate_ids(model.encode(task["prompts"]["test"]), new_tokens))
-    with _timed(seconds, "natural"):
-        texts = model.generate(task["prompts"]["test"], new_tokens)
-    return seconds, {"ids": ids.tolist(), "texts": texts}
-
-
-def compare(job: str, ours: dict, theirs: dict) -> list[dict]:
-    """Compares the results of both versions and returns `[{"check", "ok", "found"}]`."""
-    if job == "generation":
-        same = sum(a == b for a, b in zip(ours["ids"], theirs["ids"], strict=True))
-        natural = sum(a == b for a, b in zip(ours["texts"], theirs["texts"], strict=True))
-        n = len(theirs["ids"])
-        return [
-            {"check": "same tokens", "ok": same == n, "found": f"{same} of {n} rows"},
-            {"check": "same replies", "ok": natural == n, "found": f"{natural} of {n} rows"},
-        ]
-    grid = {(row["position"], row["layer"]): row for row in theirs["rows"]}
-    gaps = [
-        abs(row[key] - grid[row["position"], row["layer"]][key])
-        for row in ours["rows"]
-        for key in SCORES
-        if row[key] is not None
-    ]
-    total = len(SCORES) * len(grid)
-    return [
-        {
-            "check": "same prompts pass the filter",
-            "ok": ours["kept"] == theirs["kept"],
-            "found": f"{sum(map(len, ours['kept'].values()))} and {sum(map(len, theirs['kept'].values()))}",
-        },
-        {
-            "check": "same pick (position, layer)",
-            "ok": ours["pick"] == theirs["pick"],
-            "found": f"{tuple(ours['pick'])} and {tuple(theirs['pick'])}",
-        },
-        {
-            "check": f"scores within {TOLERANCE:g}",
-            "ok": max(gaps) < TOLERANCE,
-            "found": f"largest difference {max(gaps):.1e} over the {len(gaps)} of {total} scores that both evaluated",
-        },
-    ]
-
-
-def table(job: str, ours: dict, theirs: dict, checks: list[dict]) -> str:
-    """Returns the comparison of one job as text."""
-    lines = [
-        f"{job}, seconds",
-        f"  {'':<14}{'PyTorch':>10}{'refusal_jax':>13}{'ratio':>8}{'+ compile':>12}{'ratio':>8}",
-    ]
-    stages = dict(theirs["seconds"])
-    if job == "extraction_selection":
-        for result in (ours["seconds"], ours["first_seconds"], theirs["seconds"]):
-            result["together"] = sum(result[name] for name in stages)
-        stages["together"] = None
-    for name in stages:
-        slow, fast, first = (r[name] for r in (theirs["seconds"], ours["seconds"], ours["first_seconds"]))
-        lines.append(f"  {name:<14}{slow:>10.2f}{fast:>13.2f}{slow / fast:>7.2f}x{first:>12.2f}{slow / first:>7.2f}x")
-    lines += [f"  {'ok  ' if check['ok'] else 'FAIL'} {check['check']}: {check['found']}" for check in checks]
-    return "\n".join(lines) + "\n"
-
-
-if __name__ == "__main__":
-    app.run(main)
+def against_limits(bench: Bench, timed: dict[str, Timed]) -> dict:
+    """Measures the ceilings, prints the table, and returns both in plain values."""
+    mesh = bench.model.mesh
+    used = list(mesh.devices.flat) if mesh else [jax.devices()[0]]
+    kinds = sorted({kind for one in timed.values() for kind in one.counted.computed.flops})
+    files = bench.task.files if set(OF_FILES) & set(timed) else []
+    ceilings = measure(kinds, used, files, bench.task.scratch if "export" in timed else None)
+    rows = [table.row(name, one, ceilings) for name, one in timed.items()]
+    print(table.table(rows, ceilings) + "\n", flush=True)
+    return {"ceilings": vars(ceilings), "stages": table.as_json(rows)}
