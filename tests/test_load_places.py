@@ -137,11 +137,15 @@ def test_both_ways_of_filling(kind, mesh, checkpoints, monkeypatch):
         np.testing.assert_array_equal(np.asarray(weights[path]), whole.astype(ml_dtypes.bfloat16))
 
 
-def test_arrays_in_the_hosts_memory_are_not_copied(monkeypatch):
-    devices = tuple(jax.devices()[:2])
-    fill = Filling.of(devices, (4, 1000), np.float32)
-    fill.write(place.Slab((range(4),), [np.ones((4, 1000), np.float32)] * 2, True))
-    assert [p.unsafe_buffer_pointer() for p in fill.parts()] == [w.ctypes.data for w in fill.whole]
+def test_arrays_in_the_hosts_memory_are_not_copied(checkpoints):
+    files = TensorFiles.open(checkpoints["mixed"])
+    for path, there in places(checkpoints["mixed"], None).items():
+        fill = there.filling()
+        (ranges,) = there.slabs()
+        slab = there.read(files, ranges, fill.room(ranges))
+        assert slab.parts[0].ctypes.data == fill.room(ranges)[0].ctypes.data, path
+        (made,) = there.array(fill, iter([slab])).addressable_shards
+        assert made.data.unsafe_buffer_pointer() == fill.whole[0].ctypes.data, path
 
 
 @pytest.mark.parametrize("fail", [False, True])
@@ -153,10 +157,10 @@ def test_few_blocks_at_a_time(fail, checkpoints, monkeypatch):
         def __del__(self):
             alive.discard(id(self))
 
-    def spy(self, files, ranges):
+    def spy(self, files, ranges, room):
         if fail and next(count) == 20:
             raise UserError("gone")
-        block = read(self, files, ranges)
+        block = read(self, files, ranges, room)
         block = Watched(block.ranges, block.parts, block.finite)
         alive.add(id(block))
         most.append(len(alive))
@@ -164,6 +168,7 @@ def test_few_blocks_at_a_time(fail, checkpoints, monkeypatch):
         return block
 
     monkeypatch.setattr(place, "SLAB_BYTES", 2000)
+    monkeypatch.setattr(Filling, "of", staticmethod(DeviceFilling))
     monkeypatch.setattr(Place, "read", spy)
     try:
         load_decoder(checkpoints["qwen3_moe"], mesh=make_mesh(model=8))

@@ -112,14 +112,15 @@ def read_share(
     if files.quantisation is not None:
         LOG.info(f"{folder}: {files.quantisation.note}")
     ranges = {path: list(place.slabs()) for path, place in places.items()}
-    jobs = [(places[path], slab) for path, slabs in ranges.items() for slab in slabs]
+    fills = {path: place.filling() for path, place in places.items()}
+    jobs = ((path, slab, fills[path].room(slab)) for path, slabs in ranges.items() for slab in slabs)
     total, before = sum(place.share(files) for place in places.values()), files.bytes_read
     finite = dict.fromkeys(places, True)
     with (
         ThreadPoolExecutor(READERS) as pool,
         Progress("loading weights", total, "B", quiet=not progress) as bar,
     ):
-        stream = ahead(pool, lambda job: job[0].read(files, job[1]), jobs)
+        stream = ahead(pool, lambda job: places[job[0]].read(files, *job[1:]), jobs)
 
         def watched(path: str) -> Iterator[Slab]:
             for slab in itertools.islice(stream, len(ranges[path])):
@@ -127,7 +128,7 @@ def read_share(
                 bar.update(min(files.bytes_read - before, total) - bar.n)
                 yield slab
 
-        return {path: place.array(watched(path)) for path, place in places.items()}, finite
+        return {path: place.array(fills[path], watched(path)) for path, place in places.items()}, finite
 
 
 def ahead(pool: ThreadPoolExecutor, work: Callable, jobs: Iterable) -> Iterator:

@@ -2,7 +2,8 @@
 
 A weight is a stack of the tensors that HF keeps apart (layers, experts). It is read in slabs, which are whole rows of
 some of those tensors, each slab by one thread; slices that several devices need are read once, and a slab that is on
-the devices is forgotten. So the host holds only a few slabs, whatever the size of the model.
+the devices is forgotten. So the host holds only a few slabs, whatever the size of the model. For devices whose memory is
+the host's, slabs are read to their place in the weight, and nothing is copied.
 """
 
 import abc
@@ -10,7 +11,7 @@ import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -95,14 +96,21 @@ class Place:
                 inner = [range(start, min(start + step, sizes[axis])), *map(range, sizes[axis + 1 :])]
                 yield (*(range(i, i + 1) for i in outer), *inner)
 
-    def read(self, files: TensorFiles, ranges: tuple[range, ...]) -> Slab:
-        """Reads one slab. Raises UserError if a file cannot be read."""
-        found, finite = {}, True
+    def filling(self) -> "Filling":
+        """Returns the arrays of this process's devices, yet to be filled with slabs."""
+        return Filling.of(tuple(self.held), self.sharding.shard_shape(self.shape), self.dtype)
+
+    def read(self, files: TensorFiles, ranges: tuple[range, ...], room: Sequence[np.ndarray] = ()) -> Slab:
+        """Reads one slab. room: of `Filling.room`. Raises UserError if a file cannot be read."""
+        found, finite, rooms = {}, True, dict(zip(self.held.values(), room, strict=False))
         for leading, runs in self.bands.items():
             *outer, rows = (range(a.start + r.start, a.start + r.stop) for a, r in zip(leading, ranges, strict=True))
             own = self.own(rows)
             for run in runs:
-                values = found[leading, run] = np.empty([*map(len, (*outer, rows)), *map(len, run)], self.dtype)
+                values = rooms.get((*leading, *run))
+                if values is None:
+                    values = np.empty([*map(len, (*outer, rows)), *map(len, run)], self.dtype)
+                found[leading, run] = values
                 for at in np.ndindex(*map(len, outer)):
                     piece = self.pieces[tuple(a[i] for a, i in zip(outer, at, strict=True))]
                     target, span = values[at][: len(own)], piece.span(own, tuple(slice(a.start, a.stop) for a in run))
@@ -123,21 +131,12 @@ class Place:
         inside = tuple(slice(c.start - r.start, c.stop - r.start) for c, r in zip(columns, run, strict=True))
         return found[leading, run][(..., *inside)]
 
-    def array(self, slabs: Iterator[Slab]) -> jax.Array:
+    def array(self, fill: "Filling", slabs: Iterator[Slab]) -> jax.Array:
         """Puts the weight on the devices, slab by slab, and holds none of them once the next one is asked for."""
-        devices, part_shape = tuple(self.held), self.sharding.shard_shape(self.shape)
-        fill = Filling.of(devices, part_shape, self.dtype)
-        parts = []
         for slab in slabs:
-            if slab.parts[0].shape == part_shape:
-                parts = jax.device_put(slab.parts, list(devices))
-            else:
-                fill.write(slab)
+            fill.write(slab)
             del slab
-            jax.block_until_ready(parts)  # otherwise waiting slabs would pile up
-        return jax.make_array_from_single_device_arrays(
-            self.shape, self.sharding, parts or fill.parts(), dtype=self.dtype
-        )
+        return jax.make_array_from_single_device_arrays(self.shape, self.sharding, fill.parts(), dtype=self.dtype)
 
 
 def joined(runs: list[tuple[range, ...]]) -> list[tuple[range, ...]]:
@@ -167,6 +166,11 @@ class Filling(abc.ABC):
         self.whole: Any = None  # made at the first slab
 
     @abc.abstractmethod
+    def room(self, ranges: tuple[range, ...]) -> list[np.ndarray]:
+        """Returns each device's array for a slab that is yet to be read, of which `write` has nothing to copy; none where slabs
+        are arrays of their own."""
+
+    @abc.abstractmethod
     def write(self, slab: Slab) -> None:
         """Writes a slab to its place in every device's array."""
 
@@ -184,12 +188,15 @@ class Filling(abc.ABC):
 class HostFilling(Filling):
     """Arrays for devices whose memory is the host's, which become the devices' own without a copy."""
 
-    def write(self, slab: Slab) -> None:
+    def room(self, ranges: tuple[range, ...]) -> list[np.ndarray]:
         if self.whole is None:
             self.whole = [aligned(self.shape, self.dtype) for _ in self.devices]
-        at = tuple(slice(r.start, r.stop) for r in slab.ranges)
-        for whole, part in zip(self.whole, slab.parts, strict=True):
-            whole[at] = part
+        return [whole[tuple(slice(r.start, r.stop) for r in ranges)] for whole in self.whole]
+
+    def write(self, slab: Slab) -> None:
+        for room, part in zip(self.room(slab.ranges), slab.parts, strict=True):
+            if not np.may_share_memory(room, part):  # it was read for another device
+                room[...] = part
 
     def parts(self) -> list[jax.Array]:
         return jax.device_put(self.whole, list(self.devices)) if self.whole else []
@@ -197,18 +204,26 @@ class HostFilling(Filling):
 
 class DeviceFilling(Filling):
     """The arrays of all devices as one, device after device along its first axis, so that one program, which writes in place,
-    serves them all."""
+    serves them all; or, where one slab is all, that slab."""
+
+    only: Sequence[jax.Array] = ()
+
+    def room(self, ranges: tuple[range, ...]) -> list[np.ndarray]:
+        return []
 
     def write(self, slab: Slab) -> None:
+        new = jax.device_put(slab.parts, list(self.devices))
+        if new[0].shape == self.shape:
+            self.only = jax.block_until_ready(new)
+            return
         if self.whole is None:
             self.whole = zeros(self.devices, self.shape, self.dtype)
-        new = abreast(self.devices, jax.device_put(slab.parts, list(self.devices)))
         at = [r.start for r in slab.ranges] + [0] * (len(self.shape) - len(slab.ranges))
-        self.whole = filling(self.devices)(self.whole, new, np.asarray(at, np.int32))
+        self.whole = filling(self.devices)(self.whole, abreast(self.devices, new), np.asarray(at, np.int32))
         self.whole.block_until_ready()  # otherwise slabs that wait to be written would pile up
 
     def parts(self) -> list[jax.Array]:
-        return [] if self.whole is None else side_by_side(self.devices, self.whole)
+        return list(self.only) if self.whole is None else side_by_side(self.devices, self.whole)
 
 
 def aligned(shape: tuple[int, ...], dtype) -> Shaped[np.ndarray, "..."]:
