@@ -21,9 +21,7 @@ from refusal_jax.study.study import run_study
     "family,variant",
     [
         ("qwen", "mha"),
-        ("gemma3", "gqa"),
         ("gemma4", "gqa"),
-        ("qwen2_moe", "alternating"),
         ("lfm2", "biased"),
         ("qwen3_5_moe", "gqa"),
     ],
@@ -49,6 +47,10 @@ def test_the_whole_study_runs(family, variant, tmp_path):
     assert setup["chat_template"] == origin and setup["refusal_tokens_from"] == "config"
     replies = json.loads((run.folder / "completions/harmless_actadd_completions.json").read_text())
     assert len(replies) == 3 and run.path("report.html").exists()
+
+
+# Families with few key/value heads, experts that do not divide, what is shared or a state, over more ways than they have heads.
+WIDE = {"gemma3", "glm4_moe", "gpt_oss", "deepseek_v3", "qwen3_next"}
 
 
 @pytest.mark.parametrize(
@@ -78,8 +80,8 @@ def test_a_mesh_changes_nothing(family, variant, tmp_path):
     """Fused tensors are cut across their parts, experts along their width, and what does not divide is replicated, of
     experts or of what all tokens go through beside them."""
     folder = families.tiny_model(tmp_path, family, variant)
-    outputs = []
-    for mesh in (None, make_mesh(data=2, fsdp=2, model=2), make_mesh(data=1, fsdp=1, model=8)):
+    outputs, wide = [], [make_mesh(data=1, fsdp=1, model=8)] * (family in WIDE)
+    for mesh in (None, make_mesh(data=2, fsdp=2, model=2), *wide):
         decoder = load_decoder(folder, mesh=mesh)
         tokens, mask = tiny.left_padded((3, 20, 11, 1), decoder.cfg.vocab_size)
         direction = np.random.default_rng(0).normal(size=decoder.cfg.d_model)
