@@ -11,15 +11,15 @@ import pytest
 from commands import forked, refused
 
 from refusal_jax import UserError
-from refusal_jax.bench import ceilings, made_up, pytorch, table
-from refusal_jax.bench.ceilings import Ceilings
-from refusal_jax.bench.stages import STAGES, Bench, Task, Timed
-from refusal_jax.bench.watch import Counted, Watched, counted, useful, watching
-from refusal_jax.bench.work import Loops, Work, work_of
 from refusal_jax.chat import residuals
 from refusal_jax.models import generate
 from refusal_jax.plan.costs import parameters
 from refusal_jax.plan.programs import Sizes
+from refusal_jax.speed import ceilings, made_up, pytorch, table
+from refusal_jax.speed.ceilings import Ceilings
+from refusal_jax.speed.stages import STAGES, Bench, Task, Timed
+from refusal_jax.speed.watch import Counted, Watched, counted, useful, watching
+from refusal_jax.speed.work import Loops, Work, work_of
 
 X, W = jnp.ones((4, 8)), jnp.ones((8, 8))
 UNKNOWN = Loops()
@@ -134,8 +134,8 @@ def test_the_nearest_limit_counts_and_surprises_are_marked():
 
 
 def test_ceilings_are_of_all_devices(tmp_path, monkeypatch):
-    for name in ("SIDE", "ARRAY"):
-        monkeypatch.setitem(getattr(ceilings, name), "cpu", {"SIDE": 64, "ARRAY": 1 << 16}[name])
+    monkeypatch.setattr(ceilings, "SIDE", 64)
+    monkeypatch.setattr(ceilings, "ARRAY_OF_HOST", 1 << 16)
     file = tmp_path / "weights"
     file.write_bytes(bytes(1 << 20))
     found = ceilings.measure(["float32 highest"], jax.devices()[:2], [file], tmp_path)

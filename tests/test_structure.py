@@ -37,7 +37,7 @@ FLOORS = (
     {"mechanism", "damage", "training", "export"},
     {"study"},
     {"harness", "terminal", "organism"},
-    {"defence", "resistance", "bench"},
+    {"defence", "resistance", "speed"},
     {"audit", "gate", "monitor"},
     {"jobs"},
 )

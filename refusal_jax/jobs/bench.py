@@ -34,10 +34,6 @@ from functools import partial
 import jax
 from absl import flags
 
-from refusal_jax.bench import pytorch, table
-from refusal_jax.bench.ceilings import measure, weight_files
-from refusal_jax.bench.made_up import made_up, shape_of
-from refusal_jax.bench.stages import OF_FILES, STAGES, Bench, Task, Timed
 from refusal_jax.chat.model import demo_model_path, load_model, weights_dtype
 from refusal_jax.checkpoints.remote import checkpoint_folder
 from refusal_jax.data.sampling import sample_prompts
@@ -47,6 +43,10 @@ from refusal_jax.jobs import common, devices
 from refusal_jax.models.hf_config import load_config
 from refusal_jax.organism.inflate import inflate
 from refusal_jax.plan.planner import ON_CPU, WANTED
+from refusal_jax.speed import pytorch, table
+from refusal_jax.speed.ceilings import measure, weight_files
+from refusal_jax.speed.made_up import made_up, shape_of
+from refusal_jax.speed.stages import OF_FILES, STAGES, Bench, Task, Timed
 from refusal_jax.study.config import get_config
 
 LOG = logging.getLogger(__name__)

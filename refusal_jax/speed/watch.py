@@ -17,9 +17,9 @@ import jax
 import numpy as np
 from jax.core import Tracer
 
-from refusal_jax.bench.work import Loops, Work, work_of
 from refusal_jax.models.config import ModelConfig
 from refusal_jax.models.structure import structure
+from refusal_jax.speed.work import Loops, Work, work_of
 
 PACKAGE = __name__.partition(".")[0]
 JITTED = type(jax.jit(abs))

@@ -13,8 +13,8 @@ import subprocess
 import sys
 from typing import Any
 
-from refusal_jax.bench.stages import Bench
 from refusal_jax.errors import UserError
+from refusal_jax.speed.stages import Bench
 from refusal_jax.study.rule import Rule, pick
 
 JOBS = {"extraction_selection": ("extraction", "selection"), "generation": ("prefill", "decode")}  # by stages they time

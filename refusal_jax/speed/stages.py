@@ -15,8 +15,6 @@ from collections.abc import Callable, Collection
 import jax
 import numpy as np
 
-from refusal_jax.bench.ceilings import evict
-from refusal_jax.bench.watch import Call, Counted, counted, watching
 from refusal_jax.chat.loss_rows import chat_rows
 from refusal_jax.chat.model import ChatModel
 from refusal_jax.chat.residuals import Extraction, extract
@@ -28,6 +26,8 @@ from refusal_jax.export.run import Request, export
 from refusal_jax.models.config import ModelConfig
 from refusal_jax.plan.programs import Sizes
 from refusal_jax.progress import Progress
+from refusal_jax.speed.ceilings import evict
+from refusal_jax.speed.watch import Call, Counted, counted, watching
 from refusal_jax.study.directions import difference_in_means
 from refusal_jax.study.loss import measure_loss
 from refusal_jax.study.rule import Rule

@@ -2,8 +2,8 @@
 
 import dataclasses
 
-from refusal_jax.bench.ceilings import Ceilings
-from refusal_jax.bench.stages import Timed
+from refusal_jax.speed.ceilings import Ceilings
+from refusal_jax.speed.stages import Timed
 
 SURPRISING = 1.05  # share of a ceiling above which something is wrong with one of the two
 UNSTEADY = 1.25  # ratio of the slowest and fastest of equal runs

@@ -24,10 +24,9 @@ from refusal_jax.files import cannot_write
 from refusal_jax.progress import each
 
 TRIES = 5
-SIDE = {"cpu": 2048}  # of the matrices, by platform; elsewhere LARGE_SIDE
-LARGE_SIDE = 8192
-ARRAY = {"cpu": 256 << 20}  # bytes of the array on a device, more than caches hold; elsewhere LARGE_ARRAY
-LARGE_ARRAY = 2 << 30
+SIDE, LARGE_SIDE = 2048, 8192  # of the matrices, on a CPU and elsewhere
+ARRAY_OF_HOST = 256 << 20  # bytes of the array on a CPU, shared by its devices: more than its caches hold
+LARGE_ARRAY = 2 << 30  # and on each other device
 PART = 8 << 20  # bytes that are read from a file or written to one at a time
 READERS = 4  # threads, as in loading
 WRITTEN = 1 << 30  # bytes of the test file, at most
@@ -72,7 +71,7 @@ def best(work: Callable[[], object], tries: int = TRIES) -> float:
 def product(mesh: Mesh, kind: str) -> float:
     """Returns the operations a second of a product of square matrices on every device at once."""
     dtype, _, precision = kind.partition(" ")
-    side = SIDE.get(mesh.devices.flat[0].platform, LARGE_SIDE)
+    side = SIDE if mesh.devices.flat[0].platform == "cpu" else LARGE_SIDE
     spec = PartitionSpec("all")
     (a, b) = _filled(mesh, (mesh.size, side, side), jnp.dtype(dtype), 2)
 
@@ -86,7 +85,8 @@ def product(mesh: Mesh, kind: str) -> float:
 def memory(mesh: Mesh) -> float:
     """Returns the bytes a second of a pass over a large array: the faster of a scaled copy and a product with a vector, which
     only reads, as decoding does."""
-    size = ARRAY.get(mesh.devices.flat[0].platform, LARGE_ARRAY)
+    on_cpu = mesh.devices.flat[0].platform == "cpu"
+    size = ARRAY_OF_HOST // mesh.size if on_cpu else LARGE_ARRAY
     (x,) = _filled(mesh, (mesh.size, size // 4 // 1024, 1024), jnp.dtype(jnp.float32), 1)
     vector = jnp.ones(1024)
     copy, read = jax.jit(lambda x: x * 2), jax.jit(lambda x: x @ vector)
