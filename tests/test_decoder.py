@@ -175,8 +175,8 @@ def test_run_layers_equals_the_scan(model):
     def both(decoder: Decoder, tokens, mask, edits, start, stop):
         ctx, x = Context.of_prompt(cfg, mask), decoder.embed_tokens(tokens)
         out = decoder.run(x, ctx, edits, Taps(("resid_post",)))
-        before = decoder.run_layers(x, ctx, edits, 0, start)
-        after = decoder.run_layers(before, ctx, edits, start, stop)
+        before, _ = decoder.run_layers(x, ctx, edits, 0, start)
+        after, _ = decoder.run_layers(before, ctx, edits, start, stop)
         return out.resid_btd, out.taps["resid_post"], before.x_btd, after.x_btd
 
     for edit in edits:

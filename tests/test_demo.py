@@ -10,11 +10,12 @@ import pytest
 from transformers import PreTrainedTokenizerBase
 
 from refusal_jax import UserError, demo_model_path
-from refusal_jax.chat import residuals
+from refusal_jax.chat import prefix, residuals
 from refusal_jax.chat.prompts import Chat
 from refusal_jax.data.sources import resolve
 from refusal_jax.models import generate as generate_module
 from refusal_jax.models import losses
+from refusal_jax.models import prefix as models_prefix
 from refusal_jax.runs.ledger import Ledger
 from refusal_jax.runs.run import Run
 from refusal_jax.study import completions, directions, scoring, shared
@@ -26,7 +27,8 @@ PROGRAMS = {
     "score": scoring.score_edits,
     "induce": scoring.score_from_layer,
     "advance": scoring.advance,
-    "embed": scoring.embed,
+    "embed": prefix.embed,
+    "begun": models_prefix.begun,
     "empty": generate_module.empty,
     "admit": generate_module.admit,
     "decode": generate_module.decode,
@@ -112,7 +114,9 @@ def test_one_compile_serves_every_candidate_and_condition(finished):
     assert all(len(json.loads((folder / f"completions/{c}_completions.json").read_text())) == 12 for c in CONDITIONS)
     # Prompts have at most two padded lengths; replies, of which the loss is measured, three.
     assert counts["admit"] == counts["decode"] == 1 and counts["loss"] <= 3, counts
-    assert all(counts[name] <= 2 for name in ("extract", "score", "induce", "advance", "embed", "project")), counts
+    # What all prompts begin with is a row of its own, alone or under several edits.
+    assert all(counts[name] <= 2 for name in ("extract", "score", "induce", "project", "begun")), counts
+    assert counts["advance"] <= 3 and counts["embed"] <= 3, counts
 
 
 def test_other_directions_compile_nothing_new(finished, tmp_path):

@@ -15,6 +15,7 @@ from refusal_jax.models.cache import Cache
 from refusal_jax.models.decoder import Decoder, unstacked
 from refusal_jax.models.hf_config import from_hf
 from refusal_jax.models.mixers.attention import Attention
+from refusal_jax.models.prefix import begun
 from refusal_jax.models.sharding import make_mesh
 from refusal_jax.models.structure import structure
 from refusal_jax.models.weights import mixers_of, weight_table
@@ -93,8 +94,9 @@ def test_shared_prefixes_of_two_kinds(models):
     alike, mixed = models
     tokens, mask, edits = prompts(alike.cfg)
     prefix = np.arange(1, 9, dtype=np.int32)
-    wanted, _ = scoring.last_logits(alike, np.zeros(0, np.int32), *joined(prefix, tokens, mask), edits)
-    found, finite = scoring.last_logits(mixed, prefix, tokens, mask, edits)
+    wanted, _ = scoring.last_logits(alike, None, *joined(prefix, tokens, mask), edits)
+    before = begun(mixed, mixed.embed_tokens(prefix[None]), edits, 0)
+    found, finite = scoring.last_logits(mixed, before, tokens, mask, edits)
     assert np.asarray(finite).all()
     close(found, wanted)
 
@@ -129,13 +131,18 @@ def test_layers_that_read_the_keys_of_another(models, listed):
 
 
 def test_scores_of_layers_that_share(models):
-    """Tells that a model whose layers share keys is scored from its first layer on, without a shared prefix."""
+    """Tells that a model whose layers share keys is scored alike with a prefix that all prompts share."""
     cfg = sharing(models[0].cfg)
-    decoder, (tokens, mask, edits) = Decoder.init(cfg, jax.random.key(2)), prompts(cfg)
-    assert not scoring.shared_prefix(cfg, [[1] * 20, [1] * 20])
-    logits, _ = scoring.last_logits(decoder, np.zeros(0, np.int32), tokens, mask, edits)
+    decoder, (tokens, mask, edits), prefix = (
+        Decoder.init(cfg, jax.random.key(2)),
+        prompts(cfg),
+        np.int32([1, 2, 3, 4, 5]),
+    )
+    whole_tokens, whole_mask = joined(prefix, tokens, mask)
+    before = begun(decoder, decoder.embed_tokens(prefix[None]), edits, 0)
+    logits, _ = scoring.last_logits(decoder, before, tokens, mask, edits)
     repeated = jax.tree.map(lambda a: jnp.repeat(a, len(tokens), axis=0), edits)
-    whole = decoder.forward(np.tile(tokens, (2, 1)), np.tile(mask, (2, 1)), repeated)
+    whole = decoder.forward(np.tile(whole_tokens, (2, 1)), np.tile(whole_mask, (2, 1)), repeated)
     close(logits, decoder.logits(whole.resid_btd)[:, -1])
 
 

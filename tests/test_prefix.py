@@ -1,15 +1,19 @@
 """Tokens that all prompts begin with, computed once for each edit, change no score."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from families import hf_config
 
+from refusal_jax.chat.prefix import LEAST, common, shared_tokens
+from refusal_jax.chat.prompts import PROBES
 from refusal_jax.edits import Edits
 from refusal_jax.models.decoder import Decoder
 from refusal_jax.models.hf_config import from_hf
-from refusal_jax.models.prefix import shareable
+from refusal_jax.models.prefix import begun, shareable, taken
 from refusal_jax.models.sharding import make_mesh
 from refusal_jax.study import scoring
 
@@ -39,10 +43,9 @@ def padded(rows):
 
 def both_ways(decoder, rows, edits):
     """Logits from whole prompts, and from prompts whose first tokens are shared."""
-    none = np.zeros(0, np.int32)
-    whole = scoring.last_logits(decoder, none, *padded(rows), edits)
-    shared = scoring.last_logits(decoder, np.int32(rows[0][:SHARED]), *padded([row[SHARED:] for row in rows]), edits)
-    return whole, shared
+    whole = scoring.last_logits(decoder, None, *padded(rows), edits)
+    before = begun(decoder, decoder.embed_tokens(np.int32([rows[0][:SHARED]])), edits, 0)
+    return whole, scoring.last_logits(decoder, before, *padded([row[SHARED:] for row in rows]), edits)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -66,13 +69,30 @@ def test_shared_tokens_on_a_mesh():
     np.testing.assert_allclose(both_ways(many, rows, edits)[1][0], expected, rtol=1e-4, atol=1e-4)
 
 
-def test_how_many_tokens_are_shared():
+def test_rows_of_a_cache_are_those_of_their_edits():
     cfg = from_hf(hf_config("llama"))
-    first = list(range(30))
-    assert scoring.shared_prefix(cfg, [[*first, 1, 2], [*first, 3]]) == first[:24]  # in steps of 8
-    assert scoring.shared_prefix(cfg, [[*first, 1, 2], [*first[:20], 3]]) == first[:16]
-    assert scoring.shared_prefix(cfg, [first[:16], first]) == first[:8]  # the last token is never shared
-    assert scoring.shared_prefix(cfg, [[1, 2], [3, 4]]) == first[:0]
+    decoder, directions = (
+        Decoder.init(cfg, jax.random.key(0)),
+        np.random.default_rng(1).standard_normal((3, cfg.d_model)),
+    )
+    edits, shared = (
+        Edits.ablate(directions).for_batch(3, cfg.n_layers, cfg.d_model),
+        decoder.embed_tokens(np.int32([[1, 2, 3]])),
+    )
+    some = taken(begun(decoder, shared, edits, 0), 1, 2)
+    alone = begun(decoder, shared, edits.take(np.arange(1, 3)), 0)
+    jax.tree.map(lambda one, other: np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6), some, alone)
+
+
+def test_how_many_tokens_are_shared(model, monkeypatch):
+    written = common([model.chat.prompt_ids(probe) for probe in PROBES])
+    assert len(written) >= LEAST
+    rows = [[*written, 1, 2], [*written, 3]]
+    assert shared_tokens(model, rows) == written
+    assert shared_tokens(model, rows, last=2) == written[:-1]  # those that are read stay
+    assert shared_tokens(model, [*rows, [*written[: LEAST - 1], 9, 9, 9]]) == shared_tokens(model, []) == []
     scaled = from_hf(hf_config("llama", rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}))
     assert not shareable(scaled)  # its angles depend on how long the whole row is
-    assert scoring.shared_prefix(scaled, [[*first, 1, 2], [*first, 3]]) == []
+    assert shared_tokens(dataclasses.replace(model, decoder=Decoder.abstract(scaled, jnp.float32, None)), rows) == []
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    assert shared_tokens(model, rows) == written[: len(written) // 8 * 8]

@@ -14,7 +14,9 @@ from refusal_jax.axes import Array
 from refusal_jax.chat.batches import length_batches
 from refusal_jax.chat.messages import Prompt
 from refusal_jax.chat.model import ChatModel
+from refusal_jax.chat.prefix import begin, shared_prefix
 from refusal_jax.edits import Edits
+from refusal_jax.models.cache import Cache
 from refusal_jax.models.decoder import Decoder
 from refusal_jax.models.finite import check_finite
 from refusal_jax.models.scores import refusal_score
@@ -39,6 +41,7 @@ class Extraction:
 @partial(jax.jit, static_argnames="taps")
 def extract_batch(
     decoder: Decoder,
+    before: Cache | None,
     tokens_bt: Int[Array, "B T"],
     mask_bt: Bool[Array, "B T"],
     edits: Edits,
@@ -52,9 +55,10 @@ def extract_batch(
 
     Sums are of differences to the batch's first row: positions where all prompts agree (the
     template's tokens at layer 0) then cancel exactly instead of leaving rounding noise.
+    before: the memory of tokens that all rows begin with and that `tokens_bt` leaves out, None for none.
     sign: +1 keeps scores above 0, -1 those below, 0 keeps all valid rows.
     """
-    out = decoder.forward(tokens_bt, mask_bt, edits, taps)
+    out = decoder.forward(tokens_bt, mask_bt, edits, taps, before)
     logits_bv, finite_b = decoder.next_logits(out.resid_btd)
     scores_b = refusal_score(logits_bv, refusal_ids)
     kept_b = valid_b & jnp.where(sign == 0, True, sign * scores_b > 0)
@@ -82,10 +86,11 @@ def extract(
     scores, kept = np.zeros(n), np.zeros(n, bool)
     total = np.zeros((cfg.n_layers, positions, cfg.d_model))
     taps, ids = Taps(("resid_pre",), positions), np.asarray(refusal_ids, np.int32)
-    batches = each(list(length_batches(model, instructions, batch_size)), title, "batch")
-    for index, batch in batches:
+    prefix = shared_prefix(model, instructions, positions)
+    before, batches = begin(model, prefix), list(length_batches(model, instructions, batch_size, len(prefix)))
+    for index, batch in each(batches, title, "batch"):
         valid = np.arange(batch_size) < len(index)
-        out = extract_batch(model.decoder, *model.put(batch.tokens, batch.mask), valid, sign, ids, taps)
+        out = extract_batch(model.decoder, before, *model.put(batch.tokens, batch.mask), valid, sign, ids, taps)
         scores_b, kept_b, offsets, first, finite_b = (np.asarray(a) for a in jax.device_get(out))
         check_finite(finite_b[: len(index)], model.decoder.dtype, f"No residuals can be read from '{title}'")
         scores[index], kept[index] = scores_b[: len(index)], kept_b[: len(index)]

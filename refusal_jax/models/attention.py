@@ -102,9 +102,12 @@ class Context:
         return cls(tuple(map(view, cfg.kinds)), jnp.asarray(mask_bt))
 
     @classmethod
-    def of_prompt(cls, cfg: ModelConfig, mask_bt: Bool[Array, "B T"]) -> "Context":
-        """Returns the views of whole, left-padded prompts."""
-        return cls.build(cfg, jnp.maximum(jnp.cumsum(mask_bt, axis=1) - 1, 0), mask_bt)
+    def of_prompt(cls, cfg: ModelConfig, mask_bt: Bool[Array, "B T"], cache: Cache | None = None) -> "Context":
+        """Returns the views of left-padded rows: of whole prompts, or of what follows the tokens of `cache`."""
+        positions_bt = jnp.maximum(jnp.cumsum(mask_bt, axis=1) - 1, 0)
+        if cache is not None:
+            positions_bt = cache.position_b[:, None] + positions_bt
+        return cls.build(cfg, positions_bt, mask_bt, cache)
 
     def view(self, kind: jax.Array, among: tuple[int, ...] | None = None) -> View:
         """Returns the view of one layer.

@@ -49,6 +49,17 @@ def placed(mesh, tree, layers: bool):
     )
 
 
+def spread(mesh, cache: "Cache", rows: int) -> "Cache":
+    """Returns a cache, inside a jitted function, as that of more rows, of which each of its own serves equally many, one after
+    another."""
+    times = rows // len(cache.mask_bc)
+    if times == 1:
+        return cache
+    memory = placed(mesh, jax.tree.map(lambda a: jnp.repeat(a, times, axis=1), cache.memory), layers=True)
+    mask_bc, position_b = (jnp.repeat(a, times, axis=0) for a in (cache.mask_bc, cache.position_b))
+    return Cache(memory, mask_bc, cache.filled, position_b)
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Cache:

@@ -20,7 +20,7 @@ from refusal_jax.axes import Array, Leaf
 from refusal_jax.edits import Edits
 from refusal_jax.models.attention import Context
 from refusal_jax.models.block import Block, Layer, Stack, Weights
-from refusal_jax.models.cache import Cache, map_memory, placed
+from refusal_jax.models.cache import Cache, map_memory, placed, spread
 from refusal_jax.models.config import ModelConfig
 from refusal_jax.models.layers import linear, lookup, normed
 from refusal_jax.models.sharding import constrain, constrain_residual, split_for, weight_place, weight_spec
@@ -203,14 +203,13 @@ class Decoder(nnx.Module):
         layers=None,
         keep: bool = False,
     ) -> Output:
-        """Runs whole, left-padded prompts or, with a cache, the tokens that follow it, from the embedding to the last block.
+        """Runs left-padded rows from the embedding to the last block: whole prompts or, with a cache, what follows it.
 
-        mask_bt: marks real tokens. layers, keep: as in `run`.
+        mask_bt: marks real tokens. cache: of as many rows, or of fewer, each for equally many (`cache.spread`). layers, keep: as
+        in `run`.
         """
-        if cache is None:
-            ctx = Context.of_prompt(self.cfg, mask_bt)
-        else:
-            ctx = Context.build(self.cfg, cache.position_b[:, None] + jnp.arange(mask_bt.shape[1]), mask_bt, cache)
+        cache = cache and spread(self.mesh, cache, len(mask_bt))
+        ctx = Context.of_prompt(self.cfg, mask_bt, cache)
         return self.run(self.embed_tokens(tokens_bt), ctx, edits, taps, cache, layers, keep=keep)
 
     def next_logits(self, x_btd: Float[jax.Array, "B T D"]) -> tuple[Float[jax.Array, "B V"], Bool[jax.Array, " B"]]:
@@ -256,18 +255,15 @@ class Decoder(nnx.Module):
             x, (tapped, new) = jax.lax.scan(alone, x_btd, (layers, past))
             return Output(x, tapped, new)
 
-        fresh = None
-        if keep or form.shares:
-            fresh = self._fresh(x_btd)
-            if past is not None:
-                fresh = map_memory(lambda new, _: new, lambda _, old: old, fresh, past)
+        fresh = self._fresh(x_btd, past) if keep or form.shares else None
         (x, fresh), tapped = jax.lax.scan(partial(self._among, apply, past), (x_btd, fresh), layers)
         return Output(x, tapped, fresh if keep else ())
 
-    def _fresh(self, x_btd: Float[jax.Array, "B T D"]) -> Any:
-        """Returns room for the memory of new tokens, in all layers."""
+    def _fresh(self, x_btd: Float[jax.Array, "B T D"], past) -> Any:
+        """Returns room for the memory of new tokens, in all layers; its states are those of `past`, if there is any."""
         batch, length, _ = x_btd.shape
-        return placed(self.mesh, structure(self.cfg).empty(batch, length, self.dtype), layers=True)
+        fresh = placed(self.mesh, structure(self.cfg).empty(batch, length, self.dtype), layers=True)
+        return fresh if past is None else map_memory(lambda new, _: new, lambda _, old: old, fresh, past)
 
     def _among(self, apply, past, carry, layer: Layers):
         """Runs a layer of several kinds. They pass on what they keep, None if nothing: each writes to its own place, which needs
@@ -301,9 +297,14 @@ class Decoder(nnx.Module):
             kept.append(None if k is None or source is not None else after[k])
         return Output(x, jax.tree.map(lambda *a: jnp.stack(a), *tapped), kept)
 
-    def run_layers(self, residuals: Residuals, ctx: Context, edits: Edits, start, stop) -> Residuals:
-        """Runs blocks `start` to `stop - 1` and returns the residuals; the bounds are traced: one program serves any range. Where
-        layers use the memory of others, `start` must be 0."""
+    def run_layers(
+        self, residuals: Residuals, ctx: Context, edits: Edits, start, stop, past=None, keep: bool = False
+    ) -> tuple[Residuals, Any]:
+        """Runs blocks `start` to `stop - 1`; returns the residuals and, if it is to be kept, the memory of the tokens, zeros in
+        other layers. The bounds are traced: one program serves any range.
+
+        past: the memory of the tokens before. Where layers use the memory of others, `start` must be 0.
+        """
         layers = residuals.tell(self.layers(edits))
 
         def apply(x, layer: Layers, past, before):
@@ -311,7 +312,8 @@ class Decoder(nnx.Module):
 
         def body(index, carry):
             layer = jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, index, keepdims=False), layers)
-            return self._among(apply, None, carry, layer)[0]
+            return self._among(apply, past, carry, layer)[0]
 
-        fresh = self._fresh(residuals.x_btd) if structure(self.cfg).shares else None
-        return dataclasses.replace(residuals, x_btd=jax.lax.fori_loop(start, stop, body, (residuals.x_btd, fresh))[0])
+        fresh = self._fresh(residuals.x_btd, past) if keep or structure(self.cfg).shares else None
+        x_btd, memory = jax.lax.fori_loop(start, stop, body, (residuals.x_btd, fresh))
+        return dataclasses.replace(residuals, x_btd=x_btd), memory

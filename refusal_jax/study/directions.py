@@ -173,7 +173,7 @@ def programs(shapes: Shapes, rows: int) -> list[Program]:
     def lower():
         inputs = *shapes.prompts(rows), shapes.edits(rows)
         valid, ids = shapes.array((rows,), jnp.bool_), shapes.array((1,), jnp.int32)
-        return extract_batch.lower(shapes.decoder, *inputs, valid, 1, ids, taps)
+        return extract_batch.lower(shapes.decoder, None, *inputs, valid, 1, ids, taps)
 
     return [Program("extraction", lower, runs, rows, work.length, work.cfg.n_layers)]
 

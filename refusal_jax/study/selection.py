@@ -9,19 +9,18 @@ import math
 import pathlib
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
 from refusal_jax.chat.messages import Prompt
 from refusal_jax.chat.model import ChatModel
+from refusal_jax.chat.prefix import shared_prefix
 from refusal_jax.chat.refusal_tokens import Opening, nothing_chosen
 from refusal_jax.directions import Direction
 from refusal_jax.errors import NoDirection, field
 from refusal_jax.judges.behaviours import JUDGE, REFUSAL, Behaviour
 from refusal_jax.judges.statistics import Rate
-from refusal_jax.models.decoder import Residuals
 from refusal_jax.plan.programs import Group, Program, Shapes
 from refusal_jax.progress import Progress
 from refusal_jax.report.concerns import selection_disagreement
@@ -34,12 +33,11 @@ from refusal_jax.runs.run import Run
 from refusal_jax.runs.stage import Stage
 from refusal_jax.study.judged import find_judged, tried_rows
 from refusal_jax.study.rule import LOOSENING, Rule, nearest_misses, pick
-from refusal_jax.study.scoring import Batching, PromptScorer, last_logits, score_edits, score_from_layer, shared_prefix
+from refusal_jax.study.scoring import Batching, PromptScorer, chunk, last_logits, score_edits, score_from_layer
 from refusal_jax.study.shared import Study
 
 # The shares of the candidates of unpruned layers that pass the filter's next steps: means of the paper's five published runs.
 PASS_INDUCE, PASS_KL = 0.25, 0.12
-SAVED = 8  # candidates, at least, that are scored between two writes to the ledger
 
 
 def candidate_rows(directions_lpd: np.ndarray, known: Sequence[dict] = ()) -> list[dict]:
@@ -80,7 +78,7 @@ def evaluate_candidates(
     """
     positions, rows = directions_lpd.shape[1], candidate_rows(directions_lpd, known)
     layers = rule.layers(full_grid)
-    prefix = shared_prefix(model.config, [model.chat.prompt_ids(text) for text in (*harmless, *harmful)])
+    prefix = shared_prefix(model, (*harmless, *harmful))
     harmless_val = PromptScorer.build(model, harmless, refusal_ids, batch_size, prefix)
     harmful_val = PromptScorer.build(model, harmful, refusal_ids, batch_size, prefix)
 
@@ -101,7 +99,7 @@ def evaluate_candidates(
         for key, scorer, which in (("kl_div_score", harmless_val, 1), ("refusal_score", harmful_val, 0)):
             wanted = unknown(key, rows, needed)
             bar.update(len(rows) - len(wanted))
-            step = scorer.batching.at_once * -(-SAVED // scorer.batching.at_once)
+            step = chunk(scorer.batching.at_once)
             for start in range(0, len(wanted), step):
                 part = wanted[start : start + step]
                 fill(key, part, lambda directions, scorer=scorer, which=which: scorer.ablated(directions)[which])
@@ -224,21 +222,16 @@ def programs(shapes: Shapes, rows: int) -> list[Program]:
     def ids():
         return shapes.array((1,), jnp.int32)
 
-    none = shapes.array((0,), jnp.int32)  # how much all prompts share is not known here
-
     def scores():
         inputs = *shapes.prompts(prompts), shapes.edits(at_once, None), shapes.logits(prompts)
-        return score_edits.lower(shapes.decoder, none, *inputs, ids())
+        return score_edits.lower(shapes.decoder, None, *inputs, ids())  # how much all prompts share is not known here
 
     def later():
         x, mask = shapes.residuals(prompts), shapes.prompts(prompts)[1]
-        nothing: Any = shapes.array((1, 0, work.cfg.d_model), x.x_btd.dtype)
-        return score_from_layer.lower(
-            shapes.decoder, Residuals(nothing), x, mask, shapes.edits(together, None), 0, ids()
-        )
+        return score_from_layer.lower(shapes.decoder, None, x, mask, shapes.edits(together, None), 0, ids())
 
     def base():
-        return last_logits.lower(shapes.decoder, none, *shapes.prompts(prompts), shapes.edits(1, None))
+        return last_logits.lower(shapes.decoder, None, *shapes.prompts(prompts), shapes.edits(1, None))
 
     def program(name, lower, runs, many, layers):
         turns = n_layers  # where a loop has no bound in the text; costs come down by the share of the layers

@@ -1,9 +1,9 @@
 """Multi-head latent attention (DeepSeek V2, arXiv:2405.04434, section 2.1): keys and values of all heads are made of one short
 vector of each token, its latent, and only that is kept.
 
-A prompt makes keys and values of its latents for every head, which is the cheaper way for many queries. Where there is a past,
-queries go to the latents instead: for a head whose keys are K c and whose values are V c, a score is (K^T q) . c and the output
-V (sum of p c). So a decode step reads one vector of each token, however many heads there are.
+A prompt makes keys and values of its latents for every head, which is the cheaper way for many queries. Where a single token
+follows others, queries go to the latents instead: for a head whose keys are K c and whose values are V c, a score is (K^T q) . c
+and the output V (sum of p c). So a decode step reads one vector of each token, however many heads there are.
 """
 
 import dataclasses
@@ -70,7 +70,8 @@ class Latent:
     def mix(self, here, h_btd: Float[jax.Array, "B T D"], ctx: Context, past: Tokens | None) -> Mixed:
         """Returns attention on the input, as `Mixer.mix` does; its memory is the tokens' latents.
 
-        Heads have queries, keys and values in full width; with a past, these are computed only where a tap asks for them.
+        Heads have queries, keys and values in full width; for a single token that follows others, these are computed only where a
+        tap asks for them.
         """
         cfg, view = here.cfg, ctx.view(here.layer.kind)
         up_nwr, new_b1tr, q_btnh = self._up(here), self._latents(here, h_btd, view), self._queries(here, h_btd, view)
@@ -78,7 +79,7 @@ class Latent:
         if past is not None and view.allowed_btc is not None:
             kept.insert(0, (past.parts[0], view.allowed_btc))
         segments: list[Segment] = [(*self.expanded(here.mesh, up_nwr, c), allowed) for c, allowed in kept]
-        if len(kept) > 1:
+        if len(kept) > 1 and h_btd.shape[1] == 1:
             z_btf = self.absorbed(up_nwr, q_btnh, kept, cfg.query_scale)
         else:
             z_btf = attend(q_btnh, segments, None, cfg.query_scale, None)

@@ -1,0 +1,67 @@
+"""Finds the tokens that prompts begin with because their template writes them, and runs them once for all prompts."""
+
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+
+from refusal_jax.chat.messages import Prompt
+from refusal_jax.chat.model import ChatModel
+from refusal_jax.chat.prompts import PROBES
+from refusal_jax.edits import Edits
+from refusal_jax.models.cache import Cache
+from refusal_jax.models.decoder import Decoder, Residuals
+from refusal_jax.models.prefix import begun, shareable
+from refusal_jax.models.sharding import put, sharding_of
+
+LEAST = 4  # tokens; fewer are not worth a program of their own
+
+
+def common(rows: Sequence[Sequence[int]]) -> list[int]:
+    """Returns the tokens that all rows begin with."""
+    first, most = rows[0], min(map(len, rows))
+    return list(first[: next((i for i in range(most) if any(row[i] != first[i] for row in rows)), most)])
+
+
+def shared_prefix(model: ChatModel, prompts: Sequence[Prompt], last: int = 1) -> list[int]:
+    """Returns the tokens that the template writes before an instruction, as far as all prompts begin with them.
+
+    Each prompt's `last` tokens are not among them. There are none where the model cannot share them, and where they are too few;
+    on a TPU there are as many as its tiles hold, a multiple of 8.
+    """
+    return shared_tokens(model, [model.chat.prompt_ids(prompt) for prompt in prompts], last)
+
+
+def shared_tokens(model: ChatModel, rows: Sequence[Sequence[int]], last: int = 1) -> list[int]:
+    """Does what `shared_prefix` does, for rows of tokens."""
+    if not rows or not shareable(model.config):
+        return []
+    written = common([*map(model.chat.prompt_ids, PROBES), *rows])
+    step = 1 if jax.default_backend() == "cpu" else 8
+    count = max(min(len(written), min(map(len, rows)) - last), 0) // step * step
+    return written[:count] if count >= LEAST else []
+
+
+@jax.jit
+def embed(decoder: Decoder, tokens_bt) -> Residuals:
+    """Returns the residuals at the input of the first block."""
+    return decoder.embed_tokens(tokens_bt)
+
+
+def embedded(model: ChatModel, prefix: Sequence[int]) -> Residuals | None:
+    """Returns the residuals of shared tokens at the input of the first block, one row; None if there are no tokens."""
+    if not len(prefix):
+        return None
+    return embed(model.decoder, put(np.asarray([prefix], np.int32), sharding_of(model.mesh, None, None)))
+
+
+def unedited(model: ChatModel) -> Edits:
+    """Returns one row of edits that change nothing, on the devices."""
+    cfg = model.config
+    return put(Edits.none(cfg.d_model).for_batch(1, cfg.n_layers, cfg.d_model), sharding_of(model.mesh, None))
+
+
+def begin(model: ChatModel, prefix: Sequence[int], edits: Edits | None = None) -> Cache | None:
+    """Returns the memory of shared tokens under one edit, a row on the devices; None if there are no tokens."""
+    shared = embedded(model, prefix)
+    return None if shared is None else begun(model.decoder, shared, unedited(model) if edits is None else edits, 0)
