@@ -112,8 +112,8 @@ def test_selection_communicates_what_it_must_and_no_more(wide, mesh):
     cfg, config = decoder.cfg, get_config()
     shapes = Shapes(workload(cfg, "float32", config, LENGTH), decoder.mesh)
     inputs = *shapes.prompts(ROWS), shapes.edits(1, None), shapes.logits(ROWS)
-    prefix, ids = (shapes.array((n,), jnp.int32) for n in (0, 1))
-    found = collectives(score_edits.lower(shapes.decoder, prefix, *inputs, ids).compile().as_text())
+    ids = shapes.array((1,), jnp.int32)
+    found = collectives(score_edits.lower(shapes.decoder, None, *inputs, ids).compile().as_text())
     data, fsdp, model = mesh
     activation = (ROWS // (data * fsdp), LENGTH, cfg.d_model)
     scattered = (ROWS // (data * fsdp * model), LENGTH, cfg.d_model)
