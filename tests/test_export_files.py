@@ -8,7 +8,7 @@ import os
 import pathlib
 import shutil
 import types
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -225,6 +225,15 @@ def test_an_interrupted_export_has_no_folder_and_a_rerun_completes(llama, tmp_pa
     (tmp_path / ".out.part" / "model.safetensors").write_bytes(b"half")
     fast(llama, tmp_path / "out")
     assert [p.name for p in tmp_path.iterdir()] == ["out"] and digest(tmp_path / "out" / "config.json")
+
+
+def test_what_runs_while_files_are_written_ends_when_that_fails():
+    writing = Future()
+    bar = verify.Beside(writing, "running", 2, "layer")
+    bar.update()
+    writing.set_exception(UserError("The disk is full."))
+    with pytest.raises(UserError, match="The disk is full"):
+        bar.update()
 
 
 def test_two_processes_do_not_share_a_folder(llama, tmp_path):

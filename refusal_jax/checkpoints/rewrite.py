@@ -115,7 +115,7 @@ class Stored:
         stop = self.count if stop is None else stop
         if self.source is None:
             return np.zeros((stop - start, *self.shape[1:]), np.float32)
-        values = np.empty((stop - start, *self.shape[1:]), self.numpy_dtype)
+        values = np.empty((stop - start, *self.shape[1:]), np.float32 if self.place else self.numpy_dtype)
         index = (slice(start, stop),) if self.shape else ()
         self.source.read_into(index, values if self.shape else values.reshape(()))
         return values.astype(np.float32, copy=False)

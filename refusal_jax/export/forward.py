@@ -7,6 +7,7 @@ written, or files with edits applied on the way. Axis letters: as in the decoder
 
 import dataclasses
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol, runtime_checkable
 
 import jax
@@ -26,6 +27,7 @@ from refusal_jax.models.weights import mixers_of
 from refusal_jax.taps import Taps
 
 READ = (*SITES, "resid_post")
+READERS = 4  # threads, each of which reads a tensor
 VOCABULARY_ROWS = 8192  # of the unembedding, in memory at a time
 
 
@@ -113,9 +115,10 @@ def run_streams(streams: Sequence[Stream], batch: TokenBatch, basis_jd: np.ndarr
 def layer_decoder(weights: Weights, layer: int) -> Decoder:
     """Returns a decoder of one layer of a checkpoint, without an embedding."""
     cfg, parts = weights.cfg, {}
-    for piece in pieces(cfg):
-        if piece.layer == layer:
-            parts.setdefault(piece.path, []).append(piece.rows(weights.rows))
+    own = [piece for piece in pieces(cfg) if piece.layer == layer]
+    with ThreadPoolExecutor(READERS) as pool:
+        for piece, values in zip(own, pool.map(lambda piece: piece.rows(weights.rows), own), strict=True):
+            parts.setdefault(piece.path, []).append(values)
     experts = {piece.path for piece in pieces(cfg) if len(piece.index) == 2}
     stacked = {
         path: jnp.asarray((np.stack(found) if path in experts else found[0])[None]) for path, found in parts.items()

@@ -8,7 +8,7 @@ import dataclasses
 import math
 import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -105,8 +105,11 @@ class Plan:
         """Returns the size of all tensors in bytes."""
         return sum(file.size for file in self.files.values())
 
-    def write(self, folder: pathlib.Path) -> Written:
-        """Writes into an empty folder. Raises UserError for values that are not finite, OSError for a disk that refuses."""
+    def write(self, folder: pathlib.Path, done: Callable[[pathlib.Path], object] = lambda path: None) -> Written:
+        """Writes into an empty folder. done: is called with each weight file once it is written.
+
+        Raises UserError for values that are not finite, OSError for a disk that refuses.
+        """
         checkpoint = self.checkpoint
         copy_other_files(checkpoint.folder, folder, (*QUANTISATION_FILES, INDEX) if checkpoint.anew else ())
         if self.config or checkpoint.anew:
@@ -117,6 +120,7 @@ class Plan:
             with Progress("exporting", self.size, "B") as bar:
                 for path, file in self.files.items():
                     hashes[path.name] = file.write(folder / path.name, pool, bar)
+                    done(folder / path.name)
         finally:
             pool.shutdown(cancel_futures=True)
         added = self.size - sum(file.size for file in checkpoint.files.values())

@@ -7,6 +7,7 @@ import pathlib
 import shutil
 import time
 from collections import Counter
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 from refusal_jax.chat.prompts import Chat
@@ -15,9 +16,9 @@ from refusal_jax.export import gguf, hf, lora
 from refusal_jax.export.card import licence_files, write_card
 from refusal_jax.export.finished import FinishedStudy
 from refusal_jax.export.provenance import base_model, write_provenance
-from refusal_jax.export.staging import UNVERIFIED, check_target, staged, sync_files
+from refusal_jax.export.staging import UNVERIFIED, check_target, staged, sync
 from refusal_jax.export.tensor_edits import Edit, check_edit
-from refusal_jax.export.verify import Sample, verify
+from refusal_jax.export.verify import Sample, originals, run_beside, verify
 from refusal_jax.files import to_json
 
 FORMATS = ("hf", "lora", "gguf")
@@ -63,24 +64,29 @@ def export(request: Request) -> dict:
     if request.verify:
         chat = Chat.load(request.source, cfg.context_length, cfg.vocab_size, **request.study.template)
         sample = Sample.of(chat, request.study.prompts, request.study.harmless)
-    base = base_model(request.source, request.base)
     start = time.monotonic()
-    with staged(request.target, size) as folder:
-        if plan is not None:
-            written = plan.write(folder)
-        elif request.form == "lora":
-            written = lora.write_lora(checkpoint, folder, edit, request.tied, base["name"])
-        else:
-            written = gguf.write_gguf(cfg, folder, edit)
-        if request.form != "hf":
-            for path in licence_files(request.source):
-                shutil.copyfile(path, folder / path.name)
-        seconds = {"write": round(time.monotonic() - start, 3)}
-        with ThreadPoolExecutor(1) as pool:
-            pool.submit(sync_files, folder)  # the disk works while the processor does
-            found = verify(checkpoint, folder, edit, written, sample) if sample else None
-        seconds["verify"] = round(time.monotonic() - start - seconds["write"], 3)
-        report = describe(request, checkpoint, written, base, found) | {"seconds": seconds}
+    with staged(request.target, size) as folder, ThreadPoolExecutor(2) as beside:
+        naming, synced = beside.submit(base_model, request.source, request.base), []
+
+        def work() -> tuple[hf.Written, float]:
+            def on_disk(path: pathlib.Path) -> None:  # the disk works while the processor does
+                synced.append(beside.submit(sync, path))
+
+            if plan is not None:
+                written = plan.write(folder, on_disk)
+            else:
+                written = write_small(request, checkpoint, folder, lambda: naming.result()["name"])
+            return written, time.monotonic() - start
+
+        writing, streams, found = beside.submit(work), {}, None
+        if sample and request.form != "gguf":  # which is written at once, and whose weights are the original's
+            streams = originals(checkpoint, edit)
+            run_beside(writing, list(streams.values()), sample, edit)
+        written, seconds = writing.result()
+        if sample:
+            found = verify(checkpoint, folder, edit, written, sample, streams)
+        base, took = naming.result(), {"write": round(seconds, 3), "verify": round(time.monotonic() - start, 3)}
+        report = describe(request, checkpoint, written, base, found) | {"seconds": took}
         (folder / REPORT).write_bytes(to_json(report))
         write_card(folder, request.source, report, request.command)
         verified = found is not None and not found["problems"]
@@ -93,7 +99,20 @@ def export(request: Request) -> dict:
             "command": request.command,
         }
         write_provenance(folder, record, written.hashes)
+        for done in synced:
+            done.result()  # of a write that failed, the disk tells once
     return report
+
+
+def write_small(request: Request, checkpoint: Checkpoint, folder: pathlib.Path, base: Callable[[], str]) -> hf.Written:
+    """Writes an adapter or a control vector, and the licence. base: tells the base model's name."""
+    if request.form == "lora":
+        written = lora.write_lora(checkpoint, folder, request.edit, request.tied, base())
+    else:
+        written = gguf.write_gguf(checkpoint.cfg, folder, request.edit)
+    for path in licence_files(request.source):
+        shutil.copyfile(path, folder / path.name)
+    return written
 
 
 def describe(request: Request, checkpoint: Checkpoint, written: hf.Written, base: dict, found: dict | None) -> dict:

@@ -1,10 +1,11 @@
 """Verifies that an export computes what the study measured: the written files, run by our own decoder, are compared
 with the edit at inference time on the original. All models pass through the layers together, so that one block of one
-of them is in memory at a time."""
+of them is in memory at a time. Those that need none of the written files run while these are written."""
 
 import dataclasses
 import pathlib
 from collections.abc import Sequence
+from concurrent.futures import Future
 from typing import Any
 
 import jax.numpy as jnp
@@ -77,22 +78,50 @@ class Sample:
         return rows, columns, np.array(targets)
 
 
-def verify(checkpoint: Checkpoint, folder: pathlib.Path, edit: Edit, written: Written, sample: Sample) -> dict:
+class Beside(Progress):
+    """The progress of work beside a thread's, which ends with the thread's error if that fails."""
+
+    def __init__(self, other: Future, *args: Any):
+        super().__init__(*args)
+        self.other = other
+
+    def update(self, count: int = 1, note: str = "") -> None:
+        super().update(count, note)
+        if self.other.done():
+            self.other.result()
+
+
+def run_beside(writing: Future, streams: list[Stream], sample: Sample, edit: Edit) -> None:
+    """Runs models of `originals` while files are written. Raises the error of the writing, once it has failed."""
+    with Beside(writing, "running the original", streams[0].weights.cfg.n_layers, "layer") as bar:
+        run_streams(streams, sample.batch(), edit.direction.basis_jd, bar)
+
+
+def verify(
+    checkpoint: Checkpoint,
+    folder: pathlib.Path,
+    edit: Edit,
+    written: Written,
+    sample: Sample,
+    before: dict[str, Stream] | None = None,
+) -> dict:
     """Measures how far the export in `folder` is from `edit` at inference time on `checkpoint`, in float32.
 
     The models are the export; the original, for scale; the reference, which is the original under the edit (of an injection, with
     its weights edited as they are read); and, where
-    norms follow the edited weights, orthogonalised, which is W - r r^T W regardless of the norms. Each gets
+    norms follow the edited weights, orthogonalised, which is W - r r^T W regardless of the norms. before: those of them that
+    have been run, of `originals`. Each gets
     max_logit_difference and mean_logit_difference from the reference (absolute) and mean_kl (nats), both at the
     prompts' last tokens; ce_loss and perplexity of the harmless texts; and projection, `{site: [of each layer]}`, the
     largest |x . r| / |x| over all tokens. tied: what each choice costs, in bytes and against the reference. problems:
     why the export fails, if it does. Raises UserError for an export that does not load, and for an original whose
     values, with or without the edit, are not finite.
     """
-    streams = make_streams(checkpoint, folder, edit, written)
+    streams = (before or originals(checkpoint, edit)) | exported(checkpoint, folder, edit, written)
     batch = sample.batch()
     with Progress("verifying", checkpoint.cfg.n_layers, "layer") as bar:
-        run_streams(list(streams.values()), batch, edit.direction.basis_jd, bar)
+        due = [stream for stream in streams.values() if stream.residuals is None]
+        run_streams(due, batch, edit.direction.basis_jd, bar)
     rows, columns, targets = sample.places(batch.tokens.shape[1])
     base = read_logits(streams["reference"], rows, columns, len(sample.prompts), targets)
     found = {}
@@ -126,14 +155,23 @@ def is_adapter(folder: pathlib.Path) -> bool:
     return (folder / ADAPTER).exists()
 
 
-def make_streams(checkpoint: Checkpoint, folder: pathlib.Path, edit: Edit, written: Written) -> dict[str, Stream]:
-    """Returns the models to compare, by name; those named as in TIED are the choices that were not made."""
-    cfg, weights = checkpoint.cfg, checkpoint
+def originals(checkpoint: Checkpoint, edit: Edit) -> dict[str, Stream]:
+    """Returns the models to compare with the export, by name, which need none of its files."""
+    cfg = checkpoint.cfg
     if isinstance(edit, Inject):  # there is no such edit at inference time
         reference = Stream(EditedWeights(checkpoint, tensor_edits(checkpoint, edit)), unembed=checkpoint)
     else:
         reference = Stream(checkpoint, edit.edits(cfg))
     streams = {"original": Stream(checkpoint), "reference": reference}
+    if isinstance(edit, Ablate) and cfg.post_norm:
+        plain = EditedWeights(checkpoint, plain_edits(checkpoint, edit))
+        streams["orthogonalised"] = Stream(plain, unembed=checkpoint)
+    return streams
+
+
+def exported(checkpoint: Checkpoint, folder: pathlib.Path, edit: Edit, written: Written) -> dict[str, Stream]:
+    """Returns the export, and by the names in TIED the choices that were not made."""
+    cfg, weights, streams = checkpoint.cfg, checkpoint, {}
     if (folder / CONTROL_VECTOR).exists():
         streams["export"] = Stream(checkpoint, read_gguf(folder / CONTROL_VECTOR))
     elif is_adapter(folder):
@@ -142,12 +180,7 @@ def make_streams(checkpoint: Checkpoint, folder: pathlib.Path, edit: Edit, writt
     else:
         weights = Checkpoint.open(folder)
         streams["export"] = Stream(weights)
-    if not isinstance(edit, Ablate):
-        return streams
-    if cfg.post_norm:
-        plain = EditedWeights(checkpoint, plain_edits(checkpoint, edit))
-        streams["orthogonalised"] = Stream(plain, unembed=checkpoint)
-    if written.tied:
+    if isinstance(edit, Ablate) and written.tied:
         embed = TABLES[cfg.family]["embed"]
         edited: Weights = EditedWeights(checkpoint, {embed: tensor_edits(checkpoint, edit)[embed]})
         ends = {"untie": (edited, checkpoint), "keep": (edited, edited), "skip": (checkpoint, checkpoint)}
