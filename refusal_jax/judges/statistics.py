@@ -1,8 +1,8 @@
 """Intervals and tests for what judges say: rates, paired comparisons, agreement, means.
 
 Prompts are the unit: the same prompts run under every condition, so conditions are compared in pairs. Everything is float64
-and the same on every call: the bootstrap's draws are seeded. scipy.stats is imported where it is used, because its import takes
-half a second, which jobs that compute no interval should not wait for.
+and the same on every call: the bootstrap's draws are seeded. What every study computes needs no scipy.stats, whose import takes
+half a second or more; the rest of scipy is imported where it is used.
 """
 
 import dataclasses
@@ -24,10 +24,10 @@ def wilson_interval(successes: int, n: int, confidence: float = 0.95) -> tuple[f
     """Returns the Wilson score interval of a rate, by default of 95 %; from 0 to 1 of no cases."""
     if n == 0:
         return 0.0, 1.0
-    from scipy import stats
-
-    found = stats.binomtest(successes, n).proportion_ci(confidence, "wilson")
-    return float(found.low), float(found.high)
+    square = NormalDist().inv_cdf(0.5 + confidence / 2) ** 2
+    centre, scale = 2 * successes + square, 2 * (n + square)
+    spread = math.sqrt(square * (4 * successes * (n - successes) / n + square))
+    return (centre - spread) / scale if successes else 0.0, (centre + spread) / scale if successes < n else 1.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -191,12 +191,14 @@ class PairedRates:
 
 
 def exact_mcnemar(only_first: int, only_second: int) -> float:
-    """Returns the two-sided p-value of McNemar's exact test, 1 where no case differs."""
-    if not only_first + only_second:
-        return 1.0
-    from scipy import stats
-
-    return float(stats.binomtest(only_second, only_first + only_second, 0.5).pvalue)
+    """Returns the two-sided p-value of McNemar's exact test, 1 where no case differs: the chance that of so many fair coins as
+    few or fewer fall on either side."""
+    n, fewer = only_first + only_second, min(only_first, only_second)
+    tail = ways = 1
+    for k in range(1, fewer + 1):
+        ways = ways * (n - k + 1) // k
+        tail += ways
+    return min(1.0, 2 * tail / 2**n)
 
 
 def mcnemar(first: Sequence[int], second: Sequence[int]) -> dict:
@@ -290,11 +292,8 @@ def mean_interval(values: Sequence[float] | Sequence[int] | Float[np.ndarray, " 
     values_n = np.asarray(values, np.float64)
     mean = low = high = float(values_n.mean()) if len(values_n) else math.nan
     if len(values_n) > 1 and math.isfinite(mean):
-        from scipy import stats
-
-        rng = np.random.default_rng(DRAWS_SEED)
-        found = stats.bootstrap((values_n,), np.mean, n_resamples=DRAWS, method="percentile", rng=rng)
-        low, high = map(float, found.confidence_interval)
+        drawn_rn = values_n[np.random.default_rng(DRAWS_SEED).integers(len(values_n), size=(DRAWS, len(values_n)))]
+        low, high = map(float, np.quantile(drawn_rn.mean(axis=1), (0.025, 0.975)))
     return {"mean": mean, "n": len(values_n), "low": low, "high": high}
 
 

@@ -325,6 +325,5 @@ def auc(above: Float[np.ndarray, " n"], below: Float[np.ndarray, " m"]) -> float
     """Returns how often a value of `above` exceeds one of `below`, ties half; None if one of them is empty."""
     if not above.size or not below.size:
         return None
-    from scipy import stats  # imported late, because this takes half a second
-
-    return float(stats.mannwhitneyu(above, below, method="asymptotic").statistic / (above.size * below.size))
+    less, not_more = (np.searchsorted(np.sort(below), above, side).sum() for side in ("left", "right"))
+    return float((less + not_more) / (2 * above.size * below.size))
