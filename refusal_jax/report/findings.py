@@ -17,10 +17,13 @@ from refusal_jax.runs.run import Run
 
 
 class Findings:
-    """The parts of a run that several sections of a report read. Artifacts come through `run`, which parses each of them once."""
+    """The parts of a run that several sections of a report read. Artifacts come through `run`, which parses each of them once.
 
-    def __init__(self, run: Run, sections: Sequence["Section"]):
-        self.run = run
+    drawn: the pictures that are drawn already, by the identity of their section, to which others are added.
+    """
+
+    def __init__(self, run: Run, sections: Sequence["Section"], drawn: dict[int, Sequence[Any]] | None = None):
+        self.run, self._drawn = run, {} if drawn is None else drawn
         sections = [section for section in sections if self.none is None or not section.of_direction]
         sections = [section for section in sections if all(map(run.exists, section.needs))]
         self.sections = sorted(sections, key=lambda section: not section.first)
@@ -69,6 +72,12 @@ class Findings:
     def completions_folder(self) -> str:
         """Returns where the completions are, for people."""
         return str(self.run.path(COMPLETIONS_FOLDER))
+
+    def pictures(self, section: "Section") -> Sequence[Any]:
+        """Returns the figures of a section, which are drawn once."""
+        if id(section) not in self._drawn:
+            self._drawn[id(section)] = section.pictures(self)
+        return self._drawn[id(section)]
 
     @functools.cached_property
     def concerns(self) -> list[Concern]:

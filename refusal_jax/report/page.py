@@ -10,6 +10,7 @@ import math
 import pathlib
 import re
 from collections.abc import Sequence
+from typing import Any
 
 import jinja2
 from markupsafe import Markup, escape
@@ -28,9 +29,12 @@ LONG_TEXT, LONG_LINES = 340, 8  # completions over either are clipped until open
 CONTROLS = {code: "\N{REPLACEMENT CHARACTER}" for code in (*range(9), 11, 12, *range(14, 32), 127)}
 
 
-def write_report(run: Run, sections: Sequence[Section]) -> None:
-    """Writes the report into the folder of a run, from the artifacts of its other stages and the sections that these add."""
-    findings = Findings(run, sections)
+def write_report(run: Run, sections: Sequence[Section], drawn: dict[int, Sequence[Any]] | None = None) -> None:
+    """Writes the report into the folder of a run, from the artifacts of its other stages and the sections that these add.
+
+    drawn: gets the pictures of the sections, as `Findings` keeps them.
+    """
+    findings = Findings(run, sections, drawn)
     html = environment(*folders_of(sections)).get_template("page.html.jinja").render(page_context(findings)).lstrip()
     # A lone surrogate, which JSON can carry but UTF-8 cannot, must not cost the page.
     run.write(REPORT, html.encode("utf-8", "replace"))
@@ -100,7 +104,7 @@ def page_context(findings: Findings) -> dict:
     sections = []
     for section in findings.sections:
         if section.template:
-            figures = {picture.name: picture.html for picture in section.pictures(findings)}
+            figures = {picture.name: picture.html for picture in findings.pictures(section)}
             values = shared | section.values(findings) | ({"figures": figures} if figures else {})
             html = env.get_template(section.template.name).render(values)
             links = {

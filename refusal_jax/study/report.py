@@ -15,9 +15,14 @@ def report_on(stages: Sequence[Stage[Any]]) -> Stage[Study]:
     """Returns the stage that writes the page about what other stages have written: those of the study, and those that are added
     to it later, whose files have the same names whatever their settings are."""
     sections = [stage.section for stage in stages if stage.section]
+
+    def write(study: Study, ledger: Ledger) -> None:
+        study.drawn.clear()
+        write_report(study.run, sections, study.drawn)
+
     return Stage(
         "report",
-        lambda study, ledger: write_report(study.run, sections),
+        write,
         reads=lambda study: [name for stage in stages for name in stage.outputs(study)],
         writes=(REPORT,),
         alone=True,
@@ -25,16 +30,17 @@ def report_on(stages: Sequence[Stage[Any]]) -> Stage[Study]:
 
 
 def figures_of(stages: Sequence[Stage[Any]], folder: str, name: str = "figures") -> Stage[Study]:
-    """Returns the stage that writes each figure of some stages as SVG and PNG with its data as CSV, and the list of them.
+    """Returns the stage that writes each figure of some stages as SVG and PNG with its data as CSV, and the list of them. It
+    follows the one that writes the page, whose pictures it takes.
 
     folder: where, below the run's. name: of the stage.
     """
     sections = [stage.section for stage in stages if stage.section]
 
     def export(study: Study, ledger: Ledger) -> None:
-        findings, listed = Findings(study.run, sections), []
+        findings, listed = Findings(study.run, sections, study.drawn), []
         for section in findings.sections:
-            for picture in section.pictures(findings):
+            for picture in findings.pictures(section):
                 files = picture.files()
                 for file, data in files.items():
                     study.run.write(f"{folder}/{file}", data)

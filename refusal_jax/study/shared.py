@@ -6,6 +6,7 @@ import gc
 import logging
 import pathlib
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 
@@ -33,7 +34,7 @@ class Study:
     """The settings of a study, its run's folder, its model, and what follows from these.
 
     config: the settings. folder: the checkpoint's. judges: those of the settings. groups: the programs of the stages, which
-    decide mesh and batches.
+    decide mesh and batches. drawn: the pictures of the page, once it is written, as `Findings` keeps them.
     """
 
     def __init__(
@@ -46,6 +47,7 @@ class Study:
     ):
         self.config, self.run, self.folder, self.judges, self.groups = config, run, folder, judges, groups
         self._model: ChatModel | None = None
+        self.drawn: dict[int, Sequence[Any]] = {}
 
     @functools.cached_property
     def behaviour(self) -> Behaviour:
