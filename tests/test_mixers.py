@@ -12,12 +12,11 @@ from families import FAMILIES, hf_config
 from refusal_jax.checkpoints.matrices import matrices
 from refusal_jax.edits import Edits
 from refusal_jax.models.cache import Cache
-from refusal_jax.models.decoder import Decoder, unstacked
+from refusal_jax.models.decoder import Decoder
 from refusal_jax.models.hf_config import from_hf
 from refusal_jax.models.mixers.attention import Attention
 from refusal_jax.models.prefix import begun
 from refusal_jax.models.sharding import make_mesh
-from refusal_jax.models.structure import structure
 from refusal_jax.models.weights import mixers_of, weight_table
 from refusal_jax.study import scoring
 from refusal_jax.taps import Taps
@@ -53,18 +52,15 @@ def close(found, wanted):
     np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-4 * float(np.abs(wanted).max()))
 
 
-@partial(jax.jit, static_argnames=("prefix", "listed"))
-def run(decoder, tokens_bt, mask_bt, edits, along_bd, prefix: int, listed: bool = False):
+@partial(jax.jit, static_argnames="prefix")
+def run(decoder, tokens_bt, mask_bt, edits, along_bd, prefix: int):
     """Returns taps of whole prompts, and the logits of the tokens after `prefix`, decoded one by one."""
-    taps, layers = Taps(SITES, along=along_bd), decoder.layers(edits)
-    layers = unstacked(layers, LAYERS) if listed else layers
-    whole = decoder.forward(tokens_bt, mask_bt, edits, taps, layers=layers)
+    whole = decoder.forward(tokens_bt, mask_bt, edits, Taps(SITES, along=along_bd))
     before = decoder.forward(tokens_bt[:, :prefix], mask_bt[:, :prefix], edits, keep=True)
-    memory = structure(decoder.cfg).listed(before.memory) if listed else before.memory
-    cache, logits = Cache.of_prompt(memory, mask_bt[:, :prefix], tokens_bt.shape[1]), []
+    cache, logits = Cache.of_prompt(before.memory, mask_bt[:, :prefix], tokens_bt.shape[1]), []
     for at in range(prefix, tokens_bt.shape[1]):
         column = mask_bt[:, at : at + 1]
-        out = decoder.forward(tokens_bt[:, at : at + 1], column, edits, cache=cache, layers=layers)
+        out = decoder.forward(tokens_bt[:, at : at + 1], column, edits, cache=cache)
         cache = cache.append(out.memory, column)
         logits.append(decoder.logits(out.resid_btd)[:, 0])
     return whole.taps, decoder.logits(whole.resid_btd)[:, prefix:], jnp.stack(logits, axis=1)
@@ -76,13 +72,13 @@ def real(site, taps, mask):
     return (values.swapaxes(2, 3) if site == "pattern" else values)[:, mask]
 
 
-@pytest.mark.parametrize("way", ["stacked", "listed", "mesh"])
+@pytest.mark.parametrize("way", ["one device", "mesh"])
 def test_two_kinds_equal_one(models, way):
     alike, mixed = models
     if way == "mesh":
         mixed = Decoder(mixed.cfg, mixed.weights(), make_mesh(2, 2, 2))
     args = *prompts(alike.cfg), np.random.default_rng(1).standard_normal((2, alike.cfg.d_model)).astype(np.float32)
-    wanted, found = run(alike, *args, prefix=9), run(mixed, *args, prefix=9, listed=way == "listed")
+    wanted, found = run(alike, *args, prefix=9), run(mixed, *args, prefix=9)
     for site in SITES:
         close(real(site, found[0], args[1]), real(site, wanted[0], args[1]))
     close(found[1], wanted[1])
@@ -114,18 +110,17 @@ def sharing(cfg, **more):
     return dataclasses.replace(cfg, mixers=(Attention(), Attention(reads=0)), layer_mixers=(0, 0, 0, 1, 1), **more)
 
 
-@pytest.mark.parametrize("listed", [False, True])
-def test_layers_that_read_the_keys_of_another(models, listed):
+def test_layers_that_read_the_keys_of_another(models):
     """Tells by a change of the keys of layer 2, which layers 3 and 4 see, too."""
     cfg = sharing(models[0].cfg)
     decoder, args = Decoder.init(cfg, jax.random.key(2)), prompts(cfg)
     along = np.ones((2, cfg.d_model), np.float32)
-    taps, whole, decoded = run(decoder, *args, along, prefix=9, listed=listed)
+    taps, whole, decoded = run(decoder, *args, along, prefix=9)
     close(decoded, whole)
     assert {path for path, w in weight_table(cfg).items() if w.layers == (0, 1, 2)} == {"blocks.k", "blocks.v"}
     changed = dict(decoder.weights())
     changed["blocks.k"] = changed["blocks.k"].at[2].add(1.0)
-    after = run(Decoder(cfg, changed), *args, along, prefix=9, listed=listed)[0]["pattern"]
+    after = run(Decoder(cfg, changed), *args, along, prefix=9)[0]["pattern"]
     moved_l = [float(np.abs(after[layer] - taps["pattern"][layer]).max()) for layer in range(LAYERS)]
     assert moved_l[:2] == [0.0, 0.0] and min(moved_l[2:]) > 1e-3
 
@@ -156,12 +151,11 @@ def test_layers_without_one_of_the_two():
     assert table["blocks.mlp_norm"].layers == table["blocks.down"].layers == (1, 2, 3)
     decoder, along = Decoder.init(cfg, jax.random.key(0)), np.ones((2, cfg.d_model), np.float32)
     args = *prompts(cfg), along
-    for listed in (False, True):
-        taps, whole, decoded = run(decoder, *args, prefix=9, listed=listed)
-        close(decoded, whole)
-        for site, without in (("attn_out", [1, 3]), ("mlp_out", [0, 4]), ("result_along", [1, 3])):
-            zero_l = ~np.asarray(taps[site]).any(axis=tuple(range(1, taps[site].ndim)))
-            assert np.flatnonzero(zero_l).tolist() == without
+    taps, whole, decoded = run(decoder, *args, prefix=9)
+    close(decoded, whole)
+    for site, without in (("attn_out", [1, 3]), ("mlp_out", [0, 4]), ("result_along", [1, 3])):
+        zero_l = ~np.asarray(taps[site]).any(axis=tuple(range(1, taps[site].ndim)))
+        assert np.flatnonzero(zero_l).tolist() == without
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -44,10 +44,7 @@ Weights = Mapping[str, Any]  # parameters by path, or their shapes
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Layer:
-    """Values that differ between layers, besides their weights: one layer's, or all layers' on a leading L axis.
-
-    number: the layer, where it is known when the program is made.
-    """
+    """Values that differ between layers, besides their weights: one layer's, or all layers' on a leading L axis."""
 
     mixer: Leaf  # int32, index into `Structure.mixers`
     channel: Leaf  # int32, index into `Structure.channels`
@@ -58,7 +55,6 @@ class Layer:
     add_r: Leaf  # float32 [R], its addition gates
     ablate_rjd: Leaf | None  # float32 [R, J, D], its directions, where each layer has its own
     told_btp: Leaf | None = None  # [B, T, P], what it is told of the tokens themselves
-    number: int | None = dataclasses.field(default=None, metadata={"static": True})
 
 
 class Stack(nnx.Module):
@@ -279,15 +275,11 @@ class Block(Stack):
         edits = edits.with_directions(layer.ablate_rjd)
         resid_pre = edits.added(edits.ablated(here.own(x_btd), gates["resid_pre"]), layer.add_r)
         given = Given(ctx, edits, gates["attn_out"], taps, past, before, here.read(resid_pre, "attn_norm"))
-        attn_out, new, of_heads = _choose(
-            "mixer", layer.number, form.mixer_l, layer.mixer, partial(here.sequence, given)
-        )
+        attn_out, new, of_heads = _choose("mixer", form.mixer_l, layer.mixer, partial(here.sequence, given))
         attn_out = edits.ablated(attn_out, gates["attn_out"])
         resid_mid = resid_pre + attn_out
         mlp_in = given.attn_in_btd if cfg.parallel else here.read(resid_mid, "mlp_norm")
-        mlp_out = _choose(
-            "channel", layer.number, form.channel_l, layer.channel, partial(here.channel, mlp_in, resid_mid)
-        )
+        mlp_out = _choose("channel", form.channel_l, layer.channel, partial(here.channel, mlp_in, resid_mid))
         mlp_out = edits.ablated(mlp_out, gates["mlp_out"])
         if cfg.d_per_layer:
             told = here.told(constrain(self.mesh, here.own(resid_mid + mlp_out), "batch"))
@@ -302,11 +294,11 @@ class Block(Stack):
         return resid_post, tapped | of_heads, new
 
 
-def _choose(name: str, number: int | None, kind_l: tuple[int, ...], kind, function):
-    """Returns a function of the layer's kind, an int: known from the layer's number, or else a traced one.
+def _choose(name: str, kind_l: tuple[int, ...], kind, function):
+    """Returns a function of the layer's kind, an int: known where all layers are alike, or else a traced one.
 
     name: of the choice in the compiled program, as in `Structure.taken`."""
-    if number is not None or len(set(kind_l)) == 1:
-        return function(kind_l[number or 0])
+    if len(set(kind_l)) == 1:
+        return function(kind_l[0])
     with jax.named_scope(name):
         return jax.lax.switch(kind, [partial(function, index) for index in range(max(kind_l) + 1)])

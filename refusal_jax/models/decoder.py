@@ -32,14 +32,6 @@ from refusal_jax.taps import NO_TAPS, Taps
 Layers = tuple[Block, Layer]
 
 
-def unstacked(layers: Layers, n_layers: int) -> list[Layers]:
-    """Returns stacked layers as a list of layers, whose slices are made here and not later; each knows its number."""
-    parts = jax.lax.optimization_barrier(
-        [jax.tree.map(lambda a, layer=layer: a[layer], layers) for layer in range(n_layers)]
-    )
-    return [(block, dataclasses.replace(own, number=layer)) for layer, (block, own) in enumerate(parts)]
-
-
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Residuals:
@@ -48,13 +40,10 @@ class Residuals:
     x_btd: Leaf  # [B, T, D]
     told_btlp: Leaf | None = None  # [B, T, L, P]
 
-    def tell(self, layers: Layers | list[Layers]) -> Layers | list[Layers]:
-        """Returns all layers, stacked or a list, with what each is told."""
+    def tell(self, layers: Layers) -> Layers:
+        """Returns all layers, stacked, with what each is told."""
         if self.told_btlp is None:
             return layers
-        if isinstance(layers, list):
-            told = (self.told_btlp[:, :, layer] for layer in range(len(layers)))
-            return [(b, dataclasses.replace(own, told_btp=t)) for (b, own), t in zip(layers, told, strict=True)]
         return layers[0], dataclasses.replace(layers[1], told_btp=jnp.moveaxis(self.told_btlp, 2, 0))
 
 
@@ -65,8 +54,8 @@ class Output:
     code.
 
     resid_btd: the last block's output, before the final norm. taps: what was asked for by `Taps`, by site, each with a leading
-    L axis. memory: the tokens' keys and values and the states after them, as of `Structure.empty`, listed where layers were
-    unstacked; () where it was not asked for.
+    L axis. memory: the tokens' keys and values and the states after them, as of `Structure.empty`; () where it was not asked
+    for.
     """
 
     resid_btd: Leaf
@@ -200,17 +189,16 @@ class Decoder(nnx.Module):
         edits: Edits,
         taps: Taps = NO_TAPS,
         cache: Cache | None = None,
-        layers=None,
         keep: bool = False,
     ) -> Output:
         """Runs left-padded rows from the embedding to the last block: whole prompts or, with a cache, what follows it.
 
-        mask_bt: marks real tokens. cache: of as many rows, or of fewer, each for equally many (`cache.spread`). layers, keep: as
-        in `run`.
+        mask_bt: marks real tokens. cache: of as many rows, or of fewer, each for equally many (`cache.spread`). keep: as in
+        `run`.
         """
         cache = cache and spread(self.mesh, cache, len(mask_bt))
         ctx = Context.of_prompt(self.cfg, mask_bt, cache)
-        return self.run(self.embed_tokens(tokens_bt), ctx, edits, taps, cache, layers, keep=keep)
+        return self.run(self.embed_tokens(tokens_bt), ctx, edits, taps, cache, keep=keep)
 
     def next_logits(self, x_btd: Float[jax.Array, "B T D"]) -> tuple[Float[jax.Array, "B V"], Bool[jax.Array, " B"]]:
         """Returns the logits of each row's next token, float32 with V as stored, and whether they and the last token's residual
@@ -225,16 +213,15 @@ class Decoder(nnx.Module):
         edits: Edits,
         taps: Taps = NO_TAPS,
         cache: Cache | None = None,
-        layers=None,
         remat: bool = False,
         keep: bool = False,
     ) -> Output:
         """Runs all blocks on residuals, of whole prompts or, with a cache, of the tokens that follow it.
 
-        layers: `self.layers(edits)`, or that `unstacked`, which the cache must then be too. remat: as in the constructor, which
-        may ask for it as well. keep: whether the memory of the new tokens is wanted; a cache's is always given.
+        remat: as in the constructor, which may ask for it as well. keep: whether the memory of the new tokens is wanted; a
+        cache's is always given.
         """
-        layers, x_btd = residuals.tell(self.layers(edits) if layers is None else layers), residuals.x_btd
+        layers, x_btd = residuals.tell(self.layers(edits)), residuals.x_btd
         past = None if cache is None else cache.memory
         remat, keep = remat or self.remat, keep or cache is not None
 
@@ -242,8 +229,6 @@ class Decoder(nnx.Module):
             return layer[0](x, layer[1], ctx, edits, taps, past, self.apart, before)
 
         apply = jax.checkpoint(apply, static_argnums=2) if remat else apply
-        if isinstance(layers, list):
-            return self._run_listed(apply, x_btd, layers, past)
         form = structure(self.cfg)
         if len(form.mixers) == 1:
 
@@ -281,21 +266,6 @@ class Decoder(nnx.Module):
                 for k, (a, one) in enumerate(zip(fresh, after, strict=True))
             )
         return (x, fresh), tapped
-
-    def _run_listed(self, apply, x_btd, layers: list[Layers], past: list | None) -> Output:
-        """Runs layers that are a list, one after the other; past: a list of each layer's memory, None without a cache."""
-        form, x, tapped, kept = structure(self.cfg), x_btd, [], []
-        for number, (layer, source) in enumerate(zip(layers, form.source_l, strict=True)):
-            owner, place = number if source is None else source, form.memory_l[number]
-            before: list[Any] = [None] * len(form.memories)
-            k = form.memories.index(place) if place >= 0 else None
-            if k is not None:
-                before[k] = kept[source] if source is not None else past and past[owner]
-            old = past and past[owner]
-            x, tapped_here, after = apply(x, layer, None if past is None else lambda _, old=old: old, tuple(before))
-            tapped.append(tapped_here)
-            kept.append(None if k is None or source is not None else after[k])
-        return Output(x, jax.tree.map(lambda *a: jnp.stack(a), *tapped), kept)
 
     def run_layers(
         self, residuals: Residuals, ctx: Context, edits: Edits, start, stop, past=None, keep: bool = False

@@ -14,15 +14,12 @@ import jax.numpy as jnp
 from refusal_jax.axes import Leaf
 from refusal_jax.edits import Edits
 from refusal_jax.models.cache import Cache, placed
-from refusal_jax.models.decoder import Decoder, unstacked
+from refusal_jax.models.decoder import Decoder
 from refusal_jax.models.decoding import Decoding
 from refusal_jax.models.sharding import RULES, constrain, replicate
 from refusal_jax.models.structure import structure
 from refusal_jax.taps import NO_TAPS, Taps
 
-# A scan on the CPU copies every layer's weights at every step. Up to this many layers, slices made once before the
-# loop save that, at the price of a longer compile.
-CPU_UNROLL = 16
 READ = Taps(("resid_pre",), last=1)  # of replies with a probe
 
 
@@ -46,7 +43,7 @@ class Generation:
 
     def placed(self, mesh) -> "Generation":
         """Returns the state, inside a jitted function, with every array placed by its axes: programs can then hand it on."""
-        memory = placed(mesh, self.cache.memory, layers=not isinstance(self.cache.memory, list))
+        memory = placed(mesh, self.cache.memory, layers=True)
         rest = jax.tree.map(lambda a: constrain(mesh, a, *["batch"][: a.ndim]), dataclasses.replace(self, cache=None))
         small = jax.tree.map(
             lambda a: constrain(mesh, a, *["batch"][: a.ndim]), dataclasses.replace(self.cache, memory=None)
@@ -95,11 +92,6 @@ def admitted_rows(rows: int, mesh) -> int:
     return min(-(-max(rows // 4, 1) // ways) * ways, rows)
 
 
-def _unrolled(decoder: Decoder) -> bool:
-    platform = decoder.mesh.devices.flat[0].platform if decoder.mesh else jax.default_backend()
-    return platform == "cpu" and decoder.cfg.n_layers <= CPU_UNROLL
-
-
 # The decoder's arrays are kept, though unused: they say on which devices the state is.
 @partial(
     jax.jit,
@@ -123,7 +115,7 @@ def empty(
     tokens on. remembered: whether the prompts' tokens are kept, as decoding needs that is not plain.
     """
     cfg, slots = decoder.cfg, length + max_new_tokens
-    memory = structure(cfg).empty(rows, slots, decoder.dtype, listed=_unrolled(decoder))
+    memory = structure(cfg).empty(rows, slots, decoder.dtype)
     none_b = jnp.zeros(rows, jnp.int32)
     edits = jax.tree.map(jnp.asarray, Edits.none(cfg.d_model).for_batch(rows, cfg.n_layers, cfg.d_model))
     return Generation(
@@ -161,13 +153,12 @@ def admit(
     what replies are chosen by besides their probability, if `state` was made to remember prompts.
     """
     read = decoder.forward(tokens_rt, mask_rt, edits, NO_TAPS if probe_rd is None else READ, keep=True)
-    memory = structure(decoder.cfg).listed(read.memory) if _unrolled(decoder) else read.memory
     rows = len(tokens_rt)
     none_r, along = jnp.zeros(rows, jnp.int32), None
     if probe_rd is not None and state.along_blo is not None:
         along = jnp.full((rows, *state.along_blo.shape[1:]), jnp.nan, jnp.float32)
     fresh = Generation(
-        Cache.of_prompt(memory, mask_rt, state.cache.slots, state.cache.filled),
+        Cache.of_prompt(read.memory, mask_rt, state.cache.slots, state.cache.filled),
         edits,
         none_r,
         none_r,
@@ -199,8 +190,7 @@ def _merged(state: Generation, fresh: Generation, source_b) -> Generation:
 
         return jax.lax.fori_loop(0, len(old), layer, old)
 
-    merged = merge if isinstance(state.cache.memory, list) else merge_layers
-    memory = jax.tree.map(merged, state.cache.memory, fresh.cache.memory)
+    memory = jax.tree.map(merge_layers, state.cache.memory, fresh.cache.memory)
     rows = (
         dataclasses.replace(s, cache=dataclasses.replace(s.cache, memory=None, filled=None)) for s in (state, fresh)
     )
@@ -226,9 +216,6 @@ def decode(
     one = jnp.ones((len(state.token_b), 1), bool)
     edits, probe_bd, prompt_bt = state.edits, state.probe_bd, state.prompt_bt
     taps = NO_TAPS if probe_bd is None else READ
-    layers = decoder.layers(edits)
-    if _unrolled(decoder):
-        layers = unstacked(layers, decoder.cfg.n_layers)
 
     def going(carry):
         step, state = carry
@@ -237,7 +224,7 @@ def decode(
     def step(carry):
         step, state = carry
         cache = state.cache
-        out = decoder.forward(state.token_b[:, None], one, edits, taps, cache, layers)
+        out = decoder.forward(state.token_b[:, None], one, edits, taps, cache)
         state = dataclasses.replace(
             state.read(out.taps, probe_bd), cache=cache.append(out.memory, one), prompt_bt=prompt_bt
         )

@@ -94,26 +94,14 @@ class Structure:
         places = [[place(l, m) for m in self.memories] for l in range(len(self.mixer_l))]
         return np.asarray(places, np.int32).reshape(len(self.mixer_l), len(self.memories))
 
-    def empty(self, rows: int, tokens: int, dtype, listed: bool = False) -> Any:
-        """Returns the memory of rows that have not begun, all zeros, with room for so many tokens.
-
-        It is a tuple that has for each of `memories` a pytree of `Tokens` and `State`, stacked over its layers; or, listed, a
-        list of each layer's, None for none."""
+    def empty(self, rows: int, tokens: int, dtype) -> Any:
+        """Returns the memory of rows that have not begun, all zeros, with room for so many tokens: a tuple that has for each of
+        `memories` a pytree of `Tokens` and `State`, stacked over its layers."""
         one = {m: self._mixer(m).memory(self.cfg, rows, tokens, dtype) for m in self.memories}
-        if listed:
-            return [one[m] if self.owns(l) else None for l, m in enumerate(self.memory_l)]
         counts = [self.mixer_l.count(m) for m in self.memories]
         return tuple(
             jax.tree.map(lambda a, count=count: jnp.zeros((count, *a.shape), a.dtype), one[m])
             for m, count in zip(self.memories, counts, strict=True)
-        )
-
-    def listed(self, memory: tuple) -> list:
-        """Returns stacked memory as a list of each layer's."""
-        by = dict(zip(self.memories, memory, strict=True))
-        places = zip(self.memory_l, self.memory_place_l, strict=True)
-        return jax.lax.optimization_barrier(
-            [jax.tree.map(lambda a: a[p], by[m]) if self.owns(l) else None for l, (m, p) in enumerate(places)]  # noqa: B023
         )
 
     def _mixer(self, index: int) -> Mixer:

@@ -163,11 +163,10 @@ class Shapes:
         """Returns stand-ins for the state that decoding goes on from."""
         sizes = {"length": self.work.length, "max_new_tokens": self.work.config.generation.max_new_tokens}
         state = jax.eval_shape(functools.partial(empty, rows=rows, pad_id=0, **sizes), self.decoder)
-        memory, lead = state.cache.memory, [None] * (not isinstance(state.cache.memory, list))
         memory = map_memory(
-            lambda a: self.array(a.shape, a.dtype, *lead, "batch", "kv_heads"),
-            lambda a: self.array(a.shape, a.dtype, *lead, "batch", "heads"),
-            memory,
+            lambda a: self.array(a.shape, a.dtype, None, "batch", "kv_heads"),
+            lambda a: self.array(a.shape, a.dtype, None, "batch", "heads"),
+            state.cache.memory,
         )
         rest = jax.tree.map(lambda a: self.array(a.shape, a.dtype, *["batch"][: a.ndim]), state)
         return dataclasses.replace(rest, cache=dataclasses.replace(rest.cache, memory=memory))
