@@ -39,6 +39,7 @@ def measured(family: str) -> dict:
     from refusal_jax.models.sharding import make_mesh
     from refusal_jax.models.structure import structure
     from refusal_jax.plan import chips, costs, hlo
+    from refusal_jax.plan.limits import cache_bytes
     from refusal_jax.plan.programs import Shapes
     from refusal_jax.study import completions
     from refusal_jax.study.config import get_config
@@ -52,8 +53,8 @@ def measured(family: str) -> dict:
     )
     attention = tuple(float(isinstance(mixer, Attention)) for mixer in form.mixers)
     every = {"mixer": (1.0,) * len(form.mixers)}
-    turns = max(i.times for i in hlo.instructions(text, unknown_loops=TOKENS, shares=every)) / cfg.n_layers
-    hybrid, alone = (hlo.cycles(text, shares=taken) for taken in (form.taken, {"mixer": attention}))
+    turns = max(i.times for i in hlo.instructions(text, hlo.Runs(TOKENS, shares=every))) / cfg.n_layers
+    hybrid, alone = (hlo.cycles(text, hlo.Runs(shares=taken)) for taken in (form.taken, {"mixer": attention}))
     work = workload(cfg, "bfloat16", get_config(), 128)
     memory = completions.programs(Shapes(work, mesh), ROWS)[1].lower().compile().memory_analysis()
     assert memory is not None, "the compiler says nothing of memory"
@@ -61,7 +62,7 @@ def measured(family: str) -> dict:
         "turns": turns,  # of loops within a layer
         "hybrid": hybrid / where.chip.hertz,
         "attention": alone / where.chip.hertz,
-        "cache": costs.cache_bytes(work, ROWS),
+        "cache": cache_bytes(work, ROWS),
         "temporary": memory.temp_size_in_bytes,  # of a decode step
         "changed_in_place": memory.alias_size_in_bytes,
     }

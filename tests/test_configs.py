@@ -14,7 +14,7 @@ from refusal_jax import UserError
 from refusal_jax.jobs.command_line import config_file
 from refusal_jax.models.hf_config import from_hf
 from refusal_jax.plan.chips import Slice
-from refusal_jax.plan.costs import roofline
+from refusal_jax.plan.costs import estimate
 from refusal_jax.plan.planner import WANTED, ranked_meshes
 from refusal_jax.plan.programs import USUAL_LENGTH, Shapes, programs
 from refusal_jax.study.checks import check_settings
@@ -121,7 +121,7 @@ def test_the_model_fits_the_suggested_hardware(file, name):
     mesh = ranked_meshes(work, where, sizes)[0]
     if file == "paper":
         work = dataclasses.replace(work, length=USUAL_LENGTH)
-        seconds = sum(p.runs * roofline(work, p, mesh, where) for p in programs(Shapes(work, None), sizes))
+        seconds = sum(p.runs * estimate(work, p, mesh, where) for p in programs(Shapes(work, None), sizes))
         assert model.minutes == pytest.approx(seconds / 60, rel=0.2)
 
 

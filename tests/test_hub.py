@@ -347,7 +347,9 @@ def test_several_hosts_stream_unless_told_to_download(tiny_hub, monkeypatch):
 
 def test_plans_by_name_and_the_environment(tiny_hub, tmp_path):
     """In a process of its own, because jobs share names of flags, and the client reads the environment once."""
-    code = "from refusal_jax.jobs.plan import named_model; name, cfg = named_model('org/tiny', {}); print(name, cfg.n_layers)"
+    code = (
+        "from refusal_jax.jobs.plan import named_model; name, cfg = named_model('org/tiny'); print(name, cfg.n_layers)"
+    )
     ours = {"HF_ENDPOINT": constants.ENDPOINT, "HF_HOME": str(tmp_path / "elsewhere"), "HF_TOKEN": "hf_secret"}
     env = {k: v for k, v in os.environ.items() if "OFFLINE" not in k} | ours
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)

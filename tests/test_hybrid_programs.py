@@ -49,7 +49,7 @@ def test_layers_of_every_kind_communicate_as_those_of_one_do(family, mesh):
     read, added = (rows, LENGTH, cfg.d_model), (rows // model, LENGTH, cfg.d_model)
     largest = max(math.prod(w.shape[path.startswith("blocks.") :]) for path, w in weight_table(cfg).items())
     counts = {}
-    for i in hlo.collectives(text_of(cfg, mesh), shares=form.taken):
+    for i in hlo.collectives(text_of(cfg, mesh), hlo.Runs(shares=form.taken)):
         shape, of_layer = i.shapes[0][1], "while/body" in i.text
         if shape in (read, added) and of_layer:
             counts[i.kind] = counts.get(i.kind, 0) + i.times
@@ -103,6 +103,10 @@ def test_choices_have_their_names_in_compiled_programs():
     """Tells so by the branch that makes keys: it runs in the layers that attend."""
     cfg = from_hf(families.hf_config("granitemoehybrid", **PERIODIC["granitemoehybrid"]))
     form = structure(cfg)
-    named = {i.times for i in hlo.instructions(text_of(cfg, (1, 1, 1)), shares=form.taken) if "bkgth,bkch" in i.text}
+    named = {
+        i.times
+        for i in hlo.instructions(text_of(cfg, (1, 1, 1)), hlo.Runs(shares=form.taken))
+        if "bkgth,bkch" in i.text
+    }
     layers = sum(isinstance(form.mixers[index], Attention) for index in form.mixer_l)
     assert named == {layers} and layers < cfg.n_layers

@@ -5,7 +5,6 @@ import importlib.util
 import json
 import math
 import os
-import pathlib
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -13,6 +12,7 @@ from types import SimpleNamespace
 import families
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from commands import forked
 from real_models import REAL_MODELS
@@ -23,7 +23,8 @@ from refusal_jax.jobs import help
 from refusal_jax.jobs import main as command
 from refusal_jax.jobs.audit_work import audit_workload, reading
 from refusal_jax.models.hf_config import from_hf, load_config
-from refusal_jax.plan import chips, costs, hlo, planner, programs, table
+from refusal_jax.models.layers import block_rows
+from refusal_jax.plan import chips, costs, hlo, known, limits, planner, programs, table
 from refusal_jax.plan.chips import Slice
 from refusal_jax.plan.planner import MeshShape, Sizes, fit, make_plan, ranked_meshes, run_mesh, run_sizes
 from refusal_jax.plan.programs import Group, Program, Shapes, Workload
@@ -31,13 +32,11 @@ from refusal_jax.study.config import get_config
 from refusal_jax.study.mechanism.run import MECHANISM
 from refusal_jax.study.study import workload
 
-KNOWN = json.loads((pathlib.Path(chips.__file__).parent / "models.json").read_text())
-
 
 def work_of(name: str = "llama_3_70b", **config) -> Workload:
     settings = get_config()
     settings.update_from_flattened_dict(config)
-    return workload(from_hf(KNOWN[name]["config"]), "bfloat16", settings, 64)
+    return workload(known.config_of(name), "bfloat16", settings, 64)
 
 
 @pytest.mark.parametrize(
@@ -49,11 +48,13 @@ def work_of(name: str = "llama_3_70b", **config) -> Workload:
         ("v4-32", (2, 2, 4), 16, "v4-32"),
         ("V6E:4x4", (4, 4), 16, "v6e-16"),
         ("2xv5e-16", (4, 4), 32, "2xv5e-16"),
+        ("tpu7x-16", (2, 2, 2), 8, "tpu7x-16"),
     ],
 )
 def test_slices_are_named_as_in_gcloud(text, shape, count, name):
     where = Slice.parse(text)
     assert (where.shape, where.chips, where.name) == (shape, count, name)
+    assert where.size == count * (2 if where.chip.name == "tpu7x" else 1)  # of which a chip is two devices
 
 
 @pytest.mark.parametrize("text", ["a100-8", "v5e", "v9-8", "", "v5e-", "xv5e-8", "0xv5e-8"])
@@ -104,9 +105,9 @@ ENTRY %main (a: f32[4]) -> f32[4] {
 
 
 def test_a_programs_text_is_counted_as_often_as_it_runs():
-    found = {i.kind: (i.times, i.bytes) for i in hlo.collectives(TEXT, unknown_loops=3)}
+    found = {i.kind: (i.times, i.bytes) for i in hlo.collectives(TEXT, hlo.Runs(3))}
     assert found == {"all-gather": (36, 2 * 32 + 4), "reduce-scatter": (1, 16)}
-    assert hlo.cycles(TEXT, unknown_loops=3) == 36 * 100 + 5  # an estimate that is none counts as nothing
+    assert hlo.cycles(TEXT, hlo.Runs(3)) == 36 * 100 + 5  # an estimate that is none counts as nothing
 
 
 def test_text_of_a_loop_that_xla_compiled():
@@ -148,21 +149,59 @@ ENTRY %main (a: f32[4]) -> f32[4] {
 
 def test_branches_are_counted_as_often_as_they_are_taken():
     taken = {"mixer": (0.5, 0.25, 0.25), "channel": (1.0,)}
-    found = [(i.kind, i.times) for i in hlo.collectives(CHOICE, shares=taken)]
+    found = [(i.kind, i.times) for i in hlo.collectives(CHOICE, hlo.Runs(shares=taken))]
     assert found == [("all-gather", 0.5), ("all-reduce", 1.25), ("all-gather", 0.5)]  # the last by an unknown choice
-    assert hlo.cycles(CHOICE, shares=taken) == 1.25 * 10 + (0.25 + 0.5) * 100
-    even = hlo.cycles(CHOICE, shares={"mixer": (0.5, 0.5)})  # another choice of that name
+    assert hlo.cycles(CHOICE, hlo.Runs(shares=taken)) == 1.25 * 10 + (0.25 + 0.5) * 100
+    even = hlo.cycles(CHOICE, hlo.Runs(shares={"mixer": (0.5, 0.5)}))  # another choice of that name
     assert even == hlo.cycles(CHOICE) == pytest.approx(5 / 3 * 10 + (1 / 3 + 0.5) * 100)
 
 
-def test_parameters_are_the_published_ones():
-    real = {row.repo: row for row in REAL_MODELS.values()}
-    for name, row in KNOWN.items():
-        cfg = from_hf(row["config"], name)
-        assert cfg == from_hf(real[row["repo"]].config, name)
-        assert costs.parameters(cfg) == real[row["repo"]].parameters
+ASIDE = """HloModule m
+
+%called (arg: f32[4]) -> f32[4] {
+  %k = f32[4]{0} copy(%arg), backend_config={"estimated_cycles":"9"}
+  ROOT %r = f32[4]{0} all-reduce(%k), to_apply=%sum
+}, execution_thread="sparsecore"
+
+%computed (arg: f32[4]) -> f32[4] {
+  ROOT %c = f32[4]{0} custom-call(%arg), custom_call_target="x", called_computations={%called}
+}, execution_thread="sparsecore"
+
+%block (arg: (s32[])) -> (s32[]) {
+  %d = f32[4]{0} copy(%x), backend_config={"estimated_cycles":"100"}
+}
+
+%until (arg: (s32[])) -> pred[] {
+  ROOT %go = pred[] compare(%i, %n), direction=LT
+}
+
+ENTRY %main (a: f32[4]) -> f32[4] {
+  %s = ((f32[4]), f32[4]) async-start(%a), async_execution_thread="sparsecore", calls=%computed
+  %w = (s32[]) while(%t), condition=%until, body=%block, metadata={op_name="jit(f)/channel/experts/while"}
+  %v = (s32[]) while(%t), condition=%until, body=%block, metadata={op_name="jit(f)/while"}
+  ROOT %u = f32[4]{0} async-done(%s)
+}
+"""
+
+
+def test_communication_of_other_cores_and_loops_with_a_name():
+    """What other cores compute costs nothing, what they send is there; a loop by name runs as often as is said of its name."""
+    assert [(i.kind, i.times) for i in hlo.collectives(ASIDE)] == [("all-reduce", 1)]
+    assert hlo.cycles(ASIDE, hlo.Runs(3, {"experts": 2.5})) == (2.5 + 3) * 100
+
+
+def test_models_that_are_known_by_name():
+    """By the hub's name, its last part, and the name of their settings; the table has the paper's and today's."""
+    assert known.repo_of("llama_3_70b") == known.repo_of("Meta-Llama-3-70B-Instruct")
+    assert known.repo_of("deepseek-ai/DeepSeek-V3") == known.repo_of("deepseek_v3") and known.repo_of("nobody") is None
+    tables = [model.table for model in known.KNOWN.values()]
+    assert tables.count("paper") == 13 and tables.count("today") >= 20 and set(tables) == {"paper", "today", ""}
+    assert all(model.name for model in known.KNOWN.values() if model.table)
+    assert len(known.NAMES) == sum(bool(model.name) for model in known.KNOWN.values())
+    with pytest.raises(KeyError, match="nobody"):
+        known.config_of("nobody")
     mixture = from_hf(REAL_MODELS["Mixtral-8x7B-Instruct-v0.1"].config)
-    assert costs.parameters(mixture, active=True) < 0.3 * costs.parameters(mixture)
+    assert limits.parameters(mixture, active=True) < 0.3 * limits.parameters(mixture)
 
 
 def real(name: str) -> Workload:
@@ -178,31 +217,82 @@ def test_work_of_hybrids():
     """Active parameters as published, to the embeddings; attention costs more per token in longer prompts, states do not."""
     work = real("Qwen3-Next-80B-A3B-Instruct")
     cfg = work.cfg
-    assert costs.parameters(cfg, active=True) == pytest.approx(3.56e9, rel=0.01)
-    assert costs.mlp_width(cfg) == 10 * 512 + 512
+    assert limits.parameters(cfg, active=True) == pytest.approx(3.56e9, rel=0.01)
+    assert limits.mlp_width(cfg) == 10 * 512 + 512
     attention, states = 4 * 16 * 256 * 12, 6 * 36 * (32 * 128 * 128 + 3 * 8192)
     for tokens in (64, 4096):
-        found = costs.flops(work, prefill(work, tokens)) - 2 * cfg.vocab_size * cfg.d_model
-        in_layers = 2 * (costs.parameters(cfg, active=True) - cfg.vocab_size * cfg.d_model)
+        found = limits.flops(work, prefill(work, tokens)) - 2 * cfg.vocab_size * cfg.d_model
+        in_layers = 2 * (limits.parameters(cfg, active=True) - cfg.vocab_size * cfg.d_model)
         assert found == tokens * (in_layers + attention * tokens + states)
     matrices = 36 * 32 * 128 * 128 * 4
     windows, keys = 36 * 3 * 8192 * 2, 12 * 2 * 2 * 256 * 2 * work.slots
-    assert costs.cache_bytes(work, 1) == matrices + windows + keys
+    assert limits.cache_bytes(work, 1) == matrices + windows + keys
     # Of 16 chips 2 share the keys and 16 the states, whose windows of keys have 16 heads, too.
-    assert costs.cache_bytes(work, 3, 16, states=2) == 3 * (2 * (matrices + windows) // 16 + keys // 2)
+    assert limits.cache_bytes(work, 3, 16, states=2) == 3 * (2 * (matrices + windows) // 16 + keys // 2)
 
 
 def test_work_of_latents_and_of_dense_layers_before_experts():
     work = real("DeepSeek-V3")
     cfg = work.cfg
-    assert costs.parameters(cfg, active=True) == pytest.approx(37e9, rel=0.02)
-    assert costs.mlp_width(cfg) == (3 * 18432 + 58 * 9 * 2048) / 61
-    assert costs.cache_bytes(work, 1, 16) == 61 * 576 * 2 * work.slots  # which each chip has as a whole
-    step, prompt = (costs.flops(work, prefill(work, 1, cached=n)) for n in (1000, 0))
+    assert limits.parameters(cfg, active=True) == pytest.approx(37e9, rel=0.02)
+    assert limits.mlp_width(cfg) == (3 * 18432 + 58 * 9 * 2048) / 61
+    assert limits.cache_bytes(work, 1, 16) == 61 * 576 * 2 * work.slots  # which each chip has as a whole
+    step, prompt = (limits.flops(work, prefill(work, 1, cached=n)) for n in (1000, 0))
     assert step - prompt == 61 * 128 * 2 * (1001 * 2 * 576 - (128 + 64 + 128))
     gemma = real("gemma-4-E2B-it").cfg
-    assert costs.mlp_width(gemma) == (15 * 6144 + 20 * 12288) / 35
-    assert costs.parameters(gemma, active=True) == costs.parameters(gemma) - 262144 * 35 * 256
+    assert limits.mlp_width(gemma) == (15 * 6144 + 20 * 12288) / 35
+    assert limits.parameters(gemma, active=True) == limits.parameters(gemma) - 262144 * 35 * 256
+
+
+def test_blocks_of_experts_are_those_of_random_routing():
+    cfg = real("Qwen3-30B-A3B").cfg
+    for tokens in (16, 128, 2048):
+        rows = block_rows(tokens * 8, 128)
+        draws = np.random.default_rng(0).random((50, tokens, 128)).argsort(-1)[..., :8]
+        counts = [np.bincount(draw.ravel(), minlength=128) for draw in draws]
+        found = np.mean([np.ceil(count / rows).sum() for count in counts])
+        assert limits.expert_turns(cfg, tokens) == pytest.approx(found, rel=0.03)
+
+
+def test_the_limit_is_what_takes_longest():
+    """Decoding is bound by memory, prompts on one chip by operations, and on many by what is sent; estimates are above it."""
+    work, where = work_of("llama_3_8b"), Slice.parse("v5e-16")
+    prompt, one = prefill(work, 4096), Slice.parse("v5e-1")
+    step = dataclasses.replace(prefill(work, 1, cached=64), rows=8)
+    for program, mesh, chips_, binds in (
+        (prompt, MeshShape(1, 1, 1), one, "compute"),
+        (step, MeshShape(1, 1, 1), one, "memory"),
+        (prompt, MeshShape(1, 1, 16), where, "network"),
+    ):
+        limit = limits.limit(work, program, mesh, chips_)
+        assert limit.binds == binds and 0 < limit.seconds < costs.estimate(work, program, mesh, chips_)
+    assert limits.limit(work, prompt, MeshShape(1, 1, 1), one).seconds == limits.flops(work, prompt) / one.chip.flops
+    both = limit + limits.Limit(compute=2 * limit.seconds)
+    assert both.binds == "compute" and both.seconds == pytest.approx(3 * limit.seconds) == limit.times(3).seconds
+
+
+def test_of_experts_the_chosen_are_read():
+    """One token reads 8 of 128 experts, many tokens all of them, once."""
+    work, alone = real("Qwen3-30B-A3B"), MeshShape(1, 1, 1)
+    few, many = (limits.traffic(work, prefill(work, tokens), alone) for tokens in (1, 2048))
+    experts = 48 * 3 * 2048 * 768 * 2
+    assert few == pytest.approx(2 * limits.parameters(work.cfg, active=True), rel=0.01)
+    assert many - few > 0.99 * 120 * experts
+    once, block = limits.block_work(work, prefill(work, 1), alone)
+    assert once[1] == pytest.approx(8 * experts) and block[1] == experts / 48 + 4 * 8 * 2048 * 2
+
+
+def test_a_plan_that_compiles_nothing():
+    """In seconds, for every kind of model, and with every estimate above its limit."""
+    for name in ("llama_3_8b", "gemma_4_e2b", "glm_4_7_flash", "granite_4_h_small", "falcon_h1_0_5b"):
+        plan = make_plan(work_of(name), Slice.parse("tpu7x-8"), compiling=False)
+        assert not plan.problems and plan.mesh is not None and plan.mesh.size == 8
+        assert plan.peak > limits.weight_bytes(plan.work) / 8 and plan.sizes == planner.WANTED
+        for stage in plan.stages.values():
+            assert 0 < stage.limit.seconds < stage.seconds and not stage.cycles
+    text = table.detail(plan, "falcon")
+    assert "(4 chips, 8 devices of 94.7 GiB)" in text and "operations and bytes" in text
+    assert table.as_json("falcon", plan)["limit"]["memory"] == plan.limit.memory
 
 
 def test_work_grows_as_it_should():
@@ -212,7 +302,7 @@ def test_work_grows_as_it_should():
     def seconds(*names, **config):
         work = work_of(**config)
         found = programs.programs(Shapes(work, None), planner.WANTED)
-        return sum(p.runs * costs.roofline(work, p, mesh, where) for p in found if p.name in names)
+        return sum(p.runs * costs.estimate(work, p, mesh, where) for p in found if p.name in names)
 
     few, many = ({"positions": n, "select.full_grid": True} for n in (4, 16))
     assert seconds("scores", "induce", **many) == pytest.approx(4 * seconds("scores", "induce", **few), rel=0.02)
@@ -234,7 +324,7 @@ def test_meshes_hold_the_weights(model, where, fits):
     assert bool(ranked) == fits
     for mesh in ranked:
         assert mesh.size == where.chips
-        assert costs.weight_bytes(work) / mesh.fsdp / mesh.model < where.chip.hbm
+        assert limits.weight_bytes(work) / mesh.fsdp / mesh.model < where.chip.hbm
 
 
 def test_only_data_crosses_slices():
@@ -333,11 +423,11 @@ def test_an_audit_is_planned_with_both_models(llama, monkeypatch):
     where, mesh = Slice.parse("v5e-4"), MeshShape(1, 1, 4)
     plan, alone = (make_plan(one, where, mesh) for one in (work, dataclasses.replace(work, beside=0)))
     assert set(plan.stages) == {"activations", "behaviour"} and not plan.problems
-    assert plan.peak - alone.peak == costs.weight_bytes(work) // 4
+    assert plan.peak - alone.peak == limits.weight_bytes(work) // 4
     text = table.detail(plan, "tiny")
     assert "forward 8, generation 8;" in text and "selection" not in text
     assert "loss" not in text and "behaviour" in table.markdown([("tiny", plan)])
-    said = reading(from_hf(KNOWN["llama_3_70b"]["config"]), "bfloat16")
+    said = reading(known.config_of("llama_3_70b"), "bfloat16")
     assert "'files' and 'weights' each read 262.8 GiB" in said and "the largest takes 3.9 GiB" in said
     assert config.generation.max_new_tokens == get_config().generation.max_new_tokens
 
@@ -353,8 +443,8 @@ def test_a_plan_says_what_does_not_fit(tiny_work, monkeypatch):
     assert (
         none.mesh is None and "does not fit" in table.detail(none, "q") and "134.6 GiB of weights" in none.problems[0]
     )
-    assert "does not fit" in table.markdown([("q", none)])
-    with pytest.raises(UserError, match="The mesh data 2 has 2 chips, v5e-4 has 4"):
+    assert "- v5e-4 does not hold q." in table.markdown([("q", none)])
+    with pytest.raises(UserError, match="The mesh data 2 has 2 devices, v5e-4 has 4"):
         make_plan(tiny_work, where, MeshShape(2, 1, 1))
 
 
@@ -436,22 +526,19 @@ def test_a_topology_without_a_compiler(monkeypatch):
 
 DECODE = """
 import os
-import pathlib
 from refusal_jax.jobs.main import COMPILE_ONLY
 os.environ |= COMPILE_ONLY
-import json, pathlib
 import refusal_jax
-from refusal_jax.models.hf_config import from_hf
 from refusal_jax.plan import chips, programs
 from refusal_jax.study import completions
 from refusal_jax.study.study import workload
-from refusal_jax.plan.costs import cache_bytes
+from refusal_jax.plan.known import config_of
+from refusal_jax.plan.limits import cache_bytes
 from refusal_jax.models.sharding import make_mesh
 from refusal_jax.study.config import get_config
-known = json.loads((pathlib.Path(chips.__file__).parent / "models.json").read_text())
 for name, rows in (("llama_3_70b", 128), ("qwen_72b", 32)):
     where = chips.Slice.parse("v5e-16")
-    work = workload(from_hf(known[name]["config"]), "bfloat16", get_config(), 128)
+    work = workload(config_of(name), "bfloat16", get_config(), 128)
     shapes = programs.Shapes(work, make_mesh(1, 1, 16, where.devices()))
     memory = completions.programs(shapes, rows)[1].lower().compile().memory_analysis()
     ways = min(16, work.cfg.n_kv_heads)

@@ -18,7 +18,7 @@ from refusal_jax.chat.batches import length_batches
 from refusal_jax.chat.model import ChatModel, weights_dtype
 from refusal_jax.errors import UserError
 from refusal_jax.models.config import ModelConfig
-from refusal_jax.plan.costs import parameters
+from refusal_jax.plan.limits import parameters
 from refusal_jax.taps import Taps
 
 DIRECTIONS = "base_directions"  # in `Subject.shared`

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 from refusal_jax.audit.settings import AuditSettings
 from refusal_jax.models.config import ModelConfig
 from refusal_jax.models.weights import weight_table
-from refusal_jax.plan.costs import gib, parameters
+from refusal_jax.plan.costs import gib
+from refusal_jax.plan.limits import parameters
 from refusal_jax.plan.programs import Group, Program, Shapes, Workload
 from refusal_jax.study import completions, directions
 from refusal_jax.study.config import StudyConfig

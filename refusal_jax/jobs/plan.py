@@ -2,9 +2,10 @@
 
   pip install 'refusal-jax[plan]'                                        # the TPU compiler; needs no TPU
   refusal-jax plan --model=DIR --topology=v5e-16                         # a checkpoint folder, or its config.json alone
-  refusal-jax plan --model=qwen_72b --topology=v5e-64,v5p-16             # one of the paper's models, by its config's name
+  refusal-jax plan --model=qwen_72b --topology=v5e-64,v5p-16             # a model that is known, by its config's name
+  refusal-jax plan --model=deepseek-ai/DeepSeek-V3 --topology=tpu7x-32 --nocompile   # or the hub's; in seconds
   refusal-jax plan --config=configs/paper.py:llama_3_70b --topology=v5e-16   # with that config's settings
-  refusal-jax plan --all --out=plans                                     # the paper's 13 models on common slices
+  refusal-jax plan --all --out=plans                                     # the paper's 13 models and today's on common slices
   refusal-jax plan --audit --model=DIR --topology=v5e-8                  # an audit against a base instead of a study
   refusal-jax plan --mechanism --model=DIR --topology=v5e-8              # the mechanism of a study instead of the study
   refusal-jax plan --damage --model=DIR --topology=v5e-8                 # or what removing its direction damages
@@ -12,13 +13,14 @@
 
 The study's own programs (extraction, selection, prefill, decoding, loss) are compiled with the real TPU compiler for
 the slice's topology. The memory that it reports decides which batches fit; a run on such a slice decides with the same
-code. Times are estimates: the compiler's cycles where it reports them, otherwise operations and bytes divided by what
-the chip reaches in practice, plus communication by its bytes. Slice names follow gcloud: v5e-16 and v6e-16 count chips,
-v4-16 and v5p-16 count TensorCores, two per chip; 2xv5e-16 is two slices. --out=NAME writes NAME.json and NAME.md.
+code. --nocompile, and --all unless --compile is given, reckon both from the model's shape instead, in seconds. Times are
+estimates: the compiler's cycles, or operations and bytes divided by what compiled programs reach, plus communication by
+its bytes. Beside each stands its limit: operations at the chip's peak, bytes at its memory's bandwidth, or what is sent at
+that of its links, whichever takes longest. Slice names follow gcloud: v5e-16 and v6e-16 count chips, v4-16, v5p-16 and
+tpu7x-16 count TensorCores, two per chip; 2xv5e-16 is two slices. --out=NAME writes NAME.json and NAME.md.
 """
 
 import importlib.util
-import json
 import logging
 import pathlib
 
@@ -39,6 +41,7 @@ from refusal_jax.models.config import ModelConfig
 from refusal_jax.models.hf_config import from_hf, load_config
 from refusal_jax.plan import table
 from refusal_jax.plan.chips import Slice
+from refusal_jax.plan.known import KNOWN, NAMES, config_of, repo_of
 from refusal_jax.plan.planner import MeshShape, Plan, make_plan
 from refusal_jax.plan.programs import USUAL_LENGTH, Workload
 from refusal_jax.progress import each
@@ -52,16 +55,24 @@ LOG = logging.getLogger(__name__)
 
 # Settings of a training that decide what it needs.
 TRAINED = tuple(f"train.{name}" for name in ("method", "rank", "targets", "steps", "batch", "remat", "max_tokens"))
-COMMON = ("v5e-16", "v5e-64", "v5p-16", "v6e-8")
+COMMON = ("v5e-8", "v5e-16", "v5p-8", "v5p-64", "v6e-8", "v6e-32", "tpu7x-8", "tpu7x-32")
 MODEL = flags.DEFINE_string(
     "model",
     None,
-    "Checkpoint folder, its name on the hub (ORG/NAME), GGUF file, config.json, or the name of one of the paper's models, in "
-    "place of config.model.",
+    "Checkpoint folder, its name on the hub (ORG/NAME), GGUF file, config.json, or the name of a known model, in place of "
+    "config.model.",
 )
 TOPOLOGY = flags.DEFINE_list("topology", "v5e-16", "Slices to plan for, separated by commas.")
 ALL = flags.DEFINE_bool(
-    "all", False, f"Plan the paper's 13 models for {', '.join(COMMON)}, or for --topology if given."
+    "all",
+    False,
+    f"Plan the paper's 13 models and those of today's families for {', '.join(COMMON)}, or for --topology if given.",
+)
+COMPILE = flags.DEFINE_bool(
+    "compile",
+    None,
+    "Compile the programs with the TPU compiler, a minute or so each, rather than reckon in seconds what they need. By default "
+    "this is done unless --all is given.",
 )
 AUDIT = flags.DEFINE_bool(
     "audit", False, "Plan an audit of a model of this shape against its base, in place of a study."
@@ -100,9 +111,10 @@ for shared in (settings, devices):
 
 
 def main(argv) -> None:
-    if importlib.util.find_spec("libtpu") is None:
+    if compiling() and importlib.util.find_spec("libtpu") is None:
         raise UserError(
-            "Planning needs the TPU compiler, which is not installed here: pip install 'refusal-jax[plan]'."
+            "Planning needs the TPU compiler, which is not installed here: pip install 'refusal-jax[plan]'. With --nocompile it "
+            "reckons without one."
         )
     asked = [f"--{flag.name}" for flag, _ in WORKLOADS if flag.value]
     if len(asked) > 1:
@@ -111,14 +123,11 @@ def main(argv) -> None:
     check_numbers(config)
     if OUT.value and not pathlib.Path(OUT.value).name:
         raise UserError(f"--out={OUT.value} is no name for files: plans/mine writes plans/mine.json and plans/mine.md.")
-    known = json.loads((pathlib.Path(table.__file__).parent / "models.json").read_text(encoding="utf-8"))
     slices = [
         Slice.parse(name) for name in (COMMON if ALL.value and not flags.FLAGS["topology"].present else TOPOLOGY.value)
     ]
-    if ALL.value:
-        models = {name: from_hf(row["config"], name) for name, row in known.items()}
-    else:
-        models = dict([named_model(config.model, known)])
+    models = {m.name: config_of(m.name) for m in KNOWN.values() if m.table} if ALL.value else None
+    models = models or dict([named_model(config.model)])
     plans, jobs = [], [(name, cfg, where) for name, cfg in models.items() for where in slices]
     for name, cfg, where in each(jobs, "planning", "plan"):
         plan = one(name, cfg, config, where)
@@ -136,6 +145,11 @@ def main(argv) -> None:
         )
 
 
+def compiling() -> bool:
+    """Returns whether programs are to be compiled."""
+    return not ALL.value if COMPILE.value is None else COMPILE.value
+
+
 def one(name: str, cfg: ModelConfig, config: StudyConfig, where: Slice) -> Plan:
     """Returns the plan of one model for one slice, logging what is being compiled."""
 
@@ -146,36 +160,34 @@ def one(name: str, cfg: ModelConfig, config: StudyConfig, where: Slice) -> Plan:
     sides = [max(side, 1) for side in config.mesh.values()] if any(config.mesh.values()) else None
     mesh = MeshShape(*sides) if sides else None
     describe = next((describe for flag, describe in WORKLOADS if flag.value), workload)
-    return make_plan(describe(cfg, dtype, config, LENGTH.value), where, mesh, note)
+    return make_plan(describe(cfg, dtype, config, LENGTH.value), where, mesh, note, compiling())
 
 
-def named_model(asked: str, known: dict) -> tuple[str, ModelConfig]:
-    """Returns a name for the model that is asked for, and its config. asked: a folder, a config.json, one of the names known, or
-    a name on the hub; if it is empty, the config file's name counts. Raises UserError, with the choices, if there is no such
-    model."""
+def named_model(asked: str) -> tuple[str, ModelConfig]:
+    """Returns a name for the model that is asked for, and its config. asked: a folder, a config.json, a GGUF file, the name of a
+    model that is known, or one on the hub; if it is empty, the config file's name counts. Raises UserError, with the choices, if
+    there is no such model."""
     given = bool(asked)
     if not given:
         file, _, argument = config_flags.get_config_filename(flags.FLAGS["config"]).partition(":")
         asked = argument or pathlib.Path(file).stem
-    path = local_path(asked)
+    path, choices = local_path(asked), ", ".join(model.name for model in KNOWN.values() if model.table)
     if path.is_dir() or path.suffix == ".gguf":
         return path.resolve().name, load_config(as_folder(path))
     if path.suffix == ".json":
         if not path.is_file():
-            raise UserError(
-                f"{path} does not exist. Name a config.json, a checkpoint folder or one of {', '.join(known)}."
-            )
+            raise UserError(f"{path} does not exist. Name a config.json, a checkpoint folder or one of {choices}.")
         return path.resolve().parent.name, from_hf(read_json(path), str(path))
-    if path.stem in known:
-        return path.stem, from_hf(known[path.stem]["config"], path.stem)
+    for name in (asked, path.stem):
+        if repo_of(name):
+            return name.rpartition("/")[2], config_of(name)
     if named := model_name(asked):
         return named[0].repo.rpartition("/")[2], load_config(checkpoint_folder(asked, weights=False))
     if not given and asked == "config":
         raise UserError(
-            "Name a model with --model: a checkpoint folder, ORG/NAME on the hub, a config.json or one of "
-            f"{', '.join(known)}; or --all."
+            f"Name a model with --model: a checkpoint folder, ORG/NAME on the hub, a config.json or one of {choices}; or --all."
         )
     raise UserError(
-        f"{asked!r} is no checkpoint folder, no config.json and none of the models known by name ({', '.join(known)})."
-        f"{did_you_mean(asked, known)} Name one with --model, or --all."
+        f"{asked!r} is no checkpoint folder, no config.json and none of the models known by name ({choices}, and others)."
+        f"{did_you_mean(asked, NAMES)} Name one with --model, or --all."
     )

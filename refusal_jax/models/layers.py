@@ -301,6 +301,11 @@ def sharded_mixture(mesh, specs, cfg: ModelConfig, weights, stacks, place, h_btd
     return run(weights, stacks, jnp.asarray(place), h_btd)
 
 
+def block_rows(pairs: int, n: int) -> int:
+    """Returns the rows of a block for so many (token, expert) pairs and n experts: about an expert's share, in tiles."""
+    return min(256, max(8, 1 << (pairs // n).bit_length()))
+
+
 def experts(
     cfg: ModelConfig,
     stack,
@@ -321,7 +326,7 @@ def experts(
     token with every expert, on CPU and on TPU v5e alike (jax 0.10: 64 times the work for 64 experts).
     """
     pairs, n = chosen_tn.size, cfg.n_experts
-    m = min(256, max(8, 1 << (pairs // n).bit_length()))  # rows of a block: about an expert's share, in tiles
+    m = block_rows(pairs, n)
     expert_p = chosen_tn.reshape(-1)
     order_p = jnp.argsort(expert_p, stable=True)
     sizes_e = jnp.bincount(expert_p, length=n)
@@ -338,16 +343,19 @@ def experts(
     x_smd = x_sd.reshape(blocks, m, -1)
     owner_s = jnp.searchsorted(ends_e, jnp.arange(blocks), side="right")
 
-    def block(index, out_smd):
+    def block(index, rows_smd):
         def own(name: str):
             found = stack(f"{cfg.expert_prefix}{name}")
             return None if found is None else found[place, owner_s[index]]
 
-        x = jax.lax.dynamic_index_in_dim(x_smd, index, keepdims=False)
+        x = jax.lax.dynamic_index_in_dim(rows_smd, index, keepdims=False)
         y = linear(hidden(cfg, lambda name: linear(x, own(name), own(f"{name}_bias"))), own("down"))
-        return jax.lax.dynamic_update_index_in_dim(out_smd, y, index, 0)
+        return jax.lax.dynamic_update_index_in_dim(rows_smd, y, index, 0)
 
-    out_smd = jax.lax.fori_loop(0, ends_e[-1], block, jnp.zeros_like(x_smd))
+    with jax.named_scope(
+        "experts"
+    ):  # `plan` counts its turns; what comes out of a block takes the place of what went in
+        out_smd = jax.lax.fori_loop(0, ends_e[-1], block, x_smd)
     row_p = jnp.zeros(pairs, row_p.dtype).at[order_p].set(row_p)  # back to the order of the tokens
     out_tnd = out_smd.reshape(blocks * m, -1)[row_p].reshape(*chosen_tn.shape, -1)
     if cfg.weighted_inputs:

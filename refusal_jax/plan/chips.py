@@ -1,7 +1,7 @@
 """TPU chips, and the slices of them by name.
 
-Sizes are Google Cloud's: `v5e-16` and `v6e-16` count chips, `v4-16` and `v5p-16` count TensorCores, two a chip, as in
-`gcloud`. Peaks are from the Cloud TPU documentation; clocks convert the compiler's cycles to seconds.
+Sizes are Google Cloud's: `v5e-16` and `v6e-16` count chips, `v4-16`, `v5p-16` and `tpu7x-16` count TensorCores, two a chip, as
+in `gcloud`. Peaks are from the Cloud TPU documentation; clocks convert the compiler's cycles to seconds.
 """
 
 import dataclasses
@@ -13,11 +13,13 @@ from refusal_jax.errors import UserError, did_you_mean, setting
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """One generation of TPUs.
+    """One generation of TPUs, by what JAX calls a device: a chip, but of tpu7x each of a chip's two halves.
 
-    hbm: usable bytes of memory on a chip. bandwidth: of that memory, bytes/s. flops: bfloat16 peak, 1/s. link: bytes/s of one
+    hbm: usable bytes of memory of a device. bandwidth: of that memory, bytes/s. flops: bfloat16 peak, 1/s. link: bytes/s of one
     ICI link in one direction. axes: number of axes of the torus. cores: TensorCores that a slice's name counts for each chip.
-    hertz: clock of a core. ring: an axis of that length or more wraps around. kinds: JAX's names of its devices.
+    hertz: clock of a core. ring: an axis of that length or more wraps around. kinds: JAX's names of its devices. devices: of a
+    chip, which share its links. reached: shares of
+    the peak and of the bandwidth that compiled forward passes and decoding come to, by the compiler's cycles.
     """
 
     name: str
@@ -30,11 +32,13 @@ class Chip:
     hertz: float
     ring: int
     kinds: tuple[str, ...]
+    devices: int = 1
+    reached: tuple[float, float] = (0.6, 0.5)
 
     def links(self, shape: tuple[int, ...]) -> float:
-        """Returns the bytes/s that a chip of a slice of this shape can send, along all axes together."""
+        """Returns the bytes/s that a device of a slice of this shape can send, along all axes together."""
         sides = [2 if size >= self.ring else 1 for size in shape if size > 1]
-        return self.link * max(sum(sides), 1)
+        return self.link * max(sum(sides), 1) / self.devices
 
 
 GIB = float(2**30)
@@ -42,9 +46,25 @@ CHIPS = {
     chip.name: chip
     for chip in (
         Chip("v4", 30.75 * GIB, 1.2e12, 275e12, 45e9, 3, 2, 1.05e9, 4, ("TPU v4",)),
-        Chip("v5e", 15.75 * GIB, 8.1e11, 197e12, 45e9, 2, 1, 1.5e9, 16, ("TPU v5 lite", "TPU v5e")),
-        Chip("v5p", 95.74 * GIB, 2.765e12, 459e12, 90e9, 3, 2, 1.75e9, 4, ("TPU v5", "TPU v5p")),
-        Chip("v6e", 31.25 * GIB, 1.6e12, 918e12, 90e9, 2, 1, 1.75e9, 16, ("TPU v6 lite", "TPU v6e")),
+        Chip(
+            "v5e", 15.75 * GIB, 8.1e11, 197e12, 45e9, 2, 1, 1.5e9, 16, ("TPU v5 lite", "TPU v5e"), reached=(0.74, 0.52)
+        ),
+        Chip("v5p", 95.74 * GIB, 2.765e12, 459e12, 90e9, 3, 2, 1.75e9, 4, ("TPU v5", "TPU v5p"), reached=(0.6, 0.3)),
+        Chip(
+            "v6e",
+            31.25 * GIB,
+            1.638e12,
+            918e12,
+            90e9,
+            2,
+            1,
+            1.75e9,
+            16,
+            ("TPU v6 lite", "TPU v6e"),
+            reached=(0.45, 0.58),
+        ),
+        # Its clock is not published: its peak needs this one, if a core does as much in a cycle as v6e's.
+        Chip("tpu7x", 94.74 * GIB, 3.69e12, 1153.5e12, 90e9, 3, 2, 2.2e9, 4, ("TPU7x",), 2, (0.39, 0.35)),
     )
 }
 SHAPES = {  # chips -> how they are laid out in a slice of that size
@@ -73,12 +93,12 @@ class Slice:
 
     @classmethod
     def parse(cls, text: str) -> "Slice":
-        """Parses a name such as v5e-16, v5p-16, 2xv5e-16 (two slices), or a chip and a shape such as v5e:4x4.
+        """Parses a name such as v5e-16, tpu7x-16, 2xv5e-16 (two slices), or a chip and a shape such as v5e:4x4.
 
         Raises UserError, which lists the valid names, for any other.
         """
         match = re.fullmatch(
-            r"(?:([1-9]\d*)x)?(v\w+?)(?:-(\d+)|:(\d+(?:x\d+){1,2}))", text.strip().lower().replace("litepod", "e")
+            r"(?:([1-9]\d*)x)?(tpu7x|v\w+?)(?:-(\d+)|:(\d+(?:x\d+){1,2}))", text.strip().lower().replace("litepod", "e")
         )
         chip = CHIPS.get(match[2]) if match else None
         if match is None or chip is None:
@@ -100,6 +120,11 @@ class Slice:
     def chips(self) -> int:
         """Returns the number of chips of all slices."""
         return math.prod(self.shape) * self.slices
+
+    @property
+    def size(self) -> int:
+        """Returns the number of JAX's devices of all slices, which a mesh has."""
+        return self.chips * self.chip.devices
 
     @property
     def name(self) -> str:

@@ -1,45 +1,51 @@
 """Estimates how long a program takes on a slice, and how much memory it needs.
 
-If the compiled program's text is available, its own cycles are summed; otherwise operations and bytes are divided by
-the rates that the chip reaches in practice. Communication is added as if nothing overlapped with it, which makes the
-estimate slow; leaving out the host makes it fast.
+If a program was compiled, its own cycles are summed; otherwise operations and bytes are divided by the rates that compiled
+programs reach. Communication is added as if nothing overlapped with it, which makes the estimate slow; leaving out the host
+makes it fast.
 """
 
 import contextlib
 import dataclasses
-import math
 import os
+import pathlib
 import sys
-from collections.abc import Mapping
-from typing import Any, Protocol, runtime_checkable
+import tempfile
 
 import jax
 import jax.numpy as jnp
 
-from refusal_jax.models.cache import map_memory
-from refusal_jax.models.config import ModelConfig
-from refusal_jax.models.mixers.attention import Attention
-from refusal_jax.models.mixers.latent import Latent
-from refusal_jax.models.mixers.mixer import Mixer
-from refusal_jax.models.sharding import STORAGE
 from refusal_jax.models.structure import structure
-from refusal_jax.models.weights import weight_table
 from refusal_jax.plan.chips import GIB, Slice
-from refusal_jax.plan.hlo import Instruction, collectives, cycles
+from refusal_jax.plan.hlo import Instruction, Runs, collectives, cycles
+from refusal_jax.plan.limits import (
+    Limit,
+    Sides,
+    block_work,
+    cache_bytes,
+    expert_layers,
+    expert_turns,
+    flops,
+    limit,
+    mlp_width,
+    parts,
+    sent,
+    together,
+    traffic,
+    weight_bytes,
+)
 from refusal_jax.plan.programs import Program, Workload
 
-FLOPS_SHARE, BANDWIDTH_SHARE = 0.6, 0.65  # of the peaks, as the compiler's cycles come to on v5e
 LATENCY = 2e-6  # seconds of one collective, besides its bytes
+TURN = 3.6e-6  # seconds of one turn of a loop over blocks of experts, besides its bytes: three instructions of 1,800 cycles
 
 
-@runtime_checkable
-class Sides(Protocol):
-    """The lengths of a mesh's axes: `jax.sharding.Mesh`, or a mesh without devices."""
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """What is known of a program, compiled or not. peak: bytes of memory on a device. text: "" if there is none."""
 
-    @property
-    def shape(self) -> Mapping[str, int]: ...
-    @property
-    def size(self) -> int: ...
+    peak: int
+    text: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +53,7 @@ class Cost:
     """The cost of one run of a program.
 
     peak: bytes of memory on a chip. flops: operations on all chips. bytes: HBM traffic of a chip. seconds: the estimate.
-    cycles: whether the seconds are from the compiler's cycles.
+    cycles: whether the seconds are from the compiler's cycles. limit: the least seconds.
     """
 
     peak: int
@@ -55,125 +61,50 @@ class Cost:
     bytes: float
     seconds: float
     cycles: bool
-
-
-def parameters(cfg: ModelConfig, active: bool = False) -> int:
-    """Returns the number of parameters.
-
-    active: counts only those used per token, which leaves out experts that are not chosen and embeddings.
-    """
-    total = 0
-    looked_up = {"per_layer_embed"} | (set() if cfg.tied_embeddings else {"embed"})
-    for path, weight in weight_table(cfg).items():
-        size = math.prod(weight.shape)
-        if active and path in looked_up:
-            continue
-        if active and weight.per_expert:
-            size = size * cfg.experts_per_token // cfg.n_experts
-        total += size
-    return total
-
-
-def mlp_width(cfg: ModelConfig) -> float:
-    """Returns the width of what a token goes through in MLPs, with experts and without, on average over the layers."""
-    total = 0
-    for path, weight in weight_table(cfg).items():
-        if path.endswith("down") and weight.axes[-1] == "mlp":
-            each = cfg.experts_per_token if weight.per_expert else 1
-            total += len(weight.layers) * weight.shape[-1] * each
-    return total / cfg.n_layers
-
-
-def mixing(cfg: ModelConfig, mixer: Any, seen: int, past: bool) -> float:
-    """Returns the operations of a sequence mixer for each token, besides those with its weights.
-
-    seen: the tokens that each token is multiplied with, which are all in memory: windows only leave out what comes of it.
-    past: whether there are tokens before. A state's entries are each read, changed and read again.
-    """
-    if mixer is None:
-        return 0
-    parts = [part for part in vars(mixer).values() if isinstance(part, Mixer)]
-    if parts:
-        return sum(mixing(cfg, part, seen, past) for part in parts)
-    if isinstance(mixer, Attention):
-        heads, _, width = mixer.sizes(cfg)
-        return 4 * seen * heads * width
-    if isinstance(mixer, Latent):
-        latent, width = mixer.kv_rank + mixer.rope_dim, mixer.plain_dim + mixer.rope_dim
-        return 2 * seen * cfg.n_heads * (2 * latent if past else width + mixer.v_dim)
-    states = jax.eval_shape(lambda: mixer.memory(cfg, 1, 1, jnp.float32))
-    return 6 * sum(math.prod(a.shape) for a in jax.tree.leaves(states))
-
-
-def weight_bytes(work: Workload) -> int:
-    """Returns the bytes of all weights."""
-    return parameters(work.cfg) * jnp.dtype(work.dtype).itemsize
-
-
-def cache_bytes(work: Workload, rows: int, model: int = 1, states: int = 1) -> int:
-    """Returns the bytes that `rows` rows keep in generation on each of `model` chips, which divide heads: keys and values, and
-    states, which count `states` times."""
-    empty = jax.eval_shape(lambda: structure(work.cfg).empty(rows, work.slots, jnp.dtype(work.dtype)))
-
-    def here(times: int):
-        return lambda a: times * math.prod(a.shape) * a.dtype.itemsize // math.gcd(model, a.shape[2])
-
-    return sum(jax.tree.leaves(map_memory(here(1), here(states), empty)))
-
-
-def flops(work: Workload, program: Program) -> float:
-    """Returns the operations of one run on all chips: two for each active parameter and token, and those of the mixers."""
-    cfg, form, tokens = work.cfg, structure(work.cfg), program.rows * program.tokens * program.steps
-    unembedding = cfg.vocab_size * cfg.d_model
-    in_layers = 2 * (parameters(cfg, active=True) - unembedding)
-    seen = program.tokens + program.cached
-    mixed = sum(mixing(cfg, form.mixers[index], seen, program.cached > 0) for index in form.mixer_l)
-    in_layers = (in_layers + mixed) * program.layers / cfg.n_layers
-    return tokens * in_layers + 2 * unembedding * program.rows * program.read * program.steps
-
-
-def traffic(work: Workload, program: Program, mesh: Sides) -> float:
-    """Returns the HBM traffic of one chip in one run, in bytes: weights in each forward pass, the cache, activations."""
-    shape = dict(mesh.shape)
-    batch = shape["data"] * shape[STORAGE]
-    model = mesh.size // batch
-    width = jnp.dtype(work.dtype).itemsize
-    weights = weight_bytes(work) / model * (3 if shape[STORAGE] > 1 else 1)  # gathered: written and read again
-    share = program.layers / work.cfg.n_layers
-    tokens = max(program.rows // batch, 1) * program.tokens
-    inner = 2 * mlp_width(work.cfg) / model + 6 * work.cfg.d_model / model + 4 * work.cfg.d_model
-    activations = 2 * width * tokens * inner * program.layers
-    # A step reads what is kept; states it replaces as well.
-    remembered = cache_bytes(work, program.rows, model, states=2) / batch if program.cached else 0
-    return program.steps * (weights * share + activations + remembered)
+    limit: Limit
 
 
 def communication(work: Workload, program: Program, mesh: Sides, where: Slice) -> float:
-    """Returns the seconds of one run's collectives, from the model's shape: those that GSPMD and the decoder put into a layer."""
-    shape = dict(mesh.shape)
-    batch, width = shape["data"] * shape[STORAGE], jnp.dtype(work.dtype).itemsize
-    model, links = mesh.size // batch, where.chip.links(where.shape)
-    moved = max(program.rows // batch, 1) * program.tokens * work.cfg.d_model * width
-    seconds = 0.0
-    if model > 1:  # two projections a layer, each of which sums (there and back) and gathers
-        seconds += 2 * program.layers * (3 * moved * (model - 1) / model / links + 2 * LATENCY)
-    if shape[STORAGE] > 1:
-        stored = weight_bytes(work) * program.layers / work.cfg.n_layers / model
-        seconds += stored * (shape[STORAGE] - 1) / shape[STORAGE] / links
-    return program.steps * seconds
+    """Returns the seconds of one run's exchanges, one after the other."""
+    total, exchanges = sent(work, program, mesh)
+    return total / where.chip.links(where.shape) + LATENCY * exchanges
 
 
 def collective_seconds(found: list[Instruction], chips: int, links: float) -> float:
     """Returns the seconds of the collectives of a program's text, one after the other."""
-    passes = {"all-reduce": 2.0, "reduce-scatter": float(chips)}  # of the bytes of the result
-    return sum(i.times * (passes.get(i.kind, 1.0) * i.bytes / links + LATENCY) for i in found)
+    passes = {"all-reduce": 2.0, "reduce-scatter": float(chips)}  # of the bytes of the result, less a device's own part
+    others = (chips - 1) / chips
+    return sum(i.times * (passes.get(i.kind, 1.0) * others * i.bytes / links + LATENCY) for i in found)
 
 
-def roofline(work: Workload, program: Program, mesh: Sides, where: Slice) -> float:
-    """Returns the seconds of one run from operations, bytes and communication."""
-    compute = flops(work, program) / (mesh.size * where.chip.flops * FLOPS_SHARE)
-    memory = traffic(work, program, mesh) / (where.chip.bandwidth * BANDWIDTH_SHARE)
-    return max(compute, memory) + communication(work, program, mesh, where)
+def estimate(work: Workload, program: Program, mesh: Sides, where: Slice) -> float:
+    """Returns the seconds of one run from operations, bytes and communication, at the rates that compiled programs reach.
+
+    Blocks of experts read their weights one after the other, each as long as its operations or its bytes take.
+    """
+    chip, cfg = where.chip, work.cfg
+    in_flops, in_bytes = flops(work, program) / mesh.size, traffic(work, program, mesh)
+    blocks = 0.0
+    if expert_layers(cfg):
+        once, block = block_work(work, program, mesh)
+        in_flops, in_bytes = in_flops - once[0], in_bytes - once[1]
+        each = max(block[0] / chip.flops / chip.reached[0], block[1] / chip.bandwidth / chip.reached[1])
+        layers = expert_layers(cfg) * program.layers / cfg.n_layers
+        blocks = program.steps * layers * expert_turns(cfg, together(program, mesh)) * (each + TURN)
+    compute = in_flops / chip.flops / chip.reached[0]
+    memory = in_bytes / chip.bandwidth / chip.reached[1]
+    return max(compute, memory) + blocks + communication(work, program, mesh, where)
+
+
+def memory(work: Workload, program: Program, mesh: Sides) -> int:
+    """Returns about how many bytes a program needs on a device: weights, the cache, and what a layer or the logits take."""
+    cfg, width, (batch, model) = work.cfg, jnp.dtype(work.dtype).itemsize, parts(mesh)
+    tokens, rows = together(program, mesh), max(program.rows // batch, 1)
+    kept = cache_bytes(work, program.rows, model) / batch if program.cached else 0
+    inner = 2 * mlp_width(cfg) / model + 8 * cfg.d_model
+    layer = tokens * width * inner + 4 * rows * cfg.n_heads / model * program.tokens * (program.tokens + program.cached)
+    logits = 3 * 4 * rows * program.read * cfg.vocab_size / model
+    return round((weight_bytes(work) / mesh.shape["fsdp"] / model + kept + max(layer, logits)) * 1.05)
 
 
 @contextlib.contextmanager
@@ -190,33 +121,55 @@ def _quiet():
         os.close(nowhere)
 
 
-def text_of(compiled) -> str:
+def compiled(program: Program) -> Compiled:
+    """Returns what the compiler makes of a program for the devices of its mesh. Raises JaxRuntimeError as it does."""
+    return Compiled(peak_bytes(program.lower().compile()))
+
+
+def compiled_with_text(program: Program) -> Compiled:
+    """Returns the same with the program's text, as the compiler writes it into a file.
+
+    `as_text` reads the compiler's own form, in which libtpu has instructions that jaxlib does not know (sends by the sparse cores
+    of a TPU v7x, many operands of an asynchronous one), and lacks the cycles that some instructions get last.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        done = program.lower().compile(compiler_options={"xla_dump_to": folder, "xla_dump_hlo_as_text": True})
+        written = sorted(pathlib.Path(folder).glob("*after_codegen.txt"))
+        text = written[-1].read_text(encoding="utf-8", errors="replace") if written else text_of(done)
+    return Compiled(peak_bytes(done), text)
+
+
+def text_of(done) -> str:
     """Returns the compiled program's text, or "" where libtpu writes what jaxlib cannot read (and prints a trace)."""
     try:
         with _quiet():
-            return compiled.as_text()
+            return done.as_text() or ""
     except jax.errors.JaxRuntimeError:
         return ""
 
 
-def cost(work: Workload, program: Program, compiled, mesh: Sides, where: Slice) -> Cost:
-    """Returns the cost of a program compiled for `where`."""
-    text = "" if work.cfg.n_experts else text_of(compiled)  # how often the experts' loop runs is not in it
-    if text:
-        model = mesh.size // mesh.shape["data"] // mesh.shape[STORAGE]
-        counted = program.turns, structure(work.cfg).taken
-        waiting = collective_seconds(collectives(text, *counted), model, where.chip.links(where.shape))
-        seconds = cycles(text, *counted) / where.chip.hertz + waiting
+def runs_of(work: Workload, program: Program, mesh: Sides) -> Runs:
+    """Returns how often the parts of a program's text run that it does not say itself."""
+    turns = expert_turns(work.cfg, together(program, mesh)) if work.cfg.n_experts else 1.0
+    return Runs(program.turns, {"experts": turns}, structure(work.cfg).taken)
+
+
+def cost(work: Workload, program: Program, done: Compiled, mesh: Sides, where: Slice) -> Cost:
+    """Returns the cost of a program on `where`."""
+    if done.text:
+        runs, model = runs_of(work, program, mesh), parts(mesh)[1]
+        waiting = collective_seconds(collectives(done.text, runs), model, where.chip.links(where.shape))
+        seconds = cycles(done.text, runs) / where.chip.hertz + waiting
         seconds *= program.layers / work.cfg.n_layers  # the text's loop is over all of them
     else:
-        seconds = roofline(work, program, mesh, where)
-    peak = peak_bytes(compiled)
-    return Cost(peak, flops(work, program), traffic(work, program, mesh), seconds, bool(text))
+        seconds = estimate(work, program, mesh, where)
+    bound = limit(work, program, mesh, where)
+    return Cost(done.peak, flops(work, program), traffic(work, program, mesh), seconds, bool(done.text), bound)
 
 
-def peak_bytes(compiled) -> int:
+def peak_bytes(done) -> int:
     """Returns the most memory that a compiled program needs on a chip, in bytes."""
-    return compiled.memory_analysis().peak_memory_in_bytes
+    return done.memory_analysis().peak_memory_in_bytes
 
 
 def gib(size: float) -> str:

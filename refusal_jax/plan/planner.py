@@ -1,4 +1,4 @@
-"""Chooses mesh and batches: meshes are ranked by estimate, and on the best ones batches are compiled until they fit.
+"""Chooses mesh and batches: meshes are ranked by estimate, and on the best ones batches are compiled until they fit, or reckoned.
 
 A run on real devices takes its sizes from the same functions, so that it runs as planned.
 """
@@ -12,7 +12,8 @@ import jax
 from refusal_jax.errors import UserError
 from refusal_jax.models.sharding import MESH_AXES, make_mesh
 from refusal_jax.plan.chips import CHIPS, Slice
-from refusal_jax.plan.costs import Sides, cache_bytes, cost, gib, peak_bytes, roofline, weight_bytes
+from refusal_jax.plan.costs import Compiled, compiled, compiled_with_text, cost, estimate, gib, memory
+from refusal_jax.plan.limits import Limit, Sides, cache_bytes, weight_bytes
 from refusal_jax.plan.programs import Program, Shapes, Sizes, Workload, programs
 
 WANTED = Sizes(
@@ -61,7 +62,7 @@ def ranked_meshes(work: Workload, where: Slice, sizes: Sizes) -> list[MeshShape]
     """Returns the meshes that hold the weights and the cache of a quarter of the wanted rows, the fastest study first."""
     limit = 0.9 * where.chip.hbm  # something is needed for activations
 
-    def memory(mesh: MeshShape) -> float:
+    def needed(mesh: MeshShape) -> float:
         batch = mesh.data * mesh.fsdp
         cache = cache_bytes(work, max(sizes.generation // 4, LEAST), mesh.model) / batch
         return (weight_bytes(work) + work.beside) / mesh.fsdp / mesh.model + cache
@@ -69,9 +70,9 @@ def ranked_meshes(work: Workload, where: Slice, sizes: Sizes) -> list[MeshShape]
     def seconds(mesh: MeshShape) -> float:
         if mesh.data * mesh.fsdp > max(sizes.generation, LEAST):
             return math.inf  # more parts than rows
-        return sum(p.runs * roofline(work, p, mesh, where) for p in programs(Shapes(work, None), sizes))
+        return sum(p.runs * estimate(work, p, mesh, where) for p in programs(Shapes(work, None), sizes))
 
-    fitting = [mesh for mesh in mesh_shapes(where.chips, where.slices) if memory(mesh) <= limit]
+    fitting = [mesh for mesh in mesh_shapes(where.size, where.slices) if needed(mesh) <= limit]
     return sorted((mesh for mesh in fitting if seconds(mesh) < math.inf), key=seconds)
 
 
@@ -80,22 +81,34 @@ def deciding(work: Workload, field: str) -> Callable[[Shapes, int], list[Program
     return lambda shapes, rows: [p for g in work.groups if g.field == field for p in g.largest(shapes, rows)]
 
 
-def _compiled(program: Program):
-    """Returns (compiled program, ""), or (None, what the compiler says about memory)."""
+Attempt = Callable[[Program], Compiled]  # raises JaxRuntimeError for a program that does not fit
+
+
+def _attempted(program: Program, attempt: Attempt) -> tuple[Compiled | None, str]:
+    """Returns (what is known of the program, ""), or (None, what the compiler says about memory)."""
     try:
-        return program.lower().compile(), ""
+        return attempt(program), ""
     except jax.errors.JaxRuntimeError as error:
         if not any(word in str(error) for word in ("RESOURCE_EXHAUSTED", "Hbm", "memory")):
             raise
         return None, " ".join(str(error).split())
 
 
-def fit(shapes: Shapes, given: int, wanted: int, describe, limit: float, ways: int, note=lambda text: None):
+def fit(
+    shapes: Shapes,
+    given: int,
+    wanted: int,
+    describe: Callable[[Shapes, int], list[Program]],
+    limit: float,
+    ways: int,
+    note: Callable[[str], None] = lambda text: None,
+    attempt: Attempt = compiled,
+):
     """Returns the most rows, from `wanted` down by halves, in which all programs of `describe(shapes, rows)` fit into
     `limit` bytes.
 
-    given: the rows that are set, 0 if they are open; then whole shares of `ways`, the parts of a batch, are taken. Returns
-    (rows, [(program, compiled)], ""), or (0, [], why even the fewest rows do not fit).
+    given: the rows that are set, 0 if they are open; then whole shares of `ways`, the parts of a batch, are taken. attempt: gives
+    what is known of a program. Returns (rows, [(program, that)], ""), or (0, [], why even the fewest rows do not fit).
     """
     rows, why = given or max(wanted // ways, 1) * ways, ""
     least = given or max(LEAST // ways, 1) * ways
@@ -103,14 +116,13 @@ def fit(shapes: Shapes, given: int, wanted: int, describe, limit: float, ways: i
         done = []
         for program in describe(shapes, rows):
             note(f"{program.name}, {rows} rows")
-            compiled, why = _compiled(program)
-            if compiled is None:
+            found, why = _attempted(program, attempt)
+            if found is None:
                 break
-            peak = peak_bytes(compiled)
-            if peak > limit:
-                why = f"{program.name} needs {gib(peak)} a chip in {rows} rows, of {gib(limit)}"
+            if found.peak > limit:
+                why = f"{program.name} needs {gib(found.peak)} a chip in {rows} rows, of {gib(limit)}"
                 break
-            done.append((program, compiled))
+            done.append((program, found))
         else:
             return rows, done, ""
         rows = rows // 2 // ways * ways
@@ -137,6 +149,10 @@ class Plan:
         return sum(stage.seconds for stage in self.stages.values())
 
     @property
+    def limit(self) -> Limit:
+        return sum((stage.limit for stage in self.stages.values()), Limit())
+
+    @property
     def peak(self) -> int:
         return max((stage.peak for stage in self.stages.values()), default=0)
 
@@ -146,7 +162,7 @@ class StageCost:
     """The cost of all runs of a stage's programs.
 
     flops: operations on all chips. bytes: HBM traffic of one chip. peak: bytes of memory on a chip. cycles: whether the seconds
-    are from the compiler's cycles.
+    are from the compiler's cycles. limit: the least seconds, program by program.
     """
 
     seconds: float
@@ -154,59 +170,69 @@ class StageCost:
     bytes: float
     peak: int
     cycles: bool
+    limit: Limit
 
     @classmethod
-    def of(cls, work: Workload, compiled: list, mesh: Sides, where: Slice) -> "StageCost":
-        """Returns the sum over the runs of (program, compiled) pairs."""
-        costs = [(p, cost(work, p, done, mesh, where)) for p, done in compiled]
+    def of(cls, work: Workload, found: list[tuple[Program, Compiled]], mesh: Sides, where: Slice) -> "StageCost":
+        """Returns the sum over the runs of programs, of each of which something is known."""
+        costs = [(p, cost(work, p, done, mesh, where)) for p, done in found]
         return cls(
             sum(p.runs * c.seconds for p, c in costs),
             sum(p.runs * c.flops for p, c in costs),
             sum(p.runs * c.bytes for p, c in costs),
             max(c.peak for _, c in costs) + work.beside * mesh.shape["data"] // mesh.size,
             all(c.cycles for _, c in costs),
+            sum((c.limit.times(p.runs) for p, c in costs), Limit()),
         )
 
 
-def make_plan(work: Workload, where: Slice, mesh: MeshShape | None = None, note=lambda text: None) -> Plan:
+def make_plan(
+    work: Workload, where: Slice, mesh: MeshShape | None = None, note=lambda text: None, compiling: bool = True
+) -> Plan:
     """Compiles a study's programs for a slice, on the mesh given or on the best that holds the model.
 
-    note: called with what is being compiled. Raises UserError without the TPU compiler, and for a mesh of other size.
+    note: called with what is being compiled. compiling: whether to; if not, memory is reckoned from the model's shape, as times
+    are. Raises UserError without the TPU compiler, and for a mesh of other size.
     """
     wanted = WANTED.with_settings(work.config)
     ranked = [mesh] if mesh else ranked_meshes(work, where, wanted)
-    if mesh and mesh.size != where.chips:
-        raise UserError(f"The mesh {mesh} has {mesh.size} chips, {where.name} has {where.chips}. Change one of them.")
+    if mesh and mesh.size != where.size:
+        raise UserError(f"The mesh {mesh} has {mesh.size} devices, {where.name} has {where.size}. Change one of them.")
     if not ranked:
-        need = f"{gib(weight_bytes(work) + work.beside)} of weights on {where.chips} chips of {gib(where.chip.hbm)}"
+        need = f"{gib(weight_bytes(work) + work.beside)} of weights on {where.size} devices of {gib(where.chip.hbm)}"
         return Plan(
             work, where, None, Sizes(0, 0, 0, 0), {}, [f"the model does not fit: {need}, and a cache beside them"]
         )
     plans = []
     for mesh in ranked[:TRIED]:
-        plans.append(_plan_on(work, where, mesh, note))
+        plans.append(_plan_on(work, where, mesh, note, compiling))
         if not plans[-1].problems:
             break
     return min(plans, key=lambda plan: len(plan.problems))
 
 
-def _plan_on(work: Workload, where: Slice, mesh: MeshShape, note) -> Plan:
+def _plan_on(work: Workload, where: Slice, mesh: MeshShape, note, compiling: bool) -> Plan:
     """Returns the plan on one mesh, each field of `Sizes` with the most rows that fit."""
-    shapes = Shapes(work, make_mesh(mesh.data, mesh.fsdp, mesh.model, where.devices()))
+    shapes = Shapes(work, make_mesh(mesh.data, mesh.fsdp, mesh.model, where.devices()) if compiling else None)
+
+    def reckoned(program: Program) -> Compiled:
+        return Compiled(memory(work, program, mesh))
+
+    attempt = compiled_with_text if compiling else reckoned
     given = Sizes(0, 0, 0, 0).with_settings(work.config)
     sizes, problems, costs, ways = {}, [], {}, mesh.data * mesh.fsdp
     limit = SPARE * where.chip.hbm - work.beside / mesh.fsdp / mesh.model
     for field in FIELDS:
         wanted = getattr(given, field), getattr(WANTED, field)
-        sizes[field], done, why = fit(shapes, *wanted, deciding(work, field), limit, ways, note)
-        compiled = iter(done)
+        sizes[field], done, why = fit(shapes, *wanted, deciding(work, field), limit, ways, note, attempt)
+        found = iter(done)
         for group in work.groups:
             if group.field == field and not sizes[field]:
                 problems.append(f"{group.name}: {why[:300]}")
             elif group.field == field:
-                ready = [next(compiled) for _ in group.largest(shapes, sizes[field])]
+                ready = [next(found) for _ in group.largest(shapes, sizes[field])]
                 rest = group.describe(shapes, sizes[field])[len(ready) :]
-                ready += [(program, program.lower().compile()) for program in rest]
+                ready += [(program, attempt(program)) for program in rest]
                 costs[group.name] = StageCost.of(work, ready, mesh, where)
     stages = {group.name: costs[group.name] for group in work.groups if group.name in costs}
     return Plan(work, where, mesh, Sizes(**sizes), stages, problems)
@@ -218,7 +244,7 @@ def device_slice(devices) -> Slice | None:
     if chip is None:
         return None
     slices = len({getattr(device, "slice_index", 0) for device in devices})
-    return Slice(chip, (len(devices) // slices,), slices)
+    return Slice(chip, (max(len(devices) // slices // chip.devices, 1),), slices)
 
 
 def run_mesh(work: Workload, settings: Mapping[str, int], devices) -> jax.sharding.Mesh | None:
