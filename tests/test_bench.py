@@ -13,7 +13,7 @@ from commands import forked, refused
 from refusal_jax import UserError
 from refusal_jax.chat import residuals
 from refusal_jax.models import generate
-from refusal_jax.plan.costs import parameters
+from refusal_jax.plan.limits import parameters
 from refusal_jax.plan.programs import Sizes
 from refusal_jax.speed import ceilings, made_up, pytorch, table
 from refusal_jax.speed.ceilings import Ceilings
