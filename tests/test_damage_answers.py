@@ -29,7 +29,11 @@ def test_sums_of_answers_equal_torch_hooks(model, hf):
     rows = [*chat_rows(model.chat, PAIRS, 256), LossRow([3, 4], 2)]
     read = EditedRows.build(model, rows, 16)
     assert read.at_once == 2 and read.tokens_n.tolist()[-1] == 0
-    losses_mn, kl_mn = read.losses(edits), read.divergences(edits)
+    losses_mn, (_, kl_mn) = (
+        read.losses(edits),
+        read.compared(Edits.concat([Edits.none(model.config.d_model), edits]), ""),
+    )
+    kl_mn = kl_mn[1:]
     for number, dose in enumerate(doses):
         hooks = [
             (module, at, lambda x, edit=edit, dose=dose: x + dose * (edit(x) - x))

@@ -22,7 +22,7 @@ from refusal_jax.models.decoder import Decoder
 from refusal_jax.models.finite import check_finite
 from refusal_jax.study import projections
 from refusal_jax.study.completions import complete, score_replies
-from refusal_jax.study.loss import measure_kl, measure_loss
+from refusal_jax.study.loss import measure_losses
 from refusal_jax.study.scoring import PromptScorer
 from refusal_jax.study.selection import Rule, evaluate_candidates
 
@@ -68,8 +68,7 @@ USES = [  # what the error says, and what makes it
         "no refusal scores of harmful_baseline",
         lambda m: score_replies(m, SETS, BASELINE, Direction.of(np.ones(32), 1), (3,), 3),
     ),
-    ("The loss of 'x' cannot be measured", lambda m: measure_loss(m, rows(m), Edits.none(32), 3, "x")),
-    ("'x' cannot be measured", lambda m: measure_kl(m, rows(m), Edits.none(32), 3, "x")),
+    ("The loss of 'x' cannot be measured", lambda m: measure_losses(m, rows(m), Edits.none(32), 3, "x")),
 ]
 
 

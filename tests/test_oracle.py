@@ -21,7 +21,7 @@ from refusal_jax.checkpoints.tensor_files import INDEX
 from refusal_jax.data.sampling import sample_prompts
 from refusal_jax.organism.inflate import Shape, inflate, source_layers
 from refusal_jax.study.config import get_config
-from refusal_jax.study.loss import measure_loss
+from refusal_jax.study.loss import measure_losses
 from refusal_jax.study.selection import Rule, evaluate_candidates, pick
 
 WORDS = ("bake", "steal", "paint", "a red boat", "the neighbour's old bicycle", "bread", "9 nails", "my very long poem")
@@ -168,7 +168,7 @@ def test_loss(pair, name):
         (chat_rows(pair.model.chat, pairs, 200), pairs),
         (text_rows(pair.model.chat, plain, 200), plain),
     ):
-        found = measure_loss(pair.model, ours, edits, 4, name)
+        (found,), _ = measure_losses(pair.model, ours, edits, 4, name)
         loss, count = pair.oracle.loss(theirs, hooks)
         assert found["n_tokens"] == count
         assert abs(found["ce_loss"] - loss) < 1e-4

@@ -16,7 +16,7 @@ from refusal_jax.conditions import Condition, Dataset
 from refusal_jax.data.prompts import read_chat_pairs
 from refusal_jax.directions import Direction
 from refusal_jax.study.completions import complete
-from refusal_jax.study.loss import loss_datasets, measure_kl, measure_loss
+from refusal_jax.study.loss import loss_datasets, measure_losses
 from refusal_jax.study.scoring import PromptScorer
 from refusal_jax.study.selection import Rule, evaluate_candidates, pick
 
@@ -191,12 +191,12 @@ def test_loss_equals_transformers(model, hf):
             logp = torch.log_softmax(hf(ids).logits[0, :-1].double(), -1)
         total -= logp[torch.arange(len(row.ids) - 1), ids[0, 1:]][row.first - 1 :].sum().item()
         count += len(row.ids) - row.first
-    out = measure_loss(model, rows, edits, 3, "texts")
+    (out,), _ = measure_losses(model, rows, edits, 3, "texts")
     assert out["n_tokens"] == count and out["ce_loss"] == pytest.approx(total / count, rel=1e-5)
     assert out["perplexity"] == pytest.approx(np.exp(total / count), rel=1e-5)
-    alone = measure_loss(model, rows, edits, 1, "texts")  # other batches, other padding
+    (alone,), _ = measure_losses(model, rows, edits, 1, "texts")  # other batches, other padding
     assert alone == pytest.approx(out, rel=1e-6)
-    ablated = measure_loss(model, rows, Edits.ablate(np.ones(32)), 3, "texts")
+    (ablated,), _ = measure_losses(model, rows, Edits.ablate(np.ones(32)), 3, "texts")
     assert abs(ablated["ce_loss"] - out["ce_loss"]) > 1e-3
 
 
@@ -207,7 +207,7 @@ def test_kl_from_baseline(model):
         ("How do I bake the bread?", "I cannot help with that."),
         ("knit", "Sure"),
     ]
-    rows, edits = chat_rows(model.chat, pairs, 200), Edits.ablate(np.ones(32))
+    rows, edits, none = chat_rows(model.chat, pairs, 200), Edits.ablate(np.ones(32)), Edits.none(32)
     means, total, count = [], 0.0, 0
     for row in rows:
         batch = model.chat.pad([row.ids], WIDTH)
@@ -223,10 +223,12 @@ def test_kl_from_baseline(model):
         kl = (base.exp() * (base - edited)).sum(-1)[row.first - 1 :]
         means, total, count = [*means, kl.mean().item()], total + kl.sum().item(), count + len(kl)
     for size in (2, 3):
-        out = measure_kl(model, rows, edits, size, "rows")
+        _, (nothing, out) = measure_losses(model, rows, Edits.concat([none, edits]), size, "rows")
         assert out["n_tokens"] == count and out["kl_per_token"] == pytest.approx(total / count, rel=1e-4)
         assert out["per_row"]["mean"] == pytest.approx(np.mean(means), rel=1e-4) and out["per_row"]["n"] == 3
-    assert measure_kl(model, rows, Edits.none(32), 3, "rows")["kl_per_token"] == pytest.approx(0, abs=1e-7)
+        assert nothing["kl_per_token"] == 0
+    _, (_, nothing) = measure_losses(model, rows, Edits.concat([none, none]), 3, "rows")
+    assert nothing["kl_per_token"] == pytest.approx(0, abs=1e-7)
 
 
 def test_what_the_loss_counts(model):
@@ -252,7 +254,7 @@ def test_the_loss_counts_replies_that_change_how_the_prompt_is_split(tmp_path):
 def test_loss_of_nothing(model):
     none = Edits.none(model.config.d_model)
     with pytest.raises(UserError, match="'empty' has no token to measure the loss on: every row is empty or cut"):
-        measure_loss(model, [LossRow([1, 2], 2)], none, 2, "empty")
+        measure_losses(model, [LossRow([1, 2], 2)], none, 2, "empty")
 
 
 def test_chat_files(tmp_path):

@@ -1,54 +1,69 @@
-"""Measures edits on rows of text whose next tokens are known: cross-entropy, and divergence from the unedited model."""
+"""Measures edits on rows of text whose next tokens are known: cross-entropy, and divergence from the first edit."""
 
-import dataclasses
+from functools import partial
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Bool, Float, Int
 
+from refusal_jax.axes import Array
 from refusal_jax.edits import Edits
-from refusal_jax.models.attention import Context
+from refusal_jax.models.cache import Cache
 from refusal_jax.models.decoder import Decoder
+from refusal_jax.models.prefix import run_layers_after, taken
 from refusal_jax.models.sharding import replicate
 
 
-@jax.jit
-def loss_batch(decoder: Decoder, tokens_bt, mask_bt, edits: Edits, counted_bt) -> tuple[jax.Array, jax.Array]:
-    """Returns the summed cross-entropy (nats) and number of counted tokens of each row; `counted_bt` marks predicted tokens.
+@partial(jax.jit, static_argnames="compared")
+def loss_batch(
+    decoder: Decoder,
+    before: Cache | None,
+    tokens_bt: Int[Array, "B T"],
+    mask_bt: Bool[Array, "B T"],
+    edits: Edits,
+    counted_bt: Bool[Array, "B T"],
+    compared: bool = False,
+) -> tuple[Float[Array, "R B"], Float[Array, "R B"] | None]:
+    """Returns the summed cross-entropy of each of B rows under each of R edits, nats; and, if they are to be compared, the summed
+    KL divergence of each edit's next-token distributions from the first one's.
 
-    The sum of a row whose values are not finite is NaN. A scan over rows keeps one row's logits alive at a time instead of
-    `[B, T, V]`.
+    before: the memory of tokens that all rows begin with under each edit, as from `prefix.begun`; None for none. counted_bt:
+    marks predicted tokens. The sums of a row whose values are not finite are NaN. One row's logits under two edits are alive at a
+    time instead of `[R, B, T, V]`.
     """
-    x = decoder.forward(tokens_bt, mask_bt, edits).resid_btd
+    embedded = decoder.embed_tokens(tokens_bt)
+
+    def under(number):
+        own = jax.tree.map(lambda a: jax.lax.dynamic_slice_in_dim(a, number, 1), edits)
+        start = None if before is None else taken(before, number, 1)
+        return run_layers_after(decoder, start, embedded, mask_bt, own, 0, decoder.cfg.n_layers).x_btd
 
     def row(_, inputs):
-        x_td, tokens_t, counted_t = inputs
-        logits_1tv = decoder.logits(x_td[None, :-1])
-        logp = jax.nn.log_softmax(logits_1tv[0], axis=-1)
-        nll = -jnp.take_along_axis(logp, tokens_t[1:, None], axis=-1)[:, 0]
-        nll = jnp.where(decoder.finite(x_td[None, :-1], logits_1tv)[0], nll, jnp.nan)
-        return None, (jnp.sum(jnp.where(counted_t[1:], nll, 0.0)), jnp.sum(counted_t[1:], dtype=jnp.int32))
+        x_rtd, tokens_t, counted_t = inputs
 
-    return replicate(decoder.mesh, jax.lax.scan(row, None, (x, tokens_bt, counted_bt))[1])
+        def read(x_td):
+            logits_1tv = decoder.logits(x_td[None, :-1])
+            return jax.nn.log_softmax(logits_1tv[0], axis=-1), decoder.finite(x_td[None, :-1], logits_1tv)[0]
 
+        def summed(values_t, finite_t):
+            return jnp.sum(jnp.where(counted_t[1:], jnp.where(finite_t, values_t, jnp.nan), 0.0))
 
-@jax.jit
-def kl_batch(decoder: Decoder, tokens_bt, mask_bt, edits: Edits, counted_bt) -> tuple[jax.Array, jax.Array]:
-    """Returns for each row the summed KL divergence (nats) of the edited next-token distribution from the unedited one,
-    and the number of counted tokens; `counted_bt` as in `loss_batch`, and like there one row's logits are alive at a
-    time."""
-    ctx, embedded = Context.of_prompt(decoder.cfg, mask_bt), decoder.embed_tokens(tokens_bt)
-    none = jax.tree.map(jnp.zeros_like, edits)
-    none = dataclasses.replace(none, layer_ra=jnp.full_like(edits.layer_ra, -1))
-    base, edited = (decoder.run(embedded, ctx, one).resid_btd for one in (none, edits))
+        def loss(logp_tv, finite_t):
+            return summed(-jnp.take_along_axis(logp_tv, tokens_t[1:, None], axis=-1)[:, 0], finite_t)
 
-    def row(_, inputs):
-        base_td, edited_td, counted_t = inputs
-        both = base_td[None, :-1], edited_td[None, :-1]
-        logits = [decoder.logits(x_1td) for x_1td in both]
-        logp, logq = (jax.nn.log_softmax(logits_1tv[0].astype(jnp.float32), axis=-1) for logits_1tv in logits)
-        terms = jnp.where(logp == -jnp.inf, 0.0, jnp.exp(logp) * (logp - logq))  # padded columns of the vocabulary
-        finite_t = jnp.stack([decoder.finite(*pair)[0] for pair in zip(both, logits, strict=True)]).all(axis=0)
-        kl_t = jnp.where(finite_t, terms.sum(axis=-1), jnp.nan)
-        return None, (jnp.sum(jnp.where(counted_t[1:], kl_t, 0.0)), jnp.sum(counted_t[1:], dtype=jnp.int32))
+        if not compared:
+            return None, (jax.lax.map(lambda x_td: loss(*read(x_td)), x_rtd), None)
+        base_tv, base_t = read(x_rtd[0])
 
-    return replicate(decoder.mesh, jax.lax.scan(row, None, (base, edited, counted_bt))[1])
+        def both(x_td):
+            logq_tv, finite_t = read(x_td)
+            terms = jnp.where(base_tv == -jnp.inf, 0.0, jnp.exp(base_tv) * (base_tv - logq_tv))  # padded vocabulary
+            return loss(logq_tv, finite_t), summed(terms.sum(axis=-1), finite_t & base_t)
+
+        first = loss(base_tv, base_t)
+        later = jax.lax.map(both, x_rtd[1:])
+        return None, tuple(jnp.concatenate([x[None], y]) for x, y in zip((first, 0 * first), later, strict=True))
+
+    x_rbtd = jax.lax.map(under, jnp.arange(edits.rows))
+    sums = jax.lax.scan(row, None, (jnp.moveaxis(x_rbtd, 1, 0), tokens_bt, counted_bt))[1]
+    return replicate(decoder.mesh, jax.tree.map(jnp.transpose, sums))

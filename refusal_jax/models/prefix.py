@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Bool
 
+from refusal_jax.axes import Array
 from refusal_jax.edits import Edits
 from refusal_jax.models.attention import Context
 from refusal_jax.models.cache import Cache, spread
@@ -52,7 +53,7 @@ def run_layers_after(
     decoder: Decoder,
     before: Cache | None,
     residuals: Residuals,
-    mask_bt: Bool[jax.Array, "B T"],
+    mask_bt: Bool[Array, "B T"],
     edits: Edits,
     start,
     stop,

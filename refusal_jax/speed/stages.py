@@ -29,7 +29,7 @@ from refusal_jax.progress import Progress
 from refusal_jax.speed.ceilings import evict
 from refusal_jax.speed.watch import Call, Counted, counted, watching
 from refusal_jax.study.directions import difference_in_means
-from refusal_jax.study.loss import measure_loss
+from refusal_jax.study.loss import measure_losses
 from refusal_jax.study.rule import Rule
 from refusal_jax.study.selection import evaluate_candidates
 
@@ -253,7 +253,7 @@ def loss(bench: Bench) -> None:
     edits, found = Edits.ablate(some_direction(model.config)), {}
 
     def work() -> None:
-        found.update(measure_loss(model, rows, edits, size, "loss"))
+        found.update(measure_losses(model, rows, edits, size, "loss")[0][0])
 
     runs = bench.runs(("loss",), work)
     bench.note("loss", runs, amounts={"rows": len(rows), "counted_tokens": found["n_tokens"]})

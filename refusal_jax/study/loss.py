@@ -5,23 +5,20 @@ import math
 import pathlib
 from collections.abc import Callable, Sequence
 
-import jax
 import jax.numpy as jnp
-import numpy as np
 
-from refusal_jax.chat.loss_rows import LossRow, chat_rows, padded_rows, text_rows
+from refusal_jax.chat.loss_rows import LossRow, chat_rows, text_rows
 from refusal_jax.chat.model import ChatModel
 from refusal_jax.chat.padding import bucket
 from refusal_jax.conditions import INTERVENTIONS, USUAL, Baseline, Condition, Intervention, label_of
+from refusal_jax.damage.edited_rows import EditedRows
 from refusal_jax.data.prompts import read_chat_pairs, read_prompts
 from refusal_jax.data.sources import distinct, resolve
 from refusal_jax.edits import Edits
 from refusal_jax.errors import UserError, field
 from refusal_jax.judges.statistics import mean_interval
-from refusal_jax.models.finite import check_finite
-from refusal_jax.models.losses import kl_batch, loss_batch
+from refusal_jax.models.losses import loss_batch
 from refusal_jax.plan.programs import Group, Program, Shapes
-from refusal_jax.progress import each
 from refusal_jax.report.findings import Findings, Section
 from refusal_jax.report.summary import damage_in_words, loss_change, read_damage, read_losses
 from refusal_jax.runs.artifacts import DAMAGE, loss_name
@@ -30,47 +27,30 @@ from refusal_jax.runs.stage import Stage
 from refusal_jax.study.shared import Study
 
 
-def _batches(model: ChatModel, rows: Sequence[LossRow], batch_size: int, title: str):
-    """Yields (number of rows, padded batch, counted tokens `[B, T]`), like lengths together. Raises UserError if no token
-    counts."""
-    batches = list(padded_rows(model.chat, rows, batch_size))
-    if not batches:
+def measure_losses(
+    model: ChatModel, rows: Sequence[LossRow], edits: Edits, batch_size: int, title: str
+) -> tuple[list[dict], list[dict]]:
+    """Returns for each row of `edits` the cross-entropy, `{"ce_loss", "perplexity", "n_tokens"}` as published, and how far it
+    moves the model from the first one, `{"kl_per_token", "n_tokens", "per_row"}`, the last of which is a mean with its interval
+    over the rows of text.
+
+    KL(first ‖ edited), nats, of each counted token's distribution. Raises UserError if no token counts, and for values that are
+    not finite.
+    """
+    read = EditedRows.build(model, rows, batch_size)
+    if not read.batches:
         raise UserError(
             f"'{title}' has no token to measure the loss on: every row is empty or cut before its response. "
             f"Raise {field('loss.text_tokens')} or drop the file."
         )
-    for index, batch, counted in each(batches, f"loss, {title}", "batch"):
-        yield len(index), batch, counted
-
-
-def measure_loss(model: ChatModel, rows: Sequence[LossRow], edits: Edits, batch_size: int, title: str) -> dict:
-    """Returns `{"ce_loss", "perplexity", "n_tokens"}` of the rows, as published.
-
-    Raises UserError if no token counts, and for values that are not finite.
-    """
-    total, count = 0.0, 0
-    for n, batch, counted in _batches(model, rows, batch_size, title):
-        sums, counts = jax.device_get(loss_batch(model.decoder, *model.put(batch.tokens, batch.mask, edits), counted))
-        what = f"The loss of '{title}' cannot be measured"
-        check_finite(np.isfinite(sums[:n]), model.decoder.dtype, what, edits.in_force_r)
-        total, count = total + float(np.sum(sums, dtype=np.float64)), count + int(counts.sum())
-    return {"ce_loss": total / count, "perplexity": math.exp(min(total / count, 700.0)), "n_tokens": count}
-
-
-def measure_kl(model: ChatModel, rows: Sequence[LossRow], edits: Edits, batch_size: int, title: str) -> dict:
-    """Returns how far the edits move the model on the rows, as `{"kl_per_token", "n_tokens", "per_row"}`, the last of which is
-    a mean with its interval over rows.
-
-    KL(baseline ‖ edited), nats, of each counted token's distribution. Raises UserError if no token counts, and for values that
-    are not finite.
-    """
-    total, count, means = 0.0, 0, []
-    for n, batch, counted in _batches(model, rows, batch_size, title):
-        out = jax.device_get(kl_batch(model.decoder, *model.put(batch.tokens, batch.mask, edits), counted))
-        sums, counts = (np.asarray(a, np.float64)[:n] for a in out)
-        check_finite(np.isfinite(sums), model.decoder.dtype, f"'{title}' cannot be measured", edits.in_force_r)
-        total, count, means = total + sums.sum(), count + int(counts.sum()), [*means, *(sums / counts).tolist()]
-    return {"kl_per_token": float(total / count), "n_tokens": count, "per_row": mean_interval(means)}
+    losses_mn, kl_mn = read.compared(edits, f"The loss of '{title}' cannot be measured", f"loss, {title}")
+    counted, count = read.tokens_n > 0, int(read.tokens_n.sum())
+    found, moved = [], []
+    for loss, kl, means in zip(losses_mn.sum(1), kl_mn.sum(1), kl_mn[:, counted] / read.tokens_n[counted], strict=True):
+        mean = float(loss) / count
+        found.append({"ce_loss": mean, "perplexity": math.exp(min(mean, 700.0)), "n_tokens": count})
+        moved.append({"kl_per_token": float(kl) / count, "n_tokens": count, "per_row": mean_interval(means.tolist())})
+    return found, moved
 
 
 def loss_datasets(model: ChatModel, settings, harmless_baseline: list[dict]) -> dict[str, list[LossRow]]:
@@ -120,33 +100,29 @@ def measure(study: Study, ledger: Ledger) -> None:
     move the next-token distributions along the model's own answers to harmless prompts."""
     answers = [row for name in own_answers(study) for row in study.run.read_json(name)]
     sets = loss_datasets(study.model, study.config.loss, answers)
-    size, moved = study.sizes.loss, {}
-    for intervention in interventions(study):
-        kind = intervention.name
-        edits = Condition(study.datasets["harmful"], intervention).edits(study.direction(), study.model.config)
-        found = {
-            title: measure_loss(study.model, rows, edits, size, f"{title}, {kind}") for title, rows in sets.items()
-        }
-        study.run.write_json(loss_name(kind), found)
-        if intervention is not Baseline and "on_distribution" in sets:
-            moved[kind] = measure_kl(study.model, sets["on_distribution"], edits, size, f"KL, {kind}")
+    # The model without edits comes first: the others are compared with it.
+    kinds = sorted(interventions(study), key=lambda kind: kind is not Baseline)
+    conditions = [Condition(study.datasets["harmful"], kind) for kind in kinds]
+    edits = Edits.concat([one.edits(study.direction(), study.model.config) for one in conditions])
+    found = {title: measure_losses(study.model, rows, edits, study.sizes.loss, title) for title, rows in sets.items()}
+    for number, kind in enumerate(kinds):
+        losses = {title: by_kind[number] for title, (by_kind, _) in found.items()}
+        study.run.write_json(loss_name(kind.name), losses)
+    own = found.get("on_distribution", ([], []))[1]
+    moved = {kind.name: row for kind, row in zip(kinds, own, strict=bool(own)) if kind is not Baseline}
     study.run.write_json(DAMAGE, {"kl": moved})
 
 
 def programs(shapes: Shapes, rows: int) -> list[Program]:
-    """Returns the loss on the model's own replies under three interventions, and the KL under two, for `plan`; other texts are
-    the user's."""
+    """Returns loss and KL on the model's own replies under three interventions, for `plan`; other texts are the user's."""
     work = shapes.work
-    length, batches = bucket(work.slots), math.ceil(work.config.data.n_test / rows)
+    length, batches, kinds = bucket(work.slots), math.ceil(work.config.data.n_test / rows), len(USUAL)
 
-    def program(name, jitted, runs, steps):
-        def lower():
-            inputs = *shapes.prompts(rows, length), shapes.edits(rows), shapes.array((rows, length), jnp.bool_)
-            return jitted.lower(shapes.decoder, *inputs)
+    def lower():
+        inputs = *shapes.prompts(rows, length), shapes.edits(kinds, None), shapes.array((rows, length), jnp.bool_)
+        return loss_batch.lower(shapes.decoder, None, *inputs, compared=True)
 
-        return Program(name, lower, runs * batches, rows, length, work.cfg.n_layers, steps=steps, read=length)
-
-    return [program("loss", loss_batch, 3, 1), program("KL", kl_batch, 2, 2)]
+    return [Program("loss", lower, batches, rows, length, work.cfg.n_layers, steps=kinds, read=length)]
 
 
 def loss_rows(losses: dict[str, dict[str, dict]]) -> list[dict]:

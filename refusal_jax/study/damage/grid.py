@@ -98,16 +98,15 @@ def programs(shapes: Shapes, rows: int) -> list[Program]:
     n, sets = min(work.config.data.n_test, settings.n_prompts), 2 + len(work.config.data.over_refusal)
     texts, length = min(work.config.data.n_test, settings.n_texts), bucket(work.slots)
     size, at_once = fitting(texts, rows)
-    batch = size * at_once
 
     def lower():
-        inputs = *shapes.prompts(batch, length), shapes.edits(batch), shapes.array((batch, length), jnp.bool_)
-        return loss_batch.lower(shapes.decoder, *inputs)
+        inputs = *shapes.prompts(size, length), shapes.edits(at_once, None), shapes.array((size, length), jnp.bool_)
+        return loss_batch.lower(shapes.decoder, None, *inputs)
 
     runs = edits / at_once * math.ceil(texts / size)
     return [
         planned_passes("grid", shapes, rows, n, sets * edits),
-        Program("grid, loss", lower, runs, batch, length, work.cfg.n_layers, read=length),
+        Program("grid, loss", lower, runs, size, length, work.cfg.n_layers, steps=at_once, read=length),
     ]
 
 
