@@ -26,6 +26,7 @@ from refusal_jax.progress import Progress
 
 HEAD = "lm_head.weight"  # where the checkpoint's other names are not those of its family's table
 THREADS = 8  # at most; each holds a block of rows
+FILES = 4  # that are hashed at a time, as one core hashes more slowly than most disks write
 # What to do with an embedding that is also the unembedding: give the model an unembedding of its own, the embedding as it
 # was; let the edit change both; edit neither.
 TIED = ("untie", "keep", "skip")
@@ -106,7 +107,7 @@ class Plan:
         return sum(file.size for file in self.files.values())
 
     def write(self, folder: pathlib.Path, done: Callable[[pathlib.Path], object] = lambda path: None) -> Written:
-        """Writes into an empty folder. done: is called with each weight file once it is written.
+        """Writes into an empty folder. done: is called with each weight file once it is written, by several threads.
 
         Raises UserError for values that are not finite, OSError for a disk that refuses.
         """
@@ -114,15 +115,21 @@ class Plan:
         copy_other_files(checkpoint.folder, folder, (*QUANTISATION_FILES, INDEX) if checkpoint.anew else ())
         if self.config or checkpoint.anew:
             self._write_config(folder)
-        hashes = {}
-        pool = ThreadPoolExecutor(min(THREADS, os.cpu_count() or 1))
+        pool, hashing = ThreadPoolExecutor(min(THREADS, os.cpu_count() or 1)), ThreadPoolExecutor(FILES)
         try:
             with Progress("exporting", self.size, "B") as bar:
-                for path, file in self.files.items():
-                    hashes[path.name] = file.write(folder / path.name, pool, bar)
+
+                def write(path: pathlib.Path) -> str:
+                    sha256 = self.files[path].write(folder / path.name, pool, bar)
                     done(folder / path.name)
+                    return sha256
+
+                hashes = {
+                    path.name: sha256 for path, sha256 in zip(self.files, hashing.map(write, self.files), strict=True)
+                }
         finally:
-            pool.shutdown(cancel_futures=True)
+            pool.shutdown(cancel_futures=True)  # ends the files that are being written, too
+            hashing.shutdown(cancel_futures=True)
         added = self.size - sum(file.size for file in checkpoint.files.values())
         return Written(self.edits, self.tied, added, hashes)
 
