@@ -10,11 +10,14 @@ import shutil
 import numpy as np
 import pytest
 import tiny
+from transformers import AutoTokenizer
 
 from refusal_jax import UserError, load_model
 from refusal_jax.chat import prompts
+from refusal_jax.chat.model import demo_model_path
 from refusal_jax.chat.padding import bucket
 from refusal_jax.chat.prompts import Chat
+from refusal_jax.chat.tokenizers import is_plain, load_tokenizer
 
 
 def make_chat(folder, template=tiny.TEMPLATE, context=256, extra=(), **more) -> Chat:
@@ -277,6 +280,19 @@ def test_damaged_tokenizer(tmp_path):
     (tmp_path / "tokenizer.json").write_text((tmp_path / "tokenizer.json").read_text()[:500])
     with pytest.raises(UserError, match=r"tokenizer\.json is not valid JSON \(.+\)\. If it was edited by hand"):
         Chat.load(tmp_path, 64)
+
+
+def test_a_plain_tokenizer_is_the_one_that_transformers_chooses(tmp_path):
+    """For a Llama whose file names the plain class, all others are left unread; for other models transformers may know better."""
+    folder, texts = demo_model_path(), (*prompts.PROBES, "<|begin_of_text|> Tell me, how?\n\n")
+    ours, theirs = load_tokenizer(folder), AutoTokenizer.from_pretrained(folder)
+    assert is_plain(folder) and type(ours) is type(theirs) and len(ours) == len(theirs)
+    assert [ours(text).input_ids for text in texts] == [theirs(text).input_ids for text in texts]
+    assert ours.chat_template == theirs.chat_template and ours.special_tokens_map == theirs.special_tokens_map
+    for name in ("tokenizer.json", "tokenizer_config.json", "config.json"):
+        shutil.copy(folder / name, tmp_path)
+    tiny.edit_json(tmp_path / "config.json", model_type="qwen2")
+    assert not is_plain(tmp_path)
 
 
 def test_code_in_a_checkpoint_is_never_run(tmp_path):

@@ -14,12 +14,14 @@ from refusal_jax.chat.qwen_tokenizer import RANKS, QwenTokenizer
 from refusal_jax.chat.templates import MARKS
 from refusal_jax.errors import UserError
 from refusal_jax.files import check_file, damaged, read_bytes, read_json
-from refusal_jax.models.decoding import end_ids
+from refusal_jax.models.decoding import CONFIG, end_ids
 
 LOG = logging.getLogger(__name__)
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 SENTENCEPIECE = "tokenizer.model"
+PLAIN = ("TokenizersBackend", "PreTrainedTokenizerFast")  # names of the class that only reads tokenizer.json
+TRUSTED_TYPES = ("llama",)  # of models; for some others transformers takes another class than the one that is named
 PACKAGES = {"sentencepiece": "sentencepiece", "protobuf": "google.protobuf"}  # that transformers reads such a file with
 
 
@@ -60,9 +62,28 @@ def load_tokenizer(folder: pathlib.Path) -> Tokenizer:
     for name in (*TOKENIZER_FILES, "chat_template.jinja", "generation_config.json"):
         if os.path.lexists(folder / name):
             check_file(folder / name)  # transformers takes such a file for a missing one
-    from transformers import AutoTokenizer  # imported late: this takes seconds, and weight-only jobs need none of it
+    # Imported late: this takes seconds, and weight-only jobs need none of it. AutoTokenizer, which finds the class where that is
+    # not known, imports all architectures, and PyTorch where it is installed.
+    if is_plain(folder):
+        from transformers import PreTrainedTokenizerFast
+
+        return PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
+    from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+
+
+def is_plain(folder: pathlib.Path) -> bool:
+    """Returns whether transformers is known to load a tokenizer as what its tokenizer.json says, as those of Llama 3 are."""
+    files = [folder / name for name in (*TOKENIZER_FILES[:2], CONFIG)]
+    if not all(map(os.path.lexists, files)):
+        return False
+    settings, config = (read_json(path) for path in files[1:])
+    return (
+        settings.get("tokenizer_class") in PLAIN
+        and "auto_map" not in settings
+        and config.get("model_type") in TRUSTED_TYPES
+    )
 
 
 def _check_sentencepiece(path: pathlib.Path) -> None:
