@@ -45,7 +45,7 @@ def help_text(job: str) -> str:
     module = importlib.import_module(f"refusal_jax.jobs.{job}")
     own = sorted(flags.FLAGS.get_key_flags_for_module(module.__name__), key=lambda flag: flag.name)
     text = f"refusal-jax {job}: {docstring(job)}\n{getattr(module, 'LISTED', '')}\nFlags:\n"
-    for flag in [*own, common.FLAGS["log_level"]]:
+    for flag in [*own, common.FLAGS["compile_cache"], common.FLAGS["log_level"]]:
         hidden = flag.default in (None, "") or flag.name in ("config", "policy")
         text += entry(flag.name, flag.help or "", "" if hidden else (flag.default_as_str or "").strip("'"))
     return text + "".join(settings_help(job)) if any(flag.name in ("config", "policy") for flag in own) else text
