@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
@@ -85,7 +86,10 @@ class Watched:
 
 
 def _shape(leaf):
+    """Returns the shape of an array, and the value of a whole number, on which loops may depend."""
     if isinstance(leaf, jax.Array | np.ndarray):
+        if not leaf.shape and jnp.issubdtype(leaf.dtype, jnp.integer):
+            return np.asarray(leaf)[()]
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
     return leaf
 
