@@ -67,7 +67,7 @@ PYTORCH = flags.DEFINE_bool(
     "Compare with the PyTorch version. Default: with the demo model, in float32 on one CPU, if torch is there.",
 )
 ORACLE = flags.DEFINE_string("oracle", "", "File of the PyTorch version. Default: tests/oracle.py next to the package.")
-REPEATS = flags.DEFINE_integer("repeats", 3, "How often each part runs after its first time.", lower_bound=1)
+REPEATS = flags.DEFINE_integer("repeats", 2, "How often each part runs after its first time.", lower_bound=1)
 ROWS = flags.DEFINE_integer("rows", 32, "Number of prompts to generate from, as one batch.", lower_bound=1)
 NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 64, "Number of tokens to generate for each prompt.", lower_bound=2)
 N_TRAIN = flags.DEFINE_integer("n_train", 128, "Number of harmful and of harmless training prompts.", lower_bound=1)

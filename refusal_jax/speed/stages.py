@@ -246,7 +246,7 @@ def loss(bench: Bench) -> None:
     """Measures the cross-entropy of answers while a direction is ablated. Another prompt stands in for each: its words make
     no difference to the time."""
     task, model, size = bench.task, bench.model, bench.task.sizes.loss
-    prompts = task.prompts["harmless_train"]
+    prompts = task.prompts["harmless_val"]
     rows = chat_rows(
         model.chat, list(zip(prompts, prompts[1:] + prompts[:1], strict=True)), model.config.context_length
     )
