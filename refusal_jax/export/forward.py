@@ -157,7 +157,7 @@ def _layer(block: Decoder, residuals: Residuals, layer, mask_bt, edits: Edits, b
     told_btlp = residuals.told_btlp
     told_btp = None if told_btlp is None else jax.lax.dynamic_index_in_dim(told_btlp, layer, axis=2, keepdims=False)
     stacked, own = jax.tree.map(lambda a: a[0], block.layers(edits))
-    own, ctx = dataclasses.replace(own, told_btp=told_btp, number=0), Context.of_prompt(block.cfg, mask_bt)
+    own, ctx = dataclasses.replace(own, told_btp=told_btp), Context.of_prompt(block.cfg, mask_bt)
     x_btd, tapped, memory = stacked(residuals.x_btd, own, ctx, edits, Taps(READ), None, block.apart, before)
 
     def ratio(y_btd):
