@@ -8,12 +8,15 @@ import numpy as np
 import pytest
 from families import hf_config
 
+from refusal_jax import load_model
+from refusal_jax.chat import prefix
 from refusal_jax.chat.prefix import LEAST, common, shared_tokens
 from refusal_jax.chat.prompts import PROBES
 from refusal_jax.edits import Edits
+from refusal_jax.models.cache import map_memory
 from refusal_jax.models.decoder import Decoder
 from refusal_jax.models.hf_config import from_hf
-from refusal_jax.models.prefix import begun, shareable, taken
+from refusal_jax.models.prefix import begun, joined, picked, shareable, taken
 from refusal_jax.models.sharding import make_mesh
 from refusal_jax.study import scoring
 
@@ -96,3 +99,41 @@ def test_how_many_tokens_are_shared(model, monkeypatch):
     assert shared_tokens(dataclasses.replace(model, decoder=Decoder.abstract(scaled, jnp.float32, None)), rows) == []
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
     assert shared_tokens(model, rows) == written[: len(written) // 8 * 8]
+
+
+@pytest.mark.parametrize("family", ["gemma2", "deepseek_v3", "qwen3_next"])
+def test_memory_of_whole_rows_from_its_two_parts(family):
+    """Keys, latents and states of rows that go on from one of two edits' memory, in another order."""
+    cfg = from_hf(hf_config(family, FAMILIES.get(family, "gqa")))
+    decoder, rows = Decoder.init(cfg, jax.random.key(0)), prompts(cfg.vocab_size)
+    direction, number_r = np.random.default_rng(1).standard_normal(cfg.d_model), np.array([1, 0, 0, 1])
+    two = Edits.concat([Edits.none(cfg.d_model), Edits.ablate(direction)]).for_batch(2, cfg.n_layers, cfg.d_model)
+    of_rows, (tokens, mask) = two.take(number_r), padded(rows)
+    whole = decoder.forward(tokens, jnp.asarray(mask), of_rows, keep=True)
+    before = begun(decoder, decoder.embed_tokens(np.int32([rows[0][:SHARED]])), jax.tree.map(jnp.asarray, two), 0)
+    own, (rest, rest_mask) = picked(None, before, number_r), padded([row[SHARED:] for row in rows])
+    after = decoder.forward(rest, jnp.asarray(rest_mask), of_rows, cache=own, keep=True)
+    found = joined(own, after.memory, jnp.asarray(mask))
+    real = lambda a: jnp.where(mask[None, :, None, :, None], a, 0.0)  # noqa: E731
+    found, wanted = (map_memory(real, lambda a: a, memory) for memory in (found, whole.memory))
+    close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)  # noqa: E731
+    jax.tree.map(close, found, wanted)
+
+
+@pytest.mark.parametrize("mesh", [None, {"data": 2, "model": 4}], ids=["one device", "mesh"])
+def test_replies_that_begin_together_are_those_read_in_whole(mesh, llama, monkeypatch):
+    """Prompts of three edits in rows that others have left, which the ring has wrapped by then."""
+    model = load_model(llama, mesh=None if mesh is None else make_mesh(**mesh))
+    texts = ["bake the bread"[i % 7 :] + " help" * (i % 4) + str(i) for i in range(12)]
+    direction = np.random.default_rng(3).normal(size=model.config.d_model)
+    kinds = [Edits.none(model.config.d_model), Edits.ablate(direction), Edits.add(direction, 1)]
+    edits, batch, count = Edits.concat(kinds).take([0, 1, 2] * 4), model.encode(texts), []
+    begin = prefix.begin
+    monkeypatch.setattr(prefix, "LEAST", 1)
+    monkeypatch.setattr(prefix, "begin", lambda *args: (count.append(args[2].rows), begin(*args))[1])
+    found = []
+    for worth in (np.inf, 0):
+        monkeypatch.setattr(prefix, "WORTH", worth)
+        ended = list(model.reply_ids(batch, 8, edits, rows=4))
+        found.append({n: row.tolist() for index, ids in ended for n, row in zip(index, ids, strict=True)})
+    assert count == [4] and found[0] == found[1] and len(found[0]) == 12

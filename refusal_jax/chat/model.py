@@ -13,6 +13,7 @@ from jaxtyping import Bool, Float, Int
 from refusal_jax.chat.conditional import Conditional
 from refusal_jax.chat.messages import Message, Prompt
 from refusal_jax.chat.padding import TokenBatch
+from refusal_jax.chat.prefix import begin_each
 from refusal_jax.chat.prompts import Chat
 from refusal_jax.checkpoints.load import load_decoder
 from refusal_jax.checkpoints.remote import checkpoint_folder
@@ -220,6 +221,7 @@ class ChatModel:
         pad, length = self.chat.pad_id, batch.tokens.shape[1]
         sizes = {"rows": rows, "length": length, "max_new_tokens": max_new_tokens, "remembered": decoding is not None}
         state = empty(self.decoder, pad_id=pad, directions=edits.ablate_rjd.shape[1], **sizes)
+        before, row_n = begin_each(self, batch, edits)
         while waiting or any(owner is not None for owner in owners):
             free = [row for row, owner in enumerate(owners) if owner is None]
             while waiting and free:
@@ -230,7 +232,8 @@ class ChatModel:
                     owners[row], source[row] = prompt, number
                 index += index[-1:] * (refill - len(index))
                 part = self.put(batch.tokens[index], batch.mask[index], edits.take(index))
-                state = admit(self.decoder, state, *part, source, decoding=decoding, pad_id=pad, **ending)
+                begun = (None, None) if before is None else (before, row_n[index])
+                state = admit(self.decoder, state, *part, source, None, decoding, *begun, pad_id=pad, **ending)
             least = sum(owner is not None for owner in owners) - refill + 1 if waiting else 1
             steps = max_new_tokens if over is None else CHECK_EVERY
             state, *results = decode(self.decoder, state, max(least, 1), steps, decoding, **ending)

@@ -1,12 +1,13 @@
 """Finds the tokens that prompts begin with because their template writes them, and runs them once for all prompts."""
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import jax
 import numpy as np
 
 from refusal_jax.chat.messages import Prompt
-from refusal_jax.chat.model import ChatModel
+from refusal_jax.chat.padding import TokenBatch
 from refusal_jax.chat.prompts import PROBES
 from refusal_jax.edits import Edits
 from refusal_jax.models.cache import Cache
@@ -14,7 +15,13 @@ from refusal_jax.models.decoder import Decoder, Residuals
 from refusal_jax.models.prefix import begun, shareable
 from refusal_jax.models.sharding import put, sharding_of
 
+if TYPE_CHECKING:
+    from refusal_jax.chat.model import ChatModel
+
 LEAST = 4  # tokens; fewer are not worth a program of their own
+WORTH = (
+    1e12  # operations; replies are begun together if that saves more, since another program takes seconds to compile
+)
 
 
 def common(rows: Sequence[Sequence[int]]) -> list[int]:
@@ -23,7 +30,7 @@ def common(rows: Sequence[Sequence[int]]) -> list[int]:
     return list(first[: next((i for i in range(most) if any(row[i] != first[i] for row in rows)), most)])
 
 
-def shared_prefix(model: ChatModel, prompts: Sequence[Prompt], last: int = 1) -> list[int]:
+def shared_prefix(model: "ChatModel", prompts: Sequence[Prompt], last: int = 1) -> list[int]:
     """Returns the tokens that the template writes before an instruction, as far as all prompts begin with them.
 
     Each prompt's `last` tokens are not among them. There are none where the model cannot share them, and where they are too few;
@@ -32,7 +39,7 @@ def shared_prefix(model: ChatModel, prompts: Sequence[Prompt], last: int = 1) ->
     return shared_tokens(model, [model.chat.prompt_ids(prompt) for prompt in prompts], last)
 
 
-def shared_tokens(model: ChatModel, rows: Sequence[Sequence[int]], last: int = 1) -> list[int]:
+def shared_tokens(model: "ChatModel", rows: Sequence[Sequence[int]], last: int = 1) -> list[int]:
     """Does what `shared_prefix` does, for rows of tokens."""
     if not rows or not shareable(model.config):
         return []
@@ -48,20 +55,38 @@ def embed(decoder: Decoder, tokens_bt) -> Residuals:
     return decoder.embed_tokens(tokens_bt)
 
 
-def embedded(model: ChatModel, prefix: Sequence[int]) -> Residuals | None:
+def embedded(model: "ChatModel", prefix: Sequence[int]) -> Residuals | None:
     """Returns the residuals of shared tokens at the input of the first block, one row; None if there are no tokens."""
     if not len(prefix):
         return None
     return embed(model.decoder, put(np.asarray([prefix], np.int32), sharding_of(model.mesh, None, None)))
 
 
-def unedited(model: ChatModel) -> Edits:
+def unedited(model: "ChatModel") -> Edits:
     """Returns one row of edits that change nothing, on the devices."""
     cfg = model.config
     return put(Edits.none(cfg.d_model).for_batch(1, cfg.n_layers, cfg.d_model), sharding_of(model.mesh, None))
 
 
-def begin(model: ChatModel, prefix: Sequence[int], edits: Edits | None = None) -> Cache | None:
+def begin(model: "ChatModel", prefix: Sequence[int], edits: Edits | None = None) -> Cache | None:
     """Returns the memory of shared tokens under one edit, a row on the devices; None if there are no tokens."""
     shared = embedded(model, prefix)
     return None if shared is None else begun(model.decoder, shared, unedited(model) if edits is None else edits, 0)
+
+
+def begin_each(model: "ChatModel", batch: TokenBatch, edits: Edits) -> tuple[Cache | None, np.ndarray]:
+    """Returns the memory of the tokens that the template writes before prompts, a row for each edit that these have, and int32
+    `[N]`, which row each prompt goes on from; None in place of the memory where it saves too little.
+
+    edits: one row for each prompt.
+    """
+    parts, numbers = jax.tree.leaves(edits), {}
+    keys = [b"".join(np.asarray(a[i]).tobytes() for a in parts) for i in range(len(batch.tokens))]
+    row_n = np.asarray([numbers.setdefault(key, len(numbers)) for key in keys], np.int32)
+    prefix = shared_tokens(model, [row[real].tolist() for row, real in zip(batch.tokens, batch.mask, strict=True)])
+    saved = (len(keys) - len(numbers)) * len(prefix)
+    if edits.token_gate_rlst is not None or 2 * saved * sum(a.size for a in jax.tree.leaves(model.decoder)) <= WORTH:
+        return None, row_n
+    first = [keys.index(key) for key in numbers]
+    first += first[-1:] * ((1 << (len(first) - 1).bit_length()) - len(first))  # so that there are few shapes
+    return begin(model, prefix, put(edits.take(first), sharding_of(model.mesh, None))), row_n

@@ -16,6 +16,7 @@ from refusal_jax.edits import Edits
 from refusal_jax.models.cache import Cache, placed
 from refusal_jax.models.decoder import Decoder
 from refusal_jax.models.decoding import Decoding
+from refusal_jax.models.prefix import joined, picked
 from refusal_jax.models.sharding import RULES, constrain, replicate
 from refusal_jax.models.structure import structure
 from refusal_jax.taps import NO_TAPS, Taps
@@ -142,6 +143,8 @@ def admit(
     source_b,
     probe_rd=None,
     decoding: Decoding | None = None,
+    before: Cache | None = None,
+    before_r=None,
     *,
     eos_ids: tuple[int, ...],
     pad_id: int,
@@ -150,15 +153,22 @@ def admit(
 
     source_b: int32 `[B]`, which of the R prompts row b takes, -1 for a row that goes on with what it has. Prompts are padded
     to the length that `state` was made for. probe_rd: of `Generation`, if `state` was made for one. decoding:
-    what replies are chosen by besides their probability, if `state` was made to remember prompts.
+    what replies are chosen by besides their probability, if `state` was made to remember prompts. before: the memory of the
+    tokens that all prompts begin with, a row for each edit, and before_r: int32 `[R]`, which of its rows each prompt goes on
+    from; None where all tokens are to be read.
     """
-    read = decoder.forward(tokens_rt, mask_rt, edits, NO_TAPS if probe_rd is None else READ, keep=True)
+    taps, own, rest_rt, rest_mask_rt = NO_TAPS if probe_rd is None else READ, None, tokens_rt, mask_rt
+    if before is not None:
+        own, count = picked(decoder.mesh, before, before_r), before.slots
+        rest_rt, rest_mask_rt = tokens_rt[:, count:], mask_rt[:, :-count]
+    read = decoder.forward(rest_rt, rest_mask_rt, edits, taps, own, keep=True)
+    memory = read.memory if own is None else joined(own, read.memory, mask_rt)
     rows = len(tokens_rt)
     none_r, along = jnp.zeros(rows, jnp.int32), None
     if probe_rd is not None and state.along_blo is not None:
         along = jnp.full((rows, *state.along_blo.shape[1:]), jnp.nan, jnp.float32)
     fresh = Generation(
-        Cache.of_prompt(read.memory, mask_rt, state.cache.slots, state.cache.filled),
+        Cache.of_prompt(memory, mask_rt, state.cache.slots, state.cache.filled),
         edits,
         none_r,
         none_r,

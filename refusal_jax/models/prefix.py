@@ -8,12 +8,12 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Bool
+from jaxtyping import Bool, Int
 
 from refusal_jax.axes import Array
 from refusal_jax.edits import Edits
 from refusal_jax.models.attention import Context
-from refusal_jax.models.cache import Cache, spread
+from refusal_jax.models.cache import Cache, map_memory, placed, spread
 from refusal_jax.models.config import ModelConfig
 from refusal_jax.models.decoder import Decoder, Residuals
 
@@ -47,6 +47,27 @@ def taken(cache: Cache, first, count: int) -> Cache:
 
     memory = jax.tree.map(lambda a: rows(a, 1), cache.memory)
     return Cache(memory, rows(cache.mask_bc, 0), cache.filled, rows(cache.position_b, 0))
+
+
+def picked(mesh, cache: Cache, row_r: Int[Array, " R"]) -> Cache:
+    """Returns, inside a jitted function, a cache whose rows are these rows of another."""
+    memory = placed(mesh, jax.tree.map(lambda a: jnp.take(a, row_r, axis=1), cache.memory), layers=True)
+    return Cache(memory, cache.mask_bc[row_r], cache.filled, cache.position_b[row_r])
+
+
+def joined(before: Cache, memory, mask_rt: Bool[jax.Array, "R T"]):
+    """Returns the memory of whole, left-padded rows from that of what they begin with and that of what follows, which are padded
+    on the left, too. mask_rt: of the whole rows."""
+    count, at_t = before.slots, jnp.arange(mask_rt.shape[1])
+    padding_r1 = jnp.sum(~mask_rt, axis=1, keepdims=True)
+    first_rt = (at_t >= padding_r1) & (at_t < padding_r1 + count)
+    # Where there is padding, anything may stand.
+    from_rt = jnp.where(first_rt, at_t - padding_r1, jnp.maximum(at_t, count))
+
+    def join(first, rest):
+        return jnp.take_along_axis(jnp.concatenate([first, rest], axis=-2), from_rt[None, :, None, :, None], axis=-2)
+
+    return map_memory(join, lambda _, state: state, before.memory, memory)
 
 
 def run_layers_after(
