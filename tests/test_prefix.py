@@ -110,7 +110,7 @@ def test_memory_of_whole_rows_from_its_two_parts(family):
     two = Edits.concat([Edits.none(cfg.d_model), Edits.ablate(direction)]).for_batch(2, cfg.n_layers, cfg.d_model)
     of_rows, (tokens, mask) = two.take(number_r), padded(rows)
     whole = decoder.forward(tokens, jnp.asarray(mask), of_rows, keep=True)
-    before = begun(decoder, decoder.embed_tokens(np.int32([rows[0][:SHARED]])), jax.tree.map(jnp.asarray, two), 0)
+    before = begun(decoder, decoder.embed_tokens(jnp.asarray([rows[0][:SHARED]])), jax.tree.map(jnp.asarray, two), 0)
     own, (rest, rest_mask) = picked(None, before, number_r), padded([row[SHARED:] for row in rows])
     after = decoder.forward(rest, jnp.asarray(rest_mask), of_rows, cache=own, keep=True)
     found = joined(own, after.memory, jnp.asarray(mask))

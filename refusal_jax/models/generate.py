@@ -144,7 +144,7 @@ def admit(
     probe_rd=None,
     decoding: Decoding | None = None,
     before: Cache | None = None,
-    before_r=None,
+    before_r: jax.Array | None = None,
     *,
     eos_ids: tuple[int, ...],
     pad_id: int,
@@ -158,7 +158,7 @@ def admit(
     from; None where all tokens are to be read.
     """
     taps, own, rest_rt, rest_mask_rt = NO_TAPS if probe_rd is None else READ, None, tokens_rt, mask_rt
-    if before is not None:
+    if before is not None and before_r is not None:
         own, count = picked(decoder.mesh, before, before_r), before.slots
         rest_rt, rest_mask_rt = tokens_rt[:, count:], mask_rt[:, :-count]
     read = decoder.forward(rest_rt, rest_mask_rt, edits, taps, own, keep=True)
