@@ -26,7 +26,7 @@ from refusal_jax.progress import Progress
 
 HEAD = "lm_head.weight"  # where the checkpoint's other names are not those of its family's table
 THREADS = 8  # at most; each holds a block of rows
-FILES = 4  # that are hashed at a time, as one core hashes more slowly than most disks write
+FILES = 4  # at most, which are hashed at a time, as one core hashes more slowly than most disks write
 # What to do with an embedding that is also the unembedding: give the model an unembedding of its own, the embedding as it
 # was; let the edit change both; edit neither.
 TIED = ("untie", "keep", "skip")
@@ -115,7 +115,8 @@ class Plan:
         copy_other_files(checkpoint.folder, folder, (*QUANTISATION_FILES, INDEX) if checkpoint.anew else ())
         if self.config or checkpoint.anew:
             self._write_config(folder)
-        pool, hashing = ThreadPoolExecutor(min(THREADS, os.cpu_count() or 1)), ThreadPoolExecutor(FILES)
+        cores = os.cpu_count() or 1
+        pool, hashing = ThreadPoolExecutor(min(THREADS, cores)), ThreadPoolExecutor(max(min(FILES, cores // 2), 1))
         try:
             with Progress("exporting", self.size, "B") as bar:
 
