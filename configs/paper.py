@@ -50,19 +50,19 @@ class Model:
 
 
 MODELS = {
-    "qwen_1_8b": Model("Qwen 1.8B Chat", "Qwen/Qwen-1_8B-Chat", QWEN, "v5e-1", 3.7, 1.7),
-    "qwen_7b": Model("Qwen 7B Chat", "Qwen/Qwen-7B-Chat", QWEN, "v5e-4", 15.4, 1.6),
-    "qwen_14b": Model("Qwen 14B Chat", "Qwen/Qwen-14B-Chat", QWEN, "v5e-8", 28.3, 1.7),
-    "qwen_72b": Model("Qwen 72B Chat", "Qwen/Qwen-72B-Chat", QWEN, "v6e-8", 144.6, 3.2),
-    "yi_6b": Model("Yi 6B Chat", "01-ai/Yi-6B-Chat", YI, "v5e-4", 12.1, 0.8),
-    "yi_34b": Model("Yi 34B Chat", "01-ai/Yi-34B-Chat", YI, "v5e-8", 68.8, 2.9),
-    "gemma_2b": Model("Gemma 2B It (the first Gemma)", "google/gemma-2b-it", GEMMA, "v5e-1", 5.0, 1.0),
-    "gemma_7b": Model("Gemma 7B It (the first Gemma)", "google/gemma-7b-it", GEMMA, "v5e-4", 17.1, 1.6),
-    "llama_2_7b": Model("Llama 2 7B Chat", "meta-llama/Llama-2-7b-chat-hf", LLAMA_2, "v5e-4", 13.5, 1.6),
-    "llama_2_13b": Model("Llama 2 13B Chat", "meta-llama/Llama-2-13b-chat-hf", LLAMA_2, "v5e-8", 26.0, 1.6),
-    "llama_2_70b": Model("Llama 2 70B Chat", "meta-llama/Llama-2-70b-chat-hf", LLAMA_2, "v6e-8", 138.0, 2.4),
-    "llama_3_8b": Model("Llama 3 8B Instruct", "meta-llama/Meta-Llama-3-8B-Instruct", LLAMA_3, "v5e-4", 16.1, 1.1),
-    "llama_3_70b": Model("Llama 3 70B Instruct", "meta-llama/Meta-Llama-3-70B-Instruct", LLAMA_3, "v6e-8", 141.1, 2.4),
+    "qwen_1_8b": Model("Qwen 1.8B Chat", "Qwen/Qwen-1_8B-Chat", QWEN, "v5e-1", 3.7, 1.5),
+    "qwen_7b": Model("Qwen 7B Chat", "Qwen/Qwen-7B-Chat", QWEN, "v5e-4", 15.4, 1.4),
+    "qwen_14b": Model("Qwen 14B Chat", "Qwen/Qwen-14B-Chat", QWEN, "v5e-8", 28.3, 1.4),
+    "qwen_72b": Model("Qwen 72B Chat", "Qwen/Qwen-72B-Chat", QWEN, "v6e-8", 144.6, 2.8),
+    "yi_6b": Model("Yi 6B Chat", "01-ai/Yi-6B-Chat", YI, "v5e-4", 12.1, 0.7),
+    "yi_34b": Model("Yi 34B Chat", "01-ai/Yi-34B-Chat", YI, "v5e-8", 68.8, 2.4),
+    "gemma_2b": Model("Gemma 2B It (the first Gemma)", "google/gemma-2b-it", GEMMA, "v5e-1", 5.0, 0.8),
+    "gemma_7b": Model("Gemma 7B It (the first Gemma)", "google/gemma-7b-it", GEMMA, "v5e-4", 17.1, 1.4),
+    "llama_2_7b": Model("Llama 2 7B Chat", "meta-llama/Llama-2-7b-chat-hf", LLAMA_2, "v5e-4", 13.5, 1.4),
+    "llama_2_13b": Model("Llama 2 13B Chat", "meta-llama/Llama-2-13b-chat-hf", LLAMA_2, "v5e-8", 26.0, 1.4),
+    "llama_2_70b": Model("Llama 2 70B Chat", "meta-llama/Llama-2-70b-chat-hf", LLAMA_2, "v6e-8", 138.0, 2.1),
+    "llama_3_8b": Model("Llama 3 8B Instruct", "meta-llama/Meta-Llama-3-8B-Instruct", LLAMA_3, "v5e-4", 16.1, 0.9),
+    "llama_3_70b": Model("Llama 3 70B Instruct", "meta-llama/Meta-Llama-3-70B-Instruct", LLAMA_3, "v6e-8", 141.1, 2.1),
 }
 
 
