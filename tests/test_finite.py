@@ -123,9 +123,7 @@ def test_judges(folder, monkeypatch):
 @pytest.mark.usefixtures("unchecked")
 def test_projections(llama, tmp_path):
     model = load_model(scaled(llama, tmp_path / "model", 3e4, layer=0), "float16")
-    study = types.SimpleNamespace(
-        model=model, direction=lambda: Direction.of(np.ones(32), 1), sizes=types.SimpleNamespace(forward=3)
-    )
+    study = types.SimpleNamespace(model=model, direction=lambda: Direction.of(np.ones(32), 1), batches=3)
     study.instructions = lambda split, kept_only: PROMPTS
     with pytest.raises(UserError, match=OVERFLOWS.format("The projections of harmful_val cannot be read")):
         projections.project_prompts(study, None)

@@ -1,13 +1,9 @@
 """Tokenised rows whose cross-entropy is measured or learnt, with the tokens that count."""
 
 import dataclasses
-from collections.abc import Iterator, Sequence
-
-import numpy as np
-from jaxtyping import Bool, Int
+from collections.abc import Sequence
 
 from refusal_jax.chat.messages import Prompt
-from refusal_jax.chat.padding import TokenBatch, bucket
 from refusal_jax.chat.prompts import Chat
 
 ASKED, REPLY, MORE = "Name 3 colours.", "Umber, ochre, teal.", "And 2 more?"
@@ -39,25 +35,6 @@ def text_rows(chat: Chat, texts: Sequence[str], max_tokens: int) -> list[LossRow
     """Returns rows of plain text, tokenised by the tokenizer's default (with its BOS); all tokens but the first
     count."""
     return [LossRow(chat.ids(text, special=True)[:max_tokens], 1) for text in texts]
-
-
-def padded_rows(
-    chat: Chat, rows: Sequence[LossRow], size: int, skip: int = 0
-) -> Iterator[tuple[Int[np.ndarray, " n"], TokenBatch, Bool[np.ndarray, "B T"]]]:
-    """Yields (numbers of the rows, their TokenBatch of `size` rows, which of its tokens count), like lengths together.
-
-    Rows in which no token counts are left out. A batch that they do not fill repeats its last row, where none counts. skip: how
-    many of each row's first tokens are left out.
-    """
-    order = sorted((i for i, row in enumerate(rows) if len(row.ids) > row.first), key=lambda i: len(rows[i].ids))
-    for start in range(0, len(order), size):
-        index = order[start : start + size]
-        length = bucket(len(rows[index[-1]].ids) - skip)
-        counted = np.zeros((size, length), bool)
-        for place, number in enumerate(index):
-            row = rows[number]
-            counted[place, length - len(row.ids) + row.first :] = True
-        yield np.asarray(index), chat.pad([rows[i].ids[skip:] for i in index], length).padded_to(size), counted
 
 
 def reply_end(chat: Chat) -> int:

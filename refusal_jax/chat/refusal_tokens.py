@@ -17,6 +17,7 @@ from refusal_jax.axes import Array
 from refusal_jax.chat.batches import length_batches
 from refusal_jax.chat.messages import Prompt
 from refusal_jax.chat.model import ChatModel
+from refusal_jax.chat.padding import Padding
 from refusal_jax.chat.prompts import PROBES, Chat
 from refusal_jax.errors import UserError, field
 from refusal_jax.models.sharding import replicate
@@ -73,28 +74,28 @@ def candidate_ids(chat: Chat, openers: Sequence[str] = tuple(OPENERS)) -> tuple[
 
 
 def measure_openings(
-    model: ChatModel, harmful: Sequence[Prompt], harmless: Sequence[Prompt], batch_size: int, usual: bool = True
+    model: ChatModel, harmful: Sequence[Prompt], harmless: Sequence[Prompt], size: int | Padding, usual: bool = True
 ) -> list[Opening]:
     """Returns openings, by how much more probable they are after the harmful instructions than after the harmless; at most SAMPLE
-    of each are used. Probabilities are of the unedited model's next token, float32, means float64.
+    of each are used. size: as in `length_batches`. Probabilities are of the unedited model's next token, float32, means float64.
 
     usual: whether the usual openings of refusals and answers are looked at; otherwise all tokens are, and those are returned that
     are the likeliest on one of the sides.
     """
     if not usual:
-        return _likeliest(model, harmful, harmless, batch_size)
+        return _likeliest(model, harmful, harmless, size)
     ids = candidate_ids(model.chat)
-    means = [_mean_probabilities(model, side[:SAMPLE], ids, batch_size) for side in (harmful, harmless)]
+    means = [_mean_probabilities(model, side[:SAMPLE], ids, size) for side in (harmful, harmless)]
     rows = zip(ids, model.chat.token_names(ids), *(mean.round(6).tolist() for mean in means), strict=True)
     return sorted((Opening(*row) for row in rows), key=lambda o: (o.harmless - o.harmful, o.id))
 
 
 def _likeliest(
-    model: ChatModel, harmful: Sequence[Prompt], harmless: Sequence[Prompt], batch_size: int
+    model: ChatModel, harmful: Sequence[Prompt], harmless: Sequence[Prompt], size: int | Padding
 ) -> list[Opening]:
     """Returns the openings, of all tokens, that are the likeliest after one of the sides."""
     everything = range(model.chat.vocab_size)
-    means = [_mean_probabilities(model, side[:SAMPLE], everything, batch_size) for side in (harmful, harmless)]
+    means = [_mean_probabilities(model, side[:SAMPLE], everything, size) for side in (harmful, harmless)]
     ids = sorted({int(i) for mean in means for i in np.argsort(-mean, kind="stable")[:LIKELIEST]})
     rows = zip(ids, model.chat.token_names(ids), *(mean[ids].round(6).tolist() for mean in means), strict=True)
     return sorted((Opening(*row) for row in rows), key=lambda o: (o.harmless - o.harmful, o.id))
@@ -135,11 +136,11 @@ def _thought_advice(chat: Chat) -> str:
 
 
 def _mean_probabilities(
-    model: ChatModel, instructions: Sequence[Prompt], ids: Sequence[int], batch_size: int
+    model: ChatModel, instructions: Sequence[Prompt], ids: Sequence[int], size: int | Padding
 ) -> Float[np.ndarray, " n"]:
     """Returns the mean probability of each id as the first token of the reply, float64 `[len(ids)]`."""
     total = np.zeros(len(ids))
-    for index, batch in length_batches(model, instructions, batch_size):
+    for index, batch in length_batches(model, instructions, size):
         p_bn = opening_probabilities(model.logits(batch.tokens, batch.mask), np.asarray(ids, np.int32), model.mesh)
         total += np.asarray(p_bn, np.float64)[: len(index)].sum(axis=0)
     return total / len(instructions)

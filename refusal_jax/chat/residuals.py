@@ -14,6 +14,7 @@ from refusal_jax.axes import Array
 from refusal_jax.chat.batches import length_batches
 from refusal_jax.chat.messages import Prompt
 from refusal_jax.chat.model import ChatModel
+from refusal_jax.chat.padding import Padding
 from refusal_jax.chat.prefix import begin, shared_prefix
 from refusal_jax.edits import Edits
 from refusal_jax.models.cache import Cache
@@ -75,21 +76,21 @@ def extract(
     refusal_ids,
     positions: int,
     sign: int,
-    batch_size: int,
+    size: int | Padding,
     title: str,
 ) -> Extraction:
-    """Returns scores, filter and mean residuals of one prompt set; sign as in `extract_batch`. Means end in NumPy float64.
+    """Returns scores, filter and mean residuals of one prompt set; sign as in `extract_batch`, size as in `length_batches`.
 
-    Raises UserError for values that are not finite.
+    Means end in NumPy float64. Raises UserError for values that are not finite.
     """
     n, cfg = len(instructions), model.config
     scores, kept = np.zeros(n), np.zeros(n, bool)
     total = np.zeros((cfg.n_layers, positions, cfg.d_model))
     taps, ids = Taps(("resid_pre",), positions), np.asarray(refusal_ids, np.int32)
     prefix = shared_prefix(model, instructions, positions)
-    before, batches = begin(model, prefix), list(length_batches(model, instructions, batch_size, len(prefix)))
+    before, batches = begin(model, prefix), list(length_batches(model, instructions, size, len(prefix)))
     for index, batch in each(batches, title, "batch"):
-        valid = np.arange(batch_size) < len(index)
+        valid = np.arange(len(batch.tokens)) < len(index)
         out = extract_batch(model.decoder, before, *model.put(batch.tokens, batch.mask), valid, sign, ids, taps)
         scores_b, kept_b, offsets, first, finite_b = (np.asarray(a) for a in jax.device_get(out))
         check_finite(finite_b[: len(index)], model.decoder.dtype, f"No residuals can be read from '{title}'")

@@ -7,7 +7,8 @@ import jax
 import numpy as np
 from jaxtyping import Float, Int
 
-from refusal_jax.chat.loss_rows import LossRow, padded_rows
+from refusal_jax.chat.batches import padded_rows
+from refusal_jax.chat.loss_rows import LossRow
 from refusal_jax.chat.model import ChatModel
 from refusal_jax.chat.padding import TokenBatch
 from refusal_jax.chat.prefix import embedded, shared_tokens
@@ -42,7 +43,7 @@ class EditedRows:
         tokens_n = np.array([max(len(row.ids) - row.first, 0) for row in rows], np.int64)
         # The token before the first that counts predicts it.
         prefix = shared_tokens(model, [row.ids[: row.first - 1] for row in rows if len(row.ids) > row.first], 0)
-        return cls(model, prefix, list(padded_rows(model.chat, rows, many, len(prefix))), tokens_n, at_once)
+        return cls(model, prefix, list(padded_rows(model, rows, many, len(prefix))), tokens_n, at_once)
 
     def losses(self, edits: Edits) -> Float[np.ndarray, "M n"]:
         """Returns the cross-entropy of each row under each of M edits, summed over the tokens that count, nats, float64.

@@ -15,6 +15,7 @@ from collections.abc import Callable, Collection
 import jax
 import numpy as np
 
+from refusal_jax.chat.batches import padding_of
 from refusal_jax.chat.loss_rows import chat_rows
 from refusal_jax.chat.model import ChatModel
 from refusal_jax.chat.residuals import Extraction, extract
@@ -181,11 +182,12 @@ def extraction(bench: Bench) -> None:
     """Reads the prompts of a study: their scores, the filter, and mean residuals."""
     task, model = bench.task, bench.model
     ids, positions = model.chat.opener_ids(("I",)), len(model.chat.post_instruction_ids)
+    size = padding_of(model, task.splits.values(), task.sizes.forward)
 
     def work() -> None:
         for split, rows in task.splits.items():
             sign = 1 if split.startswith("harmful") else -1
-            bench.found.extractions[split] = extract(model, rows, ids, positions, sign, task.sizes.forward, split)
+            bench.found.extractions[split] = extract(model, rows, ids, positions, sign, size, split)
 
     runs = bench.runs(("extraction",), work)
     cfg = model.config

@@ -11,7 +11,7 @@ import numpy as np
 from refusal_jax import distributed
 from refusal_jax.chat.batches import length_batches
 from refusal_jax.chat.model import Asked, ChatModel
-from refusal_jax.chat.padding import bucket
+from refusal_jax.chat.padding import Padding, bucket
 from refusal_jax.conditions import Baseline, Condition
 from refusal_jax.directions import Direction
 from refusal_jax.edits import Edits
@@ -114,18 +114,18 @@ def score_replies(
     conditions: Sequence[Condition],
     direction: Direction | None,
     refusal_ids: Sequence[int],
-    batch_size: int,
+    size: int | Padding,
 ) -> dict[str, list[float]]:
     """Returns the refusal score of each prompt under each condition that `complete` has, at the reply's first token.
 
-    Raises UserError for values that are not finite.
+    size: as in `length_batches`. Raises UserError for values that are not finite.
     """
     scores, ids = {}, np.asarray(refusal_ids, np.int32)
     for condition in conditions:
         edits = condition.edits(direction, model.config)
         texts = [p["instruction"] for p in prompts[condition.dataset.key]]
         found = np.zeros(len(texts))
-        for index, batch in length_batches(model, texts, batch_size):
+        for index, batch in length_batches(model, texts, size):
             scores_b = np.asarray(_scores(model.decoder, *model.put(batch.tokens, batch.mask, edits), ids))
             found[index] = scores_b[: len(index)]
             what = f"There are no refusal scores of {condition.name}"
@@ -178,7 +178,7 @@ def complete_prompts(study: Study, ledger: Ledger) -> None:
         study.run.write_json(condition.file("completions"), done[condition.name])
     for name in score_names(study):
         ids = study.refusal_ids()
-        scores = score_replies(model, sets, study.conditions, direction, ids, study.sizes.forward)
+        scores = score_replies(model, sets, study.conditions, direction, ids, study.batches)
         study.run.write_json(name, {c.file("completions"): scores[c.name] for c in study.conditions})
 
 

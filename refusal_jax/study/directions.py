@@ -66,7 +66,7 @@ def openings_of(study: Study) -> list[Opening]:
     """Returns the usual openings with their probabilities after the training prompts."""
     harmful, harmless = (study.instructions(f"{side}_train", kept_only=False) for side in ("harmful", "harmless"))
     usual = study.behaviour.name == REFUSAL.name
-    return measure_openings(study.model, harmful, harmless, study.sizes.forward, usual)
+    return measure_openings(study.model, harmful, harmless, study.batches, usual)
 
 
 def setup(study: Study, positions: int, refusal_ids: Sequence[int], openings: Sequence[Opening]) -> dict:
@@ -148,7 +148,7 @@ def read_scored(
     for split in SPLITS[:4]:
         sign = 0 if not study.config.filter else 1 if split.startswith("harmful") else -1
         texts = study.instructions(split, kept_only=False)
-        found[split] = extract(study.model, texts, refusal_ids, positions, sign, study.sizes.forward, split)
+        found[split] = extract(study.model, texts, refusal_ids, positions, sign, study.batches, split)
     filtered = {split: {"scores": e.scores.tolist(), "kept": e.kept.tolist()} for split, e in found.items()}
     return filtered, {split: e.mean_lpd for split, e in found.items()}
 
@@ -160,7 +160,7 @@ def read_judged(study: Study, positions: int, ledger: Ledger) -> tuple[dict[str,
         texts = study.instructions(split, kept_only=False)
         kept = [text for text, keep in zip(texts, filtered[split]["kept"], strict=True) if keep]
         if kept:
-            means_lpd[split] = extract(study.model, kept, (), positions, 0, study.sizes.forward, split).mean_lpd
+            means_lpd[split] = extract(study.model, kept, (), positions, 0, study.batches, split).mean_lpd
     return filtered, means_lpd
 
 

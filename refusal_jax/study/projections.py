@@ -28,7 +28,7 @@ def project_prompts(study: Study, ledger: Ledger) -> None:
     for split in ("harmful_val", "harmless_val"):
         texts = study.instructions(split, kept_only=False)
         along[split] = np.zeros((len(texts), study.model.config.n_layers), np.float32)
-        for index, batch in length_batches(study.model, texts, study.sizes.forward):
+        for index, batch in length_batches(study.model, texts, study.batches):
             values = project(study.model.decoder, *study.model.put(batch.tokens, batch.mask), unit[None, None])
             along[split][index] = np.asarray(values)[: len(index), :, 0, 0]
             finite = np.isfinite(along[split][index]).all(axis=1)

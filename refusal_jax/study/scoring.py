@@ -16,9 +16,10 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from refusal_jax.axes import Array
-from refusal_jax.chat.batches import length_batches
+from refusal_jax.chat.batches import length_batches, sizes_of
 from refusal_jax.chat.messages import Prompt
 from refusal_jax.chat.model import ChatModel
+from refusal_jax.chat.padding import Padding, Prices
 from refusal_jax.chat.prefix import begin, embed, embedded, unedited
 from refusal_jax.edits import Edits
 from refusal_jax.models.cache import Cache
@@ -30,6 +31,7 @@ from refusal_jax.models.sharding import constrain, put, replicate, sharding_of
 from refusal_jax.models.structure import structure
 
 TOGETHER = 8  # edits, at least, that are taken together
+PROGRAMS = 4  # that read prompts, for each shape: the baseline, both kinds of scores, and the climb
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,14 +46,38 @@ class Batching:
     at_once: int
 
     @classmethod
-    def of(cls, rows: int, n_prompts: int) -> "Batching":
-        """Divides `rows` rows among candidates, for `n_prompts` prompts."""
-        prompts = min(rows, 8 * math.ceil(n_prompts / 8))
+    def of(cls, rows: int, n_prompts: int, prompts: int = 0) -> "Batching":
+        """Divides `rows` rows among candidates, for `n_prompts` prompts, `prompts` of them at a time or, by default, as many as
+        there are room and prompts for."""
+        prompts = prompts or min(rows, 8 * math.ceil(n_prompts / 8))
         return cls(prompts, math.ceil(n_prompts / prompts), max(rows // prompts, 1))
 
     def together(self, positions: int) -> int:
         """Returns how many of the `positions` candidates of one layer are scored at once, evenly divided."""
         return math.ceil(positions / math.ceil(positions / self.at_once))
+
+    def scored(self, positions: int) -> int:
+        """Returns how many candidates are computed for the `positions` candidates of one layer, repeats included."""
+        return math.ceil(positions / self.together(positions)) * self.together(positions)
+
+
+def shapes_of(model: ChatModel, sets: Sequence[Sequence[Prompt]], rows: int, positions: int, times: float) -> Padding:
+    """Returns the shapes in which the prompts of both sides meet candidates, in batches of about `rows` rows.
+
+    Fewer prompts with more candidates make up as many rows, with less padding; they do so where the candidates of a layer,
+    `positions`, still fill them. times: how many candidates meet the prompts.
+    """
+    n_prompts = max(map(len, sets))
+    usual = Batching.of(rows, n_prompts)
+    least = usual.scored(positions)
+    sizes = [
+        size for size in sizes_of(model, usual.prompts) if Batching.of(rows, n_prompts, size).scored(positions) <= least
+    ]
+    lengths = [[len(model.chat.prompt_ids(text)) for text in texts] for texts in sets]
+    prices = Prices.of(model.decoder)
+    # However batches are made up, as many rows are as many batches. Of each shape several programs are compiled.
+    prices = dataclasses.replace(prices, batch=0, program=PROGRAMS * prices.program)
+    return Padding.of(lengths, sizes, prices, times)
 
 
 def _tiled(tree, times: int):
@@ -155,19 +181,26 @@ class PromptScorer:
 
     @classmethod
     def build(
-        cls, model: ChatModel, instructions: Sequence[Prompt], refusal_ids, batch_size: int, prefix: Sequence[int] = ()
+        cls,
+        model: ChatModel,
+        instructions: Sequence[Prompt],
+        refusal_ids,
+        batch_size: int,
+        prefix: Sequence[int] = (),
+        shapes: Padding | None = None,
     ) -> "PromptScorer":
         """Returns the scorer of these prompts. prefix: tokens that all of them begin with, which are computed once for each
-        edit. Raises UserError if baseline logits are not finite."""
+        edit. shapes: as of `shapes_of`; None for these prompts' own. Raises UserError if baseline logits are not finite."""
         batches, finite, ids = [], [], np.asarray(refusal_ids, np.int32)
-        batching, none = Batching.of(batch_size, len(instructions)), unedited(model)
+        batching = Batching.of(batch_size, len(instructions), shapes.rows if shapes else 0)
+        none = unedited(model)
         shared, before = embedded(model, prefix), begin(model, prefix, none)
-        for index, batch in length_batches(model, instructions, batching.prompts, len(prefix)):
+        for index, batch in length_batches(model, instructions, shapes or batching.prompts, len(prefix)):
             tokens, mask, _ = model.put(batch.tokens, batch.mask)
             logits, finite_b = last_logits(model.decoder, before, tokens, mask, none)
             batches.append((len(index), tokens, mask, logits))
             finite.append(finite_b)
-        # Of the last batch, the rows beyond the prompts are repeats of the last.
+        # Of a batch that is not full, the rows beyond the prompts are repeats of the last.
         check_finite(np.concatenate(jax.device_get(finite)), model.decoder.dtype, "Selection has no baseline")
         return cls(model, shared, before, none, batches, ids, batching)
 

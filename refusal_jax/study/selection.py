@@ -33,7 +33,15 @@ from refusal_jax.runs.run import Run
 from refusal_jax.runs.stage import Stage
 from refusal_jax.study.judged import find_judged, tried_rows
 from refusal_jax.study.rule import LOOSENING, Rule, nearest_misses, pick
-from refusal_jax.study.scoring import Batching, PromptScorer, chunk, last_logits, score_edits, score_from_layer
+from refusal_jax.study.scoring import (
+    Batching,
+    PromptScorer,
+    chunk,
+    last_logits,
+    score_edits,
+    score_from_layer,
+    shapes_of,
+)
 from refusal_jax.study.shared import Study
 
 # The shares of the candidates of unpruned layers that pass the filter's next steps: means of the paper's five published runs.
@@ -79,8 +87,11 @@ def evaluate_candidates(
     positions, rows = directions_lpd.shape[1], candidate_rows(directions_lpd, known)
     layers = rule.layers(full_grid)
     prefix = shared_prefix(model, (*harmless, *harmful))
-    harmless_val = PromptScorer.build(model, harmless, refusal_ids, batch_size, prefix)
-    harmful_val = PromptScorer.build(model, harmful, refusal_ids, batch_size, prefix)
+    # A candidate is read to about half: induce begins at its layer, and few go on to the rest.
+    times = layers * positions * (1.5 if full_grid else 0.5)
+    shapes = shapes_of(model, (harmless, harmful), batch_size, positions, times)
+    harmless_val = PromptScorer.build(model, harmless, refusal_ids, batch_size, prefix, shapes)
+    harmful_val = PromptScorer.build(model, harmful, refusal_ids, batch_size, prefix, shapes)
 
     def unknown(key, rows, needed):
         """Returns the rows that lack `key` and need it."""

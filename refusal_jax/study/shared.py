@@ -11,7 +11,9 @@ from typing import Any
 import jax
 
 from refusal_jax import distributed
+from refusal_jax.chat.batches import padding_of
 from refusal_jax.chat.model import ChatModel, load_model, weights_dtype
+from refusal_jax.chat.padding import Padding
 from refusal_jax.chat.prompts import Chat
 from refusal_jax.conditions import Ablate, Affine, Baseline, Condition, Dataset, Kind, datasets, with_origin
 from refusal_jax.data.sampling import over_refusal_names
@@ -148,6 +150,13 @@ class Study:
             LOG.info(f"Planning: {text}")
 
         return run_sizes(work, self.model.mesh, jax.local_devices(), note)
+
+    @functools.cached_property
+    def batches(self) -> Padding:
+        """Returns the shapes of batches of prompts in forward passes, which are the same for all stages."""
+        prompts = self.run.read_json(PROMPTS)
+        sets = [self.instructions(split, kept_only=False) for split in prompts]
+        return padding_of(self.model, sets, self.sizes.forward)
 
     def instructions(self, split: str, kept_only: bool = True) -> list[str]:
         """Returns the instructions of a split, by default only those that the filter kept."""
