@@ -7,7 +7,8 @@ compilation; by default the embedded one, which --parameters lets pass for anoth
 harmful_train.json and so on; by default the bundled ones. Batches are those of a study on a CPU, all prompts kept. Of
 each stage this prints what padding to the next usual length computed, each batch by itself, and what lengths do that
 are chosen from the stage's prompts: lengths, rows × tokens, the share that is no token of a prompt, and the share that
-is padding alone, without rows that only fill a batch. In selection, --shared tokens that all prompts begin with are left out.
+is padding alone, without rows that only fill a batch. --shared tokens that the template writes before all prompts are left out
+of the forward passes, where they are computed once.
 For loss, the next prompts of the set stand in for replies, 1 to 16 of them.
 """
 
@@ -27,7 +28,7 @@ from refusal_jax.models.hf_config import load_config
 from refusal_jax.plan.costs import parameters
 from refusal_jax.plan.planner import ON_CPU
 from refusal_jax.study.config import get_config
-from refusal_jax.study.scoring import PROGRAMS
+from refusal_jax.study.scoring import PROGRAMS, Batching
 
 
 def row(title: str, sets: list[list[int]], rows: int, lengths: list[int], parts: list[list[list[int]]]) -> str:
@@ -40,8 +41,10 @@ def row(title: str, sets: list[list[int]], rows: int, lengths: list[int], parts:
     return f"{title:<22}{rows:>5}  {shown:<28}{whole:>8}{1 - tokens / whole:>8.1%}{1 - tokens / alone:>8.1%}"
 
 
-def compare(title: str, sets: list[list[int]], rows: int, shapes: Padding) -> None:
-    """Prints what a stage's sets of prompts took and take."""
+def compare(title: str, whole: list[list[int]], rows: int, shapes: Padding, skip: int = 0) -> None:
+    """Prints what a stage's sets of prompts took and take, without the first `skip` tokens of each."""
+    sets = [[n - skip for n in of_set] for of_set in whole]
+    shapes = Padding(shapes.rows, tuple(n - skip for n in shapes.lengths))
     parts = [[sorted(of_set)[i : i + rows] for i in range(0, len(of_set), rows)] for of_set in sets]
     usual = sorted({bucket(max(part)) for of_set in parts for part in of_set})
     print(row(title, sets, rows, usual, parts))
@@ -68,13 +71,17 @@ def main() -> None:
     print(f"{size / 1e6:.1f}M parameters, compiling a program is worth {prices.program:,.0f} tokens")
     print(f"{'':<22}{'rows':>5}  {'lengths':<28}{'tokens':>8}{'waste':>8}{'padding':>8}")
 
+    skip = int(asked.shared)
     shapes = Padding.of(lengths.values(), list(halves(ON_CPU.forward, 1)), prices)
-    compare("extraction", [lengths[split] for split in SPLITS[:4]], ON_CPU.forward, shapes)
+    compare("extraction", [lengths[split] for split in SPLITS[:4]], ON_CPU.forward, shapes, skip)
     compare("all prompts", list(lengths.values()), ON_CPU.forward, shapes)
-    val = [[n - int(asked.shared) for n in lengths[split]] for split in SPLITS[2:4]]
+    val = [lengths[split] for split in SPLITS[2:4]]
     times = 0.5 * len(chat.post_instruction_ids) * math.floor(0.8 * cfg.n_layers)
     program = dataclasses.replace(prices, batch=0, program=PROGRAMS * prices.program)
-    compare("selection", val, ON_CPU.select, Padding.of(val, list(halves(ON_CPU.select, 1)), program, times))
+    n, positions = max(map(len, val)), len(chat.post_instruction_ids)
+    computed = {size: Batching.of(ON_CPU.select, n, size).scored(positions) for size in halves(ON_CPU.select, 1)}
+    sizes = [size for size, scored in computed.items() if scored <= computed[ON_CPU.select]]
+    compare("selection", val, ON_CPU.select, Padding.of(val, sizes, program, times), skip)
     said = [" ".join(np.roll(texts["harmless_test"], -i)[1 : 2 + i % 16]) for i in range(len(texts["harmless_test"]))]
     answers = chat_rows(chat, list(zip(texts["harmless_test"], said, strict=True)), cfg.context_length)
     rows = [[len(row.ids) for row in answers]]
