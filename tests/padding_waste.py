@@ -25,7 +25,7 @@ from refusal_jax.chat.prompts import Chat
 from refusal_jax.checkpoints.remote import checkpoint_folder
 from refusal_jax.data.sampling import SPLITS, sample_prompts
 from refusal_jax.models.hf_config import load_config
-from refusal_jax.plan.costs import parameters
+from refusal_jax.plan.limits import parameters
 from refusal_jax.plan.planner import ON_CPU
 from refusal_jax.study.config import get_config
 from refusal_jax.study.scoring import PROGRAMS, Batching
