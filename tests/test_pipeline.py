@@ -189,9 +189,9 @@ def test_refusal_tokens_from_data(config, tmp_path, monkeypatch):
     monkeypatch.setattr(directions, "measure_openings", lambda *args: seen.append(args) or openings)
     run = pipeline.run_study(config, tmp_path / "run")
     assert run.worked == STAGES and run.read_json(SETUP)["refusal_tokens_from"] == "data"
-    ((_, harmful, harmless, batch_size, usual),) = seen
+    ((_, harmful, harmless, shapes, usual),) = seen
     assert all("rob" in text for text in harmful) and all("bake" in text for text in harmless)
-    assert batch_size == 4 and usual
+    assert shapes.rows == 4 and usual
     setup = run.read_json(SETUP)
     assert [token["id"] for token in setup["refusal_tokens"]] == [40, 50]
     assert setup["openings"][0] == {"id": 50, "text": "S", "harmful": 0.7, "harmless": 0.1, "chosen": True}
