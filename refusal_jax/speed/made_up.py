@@ -1,8 +1,5 @@
 """Makes a model of a published shape with random weights: its time is that of the real one, without a download."""
 
-import json
-import pathlib
-
 import jax
 import jax.numpy as jnp
 
@@ -11,19 +8,16 @@ from refusal_jax.chat.prompts import Chat
 from refusal_jax.checkpoints.load import DTYPES
 from refusal_jax.models.config import ModelConfig
 from refusal_jax.models.decoder import Decoder
-from refusal_jax.models.hf_config import from_hf
 from refusal_jax.models.sharding import split_for, weight_place
 from refusal_jax.models.weight import Weight
 from refusal_jax.models.weights import weight_table
-from refusal_jax.plan import table
-
-KNOWN = pathlib.Path(table.__file__).with_name("models.json")
+from refusal_jax.plan.known import NAMES, config_of
 
 
 def shape_of(name: str) -> ModelConfig | None:
-    """Returns the config of a model that `refusal-jax plan` knows by name, None for any other."""
-    known = json.loads(KNOWN.read_text(encoding="utf-8"))
-    return from_hf(known[name]["config"], name) if name in known else None
+    """Returns the config of a model that `refusal-jax plan` knows by the name of its settings, None for any other: a name on the
+    hub is a checkpoint."""
+    return config_of(name) if name in NAMES else None
 
 
 def made_up(cfg: ModelConfig, dtype: str, mesh: jax.sharding.Mesh | None) -> ChatModel:
