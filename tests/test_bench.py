@@ -170,7 +170,7 @@ def test_results_are_compared():
 def test_the_other_side_fails(bench, tmp_path):
     broken = tmp_path / "oracle.py"
     broken.write_text("import sys; sys.exit('no such thing')")
-    with pytest.raises(UserError, match=r"exit code 1\. Leave it out with --nopytorch, or see .*\nno such thing"):
+    with pytest.raises(UserError, match=r"exit code 1\. Leave it out .*--nopytorch`\), or see .*\nno such thing"):
         pytorch.run_oracle(broken, bench, "generation")
     assert "does not exist. The comparison is with" in pytorch.missing(tmp_path / "gone.py")
 

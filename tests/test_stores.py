@@ -109,6 +109,6 @@ def test_a_compile_cache_that_is_no_place(programs, tmp_path):
     common.keep_programs(str(tmp_path / "mine"))
     assert jax.config.jax_compilation_cache_dir == str(tmp_path / "mine")
     with pytest.raises(
-        UserError, match=r"memory://bucket/xla is no place for compiled programs: give a folder, or an add.* gs"
+        UserError, match=r"memory://bucket/xla is no place for a compile cache: give a folder, or an add.* gs"
     ):
         common.keep_programs("memory://bucket/xla")

@@ -55,11 +55,11 @@ def keep_programs(place: str) -> None:
     address = store_address(place)
     if address and address.split("://")[0] not in STORES:
         raise UserError(
-            f"--compile_cache={place} is no place for compiled programs: give a folder, or an address that begins with "
+            f"{place} is no place for a compile cache: give a folder, or an address that begins with "
             f"{' or '.join(f'{scheme}://' for scheme in STORES)}."
         )
     if address:
-        with explained(address, "Or leave --compile_cache out: programs are then kept on this machine."):
+        with explained(address, "Or name no compile cache: programs are then kept on this machine."):
             is_in_store(*open_store(address))
     jax.config.update("jax_compilation_cache_dir", address or str(local_path(place)))
 

@@ -28,7 +28,7 @@ def missing(path: pathlib.Path) -> str:
     if not path.is_file():
         return (
             f"{path} does not exist. The comparison is with the PyTorch version in a checkout's tests/oracle.py: run it from a "
-            "checkout, or pass --oracle=PATH."
+            "checkout, or say where it is: `refusal-jax bench --oracle=PATH`."
         )
     if subprocess.run([sys.executable, "-c", "import torch, transformers"], capture_output=True).returncode:
         return "The PyTorch side needs torch, which cannot be imported here: pip install torch."
@@ -49,8 +49,8 @@ def run_oracle(oracle: pathlib.Path, bench: Bench, job: str) -> dict:
     if done.returncode:
         tail = "\n".join(done.stderr.strip().splitlines()[-15:])
         raise UserError(
-            f"{oracle} failed with exit code {done.returncode}. Leave it out with --nopytorch, or see the end of what it wrote:"
-            f"\n{tail}"
+            f"{oracle} failed with exit code {done.returncode}. Leave it out (`refusal-jax bench --nopytorch`), or see the end "
+            f"of what it wrote:\n{tail}"
         )
     return json.loads(out.read_text())
 
