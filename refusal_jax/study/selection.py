@@ -65,6 +65,16 @@ def candidate_rows(directions_lpd: np.ndarray, known: Sequence[dict] = ()) -> li
     return rows
 
 
+def scorers(
+    model: ChatModel, sides: Sequence[Sequence[Prompt]], refusal_ids, batch_size: int, positions: int, times: float
+) -> list[PromptScorer]:
+    """Returns the scorer of each side's prompts, which share what all begin with and the shapes of batches; `positions` and
+    `times` as in `shapes_of`."""
+    prefix = shared_prefix(model, [prompt for prompts in sides for prompt in prompts])
+    shapes = shapes_of(model, sides, batch_size, positions, times)
+    return [PromptScorer.build(model, prompts, refusal_ids, batch_size, prefix, shapes) for prompts in sides]
+
+
 def evaluate_candidates(
     model: ChatModel,
     directions_lpd: np.ndarray,
@@ -86,12 +96,9 @@ def evaluate_candidates(
     """
     positions, rows = directions_lpd.shape[1], candidate_rows(directions_lpd, known)
     layers = rule.layers(full_grid)
-    prefix = shared_prefix(model, (*harmless, *harmful))
-    # A candidate is read to about half: induce begins at its layer, and few go on to the rest.
+    # Most candidates are read to about half: induce begins at their layer, and few go on.
     times = layers * positions * (1.5 if full_grid else 0.5)
-    shapes = shapes_of(model, (harmless, harmful), batch_size, positions, times)
-    harmless_val = PromptScorer.build(model, harmless, refusal_ids, batch_size, prefix, shapes)
-    harmful_val = PromptScorer.build(model, harmful, refusal_ids, batch_size, prefix, shapes)
+    harmless_val, harmful_val = scorers(model, (harmless, harmful), refusal_ids, batch_size, positions, times)
 
     def unknown(key, rows, needed):
         """Returns the rows that lack `key` and need it."""
