@@ -41,7 +41,7 @@ def bucket(length: int) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Prices:
-    """What a device does besides reading tokens, as the number of tokens that it reads in the same time.
+    """The costs of a device besides reading tokens, as the number of tokens that it reads in the same time.
 
     program: compiling one. batch: starting one, and reading the weights for it. most: tokens of the model's context.
     """

@@ -42,7 +42,7 @@ TURN = 3.6e-6  # seconds of one turn of a loop over blocks of experts, besides i
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-    """What is known of a program, compiled or not. peak: bytes of memory on a device. text: "" if there is none."""
+    """The costs of a program, compiled or not. peak: bytes of memory on a device. text: "" if there is none."""
 
     peak: int
     text: str = ""

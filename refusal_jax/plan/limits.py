@@ -1,4 +1,4 @@
-"""What programs have to do: operations, bytes from and to memory, and bytes to other devices, from the model's shape.
+"""The work of programs: operations, bytes from and to memory, and bytes to other devices, from the model's shape.
 
 Everything is for a mesh and a number of rows, and nothing is compiled. The limit of a program is the largest of three times:
 its operations at the chip's peak, its bytes at the memory's bandwidth, and what it sends at the bandwidth of its links.

@@ -46,7 +46,7 @@ VERIFIED = 8  # prompts of each side that an export is verified on
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """What is timed: a model with prompts.
+    """The work that is timed: a model with prompts.
 
     load: loads the model. folder: its checkpoint, None where the weights are made up; files: of its weights, on this machine.
     prompts: by split, of a study, and "test" to reply to. sizes: rows of batches. thresholds: of the selection rule, by name.
@@ -106,7 +106,7 @@ class Run:
 
 @dataclasses.dataclass
 class Found:
-    """What parts hand on to later ones, and to the comparison with another implementation."""
+    """The results that parts hand on to later ones, and to the comparison with another implementation."""
 
     model: ChatModel | None = None
     extractions: dict[str, Extraction] = dataclasses.field(default_factory=dict)

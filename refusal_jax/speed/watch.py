@@ -143,7 +143,7 @@ def _replace(kind: type, by) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Counted:
-    """What the calls of a piece of work add up to. computed: all of it; useful: the part that is no padding; calls: how often
+    """The sums over the calls of a piece of work. computed: all of it; useful: the part that is no padding; calls: how often
     each program ran, by name."""
 
     computed: Work = dataclasses.field(default_factory=Work)

@@ -41,7 +41,7 @@ class Work:
 
 @dataclasses.dataclass(frozen=True)
 class Loops:
-    """What is known of loops whose number of turns is no part of the program.
+    """The knowledge of loops whose number of turns is no part of the program.
 
     turns: of a loop that ends on a condition, such as that of decoding. experts: of the model; a loop over the blocks of rows of
     experts has as many turns as blocks are in use, for which half of the experts' last blocks are taken. shares: by the name of a
