@@ -34,7 +34,7 @@ WRITTEN = 1 << 30  # bytes of the test file, at most
 
 @dataclasses.dataclass(frozen=True)
 class Ceilings:
-    """The most that the machine does in a second, all devices together: operations of a large matrix product by kind (as in `Work`),
+    """The most a machine does in a second, all devices together: operations of a large matrix product by kind (as in `Work`),
     and bytes of devices' memory, of reading a checkpoint's files, and of writing one; 0 where that was not measured."""
 
     flops: dict[str, float]
