@@ -451,7 +451,7 @@ OF_KINDS = """
 
 
 def decodes_differently(family: str, variant: str) -> bool:
-    """Whether decoding of this variant is not that of the family's first one."""
+    """Returns whether a variant decodes differently from the first one of its family."""
     first, own = (FAMILIES[family][name] for name in (next(iter(FAMILIES[family])), variant))
     changed = [name for name in first.keys() | own.keys() if first.get(name) != own.get(name)]
     return (family, variant) in FIRST or family == "llama" or any(LOOKS_BACK.search(name) for name in changed)

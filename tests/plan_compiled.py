@@ -1,4 +1,4 @@
-"""What the TPU compiler makes of programs, beside what is reckoned without it.
+"""Compiles programs for TPUs, beside what is reckoned without compiling.
 
   python tests/plan_compiled.py                                       what one large matrix product reaches on each chip
   python tests/plan_compiled.py llama_3_8b v5e-4 1x1x4 decode         a program of a study, on a mesh DATAxFSDPxMODEL

@@ -89,7 +89,7 @@ def test_measurements_do_not_depend_on_the_shapes(model):
 
 
 def test_shapes_are_shared_by_sets(model):
-    """Of which each alone would have its own."""
+    """Each of them alone would have its own."""
     shapes = padding_of(model, [TEXTS[:1], TEXTS], 8)
     assert shapes == Padding(8, (bucket(max(len(model.chat.prompt_ids(text)) for text in TEXTS)),))
     for texts in (TEXTS[:1], TEXTS):
