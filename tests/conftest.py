@@ -41,10 +41,10 @@ torch.set_num_threads(1)  # two cost more than they gain on models this small: t
 
 # The files that take longest, longest first. They begin first, so that at the end no process is left alone with one of them.
 LONG = """
-test_families test_families_of_kinds test_demo test_docs test_config test_jobs test_family_studies test_processes test_launch
-test_real_models test_decoder test_oracle test_harness test_plan test_load_places test_pipeline test_fuzz test_finite
-test_audit_behaviour test_audit_bench test_export test_real_weights test_decoding test_chat_job test_hub
-test_gate_inspect test_audit_repair
+test_families test_families_of_kinds test_demo test_export test_docs test_hybrid_programs test_family_studies test_processes
+test_config test_real_models test_launch test_mechanism_attention test_suffix_study test_jobs test_training test_decoder
+test_oracle test_harness test_plan test_load_places test_pipeline test_fuzz test_finite test_audit_behaviour test_audit_bench
+test_real_weights test_decoding test_chat_job test_hub test_gate_inspect test_audit_repair
 """.split()
 
 

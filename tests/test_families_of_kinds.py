@@ -5,8 +5,8 @@ import pytest
 import test_families
 
 EVERY_FAMILY = {"test_programs_do_not_grow_with_layers"}  # which that file tests
-of_cases = vars(test_families).keys() - EVERY_FAMILY
-globals().update({name: getattr(test_families, name) for name in of_cases if name.startswith("test_")})
+tests = {name: test for name, test in vars(test_families).items() if name.startswith("test_")}
+globals().update({name: test for name, test in tests.items() if name not in EVERY_FAMILY})
 
 
 @pytest.fixture(scope="module", params=[c for c in families.CASES if c[0] in families.OF_KINDS], ids="-".join)
