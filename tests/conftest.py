@@ -32,6 +32,7 @@ import tiny  # noqa: E402
 from hub_server import hub as hub  # noqa: E402
 
 from refusal_jax import load_model  # noqa: E402
+from refusal_jax.chat import prefix  # noqa: E402
 from refusal_jax.data.sampling import SPLITS  # noqa: E402
 from refusal_jax.study.config import get_config  # noqa: E402
 from refusal_jax.study.mechanism.run import run_mechanism  # noqa: E402
@@ -166,3 +167,11 @@ def keys(tmp_path_factory) -> dict[str, pathlib.Path]:
             found[f"{name}.{end}"] = folder / f"{name}.{end}"
             found[f"{name}.{end}"].write_bytes(content)
     return found
+
+
+@pytest.fixture(scope="module")
+def beginnings_shared():
+    """Prompts share the tokens that all begin with, for which models of tests are too small otherwise."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prefix, "PROGRAMS", 0)
+        yield

@@ -1,6 +1,8 @@
 """The command line, as a user meets it: lists, help, and every failure as one paragraph with exit code 2."""
 
+import importlib.util
 import json
+import os
 import re
 import shutil
 import signal
@@ -14,7 +16,7 @@ from commands import ROOT, SECONDS, command, environment, forked, forked_code, r
 
 from refusal_jax import demo_model_path
 from refusal_jax.jobs.command_line import canonical
-from refusal_jax.jobs.main import JOBS
+from refusal_jax.jobs.main import JOBS, ON_CPUS, prepare_environment
 from refusal_jax.study.config import get_config
 
 SMALL = (
@@ -33,6 +35,26 @@ def test_each_job_explains_itself(job):
     done = command(job, "--help")
     assert done.returncode == 0
     assert f"refusal-jax {job}" in done.stdout and "Flags:" in done.stdout and len(done.stdout) > 500
+
+
+@pytest.mark.parametrize(
+    "job,platforms,installed,given,expected",
+    [
+        ("study", "cpu", "libtpu", None, ON_CPUS),
+        ("study", None, None, "--xla_dump_to=x", (*ON_CPUS, "--xla_dump_to=x")),
+        ("study", None, None, "--xla_backend_optimization_level=3", (ON_CPUS[0], "--xla_backend_optimization_level=3")),
+        ("study", None, "libtpu", None, None),  # libtpu ends the process for a flag that it does not know
+        ("study", "cuda,cpu", None, "--xla_dump_to=x", ("--xla_dump_to=x",)),
+        ("plan", "cpu", None, None, None),
+    ],
+)
+def test_programs_for_cpus_compile_fast(job, platforms, installed, given, expected, monkeypatch):
+    env = {"JAX_PLATFORMS": platforms, "XLA_FLAGS": given}
+    monkeypatch.setattr(os, "environ", {name: value for name, value in env.items() if value is not None})
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name if name == installed else None)
+    prepare_environment(job)
+    found = os.environ.get("XLA_FLAGS")
+    assert found == (expected and " ".join(expected))
 
 
 def test_usage_errors():

@@ -24,6 +24,7 @@ from refusal_jax.study.config import get_config
 from refusal_jax.study.loss import measure_losses
 from refusal_jax.study.selection import Rule, evaluate_candidates, pick
 
+pytestmark = pytest.mark.usefixtures("beginnings_shared")
 WORDS = ("bake", "steal", "paint", "a red boat", "the neighbour's old bicycle", "bread", "9 nails", "my very long poem")
 PROMPTS = [f"{start} {a} and {b}?" for start in ("Why", "Tell me how to") for a in WORDS for b in WORDS]
 SPLITS = ("harmful_train", "harmless_train", "harmful_val", "harmless_val")

@@ -10,7 +10,8 @@ from families import hf_config
 
 from refusal_jax import load_model
 from refusal_jax.chat import prefix
-from refusal_jax.chat.prefix import LEAST, common, shared_tokens
+from refusal_jax.chat.padding import Prices
+from refusal_jax.chat.prefix import PROGRAMS, common, shared_tokens
 from refusal_jax.chat.prompts import PROBES
 from refusal_jax.edits import Edits
 from refusal_jax.models.cache import map_memory
@@ -89,16 +90,19 @@ def test_rows_of_a_cache_are_those_of_their_edits():
 
 def test_how_many_tokens_are_shared(model, monkeypatch):
     written = common([model.chat.prompt_ids(probe) for probe in PROBES])
-    assert len(written) >= LEAST
     rows = [[*written, 1, 2], [*written, 3]]
-    assert shared_tokens(model, rows) == written
-    assert shared_tokens(model, rows, last=2) == written[:-1]  # those that are read stay
-    assert shared_tokens(model, [*rows, [*written[: LEAST - 1], 9, 9, 9]]) == shared_tokens(model, []) == []
+    # Reading them takes less time than compiling what they need, up to a number of prompts.
+    least = PROGRAMS * Prices.of(model.decoder).program / len(written)
+    assert shared_tokens(model, rows, 0.9 * least) == [] and shared_tokens(model, rows, 1.1 * least) == written
+    assert shared_tokens(model, rows, 1.1 * least, last=2) == []  # those that are read stay, and one less is too few
+    assert shared_tokens(model, rows, 2 * least, last=2) == written[:-1]
+    assert shared_tokens(model, [*rows, [9, 9]], np.inf) == shared_tokens(model, [], np.inf) == []
     scaled = from_hf(hf_config("llama", rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}))
     assert not shareable(scaled)  # its angles depend on how long the whole row is
-    assert shared_tokens(dataclasses.replace(model, decoder=Decoder.abstract(scaled, jnp.float32, None)), rows) == []
+    never = dataclasses.replace(model, decoder=Decoder.abstract(scaled, jnp.float32, None))
+    assert shared_tokens(never, rows, np.inf) == []
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
-    assert shared_tokens(model, rows) == written[: len(written) // 8 * 8]
+    assert shared_tokens(model, rows, np.inf) == written[: len(written) // 8 * 8]
 
 
 @pytest.mark.parametrize("family", ["gemma2", "deepseek_v3", "qwen3_next"])
@@ -129,11 +133,10 @@ def test_replies_that_begin_together_are_those_read_in_whole(mesh, llama, monkey
     kinds = [Edits.none(model.config.d_model), Edits.ablate(direction), Edits.add(direction, 1)]
     edits, batch, count = Edits.concat(kinds).take([0, 1, 2] * 4), model.encode(texts), []
     begin = prefix.begin
-    monkeypatch.setattr(prefix, "LEAST", 1)
     monkeypatch.setattr(prefix, "begin", lambda *args: (count.append(args[2].rows), begin(*args))[1])
     found = []
-    for worth in (np.inf, 0):
-        monkeypatch.setattr(prefix, "WORTH", worth)
+    for programs in (np.inf, 0):
+        monkeypatch.setattr(prefix, "PROGRAMS", programs)
         ended = list(model.reply_ids(batch, 8, edits, rows=4))
         found.append({n: row.tolist() for index, ids in ended for n, row in zip(index, ids, strict=True)})
     assert count == [4] and found[0] == found[1] and len(found[0]) == 12

@@ -61,10 +61,12 @@ class Prices:
 
 @dataclasses.dataclass(frozen=True)
 class Padding:
-    """The shapes of batches: the rows that each has, and the few lengths that these are padded to, the shortest first."""
+    """The shapes of batches: the rows that each has, and the few lengths that these are padded to, the shortest first. reads: how
+    many prompts are read in them, each as often as it is."""
 
     rows: int
     lengths: tuple[int, ...]
+    reads: float = dataclasses.field(default=0, compare=False)
 
     @classmethod
     def of(cls, sets: Iterable[Sequence[int]], sizes: Sequence[int], prices: Prices, times: float = 1) -> "Padding":
@@ -86,7 +88,7 @@ class Padding:
                     cost = times * (rows * tokens + prices.batch * len(longest)) + prices.program * programs
                     if cost < least:
                         best, least = cls(rows, lengths), cost
-        return best
+        return dataclasses.replace(best, reads=times * sum(map(len, arrays)))
 
     def length(self, tokens: int) -> int:
         """Returns the length that a batch is padded to whose longest row has so many tokens."""

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from refusal_jax.chat.messages import Prompt
-from refusal_jax.chat.padding import TokenBatch
+from refusal_jax.chat.padding import Prices, TokenBatch
 from refusal_jax.chat.prompts import PROBES
 from refusal_jax.edits import Edits
 from refusal_jax.models.cache import Cache
@@ -18,10 +18,7 @@ from refusal_jax.models.sharding import put, sharding_of
 if TYPE_CHECKING:
     from refusal_jax.chat.model import ChatModel
 
-LEAST = 4  # tokens; fewer are not worth a program of their own
-WORTH = (
-    1e12  # operations; replies are begun together if that saves more, since another program takes seconds to compile
-)
+PROGRAMS = 2  # that are compiled besides: of what is shared, under one edit and under several
 
 
 def common(rows: Sequence[Sequence[int]]) -> list[int]:
@@ -30,23 +27,24 @@ def common(rows: Sequence[Sequence[int]]) -> list[int]:
     return list(first[: next((i for i in range(most) if any(row[i] != first[i] for row in rows)), most)])
 
 
-def shared_prefix(model: "ChatModel", prompts: Sequence[Prompt], last: int = 1) -> list[int]:
+def shared_prefix(model: "ChatModel", prompts: Sequence[Prompt], reads: float, last: int = 1) -> list[int]:
     """Returns the tokens that the template writes before an instruction, as far as all prompts begin with them.
 
-    Each prompt's `last` tokens are not among them. There are none where the model cannot share them, and where they are too few;
-    on a TPU there are as many as its tiles hold, a multiple of 8.
+    reads: how many prompts are read whose beginnings need not be, each as often as it is. Each prompt's `last` tokens are not
+    shared. There are none where the model cannot share them, and where reading them takes less time than compiling what they
+    need; on a TPU there are as many as its tiles hold, a multiple of 8.
     """
-    return shared_tokens(model, [model.chat.prompt_ids(prompt) for prompt in prompts], last)
+    return shared_tokens(model, [model.chat.prompt_ids(prompt) for prompt in prompts], reads, last)
 
 
-def shared_tokens(model: "ChatModel", rows: Sequence[Sequence[int]], last: int = 1) -> list[int]:
+def shared_tokens(model: "ChatModel", rows: Sequence[Sequence[int]], reads: float, last: int = 1) -> list[int]:
     """Does what `shared_prefix` does, for rows of tokens."""
     if not rows or not shareable(model.config):
         return []
     written = common([*map(model.chat.prompt_ids, PROBES), *rows])
     step = 1 if jax.default_backend() == "cpu" else 8
     count = max(min(len(written), min(map(len, rows)) - last), 0) // step * step
-    return written[:count] if count >= LEAST else []
+    return written[:count] if count * reads > PROGRAMS * Prices.of(model.decoder).program else []
 
 
 @jax.jit
@@ -83,9 +81,9 @@ def begin_each(model: "ChatModel", batch: TokenBatch, edits: Edits) -> tuple[Cac
     parts, numbers = jax.tree.leaves(edits), {}
     keys = [b"".join(np.asarray(a[i]).tobytes() for a in parts) for i in range(len(batch.tokens))]
     row_n = np.asarray([numbers.setdefault(key, len(numbers)) for key in keys], np.int32)
-    prefix = shared_tokens(model, [row[real].tolist() for row, real in zip(batch.tokens, batch.mask, strict=True)])
-    saved = (len(keys) - len(numbers)) * len(prefix)
-    if edits.token_gate_rlst is not None or 2 * saved * sum(a.size for a in jax.tree.leaves(model.decoder)) <= WORTH:
+    rows = [row[real].tolist() for row, real in zip(batch.tokens, batch.mask, strict=True)]
+    prefix = shared_tokens(model, rows, len(keys) - len(numbers))
+    if edits.token_gate_rlst is not None or not prefix:
         return None, row_n
     first = [keys.index(key) for key in numbers]
     first += first[-1:] * ((1 << (len(first) - 1).bit_length()) - len(first))  # so that there are few shapes

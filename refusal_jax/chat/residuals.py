@@ -87,7 +87,7 @@ def extract(
     scores, kept = np.zeros(n), np.zeros(n, bool)
     total = np.zeros((cfg.n_layers, positions, cfg.d_model))
     taps, ids = Taps(("resid_pre",), positions), np.asarray(refusal_ids, np.int32)
-    prefix = shared_prefix(model, instructions, positions)
+    prefix = shared_prefix(model, instructions, size.reads if isinstance(size, Padding) else n, positions)
     before, batches = begin(model, prefix), list(length_batches(model, instructions, size, len(prefix)))
     for index, batch in each(batches, title, "batch"):
         valid = np.arange(len(batch.tokens)) < len(index)

@@ -42,7 +42,8 @@ class EditedRows:
         many, at_once = fitting(len(rows), size)
         tokens_n = np.array([max(len(row.ids) - row.first, 0) for row in rows], np.int64)
         # The token before the first that counts predicts it.
-        prefix = shared_tokens(model, [row.ids[: row.first - 1] for row in rows if len(row.ids) > row.first], 0)
+        before = [row.ids[: row.first - 1] for row in rows if len(row.ids) > row.first]
+        prefix = shared_tokens(model, before, at_once * len(before), 0)
         return cls(model, prefix, list(padded_rows(model, rows, many, len(prefix))), tokens_n, at_once)
 
     def losses(self, edits: Edits) -> Float[np.ndarray, "M n"]:

@@ -70,8 +70,8 @@ def scorers(
 ) -> list[PromptScorer]:
     """Returns the scorer of each side's prompts, which share what all begin with and the shapes of batches; `positions` and
     `times` as in `shapes_of`."""
-    prefix = shared_prefix(model, [prompt for prompts in sides for prompt in prompts])
     shapes = shapes_of(model, sides, batch_size, positions, times)
+    prefix = shared_prefix(model, [prompt for prompts in sides for prompt in prompts], shapes.reads)
     return [PromptScorer.build(model, prompts, refusal_ids, batch_size, prefix, shapes) for prompts in sides]
 
 
