@@ -11,7 +11,8 @@ from jax.sharding import PartitionSpec as P
 
 from refusal_jax import Edits, UserError, load_model, make_mesh
 from refusal_jax.models import sharding
-from refusal_jax.models.sharding import constrain, residual_axes, split_for, weight_place
+from refusal_jax.models.generate import decode
+from refusal_jax.models.sharding import constrain, kept_axes, kept_sharding, residual_axes, split_for, weight_place
 from refusal_jax.models.weight import Weight
 from refusal_jax.plan.hlo import collectives
 from refusal_jax.plan.programs import Shapes
@@ -68,6 +69,41 @@ def test_two_axes_on_one_mesh_axis_are_an_error(monkeypatch):
 )
 def test_the_residual_is_divided_among_all_chips(batch, length, rows, tokens):
     assert residual_axes(split_for(make_mesh(2, 1, 4), 2), batch, length) == (rows, tokens)
+
+
+@pytest.mark.parametrize(
+    "rows,heads,held",
+    [
+        (16, 4, (("data", "fsdp", "q"), ("kv",))),  # two chips have the same heads, each of half the rows
+        (16, 1, (("data", "fsdp", "kv", "q"), ())),  # one head, such as a latent: the rows among all
+        (2, 4, (("data", "fsdp"), ("kv",))),  # a row for each part of the batch: nothing to share out
+        (16, 8, (("data", "fsdp", "q"), ("kv",))),
+    ],
+)
+def test_what_decoding_keeps_is_on_no_two_chips(rows, heads, held):
+    mesh = split_for(make_mesh(2, 1, 4), 2)
+    assert kept_axes(mesh, rows, heads) == held
+    shape = (3, rows, heads, 5, 7)
+    assert kept_sharding(mesh, shape).spec == P(None, *(axes or None for axes in held))
+    assert kept_sharding(None, shape).is_fully_addressable
+
+
+def test_decoding_exchanges_queries_and_no_cache(wide):
+    """Every layer moves queries to the chips that keep their keys, and what they find back; nothing as large as a layer's cache
+    moves."""
+    decoder, steps = load_model(wide, mesh=make_mesh(1, 1, 8)).decoder, get_config()
+    cfg = decoder.cfg
+    shapes = Shapes(workload(cfg, "float32", steps, LENGTH), decoder.mesh)
+    state, count = shapes.generation(ROWS), shapes.array((), jnp.int32)
+    found = collectives(decode.lower(shapes.decoder, state, count, count, eos_ids=(0,)).compile().as_text())
+    exchanged = [i for i in found if i.kind == "all-to-all"]
+    assert sum(i.times for i in exchanged) == 2 * cfg.n_layers
+    queries = 4 * ROWS * cfg.n_heads * cfg.head_dim // 4  # of the key/value head of two chips
+    assert all(i.bytes <= queries for i in exchanged)
+    kept = 4 * ROWS * shapes.work.slots * cfg.n_kv_heads * cfg.head_dim
+    assert max(i.bytes for i in found) < kept / 8
+    gathered = [i.times for i in found if i.kind == "all-gather" and i.bytes == 4 * ROWS * cfg.d_model]
+    assert sum(gathered) == 2 * cfg.n_layers + 1  # and what the logits are made of
 
 
 def test_splitting_a_mesh_twice_changes_nothing():

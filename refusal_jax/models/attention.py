@@ -17,6 +17,7 @@ from refusal_jax.axes import Array, Leaf
 from refusal_jax.models.cache import Cache
 from refusal_jax.models.config import ModelConfig
 from refusal_jax.models.rope import rotate
+from refusal_jax.models.sharding import constrain, constrain_queries
 
 
 @jax.tree_util.register_dataclass
@@ -173,6 +174,21 @@ def attend(
     ]
     out = functools.reduce(operator.add, parts)
     return out.transpose(0, 3, 1, 2, 4).reshape(b, t, -1)
+
+
+def attend_where_kept(
+    mesh, q_btnh: Float[jax.Array, "B T N H"], segments: Sequence[Segment], sinks_n, scale: float, softcap: float | None
+) -> Float[jax.Array, "B T F"]:
+    """Returns what `attend` does, on a mesh whose chips may share out the rows of the cache: the queries of single tokens go to
+    where keys and values are kept, and what they find comes back."""
+    if q_btnh.shape[1] != 1:
+        return attend(q_btnh, segments, sinks_n, scale, softcap)
+    kv_heads = segments[0][0].shape[1]
+    z_btf = attend(constrain_queries(mesh, q_btnh, kv_heads), segments, sinks_n, scale, softcap)
+    found_btnv = constrain_queries(mesh, z_btf.reshape(*q_btnh.shape[:3], -1), kv_heads)
+    n_heads = q_btnh.shape[2]
+    z_btnv = constrain(mesh, found_btnv, "batch", None, ("heads", (kv_heads, n_heads // kv_heads)))
+    return z_btnv.reshape(z_btf.shape)
 
 
 def pattern(

@@ -9,14 +9,14 @@ from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Bool, Int
 
 from refusal_jax.axes import Leaf
-from refusal_jax.models.sharding import constrain
+from refusal_jax.models.sharding import constrain, kept_sharding
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Tokens:
     """Arrays `[..., B, K, C, H]` with an entry for each token, such as keys and values; K is divided over the mesh as key/value
-    heads are."""
+    heads are and, for decoding, B as `sharding.kept_axes` says."""
 
     parts: tuple[Leaf, ...]
 
@@ -39,11 +39,24 @@ def map_memory(of_tokens, of_state, tree, *rest):
     return jax.tree.map(one, tree, *rest, is_leaf=lambda node: isinstance(node, Tokens | State))
 
 
-def placed(mesh, tree, layers: bool):
-    """Returns memory, inside a jitted function, divided over the mesh. layers: whether its arrays have a leading L axis."""
+def _in_order(a: jax.Array) -> jax.Array:
+    """Returns an array whose axes keep their order in memory."""
+    return with_layout_constraint(a, Layout(major_to_minor=tuple(range(a.ndim))))
+
+
+def kept(mesh, a: jax.Array) -> jax.Array:
+    """Returns an array of `Tokens`, inside a jitted function, where decoding keeps it."""
+    return a if mesh is None else jax.lax.with_sharding_constraint(a, kept_sharding(mesh, a.shape))
+
+
+def placed(mesh, tree, layers: bool, decoding: bool = False):
+    """Returns memory, inside a jitted function, divided over the mesh.
+
+    layers: whether its arrays have a leading L axis. decoding: whether single tokens attend to it.
+    """
     lead = [None] * layers
     return map_memory(
-        lambda a: constrain(mesh, a, *lead, "batch", "kv_heads"),
+        lambda a: kept(mesh, a) if decoding else constrain(mesh, a, *lead, "batch", "kv_heads"),
         lambda a: constrain(mesh, a, *lead, "batch", "heads"),
         tree,
     )
@@ -109,7 +122,8 @@ class Cache:
 
         def write(old, new):
             ring = jax.lax.dynamic_update_slice_in_dim(old, new, slot, axis=-2)
-            return with_layout_constraint(ring, Layout(major_to_minor=tuple(range(ring.ndim))))
+            # Off TPUs a constraint on the layout is not divided over a mesh: every chip would gather the whole cache to meet it.
+            return jax.lax.platform_dependent(ring, tpu=_in_order, default=lambda a: a)
 
         return Cache(
             map_memory(write, lambda old, new: new, self.memory, new),

@@ -247,7 +247,8 @@ class Decoder(nnx.Module):
     def _fresh(self, x_btd: Float[jax.Array, "B T D"], past) -> Any:
         """Returns room for the memory of new tokens, in all layers; its states are those of `past`, if there is any."""
         batch, length, _ = x_btd.shape
-        fresh = placed(self.mesh, structure(self.cfg).empty(batch, length, self.dtype), layers=True)
+        empty, alone = structure(self.cfg).empty(batch, length, self.dtype), past is not None and length == 1
+        fresh = placed(self.mesh, empty, layers=True, decoding=alone)
         return fresh if past is None else map_memory(lambda new, _: new, lambda _, old: old, fresh, past)
 
     def _among(self, apply, past, carry, layer: Layers):

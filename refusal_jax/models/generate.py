@@ -44,7 +44,7 @@ class Generation:
 
     def placed(self, mesh) -> "Generation":
         """Returns the state, inside a jitted function, with every array placed by its axes: programs can then hand it on."""
-        memory = placed(mesh, self.cache.memory, layers=True)
+        memory = placed(mesh, self.cache.memory, layers=True, decoding=True)
         rest = jax.tree.map(lambda a: constrain(mesh, a, *["batch"][: a.ndim]), dataclasses.replace(self, cache=None))
         small = jax.tree.map(
             lambda a: constrain(mesh, a, *["batch"][: a.ndim]), dataclasses.replace(self.cache, memory=None)

@@ -11,7 +11,7 @@ import math
 import jax
 import numpy as np
 from jax.experimental import mesh_utils
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Float
 
 from refusal_jax.errors import UserError, setting
@@ -88,7 +88,7 @@ def split_for(mesh: Mesh | None, kv_heads: int) -> Mesh | None:
     return Mesh(grid, SPLIT_AXES, axis_types=(jax.sharding.AxisType.Auto,) * len(SPLIT_AXES))
 
 
-def mesh_axes(mesh: Mesh, axis: str, factors: tuple[int, ...]) -> tuple[str, ...]:
+def mesh_axes(mesh: Mesh | AbstractMesh, axis: str, factors: tuple[int, ...]) -> tuple[str, ...]:
     """Returns the mesh axes that hold an array axis of the logical name `axis`.
 
     factors: its size, or sizes whose product it is, slowest first. A contiguous part of the axis is a part of its first
@@ -187,6 +187,41 @@ def constrain_residual(mesh: Mesh | None, x_btd: Float[jax.Array, "B T D"]) -> F
         return x_btd
     spec = PartitionSpec(*(axes or None for axes in residual_axes(mesh, *x_btd.shape[:2])))
     return jax.lax.with_sharding_constraint(x_btd, NamedSharding(mesh, spec))
+
+
+def kept_axes(mesh: Mesh | AbstractMesh, rows: int, heads: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Returns the mesh axes of the rows and of the heads of what decoding keeps of tokens, `[rows, heads, C, H]`.
+
+    Chips that would all have the same heads, because there are more of them than heads, share out the rows instead: each reads
+    its own part of the cache for all queries of a head.
+    """
+    held, taken = mesh_axes(mesh, "kv_heads", (heads,)), list(mesh_axes(mesh, "batch", (rows,)))
+    left = rows // math.prod(mesh.shape[name] for name in taken)
+    for name in RULES["heads"]:
+        if name not in held and left % mesh.shape.get(name, 1) == 0:
+            taken.append(name)
+            left //= mesh.shape.get(name, 1)
+    return tuple(taken), held
+
+
+def kept_sharding(mesh: Mesh | None, shape: tuple[int, ...]) -> jax.sharding.Sharding:
+    """Returns the sharding of what decoding keeps of tokens, `[..., B, K, C, H]`."""
+    if mesh is None:
+        return sharding_of(mesh)
+    axes = (names or None for names in kept_axes(mesh, *shape[-4:-2]))
+    return NamedSharding(mesh, PartitionSpec(*(None,) * (len(shape) - 4), *axes))
+
+
+def constrain_queries(mesh: Mesh | None, q_btnh: jax.Array, kv_heads: int) -> jax.Array:
+    """Returns queries of single tokens, inside a jitted function, where what they attend to is kept."""
+    if mesh is None:
+        return q_btnh
+    rows, held = kept_axes(mesh, len(q_btnh), kv_heads)
+    if rows == mesh_axes(mesh, "batch", (len(q_btnh),)):
+        return q_btnh  # the chips share out the queries of a head
+    return jax.lax.with_sharding_constraint(
+        q_btnh, NamedSharding(mesh, PartitionSpec(rows or None, None, held or None))
+    )
 
 
 def replicate(mesh: Mesh | None, tree):

@@ -100,7 +100,7 @@ def memory(work: Workload, program: Program, mesh: Sides) -> int:
     """Returns about how many bytes a program needs on a device: weights, the cache, and what a layer or the logits take."""
     cfg, width, (batch, model) = work.cfg, jnp.dtype(work.dtype).itemsize, parts(mesh)
     tokens, rows = together(program, mesh), max(program.rows // batch, 1)
-    kept = cache_bytes(work, program.rows, model) / batch if program.cached else 0
+    kept = cache_bytes(work, max(program.rows // batch, 1), model) if program.cached else 0
     inner = 2 * mlp_width(cfg) / model + 8 * cfg.d_model
     layer = tokens * width * inner + 4 * rows * cfg.n_heads / model * program.tokens * (program.tokens + program.cached)
     logits = 3 * 4 * rows * program.read * cfg.vocab_size / model

@@ -20,7 +20,7 @@ from refusal_jax.models.layers import block_rows
 from refusal_jax.models.mixers.attention import Attention
 from refusal_jax.models.mixers.latent import Latent
 from refusal_jax.models.mixers.mixer import Mixer
-from refusal_jax.models.sharding import STORAGE
+from refusal_jax.models.sharding import SPLIT_AXES, STORAGE, kept_axes
 from refusal_jax.models.structure import structure
 from refusal_jax.models.weights import weight_table
 from refusal_jax.plan.chips import Slice
@@ -127,19 +127,25 @@ def weight_bytes(work: Workload) -> int:
 
 
 def cache_bytes(work: Workload, rows: int, model: int = 1, states: int = 1) -> int:
-    """Returns the bytes that `rows` rows keep in generation on each of `model` chips, which divide heads: keys and values, and
-    states, which count `states` times."""
-    return rows * _row_bytes(work.cfg, work.slots, work.dtype, model, states)
+    """Returns the bytes that `rows` rows keep in generation on each of `model` chips: keys and values, whose heads and rows they
+    divide, and states, whose heads they divide and which count `states` times."""
+    return _kept_bytes(work.cfg, rows, work.slots, work.dtype, model, states)
 
 
 @functools.cache
-def _row_bytes(cfg: ModelConfig, slots: int, dtype: str, model: int, states: int) -> int:
-    empty = jax.eval_shape(lambda: structure(cfg).empty(1, slots, jnp.dtype(dtype)))
+def _kept_bytes(cfg: ModelConfig, rows: int, slots: int, dtype: str, model: int, states: int) -> int:
+    empty = jax.eval_shape(lambda: structure(cfg).empty(rows, slots, jnp.dtype(dtype)))
+    kv = math.gcd(model, cfg.n_kv_heads)
+    sides = jax.sharding.AbstractMesh((1, 1, kv, model // kv), SPLIT_AXES)
 
-    def here(times: int):
-        return lambda a: times * math.prod(a.shape) * a.dtype.itemsize // math.gcd(model, a.shape[2])
+    def size(a) -> int:
+        return math.prod(a.shape) * a.dtype.itemsize
 
-    return sum(jax.tree.leaves(map_memory(here(1), here(states), empty)))
+    def tokens(a) -> int:
+        ways = (sides.shape[name] for axes in kept_axes(sides, *a.shape[1:3]) for name in axes)
+        return size(a) // math.prod(ways)
+
+    return sum(jax.tree.leaves(map_memory(tokens, lambda a: states * size(a) // math.gcd(model, a.shape[2]), empty)))
 
 
 def flops(work: Workload, program: Program) -> float:
@@ -166,7 +172,7 @@ def traffic(work: Workload, program: Program, mesh: Sides) -> float:
     inner = 2 * mlp_width(cfg) / model + 6 * cfg.d_model / model + 4 * cfg.d_model
     activations = 2 * width * tokens * inner * program.layers
     # A step reads what is kept; states it replaces as well.
-    remembered = cache_bytes(work, program.rows, model, states=2) / batch if program.cached else 0
+    remembered = cache_bytes(work, max(program.rows // batch, 1), model, states=2) if program.cached else 0
     return program.steps * (weights * program.layers / cfg.n_layers + activations + remembered)
 
 

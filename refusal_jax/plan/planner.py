@@ -64,7 +64,7 @@ def ranked_meshes(work: Workload, where: Slice, sizes: Sizes) -> list[MeshShape]
 
     def needed(mesh: MeshShape) -> float:
         batch = mesh.data * mesh.fsdp
-        cache = cache_bytes(work, max(sizes.generation // 4, LEAST), mesh.model) / batch
+        cache = cache_bytes(work, max(max(sizes.generation // 4, LEAST) // batch, 1), mesh.model)
         return (weight_bytes(work) + work.beside) / mesh.fsdp / mesh.model + cache
 
     def seconds(mesh: MeshShape) -> float:

@@ -19,7 +19,7 @@ from refusal_jax.models.cache import map_memory
 from refusal_jax.models.config import ModelConfig
 from refusal_jax.models.decoder import Decoder, Residuals
 from refusal_jax.models.generate import empty
-from refusal_jax.models.sharding import residual_axes, sharding_of, split_for, weight_place
+from refusal_jax.models.sharding import kept_sharding, residual_axes, sharding_of, split_for, weight_place
 from refusal_jax.models.weights import weight_table
 
 USUAL_LENGTH = 64  # padded tokens that hold nearly every prompt of the paper's sets with its template
@@ -164,7 +164,7 @@ class Shapes:
         sizes = {"length": self.work.length, "max_new_tokens": self.work.config.generation.max_new_tokens}
         state = jax.eval_shape(functools.partial(empty, rows=rows, pad_id=0, **sizes), self.decoder)
         memory = map_memory(
-            lambda a: self.array(a.shape, a.dtype, None, "batch", "kv_heads"),
+            lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=kept_sharding(self.mesh, a.shape)),
             lambda a: self.array(a.shape, a.dtype, None, "batch", "heads"),
             state.cache.memory,
         )

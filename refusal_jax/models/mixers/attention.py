@@ -6,13 +6,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Float
 
-from refusal_jax.models.attention import Context, Segment, attend
-from refusal_jax.models.cache import Tokens
+from refusal_jax.models.attention import Context, Segment, attend, attend_where_kept
+from refusal_jax.models.cache import Tokens, placed
 from refusal_jax.models.config import ModelConfig
 from refusal_jax.models.head_taps import Heads
 from refusal_jax.models.layers import divided_by_root, linear
 from refusal_jax.models.mixers.mixer import Mixed
-from refusal_jax.models.sharding import constrain
 from refusal_jax.models.weight import Weight, growth
 
 
@@ -99,6 +98,7 @@ class Attention:
         """Returns attention on the input, as `Mixer.mix` does; its memory is the tokens' keys and values."""
         cfg, view = here.cfg, ctx.view(here.layer.kind, here.kinds)
         n_heads, n_kv_heads, _ = self.sizes(cfg)
+        alone = past is not None and h_btd.shape[1] == 1
 
         def heads(name: str, count: int):
             # Without the barrier, the order of axes that attention likes makes a TPU copy the weights first.
@@ -108,7 +108,7 @@ class Attention:
             x = x if cfg.qkv_clip is None else jnp.clip(x, -cfg.qkv_clip, cfg.qkv_clip)
             return x.reshape(*x.shape[:2], count, -1)
 
-        def placed(name: str, x):
+        def turned(name: str, x):
             """Returns queries or keys with their norm and rope."""
             norm = f"{self.prefix}{name}_norm"
             if cfg.norm_after_rope:
@@ -118,8 +118,9 @@ class Attention:
         if self.reads is None:
             k = heads("k", n_kv_heads)
             v = k if self.keys_as_values else heads("v", n_kv_heads)
-            k, v = placed("k", k), divided_by_root(cfg, v) if cfg.value_norm else v
-            new = Tokens(tuple(constrain(here.mesh, a.swapaxes(1, 2), "batch", "kv_heads") for a in (k, v)))
+            k, v = turned("k", k), divided_by_root(cfg, v) if cfg.value_norm else v
+            new = placed(here.mesh, Tokens((k.swapaxes(1, 2), v.swapaxes(1, 2))), layers=False)
+            new = placed(here.mesh, new, layers=False, decoding=True) if alone else new
         else:
             new = here.shared
         k, v = new.parts
@@ -131,9 +132,10 @@ class Attention:
         if self.gated:
             q, gate = jnp.split(q, 2, axis=-1)
             gate_btf = jax.nn.sigmoid(gate.astype(jnp.float32)).astype(gate.dtype).reshape(*h_btd.shape[:2], -1)
-        q = view.scaled(placed("q", q))
+        q = view.scaled(turned("q", q))
         sinks, o = here.weight(f"{self.prefix}sinks"), f"{self.prefix}o"
-        z = attend(q, segments, sinks, cfg.query_scale, cfg.attention_softcap)
+        settings = q, segments, sinks, cfg.query_scale, cfg.attention_softcap
+        z = attend(*settings) if past is None else attend_where_kept(here.mesh, *settings)
         z = z if gate_btf is None else z * gate_btf
         projection = here.out(o, z), here.weight(o), here.weight(f"{o}_bias")
         found = Heads(q, segments, sinks, z, *projection, here.post_norm_d, gate_btf, widest(cfg))

@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Float
 
-from refusal_jax.models.attention import Context, Segment, View, attend
-from refusal_jax.models.cache import Tokens
+from refusal_jax.models.attention import Context, Segment, View, attend, attend_where_kept
+from refusal_jax.models.cache import Tokens, placed
 from refusal_jax.models.config import ModelConfig
 from refusal_jax.models.head_taps import Heads
 from refusal_jax.models.layers import linear, normed
@@ -74,18 +74,20 @@ class Latent:
         tap asks for them.
         """
         cfg, view = here.cfg, ctx.view(here.layer.kind)
-        up_nwr, new_b1tr, q_btnh = self._up(here), self._latents(here, h_btd, view), self._queries(here, h_btd, view)
-        kept: list[tuple[jax.Array, jax.Array]] = [(new_b1tr, view.allowed_btt)]
+        up_nwr, q_btnh = self._up(here), self._queries(here, h_btd, view)
+        alone = past is not None and h_btd.shape[1] == 1
+        new = placed(here.mesh, Tokens((self._latents(here, h_btd, view),)), layers=False, decoding=alone)
+        kept: list[tuple[jax.Array, jax.Array]] = [(new.parts[0], view.allowed_btt)]
         if past is not None and view.allowed_btc is not None:
             kept.insert(0, (past.parts[0], view.allowed_btc))
         segments: list[Segment] = [(*self.expanded(here.mesh, up_nwr, c), allowed) for c, allowed in kept]
-        if len(kept) > 1 and h_btd.shape[1] == 1:
-            z_btf = self.absorbed(up_nwr, q_btnh, kept, cfg.query_scale)
+        if len(kept) > 1 and alone:
+            z_btf = self.absorbed(here.mesh, up_nwr, q_btnh, kept, cfg.query_scale)
         else:
             z_btf = attend(q_btnh, segments, None, cfg.query_scale, None)
         out_btd, o, bias = here.out("o", z_btf), here.weight("o"), here.weight("o_bias")
         found = Heads(q_btnh, segments, None, z_btf, out_btd, o, bias, here.post_norm_d)
-        return Mixed(out_btd, Tokens((new_b1tr,)), found)
+        return Mixed(out_btd, new, found)
 
     def values(self, here, kept: Tokens) -> Float[jax.Array, "B N T V"]:
         """Returns the values of tokens of which `kept` is the memory."""
@@ -147,7 +149,7 @@ class Latent:
         return k, v
 
     def absorbed(
-        self, up_nwr: Float[jax.Array, "N W R"], q_btnh: Float[jax.Array, "B T N H"], kept, scale: float
+        self, mesh, up_nwr: Float[jax.Array, "N W R"], q_btnh: Float[jax.Array, "B T N H"], kept, scale: float
     ) -> Float[jax.Array, "B T F"]:
         """Returns what `attend` does of the `expanded` segments, without these. kept: latents as in `memory`, and which of them
         each query may attend to."""
@@ -155,7 +157,7 @@ class Latent:
         q_btnr = _einsum("btnh,nhr->btnr", plain, up_nwr[:, : self.plain_dim])
         # Latents count as values with the keys' part behind them, which is cut off later: a slice of the cache would be a copy.
         segments = [(c, c, allowed) for c, allowed in kept]
-        c_btf = attend(jnp.concatenate([q_btnr, rotated], axis=-1), segments, None, scale, None)
+        c_btf = attend_where_kept(mesh, jnp.concatenate([q_btnr, rotated], axis=-1), segments, None, scale, None)
         c_btnr = c_btf.reshape(*q_btnr.shape[:3], -1)[..., : self.kv_rank]
         z_btnv = _einsum("btnr,nvr->btnv", c_btnr, up_nwr[:, self.plain_dim :])
         return z_btnv.reshape(*z_btnv.shape[:2], -1)
