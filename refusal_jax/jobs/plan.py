@@ -151,10 +151,10 @@ def compiling() -> bool:
 
 
 def one(name: str, cfg: ModelConfig, config: StudyConfig, where: Slice) -> Plan:
-    """Returns the plan of one model for one slice, logging what is being compiled."""
+    """Returns the plan of one model for one slice, logging what is being compiled or reckoned."""
 
     def note(text: str) -> None:
-        LOG.info(f"compiling for {where.name}: {name}, {text}")
+        LOG.info(f"{'compiling' if compiling() else 'reckoning'} for {where.name}: {name}, {text}")
 
     dtype = "bfloat16" if config.dtype == "auto" else config.dtype  # as a study on a TPU
     sides = [max(side, 1) for side in config.mesh.values()] if any(config.mesh.values()) else None
