@@ -44,12 +44,14 @@ def test_each_job_explains_itself(job):
         ("study", None, None, "--xla_dump_to=x", (*ON_CPUS, "--xla_dump_to=x")),
         ("study", None, None, "--xla_backend_optimization_level=3", (ON_CPUS[0], "--xla_backend_optimization_level=3")),
         ("study", None, "libtpu", None, None),  # libtpu ends the process for a flag that it does not know
+        ("study", None, "a file", None, None),  # a libtpu that is no package
         ("study", "cuda,cpu", None, "--xla_dump_to=x", ("--xla_dump_to=x",)),
         ("plan", "cpu", None, None, None),
     ],
 )
 def test_programs_for_cpus_compile_fast(job, platforms, installed, given, expected, monkeypatch):
     env = {"JAX_PLATFORMS": platforms, "XLA_FLAGS": given}
+    env["TPU_LIBRARY_PATH"] = "libtpu.so" if installed == "a file" else None
     monkeypatch.setattr(os, "environ", {name: value for name, value in env.items() if value is not None})
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name if name == installed else None)
     prepare_environment(job)

@@ -21,7 +21,8 @@ With --pytorch, which is the default for the demo model on a CPU, the plain PyTo
 after it, with the same checkpoint and prompts: extraction and selection by hooks, and transformers' generate. It needs torch,
 which the package itself does not. Its results must be the same, or the exit code is 1. On 2 idle cores with the inflated demo
 model, extraction and selection should be at least 5 times faster than it. On a busy machine the ratios overstate refusal_jax's
-speed, because PyTorch's threads wait for each other. The whole takes about 6 minutes.
+speed, because PyTorch's threads wait for each other. The whole takes 6 to 15 minutes, and about half of that with --n_train=64
+--n_val=16.
 """
 
 import logging

@@ -49,7 +49,9 @@ ACCELERATORS = ("libtpu", "jax_plugins")  # packages, which know none of these f
 def only_cpus() -> bool:
     """Returns whether JAX will run on CPUs, as its packages and the environment tell before it is imported."""
     asked = os.environ.get("JAX_PLATFORMS")
-    return asked == "cpu" if asked else not any(map(importlib.util.find_spec, ACCELERATORS))
+    if asked:
+        return asked == "cpu"
+    return "TPU_LIBRARY_PATH" not in os.environ and not any(map(importlib.util.find_spec, ACCELERATORS))
 
 
 def prepare_environment(job: str) -> None:
