@@ -142,7 +142,7 @@ def test_replies_end_at_stop_strings(lm, theirs):
 
 def test_a_reply_that_is_over_makes_room(lm, monkeypatch):
     """Stop strings end the decoding and not only the text."""
-    monkeypatch.setattr("refusal_jax.chat.model.CHECK_EVERY", 3)
+    monkeypatch.setattr("refusal_jax.chat.replies.CHECK_EVERY", 3)
     prompts, counts = [lm.tok_encode(text) for text in rendered(lm) * 3], []
     whole = lm.edited.replies(prompts, 12, [()] * len(prompts), rows=4)
     stop = next(char for char in whole[0].text if char.isprintable())

@@ -3,8 +3,7 @@
 import dataclasses
 import numbers
 import pathlib
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import jax
 import numpy as np
@@ -13,8 +12,8 @@ from jaxtyping import Bool, Float, Int
 from refusal_jax.chat.conditional import Conditional
 from refusal_jax.chat.messages import Message, Prompt
 from refusal_jax.chat.padding import TokenBatch
-from refusal_jax.chat.prefix import begin_each
 from refusal_jax.chat.prompts import Chat
+from refusal_jax.chat.replies import Over, Replies
 from refusal_jax.checkpoints.load import load_decoder
 from refusal_jax.checkpoints.remote import checkpoint_folder
 from refusal_jax.edits import Edits
@@ -26,12 +25,12 @@ from refusal_jax.models.finite import check_finite
 from refusal_jax.models.generate import admit, admitted_rows, decode, empty
 from refusal_jax.models.hf_config import load_config
 from refusal_jax.models.predict import Prediction, predict
+from refusal_jax.models.prefix import WHOLE_ROWS
 from refusal_jax.models.sharding import batch_sharding, put
 from refusal_jax.taps import NO_TAPS, Taps
 
 Array = jax.Array | np.ndarray
 Asked = Edits | Conditional | None  # one row, one for each prompt, or what decides by the prompt
-CHECK_EVERY = 16  # number of tokens after which replies are checked for being over
 
 
 @dataclasses.dataclass(frozen=True)
@@ -190,7 +189,7 @@ class ChatModel:
         edits: Asked = None,
         *,
         rows: int,
-        over: Callable[[int, list[int]], bool] | None = None,
+        over: Over | None = None,
     ) -> Iterator[tuple[list[int], np.ndarray]]:
         """Does what `replies` does, and yields the replies as ids `[n, max_new_tokens]`.
 
@@ -198,59 +197,38 @@ class ChatModel:
         time to time, so a reply may be longer.
         """
         longest = self._check_room(batch, max_new_tokens)
-        ropes = [kind.rope for kind in self.config.kinds if kind.rope.kind in ("longrope", "dynamic")]
         edits = self.rows_of(batch.tokens, batch.mask, edits)
-        # A row that has ended counts on while it waits for a prompt, and until the last replies end.
-        if any(longest + 3 * max_new_tokens > rope.original_context for rope in ropes):
+        if self._angles_change(longest, max_new_tokens):
             yield from self._reply_in_batches(batch, max_new_tokens, edits, rows)
             return
+        yield from self._replies(batch, max_new_tokens, edits, rows).run(over)
+
+    def compile_replies(self, batch: TokenBatch, max_new_tokens: int, edits: Edits, *, rows: int) -> None:
+        """Compiles what `reply_ids` runs with arguments of these shapes, so that it begins at once; nothing is decoded. It may
+        run in a thread of its own.
+
+        edits: one row for each prompt, whose values do not matter. Where the angles of a rope depend on the longest row, nothing
+        is compiled. Raises UserError as `reply_ids` does for what does not fit.
+        """
+        longest = self._check_room(batch, max_new_tokens)
+        edits = self.rows_of(batch.tokens, batch.mask, edits)
+        if not self._angles_change(longest, max_new_tokens):
+            self._replies(batch, max_new_tokens, edits, rows).compile()
+
+    def _replies(self, batch: TokenBatch, max_new_tokens: int, edits: Edits, rows: int) -> Replies:
+        """Returns the replies to prompts that need not begin together. edits: one row for each prompt."""
         refill, decoding = admitted_rows(rows, self.mesh), self._decoding(max_new_tokens)
-        yield from self._reply_ids(batch, max_new_tokens, edits, rows, refill, decoding, over)
+        return Replies(self, batch, max_new_tokens, edits, rows, refill, decoding)
+
+    def _angles_change(self, longest: int, max_new_tokens: int) -> bool:
+        """Returns whether the angles of a rope may depend on the longest row; one that has ended counts on while it waits for a
+        prompt, and until the last replies end."""
+        ropes = [kind.rope for kind in self.config.kinds if kind.rope.kind in WHOLE_ROWS]
+        return any(longest + 3 * max_new_tokens > rope.original_context for rope in ropes)
 
     def _decoding(self, max_new_tokens: int) -> Decoding | None:
         """Returns how replies of at most `max_new_tokens` are decoded."""
         return None if self.decoding is None else self.decoding.of_length(max_new_tokens)
-
-    def _reply_ids(self, batch: TokenBatch, max_new_tokens: int, edits: Edits, rows, refill: int, decoding, over=None):
-        """Does what `reply_ids` does, for ropes that allow it.
-
-        edits: one row for each prompt. refill: how many prompts are admitted together.
-        """
-        waiting, owners = deque(range(len(batch.tokens))), [None] * rows
-        ending = {"eos_ids": self.chat.eos_ids}
-        pad, length = self.chat.pad_id, batch.tokens.shape[1]
-        sizes = {"rows": rows, "length": length, "max_new_tokens": max_new_tokens, "remembered": decoding is not None}
-        state = empty(self.decoder, pad_id=pad, directions=edits.ablate_rjd.shape[1], **sizes)
-        before, row_n = begin_each(self, batch, edits)
-        while waiting or any(owner is not None for owner in owners):
-            free = [row for row, owner in enumerate(owners) if owner is None]
-            while waiting and free:
-                index = [waiting.popleft() for _ in range(min(refill, len(free), len(waiting)))]
-                source = np.full(rows, -1, np.int32)
-                for number, prompt in enumerate(index):
-                    row = free.pop(0)
-                    owners[row], source[row] = prompt, number
-                index += index[-1:] * (refill - len(index))
-                part = self.put(batch.tokens[index], batch.mask[index], edits.take(index))
-                begun = (None, None) if before is None else (before, row_n[index])
-                state = admit(self.decoder, state, *part, source, None, decoding, *begun, pad_id=pad, **ending)
-            least = sum(owner is not None for owner in owners) - refill + 1 if waiting else 1
-            steps = max_new_tokens if over is None else CHECK_EVERY
-            state, *results = decode(self.decoder, state, max(least, 1), steps, decoding, **ending)
-            active, out, counts, finite = map(np.array, results)
-            bad = [owner for row, owner in enumerate(owners) if owner is not None and not finite[row]]
-            if bad:
-                check_finite(np.zeros(len(bad), bool), self.decoder.dtype, "Generation failed", edits.in_force_r[bad])
-            if over is not None:
-                for row in np.flatnonzero(active):
-                    if owners[row] is None or over(owners[row], out[row, : counts[row]].tolist()):
-                        active[row], out[row, counts[row] :] = False, self.chat.eos_ids[0]
-                state = dataclasses.replace(state, active_b=state.active_b & active)
-            ended = [row for row, owner in enumerate(owners) if owner is not None and not active[row]]
-            if ended:
-                yield [owners[row] for row in ended], out[ended]
-            for row in ended:
-                owners[row] = None
 
     def _reply_in_batches(self, batch: TokenBatch, max_new_tokens: int, edits: Edits, rows: int):
         """Does what `reply_ids` does, for ropes whose angles depend on the longest row: rows begin together."""
@@ -304,7 +282,7 @@ class ChatModel:
         rows = len(batch.tokens)
         ids = np.zeros((rows, max_new_tokens), np.int32)
         # All begin together, as their angles go together.
-        for done, part in self._reply_ids(batch, max_new_tokens, edits, rows, rows, decoding):
+        for done, part in Replies(self, batch, max_new_tokens, edits, rows, rows, decoding).run():
             ids[done] = part
         return ids
 

@@ -1,7 +1,7 @@
 """Finds the tokens that prompts begin with because their template writes them, and runs them once for all prompts."""
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
@@ -47,17 +47,27 @@ def shared_tokens(model: "ChatModel", rows: Sequence[Sequence[int]], reads: floa
     return written[:count] if count * reads > PROGRAMS * Prices.of(model.decoder).program else []
 
 
+Call = Callable[
+    ..., Any
+]  # calls the jitted function that is its first argument with the others, or says what it would return
+
+
+def run(function: Callable[..., Any], *args, **kwargs) -> Any:
+    """Calls a function."""
+    return function(*args, **kwargs)
+
+
 @jax.jit
 def embed(decoder: Decoder, tokens_bt) -> Residuals:
     """Returns the residuals at the input of the first block."""
     return decoder.embed_tokens(tokens_bt)
 
 
-def embedded(model: "ChatModel", prefix: Sequence[int]) -> Residuals | None:
+def embedded(model: "ChatModel", prefix: Sequence[int], call: Call = run) -> Residuals | None:
     """Returns the residuals of shared tokens at the input of the first block, one row; None if there are no tokens."""
     if not len(prefix):
         return None
-    return embed(model.decoder, put(np.asarray([prefix], np.int32), sharding_of(model.mesh, None, None)))
+    return call(embed, model.decoder, put(np.asarray([prefix], np.int32), sharding_of(model.mesh, None, None)))
 
 
 def unedited(model: "ChatModel") -> Edits:
@@ -66,13 +76,17 @@ def unedited(model: "ChatModel") -> Edits:
     return put(Edits.none(cfg.d_model).for_batch(1, cfg.n_layers, cfg.d_model), sharding_of(model.mesh, None))
 
 
-def begin(model: "ChatModel", prefix: Sequence[int], edits: Edits | None = None) -> Cache | None:
+def begin(model: "ChatModel", prefix: Sequence[int], edits: Edits | None = None, call: Call = run) -> Cache | None:
     """Returns the memory of shared tokens under one edit, a row on the devices; None if there are no tokens."""
-    shared = embedded(model, prefix)
-    return None if shared is None else begun(model.decoder, shared, unedited(model) if edits is None else edits, 0)
+    shared = embedded(model, prefix, call)
+    if shared is None:
+        return None
+    return call(begun, model.decoder, shared, unedited(model) if edits is None else edits, 0)
 
 
-def begin_each(model: "ChatModel", batch: TokenBatch, edits: Edits) -> tuple[Cache | None, np.ndarray]:
+def begin_each(
+    model: "ChatModel", batch: TokenBatch, edits: Edits, call: Call = run
+) -> tuple[Cache | None, np.ndarray]:
     """Returns the memory of the tokens that the template writes before prompts, a row for each edit that these have, and int32
     `[N]`, which row each prompt goes on from; None in place of the memory where it saves too little.
 
@@ -87,4 +101,4 @@ def begin_each(model: "ChatModel", batch: TokenBatch, edits: Edits) -> tuple[Cac
         return None, row_n
     first = [keys.index(key) for key in numbers]
     first += first[-1:] * ((1 << (len(first) - 1).bit_length()) - len(first))  # so that there are few shapes
-    return begin(model, prefix, put(edits.take(first), sharding_of(model.mesh, None))), row_n
+    return begin(model, prefix, put(edits.take(first), sharding_of(model.mesh, None)), call), row_n

@@ -9,13 +9,14 @@ import dataclasses
 import math
 import os
 import pathlib
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int
 
-from refusal_jax.axes import Array
+from refusal_jax.axes import EitherLeaf
 from refusal_jax.errors import UserError, field, setting, shown
 from refusal_jax.files import read_json
 
@@ -88,17 +89,17 @@ class Decoding:
     before: tokens of the reply that count as the prompt's, where a reply is continued.
     """
 
-    penalty: Array | np.float32
-    bias_ids_n: Array
-    bias_n: Array
-    suppress_n: Array
-    begin_n: Array
-    forced_n: Array
-    ends_n: Array
-    least: Array | np.int32
-    least_new: Array | np.int32
-    whole: Array | np.int32 = dataclasses.field(default_factory=lambda: np.int32(LARGEST))
-    before: Array | np.int32 = dataclasses.field(default_factory=lambda: np.int32(0))
+    penalty: Any
+    bias_ids_n: EitherLeaf
+    bias_n: EitherLeaf
+    suppress_n: EitherLeaf
+    begin_n: EitherLeaf
+    forced_n: EitherLeaf
+    ends_n: EitherLeaf
+    least: Any
+    least_new: Any
+    whole: Any = dataclasses.field(default_factory=lambda: np.int32(LARGEST))
+    before: Any = dataclasses.field(default_factory=lambda: np.int32(0))
     ngram: int = dataclasses.field(default=0, metadata={"static": True})
 
     def of_length(self, max_new_tokens: int) -> "Decoding":

@@ -25,7 +25,9 @@ class Stage(Generic[S]):
     names, in the config, of settings and sections that decide what the stage finds; they may be changed in the folder of a
     run that found no direction. given: what besides files and the run's settings decides what the stage finds, as JSON values;
     the stage is due again once it changes. programs: the compiled programs for `refusal_jax.plan`, a `plan.programs.Group`.
-    section: what the stage adds to the report, a `report.findings.Section`. about: what it
+    ahead: returns a function that
+    makes ready what the work needs and no other stage gives, such as compiled programs; it runs in a thread while earlier stages
+    work. section: what the stage adds to the report, a `report.findings.Section`. about: what it
     does, in a sentence for help texts.
     """
 
@@ -38,6 +40,7 @@ class Stage(Generic[S]):
     settings: Sequence[str] = ()
     given: Callable[[S], dict] = lambda shared: {}
     programs: Any = None
+    ahead: Callable[[S], Callable[[], Any]] | None = None
     section: Any = None
     about: str = ""
 

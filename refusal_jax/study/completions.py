@@ -3,6 +3,7 @@
 import math
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -51,21 +52,16 @@ def complete(
     is none, which only the baseline can do without. known: rows that `save`
     got in an interrupted run. The rows of all conditions are decoded together, so two compiled programs serve them all.
     """
-    edits = Edits.concat([condition.edits(direction, model.config) for condition in conditions])
     side = {condition.name: condition.dataset.key for condition in conditions}
     replies = {(row["condition"], row["index"]): row for row in known}
     todo = [(c, i) for c in side for i in range(len(prompts[side[c]])) if (c, i) not in replies]
-    ids = {name: [model.chat.prompt_ids(p["instruction"]) for p in rows] for name, rows in prompts.items()}
-    longest = max(len(row) for rows in ids.values() for row in rows)
-    length = min(bucket(longest), model.config.context_length)
     if todo:
 
         def done(numbers: Mapping[int, dict]) -> None:
             save([{"condition": todo[n][0], "index": todo[n][1], **row} for n, row in numbers.items()])
             replies.update({todo[n]: row for n, row in numbers.items()})
 
-        row_edits = edits.take([list(side).index(c) for c, _ in todo])
-        asked = [ids[side[c]][i] for c, i in todo]
+        asked, row_edits, length = _asked(model, prompts, conditions, direction, todo)
         write_replies(model, asked, row_edits, max_new_tokens, batch_size, "completions", done, length)
     kept = ("response", "thought", "thought_ended")
     return {
@@ -77,6 +73,35 @@ def complete(
         ]
         for c in side
     }
+
+
+def _asked(
+    model: ChatModel,
+    prompts: dict[str, list[dict]],
+    conditions: Sequence[Condition],
+    direction: Direction | None,
+    todo: Sequence[tuple[str, int]],
+) -> tuple[list[list[int]], Edits, int]:
+    """Returns the tokens of prompts, the edits of each, and the length to which all prompts are padded.
+
+    todo: for each prompt the name of its condition and its number in the set. The rest is as in `complete`.
+    """
+    edits = Edits.concat([condition.edits(direction, model.config) for condition in conditions])
+    at = {condition.name: (number, condition.dataset.key) for number, condition in enumerate(conditions)}
+    ids = {name: [model.chat.prompt_ids(p["instruction"]) for p in rows] for name, rows in prompts.items()}
+    longest = max(len(row) for rows in ids.values() for row in rows)
+    asked = [ids[at[c][1]][i] for c, i in todo]
+    return asked, edits.take([at[c][0] for c, _ in todo]), min(bucket(longest), model.config.context_length)
+
+
+def compile_completions(study: Study) -> Callable[[], None]:
+    """Returns what compiles the programs of the completions, whose shapes do not depend on the direction."""
+    model, sets, width = study.model, test_prompts(study), study.model.config.d_model
+    stand_in = Direction(np.eye(1, width), 0, -1, origin_d=np.zeros(width))
+    todo = [(c.name, i) for c in study.conditions for i in range(len(sets[c.dataset.key]))]
+    asked, edits, length = _asked(model, sets, study.conditions, stand_in, todo)
+    batch, room = model.chat.pad(asked, length), study.config.generation.max_new_tokens
+    return partial(model.compile_replies, batch, room, edits, rows=study.sizes.generation)
 
 
 def write_replies(
@@ -158,10 +183,15 @@ def earlier_replies(study: Study) -> list[dict]:
     return rows
 
 
+def test_prompts(study: Study) -> dict[str, list[dict]]:
+    """Returns the test prompts of each data set, by its key."""
+    prompts = study.run.read_json(PROMPTS)
+    return {key: prompts[f"{key}_test"] for key in study.datasets}
+
+
 def complete_prompts(study: Study, ledger: Ledger) -> None:
     """Writes the completions of all conditions and, if they are asked for, the refusal scores of the test prompts."""
-    prompts, model = study.run.read_json(PROMPTS), study.model
-    sets = {key: prompts[f"{key}_test"] for key in study.datasets}
+    model, sets = study.model, test_prompts(study)
     direction = None if study.without_direction else study.direction()
     earlier = distributed.share_json(earlier_replies(study) if distributed.first() else None)
     done = complete(
@@ -242,6 +272,7 @@ STAGE = Stage(
     complete_prompts,
     reads=lambda study: [PROMPTS, *study.of_direction, *([SETUP] if score_names(study) else [])],
     writes=lambda study: [*study.files("completions"), *score_names(study)],
+    ahead=compile_completions,
     programs=Group("completions", "generation", programs, assumed="every reply is as long as it may be"),
     section=Section(pathlib.Path(__file__).with_name("completions.html.jinja"), {"samples": "Completions"}, values),
 )

@@ -1,11 +1,13 @@
 """Projections of the validation prompts on the selected direction, at every layer."""
 
 import pathlib
+from collections.abc import Callable
 
 import numpy as np
 
 from refusal_jax.chat.batches import length_batches
 from refusal_jax.chat.projection_monitor import midpoint
+from refusal_jax.chat.replies import compiled
 from refusal_jax.chat.residuals import project
 from refusal_jax.edits import EPS
 from refusal_jax.models.finite import check_finite
@@ -19,13 +21,15 @@ from refusal_jax.runs.run import MANIFEST, Run, read_manifest
 from refusal_jax.runs.stage import Stage
 from refusal_jax.study.shared import Study
 
+SHOWN = ("harmful_val", "harmless_val")  # the splits that are projected
+
 
 def project_prompts(study: Study, ledger: Ledger) -> None:
     """Writes every val prompt's residual at the last token along the direction, at each block's input."""
     direction = study.direction().raw_d.astype(np.float32)
     unit = np.asarray(direction / (np.linalg.norm(direction) + EPS), np.float32)
     along = {}
-    for split in ("harmful_val", "harmless_val"):
+    for split in SHOWN:
         texts = study.instructions(split, kept_only=False)
         along[split] = np.zeros((len(texts), study.model.config.n_layers), np.float32)
         for index, batch in length_batches(study.model, texts, study.batches):
@@ -34,6 +38,19 @@ def project_prompts(study: Study, ledger: Ledger) -> None:
             finite = np.isfinite(along[split][index]).all(axis=1)
             check_finite(finite, study.model.decoder.dtype, f"The projections of {split} cannot be read")
     study.run.write_tensors(PROJECTIONS, along)
+
+
+def compile_projections(study: Study) -> Callable[[], None]:
+    """Returns what compiles the programs of the projections, whose shapes do not depend on the direction."""
+    model, stand_in = study.model, np.zeros((1, 1, study.model.config.d_model), np.float32)
+    texts = (study.instructions(split, kept_only=False) for split in SHOWN)
+    batches = [batch for part in texts for _, batch in length_batches(model, part, study.batches)]
+
+    def work() -> None:
+        for batch in {batch.tokens.shape: batch for batch in batches}.values():
+            compiled(project, model.decoder, *model.put(batch.tokens, batch.mask), stand_in)
+
+    return work
 
 
 def study_thresholds(folder: pathlib.Path) -> np.ndarray | None:
@@ -79,6 +96,7 @@ STAGE = Stage(
     reads=(PROMPTS, METADATA, DIRECTION),
     writes=(PROJECTIONS,),
     skipped=lambda study: study.without_direction,
+    ahead=compile_projections,
     section=Section(
         pathlib.Path(__file__).with_name("projections.html.jinja"),
         {"geometry": "Geometry"},

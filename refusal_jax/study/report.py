@@ -1,6 +1,8 @@
 """The report on the study, as the last of its stages, and its figures as files."""
 
+import importlib
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from refusal_jax.report.findings import Findings
@@ -26,6 +28,7 @@ def report_on(stages: Sequence[Stage[Any]]) -> Stage[Study]:
         reads=lambda study: [name for stage in stages for name in stage.outputs(study)],
         writes=(REPORT,),
         alone=True,
+        ahead=lambda study: partial(importlib.import_module, "refusal_jax.report.figures"),  # which imports matplotlib
     )
 
 

@@ -27,6 +27,7 @@ from refusal_jax.plan.planner import run_mesh, run_sizes
 from refusal_jax.plan.programs import USUAL_LENGTH, Group, Sizes, Workload
 from refusal_jax.runs.artifacts import DIRECTION, FILTER, MEANS, METADATA, NO_DIRECTION, PROMPTS, SETUP
 from refusal_jax.runs.run import Run
+from refusal_jax.study.ahead import Ahead
 from refusal_jax.study.config import StudyConfig
 
 LOG = logging.getLogger(__name__)
@@ -36,7 +37,8 @@ class Study:
     """The settings of a study, its run's folder, its model, and what follows from these.
 
     config: the settings. folder: the checkpoint's. judges: those of the settings. groups: the programs of the stages, which
-    decide mesh and batches. drawn: the pictures of the page, once it is written, as `Findings` keeps them.
+    decide mesh and batches. ahead: what prepares later stages, once the model is loaded. drawn: the pictures of the page, once
+    it is written, as `Findings` keeps them.
     """
 
     def __init__(
@@ -46,8 +48,10 @@ class Study:
         folder: pathlib.Path,
         judges: Sequence[Judge] = (),
         groups: tuple[Group, ...] = (),
+        ahead: Ahead | None = None,
     ):
         self.config, self.run, self.folder, self.judges, self.groups = config, run, folder, judges, groups
+        self.ahead = ahead
         self._model: ChatModel | None = None
         self.drawn: dict[int, Sequence[Any]] = {}
 
@@ -103,6 +107,8 @@ class Study:
         prompts that leave no room for the replies."""
         if self._model is None:
             self._model = self._load()
+            if self.ahead:
+                self.ahead.begin(self)
         return self._model
 
     def release(self) -> None:

@@ -21,6 +21,7 @@ from refusal_jax.plan.programs import USUAL_LENGTH, Workload
 from refusal_jax.runs.artifacts import FIGURES, NO_DIRECTION
 from refusal_jax.runs.run import Run, recorded_manifest
 from refusal_jax.study import completions, directions, evaluations, loss, projections, prompts, selection
+from refusal_jax.study.ahead import Ahead
 from refusal_jax.study.checks import check_settings
 from refusal_jax.study.config import BehaviourSettings, StudyConfig
 from refusal_jax.study.damage import stages as damage
@@ -77,9 +78,11 @@ def run_stages(
     """Does what `run_study` does, once model, judges and data are found."""
     with Run.open(workdir, recorded_settings(config), inputs, RETRIED) as run:
         try:
-            study = Study(config, run, folder, judges, GROUPS)
-            for stage in STAGES:
-                run.stage(stage, study)
+            with Ahead(run, STAGES) as ahead:
+                study = Study(config, run, folder, judges, GROUPS, ahead)
+                for stage in STAGES:
+                    ahead.reach(stage)
+                    run.stage(stage, study)
         except UserError:
             if run.new and run.worked in ([], [prompts.STAGE.name]):  # nothing was computed yet
                 run.discard()
