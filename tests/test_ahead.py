@@ -18,6 +18,7 @@ from refusal_jax.study.ahead import Ahead
 from refusal_jax.study.study import run_study
 
 PROMPTS = ["Bake bread.", "Rob a bank, please.", "Bake a cake.", "Sing.", "Tell a story about the sea."]
+GENERATION = {"empty", "admit", "decode"}
 
 
 @pytest.fixture
@@ -60,7 +61,7 @@ def test_replies_compile_nothing_that_was_compiled_ahead(llama, sizes, shared, s
     before = dict(compilations)
     model.compile_replies(batch, 6, edits_of(model, len(PROMPTS)), rows=4)
     ahead = Counter(compilations) - Counter(before)
-    names = {"empty", "admit", "decode"} | ({"embed", "begun"} if shared else set())
+    names = GENERATION | ({"embed", "begun"} if shared else set())
     assert {name for name, _ in ahead} == names and set(ahead.values()) == {1}
     replies = decoded(model, batch, edits_of(model, len(PROMPTS)))
     assert Counter(compilations) - Counter(before) == ahead
@@ -71,8 +72,19 @@ def test_replies_compile_nothing_that_was_compiled_ahead(llama, sizes, shared, s
 def test_a_study_compiles_its_completions_and_projections_while_earlier_stages_run(small_study, tmp_path, compilations):
     run_study(small_study, tmp_path / "run")
     threads = {name: [thread for program, thread in compilations if program == name] for name, _ in compilations}
-    assert {name for name, found in threads.items() if found == ["ahead_0"]} == {"admit", "decode", "empty", "project"}
-    assert all(compilations[name, "ahead_0"] == 1 for name in ("admit", "decode", "empty"))
+    assert {name for name, found in threads.items() if found == ["ahead_0"]} == {"empty", "admit", "project"}
+    assert all(sum(n for (one, _), n in compilations.items() if one == name) == 1 for name in GENERATION)
+    assert threads["decode"] == ["decode_0"]
+
+
+def test_decoding_is_compiled_beside_what_reads_the_prompts(llama, compilations):
+    model = load_model(llama)
+    batch = model.encode(PROMPTS)
+    replies = decoded(model, batch, edits_of(model, len(PROMPTS)))
+    assert compilations["admit", "MainThread"] == compilations["decode", "decode_0"] == 1
+    assert all(sum(n for (one, _), n in compilations.items() if one == name) == 1 for name in GENERATION)
+    before = dict(compilations)
+    assert replies == decoded(model, batch, edits_of(model, len(PROMPTS))) and compilations == before
 
 
 class Prepared:

@@ -1,8 +1,12 @@
-"""Decodes replies to any number of prompts in the rows of one batch, which take the next prompt when their reply has ended."""
+"""Decodes replies to any number of prompts in the rows of one batch, which take the next prompt when their reply has ended.
+
+Two programs do it. The one that decodes is compiled while the first prompts are read by the other, or while that is compiled.
+"""
 
 import dataclasses
 from collections import deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -45,16 +49,27 @@ class Replies:
 
     def compile(self) -> None:
         """Compiles all that `run` runs; nothing is decoded."""
-        state, begun = self._begin(compiled)
+        state = self._empty(compiled)
+        decoding = self._compile_decode(state)
+        begun = begin_each(self.model, self.batch, self.edits, compiled)
         self._admit(compiled, state, begun, [0], np.full(self.rows, -1, np.int32))
-        self._decode(compiled, state, 1, self.max_new_tokens)
+        decoding.result()
+
+    def _compile_decode(self, state) -> Future:
+        """Compiles the decoding in a thread of its own. state: stand-ins for the rows."""
+        pool = ThreadPoolExecutor(1, "decode")
+        done = pool.submit(self._decode, compiled, state, 1, self.max_new_tokens)
+        pool.shutdown(wait=False)
+        return done
 
     def run(self, over: Over | None = None) -> Iterator[tuple[list[int], np.ndarray]]:
         """Yields numbers of prompts and the ids of their replies `[n, max_new_tokens]`, int32, as these end. over: as in
         `ChatModel.reply_ids`."""
         waiting = deque(range(len(self.batch.tokens)))
         owners: list[int | None] = [None] * self.rows  # of the rows, the numbers of prompts
-        state, begun = self._begin(run)
+        state = self._empty(run)
+        decoding = self._compile_decode(self._empty(compiled))
+        begun = begin_each(self.model, self.batch, self.edits)
         while waiting or any(owner is not None for owner in owners):
             free = [row for row, owner in enumerate(owners) if owner is None]
             while waiting and free:
@@ -66,6 +81,7 @@ class Replies:
                 state = self._admit(run, state, begun, index, source)
             least = sum(owner is not None for owner in owners) - self.refill + 1 if waiting else 1
             steps = self.max_new_tokens if over is None else CHECK_EVERY
+            decoding.result()
             state, *results = self._decode(run, state, max(least, 1), steps)
             active, out, counts, finite = map(np.array, results)
             self._check_finite([owner for row, owner in enumerate(owners) if owner is not None and not finite[row]])
@@ -80,9 +96,9 @@ class Replies:
             for row in ended:
                 owners[row] = None
 
-    def _begin(self, call: Call) -> tuple[Any, tuple[Any, np.ndarray]]:
-        """Returns rows that write nothing, and the memory of what prompts begin with, as of `begin_each`."""
-        state = call(
+    def _empty(self, call: Call) -> Any:
+        """Returns rows that write nothing."""
+        return call(
             empty,
             self.model.decoder,
             rows=self.rows,
@@ -92,10 +108,10 @@ class Replies:
             directions=self.edits.ablate_rjd.shape[1],
             remembered=self.decoding is not None,
         )
-        return state, begin_each(self.model, self.batch, self.edits, call)
 
     def _admit(self, call: Call, state, begun: tuple[Any, np.ndarray], index: list[int], source: np.ndarray):
-        """Returns the rows after prompts were admitted. index: the prompts' numbers; source: as in `admit`."""
+        """Returns the rows after prompts were admitted. begun: as of `begin_each`. index: the prompts' numbers; source: as in
+        `admit`."""
         (before, row_n), index = begun, index + index[-1:] * (self.refill - len(index))
         part = self.model.put(self.batch.tokens[index], self.batch.mask[index], self.edits.take(index))
         own = (None, None) if before is None else (before, row_n[index])
