@@ -57,7 +57,7 @@ USES = [  # what the error says, and what makes it
     (FORWARD, lambda m: m.logits(*batch(m))),
     (FORWARD, lambda m: m.logits(*batch(m), positions="all")),
     (FORWARD, lambda m: m.taps(*batch(m), Taps(("resid_pre",), 1))),
-    (FORWARD, lambda m: measure_openings(m, PROMPTS, PROMPTS, 2)),
+    ("The beginnings of replies cannot be measured", lambda m: measure_openings(m, PROMPTS, PROMPTS, 2)),
     (GENERATION, lambda m: m.generate(PROMPTS, 4)),
     (GENERATION, lambda m: list(m.replies(m.encode(PROMPTS), 4, rows=2))),
     (GENERATION, lambda m: list(m.stream(m.encode(PROMPTS), 4, probe=np.ones(32)))),

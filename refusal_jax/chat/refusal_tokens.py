@@ -6,12 +6,10 @@ measured instead: a refusal token is one that the model puts first after harmful
 
 import dataclasses
 from collections.abc import Sequence
-from functools import partial
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from refusal_jax.axes import Array
 from refusal_jax.chat.batches import length_batches
@@ -19,7 +17,10 @@ from refusal_jax.chat.messages import Prompt
 from refusal_jax.chat.model import ChatModel
 from refusal_jax.chat.padding import Padding
 from refusal_jax.chat.prompts import PROBES, Chat
+from refusal_jax.edits import Edits
 from refusal_jax.errors import UserError, field
+from refusal_jax.models.decoder import Decoder
+from refusal_jax.models.finite import check_finite
 from refusal_jax.models.sharding import replicate
 
 OPENERS = (
@@ -141,14 +142,22 @@ def _mean_probabilities(
     """Returns the mean probability of each id as the first token of the reply, float64 `[len(ids)]`."""
     total = np.zeros(len(ids))
     for index, batch in length_batches(model, instructions, size):
-        p_bn = opening_probabilities(model.logits(batch.tokens, batch.mask), np.asarray(ids, np.int32), model.mesh)
-        total += np.asarray(p_bn, np.float64)[: len(index)].sum(axis=0)
+        inputs = *model.put(batch.tokens, batch.mask), np.asarray(ids, np.int32)
+        p_bn, finite_b = (np.asarray(a)[: len(index)] for a in opening_probabilities(model.decoder, *inputs))
+        check_finite(finite_b, model.decoder.dtype, "The beginnings of replies cannot be measured")
+        total += p_bn.astype(np.float64).sum(axis=0)
     return total / len(instructions)
 
 
-@partial(jax.jit, static_argnames="mesh")
+@jax.jit
 def opening_probabilities(
-    logits_bv: Float[Array, "B V"], ids: Int[Array, " n"], mesh: jax.sharding.Mesh | None = None
-) -> Float[Array, "B n"]:
-    """Returns the probabilities of the ids, float32 `[B, n]`, whole on every device of `mesh`."""
-    return replicate(mesh, jax.nn.softmax(logits_bv.astype(jnp.float32), axis=-1)[:, ids])
+    decoder: Decoder,
+    tokens_bt: Int[Array, "B T"],
+    mask_bt: Bool[Array, "B T"],
+    edits: Edits,
+    ids: Int[Array, " n"],
+) -> tuple[Float[Array, "B n"], Bool[Array, " B"]]:
+    """Returns the probabilities of the ids as the next token of prompts, float32, and whether each prompt's are finite; whole on
+    every device."""
+    logits_bv, finite_b = decoder.next_logits(decoder.forward(tokens_bt, mask_bt, edits).resid_btd)
+    return replicate(decoder.mesh, (jax.nn.softmax(logits_bv, axis=-1)[:, ids], finite_b))
