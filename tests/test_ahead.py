@@ -1,7 +1,10 @@
 """What later stages need is made ready while earlier ones run: programs that are compiled once, and not by the stage itself."""
 
+import dataclasses
 import threading
+import weakref
 from collections import Counter
+from functools import partial
 
 import jax
 import numpy as np
@@ -12,9 +15,11 @@ from refusal_jax.chat import prefix
 from refusal_jax.chat.padding import TokenBatch
 from refusal_jax.edits import Edits
 from refusal_jax.models.sharding import make_mesh
+from refusal_jax.runs.artifacts import NO_DIRECTION
 from refusal_jax.runs.run import Run
 from refusal_jax.runs.stage import Stage
 from refusal_jax.study.ahead import Ahead
+from refusal_jax.study.shared import Study
 from refusal_jax.study.study import run_study
 
 PROMPTS = ["Bake bread.", "Rob a bank, please.", "Bake a cake.", "Sing.", "Tell a story about the sea."]
@@ -107,16 +112,31 @@ def test_only_later_stages_that_are_not_done_are_prepared(tmp_path):
     prepared = Prepared(tmp_path, lambda shared: lambda: prepared.told.append("second is ready"))
     prepared.run.manifest["stages"]["second"] = {}
     with Ahead(prepared.run, prepared.stages) as ahead:
-        ahead.reach(prepared.stages[0])
+        ahead.reach(prepared.stages[0], None)
         ahead.begin(None)
         ahead.begin(None)
         for stage in prepared.stages[1:]:
-            ahead.reach(stage)
+            ahead.reach(stage, None)
     assert prepared.told == ["third is ready"]
     with Ahead(prepared.run, prepared.stages) as ahead:
-        ahead.reach(prepared.stages[2])
+        ahead.reach(prepared.stages[2], None)
         ahead.begin(None)
+    (tmp_path / NO_DIRECTION).write_text("{}")
+    with Ahead(prepared.run, prepared.stages) as ahead:
+        ahead.begin(None)
+        ahead.wait()
     assert prepared.told == ["third is ready"]
+
+
+def test_a_stage_that_is_skipped_is_not_waited_for(tmp_path):
+    gate = threading.Event()
+    prepared = Prepared(tmp_path, lambda shared: gate.wait)
+    second = dataclasses.replace(prepared.stages[1], skipped=lambda shared: "There is no direction.")
+    with Ahead(prepared.run, [second]) as ahead:
+        ahead.begin(None)
+        ahead.reach(second, None)
+        assert not gate.is_set()
+        gate.set()
 
 
 def test_a_stage_waits_until_it_is_prepared(tmp_path, caplog):
@@ -125,20 +145,39 @@ def test_a_stage_waits_until_it_is_prepared(tmp_path, caplog):
     with Ahead(prepared.run, prepared.stages) as ahead, caplog.at_level("INFO", logger="refusal_jax"):
         ahead.begin(None)
         threading.Timer(0.2, gate.set).start()
-        ahead.reach(prepared.stages[1])
+        ahead.reach(prepared.stages[1], None)
         assert gate.is_set()
-    assert "second: waits for its programs to be compiled" in caplog.text
+    assert "second: waits until its programs are compiled" in caplog.text
 
 
-def test_what_fails_ahead_is_left_to_the_stage(tmp_path, caplog):
-    def fail():
+def test_a_model_is_freed_once_nothing_ahead_holds_it(small_study, llama, tmp_path, monkeypatch):
+    gate, study = threading.Event(), None
+    prepared = Prepared(tmp_path, lambda shared: partial(held, shared.model))
+
+    def held(model):
+        gate.wait()
+        prepared.told.append(str(model.path))
+
+    monkeypatch.setattr(Study, "_load", lambda self: load_model(llama))
+    with Ahead(prepared.run, prepared.stages) as ahead:
+        study = Study(small_study, prepared.run, llama, ahead=ahead)
+        model = weakref.ref(study.model.decoder)
+        ahead.begin(study)
+        threading.Timer(0.2, gate.set).start()
+        study.release()
+        assert prepared.told == [str(llama), "third is ready"] and model() is None
+
+
+@pytest.mark.parametrize("at_once", [True, False], ids=["at once", "in the thread"])
+def test_what_fails_ahead_is_left_to_the_stage(at_once, tmp_path, caplog):
+    def fail(*_):
         raise RuntimeError("no such device")
 
-    prepared = Prepared(tmp_path, lambda shared: fail)
+    prepared = Prepared(tmp_path, fail if at_once else lambda shared: fail)
     with Ahead(prepared.run, prepared.stages) as ahead, caplog.at_level("DEBUG", logger="refusal_jax"):
         ahead.begin(None)
         for stage in prepared.stages:
-            ahead.reach(stage)
+            ahead.reach(stage, None)
     assert prepared.told == ["third is ready"]
     assert "second: could not be prepared: no such device" in caplog.text
 
@@ -148,6 +187,7 @@ def test_what_has_not_begun_is_given_up_where_a_study_ends_early(tmp_path):
     prepared = Prepared(tmp_path, lambda shared: gate.wait)
     with pytest.raises(KeyboardInterrupt), Ahead(prepared.run, prepared.stages) as ahead:
         ahead.begin(None)
-        threading.Timer(0.2, gate.set).start()
         raise KeyboardInterrupt
-    assert prepared.told == []
+    assert not gate.is_set() and prepared.told == []
+    gate.set()
+    assert ahead._tasks["third"].cancelled()

@@ -207,8 +207,8 @@ class ChatModel:
         """Compiles what `reply_ids` runs with arguments of these shapes, so that it begins at once; nothing is decoded. It may
         run in a thread of its own.
 
-        edits: one row for each prompt, whose values do not matter. Where the angles of a rope depend on the longest row, nothing
-        is compiled. Raises UserError as `reply_ids` does for what does not fit.
+        edits: one row for each prompt, of whose values only matters which rows are alike. Where the angles of a rope depend on
+        the longest row, nothing is compiled. Raises UserError as `reply_ids` does for what does not fit.
         """
         longest = self._check_room(batch, max_new_tokens)
         edits = self.rows_of(batch.tokens, batch.mask, edits)

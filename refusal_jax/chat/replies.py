@@ -1,12 +1,12 @@
 """Decodes replies to any number of prompts in the rows of one batch, which take the next prompt when their reply has ended.
 
-Two programs do it. The one that decodes is compiled while the first prompts are read by the other, or while that is compiled.
+Of two programs one reads prompts and the other decodes, which is compiled in a thread while the first is compiled and runs.
 """
 
 import dataclasses
 from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -53,10 +53,10 @@ class Replies:
         decoding = self._compile_decode(state)
         begun = begin_each(self.model, self.batch, self.edits, compiled)
         self._admit(compiled, state, begun, [0], np.full(self.rows, -1, np.int32))
-        decoding.result()
+        wait([decoding])
 
     def _compile_decode(self, state) -> Future:
-        """Compiles the decoding in a thread of its own. state: stand-ins for the rows."""
+        """Begins to compile the decoding in a thread of its own, and returns what to wait for. state: stand-ins for the rows."""
         pool = ThreadPoolExecutor(1, "decode")
         done = pool.submit(self._decode, compiled, state, 1, self.max_new_tokens)
         pool.shutdown(wait=False)
@@ -81,7 +81,7 @@ class Replies:
                 state = self._admit(run, state, begun, index, source)
             least = sum(owner is not None for owner in owners) - self.refill + 1 if waiting else 1
             steps = self.max_new_tokens if over is None else CHECK_EVERY
-            decoding.result()
+            wait([decoding])  # what may have failed there fails here, too
             state, *results = self._decode(run, state, max(least, 1), steps)
             active, out, counts, finite = map(np.array, results)
             self._check_finite([owner for row, owner in enumerate(owners) if owner is not None and not finite[row]])
@@ -97,7 +97,7 @@ class Replies:
                 owners[row] = None
 
     def _empty(self, call: Call) -> Any:
-        """Returns rows that write nothing."""
+        """Returns rows that write nothing, or stand-ins for them. call: as in all methods, calls or compiles a program."""
         return call(
             empty,
             self.model.decoder,

@@ -25,7 +25,7 @@ class Attacked(Subject):
             subject.base,
             groups=subject.groups,
         )
-        self._model, self.sizes = model, subject.sizes
+        self._model, self._sizes = model, subject.sizes
         self._plain["val"] = self._measured(model, None, self.texts("harmful_val"), "val", budget=budget)
 
     def own_direction(self) -> None:

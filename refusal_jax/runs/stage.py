@@ -25,10 +25,9 @@ class Stage(Generic[S]):
     names, in the config, of settings and sections that decide what the stage finds; they may be changed in the folder of a
     run that found no direction. given: what besides files and the run's settings decides what the stage finds, as JSON values;
     the stage is due again once it changes. programs: the compiled programs for `refusal_jax.plan`, a `plan.programs.Group`.
-    ahead: returns a function that
-    makes ready what the work needs and no other stage gives, such as compiled programs; it runs in a thread while earlier stages
-    work. section: what the stage adds to the report, a `report.findings.Section`. about: what it
-    does, in a sentence for help texts.
+    ahead: returns a function that makes ready what the work needs and no other stage gives, such as compiled programs. A study
+    (`study.study`) asks for it while the first stage with devices works, and runs it in a thread. section: what the stage adds to
+    the report, a `report.findings.Section`. about: what it does, in a sentence for help texts.
     """
 
     name: str

@@ -98,7 +98,7 @@ class Run:
     calls: list[Call]
 
     def part(self, step: bool) -> "Run":
-        """Returns what of a generation is decoding, or else what is not."""
+        """Returns what of a generation is decoding, or else what is not, its compilation included."""
         calls = [call for call in self.calls if (call.name == STEP) == step]
         decoding = sum(call.seconds for call in self.calls if call.name == STEP)
         return Run(decoding if step else self.seconds - decoding, calls)

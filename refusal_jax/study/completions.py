@@ -95,7 +95,7 @@ def _asked(
 
 
 def compile_completions(study: Study) -> Callable[[], None]:
-    """Returns what compiles the programs of the completions, whose shapes do not depend on the direction."""
+    """Returns what compiles the programs of the completions, whose shapes are the same for any direction."""
     model, sets, width = study.model, test_prompts(study), study.model.config.d_model
     stand_in = Direction(np.eye(1, width), 0, -1, origin_d=np.zeros(width))
     todo = [(c.name, i) for c in study.conditions for i in range(len(sets[c.dataset.key]))]

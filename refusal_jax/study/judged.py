@@ -56,7 +56,7 @@ def judged_replies(study: Study, asked: Sequence[Asked], edits: Edits, ledger: L
     edits: one row for each edit. Replies are kept in the ledger. A judge model gets the memory of the studied one.
     """
     found = {tuple(row["key"]): row for row in ledger.rows if "key" in row}
-    todo, model = [one for one in asked if one.key not in found], study.model
+    todo = [one for one in asked if one.key not in found]
     if todo:
 
         def done(numbers: Mapping[int, dict]) -> None:
@@ -64,9 +64,9 @@ def judged_replies(study: Study, asked: Sequence[Asked], edits: Edits, ledger: L
             ledger.append(new)
             found.update({tuple(row["key"]): row for row in new})
 
-        ids = [model.chat.prompt_ids(one.instruction) for one in todo]
+        ids = [study.chat.prompt_ids(one.instruction) for one in todo]
         under, length = edits.take([one.edit for one in todo]), study.config.behaviour.reply_tokens
-        write_replies(model, ids, under, length, study.sizes.generation, title, done)
+        write_replies(study.model, ids, under, length, study.sizes.generation, title, done)
     judge = deciding_judge(study)
     rows = [{"prompt": one.instruction, **found[one.key]} for one in asked]
     if judge.uses_devices:

@@ -41,7 +41,7 @@ def project_prompts(study: Study, ledger: Ledger) -> None:
 
 
 def compile_projections(study: Study) -> Callable[[], None]:
-    """Returns what compiles the programs of the projections, whose shapes do not depend on the direction."""
+    """Returns what compiles the programs of the projections, whose shapes are the same for any direction."""
     model, stand_in = study.model, np.zeros((1, 1, study.model.config.d_model), np.float32)
     texts = (study.instructions(split, kept_only=False) for split in SHOWN)
     batches = [batch for part in texts for _, batch in length_batches(model, part, study.batches)]

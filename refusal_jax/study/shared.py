@@ -37,8 +37,8 @@ class Study:
     """The settings of a study, its run's folder, its model, and what follows from these.
 
     config: the settings. folder: the checkpoint's. judges: those of the settings. groups: the programs of the stages, which
-    decide mesh and batches. ahead: what prepares later stages, once the model is loaded. drawn: the pictures of the page, once
-    it is written, as `Findings` keeps them.
+    decide mesh and batches. ahead: what prepares later stages, once sizes of batches are known. drawn: the pictures of the page,
+    once it is written, as `Findings` keeps them.
     """
 
     def __init__(
@@ -107,12 +107,12 @@ class Study:
         prompts that leave no room for the replies."""
         if self._model is None:
             self._model = self._load()
-            if self.ahead:
-                self.ahead.begin(self)
         return self._model
 
     def release(self) -> None:
         """Frees the devices' memory of the model."""
+        if self.ahead:
+            self.ahead.wait()
         self._model = None
         gc.collect()
 
@@ -145,9 +145,16 @@ class Study:
                 )
         return model
 
-    @functools.cached_property
+    @property
     def sizes(self) -> Sizes:
         """Returns the rows of the batches of each stage: what fits the devices, with the longest prompt there is."""
+        sizes = self._sizes
+        if self.ahead:
+            self.ahead.begin(self)
+        return sizes
+
+    @functools.cached_property
+    def _sizes(self) -> Sizes:
         prompts = [row["instruction"] for rows in self.run.read_json(PROMPTS).values() for row in rows]
         length = self.model.encode(prompts).tokens.shape[1]
         work = self.workload(self.model.config, str(self.model.decoder.dtype), length)

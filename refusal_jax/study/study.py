@@ -81,7 +81,7 @@ def run_stages(
             with Ahead(run, STAGES) as ahead:
                 study = Study(config, run, folder, judges, GROUPS, ahead)
                 for stage in STAGES:
-                    ahead.reach(stage)
+                    ahead.reach(stage, study)
                     run.stage(stage, study)
         except UserError:
             if run.new and run.worked in ([], [prompts.STAGE.name]):  # nothing was computed yet
