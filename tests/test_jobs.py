@@ -15,6 +15,7 @@ import tiny
 from commands import ROOT, SECONDS, command, environment, forked, forked_code, refused
 
 from refusal_jax import demo_model_path
+from refusal_jax.jobs import main
 from refusal_jax.jobs.command_line import canonical
 from refusal_jax.jobs.main import JOBS, ON_CPUS, prepare_environment
 from refusal_jax.study.config import get_config
@@ -240,6 +241,30 @@ def finished(tmp_path_factory):
     done = command("study", *SMALL, f"--workdir={folder}")
     assert done.returncode == 0, done.stderr
     return folder, done.stdout
+
+
+def test_ctrl_c_ends_a_study_at_once_while_programs_are_compiled(tmp_path):
+    args = [sys.executable, "-m", "refusal_jax.jobs.main", "study", *SMALL, f"--workdir={tmp_path / 'run'}"]
+    heard = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}  # though who runs the tests may not
+    process = subprocess.Popen(args, cwd=ROOT, env=environment(), stderr=subprocess.PIPE, text=True, **heard)
+    deadline = time.monotonic() + SECONDS
+    while not (tmp_path / "run" / "setup.json").exists() and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.05)
+    time.sleep(0.5)  # a program is being compiled, and others in a thread
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=SECONDS)
+    assert process.returncode == 130, error
+    assert error.strip().endswith("error: interrupted; run the same command again, finished work of a study is kept.")
+
+
+def test_ctrl_c_leaves_python_as_it_is(monkeypatch):
+    """XLA's threads crash now and then where Python's end takes apart what they use to compile."""
+    left = []
+    monkeypatch.setattr(main, "run", lambda argv: main.INTERRUPTED)
+    monkeypatch.setattr(os, "_exit", left.append)
+    with pytest.raises(SystemExit):
+        main.main()
+    assert left == [130]
 
 
 def test_a_killed_study_continues_and_prints_its_results(finished):

@@ -29,6 +29,7 @@ JOBS = (
     "organism",
 )
 PIPE_CLOSED = 141  # as a shell reports a process that SIGPIPE ended
+INTERRUPTED = 130  # the exit code of a program that Ctrl-C ended
 DISK_ERRORS = (errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EPERM, errno.EDQUOT)
 
 # For a job that only compiles: no TPU is looked for, neither here nor on the network.
@@ -88,7 +89,7 @@ def verdict(error: BaseException) -> tuple[int, str]:
             "that you may write to, and run the same command again."
         )
     if isinstance(error, KeyboardInterrupt):
-        return 130, "interrupted; run the same command again, finished work of a study is kept."
+        return INTERRUPTED, "interrupted; run the same command again, finished work of a study is kept."
     return 1, f"{type(error).__name__}: {error}"
 
 
@@ -124,6 +125,9 @@ def main() -> None:
     except BrokenPipeError:  # whoever reads our output, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python flushes at its end
         code = PIPE_CLOSED
+    if code == INTERRUPTED:
+        sys.stderr.flush()
+        os._exit(code)  # threads of XLA that compile go on, and crash where Python takes apart what they use
     sys.exit(code)
 
 
