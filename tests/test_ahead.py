@@ -1,4 +1,4 @@
-"""What later stages need is made ready while earlier ones run: programs that are compiled once, and not by the stage itself."""
+"""A study makes ready what later stages need while earlier ones run: programs are compiled once, and not by the stage itself."""
 
 import dataclasses
 import threading
