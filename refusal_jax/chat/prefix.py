@@ -47,9 +47,8 @@ def shared_tokens(model: "ChatModel", rows: Sequence[Sequence[int]], reads: floa
     return written[:count] if count * reads > PROGRAMS * Prices.of(model.decoder).program else []
 
 
-Call = Callable[
-    ..., Any
-]  # calls the jitted function that is its first argument with the others, or says what it would return
+# Calls the jitted function that is its first argument with the others, or compiles it and says what it would return.
+Call = Callable[..., Any]
 
 
 def run(function: Callable[..., Any], *args, **kwargs) -> Any:
